@@ -1,0 +1,89 @@
+"""The Python path: measure, solve, evaluate in one process, without any orchestrator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clado import constraints, estimators, solvers
+from clado.candidates import program_of
+from clado.estimators import Measured
+from clado.evaluation import evaluate_weights
+from clado.images import as_slice, check_slice
+from clado.interaction import InteractionMatrix
+from clado.measure import Workbench, measure_tile
+from clado.network import Network
+from clado.probes import Kind, Plan, sample_blocks
+from clado.program import Solution
+from clado.quantizers import WeightQuantizer
+from clado.records import Accuracy
+from clado.space import Assignment, SearchSpace
+
+
+def measure(
+    network: Network,
+    space: SearchSpace,
+    data: Any,
+    estimator: str = "gauss_newton",
+    criterion: str = "kl_to_float",
+    *,
+    quantizer: WeightQuantizer | None = None,
+    num_blocks: int = 16,
+    batch_images: int = 256,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> InteractionMatrix:
+    """The interaction matrix of a network on `data`: a batch of images (N, C, H, W), (images, labels), or an iterable of either.
+
+    `progress(done, total)` is called after every tile. Raises DataError for images that do not fit, MeasurementError where a
+    layer has no finite loss.
+    """
+    images = as_slice(data, image_shape=_shape(network))
+    check_slice(images, _shape(network))
+    blocks = sample_blocks(len(images), min(num_blocks, len(images)))
+    bench = Workbench(network, space, quantizer or WeightQuantizer(), criterion, blocks, images.load, batch_images)
+    plan = Plan(space, blocks, estimators.kinds_of([estimator]), space.num_options)
+    tiles: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
+    for done, tile in enumerate(plan.tiles):  # one tile a kind and block, in order
+        tiles[tile.kind].append(measure_tile(bench, tile))
+        progress(done + 1, len(plan.tiles))
+    counts = np.array([stop - start for start, stop in blocks])
+    sums = {kind: np.stack(parts) for kind, parts in tiles.items()}
+    return estimators.estimate(estimator, Measured(space, criterion, counts, sums))
+
+
+def solve(
+    matrix: InteractionMatrix,
+    average_bits: float | None = None,
+    size_bytes: int | None = None,
+    *,
+    solver: str = "scip",
+    time_limit: float = 60.0,
+) -> Solution:
+    """The assignment of least predicted loss within the budgets given. Raises InfeasibleError with the reachable range."""
+    limits = []
+    if average_bits is not None:
+        limits.append(constraints.constraint("average_bits", matrix.space, average_bits))
+    if size_bytes is not None:
+        limits.append(constraints.constraint("size", matrix.space, size_bytes))
+    return solvers.solve(program_of(matrix, limits), solver, time_limit=time_limit)
+
+
+def evaluate(
+    network: Network, assignment: Assignment, data: Any, *, quantizer: WeightQuantizer | None = None
+) -> Accuracy:
+    """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL)."""
+    network.check_assignment(assignment)
+    images = as_slice(data, image_shape=_shape(network))
+    chosen = quantizer or WeightQuantizer()
+    weights = {
+        i: chosen.fake_quantize(network.weights[i], bits, network.layers[i].channel_axis)
+        for i, bits in enumerate(assignment.bits)
+        if bits is not None
+    }
+    return evaluate_weights(network, weights, images)
+
+
+def _shape(network: Network) -> tuple[int, int, int]:
+    channels, height, width = network.image_shape
+    return channels, height, width

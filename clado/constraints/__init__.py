@@ -1,0 +1,76 @@
+"""What may be limited: one number per option of the space, added over the layers, with a unit and a bound.
+
+To add a constraint, add a file to this folder with a function `constraint(space, bound, ...) -> Constraint` and subclass
+`ConstraintContract` (tests/contracts/constraint.py) for it. The file's name is the constraint's name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from math import fsum, isfinite
+from pkgutil import iter_modules
+from typing import Any
+
+from clado.errors import ConfigurationError
+from clado.space import Assignment, SearchSpace
+
+RELATIVE_TOLERANCE = 1e-9  # for sums of fractions (seconds); sums of integers are compared exactly
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Σ costs of the chosen options ≤ bound.
+
+    `costs` has one number per option of the space (`space.options`), in `unit`; `bound` has the same unit. Whole numbers are
+    added and compared exactly, fractions within a relative 1e-9.
+    """
+
+    name: str
+    unit: str
+    costs: tuple[float, ...]
+    bound: float
+
+    def __post_init__(self) -> None:
+        for option, cost in enumerate(self.costs):
+            if not isfinite(cost):
+                raise ConfigurationError(f"constraint {self.name}: the cost of option {option} is {cost}; expected a finite number")
+        if self.bound != self.bound:
+            raise ConfigurationError(f"constraint {self.name}: the bound is NaN; expected a number of {self.unit}")
+
+    @cached_property
+    def is_integral(self) -> bool:
+        """Whether every cost is a whole number, so that sums are exact."""
+        return all(float(cost).is_integer() for cost in self.costs)
+
+    @property
+    def limit(self) -> float:
+        """The largest value that counts as within the bound."""
+        if self.is_integral or not isfinite(self.bound):
+            return self.bound
+        return self.bound + RELATIVE_TOLERANCE * abs(self.bound)
+
+    def value(self, space: SearchSpace, assignment: Assignment) -> float:
+        """What the assignment costs, in `unit`."""
+        return fsum(self.costs[option] for option in space.chosen_options(assignment))
+
+    def holds(self, space: SearchSpace, assignment: Assignment) -> bool:
+        """Whether the assignment keeps within the bound."""
+        return self.value(space, assignment) <= self.limit
+
+    def with_bound(self, bound: float) -> "Constraint":
+        """The same costs under another bound."""
+        return Constraint(self.name, self.unit, self.costs, bound)
+
+
+def names() -> list[str]:
+    """Names of the constraints: the files of this folder."""
+    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def constraint(name: str, space: SearchSpace, bound: float, **settings: Any) -> Constraint:
+    """The constraint called `name`, with its bound and settings; a wrong name is answered with the valid ones."""
+    if name not in names():
+        raise ConfigurationError(f"unknown constraint {name!r}; the constraints are {', '.join(names())}")
+    build: Callable[..., Constraint] = import_module(f"{__name__}.{name}").constraint
+    return build(space, bound, **settings)

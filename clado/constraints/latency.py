@@ -1,0 +1,15 @@
+"""Latency from a measured table: a CSV file with the columns layer,bits,seconds (of one image, on the device that matters)."""
+
+from pathlib import Path
+
+from clado.constraints import Constraint, table
+from clado.errors import ConfigurationError
+from clado.space import SearchSpace
+
+
+def constraint(space: SearchSpace, budget_seconds: float, path: str | Path) -> Constraint:
+    """At most `budget_seconds`, as the sum of the layers' measured times; a table in another unit is refused."""
+    measured = table.constraint(space, budget_seconds, path, name="latency")
+    if measured.unit != "seconds":
+        raise ConfigurationError(f"constraint latency: the third column of {path} is {measured.unit!r}; expected seconds")
+    return measured

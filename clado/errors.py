@@ -1,0 +1,50 @@
+"""The exception tree. Every message says what was wrong, what was expected and what to do.
+
+    CladoError
+    ├── ConfigurationError   a setting is missing, unknown or impossible
+    ├── NetworkError         the network cannot be exported, loaded or searched
+    ├── DataError            images or labels do not fit
+    ├── StoreError           a store is missing, damaged or not ours
+    │   └── IdentityMismatch the store was measured under other settings
+    ├── MeasurementError     a measured number is unusable (NaN, infinite)
+    ├── InfeasibleError      no assignment meets the constraints
+    └── SolverError          a solver failed or met a problem it does not take
+"""
+
+
+class CladoError(Exception):
+    """Base of every error that is the user's to mend: the command line prints its message without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigurationError(CladoError):
+    """A setting is missing, unknown or impossible."""
+
+
+class NetworkError(CladoError):
+    """The network cannot be exported, loaded or searched."""
+
+
+class DataError(CladoError):
+    """Images or labels do not fit the network or the plan."""
+
+
+class StoreError(CladoError):
+    """A store is missing, damaged or not ours."""
+
+
+class IdentityMismatch(StoreError):
+    """The store was measured under other settings; its numbers mean something else."""
+
+
+class MeasurementError(CladoError):
+    """A measured number is unusable."""
+
+
+class InfeasibleError(CladoError):
+    """No assignment meets the constraints."""
+
+
+class SolverError(CladoError):
+    """A solver failed, or met a problem that it does not take."""

@@ -1,0 +1,112 @@
+"""Estimators: ways to make the interaction matrix of measurements. NumPy only.
+
+An estimator is a module of this folder with
+
+    KINDS: tuple of the kinds of tiles it needs (`probes.py`)
+    estimate(measured: Measured) -> InteractionMatrix
+
+Its docstring cites its source and says what it costs. Names are file names; a new file is a new estimator.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clado.config import available, nearest
+from clado.errors import ConfigurationError, MeasurementError
+from clado.interaction import InteractionMatrix
+from clado.probes import KINDS, Kind
+from clado.space import SearchSpace
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
+
+    `counts` (blocks,) are images per block. Shapes behind the first axis: singles (1 + K,), pairs (K, K), gram (1 + K, K).
+    """
+
+    space: SearchSpace
+    criterion: str
+    counts: NDArray[np.int64]
+    sums: Mapping[Kind, Array]
+
+    @property
+    def num_images(self) -> int:
+        """Images of the sensitivity set."""
+        return int(self.counts.sum())
+
+    def block_means(self, kind: Kind) -> Array:
+        """Means over each block's images."""
+        values = self.sums[kind]
+        return values / self.counts.reshape(-1, *[1] * (values.ndim - 1))
+
+    def mean(self, per_block: Array) -> Array:
+        """Mean over all images of per-block means (blocks, ...)."""
+        return np.tensordot(self.counts / self.num_images, per_block, 1)
+
+    def standard_error(self, per_block: Array) -> Array | None:
+        """Standard error of `mean` from the scatter of the blocks; None with fewer than two blocks."""
+        blocks = len(self.counts)
+        if blocks < 2:
+            return None
+        weights = self.counts / self.num_images
+        deviation = per_block - self.mean(per_block)
+        variance = np.tensordot(weights**2, deviation**2, 1) * blocks / (blocks - 1)
+        return np.sqrt(variance)
+
+    def baseline(self) -> float:
+        """Mean loss of the float network."""
+        loss = float(self.mean(self.block_means("singles"))[0])
+        if not np.isfinite(loss):
+            raise MeasurementError(
+                "the float network's own loss on the sensitivity set is NaN or infinite; expected a finite loss: "
+                "are the images normalised as the network expects?"
+            )
+        return loss
+
+    def increases(self) -> Array:
+        """Per-block loss increases of the options alone (blocks, K): ℓ({i:a})."""
+        means = self.block_means("singles")
+        return means[:, 1:] - means[:, :1]
+
+
+def kinds_of(estimators: Iterable[str]) -> tuple[Kind, ...]:
+    """Kinds of tiles that these estimators need between them."""
+    needed = {kind for name in estimators for kind in _module(name).KINDS}
+    return tuple(kind for kind in KINDS if kind in needed)
+
+
+def estimate(name: str, measured: Measured) -> InteractionMatrix:
+    """The interaction matrix that an estimator makes of the measurements."""
+    matrix: InteractionMatrix = _module(name).estimate(measured)
+    return matrix
+
+
+def _module(name: str): # type: ignore[no-untyped-def]
+    if name not in available("estimators"):
+        valid = available("estimators")
+        raise ConfigurationError(f"unknown estimator {name!r}; expected one of {', '.join(valid)}{nearest(name, valid)}")
+    return import_module(f"clado.estimators.{name}")
+
+
+def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], Array]:
+    """(options whose own loss is NaN or infinite, the increases with 0 in their place).
+
+    Raises MeasurementError where a layer loses every candidate.
+    """
+    bad = ~np.isfinite(increases)
+    if not bad.any():
+        return (), increases
+    space = measured.space
+    dead = [space.layers[i].name for i in range(space.num_layers) if bad[space.offsets[i] : space.offsets[i + 1]].all()]
+    if dead:
+        raise MeasurementError(
+            f"every bit-width of {', '.join(dead)} gives a NaN or infinite loss; give these layers wider bits, or name them in fixed"
+        )
+    return tuple(int(k) for k in np.flatnonzero(bad)), np.where(bad, 0.0, increases)

@@ -1,0 +1,533 @@
+"""A network as a flat list of ATen operators that can be run in part: from the input or from the values alive at a cut.
+
+`torch.export` gives the list; this file decides once, in integers, what each operator reads, when a value dies, where the run
+may be cut (before the first use of each searched weight) and along which axis the values alive there can be stacked. Running
+is then a loop without decisions.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from clado.errors import NetworkError
+from clado.space import Layer
+
+# Operators that consume a weight: position of the weight, and the weight's axis of output channels.
+_CONSUMERS: dict[str, tuple[int, int]] = {
+    "aten.conv1d.default": (1, 0),
+    "aten.conv2d.default": (1, 0),
+    "aten.conv3d.default": (1, 0),
+    "aten.conv1d.padding": (1, 0),
+    "aten.conv2d.padding": (1, 0),
+    "aten.conv3d.padding": (1, 0),
+    "aten.conv_transpose1d.default": (1, 1),
+    "aten.conv_transpose2d.input": (1, 1),
+    "aten.conv_transpose3d.input": (1, 1),
+    "aten.linear.default": (1, 0),
+}
+# Operators through which a weight may pass on its way to a consumer (attention splits in_proj into q, k and v).
+_WEIGHT_VIEWS = {
+    f"aten.{name}"
+    for name in (
+        "view.default reshape.default slice.Tensor select.int split.Tensor split_with_sizes.default chunk.default "
+        "unsqueeze.default squeeze.dim clone.default alias.default detach.default contiguous.default"
+    ).split()
+} | {"<built-in function getitem>"}
+# Operators that read of their tensor argument only its type and shape.
+_SHAPE_ONLY = {f"aten.new_{kind}.default" for kind in ("zeros", "ones", "full", "empty")}
+# Pure operators with an in-place twin, used where the argument is fresh and dies: it saves a pass over new memory.
+_IN_PLACE = {
+    torch.ops.aten.relu.default: torch.ops.aten.relu_.default,
+    torch.ops.aten.hardtanh.default: torch.ops.aten.hardtanh_.default,
+    torch.ops.aten.hardswish.default: torch.ops.aten.hardswish_.default,
+    torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
+    torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
+}
+_FRESH = {
+    "aten.conv1d.default",
+    "aten.conv2d.default",
+    "aten.conv3d.default",
+    "aten.linear.default",
+    "aten.batch_norm.default",
+    "aten.add.Tensor",
+    "aten.layer_norm.default",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """Reads the value that an earlier operator computed."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Reads a parameter, a buffer or a folded constant, unless a weight is put in its place."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """Reads an integer that follows from the number of images."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operator: where its arguments come from, where its result goes, and which values die with it."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    slot: int
+    frees: tuple[int, ...]
+    name: str
+
+
+@dataclass
+class State:
+    """The values alive before instruction `position`, for `num_images` stacked images: slot -> tensor."""
+
+    values: dict[int, Tensor]
+    position: int
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a run may be resumed for a layer: before instruction `position`, with these values alive (slot -> axis of images)."""
+
+    position: int
+    axes: Mapping[int, int]
+    bytes_per_image: int
+    suffix_macs: int
+
+
+@dataclass
+class Graph:
+    """A network ready to run in part. `layers[i]` may be replaced; `cuts[i]` is the last position before its first use."""
+
+    layers: tuple[Layer, ...]
+    cuts: tuple[Cut, ...]
+    instructions: tuple[Instruction, ...]
+    constants: dict[int, Any]
+    slots: tuple[tuple[int, ...], ...]
+    input_slot: int
+    output_slot: int
+    macs: int
+    unsearched: tuple[tuple[str, int, str], ...]
+    scalars: Mapping[int, Callable[[int], int]]
+    _scalars_of: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    def begin(self, images: Tensor) -> State:
+        """The state before the first instruction."""
+        return State({self.input_slot: images}, 0, len(images))
+
+    def run(self, state: State, stop: int, weights: Mapping[int, Tensor]) -> State:
+        """Runs instructions up to `stop` with the given tensors in place of layers' weights; `state` is left as it is."""
+        values = dict(state.values)
+        constants = self.constants
+        if weights:
+            constants = {**constants, **{slot: weight for i, weight in weights.items() for slot in self.slots[i]}}
+        scalars = self._scalars_of.get(state.num_images)
+        if scalars is None:
+            scalars = {slot: rule(state.num_images) for slot, rule in self.scalars.items()}
+            self._scalars_of[state.num_images] = scalars
+        tables: dict[type, Mapping[int, Any]] = {Value: values, Constant: constants, Scalar: scalars}
+        for step in self.instructions[state.position : stop]:
+            arguments = [_resolve(argument, tables) for argument in step.arguments]
+            keywords = {key: _resolve(argument, tables) for key, argument in step.keywords.items()}
+            values[step.slot] = step.function(*arguments, **keywords)
+            for slot in step.frees:
+                del values[slot]
+        return State(values, stop, state.num_images)
+
+    def stack(self, states: Sequence[State], axes: Mapping[int, int]) -> State:
+        """Several states at one cut as one, images after images."""
+        first = states[0]
+        if len(states) == 1:
+            return first
+        values = {slot: torch.cat([state.values[slot] for state in states], axis) for slot, axis in axes.items()}
+        return State(values, first.position, sum(state.num_images for state in states))
+
+    def output(self, state: State) -> Tensor:
+        """The result of a finished run."""
+        value = state.values[self.output_slot]
+        if not isinstance(value, Tensor) or value.ndim != 2:
+            raise NetworkError(f"the network returns {getattr(value, 'shape', type(value).__name__)}; expected logits (images, classes)")
+        return value
+
+
+def _resolve(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
+    table = tables.get(type(argument))
+    if table is not None:
+        return table[argument.slot]
+    if type(argument) is list:
+        return [_resolve(part, tables) for part in argument]
+    return argument
+
+
+def export(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """`torch.export` with a dynamic batch, in eval mode whatever mode the model arrives in, functionalised, nothing decomposed."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # torch.export takes a batch of one for a constant
+        batch = example if len(example) > 1 else torch.cat([example, example])
+        with torch.no_grad():
+            program = torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
+            return program.run_decompositions({})
+    except Exception as error:  # torch.export raises many kinds; each means that this network has no graph
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise NetworkError(
+            f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: {first[:300]}\n"
+            "  Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def compile_graph(model: nn.Module, example: Tensor, fixed: Callable[[str], bool]) -> Graph:
+    """The graph of a model whose layers are all weights of convolutions and linear operators except those that `fixed` names."""
+    return _Compiler(model, export(model, example), fixed).compile(example)
+
+
+class _Compiler:
+    """Turns an exported program into a Graph; exists only while it does."""
+
+    def __init__(self, model: nn.Module, program: ExportedProgram, fixed: Callable[[str], bool]) -> None:
+        self.program = program
+        self.fixed = fixed
+        self.nodes = list(program.graph_module.graph.nodes)
+        self.number = {node: k for k, node in enumerate(self.nodes)}
+        self.tensors: dict[fx.Node, Any] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.input = self._read_signature(model)
+        self.batch_symbol = self.input.meta["val"].shape[0].node.expr
+        mutated = program.graph_signature.buffers_to_mutate
+        if mutated:
+            raise NetworkError(f"the network changes its buffers when it runs ({', '.join(mutated.values())}); expected an eval mode that does not")
+
+    def _read_signature(self, model: nn.Module) -> fx.Node:
+        inputs = []
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        for node, spec in zip(placeholders, self.program.graph_signature.input_specs, strict=True):
+            if spec.kind is InputKind.USER_INPUT:
+                inputs.append(node)
+            elif spec.target is not None:
+                name = str(spec.target)
+                self.names[node] = name
+                source = self.program.constants.get(name) if spec.kind is InputKind.CONSTANT_TENSOR else None
+                tensor = source if source is not None else parameters.get(name, self.program.constants.get(name))
+                if tensor is None:
+                    raise NetworkError(f"the exported graph reads {name}, which the network does not have")
+                self.tensors[node] = tensor.detach() if isinstance(tensor, Tensor) else tensor
+        if len(inputs) != 1:
+            raise NetworkError(f"the network takes {len(inputs)} inputs; expected one batch of images")
+        return inputs[0]
+
+    def compile(self, example: Tensor) -> Graph:
+        layers = self._find_layers()
+        weights = {node for nodes, *_ in layers for node in nodes}
+        dynamic, constants, scalars = self._classify(weights)
+        self.layers = sorted(layers, key=lambda found: self._first_use(found[0], dynamic))
+        self.instructions = self._schedule(dynamic, constants, scalars)
+        positions = {node: k for k, node in enumerate(dynamic)}
+        firsts = [self._first_use(nodes, dynamic) for nodes, *_ in self.layers]
+        specs = []
+        macs_at = [0] * len(dynamic)
+        for nodes, axis, op, macs in self.layers:
+            parts = tuple(self.tensors[nodes[0]].shape)
+            specs.append(Layer(self.names[nodes[0]], parts, op, macs, axis))
+        for node in dynamic:
+            macs_at[positions[node]] = self._macs(node)
+        output = next(node for node in self.nodes if node.op == "output").args[0][0]
+        graph = Graph(
+            layers=tuple(specs),
+            cuts=(),
+            instructions=tuple(self.instructions),
+            constants={self.number[node]: value for node, value in constants.items()},
+            slots=tuple(tuple(self.number[node] for node in nodes) for nodes, *_ in self.layers),
+            input_slot=self.number[self.input],
+            output_slot=self.number[output],
+            macs=sum(macs_at),
+            unsearched=self._unsearched(weights),
+            scalars=scalars,
+        )
+        graph.cuts = self._cut(graph, dynamic, firsts, macs_at, example)
+        graph.instructions = tuple(self._in_place(graph, dynamic))
+        return graph
+
+    # -- layers ------------------------------------------------------------------------------------------------------------
+
+    def _consumed(self, node: fx.Node) -> Iterable[tuple[fx.Node, int]]:
+        """Consumers that a weight reaches, directly or through views of itself, with the weight's channel axis there."""
+        for user in node.users:
+            target = str(user.target)
+            if target in _CONSUMERS and user.args[_CONSUMERS[target][0]] is node:
+                yield user, _CONSUMERS[target][1]
+            elif target in _WEIGHT_VIEWS:
+                yield from self._consumed(user)
+
+    def _find_layers(self) -> list[tuple[list[fx.Node], int, str, int]]:
+        """(placeholders of one tensor, channel axis, operator, MACs per image) of every weight that is searched."""
+        groups: dict[int, list[fx.Node]] = {}
+        for node, tensor in self.tensors.items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim >= 2 and any(True for _ in self._consumed(node)):
+                groups.setdefault(tensor.data_ptr(), []).append(node)
+        found = []
+        for nodes in groups.values():
+            if self.fixed(self.names[nodes[0]]):
+                continue
+            consumers = [pair for node in nodes for pair in self._consumed(node)]
+            target = str(consumers[0][0].target).split(".")[1]
+            found.append((nodes, consumers[0][1], target, sum({c: self._macs(c) for c, _ in consumers}.values())))
+        return found
+
+    def _macs(self, node: fx.Node) -> int:
+        """Multiply-accumulates of one image in a consumer; 0 for any other operator."""
+        target = str(node.target)
+        if target not in _CONSUMERS:
+            return 0
+        out = node.meta["val"]
+        weight = node.args[_CONSUMERS[target][0]]
+        assert isinstance(weight, fx.Node)
+        shape = weight.meta["val"].shape
+        if "transpose" in target:  # weight (in, out / groups, ...): each input value meets shape[1:] of them
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            return self._per_image(source.meta["val"]) * math.prod(int(n) for n in shape[1:])
+        return self._per_image(out) * math.prod(int(n) for n in shape[1:])
+
+    def _per_image(self, value: Any) -> int:
+        return math.prod(self._at_batch(length, 1) for length in value.shape)
+
+    def _at_batch(self, value: Any, num_images: int) -> int:
+        expression = getattr(getattr(value, "node", None), "expr", None)
+        return int(value) if expression is None else int(expression.subs(self.batch_symbol, num_images))
+
+    def _unsearched(self, weights: set[fx.Node]) -> tuple[tuple[str, int, str], ...]:
+        """(name, bytes, why) of every parameter that is not searched."""
+        parameters = set(self.program.graph_signature.inputs_to_parameters.values())
+        rows = []
+        for node, name in self.names.items():
+            if name not in parameters or node in weights:
+                continue
+            tensor = self.tensors[node]
+            if self.fixed(name):
+                why = "fixed by the configuration"
+            elif tensor.ndim < 2:
+                why = "a bias, scale or shift: one value a channel"
+            else:
+                why = "used by " + (", ".join(sorted({str(user.target) for user in node.users})) or "nothing")
+            rows.append((name, tensor.numel() * tensor.element_size(), why))
+        return tuple(rows)
+
+    # -- what runs ---------------------------------------------------------------------------------------------------------
+
+    def _classify(self, weights: set[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, Any], dict[int, Callable[[int], int]]]:
+        """Operators that depend on the images or on a searched weight, in order; folded constants; rules of scalars."""
+        dynamic: list[fx.Node] = []
+        constants: dict[fx.Node, Any] = dict(self.tensors)
+        scalars: dict[int, Callable[[int], int]] = {}
+        tainted: set[fx.Node] = {self.input, *weights}
+        for node in self.nodes:
+            if node.op in ("placeholder", "output") or not node.users:
+                continue
+            if node.op != "call_function":
+                raise NetworkError(f"the exported graph holds a {node.op} node ({node.target}), which cannot be run in part")
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded in tags and not _is_attention_without_dropout(node):
+                raise NetworkError(f"the network draws random numbers in {node.target} ({node.name}); expected a deterministic eval mode")
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+                scalars[self.number[node]] = self._rule(value)
+                continue
+            read = [argument for argument in node.all_input_nodes if self.number[argument] not in scalars]
+            batchless = isinstance(value, Tensor) and not any(self._has_batch(length) for length in value.shape)
+            if not tainted & set(read) or (str(node.target) in _SHAPE_ONLY and batchless):
+                if isinstance(value, Tensor) and not batchless:  # such as an expanded class token: cheap, depends on the batch
+                    tainted.add(node)
+                    dynamic.append(node)
+                else:
+                    constants[node] = self._fold(node, constants)
+            else:
+                tainted.add(node)
+                dynamic.append(node)
+        return dynamic, constants, scalars
+
+    def _has_batch(self, length: Any) -> bool:
+        expression = getattr(getattr(length, "node", None), "expr", None)
+        return expression is not None and self.batch_symbol in expression.free_symbols
+
+    def _rule(self, value: Any) -> Callable[[int], int]:
+        expression = getattr(getattr(value, "node", None), "expr", None)
+        if expression is None:
+            return lambda _: int(value)
+        if expression.free_symbols - {self.batch_symbol}:
+            raise NetworkError(f"the network has a size that follows from the images' content ({expression}); expected fixed shapes")
+        return lambda num_images: int(expression.subs(self.batch_symbol, num_images))
+
+    def _fold(self, node: fx.Node, constants: Mapping[fx.Node, Any]) -> Any:
+        def known(argument: fx.Node) -> Any:
+            if argument in constants:
+                return constants[argument]
+            value = argument.meta["val"]  # read for its type and shape only
+            if not isinstance(value, Tensor):
+                return int(value)
+            device = next((t.device for t in self.tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
+            return torch.empty(0, dtype=value.dtype, device=device)
+
+        arguments = fx.map_arg(node.args, known)
+        keywords = fx.map_arg(node.kwargs, known)
+        with torch.no_grad():
+            assert callable(node.target)
+            return node.target(*arguments, **keywords)
+
+    def _schedule(self, dynamic: list[fx.Node], constants: Mapping[fx.Node, Any], scalars: Mapping[int, Any]) -> list[Instruction]:
+        last: dict[fx.Node, int] = {}
+        for k, node in enumerate(dynamic):
+            for argument in node.all_input_nodes:
+                last[argument] = k
+        output = next(node for node in self.nodes if node.op == "output")
+        for argument in output.all_input_nodes:
+            last[argument] = len(dynamic)
+        mine = {self.input, *dynamic}
+        self.last = {self.number[node]: k for node, k in last.items() if node in mine}
+
+        def refer(node: fx.Node) -> Value | Constant | Scalar:
+            slot = self.number[node]
+            if slot in scalars:
+                return Scalar(slot)
+            return Constant(slot) if node in constants else Value(slot)
+
+        def template(argument: Any) -> Any:
+            if isinstance(argument, fx.Node):
+                return refer(argument)
+            if isinstance(argument, list | tuple):
+                return [template(part) for part in argument]
+            return argument
+
+        steps = []
+        for k, node in enumerate(dynamic):
+            dying = tuple(self.number[a] for a in dict.fromkeys(node.all_input_nodes) if a in mine and last[a] == k)
+            assert callable(node.target)
+            keywords = {key: template(argument) for key, argument in node.kwargs.items()}
+            function = node.target
+            arguments = tuple(template(argument) for argument in node.args)
+            if str(function) == "aten._native_batch_norm_legit_no_training.default":
+                # the same operator as modules run: the decomposed one returns empty statistics that only cost a tuple
+                function = _batch_norm
+            steps.append(Instruction(function, arguments, keywords, self.number[node], dying, node.name))
+        return steps
+
+    def _first_use(self, nodes: Sequence[fx.Node], dynamic: Sequence[fx.Node]) -> int:
+        return min(k for k, node in enumerate(dynamic) if set(nodes) & set(node.all_input_nodes))
+
+    # -- cuts --------------------------------------------------------------------------------------------------------------
+
+    def _cut(self, graph: Graph, dynamic: list[fx.Node], firsts: list[int], macs_at: list[int], example: Tensor) -> tuple[Cut, ...]:
+        axes = self._stack_axes(graph, dynamic, example)
+        shapes = {self.number[node]: node.meta["val"] for node in [self.input, *dynamic]}
+        born = {self.number[self.input]: -1, **{self.number[node]: k for k, node in enumerate(dynamic)}}
+        cuts = []
+        for i, first in enumerate(firsts):
+            earliest = firsts[i - 1] + 1 if i else 0
+            for position in range(first, earliest - 1, -1):
+                alive = [slot for slot, k in born.items() if k < position <= self.last.get(slot, -1)]
+                if all(slot in axes for slot in alive):
+                    break
+            else:
+                raise NetworkError(
+                    f"the values alive before {graph.layers[i].name} cannot be stacked along the batch\n"
+                    "  Measure by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
+                )
+            size = sum(self._per_image(shapes[slot]) * shapes[slot].dtype.itemsize for slot in alive)
+            cuts.append(Cut(position, {slot: axes[slot] for slot in alive}, size, sum(macs_at[position:])))
+        return tuple(cuts)
+
+    def _stack_axes(self, graph: Graph, dynamic: list[fx.Node], example: Tensor) -> dict[int, int]:
+        """Slot -> axis along which values of separate images, put one after another, are the value of all images.
+
+        Read off the symbolic shapes, then checked by running two images together and apart: an axis that merges batch and
+        positions with the batch inside (as attention's output projection has it) fails the check and is not cut at.
+        """
+        device = next((t.device for t in graph.constants.values() if isinstance(t, Tensor)), example.device)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((2, *example.shape[1:]), generator=generator).to(device)
+        together, *apart = (self._values(graph, part) for part in (images, images[:1], images[1:]))
+        axes = {}
+        for node in [self.input, *dynamic]:
+            value = node.meta["val"]
+            if not isinstance(value, Tensor):
+                continue
+            candidates = [k for k, length in enumerate(value.shape) if self._has_batch(length)]
+            slot = self.number[node]
+            if len(candidates) != 1 or any(part[slot].shape[candidates[0]] * 2 != together[slot].shape[candidates[0]] for part in apart):
+                continue
+            joined = torch.cat([part[slot] for part in apart], candidates[0]).double()
+            tolerance = 1e-3 * float(joined.abs().max()) + 1e-6
+            if joined.shape == together[slot].shape and float((joined - together[slot].double()).abs().max()) <= tolerance:
+                axes[slot] = candidates[0]
+        return axes
+
+    def _values(self, graph: Graph, images: Tensor) -> dict[int, Any]:
+        """Every value of a run."""
+        kept = {graph.input_slot: images}
+        state = graph.begin(images)
+        with torch.inference_mode():
+            for k, step in enumerate(graph.instructions):
+                state = graph.run(state, k + 1, {})
+                kept[step.slot] = state.values.get(step.slot)
+        return kept
+
+    def _in_place(self, graph: Graph, dynamic: list[fx.Node]) -> list[Instruction]:
+        """The instructions, with in-place twins where the first argument is fresh, read by nobody else, and alive at no cut."""
+        born = {self.number[node]: k for k, node in enumerate(dynamic)}
+        positions = sorted(cut.position for cut in graph.cuts)
+        steps = []
+        for k, (node, step) in enumerate(zip(dynamic, graph.instructions, strict=True)):
+            twin = _IN_PLACE.get(node.target)  # type: ignore[call-overload]
+            if twin is not None:
+                argument = node.args[0]
+                others = [a for a in node.args[1:] if isinstance(a, fx.Node)]
+                if (
+                    isinstance(argument, fx.Node)
+                    and argument not in others
+                    and len(argument.users) == 1
+                    and self._is_fresh(argument)
+                    and argument.meta["val"].shape == node.meta["val"].shape
+                    and argument.meta["val"].dtype == node.meta["val"].dtype
+                    and not any(born[self.number[argument]] < position <= k for position in positions)
+                ):
+                    step = Instruction(twin, step.arguments, step.keywords, step.slot, step.frees, step.name)
+            steps.append(step)
+        return steps
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        """Whether a value is memory of its own: the result of an operator that never returns a view."""
+        if node.target is operator.getitem:
+            source = node.args[0]
+            return isinstance(source, fx.Node) and "batch_norm" in str(source.target)
+        return str(node.target) in _FRESH
+
+
+def _is_attention_without_dropout(node: fx.Node) -> bool:
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return "scaled_dot_product_attention" in str(node.target) and dropout == 0.0
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float) -> tuple[Tensor]:
+    return (torch.ops.aten.batch_norm.default(x, weight, bias, mean, var, False, momentum, eps, False),)

@@ -1,0 +1,191 @@
+"""Labelled or unlabelled images, sliced: what measuring and evaluation read, wherever the images come from."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from clado.errors import DataError
+
+ImageShape = tuple[int, int, int]
+"""Channels, height, width."""
+
+
+@runtime_checkable
+class ImageSlice(Protocol):
+    """A fixed sequence of images of one shape, normalised and ready for the network."""
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width of every image."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels lie within 0..num_classes - 1; None where that is not known."""
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the images, their order and their labels; the class says what is hashed."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images start..stop-1 as float32 (n, C, H, W), and their labels as int64 (n,), or None if unlabelled."""
+
+
+@dataclass(frozen=True)
+class DataSlices:
+    """Three disjoint slices: calibration fits ranges, sensitivity is measured on, validation is seen by no choice."""
+
+    calibration: ImageSlice
+    sensitivity: ImageSlice
+    validation: ImageSlice
+
+
+class MemorySlice:
+    """Images (N, C, H, W) float32 and labels (N,) int64 or None, held in memory. The hash covers every pixel and label."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
+        self._images, self._labels, self._num_classes = images, labels, num_classes
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width."""
+        channels, height, width = self._images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, or None."""
+        return self._num_classes
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the shape, the float32 pixels in order, and the int64 labels in order."""
+        digest = hashlib.sha256(f"{tuple(self._images.shape)} labelled={self._labels is not None}".encode())
+        digest.update(self._images.contiguous().numpy().tobytes())
+        if self._labels is not None:
+            digest.update(self._labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images and labels start..stop-1: views, not copies."""
+        return self._images[start:stop], None if self._labels is None else self._labels[start:stop]
+
+
+def check_batch(
+    images: object,
+    labels: object,
+    image_shape: ImageShape | None = None,
+    num_classes: int | None = None,
+    whose: str = "the batch",
+) -> None:
+    """Refuses (DataError) what is not a batch of float32 images (N, C, H, W), finite, with integer labels (N,) in range or None."""
+    if not isinstance(images, Tensor):
+        raise DataError(f"{whose} holds images of type {type(images).__name__}; expected a torch tensor (N, C, H, W) of float32")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = "; a single image becomes a batch with image.unsqueeze(0), a dataset with torch.utils.data.DataLoader"
+        raise DataError(
+            f"{whose} holds images of shape {shape}; expected four axes (N, C, H, W)" + (hint if images.ndim == 3 else "")
+        )
+    if 0 in shape:
+        raise DataError(f"{whose} is empty: its images have shape {shape}; expected at least one image (N, C, H, W)")
+    if image_shape is not None and shape[1:] != tuple(image_shape):
+        raise DataError(f"{whose} holds images of shape {shape[1:]}; expected {tuple(image_shape)} (channels, height, width)")
+    if images.dtype != torch.float32:
+        hint = "images.float() / 255, then normalise" if not images.dtype.is_floating_point else "images.float()"
+        raise DataError(f"{whose} holds images of {images.dtype}; expected torch.float32: {hint}")
+    bad = (~torch.isfinite(images)).flatten(1).any(1)
+    if bad.any():
+        first = int(bad.nonzero()[0, 0])
+        raise DataError(
+            f"{whose} has NaN or infinite pixels in {int(bad.sum())} of {len(images)} images, the first at index {first}"
+        )
+    if labels is not None:
+        _check_labels(labels, len(images), num_classes, whose)
+
+
+def _check_labels(labels: object, num_images: int, num_classes: int | None, whose: str) -> None:
+    if not isinstance(labels, Tensor):
+        raise DataError(f"{whose} holds labels of type {type(labels).__name__}; expected a torch tensor (N,) of int64, or none")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise DataError(f"{whose} holds labels of {labels.dtype}; expected class numbers of torch.int64")
+    if tuple(labels.shape) != (num_images,):
+        raise DataError(f"{whose} holds labels of shape {tuple(labels.shape)} for {num_images} images; expected ({num_images},)")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        bound = "at least 0" if num_classes is None else f"within 0..{num_classes - 1}, for {num_classes} classes"
+        raise DataError(f"{whose} has labels from {low} to {high}; expected labels {bound}")
+
+
+def check_slice(
+    images: ImageSlice, image_shape: ImageShape | None = None, num_classes: int | None = None, batch: int = 256
+) -> None:
+    """Reads every image once, `batch` at a time, and refuses (DataError) what `check_batch` refuses, or an empty slice."""
+    if len(images) == 0:
+        raise DataError("the data is empty; expected at least one image")
+    for start in range(0, len(images), batch):
+        stop = min(start + batch, len(images))
+        x, y = images.load(start, stop)
+        check_batch(x, y, image_shape, num_classes, f"images {start} to {stop - 1}")
+
+
+def as_slice(data: Any, image_shape: ImageShape | None = None, num_classes: int | None = None) -> ImageSlice:
+    """Any of the usual forms of data as one slice, in memory and checked.
+
+    `data`: images (N, C, H, W); a pair (images, labels); an iterable (list, DataLoader, generator) of such batches, all of one
+    image shape and all labelled or none; or an ImageSlice, which is returned as it is. Raises DataError.
+    """
+    if isinstance(data, ImageSlice):
+        return data
+    if isinstance(data, Tensor) or _is_pair(data):
+        data = [data]
+    elif not isinstance(data, Iterable):
+        raise DataError(
+            f"data is a {type(data).__name__}; expected an iterable of image batches (N, C, H, W) or (images, labels)"
+        )
+    batches: list[Tensor] = []
+    labels: list[Tensor] = []
+    for number, batch in enumerate(data):
+        x, y = _split(batch, number)
+        whose = f"batch {number}"
+        check_batch(x, y, image_shape, num_classes, whose)
+        if batches and x.shape[1:] != batches[0].shape[1:]:
+            raise DataError(
+                f"images of mixed size: {whose} has shape {tuple(x.shape[1:])}, batch 0 has {tuple(batches[0].shape[1:])}; "
+                "expected one size, so resize or crop them first"
+            )
+        if batches and (y is not None) != bool(labels):
+            raise DataError(
+                f"{whose} is {'un' if y is None else ''}labelled, the batches before are not so; expected labels on all or none"
+            )
+        batches.append(x.detach().cpu())
+        if y is not None:
+            labels.append(y.detach().cpu().long())
+    if not batches:
+        raise DataError("data is empty; expected at least one batch (an iterator that was read before has nothing left)")
+    return MemorySlice(torch.cat(batches), torch.cat(labels) if labels else None, num_classes)
+
+
+def _is_pair(data: object) -> bool:
+    # A tuple of two image batches is an iterable of batches; of images and anything else, one labelled batch.
+    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+        return False
+    return bool(data[0].ndim == 4 and data[1].ndim != 4)
+
+
+def _split(batch: Any, number: int) -> tuple[Any, Any]:
+    if isinstance(batch, tuple | list):
+        if len(batch) in (1, 2):
+            return batch[0], batch[1] if len(batch) == 2 else None
+        raise DataError(f"batch {number} has {len(batch)} parts; expected images, or (images, labels)")
+    return batch, None

@@ -1,0 +1,89 @@
+"""The interaction matrix Ĝ: what an estimator makes of its measurements, and what a program minimises. NumPy only.
+
+Row and column k is option k of the space (`space.py`). For a one-hot choice α the predicted loss increase is ½ αᵀ Ĝ α
+(CLADO, arXiv 2307.05657, equation 8), so every estimator stores numbers on the scale of twice a loss.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clado.errors import MeasurementError
+from clado.space import Assignment, SearchSpace
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InteractionMatrix:
+    """A symmetric (K, K) float64 matrix over the options of a space.
+
+    `baseline` is the mean loss of the float network on the sensitivity set; `standard_error` (K, K) belongs to `values`, where
+    the estimator has one; `ranking_only` says that ½ αᵀ Ĝ α orders assignments but is not a loss. `quarantined` options have
+    a loss that is NaN or infinite on their own, `forbidden` pairs of options together: a program must not choose them.
+    """
+
+    space: SearchSpace
+    values: Array
+    estimator: str
+    criterion: str
+    baseline: float
+    num_samples: int
+    standard_error: Array | None = None
+    ranking_only: bool = False
+    quarantined: tuple[int, ...] = ()
+    forbidden: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        k = self.space.num_options
+        if self.values.shape != (k, k):
+            raise MeasurementError(f"the matrix has shape {self.values.shape}; the space has {k} options")
+        bad = np.argwhere(~np.isfinite(self.values))
+        if len(bad):
+            raise MeasurementError(f"the matrix holds a NaN or an infinity at {self.label(bad[0][0])}, {self.label(bad[0][1])}")
+        if not np.array_equal(self.values, self.values.T):
+            raise MeasurementError("the matrix is not symmetric")
+
+    def label(self, option: int) -> str:
+        """Layer and bits of an option, for messages and axes."""
+        layer, bits = self.space.options[option]
+        return f"{self.space.layers[layer].name} at {bits} bits"
+
+    def predicted_increase(self, assignment: Assignment) -> float:
+        """½ αᵀ Ĝ α: the predicted increase of the mean loss; exact for at most two layers under `pairwise`."""
+        chosen = self.space.chosen_options(assignment)
+        return 0.5 * float(self.values[np.ix_(chosen, chosen)].sum())
+
+    def in_layer_mask(self) -> NDArray[np.bool_]:
+        """True where row and column are options of one layer (diagonal included)."""
+        owner = np.array([layer for layer, _ in self.space.options])
+        return np.asarray(owner[:, None] == owner[None, :])
+
+    def diagonal_only(self) -> "InteractionMatrix":
+        """The same matrix without interactions."""
+        return replace(self, values=np.diag(np.diag(self.values)), standard_error=None)
+
+    def negative_share(self) -> float:
+        """Σ|negative eigenvalues| / Σ|eigenvalues|: 0 for a positive semidefinite matrix."""
+        eigenvalues = np.linalg.eigvalsh(self.values)
+        total = float(np.abs(eigenvalues).sum())
+        return float(-eigenvalues[eigenvalues < 0].sum()) / total if total else 0.0
+
+    def clip_psd(self) -> "InteractionMatrix":
+        """The nearest positive semidefinite matrix: negative eigenvalues become 0. Changes the objective (method of CLADO, section 4.2)."""
+        eigenvalues, vectors = np.linalg.eigh(self.values)
+        if eigenvalues[0] >= 0:
+            return self
+        clipped = (vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T
+        return replace(self, values=(clipped + clipped.T) / 2)
+
+    def save(self, path: Path) -> None:
+        """Keeps the matrix as .npz: `values`, `standard_error` (empty where there is none) and `options` ("layer:bits")."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.stem}.part.npz")
+        errors = np.empty(0) if self.standard_error is None else self.standard_error
+        options = np.array([f"{self.space.layers[i].name}:{b}" for i, b in self.space.options])
+        np.savez_compressed(part, values=self.values, standard_error=errors, options=options)
+        part.replace(path)

@@ -1,0 +1,134 @@
+"""What has to be measured, and in which tiles: plans in integers. Decides everything; runs nothing; imports no torch.
+
+A *probe* is a partial assignment. A *tile* is the unit of work, of storage and of retry: one sample block, and for `pairs` a
+range of rows (first options of the pairs).
+
+    singles   loss of the float network and of every option alone                              1 + K values a block
+    pairs     loss of every option of the tile's rows with every option of a later layer       rows × K values
+    gram      Gram matrix of the logits' changes under every option alone (Gauss–Newton)       (1 + K) × K values a block
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from clado.errors import ConfigurationError
+from clado.space import SearchSpace
+
+Kind = Literal["singles", "pairs", "gram"]
+KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram")
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """One unit of work: `block` is the sample block, rows `first .. stop − 1` are options (pairs only), `number` counts row tiles."""
+
+    kind: Kind
+    block: int
+    number: int = 0
+    first: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Multiply-accumulates of one image: of the whole network, and behind the cut of each layer (`suffix_macs`)."""
+
+    macs: int
+    suffix_macs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of a measurement. `blocks` are (start, stop) ranges of the sensitivity set."""
+
+    space: SearchSpace
+    blocks: tuple[tuple[int, int], ...]
+    kinds: tuple[Kind, ...]
+    rows_per_tile: int
+
+    @property
+    def num_images(self) -> int:
+        """Images of the sensitivity set."""
+        return self.blocks[-1][1]
+
+    @property
+    def num_row_tiles(self) -> int:
+        """Row tiles of one block of `pairs`."""
+        return -(-self.space.num_options // self.rows_per_tile)
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles: the cheap kinds first, then pairs, block by block."""
+        tiles: list[Tile] = []
+        for kind in KINDS:
+            if kind in self.kinds and kind != "pairs":
+                tiles += [Tile(kind, block) for block in range(len(self.blocks))]
+        if "pairs" in self.kinds:
+            tiles += [self.pair_tile(block, number) for block in range(len(self.blocks)) for number in range(self.num_row_tiles)]
+        return tuple(tiles)
+
+    def pair_tile(self, block: int, number: int) -> Tile:
+        """The `number`-th row tile of one block."""
+        first = number * self.rows_per_tile
+        return Tile("pairs", block, number, first, min(first + self.rows_per_tile, self.space.num_options))
+
+    def evaluations(self, tile: Tile) -> int:
+        """Probes that a tile measures on its sample block (a forward of the float network counts as one)."""
+        if tile.kind != "pairs":
+            return 1 + self.space.num_options
+        offsets = self.space.offsets
+        return sum(self.space.num_options - offsets[self.space.options[row][0] + 1] for row in range(tile.first, tile.stop))
+
+    def forward_images(self, tiles: Iterable[Tile]) -> int:
+        """Σ over tiles of probes × images: what whole forwards would push through the network."""
+        return sum(self.evaluations(tile) * self.block_images(tile.block) for tile in tiles)
+
+    def block_images(self, block: int) -> int:
+        """Images of one block."""
+        start, stop = self.blocks[block]
+        return stop - start
+
+    def macs(self, tile: Tile, workload: Workload) -> int:
+        """Multiply-accumulates that suffix execution of a tile needs, its stored prefixes included."""
+        offsets, num_layers = self.space.offsets, self.space.num_layers
+        suffix = (*workload.suffix_macs, 0)
+        if tile.kind != "pairs":
+            per_image = workload.macs + sum(suffix[layer] for layer, _ in self.space.options)
+            return per_image * self.block_images(tile.block)
+        per_image = 0
+        if tile.stop > tile.first:  # the float run as far as the last row's layer
+            per_image += workload.macs - suffix[min(self.space.options[tile.stop - 1][0] + 1, num_layers)]
+        for row in range(tile.first, tile.stop):
+            layer = self.space.options[row][0]
+            per_image += suffix[layer] - suffix[num_layers - 1]  # the stored prefix, carried to the last cut
+            per_image += sum((offsets[j + 1] - offsets[j]) * suffix[j] for j in range(layer + 1, num_layers))
+        return per_image * self.block_images(tile.block)
+
+    def stored_bytes(self) -> int:
+        """Bytes of all chunks before compression."""
+        k, count = self.space.num_options, len(self.blocks)
+        return 8 * count * sum({"singles": 1 + k, "pairs": k * k, "gram": (1 + k) * k}[kind] for kind in self.kinds)
+
+
+def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
+    """`num_blocks` consecutive ranges that cover the images, as even as integers allow."""
+    if not 1 <= num_blocks <= num_images:
+        raise ConfigurationError(f"{num_images} images cannot be cut into {num_blocks} sample blocks; expected at least one image a block")
+    ends = [k * num_images // num_blocks for k in range(num_blocks + 1)]
+    return tuple(zip(ends[:-1], ends[1:], strict=True))
+
+
+def rows_within_memory(space: SearchSpace, images_per_block: int, bytes_per_image: Sequence[int], limit_bytes: int) -> int:
+    """Rows of a `pairs` tile whose stored prefixes fit into `limit_bytes`; all rows where they do.
+
+    `bytes_per_image[i]` is what the values alive before layer i take. A tile holds one copy of them for each of its rows.
+    """
+    widest = max(bytes_per_image) * images_per_block
+    rows = limit_bytes // max(widest, 1) - 1  # one copy is the float run
+    if rows < 1:
+        raise ConfigurationError(
+            f"the memory limit of {limit_bytes / 1e6:.0f} MB is too small: one stored prefix of {images_per_block} images takes "
+            f"{widest / 1e6:.0f} MB and two are needed; raise memory_limit_mb or use more sample_blocks (fewer images each)"
+        )
+    return min(rows, space.num_options)

@@ -1,0 +1,107 @@
+"""Weight quantizers: each file chooses a range; the grid that follows from it, and rounding to it, are here.
+
+A quantizer is a module of this folder with one function
+
+    fit_range(weight, codes, symmetric) -> (low, high)
+
+on a float tensor (channels, n): per channel (row) the range that the codes `codes.low .. codes.high` shall span, two tensors
+(channels, 1). Per-tensor quantization passes one row. Names are file names; a new file is a new quantizer.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from clado.config import available
+from clado.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The integers of a b-bit grid: symmetric −(2^(b−1)−1) .. 2^(b−1)−1 (b = 1: −1 and +1), affine 0 .. 2^b − 1."""
+
+    low: int
+    high: int
+    step: int = 1
+
+    @classmethod
+    def of(cls, bits: int, symmetric: bool) -> "Codes":
+        """The codes of a bit-width."""
+        if not symmetric:
+            return cls(0, 2**bits - 1)
+        if bits == 1:
+            return cls(-1, 1, step=2)
+        return cls(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A b-bit grid: value = (code − zero_point) · scale; scale and zero point broadcast against the tensor."""
+
+    scale: Tensor
+    zero_point: Tensor
+    codes: Codes
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest codes (int32) of a float tensor; values beyond the range saturate."""
+        position = weight / self.scale + self.zero_point
+        if self.codes.step == 2:
+            return torch.where(position >= 0, 1, -1).to(torch.int32)
+        return position.round().clamp(self.codes.low, self.codes.high).to(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Float values of codes."""
+        return (codes - self.zero_point) * self.scale
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """Float values of the nearest codes: shape and device of the input, which is not changed."""
+        return self.dequantize(self.quantize(weight))
+
+
+def grid_of_range(low: Tensor, high: Tensor, codes: Codes, symmetric: bool) -> Grid:
+    """The grid whose codes span low..high. An empty range (an all-zero channel) gets scale 1, so that zeros stay zeros."""
+    one = torch.ones_like(high)
+    if symmetric:
+        reach = torch.maximum(low.abs(), high.abs())
+        # a one-bit grid has no zero: an all-zero channel keeps the least positive scale instead of becoming ±1
+        empty = torch.full_like(reach, torch.finfo(reach.dtype).tiny) if codes.step == 2 else one
+        return Grid(torch.where(reach > 0, reach / codes.high, empty), torch.zeros_like(reach), codes)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is always on an affine grid
+    scale = torch.where(high > low, (high - low) / codes.high, one)
+    return Grid(scale, (-low / scale).round().clamp(codes.low, codes.high), codes)
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """Round to nearest on a b-bit grid, per tensor or per output channel; `name` is the file that chooses the range."""
+
+    name: str = "mse"
+    per_channel: bool = True
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name not in available("quantizers"):
+            raise ConfigurationError(f"unknown quantizer {self.name!r}; expected one of {', '.join(available('quantizers'))}")
+
+    def grid(self, weight: Tensor, bits: int, channel_axis: int = 0) -> Grid:
+        """The grid of a weight of any shape; scales broadcast along `channel_axis` when per channel."""
+        codes = Codes.of(bits, self.symmetric)
+        rows = weight.detach().float()
+        rows = rows.movedim(channel_axis, 0).reshape(rows.shape[channel_axis], -1) if self.per_channel else rows.reshape(1, -1)
+        low, high = _module(self.name).fit_range(rows, codes, self.symmetric)
+        grid = grid_of_range(low, high, codes, self.symmetric)
+        shape = [1] * weight.ndim
+        if self.per_channel:
+            shape[channel_axis] = -1
+        return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), codes)
+
+    def fake_quantize(self, weight: Tensor, bits: int, channel_axis: int = 0) -> Tensor:
+        """Q(w, b): the weight rounded to its b-bit grid; shape, dtype and device are kept, the input is not changed."""
+        return self.grid(weight, bits, channel_axis).fake_quantize(weight.detach().float()).to(weight.dtype)
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"clado.quantizers.{name}")

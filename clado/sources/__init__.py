@@ -1,0 +1,155 @@
+"""Where networks and images come from: one file for each source, found by its name. Nothing here uses the network.
+
+A source is a module with `load_network(NetworkSettings) -> nn.Module | (nn.Module, example input or image shape)`, with
+`load_data(DataSettings, image_shape) -> DataSlices`, or with both. It is imported when it is named.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clado.config import DataSettings, NetworkSettings
+from clado.errors import NetworkError
+from clado.images import DataSlices, ImageShape, ImageSlice, MemorySlice, as_slice, check_batch, check_slice
+
+__all__ = [
+    "DataSlices",
+    "ImageShape",
+    "ImageSlice",
+    "LoadedNetwork",
+    "MemorySlice",
+    "as_slice",
+    "check_batch",
+    "check_slice",
+    "load_data",
+    "load_network",
+    "load_weights",
+]
+
+EXAMPLE_BATCH = 2  # torch.export refuses to make a batch of one dynamic
+BUILD_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network on the CPU in eval mode, an example input (2, C, H, W) float32, and one line that says what it is."""
+
+    model: nn.Module
+    example_input: Tensor
+    description: str
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width of the images that it takes."""
+        channels, height, width = self.example_input.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the state dict: each tensor's name, dtype, shape and bytes, in order of the names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_network(settings: NetworkSettings) -> LoadedNetwork:
+    """The network that the settings name, with the weights file on top if one is named. Raises NetworkError.
+
+    It is built with torch's random numbers seeded, so that every process that builds it gets the same one.
+    """
+    source = import_module(f"clado.sources.{settings.source}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(BUILD_SEED)
+        model, example = source.load_network(settings)
+    if isinstance(settings.weights, Path):
+        load_weights(model, settings.weights)
+    model = model.cpu().eval()
+    _check_weights(model)
+    origin = "" if settings.weights is None else f" with {'random weights' if settings.weights == 'random' else settings.weights}"
+    return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}")
+
+
+def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
+    """The three disjoint slices that the settings name, for a network that takes images of `image_shape`. Raises DataError."""
+    slices: DataSlices = import_module(f"clado.sources.{settings.source}").load_data(settings, image_shape)
+    return slices
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Puts a safetensors file into the network, refused (NetworkError) unless names and shapes fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise NetworkError(f"weights file {path} does not exist; expected a safetensors file with the network's state_dict")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise NetworkError(
+            f"weights file {path} is not a readable safetensors file ({error}); write one with safetensors.torch.save_file"
+        ) from None
+    own = model.state_dict()
+    # A tensor that two names share is stored once; the count of batches never acts in eval mode.
+    given = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name in state and tensor.numel()}
+    missing = [
+        name
+        for name, tensor in own.items()
+        if name not in state and (tensor.data_ptr(), tensor.shape) not in given and not name.endswith("num_batches_tracked")
+    ]
+    faults = [f"missing {_some(missing)}"] if missing else []
+    if unexpected := [name for name in state if name not in own]:
+        faults.append(f"unexpected {_some(unexpected)}")
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the network's {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if shapes:
+        faults.append(f"other shapes: {_some(shapes, '; ')}")
+    if faults:
+        raise NetworkError(
+            f"weights file {path} does not fit the network: {'; '.join(faults)} (names are those of model.state_dict(), "
+            f"{len(own)} in the network, {len(state)} in the file)"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _some(names: Iterable[str], separator: str = ", ", limit: int = 5) -> str:
+    names = list(names)
+    return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not tensor.dtype.is_floating_point:
+            continue
+        if tensor.dtype != torch.float32:
+            raise NetworkError(f"{name} is {tensor.dtype}; expected a network of torch.float32: model.float()")
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise NetworkError(
+                f"{name} has {bad} NaN or infinite values of {tensor.numel()}; expected finite weights, so load a sound checkpoint"
+            )
+
+
+def _example_input(example: Tensor | ImageShape | None, settings: NetworkSettings) -> Tensor:
+    shape = settings.image_shape
+    if isinstance(example, Tensor):
+        check_batch(example, None, shape, whose=f"the example input of {settings.name}")
+        return (
+            example.detach().cpu()[:EXAMPLE_BATCH] if len(example) > 1 else example.detach().cpu().repeat(EXAMPLE_BATCH, 1, 1, 1)
+        )
+    shape = shape or example
+    if shape is None:
+        raise NetworkError(
+            f"the shape of {settings.name}'s images is not known; set network.image_shape, such as [3, 224, 224], "
+            "or let the factory return (network, example_input)"
+        )
+    return torch.randn(EXAMPLE_BATCH, *shape, generator=torch.Generator().manual_seed(BUILD_SEED))

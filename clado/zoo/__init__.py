@@ -1,0 +1,12 @@
+"""The zoo: a small network trained by us on Fashion-MNIST, and the images that a demo needs. `train.py` makes every file again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from clado.zoo.networks import ResNet20
+
+ZOO = Path(__file__).parent
+MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, scaled to 0..1
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet20_fashion_mnist": ResNet20}

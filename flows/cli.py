@@ -1,0 +1,249 @@
+"""The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
+
+import atexit
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from clado.candidates import Budget
+    from clado.config import RunConfig
+    from clado.interaction import InteractionMatrix
+    from clado.space import Assignment
+    from flows.session import Session
+
+BEGIN = time.perf_counter()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="Chooses a bit-width for every layer of a vision network, by measuring how the quantization errors of layers interact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as `clado init` writes.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as data.seed=1. Repeatable.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/resnet20_fashion_mnist-1a2b3c4d.", show_default=False)]
+AverageBits = Annotated[float | None, typer.Option("--budget", metavar="BITS", help="Average bits per searched weight.")]
+SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """A command whose user errors are one message and a non-zero exit, without a traceback."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        from clado.errors import CladoError
+
+        try:
+            return function(*args, **kwargs)
+        except CladoError as error:
+            typer.echo(f"clado: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("clado: interrupted; what was measured is kept, and the same command goes on from there", err=True)
+            raise typer.Exit(130) from None
+
+    return app.command()(guarded)
+
+
+@command
+def init(
+    network: Annotated[str | None, typer.Option(help="package.module:factory of a function that returns a torch.nn.Module.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of images: one sub-folder a class, or train/ and val/ of such.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("clado.yaml"),
+) -> None:
+    """Write a commented configuration."""
+    from clado.errors import ConfigurationError
+    from clado.records import write_text
+    from clado.template import render
+
+    if output.exists():
+        raise ConfigurationError(f"{output} exists already; name another file with --output")
+    write_text(output, render(network, None if data is None else str(data)))
+    typer.echo(f"Wrote {output}. Next: clado run {output}")
+
+
+@command
+def run(config: Config, overrides: Overrides = None) -> None:
+    """Measure, allocate, evaluate, record: the whole pipeline. Run it again to resume."""
+    settings = _settings(config, overrides)
+    clock: dict[str, float] = {}
+    atexit.register(_report_end, clock)  # registered before Prefect's own hooks, hence run after them
+    session = _session(settings)
+    session.check()
+    begin = time.perf_counter()
+    clock["start-up"] = begin - BEGIN
+    typer.echo(_plan_text(session), err=True)
+    from flows.pipeline import pipeline
+
+    clock["start-up"] += time.perf_counter() - begin
+    entered = time.perf_counter()
+    before = dict(clock)
+    receipt = pipeline(settings.model_dump(mode="json"), clock)
+    # what the flow's own phases do not cover is the orchestrator's start
+    own = sum(clock.values()) - sum(before.values())
+    clock["start-up"] += time.perf_counter() - entered - own
+    _show(session.folder, clock, receipt)
+    clock["printed"] = time.perf_counter()
+
+
+@command
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
+) -> None:
+    """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
+    session = _session(_settings(config, overrides))
+    typer.echo(_plan_text(session))
+    if probe:
+        from flows.probe import eta_text
+
+        typer.echo(eta_text(session))
+
+
+@command
+def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None) -> None:
+    """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
+    from clado.records import write_text
+    from flows.stored import StoredRun, solution_text
+
+    stored = StoredRun.open(folder)
+    wanted = _budget(budget, size_bytes)
+    for name, matrix, solution in stored.solve(wanted):
+        file = folder / "solutions" / f"{wanted.name.replace(' ', '_')}-{name}.json"
+        write_text(file, stored.document(matrix, solution))
+        typer.echo(solution_text(name, matrix, solution) + f"\n  written to {file}")
+
+
+@command
+def evaluate(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None) -> None:
+    """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
+    from flows.stored import StoredRun, evaluation_text
+
+    stored = StoredRun.open(folder)
+    wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
+    typer.echo(evaluation_text(stored, _session(stored.config), wanted))
+
+
+@command
+def export(
+    folder: RunFolder,
+    budget: AverageBits = None,
+    size_bytes: SizeBytes = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/exports/BUDGET.")] = None,
+) -> None:
+    """Write the network with the weights chosen for a budget: weights.safetensors, assignment.json, a loading snippet."""
+    from flows.record import budget_folder
+    from flows.record import export as export_assignment
+    from flows.stored import StoredRun, chosen_for
+
+    stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
+    session = _session(stored.config)
+    target = output or budget_folder(session, wanted.name)
+    assignment = chosen_for(stored, session, wanted)
+    export_assignment(session, assignment, target)
+    typer.echo(f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, {session.space.average_bits(assignment):.3f} bits a weight")
+
+
+@command
+def show(folder: RunFolder) -> None:
+    """Print the table, the verdict and the places of a finished run."""
+    _show(folder, {}, None)
+
+
+@command
+def doctor() -> None:
+    """Print versions, devices, and whether the servers that are configured answer."""
+    from flows.doctor import report
+
+    text, healthy = report()
+    typer.echo(text)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
+    from clado.config import load_config
+
+    settings = load_config(path, overrides or [])
+    from flows.environment import set_defaults
+
+    set_defaults(settings.run_folder.parent)
+    return settings
+
+
+def _session(settings: "RunConfig") -> "Session":
+    from flows.environment import set_defaults
+
+    set_defaults(settings.run_folder.parent)
+    from flows.session import Session
+
+    return Session.open(settings)
+
+
+def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
+    from clado.candidates import budgets_of
+    from clado.errors import ConfigurationError
+
+    if (average_bits is None) == (size_bytes is None):
+        raise ConfigurationError("name one budget: --budget BITS (average bits a weight) or --size-bytes BYTES")
+    return budgets_of([] if average_bits is None else [average_bits], [] if size_bytes is None else [size_bytes])[0]
+
+
+def _plan_text(session: "Session") -> str:
+    plan, space = session.plan, session.space
+    lines = [f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, {space.num_weights:,} weights searched"]
+    for kind in plan.kinds:
+        tiles = [tile for tile in plan.tiles if tile.kind == kind]
+        evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.blocks)
+        gmacs = sum(plan.macs(tile, session.workload) for tile in tiles) / 1e9
+        lines.append(
+            f"  {kind:<8} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "
+            f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
+        )
+    smallest, largest = space.size_bytes(space.narrowest), space.size_bytes(space.widest)
+    lines.append(f"  store {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes")
+    fixed = [(name, size, why) for name, size, why in session.network.coverage()]
+    lines.append(f"  not searched: {len(fixed)} parameters, {sum(size for _, size, _ in fixed):,} bytes (biases, scales, shifts, fixed layers)")
+    return "\n".join(lines)
+
+
+def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from clado import report
+    from clado.records import RunRecord
+
+    record = RunRecord.load(folder / "record.json")
+    if clock:
+        record = replace(record, seconds=dict(clock))
+        record.save(folder / "record.json")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(report.show(record))
+    typer.echo(report.locations(folder, sorted((folder / "plots").glob("*.png")), receipt))
+
+
+def _report_end(clock: dict[str, float]) -> None:
+    if "printed" in clock:
+        shutdown = clock.get("shutdown", 0.0) + time.perf_counter() - clock["printed"]
+        print(f"Shutdown took {shutdown:.1f} s; {time.perf_counter() - BEGIN:.0f} s in all.", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

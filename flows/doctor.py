@@ -1,0 +1,50 @@
+"""What is installed, what there is to compute on, and whether configured servers answer."""
+
+import os
+import platform
+import urllib.error
+import urllib.request
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("clado", "torch", "torchvision", "numpy", "zarr", "dask", "distributed", "prefect", "mlflow", "pyscipopt")
+SERVERS = {"PREFECT_API_URL": "/health", "MLFLOW_TRACKING_URI": "/health"}
+
+
+def report() -> tuple[str, bool]:
+    """(lines for the terminal, whether everything needed is there)."""
+    lines, healthy = [f"{'python':<12} {platform.python_version()} on {platform.platform()}"], True
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package:<12} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package:<12} missing: install clado again")
+            healthy = False
+    import torch
+
+    lines.append(f"{'processor':<12} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    count = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(k) for k in range(count))
+    lines.append(f"{'GPUs':<12} {count}{': ' + names if count else ' (measuring runs on the processor)'}")
+    for variable, path in SERVERS.items():
+        uri = os.environ.get(variable, "")
+        if not uri.startswith("http"):
+            lines.append(f"{variable:<12} not set: " + ("an embedded server is started" if "PREFECT" in variable else "SQLite in the run's folder"))
+            continue
+        reachable, said = _answers(uri.rstrip("/") + path)
+        lines.append(f"{variable:<12} {_redacted(uri)}: {said}")
+        healthy &= reachable
+    return "\n".join(lines), healthy
+
+
+def _answers(url: str) -> tuple[bool, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200, f"answers ({response.status})"
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        return False, f"does not answer ({error}); start it, or unset the variable"
+
+
+def _redacted(uri: str) -> str:
+    from clado.tracking import redact
+
+    return redact(uri)

@@ -1,0 +1,22 @@
+"""Environment variables that a run sets unless the user has: nothing phones home, nothing is written into the home folder."""
+
+import os
+from pathlib import Path
+
+
+def set_defaults(folder: Path) -> None:
+    """Telemetry off, short logs, and caches of Prefect and matplotlib under `folder`; call it before either is imported."""
+    defaults = {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_CLI_COLORS": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    if not Path("~/.prefect").expanduser().exists():  # a user who has Prefect keeps its profiles and its server
+        defaults["PREFECT_HOME"] = str((folder / ".prefect").resolve())
+    if not Path("~/.config/matplotlib").expanduser().exists():
+        defaults["MPLCONFIGDIR"] = str((folder / ".matplotlib").resolve())
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

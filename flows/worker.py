@@ -1,0 +1,67 @@
+"""What lives on a Dask worker: the network, the sensitivity set and the store, loaded once, and the functions that tasks call."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Worker, WorkerPlugin
+
+from clado.config import RunConfig, parse_config
+from clado.evaluation import Counts, count
+from clado.measure import losses, measure_tile
+from clado.probes import Tile
+from clado.shards import Store
+from clado.space import Assignment
+from flows.session import EVALUATION_SHARD, Session
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a task reports: the tile, its probes, and seconds in the worker. No tensor passes through the scheduler."""
+
+    tile: Tile
+    evaluations: int
+    seconds: float
+
+
+class SessionPlugin(WorkerPlugin):
+    """Opens the run's session on every worker, also on one that is restarted."""
+
+    name = "clado-session"
+
+    def __init__(self, config: RunConfig) -> None:
+        self.document: dict[str, Any] = config.model_dump(mode="json")
+
+    def setup(self, worker: Worker) -> None:
+        """Called by Dask when the worker starts."""
+        open_session(self.document)
+
+
+def open_session(document: dict[str, Any]) -> Session:
+    """The session of a configuration, opened once in a process."""
+    return Session.open(parse_config(document))
+
+
+def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
+    """Measures one tile and writes its chunk."""
+    session = open_session(document)
+    begin = time.perf_counter()
+    Store.open(session.store_path).write(tile, measure_tile(session.bench, tile))
+    return Receipt(tile, session.plan.evaluations(tile), time.perf_counter() - begin)
+
+
+def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
+    """Sum of an assignment's loss over the sensitivity set."""
+    session = open_session(document)
+    sums = [losses(session.bench, assignment, block) for block in range(len(session.blocks))]
+    return assignment, Counts(sum(map(len, sums)), float(sum(part.sum() for part in sums)))
+
+
+def evaluate_shard(document: dict[str, Any], item: tuple[Assignment, int]) -> tuple[Assignment, int, Counts]:
+    """Counts of an assignment on one shard of the validation set."""
+    session = open_session(document)
+    assignment, shard = item
+    images = session.slices.validation
+    start = shard * EVALUATION_SHARD
+    stop = min(start + EVALUATION_SHARD, len(images))
+    return assignment, shard, count(session.network, session.bench.weights(assignment), images, start, stop)

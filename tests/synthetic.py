@@ -1,0 +1,115 @@
+"""Made-up runs for tests of what reads a record: plots, tables, the tracker. Numbers are plausible, seeded and consistent."""
+
+import numpy as np
+
+from clado.interaction import InteractionMatrix
+from clado.records import Accuracy, Result, RunRecord
+from clado.space import Assignment, Layer, SearchSpace
+
+BITS = (2, 4, 8)
+BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
+METHODS = ("uniform", "layerwise", "pairwise", "gauss_newton", "chosen")
+
+
+def make_space(num_layers: int = 22, bits: tuple[int, ...] = BITS) -> SearchSpace:
+    """Layers named and shaped as those of a residual network: a stem, blocks in four stages with projections, a classifier."""
+    layers = [Layer("conv1.weight", (16, 1, 3, 3), "conv2d")]
+    block = 0
+    per_stage = max(1, (num_layers - 2) // 4)
+    while len(layers) < num_layers - 1:
+        stage, within = divmod(len(layers) - 1, per_stage)
+        width = 16 * 2 ** min(stage, 3)
+        block = within // 2
+        name = f"layer{min(stage, 3) + 1}.{block + 20 * max(0, stage - 3)}"
+        if within == per_stage - 1 and per_stage > 2:
+            layers.append(Layer(f"{name}.downsample.0.weight", (width, width // 2, 1, 1), "conv2d"))
+        else:
+            layers.append(Layer(f"{name}.conv{within % 2 + 1}.weight", (width, width, 3, 3), "conv2d"))
+    layers.append(Layer("fc.weight", (10, 64), "linear"))
+    return SearchSpace.uniform(layers, bits)
+
+
+def make_matrix(space: SearchSpace, estimator: str = "pairwise", seed: int = 0) -> InteractionMatrix:
+    """Products of seeded error vectors that shrink fourfold a bit: heavy-tailed, of both signs, the diagonal positive."""
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(space.num_layers, 6)) * generator.gamma(1.0, 1.0, size=(space.num_layers, 1))
+    errors = np.array([vectors[i] * 0.6 * 4.0 ** (2 - b) for i, b in space.options])
+    values = errors @ errors.T
+    owner = np.array([i for i, _ in space.options])
+    inside = owner[:, None] == owner[None, :]
+    values[inside & ~np.eye(len(values), dtype=bool)] = 0.0
+    if estimator == "layerwise":
+        values = np.diag(np.diag(values))
+    return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.0, 256)
+
+
+def make_record(
+    num_layers: int = 22,
+    budgets: tuple[float, ...] = BUDGETS,
+    methods: tuple[str, ...] = METHODS,
+    seed: int = 0,
+    network: str = "resnet20_fashion_mnist",
+) -> RunRecord:
+    """One result per budget and method; layerwise differs from pairwise in some layers and has the higher loss."""
+    space = make_space(num_layers)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(num_layers)
+    results: list[Result] = []
+    for budget in budgets:
+        base = _filled(space, budget, order)
+        for method in methods:
+            if method == "uniform":
+                assignment = [a for b, a in space.uniform_assignments() if b <= budget][-1]
+            elif method == "layerwise":
+                assignment = _filled(space, budget, np.roll(order, 2 + num_layers // 8))
+            elif method == "gauss_newton":
+                assignment = _filled(space, budget, np.roll(order, 1))
+            else:
+                assignment = base
+            average = space.average_bits(assignment)
+            factor = {"uniform": 2.0, "layerwise": 1.3, "gauss_newton": 1.1}.get(method, 1.0)
+            loss = factor * 0.8 * 4.0 ** (2 - average) + 1e-4
+            solved = method not in ("uniform", "chosen")
+            results.append(
+                Result(
+                    budget=f"{budget:g} bits",
+                    method=method,
+                    assignment=assignment,
+                    size_bytes=space.size_bytes(assignment),
+                    average_bits=average,
+                    loss_shipped=loss,
+                    loss_predicted=0.9 * loss if solved else None,
+                    status="optimal" if solved else None,
+                    objective=0.9 * loss if solved else None,
+                    bound=0.9 * loss if solved else None,
+                    gap=0.0 if solved else None,
+                    seconds=0.25 * budget if solved else None,
+                    validation=Accuracy(10_000, 0.25 + loss, 0.1 + 0.83 * float(np.exp(-0.4 * loss)), 0.998 - 0.01 * loss),
+                    winner="pairwise" if method == "chosen" else None,
+                    gain=loss * 0.1 if method == "chosen" else None,
+                )
+            )
+    return RunRecord(
+        network=network,
+        layer_names=space.names,
+        layer_weights=tuple(layer.num_weights for layer in space.layers),
+        fingerprint="0123456789abcdef" * 4,
+        criterion="kl_to_float",
+        baseline=0.0,
+        float_accuracy=Accuracy(10_000, 0.21, 0.9312, 0.9985),
+        results=tuple(results),
+        seconds={"start-up": 12.25, "measuring": 81.5, "solving": 9.0, "evaluation": 30.5, "shutdown": 2.0},
+        forwards={"pairwise": 2211, "gauss_newton": 67, "layerwise": 66},
+        notes=("activations are not quantized",),
+    )
+
+
+def _filled(space: SearchSpace, average_bits: float, order: np.ndarray) -> Assignment:
+    """Widens layers in this order, twice round, as long as the average allows."""
+    assignment = space.narrowest
+    for bits in space.bit_widths[0][1:]:
+        for layer in order:
+            wider = assignment.replace(int(layer), bits)
+            if space.average_bits(wider) <= average_bits:
+                assignment = wider
+    return assignment

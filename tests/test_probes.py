@@ -1,0 +1,60 @@
+"""Laws of plans: every probe is planned once, counts are those of the method, and everything is an integer."""
+
+import pytest
+
+from clado.errors import ConfigurationError
+from clado.probes import Plan, Workload, rows_within_memory, sample_blocks
+from clado.space import Layer, SearchSpace
+
+
+def space(num_layers, bits=(2, 4, 8)):
+    return SearchSpace.uniform([Layer(f"l{i}", (4, 4), "linear", macs=16) for i in range(num_layers)], bits)
+
+
+@pytest.mark.parametrize(("layers", "evaluations"), [(19, 1597), (35, 5461), (52, 12091), (51, 11629), (62, 17206), (79, 27967), (109, 53302), (72, 23221)])
+def test_evaluations_are_those_of_the_methods_table(layers, evaluations):
+    plan = Plan(space(layers), ((0, 10),), ("singles", "pairs"), 50)
+    assert sum(plan.evaluations(tile) for tile in plan.tiles) == evaluations
+    assert plan.forward_images(plan.tiles) == 10 * evaluations
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_row_tiles_cover_every_row_of_every_block_once(rows):
+    plan = Plan(space(3), sample_blocks(10, 4), ("pairs",), rows)
+    covered = [(tile.block, row) for tile in plan.tiles for row in range(tile.first, tile.stop)]
+    assert sorted(covered) == [(block, row) for block in range(4) for row in range(9)]
+
+
+@pytest.mark.parametrize(("images", "blocks"), [(10, 3), (16, 16), (7, 1)])
+def test_blocks_cover_the_images_evenly(images, blocks):
+    ranges = sample_blocks(images, blocks)
+    assert [k for start, stop in ranges for k in range(start, stop)] == list(range(images))
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_more_blocks_than_images_are_refused():
+    with pytest.raises(ConfigurationError, match="3 images cannot be cut into 4"):
+        sample_blocks(3, 4)
+
+
+def test_macs_of_pairs_are_suffixes_plus_prefixes():
+    plan = Plan(space(3, (2, 4)), ((0, 1),), ("pairs",), 6)
+    work = Workload(48, (48, 32, 16))
+    pairs = 2 * 2 * 32 + 2 * 2 * 16 + 2 * 2 * 16  # (0, 1), (0, 2), (1, 2): suffix of the later layer
+    prefixes = 48 + 2 * (48 - 16) + 2 * (32 - 16) + 2 * 0  # the float run, then each row to the last cut
+    assert plan.macs(plan.tiles[0], work) == pairs + prefixes
+
+
+def test_finer_row_tiles_cost_only_prefixes():
+    work = Workload(160, tuple(16 * (10 - i) for i in range(10)))
+    whole, fine = (Plan(space(10), ((0, 1),), ("pairs",), rows) for rows in (30, 5))
+    costs = [sum(plan.macs(tile, work) for tile in plan.tiles) for plan in (whole, fine)]
+    assert costs[0] < costs[1] <= costs[0] + 160 * fine.num_row_tiles
+
+
+def test_rows_shrink_to_the_memory_limit_and_too_little_is_refused_with_numbers():
+    assert rows_within_memory(space(4), 10, [100, 200, 50, 10], 10**6) == 12
+    assert rows_within_memory(space(4), 10, [100, 200, 50, 10], 10_000) == 4
+    with pytest.raises(ConfigurationError, match=r"one stored prefix of 10 images takes 2 MB"):
+        rows_within_memory(space(4), 10, [2 * 10**5], 3 * 10**6)

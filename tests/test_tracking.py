@@ -1,0 +1,300 @@
+"""The tracker mirrors the record exactly, never fails the science, leaves no run open and tells no secret (MLflow on SQLite)."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import make_matrix, make_record, make_space
+
+from clado import tracking
+from clado.records import RunRecord
+from clado.tracking import Receipt, redact, track
+
+BUDGETS = (2.5, 4.0)
+CONFIG = {
+    "network": {"source": "zoo", "name": "resnet20_fashion_mnist", "weights": None},
+    "data": {"sensitivity_images": 256, "seed": 0},
+    "bits": [2, 4, 8],
+    "tracking": {"experiment": "clado", "uri": "postgresql://me:hunter2@db.example/mlflow?sslpassword=hunter2"},
+    **{f"extra_{k}": k for k in range(150)},
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run leaves on disk for the tracker."""
+
+    folder: Path
+    matrices: dict[str, Path]
+    plots: list[Path]
+    exports: dict[str, Path]
+
+    def arguments(self) -> dict[str, Any]:
+        return {"matrices": self.matrices, "plots": self.plots, "exports": self.exports}
+
+
+def make_files(folder: Path, record: RunRecord) -> Files:
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix, plot, exports = folder / "pairwise.npz", folder / "plots" / "loss.png", {}
+    np.savez(matrix, values=make_matrix(make_space()).values)
+    plot.parent.mkdir()
+    plot.write_bytes(b"picture")
+    for budget in record.budgets:
+        exports[budget] = folder / "exports" / budget
+        exports[budget].mkdir(parents=True)
+        (exports[budget] / "weights.safetensors").write_bytes(budget.encode())
+    record.save(folder / "record.json")
+    return Files(folder, {"pairwise": matrix}, [plot], exports)
+
+
+def runs_of(uri: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id], max_results=5000)]
+
+
+@pytest.fixture(scope="module")
+def record() -> RunRecord:
+    record = make_record(budgets=BUDGETS)
+    first, *others = record.results
+    return replace(record, results=(replace(first, gap=float("inf")), *others))
+
+
+@dataclass(frozen=True)
+class Tracked:
+    files: Files
+    receipt: Receipt
+    runs: list[Any]
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, record: RunRecord) -> Tracked:
+    files = make_files(tmp_path_factory.mktemp("a run") / "folder", replace(record, results=record.results[1:]))
+    receipt = track(record, files.folder, CONFIG, tags={"torch": "2.15.0"}, description="# A table", **files.arguments())
+    return Tracked(files, receipt, runs_of(receipt.uri))
+
+
+def children(tracked: Tracked) -> list[Any]:
+    return [run for run in tracked.runs if run.data.tags.get("mlflow.parentRunId") == tracked.receipt.parent_run_id]
+
+
+def artifacts(run: Any) -> Path:
+    from urllib.parse import unquote, urlsplit
+
+    return Path(unquote(urlsplit(run.info.artifact_uri).path))
+
+
+def test_all_is_delivered_and_finished(tracked: Tracked, record: RunRecord) -> None:
+    receipt = tracked.receipt
+    assert receipt.delivered, receipt.problem
+    assert receipt.num_children == len(record.results) == len(children(tracked)) == len(tracked.runs) - 1
+    assert {run.info.status for run in tracked.runs} == {"FINISHED"}
+    assert receipt.spool is None
+    assert not (tracked.files.folder / "mlflow-undelivered.json").exists()
+    assert receipt.how_to_open == f"mlflow ui --backend-store-uri '{receipt.uri}'"
+    assert receipt.uri == f"sqlite:///{tracked.files.folder}/mlflow.db"
+
+
+def test_parent_holds_network_settings_and_provenance(tracked: Tracked, record: RunRecord) -> None:
+    [parent] = [run for run in tracked.runs if run.info.run_id == tracked.receipt.parent_run_id]
+    params, tags, metrics = parent.data.params, parent.data.tags, parent.data.metrics
+    assert params["network"] == "resnet20_fashion_mnist"
+    assert params["data.sensitivity_images"] == "256"
+    assert params["bits"] == "[2, 4, 8]"
+    assert params["extra_149"] == "149"
+    assert "network.weights" not in params
+    assert tags["fingerprint"] == record.fingerprint
+    assert tags["torch"] == "2.15.0"
+    assert tags["mlflow.note.content"] == "# A table"
+    assert metrics["float_top1"] == record.float_accuracy.top1
+    assert metrics["float_bytes"] == record.float_bytes
+    assert metrics["seconds/measuring"] == record.seconds["measuring"]
+    assert metrics["forwards/pairwise"] == record.forwards["pairwise"]
+    place = artifacts(parent)
+    assert (place / "matrices" / "pairwise.npz").read_bytes() == tracked.files.matrices["pairwise"].read_bytes()
+    assert (place / "plots" / "loss.png").read_bytes() == b"picture"
+    assert json.loads((place / "config.json").read_text())["bits"] == [2, 4, 8]
+    assert len(RunRecord.load(place / "record.json").results) == len(record.results)
+
+
+def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) -> None:
+    found = {(run.data.params["budget"], run.data.params["method"]): run for run in children(tracked)}
+    assert len(found) == len(record.results)
+    for result in record.results:
+        run = found[result.budget, result.method]
+        assert result.validation is not None
+        expected = {
+            "size_bytes": result.size_bytes,
+            "average_bits": result.average_bits,
+            "loss_shipped": result.loss_shipped,
+            "loss_predicted": result.loss_predicted,
+            "top1": result.validation.top1,
+            "top5": result.validation.top5,
+            "validation_loss": result.validation.loss,
+            "validation_images": result.validation.num_images,
+            "solver_objective": result.objective,
+            "solver_bound": result.bound,
+            "solver_gap": result.gap if result.gap != float("inf") else None,
+            "solver_seconds": result.seconds,
+            "gain": result.gain,
+        }
+        assert run.data.metrics == {name: value for name, value in expected.items() if value is not None}
+        assert run.data.tags.get("solver_status") == result.status
+        assert run.data.tags.get("winner") == result.winner
+        assert json.loads((artifacts(run) / "assignment.json").read_text()) == record.assignment_document(result)
+        exported = artifacts(run) / "export" / "weights.safetensors"
+        if result.method == "chosen":
+            assert exported.read_bytes() == result.budget.encode()
+        else:
+            assert not exported.exists()
+
+
+def test_what_is_not_finite_becomes_a_tag(tracked: Tracked) -> None:
+    [run] = [run for run in children(tracked) if run.data.params == {"budget": "2.5 bits", "method": "uniform"}]
+    assert run.data.tags["solver_gap"] == "inf"
+
+
+def test_no_secret_is_stored(tracked: Tracked) -> None:
+    files = [path for path in tracked.files.folder.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "config.json"} <= {path.name for path in files}
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+
+
+def test_the_same_record_again_is_a_second_parent(tracked: Tracked, record: RunRecord, tmp_path: Path) -> None:
+    small = replace(record, results=record.results[:1])
+    uri = f"sqlite:///{tmp_path}/shared.db"
+    first, second = track(small, tmp_path / "run", {}, uri=uri), track(small, tmp_path / "run", {}, uri=uri)
+    assert first.delivered
+    assert second.delivered
+    assert first.parent_run_id != second.parent_run_id
+    assert len(runs_of(uri)) == 4
+    assert (tmp_path / "mlflow-artifacts").is_dir()
+
+
+@pytest.mark.parametrize("place", ["parent", "child"])
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_fault_in_the_middle_leaves_no_run_open(
+    place: str, kind: type[BaseException], record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    from mlflow import MlflowClient
+
+    files = make_files(tmp_path / "run", make_record(budgets=BUDGETS))
+    calls = []
+
+    def failing(self: Any, *arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
+        if place == "parent" or len(calls) == 3:
+            raise kind("lost http://me:hunter2@host/")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifacts" if place == "parent" else "log_dict", failing)
+        if kind is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
+                track(record, files.folder, CONFIG, **files.arguments())
+        else:
+            receipt = track(record, files.folder, CONFIG, **files.arguments())
+            assert not receipt.delivered
+            assert receipt.problem == "RuntimeError: lost http://***@host/"
+            assert receipt.num_children == (0 if place == "parent" else 2)
+            assert "did not take the whole record" in caplog.text
+            assert "hunter2" not in caplog.text
+            assert receipt.spool == files.folder / "mlflow-undelivered.json"
+            note = json.loads(receipt.spool.read_text())
+            expected = [f"run of {result.budget} {result.method}" for result in record.results]
+            assert [name for name in note["undelivered"] if name.startswith("run of")] == expected[receipt.num_children :]
+            assert "export of 4 bits" in note["undelivered"]
+            assert ("parent run" in note["undelivered"]) == (place == "parent")
+            assert note["runs_left_open"] == []
+    statuses = sorted(run.info.status for run in runs_of(tracking.default_uri(files.folder)))
+    assert statuses == (["FAILED"] if place == "parent" else ["FAILED", "FAILED", "FINISHED", "FINISHED"])
+    if kind is RuntimeError:
+        assert track(record, files.folder, CONFIG, **files.arguments()).delivered
+        assert not (files.folder / "mlflow-undelivered.json").exists()
+
+
+def test_files_that_are_not_there_are_named_and_the_rest_is_delivered(record: RunRecord, tmp_path: Path, caplog: Any) -> None:
+    small = replace(record, results=record.results[-1:])
+    receipt = track(
+        small, tmp_path, {}, plots=[tmp_path / "gone.png"], matrices={"pairwise": tmp_path / "gone.npz"},
+        exports={"4 bits": tmp_path / "gone", "9 bits": tmp_path},
+    )  # fmt: skip
+    assert receipt.num_children == 1
+    assert receipt.problem == "not found: matrices/pairwise.npz, plots/gone.png, export of 4 bits, export of 9 bits"
+    assert receipt.spool is not None
+    assert {run.info.status for run in runs_of(receipt.uri)} == {"FINISHED"}
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:hunter2@127.0.0.1:9", "postgresql://me:hunter2@127.0.0.1:9/mlflow", "nonsense://me:hunter2@127.0.0.1"]
+)
+def test_a_dead_tracker_warns_and_spools(uri: str, record: RunRecord, tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        receipt = track(record, tmp_path, CONFIG, uri=uri)
+    assert not receipt.delivered
+    assert receipt.parent_run_id is None
+    assert receipt.seconds < 60
+    assert [entry.levelname for entry in caplog.records if entry.name == "clado.tracking"] == ["WARNING"]
+    assert receipt.spool is not None
+    note = json.loads(receipt.spool.read_text())
+    assert note["undelivered"] == ["parent run", *[f"run of {result.budget} {result.method}" for result in record.results]]
+    for text in (caplog.text, receipt.spool.read_text(), repr(receipt), receipt.how_to_open):
+        assert "hunter2" not in text
+        assert "127.0.0.1" in text
+
+
+def test_a_folder_that_takes_no_note_is_no_fault_of_the_science(record: RunRecord, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "file").write_text("")
+    receipt = track(record, tmp_path / "file" / "run", CONFIG, uri="nonsense://host")
+    assert not receipt.delivered
+    assert receipt.spool is None
+    assert "could not be written either" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:secret@host:5000/a", "https://***@host:5000/a"),
+        ("https://secret@host/", "https://***@host/"),
+        ("postgresql+psycopg2://me:se@cr/et@host/db", "postgresql+psycopg2://***@host/db"),
+        (
+            "postgresql://host/db?user=me&password=secret&sslmode=require",
+            "postgresql://host/db?user=me&password=***&sslmode=require",
+        ),
+        ("https://host/?x=1&api_key=secret", "https://host/?x=1&api_key=***"),
+        ("no route to http://me:secret@host (and http://you:secret@there)", "no route to http://***@host (and http://***@there)"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("me@example.org", "me@example.org"),
+    ],
+)
+def test_redact(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(expected) == expected
+
+
+def test_a_servers_run_is_opened_by_its_address() -> None:
+    receipt = Receipt("http://127.0.0.1:5000/", "clado", "3", "abc", 1, True, 0.0)
+    assert receipt.how_to_open == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+
+
+def test_telemetry_is_off_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    tracking.set_environment()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+
+
+def test_importing_the_module_does_not_import_mlflow() -> None:
+    code = "import sys, clado.tracking, clado.report; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
