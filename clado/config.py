@@ -175,20 +175,20 @@ class MeasureSettings(Settings):
     )
 
 
-class ClusterSettings(Settings):
-    """Where tiles are computed."""
-
-    kind: Annotated[str, AfterValidator(lambda name: _cluster(name))] = "local"
-    workers: Count = 2
-    threads_per_worker: Count = Field(default=1, description="torch threads of one worker")
-
-
 def _cluster(name: str) -> str:
     folder = PACKAGE.parent / "flows" / "clusters"
     valid = tuple(sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")))
     if name not in valid:
         raise ValueError(f"unknown name {name!r}; expected one of {', '.join(valid)}{nearest(name, valid)}")
     return name
+
+
+class ClusterSettings(Settings):
+    """Where tiles are computed."""
+
+    kind: Annotated[str, AfterValidator(_cluster)] = "local"
+    workers: Count = 2
+    threads_per_worker: Count = Field(default=1, description="torch threads of one worker")
 
 
 class TrackingSettings(Settings):
@@ -229,7 +229,7 @@ class RunConfig(Settings):
         return self
 
     def measured_settings(self) -> dict[str, Any]:
-        """The settings that a measured number depends on; budgets, estimators, solver, cluster and tracking are not among them."""
+        """The settings that a measured number depends on: not budgets, estimators, solver, cluster and tracking."""
         document = self.model_dump(mode="json", include={"network", "data", "bits", "quantizer", "criterion"})
         document["data"].pop("validation_images")
         return document
@@ -311,26 +311,31 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _explain(fault: Any) -> str:
     *path, key = fault["loc"] or ("",)
-    where, kind, given = ".".join(str(part) for part in fault["loc"]), fault["type"], fault["input"]
-    shown = repr(given) if isinstance(given, str | int | float | bool | list | tuple) else "empty" if given is None else type(given).__name__
-    if kind == "extra_forbidden":
-        valid = _keys_at(path)
-        return f"unknown key {where!r}{nearest(str(key), valid)}; valid keys are {', '.join(valid)}"
-    if kind == "missing" and isinstance(key, int):
-        return f"{'.'.join(str(part) for part in path)} is too short; expected {key + 1} values or more, such as [3, 224, 224]"
-    if kind == "missing":
-        return f"{where!r} is missing; expected for example network: {{source: zoo, name: resnet20_fashion_mnist}}"
-    if kind == "literal_error":
-        valid = tuple(re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
-        return f"{where}: unknown name {shown}; expected one of {', '.join(valid)}{nearest(str(given), valid)}"
-    if kind == "tuple_type":
-        return f"{where} is {shown}; expected a list, such as [{given}]"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"{where} is {shown}; expected a section with keys of {', '.join(_keys_at(fault['loc']))}"
-    if kind == "value_error":
-        message = str(fault["msg"]).removeprefix("Value error, ")
-        return message if not where or message.startswith(f"{where} ") else f"{where}: {message}"
-    return f"{where}: {fault['msg']}, got {shown}"
+    where, given = ".".join(str(part) for part in fault["loc"]), fault["input"]
+    plain = isinstance(given, str | int | float | bool | list | tuple)
+    shown = repr(given) if plain else "empty" if given is None else type(given).__name__
+    match fault["type"]:
+        case "extra_forbidden":
+            valid = _keys_at(path)
+            said = f"unknown key {where!r}{nearest(str(key), valid)}; valid keys are {', '.join(valid)}"
+        case "missing" if isinstance(key, int):
+            parent = ".".join(str(part) for part in path)
+            said = f"{parent} is too short; expected {key + 1} values or more, such as [3, 224, 224]"
+        case "missing":
+            said = f"{where!r} is missing; expected for example network: {{source: zoo, name: resnet20_fashion_mnist}}"
+        case "literal_error":
+            valid = tuple(re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
+            said = f"{where}: unknown name {shown}; expected one of {', '.join(valid)}{nearest(str(given), valid)}"
+        case "tuple_type":
+            said = f"{where} is {shown}; expected a list, such as [{given if plain else 2}]"
+        case "model_type" | "model_attributes_type":
+            said = f"{where} is {shown}; expected a section with keys of {', '.join(_keys_at(fault['loc']))}"
+        case "value_error":
+            message = str(fault["msg"]).removeprefix("Value error, ")
+            said = message if not where or message.startswith(f"{where} ") else f"{where}: {message}"
+        case _:
+            said = f"{where}: {fault['msg']}, got {shown}"
+    return said
 
 
 def _keys_at(path: Sequence[Any]) -> tuple[str, ...]:

@@ -188,7 +188,10 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
             program = torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
             return program.run_decompositions({})
     except Exception as error:  # torch.export raises many kinds; each means that this network has no graph
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = next((line for line in lines if "specialized" in line), lines[0])
+        if "specialized" in first:
+            first = "its code makes the number of images a constant; use x.shape[0] where it has len(x) or int(...)"
         raise NetworkError(
             f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: {first[:300]}\n"
             "  Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
@@ -223,12 +226,14 @@ class _Compiler:
         inputs = []
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        # of a tensor with several names the module's first is used, whichever torch.export keeps
+        first_names = {id(parameter): name for name, parameter in model.named_parameters()}
         for node, spec in zip(placeholders, self.program.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.USER_INPUT:
                 inputs.append(node)
             elif spec.target is not None:
                 name = str(spec.target)
-                self.names[node] = name
+                self.names[node] = first_names.get(id(parameters.get(name)), name)
                 source = self.program.constants.get(name) if spec.kind is InputKind.CONSTANT_TENSOR else None
                 tensor = source if source is not None else parameters.get(name, self.program.constants.get(name))
                 if tensor is None:
@@ -320,10 +325,10 @@ class _Compiler:
 
     def _unsearched(self, weights: set[fx.Node]) -> tuple[tuple[str, int, str], ...]:
         """(name, bytes, why) of every parameter that is not searched."""
-        parameters = set(self.program.graph_signature.inputs_to_parameters.values())
+        parameters = self.program.graph_signature.inputs_to_parameters
         rows = []
         for node, name in self.names.items():
-            if name not in parameters or node in weights:
+            if node.name not in parameters or node in weights:
                 continue
             tensor = self.tensors[node]
             if self.fixed(name):

@@ -88,7 +88,7 @@ def check_batch(
     num_classes: int | None = None,
     whose: str = "the batch",
 ) -> None:
-    """Refuses (DataError) what is not a batch of float32 images (N, C, H, W), finite, with integer labels (N,) in range or None."""
+    """Refuses (DataError) all but float32 images (N, C, H, W), finite, with integer labels (N,) in range or None."""
     if not isinstance(images, Tensor):
         raise DataError(f"{whose} holds images of type {type(images).__name__}; expected a torch tensor (N, C, H, W) of float32")
     shape = tuple(images.shape)

@@ -38,7 +38,7 @@ class Workbench:
     criterion: str
     blocks: Sequence[tuple[int, int]]
     load: Callable[[int, int], Batch]
-    batch_images: int = 512
+    batch_images: int = 256
     quantized: tuple[Tensor, ...] = field(init=False)
     _block: tuple[int, "Block"] | None = None
 

@@ -56,13 +56,15 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def heat_map(matrix: InteractionMatrix) -> Figure:
-    """The interaction matrix, options grouped by layer. Pairs of options of one layer are grey, for no choice has both."""
+    """The interaction matrix, options grouped by layer. What no choice may have (two options of a layer) is grey."""
     space = matrix.space
     edges = np.array(space.offsets) - 0.5
     centres = (edges[:-1] + edges[1:]) / 2
     values = matrix.values.copy()
-    across = ~matrix.in_layer_mask()
     values[matrix.in_layer_mask() & ~np.eye(len(values), dtype=bool)] = np.nan
+    values[list(matrix.quarantined), :] = values[:, list(matrix.quarantined)] = np.nan
+    for row, column in matrix.forbidden:
+        values[row, column] = values[column, row] = np.nan
     limit = colour_limit(matrix)
 
     side = max(5.2, 0.165 * space.num_layers)  # inches; a label needs 0.16
@@ -80,8 +82,7 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
     for edge in edges[1:-1]:
         axes.axhline(edge, color=PALE, linewidth=0.4)
         axes.axvline(edge, color=PALE, linewidth=0.4)
-    drawn = values[across] if across.any() else values
-    beyond = bool(np.nanmax(np.abs(np.concatenate([drawn.ravel(), np.diag(values)]))) > limit)
+    beyond = bool((np.abs(values[~np.isnan(values)]) > limit).any())
     bar = figure.colorbar(image, ax=axes, extend="both" if beyond else "neither", fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.set_label("Ĝ (orders assignments, is not a loss)" if matrix.ranking_only else "Ĝ (twice the loss increase)", fontsize=9)

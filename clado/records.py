@@ -1,4 +1,4 @@
-"""What a run found, as data: one row for each budget and method. Plots, tables and the tracker read this; nothing here measures."""
+"""What a run found, as data: one row for each budget and method. Plots, tables and the tracker read it; nothing here measures."""
 
 import json
 import math
@@ -114,7 +114,9 @@ class RunRecord:
                 }
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} is not the record of a finished run ({error}); run `clado run` on its configuration first") from error
+            raise StoreError(
+                f"{path} is not the record of a finished run ({error}); run `clado run` on its configuration first"
+            ) from error
 
 
 def _result(row: dict[str, Any]) -> Result:

@@ -1,4 +1,4 @@
-"""The commented configuration that `clado init` writes. What it sets are the defaults; what is commented out has no value by default."""
+"""The commented configuration that `clado init` writes. What it sets are the defaults; what is commented out has none."""
 
 import json
 

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,9 @@ class Receipt:
         if self.uri.startswith(("http://", "https://")):
             page = f"/#/experiments/{self.experiment_id}/runs/{self.parent_run_id}" if self.parent_run_id else ""
             return self.uri.rstrip("/") + page
-        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+        beside = Path(sys.executable).with_name("mlflow")
+        command = shlex.quote(str(beside)) if shutil.which("mlflow") is None and beside.exists() else "mlflow"
+        return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui --backend-store-uri {shlex.quote(self.uri)}"
 
 
 def set_environment() -> None:
@@ -64,6 +67,7 @@ def set_environment() -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each of thirty children
     }.items():
         os.environ.setdefault(name, value)
 
@@ -165,6 +169,7 @@ class _Delivery:
         from mlflow import MlflowClient
 
         client = MlflowClient(self.uri)
+        self._close_earlier(client)
         self.experiment_id = self._experiment(client)
         with self._run(client, self.record.network, self._parent_tags()) as parent_id:
             self.parent_id = parent_id
@@ -173,6 +178,16 @@ class _Delivery:
             self.pending.remove("parent run")
             for result in self.record.results:
                 self._child(client, parent_id, result)
+
+    def _close_earlier(self, client: "MlflowClient") -> None:
+        """Ends the runs that an earlier attempt could not close, for its server had gone."""
+        path = self.folder / UNDELIVERED
+        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for run_id in note.get("runs_left_open", []) if note.get("uri") == redact(self.uri) else []:
+            try:
+                client.set_terminated(run_id, "FAILED")
+            except Exception as fault:  # deleted since, or the server is another one or away again
+                log.debug("run %s could not be closed: %s", run_id, _one_line(fault))
 
     def _experiment(self, client: "MlflowClient") -> str:
         found = client.get_experiment_by_name(self.experiment)

@@ -20,3 +20,4 @@ def set_defaults(folder: Path) -> None:
         defaults["MPLCONFIGDIR"] = str((folder / ".matplotlib").resolve())
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    Path(os.environ.get("PREFECT_HOME", folder)).mkdir(parents=True, exist_ok=True)  # Prefect's server does not make it

@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
         y = self.norm(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
         x = x + F.gelu(self.mlp(self.norm(x)))

@@ -12,11 +12,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
-from synthetic import make_matrix, make_record, make_space
 
 from clado import plots
 from clado.interaction import InteractionMatrix
 from clado.records import RunRecord
+from tests.synthetic import make_matrix, make_record, make_space
 
 SIZES = [1, 2, 22, 54]
 
@@ -81,6 +81,17 @@ def test_heat_map_shows_the_matrix_and_hides_what_no_choice_has() -> None:
     hidden = matrix.in_layer_mask() & ~np.eye(len(matrix.values), dtype=bool)
     assert np.array_equal(np.isnan(shown), hidden)
     assert np.array_equal(shown[~hidden], matrix.values[~hidden])
+
+
+def test_heat_map_hides_quarantined_options_and_forbidden_pairs() -> None:
+    shown = np.ma.filled(
+        image_of(plots.heat_map(replace(make_matrix(make_space()), quarantined=(4,), forbidden=((7, 20),)))), np.nan
+    )
+    assert np.isnan(shown[4]).all()
+    assert np.isnan(shown[:, 4]).all()
+    assert np.isnan(shown[7, 20])
+    assert np.isnan(shown[20, 7])
+    assert not np.isnan(shown[7, 21])
 
 
 def test_heat_map_colours_are_centred_and_robust() -> None:

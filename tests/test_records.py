@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import make_record, make_space
 
 from clado.errors import StoreError
 from clado.records import RunRecord, markdown_table, percent, size_text, write_text
+from tests.synthetic import make_record, make_space
 
 
 @pytest.mark.parametrize("num_layers", [22, 54])

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
-from synthetic import make_record
 
 from clado import report
 from clado.records import RunRecord, percent, size_text
 from clado.tracking import Receipt
+from tests.synthetic import make_record
 
 
 def printed(renderable: RenderableType, width: int = 120) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import make_matrix, make_record, make_space
 
 from clado import tracking
 from clado.records import RunRecord
 from clado.tracking import Receipt, redact, track
+from tests.synthetic import make_matrix, make_record, make_space
 
 BUDGETS = (2.5, 4.0)
 CONFIG = {
@@ -68,6 +69,14 @@ def record() -> RunRecord:
     return replace(record, results=(replace(first, gap=float("inf")), *others))
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database: MLflow takes seconds to make one, and a copy takes none."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    assert runs_of(f"sqlite:///{path}") == []
+    return path
+
+
 @dataclass(frozen=True)
 class Tracked:
     files: Files
@@ -99,7 +108,8 @@ def test_all_is_delivered_and_finished(tracked: Tracked, record: RunRecord) -> N
     assert {run.info.status for run in tracked.runs} == {"FINISHED"}
     assert receipt.spool is None
     assert not (tracked.files.folder / "mlflow-undelivered.json").exists()
-    assert receipt.how_to_open == f"mlflow ui --backend-store-uri '{receipt.uri}'"
+    assert receipt.how_to_open.startswith("MLFLOW_DISABLE_TELEMETRY=true ")
+    assert receipt.how_to_open.endswith(f"mlflow ui --backend-store-uri '{receipt.uri}'")
     assert receipt.uri == f"sqlite:///{tracked.files.folder}/mlflow.db"
 
 
@@ -168,7 +178,8 @@ def test_no_secret_is_stored(tracked: Tracked) -> None:
     assert [path for path in files if b"hunter2" in path.read_bytes()] == []
 
 
-def test_the_same_record_again_is_a_second_parent(tracked: Tracked, record: RunRecord, tmp_path: Path) -> None:
+def test_the_same_record_again_is_a_second_parent(record: RunRecord, tmp_path: Path, template: Path) -> None:
+    shutil.copy(template, tmp_path / "shared.db")
     small = replace(record, results=record.results[:1])
     uri = f"sqlite:///{tmp_path}/shared.db"
     first, second = track(small, tmp_path / "run", {}, uri=uri), track(small, tmp_path / "run", {}, uri=uri)
@@ -181,12 +192,14 @@ def test_the_same_record_again_is_a_second_parent(tracked: Tracked, record: RunR
 
 @pytest.mark.parametrize("place", ["parent", "child"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_a_fault_in_the_middle_leaves_no_run_open(
-    place: str, kind: type[BaseException], record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+def test_a_fault_in_the_middle_leaves_no_run_open(  # noqa: PLR0917 (fixtures)
+    place: str, kind: type[BaseException], tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     from mlflow import MlflowClient
 
-    files = make_files(tmp_path / "run", make_record(budgets=BUDGETS))
+    record = make_record(budgets=BUDGETS)
+    files = make_files(tmp_path / "run", record)
+    shutil.copy(template, files.folder)
     calls = []
 
     def failing(self: Any, *arguments: Any, **named: Any) -> None:
@@ -220,7 +233,30 @@ def test_a_fault_in_the_middle_leaves_no_run_open(
         assert not (files.folder / "mlflow-undelivered.json").exists()
 
 
-def test_files_that_are_not_there_are_named_and_the_rest_is_delivered(record: RunRecord, tmp_path: Path, caplog: Any) -> None:
+def test_runs_that_a_dead_server_left_open_are_closed_next_time(
+    record: RunRecord, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    shutil.copy(template, tmp_path)
+
+    def gone(self: Any, *arguments: Any, **named: Any) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_dict", gone)
+        patch.setattr(MlflowClient, "set_terminated", gone)
+        receipt = track(record, tmp_path, {})
+    assert receipt.spool is not None
+    left_open = json.loads(receipt.spool.read_text())["runs_left_open"]
+    assert {run.info.run_id for run in runs_of(receipt.uri) if run.info.status == "RUNNING"} == set(left_open)
+    assert len(left_open) == 2
+    assert track(replace(record, results=record.results[:1]), tmp_path, {}).delivered
+    assert sorted(run.info.status for run in runs_of(receipt.uri)) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
+
+
+def test_files_that_are_not_there_are_named_and_the_rest_is_delivered(record: RunRecord, tmp_path: Path, template: Path) -> None:
+    shutil.copy(template, tmp_path)
     small = replace(record, results=record.results[-1:])
     receipt = track(
         small, tmp_path, {}, plots=[tmp_path / "gone.png"], matrices={"pairwise": tmp_path / "gone.npz"},

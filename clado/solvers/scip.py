@@ -4,8 +4,8 @@ SCIP keeps the tree, the bounds and the proof; its linear relaxation is replaced
 (a quadratic epigraph leaves gaps of 100 % where this takes a second). The recipe, all of it from plugins:
 
 1. a start (`_start`), by descent;
-2. half-QCR (`_convexify`): the function made convex without changing it at 0/1 points, half-way to the tightest root bound, because
-   the tightest one has many flat directions in which branching gains nothing;
+2. convex forms (`_convexify`, `_forms`) of the function, equal to it at 0/1 points: tight ones and curved ones race for a few hundred
+   nodes, and the one with the highest bound goes on;
 3. a relaxator that bounds each node by the convex program (`_bound`), rules out choices by reduced cost, and rounds now and then;
 4. branching that splits one group's ordered bit-widths into {narrow} | {wide};
 5. a constraint handler that checks t ≥ f(x) on whole points with the program's own function.
@@ -19,7 +19,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,12 @@ from clado.interaction import Array
 from clado.program import Choices, Program, Status
 from clado.solvers import TOLERANCE, Outcome, Task
 from clado.solvers._bound import Bound, Mask, NodeBound
-from clado.solvers._convexify import Form, Relaxation, is_convex, reduced, shifted
+from clado.solvers._convexify import Form
+from clado.solvers._forms import Forms
 from clado.solvers._start import Descent, start
 
 OBJECTIVE = 100.0  # SCIP's absolute tolerances are made for numbers of this size
-STEPS, CHECKED_EVERY = 150, 25
-SHARE_CONVEX, SHARE_RAW = 0.5, 1.0
+RACED_NODES = 300
 ROUNDED_CALLS = 512
 
 
@@ -47,15 +47,46 @@ def search(program: Program, task: Task) -> Outcome:
             first = start(program, task.starts)
             if program.is_linear:
                 return _linear(program, task, first)
-            form = _form(program, task)
+            return _race(program, task, _forms(program, task), first)
         except KeyboardInterrupt:
             return Outcome(Status.INTERRUPTED, first, -np.inf)
-        tree = Tree(program, form, first)
+
+
+def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> Outcome:
+    """Gives each convex form a few nodes, then all that is left to the one with the highest bound. Whatever finishes first wins."""
+    forms.deadline = task.deadline
+    best, highest, bound, nodes = first, -np.inf, -np.inf, 0
+    winner = forms.nearest
+
+    def run(form: Form, limit: int | None) -> Outcome:
+        left = None if task.node_limit is None else max(1, task.node_limit - nodes)
+        limit = left if limit is None else limit if left is None else min(limit, left)
+        tree = Tree(program, form, best)
         try:
-            return tree.search(task)
+            return tree.search(replace(task, node_limit=limit))
         except PluginError as error:
             outcome = _factored(program, form, task, tree.best)
-            return Outcome(outcome.status, outcome.choices, outcome.bound, outcome.nodes, f"Solved without plugins, after: {error}. {outcome.message}".strip())
+            return replace(outcome, message=f"Solved without plugins, after: {error}. {outcome.message}".strip())
+
+    for stage in range(2):
+        for form in forms.stage(stage):
+            outcome = run(form, RACED_NODES)
+            best, nodes, bound = outcome.choices if outcome.choices is not None else best, nodes + outcome.nodes, max(bound, outcome.bound)
+            finished = outcome.status is not Status.LIMIT or not task.seconds_left or (task.node_limit is not None and nodes >= task.node_limit)
+            if finished or _gap(program, best, bound) <= task.gap_limit:
+                return replace(outcome, choices=best, bound=bound, nodes=nodes)
+            if outcome.bound > highest:
+                winner, highest = form, outcome.bound
+    outcome = run(winner, None)
+    return replace(outcome, bound=max(bound, outcome.bound), nodes=nodes + outcome.nodes)
+
+
+def _gap(program: Program, choices: Choices | None, bound: float) -> float:
+    """Relative gap, as `Solution.gap`."""
+    if choices is None:
+        return np.inf
+    value = program.minimised(choices)
+    return (value - bound) / max(abs(value), float(np.finfo(float).tiny))
 
 
 class PluginError(Exception):
@@ -74,36 +105,14 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def _form(program: Program, task: Task) -> Form:
-    """The convex function to bound with: shared among programs that differ in their bounds."""
+def _forms(program: Program, task: Task) -> Forms:
+    """The convex forms to bound with: shared among programs that differ in their bounds."""
     if task.shared is None:
-        return convex_form(program, task)
-    kept = task.shared.kept.get("form")
-    if not isinstance(kept, Form):
-        kept = task.shared.kept["form"] = convex_form(task.shared.program, task)
+        return Forms(program)
+    kept = task.shared.kept.get("forms")
+    if not isinstance(kept, Forms):
+        kept = task.shared.kept["forms"] = Forms(task.shared.program)
     return kept
-
-
-def convex_form(program: Program, task: Task) -> Form:
-    """Half-QCR where the function is convex already, QCR where it is not: the best root bound of a fixed number of steps."""
-    plain = reduced(program)
-    convex = is_convex(plain)
-    everything = np.ones(program.num_choices, dtype=bool)
-    best = shifted(plain)
-    if not len(plain.free):
-        return best
-    highest = NodeBound(program, best).solve(everything).value
-    tightest = best
-    relaxation = Relaxation(program, plain)
-    for _ in range(STEPS // CHECKED_EVERY):
-        if not task.seconds_left:
-            break
-        relaxation.run(CHECKED_EVERY)
-        candidate = shifted(relaxation.form())
-        value = NodeBound(program, candidate).solve(everything).value
-        if value > highest:
-            highest, tightest = value, candidate
-    return best.mixed(tightest, SHARE_CONVEX if convex else SHARE_RAW)
 
 
 class Tree:
@@ -401,16 +410,6 @@ def _optimize(model: Model) -> None:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         model.setParam("misc/catchctrlc", False)
     model.optimize()
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What SCIP says about a program that it solves by itself."""
-
-    status: Status
-    choices: Choices | None
-    bound: float
-    nodes: int
 
 
 def _plain(program: Program, task: Task, build: Callable[[Model, list[Any]], None], constant: float, first: Choices | None) -> Outcome:

@@ -134,9 +134,7 @@ def _check_weights(model: nn.Module) -> None:
         if tensor.dtype != torch.float32:
             raise NetworkError(f"{name} is {tensor.dtype}; expected a network of torch.float32: model.float()")
         if bad := int((~torch.isfinite(tensor)).sum()):
-            raise NetworkError(
-                f"{name} has {bad} NaN or infinite values of {tensor.numel()}; expected finite weights, so load a sound checkpoint"
-            )
+            raise NetworkError(f"{name} has {bad} NaN or infinite values of {tensor.numel()}; expected a sound checkpoint")
 
 
 def _example_input(example: Tensor | ImageShape | None, settings: NetworkSettings) -> Tensor:

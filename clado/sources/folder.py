@@ -2,7 +2,8 @@
 
 Three layouts: FOLDER/train and FOLDER/val (validation comes from val, the other two slices from train); FOLDER with class
 sub-folders; FOLDER with images only, which is unlabelled. Within one folder the slices are cut from one seeded permutation:
-sensitivity from its front, calibration from its back, validation from between, so a larger slice of the same seed holds the smaller.
+sensitivity from its front, calibration from its back, validation from between; so a larger slice of the same seed holds the
+smaller (of the first two).
 """
 
 import hashlib
@@ -34,7 +35,7 @@ class Preprocessing:
     def __call__(self, path: Path) -> Tensor:
         """The image file as float32 (C, H, W); DataError names a file that cannot be read."""
         from PIL import Image
-        from torchvision.transforms import functional as F  # type: ignore[import-untyped]
+        from torchvision.transforms import functional as F
 
         channels, height, width = self.image_shape
         try:
@@ -73,7 +74,7 @@ class FolderSlice:
 
     @cached_property
     def sha256(self) -> str:
-        """Of each file's name below the folder, content and label, in order, and of the preprocessing; the decoder is not covered."""
+        """Of each file's name below the folder, content and label, in order, and of the preprocessing; not of the decoder."""
         digest = hashlib.sha256(repr(self.preprocessing).encode())
         for k, file in enumerate(self.files):
             content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -157,7 +158,7 @@ def _preprocessing(settings: DataSettings, image_shape: ImageShape) -> Preproces
 
 
 def _list(root: Path) -> _Listing:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder  # type: ignore[import-untyped]
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
     if _has_folders(root):
         found = ImageFolder(str(root), allow_empty=True)

@@ -29,7 +29,7 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
 
 def _models() -> ModuleType:
     try:
-        from torchvision import models  # type: ignore[import-untyped]
+        from torchvision import models
     except ImportError as error:
         raise NetworkError(
             f"network.source torchvision needs torchvision ({error}); install it: pip install torchvision"

@@ -35,10 +35,10 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
 
 
 def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """Calibration and sensitivity images from the 1,024 training images shipped for each, validation from the 10,000 test images."""
+    """Calibration and sensitivity images from the 1,024 shipped for each, validation from the 10,000 test images."""
     if tuple(image_shape) != IMAGE_SHAPE:
         raise DataError(
-            f"the zoo's images have shape {IMAGE_SHAPE}; the network takes {tuple(image_shape)}: set data.source to folder, with a path"
+            f"the zoo's images have shape {IMAGE_SHAPE}; the network takes {tuple(image_shape)}: set data.source: folder"
         )
     train, test = _arrays(TRAIN_SLICES), _arrays(TEST)
     return DataSlices(
@@ -54,15 +54,13 @@ def verified(name: str, error: type[NetworkError] | type[DataError]) -> bytes:
     for file in (path, manifest):
         if not file.is_file():
             raise error(
-                f"the zoo's file {file.name} is missing from {zoo.ZOO}; install clado again, or make it with python -m clado.zoo.train"
+                f"the zoo's file {file.name} is missing from {zoo.ZOO}; install clado again, or run python -m clado.zoo.train"
             )
     raw = path.read_bytes()
     expected: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
     found = hashlib.sha256(raw).hexdigest()
     if found != expected.get(name):
-        raise error(
-            f"{path} is damaged: its SHA-256 is {found[:16]}…, manifest.json says {str(expected.get(name))[:16]}…; install clado again"
-        )
+        raise error(f"{path} is damaged: its SHA-256 is {found[:16]}…, not {str(expected.get(name))[:16]}…; install clado again")
     return raw
 
 
