@@ -69,9 +69,7 @@ def solve(
     return solvers.solve(program_of(matrix, limits), solver, time_limit=time_limit)
 
 
-def evaluate(
-    network: Network, assignment: Assignment, data: Any, *, quantizer: WeightQuantizer | None = None
-) -> Accuracy:
+def evaluate(network: Network, assignment: Assignment, data: Any, *, quantizer: WeightQuantizer | None = None) -> Accuracy:
     """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL)."""
     network.check_assignment(assignment)
     images = as_slice(data, image_shape=_shape(network))

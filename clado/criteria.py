@@ -34,14 +34,16 @@ def bind(name: str, float_logits: Tensor, labels: Tensor | None) -> Criterion:
         return lambda logits: kl_to_float(logits, float_logits)
     if name == "cross_entropy":
         if labels is None:
-            raise DataError("cross_entropy needs labels and the images have none; use the criterion kl_to_float, which needs none")
+            raise DataError(
+                "cross_entropy needs labels and the images have none; use the criterion kl_to_float, which needs none"
+            )
         known = labels
         return lambda logits: cross_entropy(logits, known)
     raise ConfigurationError(f"unknown criterion {name!r}; expected kl_to_float or cross_entropy")
 
 
 def residual(name: str, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Gradient of the criterion at the float logits, float64 (N, C): None where it is zero (`kl_to_float`), else p − onehot(y)."""
+    """Gradient of the criterion at the float logits, float64 (N, C): p − onehot(y), None where it is zero (KL)."""
     if name == "kl_to_float":
         return None
     if labels is None:

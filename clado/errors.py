@@ -1,14 +1,14 @@
 """The exception tree. Every message says what was wrong, what was expected and what to do.
 
-    CladoError
-    ├── ConfigurationError   a setting is missing, unknown or impossible
-    ├── NetworkError         the network cannot be exported, loaded or searched
-    ├── DataError            images or labels do not fit
-    ├── StoreError           a store is missing, damaged or not ours
-    │   └── IdentityMismatch the store was measured under other settings
-    ├── MeasurementError     a measured number is unusable (NaN, infinite)
-    ├── InfeasibleError      no assignment meets the constraints
-    └── SolverError          a solver failed or met a problem it does not take
+CladoError
+├── ConfigurationError   a setting is missing, unknown or impossible
+├── NetworkError         the network cannot be exported, loaded or searched
+├── DataError            images or labels do not fit
+├── StoreError           a store is missing, damaged or not ours
+│   └── IdentityMismatch the store was measured under other settings
+├── MeasurementError     a measured number is unusable (NaN, infinite)
+├── InfeasibleError      no assignment meets the constraints
+└── SolverError          a solver failed or met a problem it does not take
 """
 
 

@@ -25,13 +25,18 @@ class Counts:
         if not self.num_images:
             return other
         return Counts(
-            self.num_images + other.num_images, self.loss + other.loss, _added(self.top1, other.top1), _added(self.top5, other.top5)
+            self.num_images + other.num_images,
+            self.loss + other.loss,
+            _added(self.top1, other.top1),
+            _added(self.top5, other.top5),
         )
 
     def accuracy(self) -> Accuracy:
         """Means over the images counted."""
         n = self.num_images
-        return Accuracy(n, self.loss / n, None if self.top1 is None else self.top1 / n, None if self.top5 is None else self.top5 / n)
+        return Accuracy(
+            n, self.loss / n, None if self.top1 is None else self.top1 / n, None if self.top5 is None else self.top5 / n
+        )
 
 
 def _added(a: int | None, b: int | None) -> int | None:

@@ -36,9 +36,10 @@ _CONSUMERS: dict[str, tuple[int, int]] = {
 _WEIGHT_VIEWS = {
     f"aten.{name}"
     for name in (
-        "view.default reshape.default slice.Tensor select.int split.Tensor split_with_sizes.default chunk.default "
-        "unsqueeze.default squeeze.dim clone.default alias.default detach.default contiguous.default"
-    ).split()
+        *("view.default", "reshape.default", "slice.Tensor", "select.int", "split.Tensor", "split_with_sizes.default"),
+        *("chunk.default", "unsqueeze.default", "squeeze.dim", "clone.default", "alias.default", "detach.default"),
+        "contiguous.default",
+    )
 } | {"<built-in function getitem>"}
 # Operators that read of their tensor argument only its type and shape.
 _SHAPE_ONLY = {f"aten.new_{kind}.default" for kind in ("zeros", "ones", "full", "empty")}
@@ -50,6 +51,7 @@ _IN_PLACE = {
     torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
+_INSTEAD = "Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
 _FRESH = {
     "aten.conv1d.default",
     "aten.conv2d.default",
@@ -164,7 +166,9 @@ class Graph:
         """The result of a finished run."""
         value = state.values[self.output_slot]
         if not isinstance(value, Tensor) or value.ndim != 2:
-            raise NetworkError(f"the network returns {getattr(value, 'shape', type(value).__name__)}; expected logits (images, classes)")
+            raise NetworkError(
+                f"the network returns {getattr(value, 'shape', type(value).__name__)}; expected logits (images, classes)"
+            )
         return value
 
 
@@ -178,15 +182,16 @@ def _resolve(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
 
 
 def export(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """`torch.export` with a dynamic batch, in eval mode whatever mode the model arrives in, functionalised, nothing decomposed."""
+    """`torch.export` with a dynamic batch, in eval mode whatever mode the model arrives in; functional, nothing decomposed."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         # torch.export takes a batch of one for a constant
         batch = example if len(example) > 1 else torch.cat([example, example])
         with torch.no_grad():
-            program = torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
-            return program.run_decompositions({})
+            program: ExportedProgram = torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
+            program = program.run_decompositions({})
+            return program
     except Exception as error:  # torch.export raises many kinds; each means that this network has no graph
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         first = next((line for line in lines if "specialized" in line), lines[0])
@@ -194,7 +199,7 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
             first = "its code makes the number of images a constant; use x.shape[0] where it has len(x) or int(...)"
         raise NetworkError(
             f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: {first[:300]}\n"
-            "  Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
+            f"  {_INSTEAD}"
         ) from error
     finally:
         for module, training in modes:
@@ -220,7 +225,10 @@ class _Compiler:
         self.batch_symbol = self.input.meta["val"].shape[0].node.expr
         mutated = program.graph_signature.buffers_to_mutate
         if mutated:
-            raise NetworkError(f"the network changes its buffers when it runs ({', '.join(mutated.values())}); expected an eval mode that does not")
+            raise NetworkError(
+                f"the network changes its buffers when it runs ({', '.join(mutated.values())}); "
+                "expected an eval mode that does not"
+            )
 
     def _read_signature(self, model: nn.Module) -> fx.Node:
         inputs = []
@@ -241,7 +249,8 @@ class _Compiler:
                 self.tensors[node] = tensor.detach() if isinstance(tensor, Tensor) else tensor
         if len(inputs) != 1:
             raise NetworkError(f"the network takes {len(inputs)} inputs; expected one batch of images")
-        return inputs[0]
+        images: fx.Node = inputs[0]
+        return images
 
     def compile(self, example: Tensor) -> Graph:
         layers = self._find_layers()
@@ -290,7 +299,12 @@ class _Compiler:
         """(placeholders of one tensor, channel axis, operator, MACs per image) of every weight that is searched."""
         groups: dict[int, list[fx.Node]] = {}
         for node, tensor in self.tensors.items():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim >= 2 and any(True for _ in self._consumed(node)):
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.is_floating_point()
+                and tensor.ndim >= 2
+                and any(True for _ in self._consumed(node))
+            ):
                 groups.setdefault(tensor.data_ptr(), []).append(node)
         found = []
         for nodes in groups.values():
@@ -355,7 +369,9 @@ class _Compiler:
                 raise NetworkError(f"the exported graph holds a {node.op} node ({node.target}), which cannot be run in part")
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded in tags and not _is_attention_without_dropout(node):
-                raise NetworkError(f"the network draws random numbers in {node.target} ({node.name}); expected a deterministic eval mode")
+                raise NetworkError(
+                    f"the network draws random numbers in {node.target} ({node.name}); expected a deterministic eval mode"
+                )
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
                 scalars[self.number[node]] = self._rule(value)
@@ -382,7 +398,9 @@ class _Compiler:
         if expression is None:
             return lambda _: int(value)
         if expression.free_symbols - {self.batch_symbol}:
-            raise NetworkError(f"the network has a size that follows from the images' content ({expression}); expected fixed shapes")
+            raise NetworkError(
+                f"the network has a size that follows from the images' content ({expression}); expected fixed shapes"
+            )
         return lambda num_images: int(expression.subs(self.batch_symbol, num_images))
 
     def _fold(self, node: fx.Node, constants: Mapping[fx.Node, Any]) -> Any:
@@ -401,7 +419,9 @@ class _Compiler:
             assert callable(node.target)
             return node.target(*arguments, **keywords)
 
-    def _schedule(self, dynamic: list[fx.Node], constants: Mapping[fx.Node, Any], scalars: Mapping[int, Any]) -> list[Instruction]:
+    def _schedule(
+        self, dynamic: list[fx.Node], constants: Mapping[fx.Node, Any], scalars: Mapping[int, Any]
+    ) -> list[Instruction]:
         last: dict[fx.Node, int] = {}
         for k, node in enumerate(dynamic):
             for argument in node.all_input_nodes:
@@ -443,7 +463,9 @@ class _Compiler:
 
     # -- cuts --------------------------------------------------------------------------------------------------------------
 
-    def _cut(self, graph: Graph, dynamic: list[fx.Node], firsts: list[int], macs_at: list[int], example: Tensor) -> tuple[Cut, ...]:
+    def _cut(
+        self, graph: Graph, dynamic: list[fx.Node], firsts: list[int], macs_at: list[int], example: Tensor
+    ) -> tuple[Cut, ...]:
         axes = self._stack_axes(graph, dynamic, example)
         shapes = {self.number[node]: node.meta["val"] for node in [self.input, *dynamic]}
         born = {self.number[self.input]: -1, **{self.number[node]: k for k, node in enumerate(dynamic)}}
@@ -456,8 +478,7 @@ class _Compiler:
                     break
             else:
                 raise NetworkError(
-                    f"the values alive before {graph.layers[i].name} cannot be stacked along the batch\n"
-                    "  Measure by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
+                    f"the values alive before {graph.layers[i].name} cannot be stacked along the batch\n  {_INSTEAD}"
                 )
             size = sum(self._per_image(shapes[slot]) * shapes[slot].dtype.itemsize for slot in alive)
             cuts.append(Cut(position, {slot: axes[slot] for slot in alive}, size, sum(macs_at[position:])))
@@ -480,7 +501,9 @@ class _Compiler:
                 continue
             candidates = [k for k, length in enumerate(value.shape) if self._has_batch(length)]
             slot = self.number[node]
-            if len(candidates) != 1 or any(part[slot].shape[candidates[0]] * 2 != together[slot].shape[candidates[0]] for part in apart):
+            if len(candidates) != 1 or any(
+                part[slot].shape[candidates[0]] * 2 != together[slot].shape[candidates[0]] for part in apart
+            ):
                 continue
             joined = torch.cat([part[slot] for part in apart], candidates[0]).double()
             tolerance = 1e-3 * float(joined.abs().max()) + 1e-6
@@ -490,7 +513,7 @@ class _Compiler:
 
     def _values(self, graph: Graph, images: Tensor) -> dict[int, Any]:
         """Every value of a run."""
-        kept = {graph.input_slot: images}
+        kept: dict[int, Any] = {graph.input_slot: images}
         state = graph.begin(images)
         with torch.inference_mode():
             for k, step in enumerate(graph.instructions):
@@ -531,8 +554,10 @@ class _Compiler:
 
 def _is_attention_without_dropout(node: fx.Node) -> bool:
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-    return "scaled_dot_product_attention" in str(node.target) and dropout == 0.0
+    return "scaled_dot_product_attention" in str(node.target) and isinstance(dropout, float | int) and dropout == 0
 
 
-def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float) -> tuple[Tensor]:
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor]:
     return (torch.ops.aten.batch_norm.default(x, weight, bias, mean, var, False, momentum, eps, False),)

@@ -21,8 +21,8 @@ class InteractionMatrix:
     """A symmetric (K, K) float64 matrix over the options of a space.
 
     `baseline` is the mean loss of the float network on the sensitivity set; `standard_error` (K, K) belongs to `values`, where
-    the estimator has one; `ranking_only` says that ½ αᵀ Ĝ α orders assignments but is not a loss. `quarantined` options have
-    a loss that is NaN or infinite on their own, `forbidden` pairs of options together: a program must not choose them.
+    the estimator has one; `ranking_only` says that ½ αᵀ Ĝ α orders assignments but is not a loss. `quarantined` options
+    have a loss that is NaN or infinite on their own, `forbidden` pairs of options together: a program must not choose them.
     """
 
     space: SearchSpace
@@ -72,7 +72,7 @@ class InteractionMatrix:
         return float(-eigenvalues[eigenvalues < 0].sum()) / total if total else 0.0
 
     def clip_psd(self) -> "InteractionMatrix":
-        """The nearest positive semidefinite matrix: negative eigenvalues become 0. Changes the objective (method of CLADO, section 4.2)."""
+        """The nearest positive semidefinite matrix: negative eigenvalues become 0 (CLADO, section 4.2). Changes the objective."""
         eigenvalues, vectors = np.linalg.eigh(self.values)
         if eigenvalues[0] >= 0:
             return self

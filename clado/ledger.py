@@ -1,4 +1,4 @@
-"""Evaluations that are done, one small file each: an assignment is evaluated once, whichever methods, budgets or runs share it."""
+"""Evaluations that are done, one small file each: an assignment is evaluated once, whichever methods or budgets share it."""
 
 import json
 from dataclasses import asdict

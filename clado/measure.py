@@ -213,4 +213,3 @@ def _stack_outputs(network: Network, states: Sequence[State]) -> State:
 
 def _numpy(tensor: Tensor) -> Array:
     return tensor.double().cpu().numpy()
-

@@ -52,7 +52,7 @@ class Network:
 
     @torch.inference_mode()
     def logits(self, images: Tensor, weights: Mapping[int, Tensor] | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), with the given tensors in place of layers' weights (layer index -> tensor)."""
+        """Logits (N, classes) of images (N, C, H, W), with the given tensors in place of layers' weights (by layer index)."""
         graph = self.graph
         return graph.output(graph.run(graph.begin(images), len(graph.instructions), weights or {}))
 
@@ -100,4 +100,6 @@ class Network:
 def _refuse_bad_weights(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NetworkError(f"{name} holds a NaN or an infinity; expected finite weights: was the training that made them finished?")
+            raise NetworkError(
+                f"{name} holds a NaN or an infinity; expected finite weights: was the training that made them finished?"
+            )

@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram")
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """One unit of work: `block` is the sample block, rows `first .. stop − 1` are options (pairs only), `number` counts row tiles."""
+    """One unit of work: rows `first .. stop − 1` are options (pairs only), `number` counts the row tiles of a block."""
 
     kind: Kind
     block: int
@@ -114,7 +114,9 @@ class Plan:
 def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
     """`num_blocks` consecutive ranges that cover the images, as even as integers allow."""
     if not 1 <= num_blocks <= num_images:
-        raise ConfigurationError(f"{num_images} images cannot be cut into {num_blocks} sample blocks; expected at least one image a block")
+        raise ConfigurationError(
+            f"{num_images} images cannot be cut into {num_blocks} sample blocks; expected at least one image a block"
+        )
     ends = [k * num_images // num_blocks for k in range(num_blocks + 1)]
     return tuple(zip(ends[:-1], ends[1:], strict=True))
 

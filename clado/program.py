@@ -138,7 +138,9 @@ class Program:
         names = [constraint.name for constraint in constraints]
         for constraint in constraints:
             if len(constraint.costs) != space.num_options:
-                raise ConfigurationError(f"constraint {constraint.name} has {len(constraint.costs)} costs; the space has {space.num_options} options")
+                raise ConfigurationError(
+                    f"constraint {constraint.name} has {len(constraint.costs)} costs; the space has {space.num_options} options"
+                )
             if names.count(constraint.name) > 1:
                 raise ConfigurationError(f"two constraints are called {constraint.name}; keep one of them, or rename one")
         groups, pairs = _groups(space), set(_checked_pairs(space, forbidden))
@@ -151,7 +153,9 @@ class Program:
                 if not excluded & set(taken) and not any((a, b) in pairs for a in taken for b in taken):
                     options.append(taken)
             if len(options) == starts[-1]:
-                raise InfeasibleError(f"no bit-width is left for {_listed(space, group)}; release a quarantined or pinned candidate")
+                raise InfeasibleError(
+                    f"no bit-width is left for {_listed(space, group)}; release a quarantined or pinned candidate"
+                )
             starts.append(len(options))
         minimised = matrix.clip_psd().values if convexity == "clip_psd" else matrix.values
         quadratic, offset = _merged(minimised, options), 0.0
@@ -159,8 +163,19 @@ class Program:
             shift = max(0.0, -float(np.linalg.eigvalsh(quadratic)[0]))
             quadratic = quadratic + shift * np.eye(len(options))
             offset = -0.5 * shift * len(groups)
-        costs = np.array([[sum(c.costs[o] for o in taken) for taken in options] for c in constraints]).reshape(len(constraints), len(options))
-        clashes = {(k, m) for k in range(len(options)) for m in range(k) if any((a, b) in pairs for a in options[k] for b in options[m])} if pairs else set()
+        costs = np.array([[sum(c.costs[o] for o in taken) for taken in options] for c in constraints]).reshape(
+            len(constraints), len(options)
+        )
+        clashes = (
+            {
+                (k, m)
+                for k in range(len(options))
+                for m in range(k)
+                if any((a, b) in pairs for a in options[k] for b in options[m])
+            }
+            if pairs
+            else set()
+        )
         owner = np.repeat(np.arange(len(groups)), np.diff(starts))
         program = cls(
             matrix,
@@ -230,7 +245,9 @@ class Program:
         if len(found) != self.num_groups:
             reached = {self.owner[k] for k in found}
             lacking = [self.groups[g] for g in range(self.num_groups) if g not in reached]
-            raise ConfigurationError(f"the assignment gives {_listed(self.space, lacking[0])} a bit-width that the program does not offer")
+            raise ConfigurationError(
+                f"the assignment gives {_listed(self.space, lacking[0])} a bit-width that the program does not offer"
+            )
         return np.array(found, dtype=np.intp)
 
     def minimised(self, choices: Choices) -> float:
@@ -277,7 +294,9 @@ class Program:
         """The same program with other bounds, by the constraints' names; raises InfeasibleError as `build` does."""
         unknown = sorted(set(bounds) - {constraint.name for constraint in self.constraints})
         if unknown:
-            raise ConfigurationError(f"the program has no constraint {unknown[0]!r}; it has {', '.join(c.name for c in self.constraints) or 'none'}")
+            raise ConfigurationError(
+                f"the program has no constraint {unknown[0]!r}; it has {', '.join(c.name for c in self.constraints) or 'none'}"
+            )
         changed = replace(self, constraints=tuple(c.with_bound(bounds.get(c.name, c.bound)) for c in self.constraints))
         for index, constraint in enumerate(changed.constraints):
             if changed.reachable(index)[0] > constraint.limit:
@@ -354,7 +373,9 @@ def _excluded(space: SearchSpace, candidates: Mapping[str, Sequence[int]], quara
     narrowed = SearchSpace(space.layers, space.bit_widths).restricted(candidates)
     for layer, (measured, wanted) in enumerate(zip(space.bit_widths, narrowed.bit_widths, strict=True)):
         if not set(wanted) <= set(measured):
-            raise ConfigurationError(f"{space.layers[layer].name} was measured at {list(measured)} bits; the candidates {list(wanted)} are not among them")
+            raise ConfigurationError(
+                f"{space.layers[layer].name} was measured at {list(measured)} bits; the candidates {list(wanted)} are not among them"
+            )
         excluded |= {space.option(layer, b) for b in measured if b not in wanted}
     return excluded
 
@@ -363,7 +384,9 @@ def _checked_pairs(space: SearchSpace, forbidden: Iterable[tuple[int, int]]) -> 
     """Both orders of each pair of options."""
     for a, b in forbidden:
         if not (0 <= a < space.num_options and 0 <= b < space.num_options) or a == b:
-            raise ConfigurationError(f"forbidden pair ({a}, {b}); expected two different options within 0..{space.num_options - 1}")
+            raise ConfigurationError(
+                f"forbidden pair ({a}, {b}); expected two different options within 0..{space.num_options - 1}"
+            )
         yield a, b
         yield b, a
 

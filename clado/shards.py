@@ -37,7 +37,9 @@ class Store:
         self.group = group
 
     @classmethod
-    def create(cls, path: Path, plan: Plan, identity: Mapping[str, Any], coverage: Mapping[str, Any], provenance: Mapping[str, Any]) -> "Store":
+    def create(
+        cls, path: Path, plan: Plan, identity: Mapping[str, Any], coverage: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> "Store":
         """A new store for a plan, complete under a temporary name before it appears under `path`."""
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -49,14 +51,31 @@ class Store:
             "pairs": ((blocks, k, k), (1, plan.rows_per_tile, k), plan.num_row_tiles),
             "gram": ((blocks, 1 + k, k), (1, 1 + k, k), 1),
         }
-        names = {"singles": ("block", "probe"), "pairs": ("block", "option", "later_option"), "gram": ("block", "probe", "option")}
+        names = {
+            "singles": ("block", "probe"),
+            "pairs": ("block", "option", "later_option"),
+            "gram": ("block", "probe", "option"),
+        }
         for kind, (shape, chunks, tiles) in shapes.items():
-            options: dict[str, Any] = {"compressors": [ZstdCodec(level=1), Crc32cCodec()], "serializer": BytesCodec(), "filters": None}
-            config = {"write_empty_chunks": True}
+            options: dict[str, Any] = {
+                "compressors": [ZstdCodec(level=1), Crc32cCodec()],
+                "serializer": BytesCodec(),
+                "filters": None,
+            }
+            config: Any = {"write_empty_chunks": True}
             group.create_array(
-                f"{kind}/sums", shape=shape, chunks=chunks, dtype="f8", fill_value=np.nan, dimension_names=names[kind], config=config, **options
+                f"{kind}/sums",
+                shape=shape,
+                chunks=chunks,
+                dtype="f8",
+                fill_value=np.nan,
+                dimension_names=names[kind],
+                config=config,
+                **options,
             )
-            group.create_array(f"{kind}/done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, config=config, **options)
+            group.create_array(
+                f"{kind}/done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, config=config, **options
+            )
         counts = np.array([plan.block_images(block) for block in range(blocks)], dtype="i8")
         group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()])
         group.attrs.update(
@@ -79,9 +98,13 @@ class Store:
             group = zarr.open_group(path, mode="r+", zarr_format=3)
             found = group.attrs.get("format")
         except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
-            raise StoreError(f"{path} is not a store of ours: it holds no Zarr v3 group ({type(error).__name__}); choose another folder") from None
+            raise StoreError(
+                f"{path} is not a store of ours: it holds no Zarr v3 group ({type(error).__name__}); choose another folder"
+            ) from None
         if found != FORMAT:
-            raise StoreError(f"{path} is not a store of ours: its format is {found!r}, expected {FORMAT!r}; choose another folder")
+            raise StoreError(
+                f"{path} is not a store of ours: its format is {found!r}, expected {FORMAT!r}; choose another folder"
+            )
         return cls(path, group)
 
     def check(self, identity: Mapping[str, Any], coverage: Mapping[str, Any]) -> None:
@@ -148,7 +171,11 @@ class Store:
         return values
 
     def _chunk_file(self, tile: Tile) -> Path:
-        key = [tile.block, tile.number, 0] if tile.kind == "pairs" else [tile.block] + [0] * (self._array(f"{tile.kind}/sums").ndim - 1)
+        key = (
+            [tile.block, tile.number, 0]
+            if tile.kind == "pairs"
+            else [tile.block] + [0] * (self._array(f"{tile.kind}/sums").ndim - 1)
+        )
         return self.path / tile.kind / "sums" / "c" / Path(*map(str, key))
 
     def missing(self, plan: Plan) -> list[Tile]:
@@ -171,7 +198,10 @@ class Store:
         """All sums of the plan's kinds; StoreError where a tile is missing or damaged."""
         missing = self.missing(plan)
         if missing:
-            raise StoreError(f"{self.path} lacks {len(missing)} of {len(plan.tiles)} tiles, the first {missing[0]}; run `clado run` again to measure them")
+            raise StoreError(
+                f"{self.path} lacks {len(missing)} of {len(plan.tiles)} tiles, the first {missing[0]}; "
+                "run `clado run` again to measure them"
+            )
         gathered: dict[Kind, Array] = {}
         for tile in plan.tiles:
             whole = gathered.setdefault(tile.kind, np.full(self._array(f"{tile.kind}/sums").shape, np.nan))

@@ -81,7 +81,9 @@ class Assignment:
 def check_bits(bits: Sequence[int], whose: str = "bits") -> tuple[int, ...]:
     """The bit-widths as a tuple, refused unless ascending integers within 1..16."""
     if not bits:
-        raise ConfigurationError(f"{whose} is empty; expected ascending integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]")
+        raise ConfigurationError(
+            f"{whose} is empty; expected ascending integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]"
+        )
     for b in bits:
         if isinstance(b, bool) or not isinstance(b, int) or not MIN_BITS <= b <= MAX_BITS:
             raise ConfigurationError(f"{whose} holds {b!r}; expected integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]")
@@ -100,7 +102,9 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ConfigurationError("no layer is left to search; expected at least one convolution or linear weight that is not fixed")
+            raise ConfigurationError(
+                "no layer is left to search; expected at least one convolution or linear weight that is not fixed"
+            )
         if len(self.layers) != len(self.bit_widths):
             raise ConfigurationError(f"{len(self.layers)} layers but {len(self.bit_widths)} sets of bit-widths")
         for layer, bits in zip(self.layers, self.bit_widths, strict=True):
@@ -202,7 +206,7 @@ class SearchSpace:
         return Assignment(tuple(bits[-1] for bits in self.bit_widths))
 
     def uniform_assignments(self) -> Iterator[tuple[int, Assignment]]:
-        """(bits, assignment) of every bit-width some layer offers, ascending; a layer without it takes its nearest, the wider of two."""
+        """(bits, assignment) of every bit-width some layer offers, ascending; a layer without it takes its nearest."""
         for b in sorted({b for bits in self.bit_widths for b in bits}):
             yield b, Assignment(tuple(min(bits, key=lambda c: (abs(c - b), -c)) for bits in self.bit_widths))
 
@@ -241,7 +245,9 @@ class SearchSpace:
             raise ConfigurationError('not an assignment: expected {"format": "clado-assignment/1", "bits": {layer: bits}}')
         missing, unknown = sorted(set(self.names) - set(bits)), sorted(set(bits) - set(self.names))
         if missing or unknown:
-            raise ConfigurationError(f"the assignment is of another network: it lacks {missing or 'nothing'} and adds {unknown or 'nothing'}")
+            raise ConfigurationError(
+                f"the assignment is of another network: it lacks {missing or 'nothing'} and adds {unknown or 'nothing'}"
+            )
         assignment = Assignment(tuple(bits[name] for name in self.names))
         self.chosen_options(assignment)
         return assignment

@@ -13,8 +13,6 @@ import typer
 if TYPE_CHECKING:
     from clado.candidates import Budget
     from clado.config import RunConfig
-    from clado.interaction import InteractionMatrix
-    from clado.space import Assignment
     from flows.session import Session
 
 BEGIN = time.perf_counter()
@@ -30,9 +28,12 @@ app = typer.Typer(
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as `clado init` writes.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, such as data.seed=1.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, such as data.seed=1.", show_default=False),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/resnet20_fashion_mnist-1a2b3c4d.", show_default=False)]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/resnet20_fashion_mnist-1a2b3c4d.", show_default=False)
+]
 AverageBits = Annotated[float | None, typer.Option("--budget", metavar="BITS", help="Average bits per searched weight.")]
 SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
 
@@ -58,8 +59,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 @command
 def init(
-    network: Annotated[str | None, typer.Option(help="package.module:factory of a function that returns a torch.nn.Module.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of images: one sub-folder a class, or train/ and val/ of such.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="package.module:factory of a function that returns a torch.nn.Module.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images: one sub-folder a class, or train/ and val/ of such.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("clado.yaml"),
 ) -> None:
     """Write a commented configuration."""
@@ -153,7 +158,10 @@ def export(
     target = output or budget_folder(session, wanted.name)
     assignment = chosen_for(stored, session, wanted)
     export_assignment(session, assignment, target)
-    typer.echo(f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, {session.space.average_bits(assignment):.3f} bits a weight")
+    typer.echo(
+        f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, "
+        f"{session.space.average_bits(assignment):.3f} bits a weight"
+    )
 
 
 @command
@@ -203,7 +211,10 @@ def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
 
 def _plan_text(session: "Session") -> str:
     plan, space = session.plan, session.space
-    lines = [f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, {space.num_weights:,} weights searched"]
+    lines = [
+        f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, "
+        f"{space.num_weights:,} weights searched"
+    ]
     for kind in plan.kinds:
         tiles = [tile for tile in plan.tiles if tile.kind == kind]
         evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.blocks)
@@ -213,9 +224,13 @@ def _plan_text(session: "Session") -> str:
             f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
         )
     smallest, largest = space.size_bytes(space.narrowest), space.size_bytes(space.widest)
-    lines.append(f"  store {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes")
-    fixed = [(name, size, why) for name, size, why in session.network.coverage()]
-    lines.append(f"  not searched: {len(fixed)} parameters, {sum(size for _, size, _ in fixed):,} bytes (biases, scales, shifts, fixed layers)")
+    lines.append(
+        f"  store {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes"
+    )
+    left = session.network.coverage()
+    lines.append(
+        f"  not searched: {len(left)} parameters, {sum(size for _, size, _ in left):,} bytes (biases, scales, fixed layers)"
+    )
     return "\n".join(lines)
 
 

@@ -28,7 +28,10 @@ def report() -> tuple[str, bool]:
     for variable, path in SERVERS.items():
         uri = os.environ.get(variable, "")
         if not uri.startswith("http"):
-            lines.append(f"{variable:<12} not set: " + ("an embedded server is started" if "PREFECT" in variable else "SQLite in the run's folder"))
+            lines.append(
+                f"{variable:<12} not set: "
+                + ("an embedded server is started" if "PREFECT" in variable else "SQLite in the run's folder")
+            )
             continue
         reachable, said = _answers(uri.rstrip("/") + path)
         lines.append(f"{variable:<12} {_redacted(uri)}: {said}")

@@ -3,7 +3,7 @@
 import time
 
 from clado.measure import measure_tile
-from flows.session import EVALUATION_SHARD, Session
+from flows.session import Session
 
 LIMIT_SECONDS = 20.0
 
@@ -17,7 +17,10 @@ def eta_text(session: Session) -> str:
     measure_tile(bench, Tile("singles", 0))  # warms up: the first run compiles kernels and loads images
     done, spent = 0, 0.0
     rows = max(1, min(space.num_options, plan.rows_per_tile) // 8)
-    samples = [Tile("singles", 0), *(Tile("pairs", 0, 0, first, first + rows) for first in range(0, space.num_options - rows, 2 * rows))]
+    samples = [
+        Tile("singles", 0),
+        *(Tile("pairs", 0, 0, first, first + rows) for first in range(0, space.num_options - rows, 2 * rows)),
+    ]
     for tile in samples:
         if time.perf_counter() - begin > LIMIT_SECONDS * 0.6:
             break
@@ -34,6 +37,6 @@ def eta_text(session: Session) -> str:
     each = (time.perf_counter() - started) / max(counted, 1) * len(images) / workers
     most = 1 + len(session.budgets) * (1 + len(session.config.estimators))
     return (
-        f"  ETA: measuring {measuring:.0f} s, evaluation at most {most * each:.0f} s ({most} assignments of {len(images):,} images, "
-        f"in shards of {EVALUATION_SHARD:,}) on {workers} workers, if each is as fast as this process"
+        f"  ETA: measuring {measuring:.0f} s, evaluation at most {most * each:.0f} s "
+        f"({most} assignments of {len(images):,} images) on {workers} workers, if each is as fast as this process"
     )

@@ -12,7 +12,8 @@ EVERY_SECONDS = 5.0
 class Progress(Protocol):
     """Told how much work is done."""
 
-    def __call__(self, amount: float) -> None: ...
+    def __call__(self, amount: float) -> None:
+        """Adds to the work done."""
 
 
 @contextmanager
@@ -22,7 +23,13 @@ def progress(what: str, total: float) -> Iterator[Progress]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("ETA"))
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total)
             yield lambda amount: bar.advance(task, amount)

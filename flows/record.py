@@ -34,7 +34,10 @@ def record_of(run: Run) -> RunRecord:
         float_accuracy=accuracies[space.nothing],
         results=results,
         seconds=run.clock.seconds,
-        forwards={kind: run.session.plan.forward_images([t for t in session.plan.tiles if t.kind == kind]) for kind in session.plan.kinds},
+        forwards={
+            kind: run.session.plan.forward_images([t for t in session.plan.tiles if t.kind == kind])
+            for kind in session.plan.kinds
+        },
         notes=tuple(run.notes),
     )
 
@@ -59,7 +62,11 @@ def loading_snippet(session: Session) -> str:
         "factory": "from {} import {} as factory; network = factory()".format(*network.name.partition(":")[::2]),
     }[network.source]
     return "\n".join(
-        ("from safetensors.torch import load_file", build, 'network.load_state_dict(load_file("weights.safetensors"), strict=False)')
+        (
+            "from safetensors.torch import load_file",
+            build,
+            'network.load_state_dict(load_file("weights.safetensors"), strict=False)',
+        )
     )
 
 

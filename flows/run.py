@@ -65,5 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"another run is writing to {folder}; wait for it, or name another folder (folder: runs/…)") from None
+            raise StoreError(
+                f"another run is writing to {folder}; wait for it, or name another folder (folder: runs/…)"
+            ) from None
         yield

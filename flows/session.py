@@ -47,7 +47,9 @@ class Session:
         loaded = load_network(config.network)
         slices = load_data(config.data, loaded.image_shape)
         if config.criterion == "cross_entropy" and slices.sensitivity.load(0, 1)[1] is None:
-            raise DataError("criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float")
+            raise DataError(
+                "criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float"
+            )
         _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
         network = Network(loaded.model, loaded.example_input, config.network.fixed)
         return Session(config, loaded, network, slices, network.search_space(config.bits))
@@ -76,7 +78,9 @@ class Session:
         settings = self.config.quantizer
         quantizer = WeightQuantizer(settings.weights, settings.granularity == "per_channel", settings.scheme == "symmetric")
         load = self.slices.sensitivity.load
-        return Workbench(self.network, self.space, quantizer, self.config.criterion, self.blocks, load, self.config.measure.batch_images)
+        return Workbench(
+            self.network, self.space, quantizer, self.config.criterion, self.blocks, load, self.config.measure.batch_images
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -92,7 +96,7 @@ class Session:
 
     @property
     def memory_limit(self) -> int:
-        """Bytes that stored prefixes may take in one worker: as configured, or a quarter of what is free shared by the workers."""
+        """Bytes that stored prefixes may take in one worker: as configured, or its part of a quarter of what is free."""
         if self.config.measure.memory_limit_mb is not None:
             return self.config.measure.memory_limit_mb * 10**6
         import psutil

@@ -33,7 +33,9 @@ class StoredRun:
     def open(cls, folder: Path) -> "StoredRun":
         """Reads a run's folder; StoreError where it holds no complete measurement."""
         if not (folder / "config.yaml").is_file():
-            raise StoreError(f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/")
+            raise StoreError(
+                f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
+            )
         config = load_config(folder / "config.yaml", [f"folder={folder}"])
         store = Store.open(folder / "store.zarr")
         coverage = store.coverage
@@ -57,7 +59,11 @@ class StoredRun:
     def document(self, matrix: InteractionMatrix, solution: Solution) -> str:
         """A solution as JSON: the assignment, and how far it is proven."""
         document = self.measured.space.to_json(solution.assignment)
-        document |= {"estimator": matrix.estimator, "loss_predicted": matrix.baseline + solution.objective, "status": str(solution.status)}
+        document |= {
+            "estimator": matrix.estimator,
+            "loss_predicted": matrix.baseline + solution.objective,
+            "status": str(solution.status),
+        }
         return json.dumps(document, indent=1)
 
 
@@ -66,7 +72,8 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
     space = matrix.space
     return (
         f"{name}: {solution.status}, predicted loss {matrix.baseline + solution.objective:.4f}, gap {100 * solution.gap:.4f} %, "
-        f"{solution.seconds:.2f} s; {space.average_bits(solution.assignment):.3f} bits, {space.size_bytes(solution.assignment):,} bytes\n"
+        f"{solution.seconds:.2f} s; {space.average_bits(solution.assignment):.3f} bits, "
+        f"{space.size_bytes(solution.assignment):,} bytes\n"
         f"  {solution.assignment}"
     )
 

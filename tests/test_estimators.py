@@ -142,7 +142,12 @@ class TestPairwise(EstimatorContract):
 
     def test_standard_error_is_of_the_combination_on_the_same_images(self):
         measured, _ = quadratic_measurements(blocks=5)
-        even = Measured(measured.space, "kl_to_float", np.ones(5, dtype=np.int64), {k: v / measured.counts.reshape(-1, *[1] * (v.ndim - 1)) for k, v in measured.sums.items()})
+        even = Measured(
+            measured.space,
+            "kl_to_float",
+            np.ones(5, dtype=np.int64),
+            {k: v / measured.counts.reshape(-1, *[1] * (v.ndim - 1)) for k, v in measured.sums.items()},
+        )
         s, p = even.sums["singles"], even.sums["pairs"]
         entry = p[:, 0, 5] - s[:, 1] - s[:, 6] + s[:, 0]
         assert estimate("pairwise", even).standard_error[0, 5] == pytest.approx(entry.std(ddof=1) / np.sqrt(5))

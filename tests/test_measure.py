@@ -128,6 +128,8 @@ def test_cross_entropy_and_kl_are_torchs_own():
     z, f, y = torch.randn(3, 5, 4), torch.randn(5, 4), labels(5)
     expected = torch.stack([torch.nn.functional.cross_entropy(part.double(), y, reduction="none") for part in z])
     torch.testing.assert_close(criteria.cross_entropy(z, y), expected)
-    kl = torch.nn.functional.kl_div(z.double().log_softmax(-1), f.double().log_softmax(-1).expand(3, 5, 4), log_target=True, reduction="none")
+    kl = torch.nn.functional.kl_div(
+        z.double().log_softmax(-1), f.double().log_softmax(-1).expand(3, 5, 4), log_target=True, reduction="none"
+    )
     torch.testing.assert_close(criteria.kl_to_float(z, f), kl.sum(-1))
     assert float(criteria.kl_to_float(f, f).abs().max()) == 0.0

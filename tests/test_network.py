@@ -97,7 +97,9 @@ def test_every_parameter_is_searched_or_accounted_for():
     assert searched | set(rows) == {name for name, _ in model.named_parameters()}
     assert not searched & set(rows)
     assert rows["patch.weight"] == 4 * model.patch.weight.numel()
-    assert sum(rows.values()) + sum(4 * layer.num_weights for layer in network.layers) == sum(4 * p.numel() for p in model.parameters())
+    assert sum(rows.values()) + sum(4 * layer.num_weights for layer in network.layers) == sum(
+        4 * p.numel() for p in model.parameters()
+    )
 
 
 class _Random(nn.Module):
@@ -124,7 +126,12 @@ class _Weightless(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "says"), [(_Random(), "random numbers in aten.rand"), (_Branching(), "torch.export cannot"), (_Weightless(), "no convolution or linear")]
+    ("model", "says"),
+    [
+        (_Random(), "random numbers in aten.rand"),
+        (_Branching(), "torch.export cannot"),
+        (_Weightless(), "no convolution or linear"),
+    ],
 )
 def test_networks_that_cannot_be_cut_are_refused_by_name(model, says):
     with pytest.raises(NetworkError, match=says):

@@ -11,7 +11,10 @@ def space(num_layers, bits=(2, 4, 8)):
     return SearchSpace.uniform([Layer(f"l{i}", (4, 4), "linear", macs=16) for i in range(num_layers)], bits)
 
 
-@pytest.mark.parametrize(("layers", "evaluations"), [(19, 1597), (35, 5461), (52, 12091), (51, 11629), (62, 17206), (79, 27967), (109, 53302), (72, 23221)])
+@pytest.mark.parametrize(
+    ("layers", "evaluations"),
+    [(19, 1597), (35, 5461), (52, 12091), (51, 11629), (62, 17206), (79, 27967), (109, 53302), (72, 23221)],
+)
 def test_evaluations_are_those_of_the_methods_table(layers, evaluations):
     plan = Plan(space(layers), ((0, 10),), ("singles", "pairs"), 50)
     assert sum(plan.evaluations(tile) for tile in plan.tiles) == evaluations

@@ -11,6 +11,7 @@ Its docstring cites its source and says what it costs. Names are file names; a n
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ def estimate(name: str, measured: Measured) -> InteractionMatrix:
     return matrix
 
 
-def _module(name: str): # type: ignore[no-untyped-def]
+def _module(name: str) -> ModuleType:
     if name not in available("estimators"):
         valid = available("estimators")
         raise ConfigurationError(f"unknown estimator {name!r}; expected one of {', '.join(valid)}{nearest(name, valid)}")
@@ -107,6 +108,7 @@ def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], A
     dead = [space.layers[i].name for i in range(space.num_layers) if bad[space.offsets[i] : space.offsets[i + 1]].all()]
     if dead:
         raise MeasurementError(
-            f"every bit-width of {', '.join(dead)} gives a NaN or infinite loss; give these layers wider bits, or name them in fixed"
+            f"every bit-width of {', '.join(dead)} gives a NaN or infinite loss; "
+            "give these layers wider bits, or name them in fixed"
         )
     return tuple(int(k) for k in np.flatnonzero(bad)), np.where(bad, 0.0, increases)

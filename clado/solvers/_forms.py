@@ -50,6 +50,16 @@ class Forms:
         quick = self.quick
         return self._tightest(quick, min(LONG, int(LONG_WORK / max(len(self.source.free), 1) ** 3)) - QUICK)
 
+    @property
+    def half_quick(self) -> Form:
+        """Half-way from curved to tight, after a few steps."""
+        return self.nearest.mixed(self.quick, 0.5)
+
+    @property
+    def half_long(self) -> Form:
+        """Half-way from curved to tight, after many."""
+        return self.nearest.mixed(self.long, 0.5)
+
     def _tightest(self, first: Form, steps: int) -> Form:
         """The form with the highest root bound among those that the relaxation passes through."""
         everything = np.ones(self.program.num_choices, dtype=bool)
@@ -63,11 +73,3 @@ class Forms:
             if value > highest:
                 best, highest = form, value
         return best
-
-    def stage(self, number: int) -> list[Form]:
-        """Forms to race in stage 0 (cheap) and 1 (costly); none after that."""
-        if number == 0:
-            return [self.nearest, self.nearest.mixed(self.quick, 0.5)]
-        if number == 1:
-            return [self.nearest.mixed(self.long, 0.5), self.long]
-        return []

@@ -1,4 +1,6 @@
-"""Good assignments by descent: one-group and two-group moves, repair, multipliers and kicks. NumPy; limited by rounds, never by time."""
+"""Good assignments by descent: one-group and two-group moves, repair, multipliers and kicks. NumPy; limited by rounds; a deadline only skips kicks."""
+
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +128,7 @@ class Descent:
         return None if repaired is None else self.descend(repaired)
 
 
-def start(program: Program, starts: tuple[Choices, ...] = (), kicks: int = KICKS) -> Choices | None:
+def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = np.inf, kicks: int = KICKS) -> Choices | None:
     """The best choices of multipliers, given starts and kicks, or None when none meets the constraints. Deterministic."""
     descent = Descent(program)
     found: list[Choices] = []
@@ -143,6 +145,8 @@ def start(program: Program, starts: tuple[Choices, ...] = (), kicks: int = KICKS
     rng = np.random.default_rng(SEED)
     free = np.flatnonzero(np.diff(program.starts) > 1)
     for _ in range(kicks if len(free) > 1 else 0):
+        if time.perf_counter() > deadline:
+            break
         kicked = best.copy()
         for group in rng.choice(free, size=min(KICKED_GROUPS, len(free)), replace=False):
             kicked[group] = rng.integers(program.starts[group], program.starts[group + 1])

@@ -35,7 +35,7 @@ from clado.solvers._forms import Forms
 from clado.solvers._start import Descent, start
 
 OBJECTIVE = 100.0  # SCIP's absolute tolerances are made for numbers of this size
-RACED_NODES = 300
+HEAT_NODES, SEMIFINAL_NODES = 300, 1500
 ROUNDED_CALLS = 512
 
 
@@ -44,7 +44,7 @@ def search(program: Program, task: Task) -> Outcome:
     with _one_thread():
         first = None
         try:
-            first = start(program, task.starts)
+            first = start(program, task.starts, task.deadline)
             if program.is_linear:
                 return _linear(program, task, first)
             return _race(program, task, _forms(program, task), first)
@@ -53,32 +53,56 @@ def search(program: Program, task: Task) -> Outcome:
 
 
 def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> Outcome:
-    """Gives each convex form a few nodes, then all that is left to the one with the highest bound. Whatever finishes first wins."""
+    """Gives each cheap convex form a few nodes and the one with the highest bound some more; if that does not settle it, the costly
+    forms as well; then all that is left to the best. Whatever finishes first wins."""
     forms.deadline = task.deadline
-    best, highest, bound, nodes = first, -np.inf, -np.inf, 0
-    winner = forms.nearest
+    best, bound, nodes = first, -np.inf, 0
+    scores: list[tuple[float, Form]] = []
 
-    def run(form: Form, limit: int | None) -> Outcome:
-        left = None if task.node_limit is None else max(1, task.node_limit - nodes)
-        limit = left if limit is None else limit if left is None else min(limit, left)
-        tree = Tree(program, form, best)
-        try:
-            return tree.search(replace(task, node_limit=limit))
-        except PluginError as error:
-            outcome = _factored(program, form, task, tree.best)
-            return replace(outcome, message=f"Solved without plugins, after: {error}. {outcome.message}".strip())
+    def run(form: Form, limit: int | None) -> tuple[Outcome, bool]:
+        nonlocal best, bound, nodes
+        if task.node_limit is not None:
+            limit = min(limit or task.node_limit, max(1, task.node_limit - nodes))
+        outcome = _searched(program, form, replace(task, node_limit=limit), best)
+        scores.append((outcome.bound, form))
+        best, bound, nodes = outcome.choices, max(bound, outcome.bound), nodes + outcome.nodes
+        ended = outcome.status is not Status.LIMIT or not task.seconds_left or (task.node_limit is not None and nodes >= task.node_limit)
+        return replace(outcome, bound=bound, nodes=nodes), ended or _gap(program, best, bound) <= task.gap_limit
 
-    for stage in range(2):
-        for form in forms.stage(stage):
-            outcome = run(form, RACED_NODES)
-            best, nodes, bound = outcome.choices if outcome.choices is not None else best, nodes + outcome.nodes, max(bound, outcome.bound)
-            finished = outcome.status is not Status.LIMIT or not task.seconds_left or (task.node_limit is not None and nodes >= task.node_limit)
-            if finished or _gap(program, best, bound) <= task.gap_limit:
-                return replace(outcome, choices=best, bound=bound, nodes=nodes)
-            if outcome.bound > highest:
-                winner, highest = form, outcome.bound
-    outcome = run(winner, None)
-    return replace(outcome, bound=max(bound, outcome.bound), nodes=nodes + outcome.nodes)
+    def highest() -> Form:
+        return max(scores, key=lambda score: score[0])[1]
+
+    heats: list[tuple[Callable[[], Form], int | None]] = [
+        (lambda: forms.nearest, HEAT_NODES),
+        (lambda: forms.half_quick, HEAT_NODES),
+        (highest, SEMIFINAL_NODES),
+        (lambda: forms.half_long, HEAT_NODES),
+        (lambda: forms.long, HEAT_NODES),
+        (highest, None),
+    ]
+    outcome = Outcome(Status.LIMIT, best, bound)
+    try:
+        for form, limit in heats:
+            if limit == SEMIFINAL_NODES:
+                scores = [max(scores, key=lambda score: score[0])]
+            outcome, ended = run(form(), limit)
+            if limit == SEMIFINAL_NODES:
+                scores.pop()  # its bound comes from more nodes than the others': its heat is what counts
+            if ended:
+                break
+    except KeyboardInterrupt:
+        return Outcome(Status.INTERRUPTED, best, bound, nodes)
+    return outcome
+
+
+def _searched(program: Program, form: Form, task: Task, first: Choices | None) -> Outcome:
+    """One tree, or the factored form should a plugin fail."""
+    tree = Tree(program, form, first)
+    try:
+        return tree.search(task)
+    except PluginError as error:
+        outcome = _factored(program, form, task, tree.best)
+        return replace(outcome, message=f"Solved without plugins, after: {error}. {outcome.message}".strip())
 
 
 def _gap(program: Program, choices: Choices | None, bound: float) -> float:
@@ -195,11 +219,23 @@ class Tree:
         if ended in ("optimal", "infeasible", "inforunbd"):
             if self.best is None:
                 return Outcome(Status.INFEASIBLE, None, np.inf, nodes)
+            if self._disagrees():
+                return Outcome(Status.DOUBTFUL, self.best, self.value - self.margin, nodes)
             return Outcome(Status.OPTIMAL, self.best, self.value - self.margin, nodes)
         status = Status.INTERRUPTED if ended == "userinterrupt" else Status.LIMIT
         if ended in ("unknown", "unbounded"):
             raise PluginError(f"SCIP ended with {ended}")
         return Outcome(status, self.best, self._bound(), nodes, f"SCIP stopped at its {ended}." if status is Status.LIMIT else "")
+
+    def _disagrees(self) -> bool:
+        """Whether the convex form, or SCIP's own solution, contradicts the incumbent's recomputed value."""
+        if self.best is None:
+            return False
+        form = self.bounds.form
+        convex = form.constant + float(form.linear[self.best].sum()) + 0.5 * float(form.hessian[np.ix_(self.best, self.best)].sum())
+        claimed = self.model.getPrimalbound() / self.unit if self.model.getNSols() else self.value
+        slack = 10 * self.margin + 1e-9 * self.descent.scale
+        return abs(convex - self.value) > slack or claimed < self.value - slack
 
     def _bound(self) -> float:
         """The lowest bound of the open nodes, in the objective's unit."""

@@ -1,4 +1,4 @@
-"""The zoo: a small network trained by us on Fashion-MNIST, and the images that a demo needs. `train.py` makes every file again."""
+"""The zoo: a small network trained by us on Fashion-MNIST, and images for a demo. `train.py` makes every file again."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut (He et al. 2016, arXiv 1512.03385, figure 2; 1 x 1 projection where shapes change)."""
+    """Two 3 x 3 convolutions and a shortcut (He et al., arXiv 1512.03385, figure 2; a 1 x 1 projection where shapes change)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -53,4 +53,5 @@ class ResNet20(nn.Module):
         """Images (N, 1, 28, 28), normalised -> logits (N, num_classes)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits

@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,11 +73,13 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def top1(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Fraction of the images whose largest logit is the label's, in float32."""
     network.eval()
-    correct = [(network(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)]
+    correct = [(network(x).argmax(1) == y).sum() for x, y in zip(torch.split(images, 500), torch.split(labels, 500), strict=True)]
     return float(sum(correct)) / len(labels)
 
 
-def train(name: str, data: dict[str, np.ndarray], epochs: int, lr: float, batch: int, seed: int) -> tuple[nn.Module, dict[str, object]]:
+def train(
+    name: str, data: dict[str, np.ndarray], epochs: int, lr: float, batch: int, seed: int
+) -> tuple[nn.Module, dict[str, object]]:
     """SGD with Nesterov momentum and one cosine cycle, bfloat16 autocast; the checkpoint best on the selection slice."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -96,16 +99,18 @@ def train(name: str, data: dict[str, np.ndarray], epochs: int, lr: float, batch:
         network.train()
         begin = time.perf_counter()
         order = torch.randperm(len(images["training"]), generator=generator)
-        for chosen in order.split(batch)[: len(order) // batch]:
+        for chosen in torch.split(order, batch)[: len(order) // batch]:
             x = augment(images["training"][chosen], generator).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = F.cross_entropy(network(x), labels["training"][chosen])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
         accuracy = top1(network, images["selection"], labels["selection"])
-        print(f"{name} epoch {epoch + 1}/{epochs}: selection top-1 {accuracy:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"{name} epoch {epoch + 1}/{epochs}: selection top-1 {accuracy:.4f}, {time.perf_counter() - begin:.0f} s", flush=True
+        )
         if accuracy >= best:
             best, best_epoch = accuracy, epoch + 1
             best_state = {k: v.detach().clone() for k, v in network.state_dict().items()}
@@ -116,9 +121,8 @@ def train(name: str, data: dict[str, np.ndarray], epochs: int, lr: float, batch:
 def pack_images(data: dict[str, np.ndarray]) -> None:
     """Writes the images and labels that ship: the calibration and sensitivity slices, and the whole test set."""
     slices = split_training_images()
-    arrays = {"test_images": data["test_images"], "test_labels": data["test_labels"]}
-    np.savez_compressed(ZOO / "fashion_mnist_test.npz", **arrays)
-    arrays = {}
+    np.savez_compressed(ZOO / "fashion_mnist_test.npz", test_images=data["test_images"], test_labels=data["test_labels"])
+    arrays: dict[str, Any] = {}
     for name in ("calibration", "sensitivity"):
         arrays |= {
             f"{name}_images": data["train_images"][slices[name]],
@@ -158,6 +162,7 @@ def main() -> None:
         facts["torch"] = torch.__version__
         state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
         save_file(state, ZOO / f"{name}.safetensors")
+        (ZOO / f"{name}.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
         manifest["networks"][name] = facts
         print(name, facts, flush=True)
     files = sorted([*ZOO.glob("*.npz"), *ZOO.glob("*.safetensors")])

@@ -21,7 +21,9 @@ class Workers(Protocol):
     def open_session(self, config: RunConfig) -> None:
         """Makes every worker, present and future, load the run's network and data."""
 
-    def map(self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]) -> Iterator[Result]:
+    def map(
+        self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]
+    ) -> Iterator[Result]:
         """`function(configuration, item)` for each item, results as they complete. Each call is one task."""
 
 

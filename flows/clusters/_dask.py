@@ -39,5 +39,12 @@ class DaskWorkers:
 
 def quiet() -> None:
     """Keeps Dask's own log lines (shutdown, heartbeat) out of the terminal; warnings of tasks still show."""
-    for name in ("distributed", "distributed.worker", "distributed.scheduler", "distributed.nanny", "distributed.core", "tornado"):
+    for name in (
+        "distributed",
+        "distributed.worker",
+        "distributed.scheduler",
+        "distributed.nanny",
+        "distributed.core",
+        "tornado",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
