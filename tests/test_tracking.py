@@ -192,7 +192,7 @@ def test_the_same_record_again_is_a_second_parent(record: RunRecord, tmp_path: P
 
 @pytest.mark.parametrize("place", ["parent", "child"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_a_fault_in_the_middle_leaves_no_run_open( (fixtures)
+def test_a_fault_in_the_middle_leaves_no_run_open(
     place: str, kind: type[BaseException], tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     from mlflow import MlflowClient
