@@ -15,16 +15,17 @@ from clado import estimators
 from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import RunConfig, fingerprint
 from clado.errors import ConfigurationError, DataError
+from clado.evaluation import Counts, count
 from clado.images import DataSlices, check_slice
 from clado.interaction import InteractionMatrix
 from clado.ledger import Ledger
-from clado.measure import Workbench
+from clado.measure import Workbench, losses
 from clado.network import Network
 from clado.probes import Plan, Workload, rows_within_memory, sample_blocks
 from clado.quantizers import WeightQuantizer
 from clado.shards import Store
 from clado.sources import LoadedNetwork, load_data, load_network
-from clado.space import SearchSpace
+from clado.space import Assignment, SearchSpace
 
 EVALUATION_SHARD = 2500  # validation images of one Dask task
 
@@ -81,6 +82,15 @@ class Session:
         return Workbench(
             self.network, self.space, quantizer, self.config.criterion, self.blocks, load, self.config.measure.batch_images
         )
+
+    def loss(self, assignment: Assignment) -> Counts:
+        """Sum of an assignment's loss over the sensitivity set, block by block."""
+        sums = [losses(self.bench, assignment, block) for block in range(len(self.blocks))]
+        return Counts(sum(map(len, sums)), float(sum(part.sum() for part in sums)))
+
+    def accuracy(self, assignment: Assignment, start: int, stop: int) -> Counts:
+        """Counts of an assignment on images start..stop−1 of the validation set."""
+        return count(self.network, self.bench.weights(assignment), self.slices.validation, start, stop)
 
     @cached_property
     def plan(self) -> Plan:

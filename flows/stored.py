@@ -10,9 +10,7 @@ from clado.candidates import Budget, Proposal, choose, program_of, widest_unifor
 from clado.config import RunConfig, load_config
 from clado.errors import StoreError
 from clado.estimators import Measured
-from clado.evaluation import Counts, evaluate_weights
 from clado.interaction import InteractionMatrix
-from clado.measure import losses
 from clado.probes import Plan
 from clado.program import Solution
 from clado.records import CHOSEN, UNIFORM, Accuracy, markdown_table, percent
@@ -36,7 +34,7 @@ class StoredRun:
             raise StoreError(
                 f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
             )
-        config = load_config(folder / "config.yaml", [f"folder={folder}"])
+        config = load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder))}"])
         store = Store.open(folder / "store.zarr")
         coverage = store.coverage
         layers = [Layer(**{**row, "shape": tuple(row["shape"])}) for row in coverage["layers"]]
@@ -94,8 +92,7 @@ def measured_losses(session: Session, proposals: list[Proposal]) -> dict[Assignm
     for assignment in dict.fromkeys(proposal.assignment for proposal in proposals):
         counts = ledger.get(assignment)
         if counts is None:
-            sums = [losses(session.bench, assignment, block) for block in range(len(session.blocks))]
-            counts = Counts(sum(map(len, sums)), float(sum(part.sum() for part in sums)))
+            counts = session.loss(assignment)
             ledger.put(assignment, counts)
         found[assignment] = counts.accuracy().loss
     return found
@@ -113,10 +110,7 @@ def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
     ledger = session.ledger("validation")
     counts = ledger.get(assignment)
     if counts is None:
-        accuracy = evaluate_weights(session.network, session.bench.weights(assignment), session.slices.validation)
-        n = accuracy.num_images
-        hits = [None if share is None else round(share * n) for share in (accuracy.top1, accuracy.top5)]
-        counts = Counts(n, accuracy.loss * n, *hits)
+        counts = session.accuracy(assignment, 0, len(session.slices.validation))
         ledger.put(assignment, counts)
     return counts.accuracy()
 

@@ -7,8 +7,8 @@ from typing import Any
 from distributed import Worker, WorkerPlugin
 
 from clado.config import RunConfig, parse_config
-from clado.evaluation import Counts, count
-from clado.measure import losses, measure_tile
+from clado.evaluation import Counts
+from clado.measure import measure_tile
 from clado.probes import Tile
 from clado.shards import Store
 from clado.space import Assignment
@@ -52,16 +52,13 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
 
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
     """Sum of an assignment's loss over the sensitivity set."""
-    session = open_session(document)
-    sums = [losses(session.bench, assignment, block) for block in range(len(session.blocks))]
-    return assignment, Counts(sum(map(len, sums)), float(sum(part.sum() for part in sums)))
+    return assignment, open_session(document).loss(assignment)
 
 
 def evaluate_shard(document: dict[str, Any], item: tuple[Assignment, int]) -> tuple[Assignment, int, Counts]:
     """Counts of an assignment on one shard of the validation set."""
     session = open_session(document)
     assignment, shard = item
-    images = session.slices.validation
     start = shard * EVALUATION_SHARD
-    stop = min(start + EVALUATION_SHARD, len(images))
-    return assignment, shard, count(session.network, session.bench.weights(assignment), images, start, stop)
+    stop = min(start + EVALUATION_SHARD, len(session.slices.validation))
+    return assignment, shard, session.accuracy(assignment, start, stop)
