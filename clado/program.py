@@ -60,10 +60,9 @@ class Solution:
 
     `objective` is the predicted loss increase ½ αᵀ Ĝ α on the *raw* matrix. `minimised` is the value of the function that was
     minimised: another number only where the program clips (`convexity='clip_psd'`) or leaves terms out (`Program.layerwise`).
-    `bound` and `gap` = (minimised − bound) / |minimised| belong to `minimised`; a heuristic has bound −∞ and gap ∞.
-    `values` and `slack` (unused budget) are per constraint, in its unit. `better_than_widest` is an assignment that the raw matrix
-    prefers to the widest bits everywhere, when a local search finds one: a sign of sampling noise (None: none was found).
-    """
+    `bound` and `gap` = (minimised − bound) / |minimised| belong to `minimised`; a heuristic has bound −∞ and gap ∞. `values`
+    and `slack` (unused budget) are per constraint, in its unit. `better_than_widest` is an assignment that the raw matrix
+    prefers to the widest bits everywhere, when a local search finds one: a sign of sampling noise (None: none was found)."""
 
     assignment: Assignment
     status: Status
@@ -97,9 +96,8 @@ class Program:
     """The program; build it with `Program.build`.
 
     `groups`: the layers of each group. `starts`: first choice of each group, then n. `options`: the options that each of the n
-    choices takes. `quadratic` (n, n) symmetric and `offset`: the minimised function. `costs` (number of constraints, n), `limits`.
-    `forbidden`: pairs of choices that may not be taken together.
-    """
+    choices takes. `quadratic` (n, n) symmetric and `offset`: the minimised function. `costs` (number of constraints, n),
+    `limits`. `forbidden`: pairs of choices that may not be taken together."""
 
     matrix: InteractionMatrix
     constraints: tuple[Constraint, ...]
@@ -129,9 +127,9 @@ class Program:
         `quarantined` are options that may not be taken, `forbidden` pairs of options that may not be taken together.
         `convexity` says what is minimised: `raw` the matrix as measured (solvers convexify it exactly where they need to);
         `shift_psd` the same function, with Q + λI made positive semidefinite and λ·(number of choices taken) taken off again;
-        `clip_psd` the nearest positive semidefinite matrix (CLADO, section 4.2), which changes the function and acts as a regulariser
-        on noisy matrices. Raises InfeasibleError when a single constraint, or what is left to choose from, rules everything out.
-        """
+        `clip_psd` the nearest positive semidefinite matrix (CLADO, section 4.2), which changes the function and acts as a
+        regulariser on noisy matrices. Raises InfeasibleError when a single constraint, or what is left to choose from, rules
+        everything out."""
         if convexity not in get_args(Convexity):
             raise ConfigurationError(f"unknown convexity {convexity!r}; expected one of {', '.join(get_args(Convexity))}")
         space = matrix.space
@@ -304,7 +302,8 @@ class Program:
         return changed
 
     def layerwise(self) -> "Program":
-        """The same program without interactions: what a layerwise method would minimise; `Solution.objective` stays on the raw matrix."""
+        """The same program without interactions: what a layerwise method would minimise; `Solution.objective` stays on the raw
+        matrix."""
         return replace(self, quadratic=_merged(self.matrix.diagonal_only().values, self.options), offset=0.0, convexity="raw")
 
     def unlimited(self) -> "Program":
@@ -330,7 +329,8 @@ class Program:
         better_than_widest: Assignment | None = None,
         message: str = "",
     ) -> Solution:
-        """The answer that these choices mean, with everything recomputed from the raw matrix and the costs; refuses infeasible choices."""
+        """The answer that these choices mean, with everything recomputed from the raw matrix and the costs; refuses infeasible
+        choices."""
         if not self.is_feasible(choices):
             raise ValueError(f"{solver} returned choices that break a constraint")
         assignment = self.assignment(choices)

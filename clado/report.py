@@ -67,7 +67,7 @@ def verdict(record: RunRecord) -> str:
     for word, found, extreme in (("lower", lower, min), ("raise", higher, max)):
         if found:
             most = extreme(found, key=lambda pair: _relative(pair[1], pair[2]))
-            parts.append(f"{word} the measured loss at {len(found)} of {len(pairs)} budgets, most {_change(*most)}")
+            parts.append(f"{word} the measured loss at {len(found)} of {len(pairs)} budgets, most {_change(*most, signed=False)}")
     if not lower and not higher:
         parts.append("leave the measured loss as it is")
     return f"{'; they '.join(parts)} ({rival} against {BASE})."
@@ -191,9 +191,11 @@ def _relative(base: Result, other: Result) -> float:
     return change / abs(base.loss_shipped) if base.loss_shipped else change
 
 
-def _change(budget: str, base: Result, other: Result) -> str:
-    """'by -12.3 % at 2.5 bits, from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'."""
-    share = f"by {100 * _relative(base, other):+.1f} % " if base.loss_shipped else ""
+def _change(budget: str, base: Result, other: Result, signed: bool = True) -> str:
+    """'by -12.3 % at 2.5 bits (12.3 % unless signed), from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'."""
+    change = 100 * _relative(base, other)
+    share = f"by {change:+.1f} % " if signed else f"by {abs(change):.1f} % "
+    share = share if base.loss_shipped else ""
     before, after = _top1(base), _top1(other)
     accuracy = "" if before is None or after is None else f", and top-1 from {percent(before)} to {percent(after)} %"
     return f"{share}at {budget}, from {_loss(base.loss_shipped)} to {_loss(other.loss_shipped)}{accuracy}"

@@ -87,7 +87,7 @@ def test_verdict_admits_a_raised_loss() -> None:
     record = make_record(budgets=(2.25, 2.5, 3.0))
     assert "they lower the measured loss at 3 of 3 budgets" in report.verdict(record)
     worse = report.verdict(same_loss(record, 1.25))
-    assert "they raise the measured loss at 3 of 3 budgets, most by +25.0 %" in worse
+    assert "they raise the measured loss at 3 of 3 budgets, most by 25.0 %" in worse
     assert "lower" not in worse
 
 

@@ -34,7 +34,9 @@ class Constraint:
     def __post_init__(self) -> None:
         for option, cost in enumerate(self.costs):
             if not isfinite(cost):
-                raise ConfigurationError(f"constraint {self.name}: the cost of option {option} is {cost}; expected a finite number")
+                raise ConfigurationError(
+                    f"constraint {self.name}: the cost of option {option} is {cost}; expected a finite number"
+                )
         if self.bound != self.bound:
             raise ConfigurationError(f"constraint {self.name}: the bound is NaN; expected a number of {self.unit}")
 

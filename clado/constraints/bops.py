@@ -9,7 +9,9 @@ def constraint(space: SearchSpace, budget_bops: float, activation_bits: int = 8)
     """At most `budget_bops` bit operations per image; the MACs are those that the exported graph counted (`Layer.macs`)."""
     unknown = [layer.name for layer in space.layers if layer.macs <= 0]
     if unknown:
-        raise ConfigurationError(f"constraint bops: the MACs of {', '.join(unknown)} are unknown; take the space from a network's graph")
+        raise ConfigurationError(
+            f"constraint bops: the MACs of {', '.join(unknown)} are unknown; take the space from a network's graph"
+        )
     if activation_bits < 1:
         raise ConfigurationError(f"constraint bops: activation_bits is {activation_bits}; expected at least 1")
     costs = tuple(float(space.layers[i].macs * b * activation_bits) for i, b in space.options)

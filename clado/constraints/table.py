@@ -24,7 +24,9 @@ def constraint(space: SearchSpace, bound: float, path: str | Path, name: str = "
         try:
             layer, bits, cost = row[0], int(row[1]), float(row[2])
         except (ValueError, IndexError):
-            raise ConfigurationError(f"{where}, row {number} is {row}; expected a layer's name, an integer and a number") from None
+            raise ConfigurationError(
+                f"{where}, row {number} is {row}; expected a layer's name, an integer and a number"
+            ) from None
         if not isfinite(cost) or cost < 0 or (layer, bits) in costs:
             problem = "is given twice" if (layer, bits) in costs else f"costs {cost}; expected a finite number, not negative"
             raise ConfigurationError(f"{where}, row {number}: {layer} at {bits} bits {problem}")
@@ -32,5 +34,7 @@ def constraint(space: SearchSpace, bound: float, path: str | Path, name: str = "
     wanted = [(space.layers[i].name, b) for i, b in space.options]
     missing = [f"{layer} at {bits} bits" for layer, bits in wanted if (layer, bits) not in costs]
     if missing:
-        raise ConfigurationError(f"{where} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}")
+        raise ConfigurationError(
+            f"{where} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
+        )
     return Constraint(name, rows[0][2], tuple(costs[key] for key in wanted), float(bound))

@@ -25,8 +25,8 @@ TOLERANCE = 1e-6
 class Task:
     """How far to search: limits, and choices to start from (they may break constraints: they are repaired or dropped).
 
-    `deadline` is on the clock of `time.perf_counter`. `shared` keeps what solves of the same function under other bounds may share.
-    """
+    `deadline` is on the clock of `time.perf_counter`. `shared` keeps what solves of the same function under other bounds may
+    share."""
 
     deadline: float = np.inf
     node_limit: int | None = None
@@ -50,7 +50,8 @@ class Shared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver found: choices (one per group, None if none was found), a bound on the minimised function, and how it ended."""
+    """What a solver found: choices (one per group, None if none was found), a bound on the minimised function, and how it
+    ended."""
 
     status: Status
     choices: Choices | None
@@ -62,13 +63,17 @@ class Outcome:
 class Search(Protocol):
     """What a solver's module offers as `search`."""
 
-    def __call__(self, program: Program, task: Task) -> Outcome: ...
+    def __call__(self, program: Program, task: Task) -> Outcome:
+        """Searches within the task's limits."""
+        ...
 
 
 class Solve(Protocol):
     """A solver with its settings: what `pareto` and `candidates` are given."""
 
-    def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution: ...
+    def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+        """The best assignment of the program, from any number of assignments to start from."""
+        ...
 
 
 def names() -> list[str]:
@@ -121,10 +126,9 @@ def solve(
     """The best assignment of the program.
 
     `time_limit` in seconds, everything included; `gap_limit` relative (0.01 stops within 1 %); `starts` are assignments to
-    start from. A time limit or Ctrl-C returns the best assignment found, with its bound and gap. Without reaching the time limit,
-    the same program gives the same answer whatever the machine's load. Raises InfeasibleError when nothing meets the constraints and
-    SolverError when nothing was found in time.
-    """
+    start from. A time limit or Ctrl-C returns the best assignment found, with its bound and gap. Without reaching the time
+    limit, the same program gives the same answer whatever the machine's load. Raises InfeasibleError when nothing meets the
+    constraints and SolverError when nothing was found in time."""
     return prepare(program, solver, time_limit=time_limit, node_limit=node_limit, gap_limit=gap_limit)(program, starts)
 
 
@@ -133,7 +137,9 @@ def _solved(program: Program, solver: str, search: Search, task: Task, begin: fl
     if outcome.status is Status.INFEASIBLE:
         raise InfeasibleError(_why_infeasible(program, search))
     if outcome.choices is None:
-        raise SolverError(f"{solver} found no assignment within the constraints ({outcome.status}). {outcome.message or outcome.status.advice}")
+        raise SolverError(
+            f"{solver} found no assignment within the constraints ({outcome.status}). {outcome.message or outcome.status.advice}"
+        )
     from clado.solvers._start import better_than_widest
 
     better = better_than_widest(program)
@@ -156,12 +162,15 @@ def _why_infeasible(program: Program, search: Search) -> str:
         outcome = search(program.minimising(index), Task())
         if outcome.choices is not None and outcome.status is Status.OPTIMAL:
             least = float(program.costs[index, outcome.choices].sum())
-            lines.append(f"with the other constraints as they are, {constraint.name} needs at least {least:.12g} {constraint.unit}")
+            lines.append(
+                f"with the other constraints as they are, {constraint.name} needs at least {least:.12g} {constraint.unit}"
+            )
     return ". ".join(lines)
 
 
 def compare(program: Program, solver: str = "scip", *, time_limit: float | None = 120.0) -> dict[str, Solution]:
-    """The program's own answer (`interactions`) beside those of layerwise and greedy under the same constraints, all scored on the raw matrix."""
+    """The program's own answer (`interactions`) beside those of layerwise and greedy under the same constraints, all scored on
+    the raw matrix."""
     answers: dict[str, Callable[[], Solution]] = {
         "interactions": lambda: solve(program, solver, time_limit=time_limit),
         "layerwise": lambda: solve(program.layerwise(), solver, time_limit=time_limit),

@@ -44,11 +44,11 @@ class NodeBound:
         self.tolerance = 1e-9 * max(float(np.abs(self.linear).max(initial=0.0)), float(diagonal.max(initial=0.0)), 1e-300)
 
     def solve(self, allowed: Mask, support: Mask | None = None, active: Mask | None = None, cutoff: float = np.inf) -> Bound:
-        """A bound over the allowed choices; stops early once the bound reaches `cutoff`. Every group must have an allowed choice.
+        """A bound over the allowed choices; stops early once the bound reaches `cutoff`. Every group must have an allowed
+        choice.
 
-        Whatever the steps do, the value is valid: f(x') ≥ f(x) + ∇f(x)·(x' − x) for every x, and the right side is minimised exactly
-        over the groups with multipliers ≥ 0 on the knapsacks.
-        """
+        Whatever the steps do, the value is valid: f(x') ≥ f(x) + ∇f(x)·(x' − x) for every x, and the right side is minimised
+        exactly over the groups with multipliers ≥ 0 on the knapsacks."""
         support = self._covered(allowed, support)
         active = np.zeros(len(self.limits), dtype=bool) if active is None else active.copy()
         best: Bound | None = None
@@ -58,7 +58,12 @@ class NodeBound:
             priced = gradient + np.maximum(multipliers, 0) @ self.costs
             priced_allowed = np.where(allowed, priced, np.inf)
             least = np.minimum.reduceat(priced_allowed, self.starts)
-            value = self.form.constant - 0.5 * float(x @ (gradient - self.linear)) + float(least.sum()) - float(np.maximum(multipliers, 0) @ self.limits)
+            value = (
+                self.form.constant
+                - 0.5 * float(x @ (gradient - self.linear))
+                + float(least.sum())
+                - float(np.maximum(multipliers, 0) @ self.limits)
+            )
             reduced_cost = priced_allowed - least[self.owner]
             room = self.limits - self.costs @ x
             negative = support & (x < -1e-10)
@@ -91,7 +96,8 @@ class NodeBound:
         return np.asarray(~support & (priced <= least[self.owner]) & (priced < inside[self.owner] - self.tolerance))
 
     def _stationary(self, x: Array, support: Mask, active: Mask) -> tuple[Array, Array, Array]:
-        """The point where the gradient is even over the support of each group and the active knapsacks are tight: x, ∇f(x), multipliers."""
+        """The point where the gradient is even over the support of each group and the active knapsacks are tight: x, ∇f(x),
+        multipliers."""
         inside = np.where(support, x, -np.inf)
         # In each group the largest x of the support is eliminated by Σ = 1.
         order = np.lexsort((-inside, self.owner))
@@ -128,7 +134,7 @@ class NodeBound:
 def _solved(matrix: Array, right: Array) -> Array:
     """matrix⁻¹ right, with a little on the diagonal where the matrix is singular."""
     try:
-        return np.linalg.solve(matrix, right)
+        return np.asarray(np.linalg.solve(matrix, right), dtype=np.float64)
     except np.linalg.LinAlgError:
         ridge = 1e-10 * max(float(np.abs(matrix).max()), 1e-300)
-        return np.linalg.solve(matrix + ridge * np.eye(len(matrix)), right)
+        return np.asarray(np.linalg.solve(matrix + ridge * np.eye(len(matrix)), right), dtype=np.float64)

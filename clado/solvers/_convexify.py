@@ -1,11 +1,10 @@
 """The minimised function in other words: convex, and equal to the program's own at its 0/1 points. NumPy.
 
-At 0/1 points x_k² = x_k, and two choices of one group are never taken together, so the diagonal (paid for in the linear term) and the
-entries between choices of one group are free. Quadratic convex reformulation (QCR: Billionnet, Elloumi, Plateau 2009) picks
-them so that the continuous minimum is highest; the best ones are the multipliers of a semidefinite relaxation, which the
-boundary-point method (Povh, Rendl, Wiegele 2006; Wen, Goldfarb, Yin 2010) finds with eigendecompositions alone. Any multipliers are
-valid, for any bounds: stopping early costs tightness, never correctness.
-"""
+At 0/1 points x_k² = x_k, and two choices of one group are never taken together, so the diagonal (paid for in the linear term)
+and the entries between choices of one group are free. Quadratic convex reformulation (QCR: Billionnet, Elloumi, Plateau 2009)
+picks them so that the continuous minimum is highest; the best ones are the multipliers of a semidefinite relaxation, which the
+boundary-point method (Povh, Rendl, Wiegele 2006; Wen, Goldfarb, Yin 2010) finds with eigendecompositions alone. Any multipliers
+are valid, for any bounds: stopping early costs tightness, never correctness."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,7 +21,8 @@ SAFETY = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """constant + linear·x + ½ xᵀ hessian x over all n choices; the rows of each group's widest choice are zero (eliminated by Σ = 1)."""
+    """constant + linear·x + ½ xᵀ hessian x over all n choices; the rows of each group's widest choice are zero (eliminated by Σ
+    = 1)."""
 
     constant: float
     linear: Array
@@ -68,12 +68,11 @@ def shifted(form: Form) -> Form:
 
 
 def nearest(program: Program, form: Form, steps: int = 40) -> Form:
-    """Convex with the least change of the free entries: Dykstra's alternating projections between the positive semidefinite matrices
-    and those that keep every entry between groups.
+    """Convex with the least change of the free entries: Dykstra's alternating projections between the positive semidefinite
+    matrices and those that keep every entry between groups.
 
-    Measured in units of the diagonal, so that a wide bit-width, whose entries are small, is not charged the noise of a narrow one.
-    A convex form comes back as it is. Not tight at the root, but curved, which is what branching feeds on.
-    """
+    Measured in units of the diagonal, so that a wide bit-width, whose entries are small, is not charged the noise of a narrow
+    one. A convex form comes back as it is. Not tight at the root, but curved, which is what branching feeds on."""
     free = form.free
     hessian = form.hessian[np.ix_(free, free)]
     if not len(free) or float(np.linalg.eigvalsh(hessian)[0]) >= 0:
@@ -103,7 +102,8 @@ def nearest(program: Program, form: Form, steps: int = 40) -> Form:
 
 
 class Relaxation:
-    """min ⟨C, X⟩ over X = [1 xᵀ; x X] ⪰ 0 with X_kk = x_k, X_kl = 0 within a group, and A x + s = limits, s ≥ 0; by boundary points."""
+    """min ⟨C, X⟩ over X = [1 xᵀ; x X] ⪰ 0 with X_kk = x_k, X_kl = 0 within a group, and A x + s = limits, s ≥ 0; by boundary
+    points."""
 
     OVER_RELAXATION, ADAPTATION = 1.6, 1.2
 
@@ -134,7 +134,12 @@ class Relaxation:
 
     def _apply(self, x: Array, slack: Array) -> tuple[float, Array, Array, Array]:
         """Left sides of the equations: corner, diagonal, within groups (scaled to unit norm), knapsacks."""
-        return float(x[0, 0]), np.diag(x)[1:] - x[0, 1:], np.sqrt(2) * x[self.pairs[0] + 1, self.pairs[1] + 1], self.costs @ x[0, 1:] + slack
+        return (
+            float(x[0, 0]),
+            np.diag(x)[1:] - x[0, 1:],
+            np.sqrt(2) * x[self.pairs[0] + 1, self.pairs[1] + 1],
+            self.costs @ x[0, 1:] + slack,
+        )
 
     def _adjoint(self, corner: float, diagonal: Array, within: Array, knapsack: Array) -> Array:
         """Σ multiplier · equation as a matrix."""

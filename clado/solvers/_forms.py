@@ -1,8 +1,9 @@
-"""Convex forms of one function, from cheap to costly, for a search to race: no rule known in advance says which has the smallest tree. NumPy.
+"""Convex forms of one function, from cheap to costly, for a search to race: no rule known in advance says which has the
+smallest tree. NumPy.
 
-The tightest root bound (QCR) has many flat directions, in which branching gains nothing; the nearest convex form is loose at the root but
-curved. Half-way between them is most often best; on nearly convex functions the nearest form alone, on hard ones the tightest.
-"""
+The tightest root bound (QCR) has many flat directions, in which branching gains nothing; the nearest convex form is loose at
+the root but curved. Half-way between them is most often best; on nearly convex functions the nearest form alone, on hard ones
+the tightest."""
 
 import time
 from functools import cached_property

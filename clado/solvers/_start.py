@@ -1,4 +1,5 @@
-"""Good assignments by descent: one-group and two-group moves, repair, multipliers and kicks. NumPy; limited by rounds; a deadline only skips kicks."""
+"""Good assignments by descent: one-group and two-group moves, repair, multipliers and kicks. NumPy; limited by rounds; a
+deadline only skips kicks."""
 
 import time
 
@@ -131,7 +132,6 @@ class Descent:
 def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = np.inf, kicks: int = KICKS) -> Choices | None:
     """The best choices of multipliers, given starts and kicks, or None when none meets the constraints. Deterministic."""
     descent = Descent(program)
-    found: list[Choices] = []
     seeds = [*starts, *_by_multipliers(descent), program.widest, program.narrowest]
     repaired = [fixed for fixed in (descent.repair(seed) for seed in seeds) if fixed is not None]
     distinct = list({tuple(choices.tolist()): choices for choices in repaired}.values())
@@ -157,18 +157,21 @@ def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = 
 
 
 def _by_multipliers(descent: Descent) -> list[Choices]:
-    """Choices that minimise value + multiplier · cost, for multipliers that close in on the limits (one multiplier for all of them)."""
+    """Choices that minimise value + multiplier · cost, for multipliers that close in on the limits (one multiplier for all of
+    them)."""
     program = descent.program
     if not len(descent.limits):
         return [descent.settle(program.widest, np.zeros(program.num_choices))]
     weighted = (descent.costs / descent.unit[:, None]).sum(axis=0)
     low, high = 0.0, 1.0
-    found = []
+    found: list[Choices] = []
     worth = program.num_groups * descent.scale
     for _ in range(BISECTIONS):
         multiplier = (low + high) / 2
         # The scale of multipliers is unknown: m / (1 - m) walks through all of them.
-        choices = descent.settle(program.widest if len(found) % 2 else program.narrowest, worth * multiplier / (1 - multiplier) * weighted)
+        choices = descent.settle(
+            program.widest if len(found) % 2 else program.narrowest, worth * multiplier / (1 - multiplier) * weighted
+        )
         found.append(choices)
         if descent.violation(choices) > 0:
             low = multiplier

@@ -17,7 +17,9 @@ def search(program: Program, task: Task) -> Outcome:
     widths = np.diff(program.starts)
     total = int(np.prod(widths.astype(object)))
     if total > MOST:
-        raise SolverError(f"exhaustive search would try {total:.3g} assignments, at most {MOST:,} are sensible; use solver 'scip'")
+        raise SolverError(
+            f"exhaustive search would try {total:.3g} assignments, at most {MOST:,} are sensible; use solver 'scip'"
+        )
     best, best_value, tried = None, np.inf, 0
     for first in range(0, total, CHUNK):
         if tried and (time.perf_counter() > task.deadline or (task.node_limit is not None and tried >= task.node_limit)):

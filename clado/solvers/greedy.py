@@ -14,7 +14,9 @@ def search(program: Program, task: Task) -> Outcome:
     if choices is None or not program.is_feasible(choices):
         choices = start(program, task.starts, kicks=0)
     if choices is None:
-        return Outcome(Status.HEURISTIC, None, -np.inf, message="Greedy search proves nothing: 'scip' decides whether any exists.")
+        return Outcome(
+            Status.HEURISTIC, None, -np.inf, message="Greedy search proves nothing: 'scip' decides whether any exists."
+        )
     for _ in range(10 * program.num_groups):
         room = program.limits - program.costs[:, choices].sum(axis=1)
         fits = (program.costs - program.costs[:, choices[program.owner]] <= room[:, None]).all(axis=0)

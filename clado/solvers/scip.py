@@ -1,18 +1,18 @@
 """SCIP through PySCIPOpt: the solver that proves. The only module that imports pyscipopt.
 
-SCIP keeps the tree, the bounds and the proof; its linear relaxation is replaced, because for this dense program it is weak and slow
-(a quadratic epigraph leaves gaps of 100 % where this takes a second). The recipe, all of it from plugins:
+SCIP keeps the tree, the bounds and the proof; its linear relaxation is replaced, because for this dense program it is weak and
+slow (a quadratic epigraph leaves gaps of 100 % where this takes a second). The recipe, all of it from plugins:
 
 1. a start (`_start`), by descent;
-2. convex forms (`_convexify`, `_forms`) of the function, equal to it at 0/1 points: tight ones and curved ones race for a few hundred
-   nodes, and the one with the highest bound goes on;
-3. a relaxator that bounds each node by the convex program (`_bound`), rules out choices by reduced cost, and rounds now and then;
+2. convex forms (`_convexify`, `_forms`) of the function, equal to it at 0/1 points: tight ones and curved ones race for a few
+   hundred nodes, and the one with the highest bound goes on;
+3. a relaxator that bounds each node by the convex program (`_bound`), rules out choices by reduced cost, and rounds now and
+   then;
 4. branching that splits one group's ordered bit-widths into {narrow} | {wide};
 5. a constraint handler that checks t ≥ f(x) on whole points with the program's own function.
 
-A program without interactions is an integer linear program, which SCIP's defaults solve. Should a plugin fail, the factored form
-(y = Lᵀx, t ≥ Σ y²) of the same convex function takes over.
-"""
+A program without interactions is an integer linear program, which SCIP's defaults solve. Should a plugin fail, the factored
+form (y = Lᵀx, t ≥ Σ y²) of the same convex function takes over."""
 
 import math
 import signal
@@ -23,7 +23,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from pyscipopt import SCIP_PARAMSETTING, SCIP_RESULT, Branchrule, Conshdlr, Model, quicksum
+from pyscipopt import Branchrule, Conshdlr, Model, quicksum
+from pyscipopt.scip import PY_SCIP_PARAMSETTING as SCIP_PARAMSETTING
+from pyscipopt.scip import PY_SCIP_RESULT as SCIP_RESULT
 from pyscipopt.scip import Relax
 
 from clado.interaction import Array
@@ -53,8 +55,8 @@ def search(program: Program, task: Task) -> Outcome:
 
 
 def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> Outcome:
-    """Gives each cheap convex form a few nodes and the one with the highest bound some more; if that does not settle it, the costly
-    forms as well; then all that is left to the best. Whatever finishes first wins."""
+    """Gives each cheap convex form a few nodes and the one with the highest bound some more; if that does not settle it, the
+    costly forms as well; then all that is left to the best. Whatever finishes first wins."""
     forms.deadline = task.deadline
     best, bound, nodes = first, -np.inf, 0
     scores: list[tuple[float, Form]] = []
@@ -64,9 +66,14 @@ def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> 
         if task.node_limit is not None:
             limit = min(limit or task.node_limit, max(1, task.node_limit - nodes))
         outcome = _searched(program, form, replace(task, node_limit=limit), best)
-        scores.append((outcome.bound, form))
+        if limit == HEAT_NODES:
+            scores.append((outcome.bound, form))
         best, bound, nodes = outcome.choices, max(bound, outcome.bound), nodes + outcome.nodes
-        ended = outcome.status is not Status.LIMIT or not task.seconds_left or (task.node_limit is not None and nodes >= task.node_limit)
+        ended = (
+            outcome.status is not Status.LIMIT
+            or not task.seconds_left
+            or (task.node_limit is not None and nodes >= task.node_limit)
+        )
         return replace(outcome, bound=bound, nodes=nodes), ended or _gap(program, best, bound) <= task.gap_limit
 
     def highest() -> Form:
@@ -83,11 +90,7 @@ def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> 
     outcome = Outcome(Status.LIMIT, best, bound)
     try:
         for form, limit in heats:
-            if limit == SEMIFINAL_NODES:
-                scores = [max(scores, key=lambda score: score[0])]
             outcome, ended = run(form(), limit)
-            if limit == SEMIFINAL_NODES:
-                scores.pop()  # its bound comes from more nodes than the others': its heat is what counts
             if ended:
                 break
     except KeyboardInterrupt:
@@ -121,7 +124,7 @@ class PluginError(Exception):
 def _one_thread() -> Iterator[None]:
     """Keeps BLAS to one thread, where threadpoolctl can: the matrices are small, and sums stay the same whatever the machine."""
     try:
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
     except ImportError:
         yield
         return
@@ -140,7 +143,8 @@ def _forms(program: Program, task: Task) -> Forms:
 
 
 class Tree:
-    """What the plugins of one search share. `best` and `value` are the incumbent, recomputed and checked by the program itself."""
+    """What the plugins of one search share. `best` and `value` are the incumbent, recomputed and checked by the program
+    itself."""
 
     def __init__(self, program: Program, form: Form, first: Choices | None) -> None:
         self.program = program
@@ -188,10 +192,19 @@ class Tree:
         self.variables = _choices(model, self.program)
         self.t = model.addVar(name="t", lb=None)
         model.setObjective(self.t)
-        model.includeRelax(NodeRelaxation(self), "qp", "convex quadratic program over simplices and knapsacks", priority=1_000_000, freq=1)
-        model.includeBranchrule(OrderedSplit(self), "ordered", "narrow or wide", priority=10_000_000, maxdepth=-1, maxbounddist=1.0)
+        model.includeRelax(
+            NodeRelaxation(self), "qp", "convex quadratic program over simplices and knapsacks", priority=1_000_000, freq=1
+        )
+        model.includeBranchrule(
+            OrderedSplit(self), "ordered", "narrow or wide", priority=10_000_000, maxdepth=-1, maxbounddist=1.0
+        )
         model.includeConshdlr(
-            Epigraph(self), "epigraph", "t is at least the function", enfopriority=-5_000_000, chckpriority=-5_000_000, needscons=False
+            Epigraph(self),
+            "epigraph",
+            "t is at least the function",
+            enfopriority=-5_000_000,
+            chckpriority=-5_000_000,
+            needscons=False,
         )
         model.setPresolve(SCIP_PARAMSETTING.OFF)
         model.setHeuristics(SCIP_PARAMSETTING.OFF)
@@ -232,7 +245,9 @@ class Tree:
         if self.best is None:
             return False
         form = self.bounds.form
-        convex = form.constant + float(form.linear[self.best].sum()) + 0.5 * float(form.hessian[np.ix_(self.best, self.best)].sum())
+        convex = (
+            form.constant + float(form.linear[self.best].sum()) + 0.5 * float(form.hessian[np.ix_(self.best, self.best)].sum())
+        )
         claimed = self.model.getPrimalbound() / self.unit if self.model.getNSols() else self.value
         slack = 10 * self.margin + 1e-9 * self.descent.scale
         return abs(convex - self.value) > slack or claimed < self.value - slack
@@ -296,8 +311,8 @@ class Tree:
             self._add(improved, self.value)
 
     def split(self) -> tuple[list[int], list[int]]:
-        """Narrow and wide choices of the group whose split bends the function most: the score is L (1 − L) uᵀ H u, with L the share of
-        the narrow ones and u the move from the centre of one side to that of the other."""
+        """Narrow and wide choices of the group whose split bends the function most: the score is L (1 − L) uᵀ H u, with L the
+        share of the narrow ones and u the move from the centre of one side to that of the other."""
         assert self.node is not None  # SCIP branches only after the relaxator ran
         allowed, bound = self.node
         best: tuple[float, list[int], int] | None = None
@@ -318,7 +333,7 @@ class Tree:
         return listed[:cut], listed[cut:]
 
 
-class NodeRelaxation(Relax):  # type: ignore[misc]
+class NodeRelaxation(Relax):
     """Hands a node to the tree; an exception ends the search instead of vanishing inside SCIP."""
 
     def __init__(self, tree: Tree) -> None:
@@ -334,7 +349,7 @@ class NodeRelaxation(Relax):  # type: ignore[misc]
             return {"result": SCIP_RESULT.DIDNOTRUN}
 
 
-class OrderedSplit(Branchrule):  # type: ignore[misc]
+class OrderedSplit(Branchrule):
     """Two children: the narrow bit-widths of one group, or the wide ones."""
 
     def __init__(self, tree: Tree) -> None:
@@ -372,7 +387,7 @@ class OrderedSplit(Branchrule):  # type: ignore[misc]
         return self._branch()
 
 
-class Epigraph(Conshdlr):  # type: ignore[misc]
+class Epigraph(Conshdlr):
     """t ≥ f(x) on whole points, with the program's own function and its exact check of the constraints."""
 
     def __init__(self, tree: Tree) -> None:
@@ -421,8 +436,8 @@ def _choices(model: Model, program: Program) -> list[Any]:
 
 
 def _lowered(program: Program, costs: Array, limit: float) -> tuple[Array, float]:
-    """The same knapsack counted from each group's least cost and without a common divisor, so that SCIP's relative tolerance is below
-    one unit; what is left of the tolerance is caught by checking answers exactly."""
+    """The same knapsack counted from each group's least cost and without a common divisor, so that SCIP's relative tolerance is
+    below one unit; what is left of the tolerance is caught by checking answers exactly."""
     least = np.minimum.reduceat(costs, program.starts[:-1])
     costs, limit = costs - least[program.owner], limit - float(least.sum())
     if np.all(costs == np.round(costs)) and costs.any() and costs.max() < 2**53:
@@ -448,7 +463,9 @@ def _optimize(model: Model) -> None:
     model.optimize()
 
 
-def _plain(program: Program, task: Task, build: Callable[[Model, list[Any]], None], constant: float, first: Choices | None) -> Outcome:
+def _plain(
+    program: Program, task: Task, build: Callable[[Model, list[Any]], None], constant: float, first: Choices | None
+) -> Outcome:
     """Solves a program whose function SCIP knows, and checks the answer exactly: a point that breaks a constraint within SCIP's
     tolerance is ruled out and the program solved again."""
     ruled_out: list[Choices] = []
@@ -473,7 +490,12 @@ def _plain(program: Program, task: Task, build: Callable[[Model, list[Any]], Non
                 best = found
         if ended == "infeasible":
             # With points ruled out, and a start that SCIP may not have been given, the start is all there is.
-            return Outcome(Status.INFEASIBLE if best is None else Status.OPTIMAL, best, np.inf if best is None else program.minimised(best), nodes)
+            return Outcome(
+                Status.INFEASIBLE if best is None else Status.OPTIMAL,
+                best,
+                np.inf if best is None else program.minimised(best),
+                nodes,
+            )
         dual = model.getDualbound()
         bound = dual + constant if abs(dual) < model.infinity() else -np.inf
         if ended != "optimal":

@@ -1,9 +1,9 @@
 """Synthetic interaction matrices with the layer sizes of real networks, in four families.
 
-The error that option (i, b) causes is a vector U_ib of length r with |U_ib| = s_i 2^-b: s_i² is log-normal over about 2.5 decades and
-grows with the layer. Its direction mixes a part common to all layers (share c²), a part that drifts from layer to layer (AR) and
-a part per bit-width. G = U Uᵀ + noise, with in-layer entries other than the diagonal set to zero, as `pairwise` stores them:
-that, and the noise, make G indefinite.
+The error that option (i, b) causes is a vector U_ib of length r with |U_ib| = s_i 2^-b: s_i² is log-normal over about 2.5
+decades and grows with the layer. Its direction mixes a part common to all layers (share c²), a part that drifts from layer to
+layer (AR) and a part per bit-width. G = U Uᵀ + noise, with in-layer entries other than the diagonal set to zero, as `pairwise`
+stores them: that, and the noise, make G indefinite.
 
 | family | common share | AR | r | resembles |
 |---|---|---|---|---|
@@ -42,7 +42,13 @@ def layer_sizes(network: str) -> list[int]:
     if network == "resnet18":
         sizes, before = [9408], 64
         for width in (64, 128, 256, 512):
-            sizes += [9 * before * width, 9 * width**2, *([before * width] if before != width else []), 9 * width**2, 9 * width**2]
+            sizes += [
+                9 * before * width,
+                9 * width**2,
+                *([before * width] if before != width else []),
+                9 * width**2,
+                9 * width**2,
+            ]
             before = width
         return [*sizes, 512 * 1000]
     depths = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}[network]
@@ -56,7 +62,9 @@ def layer_sizes(network: str) -> list[int]:
 
 def search_space(network: str, bits: tuple[int, ...]) -> SearchSpace:
     """The network's layers, named by number, with the same bit-widths each."""
-    return SearchSpace.uniform([Layer(f"layer{i}", (size,), "conv2d", macs=size) for i, size in enumerate(layer_sizes(network))], bits)
+    return SearchSpace.uniform(
+        [Layer(f"layer{i}", (size,), "conv2d", macs=size) for i, size in enumerate(layer_sizes(network))], bits
+    )
 
 
 def instance(network: str, bits: tuple[int, ...], family: str, seed: int) -> InteractionMatrix:
