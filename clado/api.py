@@ -10,7 +10,7 @@ from clado import constraints, estimators, solvers
 from clado.candidates import program_of
 from clado.estimators import Measured
 from clado.evaluation import evaluate_weights
-from clado.images import as_slice, check_slice
+from clado.images import ImageSlice, as_slice, check_slice
 from clado.interaction import InteractionMatrix
 from clado.measure import Workbench, measure_tile
 from clado.network import Network
@@ -38,8 +38,7 @@ def measure(
     `progress(done, total)` is called after every tile. Raises DataError for images that do not fit, MeasurementError where a
     layer has no finite loss.
     """
-    images = as_slice(data, image_shape=_shape(network))
-    check_slice(images, _shape(network))
+    images = _checked(network, data)
     blocks = sample_blocks(len(images), min(num_blocks, len(images)))
     bench = Workbench(network, space, quantizer or WeightQuantizer(), criterion, blocks, images.load, batch_images)
     plan = Plan(space, blocks, estimators.kinds_of([estimator]), space.num_options)
@@ -72,7 +71,7 @@ def solve(
 def evaluate(network: Network, assignment: Assignment, data: Any, *, quantizer: WeightQuantizer | None = None) -> Accuracy:
     """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL)."""
     network.check_assignment(assignment)
-    images = as_slice(data, image_shape=_shape(network))
+    images = _checked(network, data)
     chosen = quantizer or WeightQuantizer()
     weights = {
         i: chosen.fake_quantize(network.weights[i], bits, network.layers[i].channel_axis)
@@ -82,6 +81,9 @@ def evaluate(network: Network, assignment: Assignment, data: Any, *, quantizer: 
     return evaluate_weights(network, weights, images)
 
 
-def _shape(network: Network) -> tuple[int, int, int]:
+def _checked(network: Network, data: Any) -> ImageSlice:
+    """The data as a slice that fits the network: image shape, and labels within its classes."""
     channels, height, width = network.image_shape
-    return channels, height, width
+    images = as_slice(data, image_shape=(channels, height, width))
+    check_slice(images, (channels, height, width), int(network.logits(network.example).shape[1]))
+    return images

@@ -6,6 +6,8 @@ The quadratic model only proposes; what is returned was measured. NumPy only: th
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from clado import constraints
 from clado.constraints import Constraint
 from clado.interaction import InteractionMatrix
@@ -24,15 +26,24 @@ class Budget:
 
     kind: str
     bound: float
+    path: str | None = None
 
     @property
     def name(self) -> str:
-        """How tables and files call it."""
-        return f"{self.bound:g} bits" if self.kind == "average_bits" else f"{self.bound / 1000:g} kB"
+        """How tables and files call it; two budgets of a run never share a name."""
+        text = {
+            "average_bits": f"{self.bound:.12g} bits",
+            "size": f"{self.bound / 1000:.12g} kB",
+            "relative_size": f"{self.bound:.12g} % of 8-bit",
+            "bops": f"{self.bound / 1e9:.12g} GBOP",
+            "latency": f"{self.bound * 1000:g} ms",
+        }
+        return text.get(self.kind, f"{self.kind} {self.bound:g}")
 
     def constraint(self, space: SearchSpace) -> Constraint:
         """The limit as a constraint on a space."""
-        return constraints.constraint(self.kind, space, self.bound)
+        settings = {} if self.path is None else {"path": self.path}
+        return constraints.constraint(self.kind, space, self.bound, **settings)
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,29 @@ class Proposal:
     solution: Solution | None = None
 
 
-def budgets_of(average_bits: Iterable[float], size_bytes: Iterable[int]) -> tuple[Budget, ...]:
+def budgets_of(
+    average_bits: Iterable[float] = (),
+    size_bytes: Iterable[float] = (),
+    percent_of_8_bit: Iterable[float] = (),
+    bops: Iterable[float] = (),
+) -> tuple[Budget, ...]:
     """Budgets in the order given, duplicates dropped."""
-    budgets = [Budget("average_bits", b) for b in average_bits] + [Budget("size", s) for s in size_bytes]
-    return tuple(dict.fromkeys(budgets))
+    kinds = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
+    return tuple(dict.fromkeys(Budget(kind, bound) for kind, bounds in kinds for bound in bounds))
 
 
-def check_budgets(space: SearchSpace, budgets: Iterable[Budget], probe: InteractionMatrix) -> None:
-    """Raises InfeasibleError for a budget that no assignment meets; needs no measurement (`probe` is any matrix of the space)."""
+def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequence[Constraint] = ()) -> None:
+    """Raises InfeasibleError for a budget that no assignment meets together with `limits`; needs no measurement."""
+    order = space.num_options
+    nothing = InteractionMatrix(space, np.zeros((order, order)), "none", "none", 0.0, 1)
     for budget in budgets:
-        Program.build(probe, [budget.constraint(space)])
+        Program.build(nothing, together(budget.constraint(space), limits))
+
+
+def together(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
+    """A budget and the standing limits; of two on the same cost the tighter."""
+    others = [limit for limit in limits if limit.name != budget.name]
+    return [min([budget, *(limit for limit in limits if limit.name == budget.name)], key=lambda c: c.bound), *others]
 
 
 def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint]) -> Program:
@@ -64,9 +88,9 @@ def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint]) -> Progr
     return Program.build(matrix, limits, convexity=convexity, quarantined=matrix.quarantined, forbidden=matrix.forbidden)
 
 
-def widest_uniform(space: SearchSpace, limit: Constraint) -> Assignment:
-    """The widest uniform assignment that meets a limit; the narrowest bits everywhere where none does."""
-    fitting = [assignment for _, assignment in space.uniform_assignments() if limit.holds(space, assignment)]
+def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignment:
+    """The widest uniform assignment that meets every limit; the narrowest bits everywhere where none does."""
+    fitting = [a for _, a in space.uniform_assignments() if all(limit.holds(space, a) for limit in limits)]
     return fitting[-1] if fitting else space.narrowest
 
 
@@ -74,36 +98,42 @@ def propose(
     matrices: Mapping[str, InteractionMatrix],
     budgets: Sequence[Budget],
     prepare: Callable[[Program], Solve],
+    limits: Sequence[Constraint] = (),
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
 ) -> list[Proposal]:
-    """For every budget the widest uniform assignment and each matrix's optimum; convexification is shared over the budgets."""
+    """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
+
+    Convexification is shared over the budgets of one kind.
+    """
     space = next(iter(matrices.values())).space
-    proposals = [Proposal(budget, UNIFORM, widest_uniform(space, budget.constraint(space))) for budget in budgets]
+    fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
+    proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
     for method, matrix in matrices.items():
         solvers: dict[str, tuple[Program, Solve]] = {}
         for budget in budgets:
-            limit = budget.constraint(space)
             if budget.kind not in solvers:
-                program = program_of(matrix, [limit])
+                program = program_of(matrix, fit[budget])
                 solvers[budget.kind] = program, prepare(program)
             program, solve = solvers[budget.kind]
-            solution = solve(program.with_bounds({limit.name: limit.bound}))
+            solution = solve(program.with_bounds({limit.name: limit.bound for limit in fit[budget]}))
             proposals.append(Proposal(budget, method, solution.assignment, matrix.baseline + solution.objective, solution))
             solved(budget, method)
     return proposals
 
 
-def choose(space: SearchSpace, proposals: Sequence[Proposal], losses: Mapping[Assignment, float]) -> list[Result]:
+def choose(
+    space: SearchSpace, proposals: Sequence[Proposal], losses: Mapping[Assignment, float], limits: Sequence[Constraint] = ()
+) -> list[Result]:
     """One Result for each proposal, and one `chosen` for each budget: of all proposals that fit the budget, made for it or for a
     smaller one, the one of least measured loss (of the smaller on a tie). So `chosen` is never worse than uniform or layerwise
     on the images that it was measured on, nor than what a smaller budget got."""
     results = []
     for budget in dict.fromkeys(proposal.budget for proposal in proposals):
-        limit = budget.constraint(space)
+        fit = together(budget.constraint(space), limits)
         own = [proposal for proposal in proposals if proposal.budget == budget]
         results += [_result(space, proposal, losses) for proposal in own]
         # of equal assignments the one made for this budget comes first, so that it gets the credit
-        fitting = own + [p for p in proposals if p.budget != budget and limit.holds(space, p.assignment)]
+        fitting = own + [p for p in proposals if p.budget != budget and all(limit.holds(space, p.assignment) for limit in fit)]
         best = min(fitting, key=lambda p: (losses[p.assignment], space.size_bits(p.assignment)))
         others = [losses[p.assignment] for p in own if p.assignment != best.assignment]
         winner = best.method if best.budget == budget else f"{best.method} for {best.budget.name}"

@@ -1,6 +1,5 @@
 """Settings of a run: YAML and command-line overrides → a frozen, validated `RunConfig`. Imports neither torch nor NumPy."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -12,14 +11,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clado.errors import CladoError, ConfigurationError
+from clado.plugins import PACKAGE, available, nearest
 from clado.space import check_bits
-
-PACKAGE = Path(__file__).parent
-
-
-def available(folder: str) -> tuple[str, ...]:
-    """Names of the plug-ins in one of the package's folders: its public module files. A new file is a new name."""
-    return tuple(sorted(file.stem for file in (PACKAGE / folder).glob("*.py") if not file.stem.startswith("_")))
 
 
 def _one_of(folder: str) -> AfterValidator:
@@ -31,12 +24,6 @@ def _one_of(folder: str) -> AfterValidator:
         return name
 
     return AfterValidator(check)
-
-
-def nearest(word: str, valid: Sequence[str]) -> str:
-    """' (did you mean …?)' where a valid word is close, else nothing."""
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,6 +92,9 @@ class DataSettings(Settings):
     sensitivity_images: Count = 256
     calibration_images: Integer = Field(default=256, ge=0)
     validation_images: Count | None = Field(default=None, description="default: all there are")
+    selection_images: Integer | None = Field(
+        default=None, ge=1, description="at most so many of the images left over choose a `clado smallest`; default: all"
+    )
     sample_blocks: Count = Field(default=16, description="parts of the sensitivity set whose losses are kept apart")
     seed: Integer = Field(default=0, ge=0)
     resize: Count | None = Field(
@@ -143,20 +133,53 @@ class QuantizerSettings(Settings):
     scheme: Literal["symmetric", "affine"] = "symmetric"
 
 
+Positive = Annotated[float, Field(strict=True, gt=0)]
+
+
 class BudgetSettings(Settings):
-    """What each answer must fit: average bits per searched weight, or bytes of the searched weights."""
+    """What each answer must fit, one answer for each number: average bits per searched weight, bytes of the searched weights,
+    percent of their bytes at 8 bits everywhere, or bit operations of one image."""
 
     average_bits: tuple[Annotated[float, Field(strict=True, gt=0, le=32)], ...] = ()
     size_bytes: tuple[Count, ...] = ()
+    percent_of_8_bit: tuple[Positive, ...] = ()
+    bops: tuple[Positive, ...] = ()
 
     @model_validator(mode="after")
     def _some(self) -> "BudgetSettings":
-        if not self.average_bits and not self.size_bytes:
+        kinds = (self.average_bits, self.size_bytes, self.percent_of_8_bit, self.bops)
+        if not any(kinds):
             raise ValueError("no budget is given; expected average_bits: [3, 4] or size_bytes: [100000]")
-        for budgets in (self.average_bits, self.size_bytes):
+        for budgets in kinds:
             if len(set(budgets)) < len(budgets):
                 raise ValueError(f"the budgets {list(budgets)} name one twice; expected each once")
         return self
+
+
+class ConstraintSettings(Settings):
+    """A limit that every answer must meet beside its budget, such as latency from a measured table."""
+
+    kind: Annotated[str, _one_of("constraints")]
+    bound: Positive
+    path: Path | None = Field(default=None, description="kinds latency and table: CSV with the columns layer,bits,UNIT")
+
+    @model_validator(mode="after")
+    def _has_its_table(self) -> "ConstraintSettings":
+        if (self.kind in ("latency", "table")) != (self.path is not None):
+            raise ValueError(
+                f"kind {self.kind} {'needs' if self.path is None else 'takes no'} path: FILE.csv with layer,bits,UNIT"
+            )
+        return self
+
+
+class LayerSettings(Settings):
+    """Exceptions for layers, by name pattern."""
+
+    bits: dict[str, Bits] = Field(default={}, description="other candidates for these layers; a single one pins them")
+    ties: tuple[tuple[str, ...], ...] = Field(default=(), description="groups of layers that must share a bit-width")
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # frozen, but for the dict inside
 
 
 class SolverSettings(Settings):
@@ -204,10 +227,12 @@ class RunConfig(Settings):
     network: NetworkSettings
     data: DataSettings = DataSettings()
     bits: Bits = (2, 4, 8)
+    layers: LayerSettings = LayerSettings()
     quantizer: QuantizerSettings = QuantizerSettings()
     criterion: Literal["kl_to_float", "cross_entropy"] = "kl_to_float"
     estimators: tuple[Annotated[str, _one_of("estimators")], ...] = ("layerwise", "pairwise", "gauss_newton")
     budgets: BudgetSettings = BudgetSettings(average_bits=(2.25, 2.5, 3, 3.5, 4, 5))
+    constraints: tuple[ConstraintSettings, ...] = ()
     solver: SolverSettings = SolverSettings()
     measure: MeasureSettings = MeasureSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -231,7 +256,9 @@ class RunConfig(Settings):
     def measured_settings(self) -> dict[str, Any]:
         """The settings that a measured number depends on: not budgets, estimators, solver, cluster and tracking."""
         document = self.model_dump(mode="json", include={"network", "data", "bits", "quantizer", "criterion"})
-        document["data"].pop("validation_images")
+        for unmeasured in ("validation_images", "selection_images"):
+            document["data"].pop(unmeasured)
+        document["layer_bits"] = {pattern: list(bits) for pattern, bits in self.layers.bits.items()}
         return document
 
     @property

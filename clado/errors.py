@@ -8,7 +8,8 @@ CladoError
 │   └── IdentityMismatch the store was measured under other settings
 ├── MeasurementError     a measured number is unusable (NaN, infinite)
 ├── InfeasibleError      no assignment meets the constraints
-└── SolverError          a solver failed or met a problem it does not take
+├── SolverError          a solver failed or met a problem it does not take
+└── ServerError          a server that the run needs does not start or answer
 """
 
 
@@ -44,6 +45,10 @@ class MeasurementError(CladoError):
 
 class InfeasibleError(CladoError):
     """No assignment meets the constraints."""
+
+
+class ServerError(CladoError):
+    """A server that the run needs does not start, or does not answer."""
 
 
 class SolverError(CladoError):

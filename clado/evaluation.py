@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clado import criteria
@@ -63,6 +65,26 @@ def count(
         loss = float(criteria.cross_entropy(logits, labels).sum())
         total += Counts(len(x), loss, int(best[:, 0].sum()), int(best.sum()))
     return total
+
+
+def per_image(
+    network: Network, weights: Mapping[int, Tensor], images: ImageSlice, batch_images: int = 128
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(loss, top-1 hit) of each image (n,): what paired comparisons need. Without labels the loss is KL and a hit is agreement."""
+    losses, hits = [], []
+    for low, high in shards(len(images), batch_images):
+        x, labels = images.load(low, high)
+        x = x.to(network.device)
+        logits = network.logits(x, weights)
+        if labels is None:
+            floats = network.logits(x)
+            loss, expected = criteria.kl_to_float(logits, floats), floats.argmax(1)
+        else:
+            expected = labels.to(network.device)
+            loss = criteria.cross_entropy(logits, expected)
+        losses.append(loss.cpu().numpy())
+        hits.append((logits.argmax(1) == expected).cpu().numpy())
+    return np.concatenate(losses), np.concatenate(hits)
 
 
 def shards(num_images: int, size: int) -> list[tuple[int, int]]:

@@ -7,7 +7,8 @@ is then a loop without decisions.
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,7 @@ class Cut:
     axes: Mapping[int, int]
     bytes_per_image: int
     suffix_macs: int
+    peak_bytes_per_image: int
 
 
 @dataclass
@@ -131,9 +133,18 @@ class Graph:
     scalars: Mapping[int, Callable[[int], int]]
     _scalars_of: dict[int, dict[int, int]] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Float weight of each layer."""
+        return tuple(self.constants[slots[0]] for slots in self.slots)
+
     def begin(self, images: Tensor) -> State:
-        """The state before the first instruction."""
-        return State({self.input_slot: images}, 0, len(images))
+        """The state before the first layer."""
+        return self.advance(State({self.input_slot: images}, 0, len(images)), 0, {})
+
+    def advance(self, state: State, layer: int, weights: Mapping[int, Tensor]) -> State:
+        """Runs to the cut before `layer`, or to the end where that is the number of layers."""
+        return self.run(state, self.cuts[layer].position if layer < len(self.cuts) else len(self.instructions), weights)
 
     def run(self, state: State, stop: int, weights: Mapping[int, Tensor]) -> State:
         """Runs instructions up to `stop` with the given tensors in place of layers' weights; `state` is left as it is."""
@@ -154,22 +165,18 @@ class Graph:
                 del values[slot]
         return State(values, stop, state.num_images)
 
-    def stack(self, states: Sequence[State], axes: Mapping[int, int]) -> State:
-        """Several states at one cut as one, images after images."""
+    def stack(self, states: Sequence[State], layer: int) -> State:
+        """Several states at the cut before `layer` as one, images after images; at the end for the number of layers."""
         first = states[0]
         if len(states) == 1:
             return first
+        axes = self.cuts[layer].axes if layer < len(self.cuts) else {self.output_slot: 0}
         values = {slot: torch.cat([state.values[slot] for state in states], axis) for slot, axis in axes.items()}
         return State(values, first.position, sum(state.num_images for state in states))
 
     def output(self, state: State) -> Tensor:
-        """The result of a finished run."""
-        value = state.values[self.output_slot]
-        if not isinstance(value, Tensor) or value.ndim != 2:
-            raise NetworkError(
-                f"the network returns {getattr(value, 'shape', type(value).__name__)}; expected logits (images, classes)"
-            )
-        return value
+        """Logits (images, classes) of a finished run."""
+        return logits_of(state.values[self.output_slot])
 
 
 def _resolve(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
@@ -181,14 +188,41 @@ def _resolve(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
     return argument
 
 
+def logits_of(value: Any) -> Tensor:
+    """What a network returned, refused unless it is one tensor (images, classes)."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        raise NetworkError(
+            f"the network returns {getattr(value, 'shape', type(value).__name__)}; expected logits (images, classes)"
+        )
+    return value
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def why_unsearched(tensor: Tensor, is_fixed: bool, used_by: str) -> str:
+    """Why a parameter is not searched, for the coverage report."""
+    if is_fixed:
+        return "fixed by the configuration"
+    return "a bias, scale or shift: one value a channel" if tensor.ndim < 2 else f"used by {used_by}"
+
+
 def export(model: nn.Module, example: Tensor) -> ExportedProgram:
     """`torch.export` with a dynamic batch, in eval mode whatever mode the model arrives in; functional, nothing decomposed."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         # torch.export takes a batch of one for a constant
         batch = example if len(example) > 1 else torch.cat([example, example])
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             program: ExportedProgram = torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
             program = program.run_decompositions({})
             return program
@@ -201,9 +235,6 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
             f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: {first[:300]}\n"
             f"  {_INSTEAD}"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def compile_graph(model: nn.Module, example: Tensor, fixed: Callable[[str], bool]) -> Graph:
@@ -340,18 +371,15 @@ class _Compiler:
     def _unsearched(self, weights: set[fx.Node]) -> tuple[tuple[str, int, str], ...]:
         """(name, bytes, why) of every parameter that is not searched."""
         parameters = self.program.graph_signature.inputs_to_parameters
+        seen = {self.names[node] for node in weights}  # a tied parameter has several placeholders, some of them unused
         rows = []
         for node, name in self.names.items():
-            if node.name not in parameters or node in weights:
+            if node.name not in parameters or name in seen:
                 continue
+            seen.add(name)
             tensor = self.tensors[node]
-            if self.fixed(name):
-                why = "fixed by the configuration"
-            elif tensor.ndim < 2:
-                why = "a bias, scale or shift: one value a channel"
-            else:
-                why = "used by " + (", ".join(sorted({str(user.target) for user in node.users})) or "nothing")
-            rows.append((name, tensor.numel() * tensor.element_size(), why))
+            users = ", ".join(sorted({str(user.target) for user in node.users})) or "nothing"
+            rows.append((name, tensor.numel() * tensor.element_size(), why_unsearched(tensor, self.fixed(name), users)))
         return tuple(rows)
 
     # -- what runs ---------------------------------------------------------------------------------------------------------
@@ -481,8 +509,25 @@ class _Compiler:
                     f"the values alive before {graph.layers[i].name} cannot be stacked along the batch\n  {_INSTEAD}"
                 )
             size = sum(self._per_image(shapes[slot]) * shapes[slot].dtype.itemsize for slot in alive)
-            cuts.append(Cut(position, {slot: axes[slot] for slot in alive}, size, sum(macs_at[position:])))
+            peak = self._peak_bytes(dynamic, position, alive, shapes)
+            cuts.append(Cut(position, {slot: axes[slot] for slot in alive}, size, sum(macs_at[position:]), peak))
         return tuple(cuts)
+
+    def _peak_bytes(self, dynamic: list[fx.Node], position: int, alive: list[int], shapes: Mapping[int, Any]) -> int:
+        """Most bytes of one image's values that exist at once from `position` on; a view counts as what it shows."""
+
+        def size(slot: int) -> int:
+            value = shapes[slot]
+            return self._per_image(value) * value.dtype.itemsize if isinstance(value, Tensor) else 0
+
+        held = {slot: size(slot) for slot in alive}
+        peak = sum(held.values())
+        for k in range(position, len(dynamic)):
+            held[self.number[dynamic[k]]] = size(self.number[dynamic[k]])
+            peak = max(peak, sum(held.values()))
+            for slot in self.instructions[k].frees:
+                held.pop(slot, None)
+        return peak
 
     def _stack_axes(self, graph: Graph, dynamic: list[fx.Node], example: Tensor) -> dict[int, int]:
         """Slot -> axis along which values of separate images, put one after another, are the value of all images.
@@ -514,7 +559,7 @@ class _Compiler:
     def _values(self, graph: Graph, images: Tensor) -> dict[int, Any]:
         """Every value of a run."""
         kept: dict[int, Any] = {graph.input_slot: images}
-        state = graph.begin(images)
+        state = State({graph.input_slot: images}, 0, len(images))
         with torch.inference_mode():
             for k, step in enumerate(graph.instructions):
                 state = graph.run(state, k + 1, {})

@@ -40,11 +40,13 @@ class ImageSlice(Protocol):
 
 @dataclass(frozen=True)
 class DataSlices:
-    """Three disjoint slices: calibration fits ranges, sensitivity is measured on, validation is seen by no choice."""
+    """Disjoint slices: calibration fits ranges, sensitivity is measured on, validation is seen by no choice. `selection` is what
+    these leave over: an answer that must keep a measured loss or accuracy is chosen on it."""
 
     calibration: ImageSlice
     sensitivity: ImageSlice
     validation: ImageSlice
+    selection: ImageSlice
 
 
 class MemorySlice:

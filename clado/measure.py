@@ -5,7 +5,7 @@ the current cut. At layer j every pair (row, j at b bits) is one resumed run; al
 stacked in the batch dimension.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clado import criteria
-from clado.graph import State
-from clado.network import Network
+from clado.network import Network, State
 from clado.probes import Tile
 from clado.quantizers import WeightQuantizer
 from clado.space import Assignment, SearchSpace
@@ -168,22 +167,16 @@ def _sweep(bench: Workbench, data: Block, rows: range, to_the_end: bool = False)
     num_layers, capacity = space.num_layers, max(1, bench.batch_images // len(data.images))
     end = num_layers if to_the_end else num_layers - 1
 
-    def advance(state: State, layer: int, weights: Mapping[int, Tensor] | None = None) -> State:
-        if layer < num_layers:
-            return network.advance(state, layer, weights)
-        with torch.inference_mode():
-            return network.graph.run(state, len(network.graph.instructions), weights or {})
-
     first, last = space.options[rows.start][0], space.options[rows.stop - 1][0]
     float_state = network.advance(network.begin(data.images), first)
     stacks: list[_Stack] = []
     for layer in range(first, end):
         born = [
-            _Stack([option], advance(float_state, layer + 1, {layer: bench.quantized[option]}))
+            _Stack([option], network.advance(float_state, layer + 1, {layer: bench.quantized[option]}))
             for option in range(max(rows.start, space.offsets[layer]), min(rows.stop, space.offsets[layer + 1]))
         ]
         for stack in stacks:
-            stack.state = advance(stack.state, layer + 1)
+            stack.state = network.advance(stack.state, layer + 1)
         stacks = _packed(network, stacks + born, capacity, layer + 1) if born else stacks
         if layer < last:
             float_state = network.advance(float_state, layer + 1)
@@ -198,17 +191,12 @@ def _packed(network: Network, stacks: list[_Stack], capacity: int, layer: int) -
     group: list[_Stack] = []
     for stack in [*loose, None]:
         if group and (stack is None or sum(len(s.rows) for s in group) + len(stack.rows) > capacity):
-            states = [s.state for s in group]
-            state = network.stack(states, layer) if layer < len(network.layers) else _stack_outputs(network, states)
+            state = network.stack([s.state for s in group], layer)
             packed.append(_Stack([row for s in group for row in s.rows], state))
             group = []
         if stack is not None:
             group.append(stack)
     return full + packed
-
-
-def _stack_outputs(network: Network, states: Sequence[State]) -> State:
-    return network.graph.stack(states, {network.graph.output_slot: 0})
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -2,13 +2,42 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from clado.errors import DataError, NetworkError
-from clado.graph import Graph, State, compile_graph
+from clado.graph import Cut, compile_graph
 from clado.space import Assignment, Layer, SearchSpace
+from clado.whole import WholeForwards
+
+State = Any  # of a run that is not finished: what the engine that made it knows how to resume
+
+
+class Engine(Protocol):
+    """What runs a network in part. States are opaque; layer number `len(layers)` means the end."""
+
+    layers: tuple[Layer, ...]
+    cuts: tuple[Cut, ...]
+    macs: int
+    unsearched: tuple[tuple[str, int, str], ...]
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Float weight of each layer."""
+
+    def begin(self, images: Tensor) -> State:
+        """The state before the first layer."""
+
+    def advance(self, state: State, layer: int, weights: Mapping[int, Tensor]) -> State:
+        """Runs to the cut before `layer` with weights replaced; `state` is left as it is."""
+
+    def stack(self, states: Sequence[State], layer: int) -> State:
+        """Several states at the cut before `layer` as one, images after images."""
+
+    def output(self, state: State) -> Tensor:
+        """Logits (images, classes) of a finished run."""
 
 
 class Network:
@@ -16,9 +45,11 @@ class Network:
 
     `example_input` is one batch (N, C, H, W) or a single image (C, H, W); it gives shapes, its values do not matter. `fixed`
     holds name patterns of layers that stay in float. All runs are in inference mode, in eval mode and in float32 without TF32.
+    `graph=False` is for networks that torch.export refuses: the same numbers by whole forwards, with layers as the example meets
+    them (so its values matter where the network branches on them), at three times the cost and more.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor, fixed: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, example_input: Tensor, fixed: Sequence[str] = (), *, graph: bool = True) -> None:
         if not isinstance(example_input, Tensor) or example_input.ndim < 2:
             raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")
         self.model = model
@@ -26,10 +57,11 @@ class Network:
         _refuse_bad_weights(model)
         torch.backends.cudnn.allow_tf32 = False  # TF32 keeps ten bits of a float32: less than the differences we measure
         torch.backends.cuda.matmul.allow_tf32 = False
-        self.graph: Graph = compile_graph(model, self.example, lambda name: any(fnmatchcase(name, pattern) for pattern in fixed))
+        engine = compile_graph if graph else WholeForwards
+        self.graph: Engine = engine(model, self.example, lambda name: any(fnmatchcase(name, pattern) for pattern in fixed))
         if not self.graph.layers:
             raise NetworkError("no convolution or linear weight is left to search; is every layer named in fixed?")
-        self.weights: tuple[Tensor, ...] = tuple(self._float_weight(i) for i in range(len(self.layers)))
+        self.weights: tuple[Tensor, ...] = self.graph.weights
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -53,28 +85,27 @@ class Network:
     @torch.inference_mode()
     def logits(self, images: Tensor, weights: Mapping[int, Tensor] | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W), with the given tensors in place of layers' weights (by layer index)."""
-        graph = self.graph
-        return graph.output(graph.run(graph.begin(images), len(graph.instructions), weights or {}))
+        return self.finish(self.begin(images), weights)
 
     @torch.inference_mode()
     def begin(self, images: Tensor) -> State:
         """The values alive before the first layer."""
-        return self.graph.run(self.graph.begin(images), self.graph.cuts[0].position, {})
+        return self.graph.begin(images)
 
     @torch.inference_mode()
     def advance(self, state: State, layer: int, weights: Mapping[int, Tensor] | None = None) -> State:
-        """Runs from a state to the cut before `layer`."""
-        return self.graph.run(state, self.graph.cuts[layer].position, weights or {})
+        """Runs from a state to the cut before `layer`, or to the end where that is the number of layers."""
+        return self.graph.advance(state, layer, weights or {})
 
     @torch.inference_mode()
     def finish(self, state: State, weights: Mapping[int, Tensor] | None = None) -> Tensor:
         """Runs from a state to the logits (images of the state, classes)."""
-        graph = self.graph
-        return graph.output(graph.run(state, len(graph.instructions), weights or {}))
+        return self.graph.output(self.graph.advance(state, len(self.layers), weights or {}))
 
+    @torch.inference_mode()
     def stack(self, states: Sequence[State], layer: int) -> State:
-        """States at the cut before `layer` as one state, images after images."""
-        return self.graph.stack(states, self.graph.cuts[layer].axes)
+        """States at the cut before `layer` as one state, images after images; finished runs for the number of layers."""
+        return self.graph.stack(states, layer)
 
     def state_dict(self, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The module's state with the given tensors in place of layers' weights, tied names included."""
@@ -90,11 +121,6 @@ class Network:
         """Refuses an assignment of another network."""
         if len(assignment.bits) != len(self.layers):
             raise NetworkError(f"the assignment has {len(assignment.bits)} layers, the network {len(self.layers)}")
-
-    def _float_weight(self, layer: int) -> Tensor:
-        tensor = self.graph.constants[self.graph.slots[layer][0]]
-        assert isinstance(tensor, Tensor)
-        return tensor
 
 
 def _refuse_bad_weights(model: nn.Module) -> None:

@@ -1,31 +1,23 @@
 """Budget sweeps: the best assignment at each of many bounds of one constraint, and which of them are worth having. NumPy only.
 
 Nothing here knows a solver: a `solve(program, starts)` callable is given. `clado.solvers.prepare(program)` makes one that
-computes once what all bounds share."""
+computes once what all bounds share.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from clado.errors import ConfigurationError, InfeasibleError
-from clado.program import Program, Solution
-from clado.space import Assignment
-
-
-class Solve(Protocol):
-    """Solves a program, from any number of assignments to start from."""
-
-    def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution:
-        """The best assignment of the program."""
-        ...
+from clado.program import Program, Solution, Solve
 
 
 @dataclass(frozen=True)
 class ParetoPoint:
     """The answer at one bound. `dominated`: another point costs no more and predicts no larger loss, and is better in one of
-    the two."""
+    the two.
+    """
 
     bound: float
     value: float
@@ -60,7 +52,8 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
     """Solves the program at each bound of one constraint, the others as they are.
 
     From the largest bound down: an answer that fits the next bound is proven there as well, and starts the search where it does
-    not. A bound that is out of reach raises InfeasibleError before anything is solved."""
+    not. A bound that is out of reach raises InfeasibleError before anything is solved.
+    """
     index = _index(program, constraint)
     if not bounds:
         raise ConfigurationError("a sweep without budgets; give at least one")
@@ -81,7 +74,8 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
 
 def mark_dominated(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
     """The points with `dominated` set, judged by value and predicted loss increase on the raw matrix. Equal points do not
-    dominate each other."""
+    dominate each other.
+    """
 
     def dominates(a: ParetoPoint, b: ParetoPoint) -> bool:
         no_worse = a.value <= b.value and a.solution.objective <= b.solution.objective
@@ -94,7 +88,8 @@ def smallest_bound(program: Program, constraint: str, largest_increase: float, s
     """The other direction: the smallest value of one constraint whose minimised function stays at or under `largest_increase`.
 
     Bisection, since the optimum does not rise with the bound; exact to `resolution` (in the constraint's unit) as far as the
-    solver's answers are proven. Raises InfeasibleError when even the loosest bound predicts a larger increase."""
+    solver's answers are proven. Raises InfeasibleError when even the loosest bound predicts a larger increase.
+    """
     index = _index(program, constraint)
     low, high = program.reachable(index)
     best = solve(program.with_bounds({constraint: high}))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +44,14 @@ class Status(StrEnum):
 
 _ADVICE = {
     Status.OPTIMAL: "Proven: no other assignment within the constraints has a lower objective (relative tolerance 1e-6).",
-    Status.LIMIT: "A limit was reached: this is the best assignment found, and the gap bounds what is left; raise the limit, offer fewer "
-    "bit-widths, or use convexity='clip_psd' or more sensitivity images, which make the program easier.",
-    Status.INTERRUPTED: "Interrupted: this is the best assignment found until then, and the gap bounds what is left; run it again to prove it.",
+    Status.LIMIT: "A limit was reached: this is the best assignment found, and the gap bounds what is left; raise the limit, "
+    "offer fewer bit-widths, or use convexity='clip_psd' or more sensitivity images, which make the program easier.",
+    Status.INTERRUPTED: "Interrupted: this is the best assignment found until then, and the gap bounds what is left; run it "
+    "again to prove it.",
     Status.HEURISTIC: "Found by a heuristic, which proves nothing; solve with 'scip' for a bound.",
     Status.INFEASIBLE: "No assignment meets the constraints; raise a budget, offer narrower bit-widths, or unpin layers.",
-    Status.DOUBTFUL: "The solver's numbers and the recomputed ones disagree by more than the tolerance; the assignment is feasible, "
-    "but its bound is not to be trusted: rescale the matrix or compare with solver='exhaustive' on a smaller space.",
+    Status.DOUBTFUL: "The solver's numbers and the recomputed ones disagree by more than the tolerance; the assignment is "
+    "feasible, but its bound is not to be trusted: rescale the matrix or compare with solver='exhaustive' on a smaller space.",
 }
 
 
@@ -62,7 +63,8 @@ class Solution:
     minimised: another number only where the program clips (`convexity='clip_psd'`) or leaves terms out (`Program.layerwise`).
     `bound` and `gap` = (minimised − bound) / |minimised| belong to `minimised`; a heuristic has bound −∞ and gap ∞. `values`
     and `slack` (unused budget) are per constraint, in its unit. `better_than_widest` is an assignment that the raw matrix
-    prefers to the widest bits everywhere, when a local search finds one: a sign of sampling noise (None: none was found)."""
+    prefers to the widest bits everywhere, when a local search finds one: a sign of sampling noise (None: none was found).
+    """
 
     assignment: Assignment
     status: Status
@@ -97,7 +99,8 @@ class Program:
 
     `groups`: the layers of each group. `starts`: first choice of each group, then n. `options`: the options that each of the n
     choices takes. `quadratic` (n, n) symmetric and `offset`: the minimised function. `costs` (number of constraints, n),
-    `limits`. `forbidden`: pairs of choices that may not be taken together."""
+    `limits`. `forbidden`: pairs of choices that may not be taken together.
+    """
 
     matrix: InteractionMatrix
     constraints: tuple[Constraint, ...]
@@ -129,7 +132,8 @@ class Program:
         `shift_psd` the same function, with Q + λI made positive semidefinite and λ·(number of choices taken) taken off again;
         `clip_psd` the nearest positive semidefinite matrix (CLADO, section 4.2), which changes the function and acts as a
         regulariser on noisy matrices. Raises InfeasibleError when a single constraint, or what is left to choose from, rules
-        everything out."""
+        everything out.
+        """
         if convexity not in get_args(Convexity):
             raise ConfigurationError(f"unknown convexity {convexity!r}; expected one of {', '.join(get_args(Convexity))}")
         space = matrix.space
@@ -270,23 +274,24 @@ class Program:
         lines = []
         for index, constraint in enumerate(self.constraints):
             smallest, largest = self.reachable(index)
-            least = np.minimum.reduceat(self.costs[index], self.starts[:-1])
-            pinned = np.flatnonzero(np.diff(self.starts) == 1)
-            heaviest = int(least.argmax())
-            held = (
-                f"{len(pinned)} groups with a single candidate hold {least[pinned].sum():.9g} of it ({_listed(self.space, self.groups[pinned[least[pinned].argmax()]])}"
-                f" the most)"
-                if len(pinned)
-                else f"every layer is at its least there, {_listed(self.space, self.groups[heaviest])} with {least[heaviest]:.9g} the largest"
-            )
             verdict = "below the smallest reachable" if smallest > constraint.limit else "reachable alone"
             lines.append(
                 f"{constraint.name}: the bound {constraint.bound:.12g} {constraint.unit} is {verdict}; reachable are "
-                f"{smallest:.12g} to {largest:.12g}; {held}"
+                f"{smallest:.12g} to {largest:.12g}; {self._pinned_by(index)}"
             )
         if self.forbidden:
             lines.append(f"{len(self.forbidden)} forbidden pairs")
         return "no assignment meets the constraints. " + ". ".join(lines)
+
+    def _pinned_by(self, constraint: int) -> str:
+        """What holds a constraint's smallest value up."""
+        least = np.minimum.reduceat(self.costs[constraint], self.starts[:-1])
+        pinned = np.flatnonzero(np.diff(self.starts) == 1)
+        if not len(pinned):
+            heaviest = _listed(self.space, self.groups[int(least.argmax())])
+            return f"every layer is at its least there, {heaviest} with {least.max():.9g} the largest"
+        heaviest = _listed(self.space, self.groups[pinned[least[pinned].argmax()]])
+        return f"{len(pinned)} pinned groups hold {least[pinned].sum():.9g} of it, {heaviest} the most"
 
     def with_bounds(self, bounds: Mapping[str, float]) -> "Program":
         """The same program with other bounds, by the constraints' names; raises InfeasibleError as `build` does."""
@@ -303,7 +308,8 @@ class Program:
 
     def layerwise(self) -> "Program":
         """The same program without interactions: what a layerwise method would minimise; `Solution.objective` stays on the raw
-        matrix."""
+        matrix.
+        """
         return replace(self, quadratic=_merged(self.matrix.diagonal_only().values, self.options), offset=0.0, convexity="raw")
 
     def unlimited(self) -> "Program":
@@ -330,7 +336,8 @@ class Program:
         message: str = "",
     ) -> Solution:
         """The answer that these choices mean, with everything recomputed from the raw matrix and the costs; refuses infeasible
-        choices."""
+        choices.
+        """
         if not self.is_feasible(choices):
             raise ValueError(f"{solver} returned choices that break a constraint")
         assignment = self.assignment(choices)
@@ -357,6 +364,14 @@ class Program:
         )
 
 
+class Solve(Protocol):
+    """A solver with its settings: what `pareto` and `candidates` are given."""
+
+    def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+        """The best assignment of the program, from any number of assignments to start from."""
+        ...
+
+
 def _groups(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
     """Ties and single layers, in the order of their first layer."""
     tie = {layer: tuple(sorted(group)) for group in space.ties for layer in group}
@@ -374,7 +389,7 @@ def _excluded(space: SearchSpace, candidates: Mapping[str, Sequence[int]], quara
     for layer, (measured, wanted) in enumerate(zip(space.bit_widths, narrowed.bit_widths, strict=True)):
         if not set(wanted) <= set(measured):
             raise ConfigurationError(
-                f"{space.layers[layer].name} was measured at {list(measured)} bits; the candidates {list(wanted)} are not among them"
+                f"{space.layers[layer].name} was measured at {list(measured)} bits; of the candidates {list(wanted)} not all are"
             )
         excluded |= {space.option(layer, b) for b in measured if b not in wanted}
     return excluded

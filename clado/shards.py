@@ -62,7 +62,6 @@ class Store:
                 "serializer": BytesCodec(),
                 "filters": None,
             }
-            config: Any = {"write_empty_chunks": True}
             group.create_array(
                 f"{kind}/sums",
                 shape=shape,
@@ -70,12 +69,9 @@ class Store:
                 dtype="f8",
                 fill_value=np.nan,
                 dimension_names=names[kind],
-                config=config,
                 **options,
             )
-            group.create_array(
-                f"{kind}/done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, config=config, **options
-            )
+            group.create_array(f"{kind}/done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, **options)
         counts = np.array([plan.block_images(block) for block in range(blocks)], dtype="i8")
         group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()])
         group.attrs.update(
@@ -93,7 +89,8 @@ class Store:
     def open(cls, path: Path) -> "Store":
         """An existing store, refused unless it is ours."""
         if not path.is_dir():
-            raise StoreError(f"{path} does not exist; expected a store that `clado run` made")
+            what = "is not a folder" if path.exists() else "does not exist"
+            raise StoreError(f"{path} {what}; expected a store that `clado run` made")
         try:
             group = zarr.open_group(path, mode="r+", zarr_format=3)
             found = group.attrs.get("format")
@@ -149,7 +146,7 @@ class Store:
     def _array(self, name: str) -> zarr.Array[Any]:
         found = self.group[name]
         assert isinstance(found, zarr.Array)
-        return found
+        return found.with_config({"write_empty_chunks": True})  # not kept in the store, and a tile of NaNs must be written
 
     def _where(self, tile: Tile) -> tuple[Any, ...]:
         return (tile.block, slice(tile.first, tile.stop)) if tile.kind == "pairs" else (tile.block,)

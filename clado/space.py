@@ -134,6 +134,17 @@ class SearchSpace:
                 widths[i] = check_bits(bits, f"bits of {self.layers[i].name}")
         return SearchSpace(self.layers, tuple(widths), self.ties)
 
+    def tied(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
+        """The same space with groups of layers, given by name patterns, that must share a bit-width."""
+        ties = []
+        for patterns in groups:
+            matched = [i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns)]
+            if len(matched) < 2:
+                found = ", ".join(self.layers[i].name for i in matched) or "no layer"
+                raise ConfigurationError(f"the tie {list(patterns)} matches {found}; expected two or more of {', '.join(self.names)}")
+            ties.append(tuple(matched))
+        return SearchSpace(self.layers, self.bit_widths, tuple(ties))
+
     @property
     def num_layers(self) -> int:
         """I, the number of searched layers."""

@@ -38,8 +38,12 @@ data:                                # three disjoint sets
   sensitivity_images: 256            # measured on: more is more exact, and costs in proportion
   calibration_images: 256            # fit ranges and corrections
   # validation_images: 1000          # give the reported accuracy, seen by no choice; default: all there are
+  # selection_images: 1000           # of the images left over, for `clado smallest`; default: all
   seed: 0                            # which images
 bits: [2, 4, 8]                      # candidate widths of each layer, ascending within 1..16
+# layers:
+#   bits: {{"fc.weight": [8]}}         # other candidates for layers by name pattern; a single one pins them
+#   ties: [["layer1.*"]]             # groups of layers that must share a bit-width
 quantizer:
   weights: mse                       # range of the codes: mse or minmax
   granularity: per_channel           # one scale per_channel or per_tensor
@@ -49,6 +53,10 @@ estimators: [layerwise, pairwise, gauss_newton]  # compared; the best measured a
 budgets:
   average_bits: [2.25, 2.5, 3, 3.5, 4, 5]  # per searched weight
   # size_bytes: [100000]             # bytes of the searched weights
+  # percent_of_8_bit: [40]           # of the bytes at 8 bits everywhere
+  # bops: [4.0e+9]                   # bit operations of one image: MACs x weight bits x 8
+# constraints:                       # hold beside every budget; latency and table read a CSV file: layer,bits,UNIT
+#   - {{kind: latency, bound: 0.002, path: latency.csv}}
 solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget

@@ -21,7 +21,7 @@ def allocate(run: Run) -> None:
         return solvers.prepare(program, settings.name, time_limit=settings.time_limit)
 
     with progress("solving", len(run.matrices) * len(budgets)) as advance:
-        run.proposals = candidates.propose(run.matrices, budgets, prepare, lambda budget, method: advance(1))
+        run.proposals = candidates.propose(run.matrices, budgets, prepare, run.session.limits, lambda budget, method: advance(1))
     for name in run.matrices:
         if CONVEXITY.get(name) == "clip_psd":
             share = run.matrices[name].negative_share()

@@ -1,9 +1,11 @@
 """The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
 
 import atexit
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -35,6 +37,13 @@ RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/resnet20_fashion_mnist-1a2b3c4d.", show_default=False)
 ]
 AverageBits = Annotated[float | None, typer.Option("--budget", metavar="BITS", help="Average bits per searched weight.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit", metavar="KIND=BOUND[:CSV]", help="A further limit, such as bops=4e9 or latency=0.002:times.csv. Repeatable."
+    ),
+]
+SWEPT = ("average_bits", "size", "relative_size", "bops")
 SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
 
 
@@ -50,6 +59,11 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except CladoError as error:
             typer.echo(f"clado: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"clado: {error.filename} cannot be used: {error.strerror}", err=True)
+            raise typer.Exit(CladoError.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("clado: interrupted; what was measured is kept, and the same command goes on from there", err=True)
             raise typer.Exit(130) from None
@@ -89,12 +103,18 @@ def run(config: Config, overrides: Overrides = None) -> None:
     begin = time.perf_counter()
     clock["start-up"] = begin - BEGIN
     typer.echo(_plan_text(session), err=True)
+    from flows.environment import make_home
+    from flows.run import locked
+
+    with locked(session.folder):  # refused here, where a message is enough, and held by the flow
+        make_home()
     from flows.pipeline import pipeline
 
     clock["start-up"] += time.perf_counter() - begin
     entered = time.perf_counter()
     before = dict(clock)
-    receipt = pipeline(settings.model_dump(mode="json"), clock)
+    with _orchestrated(lambda: clock == before):
+        receipt = pipeline(settings.model_dump(mode="json"), clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())
     clock["start-up"] += time.perf_counter() - entered - own
@@ -118,14 +138,14 @@ def plan(
 
 
 @command
-def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None) -> None:
+def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records import write_text
     from flows.stored import StoredRun, solution_text
 
     stored = StoredRun.open(folder)
     wanted = _budget(budget, size_bytes)
-    for name, matrix, solution in stored.solve(wanted):
+    for name, matrix, solution in stored.solve(wanted, limits or []):
         file = folder / "solutions" / f"{wanted.name.replace(' ', '_')}-{name}.json"
         write_text(file, stored.document(matrix, solution))
         typer.echo(solution_text(name, matrix, solution) + f"\n  written to {file}")
@@ -165,6 +185,61 @@ def export(
 
 
 @command
+def sweep(
+    folder: RunFolder,
+    budgets: Annotated[
+        int, typer.Option("--budgets", min=2, help="How many, evenly from the narrowest bits to the widest.")
+    ] = 20,
+    kind: Annotated[str, typer.Option(help="average_bits, size, relative_size or bops.")] = "average_bits",
+) -> None:
+    """Solve a whole front of budgets from stored measurements and measure each answer's loss; table, plot, MLflow children."""
+    from clado.errors import ConfigurationError
+    from flows.stored import StoredRun
+
+    if kind not in SWEPT:
+        raise ConfigurationError(f"--kind {kind!r} cannot be swept; expected one of {', '.join(SWEPT)}")
+    stored = StoredRun.open(folder)
+    session = _session(stored.config)
+    from flows.sweep import sweep as sweep_budgets
+
+    text, receipt = sweep_budgets(stored, session, kind, budgets)
+    typer.echo(f"{text}\nwritten to {folder / 'sweep'}; MLflow run {receipt.parent_run_id or 'not delivered'}")
+
+
+@command
+def smallest(
+    folder: RunFolder,
+    max_loss_increase: Annotated[float | None, typer.Option(help="Bound on the measured increase of the loss.")] = None,
+    max_top1_drop: Annotated[
+        float | None, typer.Option(help="Bound on the measured drop of top-1, in percentage points.")
+    ] = None,
+) -> None:
+    """Find the smallest network whose measured loss or accuracy stays under a bound, on images kept for this choice."""
+    from clado.errors import ConfigurationError
+    from flows.stored import StoredRun
+
+    if (max_loss_increase is None) == (max_top1_drop is None):
+        raise ConfigurationError("name one bound: --max-loss-increase X or --max-top1-drop POINTS")
+    stored = StoredRun.open(folder)
+    session = _session(stored.config)
+    from flows.smallest import find, text
+
+    top1 = max_top1_drop is not None
+    bound = max_loss_increase if max_loss_increase is not None else (max_top1_drop or 0.0) / 100
+    typer.echo(text(find(stored, session, bound, top1), session, top1))
+
+
+@command
+def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar="FILE", help="Assignment as JSON.")]) -> None:
+    """Score an assignment, ours or a peer's, on a run's matrices: predicted loss of each estimator, size, bits."""
+    from clado.export.assignment import read_assignment
+    from flows.stored import StoredRun, score_text
+
+    stored = StoredRun.open(folder)
+    typer.echo(score_text(stored, read_assignment(assignment, stored.measured.space)))
+
+
+@command
 def show(folder: RunFolder) -> None:
     """Print the table, the verdict and the places of a finished run."""
     _show(folder, {}, None)
@@ -179,6 +254,36 @@ def doctor() -> None:
     typer.echo(text)
     if not healthy:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
+    """Makes one message of a failure of Prefect itself (`outside` the flow's phases), and of user errors inside the flow."""
+    import logging
+
+    from clado.errors import CladoError, ServerError
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], CladoError))
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(wanted)
+    try:
+        yield
+    except CladoError:
+        raise
+    except Exception as error:
+        if not outside():
+            raise
+        url = os.environ.get("PREFECT_API_URL")
+        if url:
+            advice = f"start the server at {url}, or unset PREFECT_API_URL to use an embedded one"
+        else:
+            advice = (
+                "its embedded server needs a free port on 127.0.0.1 and a folder to write to (PREFECT_HOME); "
+                "or run `prefect server start` and set PREFECT_API_URL"
+            )
+        raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {advice}") from None
 
 
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":

@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def set_defaults(folder: Path) -> None:
-    """Telemetry off, short logs, and caches of Prefect and matplotlib under `folder`; call it before either is imported."""
+    """Telemetry off, short logs, and caches of Prefect and matplotlib under `folder`; call it before either is imported.
+
+    Makes no folder: until a configuration and its data are known to be sound, nothing is written.
+    """
     defaults = {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -20,4 +23,9 @@ def set_defaults(folder: Path) -> None:
         defaults["MPLCONFIGDIR"] = str((folder / ".matplotlib").resolve())
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    Path(os.environ.get("PREFECT_HOME", folder)).mkdir(parents=True, exist_ok=True)  # Prefect's server does not make it
+
+
+def make_home() -> None:
+    """The folder of Prefect's settings and database, which its server does not make."""
+    if "PREFECT_HOME" in os.environ:
+        Path(os.environ["PREFECT_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,8 @@ def pipeline(config: dict[str, Any], clock: dict[str, float] | None = None) -> R
     session = Session.open(settings)
     phases = Clock({} if clock is None else clock)
     with locked(session.folder), ExitStack() as cluster:
+        session.open_store()  # refused where it holds other numbers, before anything is written
         write_text(session.folder / "config.yaml", settings.to_yaml())
-        session.open_store()
         with phases.phase("start-up"):
             workers = cluster.enter_context(clusters.start(settings))
             workers.open_session(settings)

@@ -1,5 +1,6 @@
 """Record: what was found becomes a file, plots, exported networks and an MLflow run."""
 
+import re
 from pathlib import Path
 
 from prefect import task
@@ -19,7 +20,7 @@ def record_of(run: Run) -> RunRecord:
     """The record of a run whose proposals are measured and evaluated."""
     session = run.session
     losses = {assignment: counts.accuracy().loss for assignment, counts in run.losses.items()}
-    rows = choose(session.space, run.proposals, losses)
+    rows = choose(session.space, run.proposals, losses, session.limits)
     accuracies = {assignment: counts.accuracy() for assignment, counts in run.accuracies.items()}
     results = tuple(Result(**{**row.__dict__, "validation": accuracies.get(row.assignment)}) for row in rows)
     baseline = next(iter(run.matrices.values())).baseline
@@ -44,7 +45,7 @@ def record_of(run: Run) -> RunRecord:
 
 def budget_folder(session: Session, budget: str) -> Path:
     """Where the chosen network of a budget is exported."""
-    return session.folder / "exports" / budget.replace(" ", "_")
+    return session.folder / "exports" / re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
 
 
 def export(session: Session, assignment: Assignment, folder: Path) -> Path:

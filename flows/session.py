@@ -14,10 +14,10 @@ import clado
 from clado import estimators
 from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import RunConfig, fingerprint
+from clado.constraints import Constraint
 from clado.errors import ConfigurationError, DataError
 from clado.evaluation import Counts, count
 from clado.images import DataSlices, check_slice
-from clado.interaction import InteractionMatrix
 from clado.ledger import Ledger
 from clado.measure import Workbench, losses
 from clado.network import Network
@@ -53,20 +53,29 @@ class Session:
             )
         _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
         network = Network(loaded.model, loaded.example_input, config.network.fixed)
-        return Session(config, loaded, network, slices, network.search_space(config.bits))
+        space = network.search_space(config.bits).restricted(config.layers.bits).tied(config.layers.ties)
+        return Session(config, loaded, network, slices, space)
 
     def check(self) -> None:
-        """Decodes every image once and tries every budget: for the flow's process, before anything is started."""
+        """Decodes every image once, tries every budget and a store that is there: before anything is started or written."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigurationError(f"{self.folder} is a file; expected a folder for the run, or a free name (folder: runs/…)")
         classes = int(self.network.logits(self.network.example).shape[1])
         for images in (self.slices.sensitivity, self.slices.validation):
             check_slice(images, self.loaded.image_shape, classes)
-        order = self.space.num_options
-        check_budgets(self.space, self.budgets, InteractionMatrix(self.space, np.zeros((order, order)), "none", "none", 0.0, 1))
+        check_budgets(self.space, self.budgets, self.limits)
+        if self.store_path.exists():
+            self.open_store()
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """The budgets asked for."""
-        return budgets_of(self.config.budgets.average_bits, self.config.budgets.size_bytes)
+        return budgets_of(**self.config.budgets.model_dump())
+
+    @property
+    def limits(self) -> list[Constraint]:
+        """Limits that every answer must meet beside its budget."""
+        return limits_of(self.config, self.space)
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -176,6 +185,11 @@ class Session:
         """Evaluations on the `sensitivity` or the `validation` set."""
         identity = {**self.identity, "slice": getattr(self.slices, which).sha256, "layers": self.space.names}
         return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
+
+
+def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
+    """The configuration's constraints on a space."""
+    return [Budget(c.kind, c.bound, None if c.path is None else str(c.path)).constraint(space) for c in config.constraints]
 
 
 def _refuse_unmatched(patterns: tuple[str, ...], names: list[str]) -> None:

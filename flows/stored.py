@@ -1,22 +1,24 @@
 """A finished run, read back from its folder: new budgets from stored shards, without measuring."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clado import estimators, solvers
-from clado.candidates import Budget, Proposal, choose, program_of, widest_uniform
+from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
 from clado.config import RunConfig, load_config
-from clado.errors import StoreError
+from clado.constraints import Constraint
+from clado.errors import ConfigurationError, StoreError
 from clado.estimators import Measured
+from clado.evaluation import Counts, shards
 from clado.interaction import InteractionMatrix
 from clado.probes import Plan
 from clado.program import Solution
-from clado.records import CHOSEN, UNIFORM, Accuracy, markdown_table, percent
+from clado.records import CHOSEN, UNIFORM, Accuracy, RunRecord, markdown_table, percent
 from clado.shards import Store
 from clado.space import Assignment, Layer, SearchSpace
-from flows.session import Session
+from flows.session import EVALUATION_SHARD, Session, limits_of
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,26 @@ class StoredRun:
         store = Store.open(folder / "store.zarr")
         coverage = store.coverage
         layers = [Layer(**{**row, "shape": tuple(row["shape"])}) for row in coverage["layers"]]
-        space = SearchSpace(tuple(layers), tuple(tuple(bits) for bits in coverage["bits"]))
+        space = SearchSpace(tuple(layers), tuple(tuple(bits) for bits in coverage["bits"])).tied(config.layers.ties)
         blocks = tuple((start, stop) for start, stop in coverage["blocks"])
         plan = Plan(space, blocks, estimators.kinds_of(config.estimators), store.rows_per_tile)
         return cls(folder, config, Measured(space, config.criterion, store.counts, store.gather(plan)))
+
+    @property
+    def limits(self) -> list[Constraint]:
+        """Limits that every answer must meet beside its budget."""
+        return limits_of(self.config, self.measured.space)
 
     def matrices(self) -> dict[str, InteractionMatrix]:
         """One matrix for each estimator of the configuration."""
         return {name: estimators.estimate(name, self.measured) for name in self.config.estimators}
 
-    def solve(self, budget: Budget) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
-        """(estimator, its matrix, its optimum) for a budget."""
+    def solve(self, budget: Budget, further: Sequence[str] = ()) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
+        """(estimator, its matrix, its optimum) for a budget and further limits, each KIND=BOUND or KIND=BOUND:CSV."""
         settings = self.config.solver
+        extra = [parse_limit(limit).constraint(self.measured.space) for limit in further]
         for name, matrix in self.matrices().items():
-            program = program_of(matrix, [budget.constraint(self.measured.space)])
+            program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
     def document(self, matrix: InteractionMatrix, solution: Solution) -> str:
@@ -65,23 +73,54 @@ class StoredRun:
         return json.dumps(document, indent=1)
 
 
-def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> str:
-    """One solution for the terminal."""
-    space = matrix.space
-    return (
-        f"{name}: {solution.status}, predicted loss {matrix.baseline + solution.objective:.4f}, gap {100 * solution.gap:.4f} %, "
-        f"{solution.seconds:.2f} s; {space.average_bits(solution.assignment):.3f} bits, "
-        f"{space.size_bytes(solution.assignment):,} bytes\n"
-        f"  {solution.assignment}"
-    )
+def parse_limit(text: str) -> Budget:
+    """KIND=BOUND or KIND=BOUND:CSV as a budget."""
+    kind, equals, rest = text.partition("=")
+    bound, _, path = rest.partition(":")
+    try:
+        return Budget(kind, float(bound), path or None)
+    except ValueError:
+        expected = "KIND=BOUND or KIND=BOUND:CSV, such as bops=4e9 or latency=0.002:times.csv"
+        raise ConfigurationError(f"--limit {text!r} is not {expected}") from None
 
 
-def candidates_of(stored: StoredRun, session: Session, budget: Budget) -> list[Proposal]:
-    """Uniform and every estimator's proposal for one budget."""
+def score_text(stored: StoredRun, assignment: Assignment) -> str:
+    """What each of the run's matrices predicts for an assignment."""
     space = stored.measured.space
-    proposals = [Proposal(budget, UNIFORM, widest_uniform(space, budget.constraint(space)))]
-    for name, matrix, solution in stored.solve(budget):
-        proposals.append(Proposal(budget, name, solution.assignment, matrix.baseline + solution.objective, solution))
+    rows = [[name, f"{m.baseline + m.predicted_increase(assignment):.5f}"] for name, m in stored.matrices().items()]
+    size = f"{space.size_bytes(assignment):,} bytes, {space.average_bits(assignment):.3f} bits a weight"
+    return f"{markdown_table(['estimator', 'predicted loss'], rows)}\n{size}\n  {assignment}"
+
+
+def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> str:
+    """One solution for the terminal: what it is worth, how far that is proven, and what it leaves unused."""
+    space = matrix.space
+    size = f"{space.average_bits(solution.assignment):.3f} bits, {space.size_bytes(solution.assignment):,} bytes"
+    lines = [
+        f"{name}: {solution.status}, predicted loss {matrix.baseline + solution.objective:.4f}, gap {100 * solution.gap:.4f} %, "
+        f"{solution.nodes} nodes, {solution.seconds:.2f} s; {size}",
+        f"  {solution.assignment}",
+        f"  {solution.advice}",
+        "  unused: "
+        + ", ".join(f"{slack:g} of {solution.values[limit] + slack:g} ({limit})" for limit, slack in solution.slack.items()),
+    ]
+    if solution.better_than_widest is not None:
+        lines.append(
+            "  the matrix prefers something to the widest bits even without a budget: more sensitivity images would help"
+        )
+    return "\n".join(lines)
+
+
+def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Proposal]:
+    """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
+    space, proposals = stored.measured.space, recorded(stored, session)
+    known = {proposal.budget for proposal in proposals}
+    for budget in wanted:
+        if budget not in known:
+            uniform = widest_uniform(space, together(budget.constraint(space), stored.limits))
+            proposals.append(Proposal(budget, UNIFORM, uniform))
+            for name, matrix, solution in stored.solve(budget):
+                proposals.append(Proposal(budget, name, solution.assignment, matrix.baseline + solution.objective, solution))
     return proposals
 
 
@@ -100,9 +139,9 @@ def measured_losses(session: Session, proposals: list[Proposal]) -> dict[Assignm
 
 def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignment:
     """The proposal of least measured loss for a budget."""
-    proposals = candidates_of(stored, session, budget)
-    rows = choose(session.space, proposals, measured_losses(session, proposals))
-    return next(row.assignment for row in rows if row.method == CHOSEN)
+    proposals = candidates_of(stored, session, [budget])
+    rows = choose(session.space, proposals, measured_losses(session, proposals), stored.limits)
+    return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
 def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
@@ -110,19 +149,22 @@ def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
     ledger = session.ledger("validation")
     counts = ledger.get(assignment)
     if counts is None:
-        counts = session.accuracy(assignment, 0, len(session.slices.validation))
+        parts = shards(len(session.slices.validation), EVALUATION_SHARD)  # as the flow cuts them: the same sum, bit for bit
+        counts = sum((session.accuracy(assignment, start, stop) for start, stop in parts), Counts())
         ledger.put(assignment, counts)
     return counts.accuracy()
 
 
 def evaluation_text(stored: StoredRun, session: Session, budget: Budget | None) -> str:
     """Methods and their accuracy, for one budget or for every budget of the run."""
+    wanted = [budget] if budget else list(session.budgets)
+    names = {asked.name for asked in wanted}
+    proposals = candidates_of(stored, session, wanted)
     rows = []
-    for wanted in [budget] if budget else session.budgets:
-        proposals = candidates_of(stored, session, wanted)
-        for row in choose(session.space, proposals, measured_losses(session, proposals)):
+    for row in choose(session.space, proposals, measured_losses(session, proposals), stored.limits):
+        if row.budget in names:
             accuracy = accuracy_of(session, row.assignment)
-            cells = [wanted.name, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_shipped:.4f}"]
+            cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_shipped:.4f}"]
             rows.append([*cells, percent(accuracy.top1), percent(accuracy.top5), f"{accuracy.loss:.4f}"])
     header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "top-5 %", "validation loss"]
     return markdown_table(header, rows)

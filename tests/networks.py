@@ -66,6 +66,39 @@ class Tied(nn.Module):
         return self.head(F.relu(self.third(x)).mean((2, 3)))
 
 
+class Branching(nn.Module):
+    """Runs one of two layers as the images have it: torch.export refuses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.calm = nn.Conv2d(4, 4, 3, padding=1)
+        self.loud = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = self.calm(x) if x.mean() > 0 else self.loud(x)
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class Volume(nn.Module):
+    """One-dimensional and three-dimensional convolutions, plain, grouped and transposed, on images read as volumes and rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume = nn.Conv3d(1, 4, (1, 3, 3), padding=(0, 1, 1))
+        self.grown = nn.ConvTranspose3d(4, 4, (1, 2, 2), stride=(1, 2, 2), groups=2)
+        self.rows = nn.Conv1d(4, 6, 3, padding="same", groups=2)
+        self.longer = nn.ConvTranspose1d(6, 4, 2, stride=2)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.grown(F.relu(self.volume(x.unsqueeze(2)))))
+        x = F.relu(self.longer(F.relu(self.rows(x.flatten(2)))))
+        return self.head(x.mean(2))
+
+
 def build(kind: type[nn.Module], seed: int = 0) -> nn.Module:
     """A network with seeded weights and batch-norm statistics that are not trivial."""
     torch.manual_seed(seed)

@@ -70,6 +70,13 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"budgets": {"average_bits": [float("nan")]}}, ["budgets.average_bits.0", "finite"]),
     ({"budgets": {"average_bits": [3, 3]}}, ["budgets", "twice"]),
     ({"budgets": {"size_bytes": [1.5]}}, ["budgets.size_bytes.0", "integer"]),
+    ({"budgets": {"bops": [-1]}}, ["budgets.bops.0", "greater than 0"]),
+    ({"layers": {"bits": {"fc*": [4, 2]}}}, ["layers.bits.fc*", "ascending"]),
+    ({"layers": {"ties": ["a"]}}, ["layers.ties.0", "list"]),
+    ({"constraints": [{"kind": "size", "bound": 0}]}, ["constraints.0.bound", "greater than 0"]),
+    ({"constraints": [{"kind": "latncy", "bound": 1}]}, ["'latncy'", "did you mean 'latency'"]),
+    ({"constraints": [{"kind": "latency", "bound": 1}]}, ["constraints.0", "needs path", "layer,bits"]),
+    ({"constraints": [{"kind": "size", "bound": 1, "path": "a.csv"}]}, ["constraints.0", "takes no path"]),
     ({"solver": {"name": "gurobi"}}, ["solver.name", "'gurobi'", *available("solvers")]),
     ({"solver": {"time_limit": 0}}, ["solver.time_limit", "greater than 0"]),
     ({"measure": {"batch_images": 0}}, ["measure.batch_images", "0"]),
@@ -218,11 +225,20 @@ def test_the_fingerprint_is_the_hash_of_canonical_json(document: Any) -> None:
     assert fingerprint(document) == hashlib.sha256(text.encode()).hexdigest()
 
 
-MEASURED = ["bits=[2, 4]", "quantizer.weights=minmax", "criterion=cross_entropy", "data.seed=1", "data.calibration_images=8"]
+MEASURED = [
+    "bits=[2, 4]",
+    "layers.bits={fc.weight: [8]}",
+    "quantizer.weights=minmax",
+    "criterion=cross_entropy",
+    "data.seed=1",
+    "data.calibration_images=8",
+]
 UNMEASURED = [
     "budgets.average_bits=[3]",
     "estimators=[layerwise]",
     "solver.name=greedy",
+    "layers.ties=[[conv1.weight, fc.weight]]",
+    "constraints=[{kind: bops, bound: 1.0e+9}]",
     "cluster.workers=1",
     "tracking.experiment=x",
     "data.validation_images=10",
@@ -277,9 +293,9 @@ def mentioned(text: str) -> set[str]:
     """Keys set or shown in a comment, as section.key."""
     keys, section = set(), ""
     for line in text.splitlines():
-        if found := re.match(r"( *)(?:# )?(\w+):(?: |$)", line):
-            name = found[2]
-            section = "" if not found[1] else section
+        if found := re.match(r"( *)(?:# )?( *)(\w+):(?: |$)", line):
+            name = found[3]
+            section = "" if not found[1] + found[2] else section
             keys.add(f"{section}{name}")
             section = section or f"{name}."
     return keys

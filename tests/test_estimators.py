@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from clado.config import available
+from clado.plugins import available
 from clado.errors import ConfigurationError, MeasurementError
 from clado.estimators import Measured, estimate, kinds_of
 from clado.interaction import InteractionMatrix

@@ -10,15 +10,15 @@ from clado.network import Network
 from clado.probes import Plan, sample_blocks
 from clado.quantizers import WeightQuantizer
 from clado.space import Assignment
-from tests.networks import Attention, Residual, Tied, build, images, labels, replaced_logits
+from tests.networks import Attention, Branching, Residual, Tied, Volume, build, images, labels, replaced_logits
 
-NETWORKS = pytest.mark.parametrize("kind", [Residual, Attention, Tied])
+NETWORKS = pytest.mark.parametrize("kind", [Residual, Attention, Tied, Volume])
 CRITERIA = pytest.mark.parametrize("criterion", ["kl_to_float", "cross_entropy"])
 NUM_IMAGES = 12
 
 
-def bench(kind, criterion="kl_to_float", num_blocks=3, batch_images=16) -> Workbench:
-    network = Network(build(kind), images(1))
+def bench(kind, criterion="kl_to_float", num_blocks=3, batch_images=16, graph=True) -> Workbench:
+    network = Network(build(kind), images(1), graph=graph)
     x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
     space = network.search_space((2, 4))
     blocks = sample_blocks(NUM_IMAGES, num_blocks)
@@ -65,6 +65,24 @@ def test_the_law_fails_for_a_wrong_entry():
     sums[1, 7] += 1e-3
     with pytest.raises(AssertionError):
         check_tile(b, plan, sums, 0)
+
+
+@NETWORKS
+@CRITERIA
+def test_whole_forwards_measure_the_same_numbers(kind, criterion):
+    tiles = []
+    for graph in (True, False):
+        b = bench(kind, criterion, graph=graph)
+        plan = Plan(b.space, tuple(b.blocks), ("singles", "pairs", "gram"), 3)
+        tiles.append([measure_tile(b, tile) for tile in plan.tiles])
+    for resumed, whole in zip(*tiles, strict=True):
+        np.testing.assert_allclose(whole, resumed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_a_graph_is_measured_by_whole_forwards():
+    b = bench(Branching, graph=False)
+    plan = Plan(b.space, tuple(b.blocks), ("pairs",), b.space.num_options)
+    check_tile(b, plan, measure_tile(b, plan.pair_tile(2, 0)), 2)
 
 
 @NETWORKS

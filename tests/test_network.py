@@ -8,33 +8,46 @@ from torch import nn
 
 from clado.errors import NetworkError
 from clado.network import Network
-from tests.networks import Attention, Residual, Tied, build, images, replaced_logits
+from tests.networks import Attention, Branching, Residual, Tied, Volume, build, images, replaced_logits
 
-KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Tied])
+KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Tied, Volume])
+PATHS = pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
 LAYERS = {
     Residual: ["stem.weight", "depthwise.weight", "grouped.weight", "up.weight", "head.weight"],
     Attention: ["patch.weight", "attention.in_proj_weight", "attention.out_proj.weight", "mlp.weight", "head.weight"],
     Tied: ["first.weight", "second.weight", "head.weight"],
+    Volume: ["volume.weight", "grown.weight", "rows.weight", "longer.weight", "head.weight"],
 }
 
 
 @KINDS
-def test_every_weight_of_a_convolution_or_linear_operator_is_a_layer_in_execution_order(kind):
-    network = Network(build(kind), images(1))
+@PATHS
+def test_every_weight_of_a_convolution_or_linear_operator_is_a_layer_in_execution_order(kind, graph):
+    network = Network(build(kind), images(1), graph=graph)
     assert [layer.name for layer in network.layers] == LAYERS[kind]
 
 
 @KINDS
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_whole_run_equals_the_module(kind, count):
-    model = build(kind)
-    torch.testing.assert_close(Network(model, images(1)).logits(images(count)), replaced_logits(model, {}, images(count)))
+def test_whole_forwards_know_the_same_layers_and_the_same_rest(kind):
+    graph, whole = Network(build(kind), images(1)), Network(build(kind), images(1), graph=False)
+    assert graph.layers == whole.layers
+    assert graph.graph.macs == whole.graph.macs
+    assert {row[:2] for row in graph.coverage()} == {row[:2] for row in whole.coverage()}
 
 
 @KINDS
-def test_a_run_resumed_at_any_layer_equals_the_module_with_both_weights_replaced(kind):
+@PATHS
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_whole_run_equals_the_module(kind, count, graph):
     model = build(kind)
-    network = Network(model, images(1))
+    torch.testing.assert_close(Network(model, images(1), graph=graph).logits(images(count)), replaced_logits(model, {}, images(count)))
+
+
+@KINDS
+@PATHS
+def test_a_run_resumed_at_any_layer_equals_the_module_with_both_weights_replaced(kind, graph):
+    model = build(kind)
+    network = Network(model, images(1), graph=graph)
     x = images(3)
     other = {i: weight * 0.7 + 0.01 for i, weight in enumerate(network.weights)}
     for i in range(len(network.layers)):
@@ -59,9 +72,10 @@ def test_stacked_states_run_as_they_would_alone_and_are_not_changed(kind):
             assert all(torch.equal(state.values[slot], kept.values[slot]) for slot in kept.values)
 
 
-def test_tied_weights_are_replaced_in_every_place():
+@PATHS
+def test_tied_weights_are_replaced_in_every_place(graph):
     model = build(Tied)
-    network = Network(model, images(1))
+    network = Network(model, images(1), graph=graph)
     weight = network.weights[1] * 0.5
     reference = build(Tied)
     with torch.no_grad():
@@ -72,10 +86,11 @@ def test_tied_weights_are_replaced_in_every_place():
     assert torch.equal(state["third.weight"], weight)
 
 
-def test_the_mode_it_arrives_in_does_not_matter_and_is_left_as_it_was():
+@PATHS
+def test_the_mode_it_arrives_in_does_not_matter_and_is_left_as_it_was(graph):
     model = build(Residual).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    logits = Network(model, images(1)).logits(images(4))
+    logits = Network(model, images(1), graph=graph).logits(images(4))
     assert model.training
     assert model.dropout.training
     torch.testing.assert_close(logits, Network(build(Residual).eval(), images(1)).logits(images(4)))
@@ -89,9 +104,10 @@ def test_macs_are_those_of_the_textbook():
     assert [cut.suffix_macs for cut in network.graph.cuts] == [sum(y.macs for y in network.layers[i:]) for i in range(5)]
 
 
-def test_every_parameter_is_searched_or_accounted_for():
+@PATHS
+def test_every_parameter_is_searched_or_accounted_for(graph):
     model = build(Attention)
-    network = Network(model, images(1), fixed=("patch.*",))
+    network = Network(model, images(1), fixed=("patch.*",), graph=graph)
     searched = {layer.name for layer in network.layers}
     rows = {name: size for name, size, _ in network.coverage()}
     assert searched | set(rows) == {name for name, _ in model.named_parameters()}
@@ -111,13 +127,15 @@ class _Random(nn.Module):
         return self.layer(x + torch.rand_like(x))
 
 
-class _Branching(nn.Module):
+class _Counting(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 4)
+        self.register_buffer("runs", torch.zeros(()))
 
     def forward(self, x):
-        return self.layer(x) if x.sum() > 0 else x
+        self.runs += 1
+        return self.layer(x)
 
 
 class _Weightless(nn.Module):
@@ -129,13 +147,35 @@ class _Weightless(nn.Module):
     ("model", "says"),
     [
         (_Random(), "random numbers in aten.rand"),
-        (_Branching(), "torch.export cannot"),
+        (_Counting(), "changes its buffers .*runs"),
         (_Weightless(), "no convolution or linear"),
     ],
 )
 def test_networks_that_cannot_be_cut_are_refused_by_name(model, says):
     with pytest.raises(NetworkError, match=says):
         Network(model, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (_Random(), "draws random numbers"),
+        (_Counting(), "changes its buffer runs"),
+        (_Weightless(), "no convolution or linear"),
+    ],
+)
+def test_networks_that_are_no_function_of_their_images_are_refused_whole_as_well(model, says):
+    with pytest.raises(NetworkError, match=says):
+        Network(model, torch.randn(2, 4), graph=False)
+
+
+def test_a_network_that_branches_on_its_images_is_sent_to_whole_forwards_and_what_the_example_never_met_is_reported():
+    model = build(Branching)
+    with pytest.raises(NetworkError, match=r"torch\.export cannot turn Branching .*(\n.*)*graph=False"):
+        Network(model, images(1))
+    network = Network(model, images(1), graph=False)
+    assert [layer.name for layer in network.layers] == ["stem.weight", "calm.weight", "head.weight"]
+    assert ("loud.weight", 64) in {row[:2] for row in network.coverage()}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clado.config import available
+from clado.plugins import available
 from clado.errors import ConfigurationError
 from clado.quantizers import WeightQuantizer
 from tests.contracts.quantizer import MODES, QuantizerContract, weight

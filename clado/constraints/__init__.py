@@ -70,7 +70,7 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def constraint(name: str, space: SearchSpace, bound: float, **settings: Any) -> Constraint:
+def constraint(name: str, space: SearchSpace, bound: float, /, **settings: Any) -> Constraint:
     """The constraint called `name`, with its bound and settings; a wrong name is answered with the valid ones."""
     if name not in names():
         raise ConfigurationError(f"unknown constraint {name!r}; the constraints are {', '.join(names())}")

@@ -10,7 +10,8 @@ from clado.space import SearchSpace
 
 def constraint(space: SearchSpace, budget_bytes: float, overhead_bytes: Mapping[str, int] | None = None) -> Constraint:
     """At most `budget_bytes` of weights; `overhead_bytes` (layer name to bytes) adds scales and zero points when they are to
-    count."""
+    count.
+    """
     overhead = dict(overhead_bytes or {})
     unknown = sorted(set(overhead) - set(space.names))
     if unknown:

@@ -16,9 +16,9 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from clado.config import available, nearest
 from clado.errors import ConfigurationError, MeasurementError
 from clado.interaction import InteractionMatrix
+from clado.plugins import available, nearest
 from clado.probes import KINDS, Kind
 from clado.space import SearchSpace
 

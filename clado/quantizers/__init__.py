@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from clado.config import available
 from clado.errors import ConfigurationError
+from clado.plugins import available
 
 
 @dataclass(frozen=True)

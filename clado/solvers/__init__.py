@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from clado.errors import ConfigurationError, InfeasibleError, SolverError
-from clado.program import Choices, Program, Solution, Status
+from clado.program import Choices, Program, Solution, Solve, Status
+from clado.solvers._start import better_than_widest
 from clado.space import Assignment
 
 TOLERANCE = 1e-6
@@ -26,7 +27,8 @@ class Task:
     """How far to search: limits, and choices to start from (they may break constraints: they are repaired or dropped).
 
     `deadline` is on the clock of `time.perf_counter`. `shared` keeps what solves of the same function under other bounds may
-    share."""
+    share.
+    """
 
     deadline: float = np.inf
     node_limit: int | None = None
@@ -51,7 +53,8 @@ class Shared:
 @dataclass(frozen=True)
 class Outcome:
     """What a solver found: choices (one per group, None if none was found), a bound on the minimised function, and how it
-    ended."""
+    ended.
+    """
 
     status: Status
     choices: Choices | None
@@ -65,14 +68,6 @@ class Search(Protocol):
 
     def __call__(self, program: Program, task: Task) -> Outcome:
         """Searches within the task's limits."""
-        ...
-
-
-class Solve(Protocol):
-    """A solver with its settings: what `pareto` and `candidates` are given."""
-
-    def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution:
-        """The best assignment of the program, from any number of assignments to start from."""
         ...
 
 
@@ -128,7 +123,8 @@ def solve(
     `time_limit` in seconds, everything included; `gap_limit` relative (0.01 stops within 1 %); `starts` are assignments to
     start from. A time limit or Ctrl-C returns the best assignment found, with its bound and gap. Without reaching the time
     limit, the same program gives the same answer whatever the machine's load. Raises InfeasibleError when nothing meets the
-    constraints and SolverError when nothing was found in time."""
+    constraints and SolverError when nothing was found in time.
+    """
     return prepare(program, solver, time_limit=time_limit, node_limit=node_limit, gap_limit=gap_limit)(program, starts)
 
 
@@ -140,8 +136,6 @@ def _solved(program: Program, solver: str, search: Search, task: Task, begin: fl
         raise SolverError(
             f"{solver} found no assignment within the constraints ({outcome.status}). {outcome.message or outcome.status.advice}"
         )
-    from clado.solvers._start import better_than_widest
-
     better = better_than_widest(program)
     return program.solution(
         outcome.choices,
@@ -170,7 +164,8 @@ def _why_infeasible(program: Program, search: Search) -> str:
 
 def compare(program: Program, solver: str = "scip", *, time_limit: float | None = 120.0) -> dict[str, Solution]:
     """The program's own answer (`interactions`) beside those of layerwise and greedy under the same constraints, all scored on
-    the raw matrix."""
+    the raw matrix.
+    """
     answers: dict[str, Callable[[], Solution]] = {
         "interactions": lambda: solve(program, solver, time_limit=time_limit),
         "layerwise": lambda: solve(program.layerwise(), solver, time_limit=time_limit),

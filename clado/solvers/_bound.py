@@ -19,7 +19,8 @@ Mask = NDArray[np.bool_]
 @dataclass(frozen=True, eq=False)
 class Bound:
     """`value` is a valid lower bound; `x` (n,) the point it comes from; `reduced_cost` (n,) ≥ 0: what taking a choice adds to the
-    bound at least; `support` and `active` (constraints) are where the next solve starts."""
+    bound at least; `support` and `active` (constraints) are where the next solve starts.
+    """
 
     value: float
     x: Array
@@ -48,11 +49,13 @@ class NodeBound:
         choice.
 
         Whatever the steps do, the value is valid: f(x') ≥ f(x) + ∇f(x)·(x' − x) for every x, and the right side is minimised
-        exactly over the groups with multipliers ≥ 0 on the knapsacks."""
+        exactly over the groups with multipliers ≥ 0 on the knapsacks.
+        """
         support = self._covered(allowed, support)
         active = np.zeros(len(self.limits), dtype=bool) if active is None else active.copy()
         best: Bound | None = None
-        x = support / np.add.reduceat(support.astype(float), self.starts)[self.owner]
+        counted = np.add.reduceat(support.astype(float), self.starts)[self.owner]
+        x = support / counted
         for step in range(1, STEPS + 1):
             x, gradient, multipliers = self._stationary(x, support, active)
             priced = gradient + np.maximum(multipliers, 0) @ self.costs
@@ -70,13 +73,16 @@ class NodeBound:
             attractive = self._most_attractive(priced_allowed, least, support)
             more = ~active & (room < -1e-10 * (1 + np.abs(self.limits)))
             less = active & (multipliers < -self.tolerance)
+            if not np.isfinite(value):
+                break
             if best is None or value > best.value:
                 best = Bound(value, x, reduced_cost, support, active, step)
             if best.value >= cutoff or not (negative.any() or attractive.any() or more.any() or less.any()):
                 break
             support = self._covered(allowed, (support & ~negative) | attractive, x)
             active = (active | more) & ~less
-        assert best is not None  # STEPS >= 1
+        if best is None:  # numbers overflowed: a bound that rules nothing out is valid as well
+            return Bound(-np.inf, support / counted, np.zeros(self.n), support, active, STEPS)
         return best
 
     def _covered(self, allowed: Mask, support: Mask | None, x: Array | None = None) -> Mask:
@@ -97,7 +103,8 @@ class NodeBound:
 
     def _stationary(self, x: Array, support: Mask, active: Mask) -> tuple[Array, Array, Array]:
         """The point where the gradient is even over the support of each group and the active knapsacks are tight: x, ∇f(x),
-        multipliers."""
+        multipliers.
+        """
         inside = np.where(support, x, -np.inf)
         # In each group the largest x of the support is eliminated by Σ = 1.
         order = np.lexsort((-inside, self.owner))
@@ -116,13 +123,14 @@ class NodeBound:
             slope = gradient[free] - gradient[eliminated]
             tight = np.flatnonzero(active)
             costs = self.costs[tight][:, free] - self.costs[tight][:, eliminated]
-            solved = _solved(matrix, np.concatenate([-slope[:, None], costs.T], axis=1))
+            solved = _solved(matrix, np.concatenate([-slope[:, None], costs.T], axis=1), self.tolerance)
             z = solved[:, 0]
             if len(tight):
                 room = self.limits[tight] - self.costs[tight][:, basis].sum(axis=1)
                 through = costs @ solved[:, 1:]
-                through[np.diag_indices(len(tight))] += 1e-13 * max(float(np.trace(through)), 1e-300)
-                tight_multipliers = _solved(through, (costs @ z - room)[:, None])[:, 0]
+                ridge = 1e-12 * max(float(np.trace(through)), 1e-12 / self.tolerance)
+                through[np.diag_indices(len(tight))] += ridge
+                tight_multipliers = _solved(through, (costs @ z - room)[:, None], ridge)[:, 0]
                 z = z - solved[:, 1:] @ tight_multipliers
                 multipliers[tight] = tight_multipliers
             point[free] = z
@@ -131,10 +139,12 @@ class NodeBound:
         return point, gradient, multipliers
 
 
-def _solved(matrix: Array, right: Array) -> Array:
-    """matrix⁻¹ right, with a little on the diagonal where the matrix is singular."""
+def _solved(matrix: Array, right: Array, ridge: float) -> Array:
+    """matrix⁻¹ right; with `ridge` on the diagonal where the matrix is singular."""
     try:
-        return np.asarray(np.linalg.solve(matrix, right), dtype=np.float64)
+        solved = np.linalg.solve(matrix, right)
     except np.linalg.LinAlgError:
-        ridge = 1e-10 * max(float(np.abs(matrix).max()), 1e-300)
-        return np.asarray(np.linalg.solve(matrix + ridge * np.eye(len(matrix)), right), dtype=np.float64)
+        solved = np.full_like(right, np.nan)
+    if np.isfinite(solved).all():
+        return np.asarray(solved, dtype=np.float64)
+    return np.asarray(np.linalg.solve(matrix + ridge * np.eye(len(matrix)), right), dtype=np.float64)

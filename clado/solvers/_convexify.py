@@ -4,7 +4,8 @@ At 0/1 points x_k² = x_k, and two choices of one group are never taken together
 and the entries between choices of one group are free. Quadratic convex reformulation (QCR: Billionnet, Elloumi, Plateau 2009)
 picks them so that the continuous minimum is highest; the best ones are the multipliers of a semidefinite relaxation, which the
 boundary-point method (Povh, Rendl, Wiegele 2006; Wen, Goldfarb, Yin 2010) finds with eigendecompositions alone. Any multipliers
-are valid, for any bounds: stopping early costs tightness, never correctness."""
+are valid, for any bounds: stopping early costs tightness, never correctness.
+"""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,7 +23,8 @@ SAFETY = 1e-9
 @dataclass(frozen=True, eq=False)
 class Form:
     """constant + linear·x + ½ xᵀ hessian x over all n choices; the rows of each group's widest choice are zero (eliminated by Σ
-    = 1)."""
+    = 1).
+    """
 
     constant: float
     linear: Array
@@ -72,7 +74,8 @@ def nearest(program: Program, form: Form, steps: int = 40) -> Form:
     matrices and those that keep every entry between groups.
 
     Measured in units of the diagonal, so that a wide bit-width, whose entries are small, is not charged the noise of a narrow
-    one. A convex form comes back as it is. Not tight at the root, but curved, which is what branching feeds on."""
+    one. A convex form comes back as it is. Not tight at the root, but curved, which is what branching feeds on.
+    """
     free = form.free
     hessian = form.hessian[np.ix_(free, free)]
     if not len(free) or float(np.linalg.eigvalsh(hessian)[0]) >= 0:
@@ -103,7 +106,8 @@ def nearest(program: Program, form: Form, steps: int = 40) -> Form:
 
 class Relaxation:
     """min ⟨C, X⟩ over X = [1 xᵀ; x X] ⪰ 0 with X_kk = x_k, X_kl = 0 within a group, and A x + s = limits, s ≥ 0; by boundary
-    points."""
+    points.
+    """
 
     OVER_RELAXATION, ADAPTATION = 1.6, 1.2
 
@@ -180,8 +184,10 @@ class Relaxation:
             self.z, self.slack_dual = new_z, np.maximum(v_slack, 0)
             if step % 10 == 0:
                 one, d, w, k = self._apply(self.x, self.slack)
-                primal = np.sqrt((one - 1) ** 2 + d @ d + w @ w + ((k - self.room) ** 2).sum()) / np.linalg.norm(self.x)
-                dual = dual_residual / np.linalg.norm(self.z)
+                primal = np.sqrt((one - 1) ** 2 + d @ d + w @ w + ((k - self.room) ** 2).sum()) / max(
+                    float(np.linalg.norm(self.x)), 1e-300
+                )
+                dual = dual_residual / max(float(np.linalg.norm(self.z)), 1e-300)
                 if primal > 2 * dual:
                     self.penalty *= self.ADAPTATION
                 elif dual > 2 * primal:

@@ -3,7 +3,8 @@ smallest tree. NumPy.
 
 The tightest root bound (QCR) has many flat directions, in which branching gains nothing; the nearest convex form is loose at
 the root but curved. Half-way between them is most often best; on nearly convex functions the nearest form alone, on hard ones
-the tightest."""
+the tightest.
+"""
 
 import time
 from functools import cached_property

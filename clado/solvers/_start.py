@@ -1,5 +1,6 @@
 """Good assignments by descent: one-group and two-group moves, repair, multipliers and kicks. NumPy; limited by rounds; a
-deadline only skips kicks."""
+deadline only skips kicks.
+"""
 
 import time
 
@@ -158,7 +159,8 @@ def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = 
 
 def _by_multipliers(descent: Descent) -> list[Choices]:
     """Choices that minimise value + multiplier · cost, for multipliers that close in on the limits (one multiplier for all of
-    them)."""
+    them).
+    """
     program = descent.program
     if not len(descent.limits):
         return [descent.settle(program.widest, np.zeros(program.num_choices))]

@@ -12,7 +12,8 @@ slow (a quadratic epigraph leaves gaps of 100 % where this takes a second). The 
 5. a constraint handler that checks t ≥ f(x) on whole points with the program's own function.
 
 A program without interactions is an integer linear program, which SCIP's defaults solve. Should a plugin fail, the factored
-form (y = Lᵀx, t ≥ Σ y²) of the same convex function takes over."""
+form (y = Lᵀx, t ≥ Σ y²) of the same convex function takes over.
+"""
 
 import math
 import signal
@@ -56,7 +57,8 @@ def search(program: Program, task: Task) -> Outcome:
 
 def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> Outcome:
     """Gives each cheap convex form a few nodes and the one with the highest bound some more; if that does not settle it, the
-    costly forms as well; then all that is left to the best. Whatever finishes first wins."""
+    costly forms as well; then all that is left to the best. Whatever finishes first wins.
+    """
     forms.deadline = task.deadline
     best, bound, nodes = first, -np.inf, 0
     scores: list[tuple[float, Form]] = []
@@ -144,7 +146,8 @@ def _forms(program: Program, task: Task) -> Forms:
 
 class Tree:
     """What the plugins of one search share. `best` and `value` are the incumbent, recomputed and checked by the program
-    itself."""
+    itself.
+    """
 
     def __init__(self, program: Program, form: Form, first: Choices | None) -> None:
         self.program = program
@@ -155,8 +158,7 @@ class Tree:
         self.smallest = TOLERANCE * 1e-6 * self.descent.scale  # what counts as zero
         self.calls = 0
         self.error: BaseException | None = None
-        self.warm: dict[int, tuple[bytes, Mask]] = {}
-        self.pending: list[tuple[Choices, float]] = []
+        self.warm: dict[int, tuple[bytes, Mask, list[int]]] = {}
         self.node: tuple[Mask, Bound] | None = None
         self.model = Model()
         self.variables: list[Any] = []
@@ -272,15 +274,13 @@ class Tree:
     def visit(self) -> dict[str, Any]:
         """One node: its bound, what it rules out, and what it finds."""
         model, program = self.model, self.program
-        node = model.getCurrentNode()
+        node: Any = model.getCurrentNode()
         allowed = np.array([v.getUbLocal() for v in self.variables]) > 0.5
         if not np.logical_or.reduceat(allowed, program.starts[:-1]).all():
             return {"result": SCIP_RESULT.CUTOFF}
         if allowed.sum() == program.num_groups:
             return self._leaf(allowed)
-        parent = node.getParent()
-        packed, active = self.warm.get(parent.getNumber() if parent is not None else -1, (None, None))
-        support = None if packed is None else np.unpackbits(np.frombuffer(packed, np.uint8), count=len(allowed)).astype(bool)
+        support, active = self._warm_start(node.getParent(), len(allowed))
         bound = self.bounds.solve(allowed, support, active, self.cutoff)
         self.calls += 1
         if self.calls <= ROUNDED_CALLS and self.calls & (self.calls - 1) == 0:
@@ -293,9 +293,19 @@ class Tree:
             return self._leaf(allowed)
         for k in np.flatnonzero(hopeless):
             model.tightenVarUb(self.variables[k], 0.0)
-        self.warm[node.getNumber()] = (np.packbits(bound.support).tobytes(), bound.active)
+        self.warm[node.getNumber()] = (np.packbits(bound.support).tobytes(), bound.active, [2])
         self.node = (allowed, bound)
-        return {"result": SCIP_RESULT.SUCCESS, "lowerbound": self.unit * bound.value}
+        return {"result": SCIP_RESULT.SUCCESS, "lowerbound": max(self.unit * bound.value, -model.infinity())}
+
+    def _warm_start(self, parent: Any, count: int) -> tuple[Mask | None, Mask | None]:
+        """Where the parent's bound ended; forgotten once both children have asked."""
+        if parent is None or parent.getNumber() not in self.warm:
+            return None, None
+        packed, active, children = self.warm[parent.getNumber()]
+        children[0] -= 1
+        if not children[0]:
+            del self.warm[parent.getNumber()]
+        return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool), active
 
     def _leaf(self, allowed: Mask) -> dict[str, Any]:
         choices = np.flatnonzero(allowed)
@@ -312,7 +322,8 @@ class Tree:
 
     def split(self) -> tuple[list[int], list[int]]:
         """Narrow and wide choices of the group whose split bends the function most: the score is L (1 − L) uᵀ H u, with L the
-        share of the narrow ones and u the move from the centre of one side to that of the other."""
+        share of the narrow ones and u the move from the centre of one side to that of the other.
+        """
         assert self.node is not None  # SCIP branches only after the relaxator ran
         allowed, bound = self.node
         best: tuple[float, list[int], int] | None = None
@@ -343,7 +354,7 @@ class NodeRelaxation(Relax):
         """SCIP's callback."""
         try:
             return self.tree.visit()
-        except BaseException as error:  # noqa: BLE001 - kept and raised after SCIP has returned
+        except BaseException as error:  # kept, and raised after SCIP has returned
             self.tree.error = error
             self.model.interruptSolve()
             return {"result": SCIP_RESULT.DIDNOTRUN}
@@ -369,7 +380,7 @@ class OrderedSplit(Branchrule):
                 for k in dropped:
                     model.chgVarUbNode(child, tree.variables[k], 0.0)
             return {"result": SCIP_RESULT.BRANCHED}
-        except BaseException as error:  # noqa: BLE001 - kept and raised after SCIP has returned
+        except BaseException as error:  # kept, and raised after SCIP has returned
             tree.error = error
             model.interruptSolve()
             return {"result": SCIP_RESULT.DIDNOTRUN}
@@ -437,7 +448,8 @@ def _choices(model: Model, program: Program) -> list[Any]:
 
 def _lowered(program: Program, costs: Array, limit: float) -> tuple[Array, float]:
     """The same knapsack counted from each group's least cost and without a common divisor, so that SCIP's relative tolerance is
-    below one unit; what is left of the tolerance is caught by checking answers exactly."""
+    below one unit; what is left of the tolerance is caught by checking answers exactly.
+    """
     least = np.minimum.reduceat(costs, program.starts[:-1])
     costs, limit = costs - least[program.owner], limit - float(least.sum())
     if np.all(costs == np.round(costs)) and costs.any() and costs.max() < 2**53:
@@ -464,10 +476,18 @@ def _optimize(model: Model) -> None:
 
 
 def _plain(
-    program: Program, task: Task, build: Callable[[Model, list[Any]], None], constant: float, first: Choices | None
+    program: Program,
+    task: Task,
+    first: Choices | None,
+    unit: float,
+    constant: float,
+    build: Callable[[Model, list[Any]], None],
 ) -> Outcome:
-    """Solves a program whose function SCIP knows, and checks the answer exactly: a point that breaks a constraint within SCIP's
-    tolerance is ruled out and the program solved again."""
+    """Solves a program whose function SCIP knows: `build` adds it, as (function − constant) · unit.
+
+    The answer is checked exactly: a point that breaks a constraint within SCIP's tolerance is ruled out, and the program solved
+    again.
+    """
     ruled_out: list[Choices] = []
     while True:
         model = Model()
@@ -488,24 +508,19 @@ def _plain(
                 continue
             if best is None or program.minimised(found) < program.minimised(best):
                 best = found
-        if ended == "infeasible":
-            # With points ruled out, and a start that SCIP may not have been given, the start is all there is.
-            return Outcome(
-                Status.INFEASIBLE if best is None else Status.OPTIMAL,
-                best,
-                np.inf if best is None else program.minimised(best),
-                nodes,
-            )
+        if ended == "infeasible" and best is None:
+            return Outcome(Status.INFEASIBLE, None, np.inf, nodes)
+        if ended == "infeasible":  # every other point is ruled out
+            return Outcome(Status.DOUBTFUL, best, -np.inf, nodes, "SCIP calls the program infeasible; the start is feasible.")
         dual = model.getDualbound()
-        bound = dual + constant if abs(dual) < model.infinity() else -np.inf
+        bound = dual / unit + constant if abs(dual) < model.infinity() else -np.inf
         if ended != "optimal":
             return Outcome(Status.INTERRUPTED if ended == "userinterrupt" else Status.LIMIT, best, bound, nodes)
         if best is None:
             return Outcome(Status.DOUBTFUL, None, -np.inf, nodes, "SCIP calls the program solved but has no solution.")
         value = program.minimised(best)
-        scale = max(abs(value), 1e-6 * float(np.abs(program.quadratic).max(initial=0.0)))
-        doubtful = value - bound > 10 * TOLERANCE * scale
-        return Outcome(Status.DOUBTFUL if doubtful else Status.OPTIMAL, best, bound, nodes)
+        slack = 10 * TOLERANCE * abs(value) + 1e-8 * float(np.abs(program.quadratic).max(initial=0.0))
+        return Outcome(Status.DOUBTFUL if abs(value - bound) > slack else Status.OPTIMAL, best, bound, nodes)
 
 
 def _linear(program: Program, task: Task, first: Choices | None) -> Outcome:
@@ -516,8 +531,7 @@ def _linear(program: Program, task: Task, first: Choices | None) -> Outcome:
     def build(model: Model, x: list[Any]) -> None:
         model.setObjective(quicksum(float(w * unit) * v for w, v in zip(worth, x, strict=True)))
 
-    outcome = _plain(program, task, build, 0.0, first)
-    return Outcome(outcome.status, outcome.choices, outcome.bound / unit + program.offset, outcome.nodes, outcome.message)
+    return _plain(program, task, first, unit, program.offset, build)
 
 
 def _factored(program: Program, form: Form, task: Task, first: Choices | None) -> Outcome:
@@ -541,5 +555,4 @@ def _factored(program: Program, form: Form, task: Task, first: Choices | None) -
         model.setPresolve(SCIP_PARAMSETTING.FAST)
         model.setParam("propagating/obbt/freq", -1)
 
-    outcome = _plain(program, task, build, 0.0, first)
-    return Outcome(outcome.status, outcome.choices, outcome.bound / unit + form.constant, outcome.nodes, outcome.message)
+    return _plain(program, task, first, unit, form.constant, build)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clado.config import NetworkSettings, nearest
+from clado.config import NetworkSettings
 from clado.errors import CladoError, NetworkError
+from clado.plugins import nearest
 
 
 def load_network(settings: NetworkSettings) -> tuple[nn.Module, Tensor | None]:

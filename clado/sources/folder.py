@@ -126,6 +126,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
         _enough(training, num_sensitivity + num_calibration, asked)
         validation = _relabelled(_list(root / "val"), training)
         everything = list(range(len(validation.files)))
+        left = order[num_sensitivity : len(order) - num_calibration]
         shuffled = np.random.default_rng(settings.seed).permutation(len(everything)).tolist()
         pool = everything if settings.validation_images is None else shuffled
     else:
@@ -135,10 +136,12 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
         validation, pool = training, order[num_sensitivity : len(order) - num_calibration]
     num_validation = settings.validation_images or len(pool)
     _enough(validation, num_validation, f"{num_validation} for validation")
+    left = left if train_and_val else pool[num_validation:]
     return DataSlices(
         calibration=training.slice(order[::-1][:num_calibration], preprocessing),
         sensitivity=training.slice(order[:num_sensitivity], preprocessing),
         validation=validation.slice(pool[:num_validation], preprocessing),
+        selection=training.slice(left[: settings.selection_images], preprocessing),
     )
 
 

@@ -5,9 +5,10 @@ from types import ModuleType
 
 from torch import nn
 
-from clado.config import NetworkSettings, nearest
+from clado.config import NetworkSettings
 from clado.errors import NetworkError
 from clado.images import ImageShape
+from clado.plugins import nearest
 
 IMAGE_SHAPE: ImageShape = (3, 224, 224)
 

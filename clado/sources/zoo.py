@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from clado import zoo
-from clado.config import DataSettings, NetworkSettings, nearest
+from clado.config import DataSettings, NetworkSettings
 from clado.errors import DataError, NetworkError
 from clado.images import DataSlices, ImageShape, MemorySlice
+from clado.plugins import nearest
 
 IMAGE_SHAPE: ImageShape = (1, 28, 28)
 NUM_CLASSES = 10
@@ -45,6 +46,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
         calibration=_drawn(train, "calibration", settings.calibration_images, settings.seed),
         sensitivity=_drawn(train, "sensitivity", settings.sensitivity_images, settings.seed),
         validation=_drawn(test, "test", settings.validation_images, settings.seed, "validation_images"),
+        selection=_left(train, settings),
     )
 
 
@@ -72,6 +74,19 @@ def normalise(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Tensor:
 def _arrays(name: str) -> dict[str, Any]:
     with np.load(io.BytesIO(verified(name, DataError))) as file:
         return {key: file[key] for key in file.files}
+
+
+def _left(arrays: dict[str, Any], settings: DataSettings) -> MemorySlice:
+    """The training images that neither the calibration nor the sensitivity set has drawn: calibration's first."""
+    images, labels = [], []
+    for part, count in (("calibration", settings.calibration_images), ("sensitivity", settings.sensitivity_images)):
+        left = np.random.default_rng(settings.seed).permutation(len(arrays[f"{part}_images"]))[count:]
+        images.append(arrays[f"{part}_images"][left])
+        labels.append(arrays[f"{part}_labels"][left])
+    kept = slice(settings.selection_images)
+    return MemorySlice(
+        normalise(np.concatenate(images)[kept]), torch.from_numpy(np.concatenate(labels).astype(np.int64)[kept]), NUM_CLASSES
+    )
 
 
 def _drawn(arrays: dict[str, Any], part: str, count: int | None, seed: int, setting: str | None = None) -> MemorySlice:

@@ -1,0 +1,105 @@
+"""Sweep: a whole front of budgets from a run's stored measurements, each answer's loss measured."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from clado import pareto, plots, report, solvers, tracking
+from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
+from clado.records import CHOSEN, UNIFORM, Result, RunRecord, markdown_table, write_text
+from clado.space import Assignment
+from flows.progress import progress
+from flows.session import Session
+from flows.stored import StoredRun, measured_losses
+
+
+def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
+    """Uniform and each estimator's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
+    space, settings = stored.measured.space, stored.config.solver
+    smallest, largest = (_bound(stored, kind, a) for a in (space.narrowest, space.widest))
+    bounds = [smallest + (largest - smallest) * k / (count - 1) for k in range(count)]
+    # rounded up, so that the narrowest bits meet the first
+    budgets = [
+        Budget(kind, math.ceil(b * 1e4) / 1e4 if kind in ("average_bits", "relative_size") else math.ceil(b)) for b in bounds
+    ]
+    proposals = []
+    with progress("solving", len(stored.config.estimators)) as advance:
+        for budget in budgets:
+            fit = together(budget.constraint(space), stored.limits)
+            proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
+        for name, matrix in stored.matrices().items():
+            limits = [together(budget.constraint(space), stored.limits) for budget in budgets]
+            program = program_of(matrix, limits[-1])
+            solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
+            by_bound = {limit[0].bound: budget for limit, budget in zip(limits, budgets, strict=True)}
+            for point in pareto.sweep(program, limits[-1][0].name, list(by_bound), solve).points:
+                predicted = matrix.baseline + point.solution.objective
+                proposals.append(Proposal(by_bound[point.bound], name, point.solution.assignment, predicted, point.solution))
+            advance(1)
+    return proposals
+
+
+def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
+    """What an assignment takes of a kind of budget, in the unit that the budget is given in."""
+    space = stored.measured.space
+    if kind == "average_bits":
+        return space.average_bits(assignment)
+    if kind == "relative_size":
+        full = sum(layer.weight_bytes(8) for layer in space.layers)
+        return 100 * space.size_bytes(assignment) / full
+    return Budget(kind, math.inf).constraint(space).value(space, assignment)
+
+
+def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[str, tracking.Receipt]:
+    """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
+    folder = stored.folder / "sweep"
+    proposals = propose_front(stored, kind, count)
+    rows = choose(session.space, proposals, measured_losses(session, proposals), stored.limits)
+    finished = RunRecord.load(stored.folder / "record.json")
+    ledger = session.ledger("validation")
+    known = {row.assignment: counts.accuracy() for row in rows if (counts := ledger.get(row.assignment)) is not None}
+    results = tuple(replace(row, validation=known.get(row.assignment)) for row in rows)
+    record = replace(finished, results=results, seconds={}, notes=(f"a sweep of {count} budgets ({kind})",))
+    text = front_table(record)
+    write_text(folder / "table.md", text + "\n")
+    record.save(folder / "record.json")
+    plots.save(plots.loss_against_size(record), folder / "loss_against_size.png")
+    receipt = tracking.track(
+        record,
+        stored.folder,
+        stored.config.model_dump(mode="json"),
+        experiment=stored.config.tracking.experiment,
+        uri=stored.config.tracking.uri,
+        tags={"sweep": kind},
+        plots=[folder / "loss_against_size.png"],
+        description=text,
+    )
+    return text + "\n" + report.verdict(record), receipt
+
+
+def front_table(record: RunRecord) -> str:
+    """The chosen assignment of every budget; `dominated` marks those that another beats in bytes or loss and in neither loses."""
+    chosen = [row for row in record.results if row.method == CHOSEN]
+    dominated = dominated_by(chosen)
+    rows = [
+        [
+            row.budget,
+            f"{row.size_bytes:,}",
+            f"{row.average_bits:.3f}",
+            row.winner or "",
+            "" if row.loss_predicted is None else f"{row.loss_predicted:.5f}",
+            f"{row.loss_shipped:.5f}",
+            "" if row.validation is None or row.validation.top1 is None else f"{100 * row.validation.top1:.2f}",
+            row.status or "",
+            "dominated" if worse else "",
+        ]
+        for row, worse in zip(chosen, dominated, strict=True)
+    ]
+    header = ["budget", "bytes", "bits", "proposed by", "predicted loss", "measured loss", "top-1 %", "solver", ""]
+    return markdown_table(header, rows)
+
+
+def dominated_by(rows: Sequence[Result]) -> list[bool]:
+    """For each result whether another has no more bytes and no larger measured loss, and less of one."""
+    points = [(row.size_bytes, row.loss_shipped) for row in rows]
+    return [any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]

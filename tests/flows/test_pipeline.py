@@ -1,0 +1,244 @@
+"""One full pipeline at reduced size: its numbers are those of an independent computation, and nothing is computed twice."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clado.config import DataSettings, NetworkSettings, parse_config
+from clado.probes import KINDS
+from clado.quantizers import WeightQuantizer
+from clado.records import CHOSEN, RunRecord
+from clado.shards import Store
+from clado.sources import load_data, load_network
+from flows.session import Session
+from tests.networks import replaced_logits
+from tests.running import BUDGETS, ESTIMATORS, PHASES, run_pipeline
+
+METHODS = ("uniform", *ESTIMATORS, CHOSEN)
+
+
+@pytest.fixture(scope="module")
+def record(finished) -> RunRecord:
+    return RunRecord.load(finished.folder / "record.json")
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return load_network(NetworkSettings(name="resnet20_fashion_mnist")).model
+
+
+@pytest.fixture(scope="module")
+def slices(finished):
+    return load_data(DataSettings(**finished.document["data"]), (1, 28, 28))
+
+
+def logits(model, names, bits, x) -> torch.Tensor:
+    """The module itself, run whole, each layer's weight rounded here: no graph, no store."""
+    state = dict(model.named_parameters())
+    weights = {name: WeightQuantizer().fake_quantize(state[name], b) for name, b in zip(names, bits, strict=True) if b}
+    return replaced_logits(model, weights, x).double()
+
+
+def kl(model, names, bits, x) -> float:
+    p, q = (logits(model, names, b, x).log_softmax(1) for b in ([None] * len(names), bits))
+    return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
+
+
+def copy_of(finished, tmp_path: Path) -> dict:
+    """The finished run in a folder of its own, as a configuration."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return {**finished.document, "folder": str(tmp_path / "run")}
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    """Every measured number of a store, and every matrix."""
+    group = Store.open(folder / "store.zarr").group
+    found = {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in KINDS}
+    return found | {file.name: np.load(file)["values"].tobytes() for file in (folder / "matrices").iterdir()}
+
+
+def test_the_record_has_one_result_for_each_budget_and_method(record):
+    assert [(r.budget, r.method) for r in record.results] == [(f"{b:g} bits", m) for b in BUDGETS for m in METHODS]
+    assert record.layer_names[0] == "conv1.weight"
+    assert len(record.layer_names) == 22
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_results_of_a_budget_are_those_of_an_independent_computation(record, model, slices, method):
+    row = record.find("2.5 bits", method)
+    bits, names = row.assignment.bits, record.layer_names
+    assert row.size_bytes == -(-sum(b * n for b, n in zip(bits, record.layer_weights, strict=True)) // 8)
+    assert row.average_bits == pytest.approx(
+        sum(b * n for b, n in zip(bits, record.layer_weights, strict=True)) / sum(record.layer_weights)
+    )
+    assert row.average_bits <= 2.5
+    x, _ = slices.sensitivity.load(0, 32)
+    assert row.loss_shipped == pytest.approx(kl(model, names, bits, x), rel=1e-5, abs=1e-5)
+    x, y = slices.validation.load(0, 200)
+    z = logits(model, names, bits, x)
+    assert row.validation.num_images == 200
+    assert row.validation.top1 == float((z.argmax(1) == y).double().mean())
+    assert row.validation.top5 == float((z.topk(5).indices == y[:, None]).any(1).double().mean())
+    assert row.validation.loss == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-5)
+
+
+def test_the_float_accuracy_is_that_of_the_module(record, model, slices):
+    x, y = slices.validation.load(0, 200)
+    z = logits(model, record.layer_names, [None] * 22, x)
+    assert record.float_accuracy.top1 == float((z.argmax(1) == y).double().mean())
+    assert record.baseline == 0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finished, record, model, slices, seed):
+    with np.load(finished.folder / "matrices" / "pairwise.npz") as file:
+        values, options = file["values"], list(file["options"])
+    rng = np.random.default_rng(seed)
+    bits = [None] * 22
+    for layer in rng.choice(22, 2, replace=False):
+        bits[layer] = int(rng.choice([2, 4]))
+    chosen = [options.index(f"{name}:{b}") for name, b in zip(record.layer_names, bits, strict=True) if b]
+    x, _ = slices.sensitivity.load(0, 32)
+    predicted = 0.5 * values[np.ix_(chosen, chosen)].sum()
+    assert predicted == pytest.approx(kl(model, record.layer_names, bits, x), rel=1e-4, abs=1e-5)
+
+
+def test_chosen_is_the_best_measured_and_the_gain_is_against_the_others(record):
+    for budget in record.budgets:
+        rows = {m: record.find(budget, m) for m in METHODS}
+        assert rows[CHOSEN].loss_shipped == min(row.loss_shipped for row in rows.values())
+        assert rows[CHOSEN].winner
+        assert rows[CHOSEN].gain >= 0
+        assert all(rows[m].status == "optimal" for m in ESTIMATORS)
+
+
+def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, record):
+    session = Session.open(parse_config(finished.document))
+    assert sorted(finished.calls.of("run_tile")) == sorted(session.plan.tiles)
+    distinct = {row.assignment for row in record.results}
+    measured = finished.calls.of("measure_loss")
+    assert len(measured) == len(set(measured))
+    assert set(measured) == distinct
+    evaluated = [assignment for assignment, _ in finished.calls.of("evaluate_shard")]
+    assert len(evaluated) == len(set(evaluated))  # 200 images are one shard
+    assert set(evaluated) == distinct | {session.space.nothing}
+    assert len(list((finished.folder / "evaluations" / "sensitivity").iterdir())) == len(distinct)
+    assert len(list((finished.folder / "evaluations" / "validation").iterdir())) == len(distinct) + 1
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(finished, record, tmp_path):
+    document = copy_of(finished, tmp_path)
+    calls, _ = run_pipeline(document, tracked=False)
+    assert calls.made == []
+    again = RunRecord.load(tmp_path / "run" / "record.json")
+    assert [(r.assignment, r.loss_shipped, r.validation) for r in again.results] == [
+        (r.assignment, r.loss_shipped, r.validation) for r in record.results
+    ]
+    assert arrays(tmp_path / "run") == arrays(finished.folder)
+
+
+def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tmp_path):
+    document = copy_of(finished, tmp_path)
+    calls, _ = run_pipeline({**document, "budgets": {"average_bits": [2.5, 2.75]}}, tracked=False)
+    again = RunRecord.load(tmp_path / "run" / "record.json")
+    new = {r.assignment for r in again.results} - {r.assignment for r in record.results}
+    assert calls.of("run_tile") == []
+    assert set(calls.of("measure_loss")) == new
+    assert len(calls.of("measure_loss")) == len(new) > 0
+    assert {a for a, _ in calls.of("evaluate_shard")} == new
+
+
+def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
+    document = copy_of(finished, tmp_path)
+    plan = Session.open(parse_config(document)).plan
+    damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.block == 2) for kind in ("gram", "singles"))
+    chunks = tmp_path / "run" / "store.zarr"
+    file = chunks / "gram" / "sums" / "c" / "2" / "0" / "0"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (chunks / "singles" / "sums" / "c" / "2" / "0").unlink()
+    calls, _ = run_pipeline(document, tracked=False)
+    assert sorted(calls.made) == sorted([("run_tile", damaged), ("run_tile", lost)])
+    assert arrays(tmp_path / "run") == arrays(finished.folder)
+    notes = RunRecord.load(tmp_path / "run" / "record.json").notes
+    assert any("2 damaged tiles" in note for note in notes)
+
+
+def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, tmp_path):
+    document = copy_of(finished, tmp_path)
+    plan = Session.open(parse_config(document)).plan
+    shutil.rmtree(tmp_path / "run" / "evaluations")
+    absent = [tile for k, tile in enumerate(plan.tiles) if k % 4 == 1 and tile.kind != "pairs"]
+    store = Store.open(tmp_path / "run" / "store.zarr")
+    for tile in absent:
+        store.group[f"{tile.kind}/done"][tile.block, tile.number] = 0
+    calls, _ = run_pipeline(document, tracked=False)
+    assert calls.of("run_tile") == absent
+    assert arrays(tmp_path / "run") == arrays(finished.folder)
+
+
+def test_an_export_loads_back_with_its_snippet_and_has_the_recorded_accuracy(finished, record, slices, monkeypatch):
+    x, y = slices.validation.load(0, 200)
+    for budget in record.budgets:
+        folder = finished.folder / "exports" / budget.replace(" ", "_")
+        snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+        monkeypatch.chdir(folder)
+        scope: dict = {}
+        exec(snippet, scope)
+        row = record.find(budget, CHOSEN)
+        with torch.no_grad():
+            hits = scope["network"].eval()(x).argmax(1) == y
+        assert float(hits.double().mean()) == row.validation.top1
+        document = json.loads((folder / "assignment.json").read_text())
+        assert document["bits"] == dict(zip(record.layer_names, row.assignment.bits, strict=True))
+        assert document["size_bytes"] == row.size_bytes
+        state = dict(scope["network"].named_parameters())
+        for name, bits in document["bits"].items():
+            assert all(len(channel.unique()) <= 2**bits - 1 for channel in state[name])
+
+
+def test_mlflow_has_a_parent_run_and_a_child_for_each_result(finished, record):
+    from mlflow import MlflowClient
+
+    receipt = finished.receipt
+    assert receipt.delivered, receipt.problem
+    client = MlflowClient(receipt.uri)
+    runs = client.search_runs([receipt.experiment_id], max_results=100)
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == receipt.parent_run_id]
+    assert [run.info.run_id for run in parents] == [receipt.parent_run_id]
+    assert len(children) == len(record.results) == len(runs) - 1
+    assert all(run.info.status == "FINISHED" for run in runs)
+
+
+def test_the_folder_holds_what_the_readme_says(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "store.zarr",
+        "matrices",
+        "evaluations",
+        "record.json",
+        "table.md",
+        "plots",
+        "exports",
+        "mlflow.db",
+    }
+    assert {path.stem for path in (finished.folder / "matrices").iterdir()} == set(ESTIMATORS)
+    assert not list(finished.folder.rglob("*.part*"))
+
+
+def test_the_phases_that_the_test_calls_are_the_flows_own():
+    """The fixture calls the phases without Prefect: a phase that it forgets would need a server."""
+    from flows import pipeline
+
+    body = Path(pipeline.__file__).read_text()
+    assert all(re.search(rf"\b{name}\(run\)", body) for name in PHASES)
+    assert len(re.findall(r"\b\w+\(run\)", body)) == len(PHASES)

@@ -1,0 +1,68 @@
+"""One reduced run for the tests that read a run: the phases as plain functions, in this process, without Prefect's server."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+PHASES = ("measure", "gather", "allocate", "measure_candidates", "evaluate", "record", "track")
+BUDGETS = (2.5, 3.0)
+ESTIMATORS = ("layerwise", "pairwise", "gauss_newton")
+
+
+def config(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A reduced configuration of the shipped network, as plain data: what the file would hold."""
+    return {
+        "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
+        "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 0, "validation_images": 200},
+        "bits": [2, 4],
+        "estimators": list(ESTIMATORS),
+        "budgets": {"average_bits": list(BUDGETS)},
+        "cluster": {"kind": "inline"},
+        "folder": str(folder),
+        **changes,
+    }
+
+
+@dataclass
+class Calls:
+    """Every task that the workers were asked for: (function's name, item)."""
+
+    made: list[tuple[str, Any]] = field(default_factory=list)
+
+    def of(self, name: str) -> list[Any]:
+        return [item for function, item in self.made if function == name]
+
+
+def run_pipeline(document: dict[str, Any], tracked: bool = True) -> tuple[Calls, Any]:
+    """Runs the flow's body and returns (the tasks it asked for, its receipt)."""
+    from flows import pipeline
+    from flows.clusters.inline import InlineWorkers
+
+    calls = Calls()
+    plain = InlineWorkers.map
+
+    def counted(self: InlineWorkers, function: Callable[..., Any], config: Any, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            calls.made.append((function.__name__, item))
+            yield from plain(self, function, config, [item])
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(InlineWorkers, "map", counted))
+        for name in PHASES:
+            stack.enter_context(patch.object(pipeline, name, getattr(pipeline, name).fn))
+        if not tracked:
+            stack.enter_context(patch.object(pipeline, "track", lambda run: None))
+        return calls, pipeline.pipeline.fn(document)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its folder, what it was asked, the tasks it took. Read only; copy the folder to change it."""
+
+    folder: Path
+    document: dict[str, Any]
+    calls: Calls
+    receipt: Any

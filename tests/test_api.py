@@ -1,0 +1,158 @@
+"""The README's Python path, on a small network: measure, solve, evaluate, in one process without an orchestrator."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import clado
+from clado import criteria
+from clado.errors import CladoError, ConfigurationError, DataError, InfeasibleError, NetworkError
+from tests.networks import Residual, build, images, labels, replaced_logits
+
+NUM_IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def network() -> clado.Network:
+    return clado.Network(build(Residual), images(2))
+
+
+@pytest.fixture(scope="module")
+def space(network) -> clado.SearchSpace:
+    return network.search_space(bits=(2, 4, 8))
+
+
+def batches(labelled: bool):
+    x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
+    return [(x[k : k + 5], y[k : k + 5]) if labelled else x[k : k + 5] for k in range(0, NUM_IMAGES, 5)]
+
+
+DATA = {
+    "one tensor": lambda: images(NUM_IMAGES),
+    "a pair": lambda: (images(NUM_IMAGES), labels(NUM_IMAGES)),
+    "a list of batches": lambda: batches(False),
+    "a list of labelled batches": lambda: batches(True),
+    "a generator": lambda: (batch for batch in batches(True)),
+    "a loader": lambda: DataLoader(TensorDataset(images(NUM_IMAGES), labels(NUM_IMAGES)), batch_size=5),
+    "a loader without labels": lambda: DataLoader(TensorDataset(images(NUM_IMAGES)), batch_size=5),
+}
+
+
+def test_measure_solve_evaluate(network, space):
+    data = (images(NUM_IMAGES), labels(NUM_IMAGES))
+    matrix = clado.measure(network, space, images(NUM_IMAGES), estimator="gauss_newton", criterion="kl_to_float")
+    solution = clado.solve(matrix, average_bits=3.0)
+    report = clado.evaluate(network, solution.assignment, data)
+    assert space.average_bits(solution.assignment) <= 3.0
+    assert str(solution.status) == "optimal"
+    assert solution.objective == pytest.approx(matrix.predicted_increase(solution.assignment))
+    assert solution.bound <= solution.objective + 1e-9
+    assert solution.gap <= 1e-4
+    assert solution.seconds >= 0
+    weights = {
+        layer.name: clado.WeightQuantizer().fake_quantize(network.weights[i], bits, layer.channel_axis)
+        for i, (layer, bits) in enumerate(zip(space.layers, solution.assignment.bits, strict=True))
+    }
+    z = replaced_logits(network.model, weights, data[0])
+    assert report.top1 == float((z.argmax(1) == data[1]).double().mean())
+    assert report.loss == pytest.approx(float(criteria.cross_entropy(z, data[1]).mean()), rel=1e-5)
+    assert report.num_images == NUM_IMAGES
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=list(DATA))
+def test_the_form_of_the_data_changes_no_number(network, space, data):
+    expected = clado.measure(network, space, images(NUM_IMAGES), "layerwise")
+    assert clado.measure(network, space, data(), "layerwise").values.tobytes() == expected.values.tobytes()
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=list(DATA))
+def test_labels_give_accuracy_and_none_gives_kl(network, space, data):
+    report = clado.evaluate(network, space.narrowest, data())
+    labelled = data not in (DATA["one tensor"], DATA["a list of batches"], DATA["a loader without labels"])
+    assert (report.top1 is not None) == (report.top5 is not None) == labelled
+    assert report.num_images == NUM_IMAGES
+    same = clado.evaluate(network, space.narrowest, DATA["a pair" if labelled else "one tensor"]())
+    assert (report.top1, report.loss) == (same.top1, pytest.approx(same.loss, rel=1e-6))
+
+
+@pytest.mark.parametrize("estimator", ["pairwise", "layerwise", "gauss_newton"])
+@pytest.mark.parametrize("criterion", ["kl_to_float", "cross_entropy"])
+def test_every_estimator_and_criterion_measures(network, space, estimator, criterion):
+    told = []
+    matrix = clado.measure(
+        network, space, DATA["a pair"](), estimator, criterion, num_blocks=4, progress=lambda *now: told.append(now)
+    )
+    assert matrix.values.shape == (space.num_options,) * 2
+    assert (matrix.estimator, matrix.criterion, matrix.num_samples) == (estimator, criterion, NUM_IMAGES)
+    total = told[0][1]
+    assert told == [(k + 1, total) for k in range(total)]
+    assert total % 4 == 0
+
+
+def test_the_blocks_change_a_matrix_by_rounding_only(network, space):
+    few, many = (clado.measure(network, space, images(NUM_IMAGES), "pairwise", num_blocks=n) for n in (1, 12))
+    np.testing.assert_allclose(few.values, many.values, rtol=1e-4, atol=1e-5)
+    assert clado.measure(network, space, images(NUM_IMAGES), "layerwise", num_blocks=99).num_samples == NUM_IMAGES
+
+
+def test_the_network_is_left_as_it_was(space):
+    model = build(Residual).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = clado.Network(model, images(1))
+    matrix = clado.measure(network, network.search_space((2, 4)), images(4))
+    clado.evaluate(network, clado.solve(matrix, average_bits=3).assignment, images(4))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_both_budgets_hold_together(network, space):
+    matrix = clado.measure(network, space, images(4), "layerwise")
+    limit = space.size_bytes(space.narrowest) + 20
+    solution = clado.solve(matrix, average_bits=8.0, size_bytes=limit, solver="exhaustive")
+    assert space.size_bytes(solution.assignment) <= limit
+
+
+def none_finite():
+    x = images(NUM_IMAGES)
+    x[3, 0, 0, 0] = float("nan")
+    return x
+
+
+NETWORK_ERRORS = {
+    "empty data": (lambda n, s: clado.measure(n, s, []), DataError, "empty"),
+    "a read iterator": (lambda n, s: clado.measure(n, s, iter(())), DataError, "empty"),
+    "wrong shape": (lambda n, s: clado.measure(n, s, images(4, size=6)), DataError, r"\(1, 6, 6\); expected \(1, 8, 8\)"),
+    "a NaN": (lambda n, s: clado.measure(n, s, none_finite()), DataError, "first at index 3"),
+    "labels too high": (lambda n, s: clado.evaluate(n, s.widest, (images(4), labels(4) + 4)), DataError, r"0\.\.3"),
+    "labels below 0": (lambda n, s: clado.measure(n, s, (images(4), labels(4) - 4), "layerwise", "cross_entropy"), DataError, r"0\.\.3"),
+    "no labels": (lambda n, s: clado.measure(n, s, images(4), criterion="cross_entropy"), DataError, "kl_to_float"),
+    "criterion": (lambda n, s: clado.measure(n, s, images(4), criterion="kl"), ConfigurationError, "expected kl_to_float"),
+    "estimator": (lambda n, s: clado.measure(n, s, images(4), "pair_wise"), ConfigurationError, "did you mean 'pairwise'"),
+    "quantizer": (lambda n, s: clado.WeightQuantizer("max"), ConfigurationError, "minmax"),
+    "bits": (lambda n, s: n.search_space((4, 2)), ConfigurationError, "ascending"),
+    "wide bits": (lambda n, s: n.search_space((2, 17)), ConfigurationError, "16"),
+    "another network's": (lambda n, s: clado.evaluate(n, clado.Assignment((2, 4)), images(4)), NetworkError, "2 layers"),
+    "too small a budget": (
+        lambda n, s: clado.solve(clado.measure(n, s, images(4), "layerwise"), average_bits=1.5), InfeasibleError, "2"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), NETWORK_ERRORS.values(), ids=list(NETWORK_ERRORS))
+def test_errors_say_what_is_wrong(network, space, call, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        call(network, space)
+    assert isinstance(caught.value, CladoError)
+
+
+def test_names_are_loaded_when_they_are_used():
+    assert set(clado.__all__) <= set(dir(clado))
+    assert all(getattr(clado, name) is not None for name in clado.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'mesure'"):
+        clado.mesure  # noqa: B018
+    script = "import clado, sys; print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,203 @@
+"""Laws of proposing and choosing: the answer is the best measured one, and a larger budget never gets a worse answer."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from clado import solvers
+from clado.candidates import Budget, Proposal, budgets_of, check_budgets, choose, program_of, propose, together, widest_uniform
+from clado.constraints import constraint
+from clado.errors import InfeasibleError
+from clado.interaction import InteractionMatrix
+from clado.program import Solution, Status
+from clado.records import CHOSEN, UNIFORM
+from clado.space import Assignment, Layer, SearchSpace
+
+SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 4 + 3 * i), "linear") for i in range(4)], (2, 4, 8))
+ALL = [Assignment(bits) for bits in itertools.product((2, 4, 8), repeat=4)]
+BUDGETS = budgets_of([2.25, 3, 4, 5.5])
+
+
+def matrix_of(seed: int, estimator: str = "gauss_newton", space: SearchSpace = SPACE) -> InteractionMatrix:
+    """Errors that shrink with bits and interact with either sign."""
+    rng = np.random.default_rng(seed)
+    errors = np.array([rng.normal(size=5) * 0.3 + 2.0 ** (3 - b) for _, b in space.options])
+    values = errors @ errors.T / 10
+    layer = np.array([i for i, _ in space.options])
+    values[(layer[:, None] == layer[None, :]) & ~np.eye(len(values), dtype=bool)] = 0
+    return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.25, 32)
+
+
+def random_losses(seed: int) -> dict[Assignment, float]:
+    """A measured loss for every assignment, unrelated to any model: the laws hold whatever is measured."""
+    return dict(zip(ALL, np.random.default_rng(seed).exponential(size=len(ALL)), strict=True))
+
+
+def random_proposals(seed: int) -> list[Proposal]:
+    """For every budget uniform and two methods' picks of what fits."""
+    rng = np.random.default_rng(seed)
+    proposals = []
+    for budget in BUDGETS:
+        limit = budget.constraint(SPACE)
+        fitting = [a for a in ALL if limit.holds(SPACE, a)]
+        proposals.append(Proposal(budget, UNIFORM, widest_uniform(SPACE, [limit])))
+        proposals += [Proposal(budget, method, fitting[rng.integers(len(fitting))], 0.5) for method in ("layerwise", "pairwise")]
+    return proposals
+
+
+@dataclass
+class FakeSolver:
+    """Finds the optimum by looking at every assignment, and counts."""
+
+    prepared: int = 0
+    solved: int = 0
+
+    def prepare(self, program):
+        self.prepared += 1
+
+        def solve(program):
+            self.solved += 1
+            fitting = [a for a in ALL if all(limit.holds(SPACE, a) for limit in program.constraints)]
+            best = min(fitting, key=program.objective)
+            value = program.objective(best)
+            return Solution(best, Status.OPTIMAL, value, value, 0.0, 0.0)
+
+        return solve
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chosen_is_never_worse_than_any_proposal_and_never_worsens_with_budget(seed):
+    losses = random_losses(seed)
+    rows = choose(SPACE, random_proposals(seed), losses)
+    chosen = []
+    for budget in BUDGETS:
+        own = {row.method: row for row in rows if row.budget == budget.name}
+        assert set(own) == {UNIFORM, "layerwise", "pairwise", CHOSEN}
+        best = own.pop(CHOSEN)
+        assert budget.constraint(SPACE).holds(SPACE, best.assignment)
+        assert best.loss_shipped == losses[best.assignment]
+        assert all(best.loss_shipped <= row.loss_shipped for row in own.values())
+        others = [row.loss_shipped for row in own.values() if row.assignment != best.assignment]
+        assert best.gain == (min(others) - best.loss_shipped if others else 0.0)
+        assert best.gain >= 0
+        chosen.append(best.loss_shipped)
+    assert chosen == sorted(chosen, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_budgets_does_not_matter(seed):
+    proposals, losses = random_proposals(seed), random_losses(seed)
+    best = [
+        {row.budget: row.loss_shipped for row in choose(SPACE, p, losses) if row.method == CHOSEN}
+        for p in (proposals, proposals[::-1])
+    ]
+    assert best[0] == best[1]
+
+
+def test_the_winner_is_named_and_of_equal_ones_the_first_of_this_budget():
+    small, large = budgets_of([3, 5])
+    a, b, c = Assignment((2, 2, 2, 2)), Assignment((4, 2, 2, 2)), Assignment((4, 4, 4, 4))
+    losses = {a: 0.3, b: 0.1, c: 0.2}
+    proposals = [
+        Proposal(small, UNIFORM, a), Proposal(small, "pairwise", b),
+        Proposal(large, UNIFORM, c), Proposal(large, "layerwise", c),
+    ]  # fmt: skip
+    found = {row.budget: row for row in choose(SPACE, proposals, losses) if row.method == CHOSEN}
+    assert (found["3 bits"].winner, found["3 bits"].gain) == ("pairwise", pytest.approx(0.2))
+    assert (found["5 bits"].winner, found["5 bits"].assignment) == ("pairwise for 3 bits", b)
+    assert found["5 bits"].gain == pytest.approx(0.1)
+    tied = choose(SPACE, [*proposals, Proposal(large, "pairwise", b)], losses)
+    assert next(row.winner for row in tied if row.budget == "5 bits" and row.method == CHOSEN) == "pairwise"
+
+
+def test_of_equal_losses_the_smaller_assignment_is_chosen():
+    budget = budgets_of([8])[0]
+    wide, narrow = Assignment((8, 8, 8, 8)), Assignment((8, 8, 8, 4))
+    rows = choose(SPACE, [Proposal(budget, "layerwise", wide), Proposal(budget, "pairwise", narrow)], {wide: 0.1, narrow: 0.1})
+    assert next(row for row in rows if row.method == CHOSEN).assignment == narrow
+
+
+def test_a_standing_limit_is_kept_by_what_other_budgets_lend():
+    small, large = budgets_of([3, 5])
+    a, b = Assignment((2, 2, 2, 2)), Assignment((4, 2, 2, 2))
+    limit = constraint("size", SPACE, SPACE.size_bytes(a))
+    rows = choose(SPACE, [Proposal(small, UNIFORM, b), Proposal(large, UNIFORM, a)], {a: 0.3, b: 0.1}, [limit])
+    assert next(r for r in rows if r.method == CHOSEN and r.budget == large.name).assignment == a
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_propose_gives_the_optimum_of_each_matrix_and_prepares_once_a_kind_of_budget(seed):
+    matrices = {"layerwise": matrix_of(seed, "layerwise").diagonal_only(), "gauss_newton": matrix_of(seed)}
+    budgets, fake, told = [*BUDGETS, *budgets_of([], [60, 90])], FakeSolver(), []
+    proposals = propose(matrices, budgets, fake.prepare, solved=lambda budget, method: told.append((budget, method)))
+    assert (fake.prepared, fake.solved) == (2 * len(matrices), len(budgets) * len(matrices))
+    assert sorted(told, key=str) == sorted(itertools.product(budgets, matrices), key=str)
+    assert {(p.budget, p.method) for p in proposals} == set(itertools.product(budgets, [UNIFORM, *matrices]))
+    for p in proposals:
+        limit = p.budget.constraint(SPACE)
+        assert limit.holds(SPACE, p.assignment)
+        if p.method != UNIFORM:
+            matrix = matrices[p.method]
+            least = min(matrix.predicted_increase(a) for a in ALL if limit.holds(SPACE, a))
+            assert p.loss_predicted == pytest.approx(0.25 + least, abs=1e-12)
+            assert matrix.predicted_increase(p.assignment) == pytest.approx(least, abs=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["scip", "exhaustive"])
+def test_propose_with_a_real_solver_equals_looking_at_every_assignment(solver):
+    matrices = {"gauss_newton": matrix_of(7), "layerwise": matrix_of(8, "layerwise").diagonal_only()}
+    proposals = propose(matrices, BUDGETS, lambda program: solvers.prepare(program, solver, time_limit=30))
+    for p in proposals:
+        if p.method != UNIFORM:
+            fitting = [a for a in ALL if p.budget.constraint(SPACE).holds(SPACE, a)]
+            least = min(matrices[p.method].predicted_increase(a) for a in fitting)
+            assert matrices[p.method].predicted_increase(p.assignment) == pytest.approx(least, rel=1e-5, abs=1e-9)
+            assert str(p.solution.status) == "optimal"
+
+
+@pytest.mark.parametrize(
+    ("average", "bits"),
+    [(2, 2), (2.25, 2), (3.99, 2), (4, 4), (7.99, 4), (8, 8), (32, 8), (1, 2)],
+)
+def test_the_widest_uniform_that_fits(average, bits):
+    limit = constraint("average_bits", SPACE, average)
+    assert widest_uniform(SPACE, [limit]) == Assignment((bits,) * 4)
+    tight = constraint("size", SPACE, SPACE.size_bytes(SPACE.narrowest))
+    assert widest_uniform(SPACE, [limit, tight]) == SPACE.narrowest
+
+
+def test_options_that_lose_their_loss_are_never_proposed():
+    from dataclasses import replace
+
+    best = 2  # the first layer at 8 bits, which every generous budget would take
+    matrix = replace(matrix_of(3), quarantined=(best,))
+    limit = constraint("average_bits", SPACE, 8)
+    program = program_of(matrix, [limit])
+    found = solvers.solve(program, "exhaustive")
+    assert found.assignment.bits[0] != 8
+
+
+def test_budgets_keep_their_order_lose_duplicates_and_have_names_of_their_own():
+    budgets = budgets_of([3, 2.25, 3.0], [100_000, 100_001])
+    assert [b.name for b in budgets] == ["3 bits", "2.25 bits", "100 kB", "100.001 kB"]
+    many = budgets_of([2 + k / 10**6 for k in range(50)], range(10**7, 10**7 + 50))
+    assert len({b.name for b in many}) == len(many) == 100
+
+
+def test_an_impossible_budget_is_refused_with_the_smallest_and_the_range():
+    smallest, largest = SPACE.size_bytes(SPACE.narrowest), SPACE.size_bytes(SPACE.widest)
+    with pytest.raises(InfeasibleError, match=str(smallest)) as caught:
+        check_budgets(SPACE, budgets_of([], [smallest - 1]))
+    assert str(largest) in str(caught.value)
+    with pytest.raises(InfeasibleError, match="2"):
+        check_budgets(SPACE, budgets_of([4, 1.99]))
+    check_budgets(SPACE, budgets_of([2, 32], [smallest]))
+
+
+def test_of_two_limits_on_one_cost_the_tighter_holds():
+    three, four = Budget("average_bits", 3).constraint(SPACE), Budget("average_bits", 4).constraint(SPACE)
+    size = Budget("size", 70).constraint(SPACE)
+    assert [limit.bound for limit in together(three, [four])] == [three.bound]
+    assert [limit.bound for limit in together(four, [three, size])] == [three.bound, size.bound]

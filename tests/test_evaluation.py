@@ -1,0 +1,108 @@
+"""Laws of evaluation: counts add up over any cut of the images, and are those of a plain computation."""
+
+import numpy as np
+import pytest
+import torch
+
+from clado.evaluation import Counts, count, evaluate_weights, shards
+from clado.images import MemorySlice
+from clado.network import Network
+from clado.quantizers import WeightQuantizer
+from tests.networks import Residual, build, images, labels, replaced_logits
+
+NUM_IMAGES, CLASSES = 45, 9
+
+
+class Nine(Residual):
+    """Nine classes, so that top-5 is not all of them."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    return Network(build(Nine), images(2))
+
+
+@pytest.fixture(scope="module")
+def weights(network) -> dict[int, torch.Tensor]:
+    return {i: WeightQuantizer().fake_quantize(network.weights[i], 2) for i in (0, 2, 4)}
+
+
+def slice_of(labelled: bool = True) -> MemorySlice:
+    return MemorySlice(images(NUM_IMAGES), labels(NUM_IMAGES, CLASSES) if labelled else None, CLASSES)
+
+
+def plain(network, weights) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the quantized and of the float module, in float64."""
+    named = {network.layers[i].name: weight for i, weight in weights.items()}
+    x = images(NUM_IMAGES)
+    return tuple(replaced_logits(network.model, given, x).double().numpy() for given in (named, {}))
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z - z.max(1, keepdims=True)
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+def test_counts_are_those_of_a_plain_computation(network, weights):
+    z, _ = plain(network, weights)
+    y = labels(NUM_IMAGES, CLASSES).numpy()
+    ranks = (z > z[np.arange(NUM_IMAGES), y][:, None]).sum(1)
+    found = count(network, weights, slice_of(), 0, NUM_IMAGES)
+    assert (found.num_images, found.top1, found.top5) == (NUM_IMAGES, int((ranks == 0).sum()), int((ranks < 5).sum()))
+    assert 0 < found.top1 < found.top5 < NUM_IMAGES  # else the test could not fail
+    assert found.loss == pytest.approx(-log_softmax(z)[np.arange(NUM_IMAGES), y].sum(), rel=1e-5)
+
+
+def test_without_labels_the_loss_is_kl_to_the_float_network(network, weights):
+    z, reference = plain(network, weights)
+    p, q = log_softmax(reference), log_softmax(z)
+    found = count(network, weights, slice_of(labelled=False), 0, NUM_IMAGES)
+    assert (found.top1, found.top5) == (None, None)
+    assert found.loss == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-4)
+    assert count(network, {}, slice_of(labelled=False), 0, NUM_IMAGES).loss == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("size", [1, 7, 44, 45, 1000])
+@pytest.mark.parametrize("batch", [3, 128])
+def test_counts_add_up_over_shards(network, weights, labelled, size, batch):
+    data = slice_of(labelled)
+    whole = count(network, weights, data, 0, NUM_IMAGES)
+    parts = [count(network, weights, data, *part, batch_images=batch) for part in shards(NUM_IMAGES, size)]
+    total = sum(parts, Counts())
+    assert (total.num_images, total.top1, total.top5) == (whole.num_images, whole.top1, whole.top5)
+    assert abs(total.loss - whole.loss) <= NUM_IMAGES * 1e-5 * max(1, whole.loss)
+    assert evaluate_weights(network, weights, data, batch).loss == pytest.approx(whole.loss / NUM_IMAGES, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(("images", "size"), [(10, 3), (9, 3), (1, 5), (2500, 2500), (10_000, 2500)])
+def test_shards_cover_every_image_once(images, size):
+    assert [i for start, stop in shards(images, size) for i in range(start, stop)] == list(range(images))
+    assert all(0 < stop - start <= size for start, stop in shards(images, size))
+
+
+def test_accuracy_is_the_mean_and_nothing_is_made_up():
+    accuracy = Counts(8, 2.0, 6, 7).accuracy()
+    assert (accuracy.num_images, accuracy.loss, accuracy.top1, accuracy.top5) == (8, 0.25, 0.75, 0.875)
+    assert Counts(8, 2.0).accuracy().top1 is None
+    mixed = Counts(1, 1.0, 1, 1) + Counts(1, 1.0)
+    assert (mixed.top1, mixed.top5, mixed.num_images) == (None, None, 2)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_with_fewer_than_five_classes_every_image_is_a_top5_hit(classes):
+    class Few(Residual):
+        def __init__(self) -> None:
+            super().__init__(classes=classes)
+
+    few = Network(build(Few), images(2))
+    data = MemorySlice(images(6), labels(6, classes), classes)
+    assert count(few, {}, data, 0, 6).top5 == 6
+
+
+def test_a_sum_of_no_shards_has_no_accuracy():
+    assert sum([], Counts()) == Counts()
+    assert Counts() + Counts(2, 1.0, 1, 2) == Counts(2, 1.0, 1, 2)
