@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from clado.errors import ConfigurationError, InfeasibleError, SolverError
-from clado.program import Choices, Program, Solution, Solve, Status
+from clado.program import Choices, Program, Solution, Status
+from clado.program import Solve as Solve
 from clado.solvers._start import better_than_widest
 from clado.space import Assignment
 

@@ -65,10 +65,9 @@ def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> 
 
     def run(form: Form, limit: int | None) -> tuple[Outcome, bool]:
         nonlocal best, bound, nodes
-        if task.node_limit is not None:
-            limit = min(limit or task.node_limit, max(1, task.node_limit - nodes))
-        outcome = _searched(program, form, replace(task, node_limit=limit), best)
-        if limit == HEAT_NODES:
+        left = limit if task.node_limit is None else min(limit or task.node_limit, max(1, task.node_limit - nodes))
+        outcome = _searched(program, form, replace(task, node_limit=left), best)
+        if limit == HEAT_NODES:  # only bounds from equally many nodes compare
             scores.append((outcome.bound, form))
         best, bound, nodes = outcome.choices, max(bound, outcome.bound), nodes + outcome.nodes
         ended = (
