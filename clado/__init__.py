@@ -9,7 +9,9 @@
 Names are loaded when first used, so that `import clado` costs nothing.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,3 +64,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+class _Package(ModuleType):
+    """`clado.measure` is the function, before and after the import system has found a module of that name."""
+
+    @property
+    def measure(self) -> Any:
+        return import_module("clado.api").measure
+
+    @measure.setter
+    def measure(self, module: ModuleType) -> None:
+        """Importing `clado.measure` sets the attribute of its package; `from clado.measure import …` does not need it."""
+
+
+sys.modules[__name__].__class__ = _Package

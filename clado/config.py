@@ -162,9 +162,12 @@ class ConstraintSettings(Settings):
     kind: Annotated[str, _one_of("constraints")]
     bound: Positive
     path: Path | None = Field(default=None, description="kinds latency and table: CSV with the columns layer,bits,UNIT")
+    scales: bool = Field(default=False, description="kind size: count scales and zero points as well, four bytes each")
 
     @model_validator(mode="after")
-    def _has_its_table(self) -> "ConstraintSettings":
+    def _fits_its_kind(self) -> "ConstraintSettings":
+        if self.scales and self.kind != "size":
+            raise ValueError(f"scales counts bytes; expected with kind size, not {self.kind}")
         if (self.kind in ("latency", "table")) != (self.path is not None):
             raise ValueError(
                 f"kind {self.kind} {'needs' if self.path is None else 'takes no'} path: FILE.csv with layer,bits,UNIT"

@@ -148,7 +148,9 @@ def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes =
     for name, matrix, solution in stored.solve(wanted, limits or []):
         file = folder / "solutions" / f"{wanted.name.replace(' ', '_')}-{name}.json"
         write_text(file, stored.document(matrix, solution))
-        typer.echo(solution_text(name, matrix, solution) + f"\n  written to {file}")
+        rivals = stored.rivals(matrix, wanted, limits or [])
+        others = ", ".join(f"{rival} {matrix.baseline + found.objective:.4f}" for rival, found in rivals.items())
+        typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
 
 
 @command
@@ -210,17 +212,24 @@ def sweep(
 def smallest(
     folder: RunFolder,
     max_loss_increase: Annotated[float | None, typer.Option(help="Bound on the measured increase of the loss.")] = None,
-    max_top1_drop: Annotated[
-        float | None, typer.Option(help="Bound on the measured drop of top-1, in percentage points.")
+    max_top1_drop: Annotated[float | None, typer.Option(help="Bound on the measured drop of top-1, in points.")] = None,
+    max_predicted_increase: Annotated[
+        float | None, typer.Option(help="Bound on the predicted increase: measures nothing.")
     ] = None,
 ) -> None:
     """Find the smallest network whose measured loss or accuracy stays under a bound, on images kept for this choice."""
     from clado.errors import ConfigurationError
-    from flows.stored import StoredRun
+    from flows.stored import StoredRun, solution_text
 
-    if (max_loss_increase is None) == (max_top1_drop is None):
-        raise ConfigurationError("name one bound: --max-loss-increase X or --max-top1-drop POINTS")
+    if sum(bound is not None for bound in (max_loss_increase, max_top1_drop, max_predicted_increase)) != 1:
+        raise ConfigurationError(
+            "name one bound: --max-loss-increase X, --max-top1-drop POINTS, or --max-predicted-increase X (measures nothing)"
+        )
     stored = StoredRun.open(folder)
+    if max_predicted_increase is not None:
+        for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
+            typer.echo(solution_text(name, matrix, solution))
+        return
     session = _session(stored.config)
     from flows.smallest import find, text
 

@@ -1,7 +1,7 @@
 """A configuration opened: network, data, search space, plan and identity. The flow's process and every worker hold one each."""
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import clado
 from clado import estimators
 from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import RunConfig, fingerprint
-from clado.constraints import Constraint
+from clado.constraints import Constraint, size
 from clado.errors import ConfigurationError, DataError
 from clado.evaluation import Counts, count
 from clado.images import DataSlices, check_slice
@@ -188,8 +188,22 @@ class Session:
 
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
-    """The configuration's constraints on a space."""
-    return [Budget(c.kind, c.bound, None if c.path is None else str(c.path)).constraint(space) for c in config.constraints]
+    """The configuration's constraints on a space; a size that counts scales is another cost than the budget's size."""
+    limits = []
+    for c in config.constraints:
+        if c.scales:
+            counted = size.constraint(space, c.bound, scale_bytes(config, space))
+            limits.append(replace(counted, name="size_with_scales"))
+        else:
+            limits.append(Budget(c.kind, c.bound, None if c.path is None else str(c.path)).constraint(space))
+    return limits
+
+
+def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
+    """Bytes of each layer's float32 scales, and of its 32-bit zero points under the affine scheme."""
+    numbers = 2 if config.quantizer.scheme == "affine" else 1
+    per_channel = config.quantizer.granularity == "per_channel"
+    return {layer.name: 4 * numbers * (layer.num_channels if per_channel else 1) for layer in space.layers}
 
 
 def _refuse_unmatched(patterns: tuple[str, ...], names: list[str]) -> None:

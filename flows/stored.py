@@ -1,11 +1,11 @@
 """A finished run, read back from its folder: new budgets from stored shards, without measuring."""
 
 import json
-from collections.abc import Iterator, Sequence, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clado import estimators, solvers
+from clado import estimators, pareto, solvers
 from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
 from clado.config import RunConfig, load_config
 from clado.constraints import Constraint
@@ -61,6 +61,24 @@ class StoredRun:
         for name, matrix in self.matrices().items():
             program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
+
+    def rivals(self, matrix: InteractionMatrix, budget: Budget, further: Sequence[str] = ()) -> dict[str, Solution]:
+        """What layerwise and greedy answer under the same limits, scored on the same matrix."""
+        extra = [parse_limit(limit).constraint(self.measured.space) for limit in further]
+        program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
+        return {
+            "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
+            "greedy": solvers.solve(program, "greedy"),
+        }
+
+    def smallest_predicted(self, increase: float) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
+        """(estimator, its matrix, its smallest assignment in bytes whose predicted increase stays under a bound)."""
+        settings, space = self.config.solver, self.measured.space
+        for name, matrix in self.matrices().items():
+            widest = Budget("size", space.size_bytes(space.widest)).constraint(space)
+            program = program_of(matrix, together(widest, self.limits))
+            solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
+            yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
 
     def document(self, matrix: InteractionMatrix, solution: Solution) -> str:
         """A solution as JSON: the assignment, and how far it is proven."""

@@ -77,6 +77,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"constraints": [{"kind": "latncy", "bound": 1}]}, ["'latncy'", "did you mean 'latency'"]),
     ({"constraints": [{"kind": "latency", "bound": 1}]}, ["constraints.0", "needs path", "layer,bits"]),
     ({"constraints": [{"kind": "size", "bound": 1, "path": "a.csv"}]}, ["constraints.0", "takes no path"]),
+    ({"constraints": [{"kind": "bops", "bound": 1, "scales": True}]}, ["constraints.0", "kind size"]),
     ({"solver": {"name": "gurobi"}}, ["solver.name", "'gurobi'", *available("solvers")]),
     ({"solver": {"time_limit": 0}}, ["solver.time_limit", "greater than 0"]),
     ({"measure": {"batch_images": 0}}, ["measure.batch_images", "0"]),
