@@ -1,0 +1,136 @@
+"""New budgets, fronts and bounds from a stored run: feasible, measured, and never worse than what they are compared with."""
+
+import json
+
+import pytest
+
+from clado.candidates import Budget
+from clado.config import parse_config
+from clado.errors import ConfigurationError, InfeasibleError
+from clado.records import CHOSEN, RunRecord
+from clado.space import Layer, SearchSpace
+from flows.session import Session, limits_of, scale_bytes
+from flows.smallest import find, text
+from flows.stored import StoredRun, parse_limit, solution_text
+from flows.sweep import dominated_by, sweep
+from tests.flows.test_pipeline import copy_of
+
+
+@pytest.fixture(scope="module")
+def stored(finished) -> StoredRun:
+    return StoredRun.open(finished.folder)
+
+
+@pytest.mark.parametrize(
+    ("budget", "limits"),
+    [
+        (Budget("average_bits", 2.7), []),
+        (Budget("size", 90_000), []),
+        (Budget("relative_size", 35.0), []),
+        (Budget("average_bits", 3.0), ["bops=8.5e8"]),
+        (Budget("average_bits", 3.0), ["bops=8.5e8", "size=95000"]),
+    ],
+)
+def test_an_answer_keeps_every_limit_and_beats_its_rivals_on_the_same_matrix(stored, budget, limits):
+    space = stored.measured.space
+    every = [budget.constraint(space), *(parse_limit(limit).constraint(space) for limit in limits)]
+    for name, matrix, solution in stored.solve(budget, limits):
+        assert str(solution.status) == "optimal"
+        assert all(constraint.holds(space, solution.assignment) for constraint in every)
+        assert set(solution.slack) == {constraint.name for constraint in every}
+        assert solution.objective == pytest.approx(matrix.predicted_increase(solution.assignment))
+        if name != "pairwise":  # which minimises the clipped matrix
+            rivals = stored.rivals(matrix, budget, limits)
+            assert all(solution.objective <= rival.objective + 1e-6 * abs(rival.objective) for rival in rivals.values())
+        assert "Proven" in solution_text(name, matrix, solution)
+
+
+def test_two_limits_on_one_cost_are_the_tighter_one(stored):
+    tight = {name: s.assignment for name, _, s in stored.solve(Budget("size", 80_000))}
+    both = {name: s.assignment for name, _, s in stored.solve(Budget("size", 95_000), ["size=80000"])}
+    assert tight == both
+
+
+@pytest.mark.parametrize("limit", ["bops", "bops=", "bops=x", "=3"])
+def test_a_limit_that_is_none_is_refused(limit, stored):
+    with pytest.raises(ConfigurationError, match="KIND=BOUND|unknown constraint"):
+        list(stored.solve(Budget("average_bits", 3.0), [limit]))
+
+
+def test_an_impossible_limit_says_what_is_reachable(stored):
+    with pytest.raises(InfeasibleError, match="smallest"):
+        list(stored.solve(Budget("average_bits", 3.0), ["bops=1"]))
+
+
+def test_ties_of_the_configuration_hold_in_every_answer(finished, tmp_path):
+    document = copy_of(finished, tmp_path)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(parse_config({**document, "layers": {"ties": [["layer1.*"], ["layer3.2.*", "fc.*"]]}}).to_yaml())
+    stored = StoredRun.open(tmp_path / "run")
+    for _, _, solution in stored.solve(Budget("average_bits", 2.8)):
+        bits = dict(zip(stored.measured.space.names, solution.assignment.bits, strict=True))
+        assert len({b for name, b in bits.items() if name.startswith("layer1.")}) == 1
+        assert len({b for name, b in bits.items() if name.startswith(("layer3.2.", "fc."))}) == 1
+
+
+def test_a_size_that_counts_scales_is_the_weights_plus_four_bytes_a_channel(finished):
+    space = SearchSpace.uniform([Layer("a", (3, 5), "linear"), Layer("b", (7, 2), "linear")], (2, 8))
+    config = parse_config({**finished.document, "constraints": [{"kind": "size", "bound": 60, "scales": True}]})
+    assert scale_bytes(config, space) == {"a": 12, "b": 28}
+    (limit,) = limits_of(config, space)
+    assert limit.name == "size_with_scales"
+    assert limit.value(space, space.narrowest) == space.size_bytes(space.narrowest) + 40
+
+
+def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_path):
+    session = Session.open(parse_config(copy_of(finished, tmp_path)))
+    said, receipt = sweep(StoredRun.open(tmp_path / "run"), session, "average_bits", 4)
+    record = RunRecord.load(tmp_path / "run" / "sweep" / "record.json")
+    assert len(record.budgets) == 4
+    for budget in record.budgets:
+        chosen = record.find(budget, CHOSEN)
+        assert chosen is not None
+        assert chosen.loss_shipped == min(r.loss_shipped for r in record.results if r.budget == budget)
+    chosen_rows = [r for r in record.results if r.method == CHOSEN]
+    losses = [r.loss_shipped for r in chosen_rows]
+    assert losses == sorted(losses, reverse=True)
+    assert not any(dominated_by(chosen_rows)) or "dominated" in said
+    assert receipt.delivered
+    assert receipt.num_children == len(record.results)
+    assert (tmp_path / "run" / "sweep" / "loss_against_size.png").stat().st_size > 1000
+
+
+def test_domination_needs_less_of_one_and_no_more_of_the_other(finished):
+    row = RunRecord.load(finished.folder / "record.json").results[0]
+    points = [(10, 1.0), (10, 1.0), (11, 1.0), (9, 2.0), (12, 0.5), (12, 0.6)]
+    rows = [type(row)(**{**row.__dict__, "size_bytes": size, "loss_shipped": loss}) for size, loss in points]
+    assert dominated_by(rows) == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("top1", [True, False])
+def test_the_smallest_network_keeps_its_bound_as_measured(finished, tmp_path, top1):
+    document = copy_of(finished, tmp_path)
+    document["data"] = {**document["data"], "selection_images": 100}
+    session = Session.open(parse_config(document))
+    bound = 0.2 if top1 else 0.5
+    found = find(StoredRun.open(tmp_path / "run"), session, bound, top1)
+    assert found.answer.measured.high <= bound
+    assert found.answer.measured.num_images == 100
+    assert found.smaller is None or found.smaller.measured.high > bound
+    assert f"{found.answer.size_bytes:,}" in text(found, session, top1)
+
+
+def test_the_smallest_by_prediction_keeps_its_bound_and_one_byte_less_does_not(stored):
+    space = stored.measured.space
+    for name, _, solution in stored.smallest_predicted(0.3):
+        assert solution.minimised <= 0.3
+        size = space.size_bytes(solution.assignment)
+        below = next(s for n, _, s in stored.solve(Budget("size", size - 1)) if n == name)
+        assert below.minimised > 0.3
+
+
+def test_solutions_are_written_as_assignments_that_load(stored):
+    name, matrix, solution = next(stored.solve(Budget("average_bits", 2.6)))
+    document = json.loads(stored.document(matrix, solution))
+    assert stored.measured.space.from_json(document) == solution.assignment
+    assert document["estimator"] == name

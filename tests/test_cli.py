@@ -1,0 +1,452 @@
+"""The command: what it prints is what the library says, and bad input is one message, no traceback, and nothing written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from clado import zoo
+from clado.config import parse_config
+from clado.records import CHOSEN, RunRecord
+from clado.shards import Store
+from clado.solvers import solve as solve_program
+from flows.cli import app
+from flows.session import Session
+from tests.running import BUDGETS, config
+
+COMMANDS = ("init", "run", "plan", "solve", "evaluate", "export", "show", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def environment_is_given_back():
+    """The command sets environment variables; the next test gets what was there."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def call(*arguments, ends: int = 0) -> str:
+    """Runs the command in this process; what it printed on both streams."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == ends, result.output
+    return result.output
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A current folder of its own, and a home without Prefect's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def write(here: Path, **changes) -> Path:
+    """The reduced configuration as a file; the run's folder is named after the settings."""
+    document = {**config(here), **changes}
+    if document["folder"] == str(here):
+        del document["folder"]
+    (here / "clado.yaml").write_text(yaml.safe_dump(document))
+    return here / "clado.yaml"
+
+
+@pytest.mark.parametrize("command", [(), *[(name,) for name in COMMANDS]], ids=lambda c: c[0] if c else "clado")
+def test_help_says_what_there_is(command):
+    text = call(*command, "--help")
+    assert "Usage" in text
+    if not command:
+        assert all(name in text for name in COMMANDS)
+
+
+def test_init_writes_a_configuration_that_is_the_default(here):
+    assert "clado run" in call("init")
+    document = yaml.safe_load((here / "clado.yaml").read_text())
+    assert parse_config(document) == parse_config({"network": document["network"]})
+    assert document["network"] == {"source": "zoo", "name": "resnet20_fashion_mnist"}
+
+
+def test_init_takes_a_network_and_a_folder_of_images(here):
+    call("init", "--network", "models:make", "--data", here / "photos", "-o", "mine.yaml")
+    document = yaml.safe_load((here / "mine.yaml").read_text())
+    assert document["network"] == {"source": "factory", "name": "models:make"}
+    assert (document["data"]["source"], document["data"]["path"]) == ("folder", str(here / "photos"))
+    parse_config(document)
+
+
+def test_init_never_overwrites(here):
+    (here / "clado.yaml").write_text("mine")
+    before = listing(here)
+    assert "exists already" in call("init", ends=2)
+    assert listing(here) == before
+
+
+# what is wrong -> (the settings that are other than the reduced ones, what the message says)
+SETTINGS = {
+    "unknown key": ({"estimator": ["pairwise"]}, ["unknown key 'estimator'", "did you mean 'estimators'"]),
+    "unknown key inside": ({"data": {"sensitivity_image": 8}}, ["data.sensitivity_image", "did you mean 'sensitivity_images'"]),
+    "unknown estimator": ({"estimators": ["pairwize"]}, ["layerwise", "gauss_newton", "did you mean 'pairwise'"]),
+    "unknown solver": ({"solver": {"name": "scipp"}}, ["exhaustive", "greedy", "did you mean 'scip'"]),
+    "unknown quantizer": ({"quantizer": {"weights": "mean"}}, ["minmax", "mse"]),
+    "unknown cluster": ({"cluster": {"kind": "locale"}}, ["inline", "did you mean 'local'"]),
+    "unknown criterion": ({"criterion": "kl"}, ["kl_to_float", "cross_entropy"]),
+    "unknown network": ({"network": {"source": "zoo", "name": "resnet21"}}, ["resnet20_fashion_mnist"]),
+    "bits of 0": ({"bits": [0, 4]}, ["1", "16"]),
+    "bits of 17": ({"bits": [2, 17]}, ["1", "16"]),
+    "bits that descend": ({"bits": [4, 2]}, ["ascending"]),
+    "no budget": ({"budgets": {"average_bits": []}}, ["no budget"]),
+    "a budget of 0 bits": ({"budgets": {"average_bits": [0]}}, ["budgets.average_bits"]),
+    "no estimator": ({"estimators": []}, ["estimators is empty"]),
+    "no images": ({"data": {"sensitivity_images": 0}}, ["sensitivity_images"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_settings_that_are_wrong_are_refused(here, command, changes, said):
+    write(here, **changes)
+    before = listing(here)
+    text = call(command, "clado.yaml", ends=2)
+    assert all(part in text for part in said), text
+    assert listing(here) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "does not exist"), ("network: [", "is not YAML"), ("", "holds no settings"), ("- 1", "holds no settings"),
+     ("bits: [2]", "'network' is missing")],
+)  # fmt: skip
+def test_files_that_are_no_configuration_are_refused(here, content, said):
+    if content is not None:
+        (here / "clado.yaml").write_text(content)
+    before = listing(here)
+    assert said in call("run", "clado.yaml", ends=2)
+    assert listing(here) == before
+
+
+def test_an_override_wins_and_a_wrong_one_is_refused(here):
+    write(here)
+    before = listing(here)
+    assert "did you mean 'seed'" in call("run", "clado.yaml", "data.sed=1", ends=2)
+    assert "KEY=VALUE" in call("run", "clado.yaml", "seed", ends=2)
+    assert "expected one of" in call("run", "clado.yaml", "estimators=[pair]", ends=2)
+    assert listing(here) == before
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return load_file(zoo.ZOO / "resnet20_fashion_mnist.safetensors")
+
+
+def weights_file(here: Path, state: dict) -> dict:
+    save_file(state, here / "w.safetensors")
+    return {"network": {"source": "zoo", "name": "resnet20_fashion_mnist", "weights": "w.safetensors"}}
+
+
+def image_folder(here: Path, classes: int = 0) -> dict:
+    """A folder of images with more classes than the network has outputs, or empty."""
+    from PIL import Image
+
+    for k in range(classes):
+        (here / "photos" / f"{k:02}").mkdir(parents=True)
+        for n in range(8):
+            pixels = np.random.default_rng(100 * k + n).integers(0, 255, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(here / "photos" / f"{k:02}" / f"{n}.png")
+    (here / "photos").mkdir(exist_ok=True)
+    settings = {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 0, "validation_images": 60}
+    return {"data": {"source": "folder", "path": "photos", "mean": [0.5], "std": [0.5], **settings}}
+
+
+def with_state(change):
+    def make(here: Path, state: dict) -> dict:
+        return weights_file(here, change({name: tensor.clone() for name, tensor in state.items()}))
+
+    return make
+
+
+def nan(state: dict) -> dict:
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    return state
+
+
+def infinite(state: dict) -> dict:
+    state["fc.bias"][3] = float("inf")
+    return state
+
+
+FILES = {
+    "a key too few": (with_state(lambda s: {k: v for k, v in s.items() if k != "fc.weight"}), ["missing fc.weight"]),
+    "a key too many": (with_state(lambda s: {**s, "fc2.weight": torch.ones(2)}), ["unexpected fc2.weight"]),
+    "another shape": (with_state(lambda s: {**s, "fc.weight": torch.ones(9, 64)}), ["fc.weight is (9, 64)", "(10, 64)"]),
+    "a NaN weight": (with_state(nan), ["conv1.weight", "NaN"]),
+    "an infinite weight": (with_state(infinite), ["fc.bias", "infinite"]),
+    "no weights file": (lambda here, state: {"network": {"source": "zoo", "name": "resnet20_fashion_mnist", "weights": "no.safetensors"}},
+                        ["no.safetensors does not exist"]),
+    "an empty folder of images": (lambda here, state: image_folder(here), ["photos"]),
+    "no folder of images": (lambda here, state: {"data": {**image_folder(here)["data"], "path": "nowhere"}}, ["nowhere"]),
+    "labels out of range": (lambda here, state: image_folder(here, 12), ["0..9"]),
+    "a size below the smallest": (lambda here, state: {"budgets": {"size_bytes": [1000]}}, ["67,", "smallest", "largest"]),
+    "bits below the smallest": (lambda here, state: {"budgets": {"average_bits": [3, 1.5]}}, ["1.5", "2", "4"]),
+    "more images than there are": (lambda here, state: {"data": {"sensitivity_images": 2000}}, ["2000", "1024"]),
+    "a pattern that matches nothing": (lambda here, state: {"network": {"source": "zoo", "name": "resnet20_fashion_mnist", "fixed": ["cnv*"]}},
+                                       ["cnv*"]),
+    "a run folder that is a file": (lambda here, state: {"folder": (here / "taken").write_text("x") and str(here / "taken")}, ["taken"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "said"), FILES.values(), ids=list(FILES))
+def test_weights_data_and_budgets_that_do_not_fit_are_refused_before_anything_is_written(here, state, make, said):
+    write(here, **make(here, state))
+    before = listing(here)
+    text = call("run", "clado.yaml", ends=2)
+    assert text.startswith("clado: ")
+    assert all(part in text for part in said), text
+    assert listing(here) == before
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A finished run in a folder of its own."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "runs" / "copied"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("quantizer.weights=minmax", "quantizer.weights: the store has 'mse', this run 'minmax'"),
+        ("data.seed=1", "sensitivity_set"),
+        ("bits=[2,8]", "bits[0]: the store has [2, 4], this run [2, 8]"),
+        ("data.sample_blocks=8", "blocks: the store has 4 entries, this run 8"),
+    ],
+)
+def test_a_store_of_other_settings_is_refused_and_left_alone(here, finished, copied, change, said):
+    write(here, folder=str(copied))
+    before = listing(here)
+    text = call("run", "clado.yaml", change, ends=2)
+    assert said in text
+    assert "another folder" in text
+    assert listing(here) == before
+
+
+def test_a_store_that_is_not_ours_is_refused_and_left_alone(here):
+    (here / "runs" / "mine" / "store.zarr").mkdir(parents=True)
+    write(here, folder="runs/mine")
+    before = listing(here)
+    assert "is not a store of ours" in call("run", "clado.yaml", ends=2)
+    assert listing(here) == before
+
+
+def test_a_run_that_another_process_holds_is_refused(here, copied):
+    from flows.run import locked
+
+    write(here, folder=str(copied))
+    with locked(copied):
+        assert "another run is writing" in call("run", "clado.yaml", ends=2)
+
+
+@pytest.mark.parametrize("command", ["solve", "evaluate", "export", "show"])
+def test_a_folder_that_is_no_run_is_refused(here, command):
+    (here / "empty").mkdir()
+    before = listing(here)
+    budget = ["--budget", 3] if command in ("solve", "export") else []
+    for folder in ("empty", "nowhere"):
+        assert "is not the" in call(command, folder, *budget, ends=2)
+    assert listing(here) == before
+
+
+def test_plan_prints_the_plans_own_numbers_and_writes_nothing(here):
+    file = write(here)
+    before = listing(here)
+    text = call("plan", file)
+    session = Session.open(parse_config(yaml.safe_load(file.read_text())))
+    plan, space = session.plan, session.space
+    k, n = space.num_options, 32
+    pairs = sum(2 * 2 for i in range(22) for j in range(i + 1, 22))  # by hand: two widths a layer
+    for evaluations in (pairs, 1 + k):
+        assert f"{evaluations:,} evaluations" in text
+        assert f"{evaluations * n:,} forward images" in text
+    assert f"{plan.stored_bytes() / 1e6:,.1f} MB" in text
+    weights = sum(layer.num_weights for layer in space.layers)
+    assert f"{weights * 2 // 8:,} to {weights * 4 // 8:,} bytes" in text
+    assert f"{len([t for t in plan.tiles if t.kind == 'pairs']):>4} tiles" in text
+    assert listing(here) == before
+
+
+def test_plan_with_a_probe_adds_an_eta_within_its_limit(here):
+    file = write(here)
+    before, begin = listing(here), time.monotonic()
+    text = call("plan", file, "--probe")
+    assert re.search(r"ETA: measuring \d+ s, evaluation at most \d+ s", text)
+    assert time.monotonic() - begin < 120
+    assert listing(here) == before
+
+
+def test_show_prints_the_table_the_verdict_and_the_places(finished):
+    text = call("show", finished.folder)
+    record = RunRecord.load(finished.folder / "record.json")
+    for result in record.results:
+        assert f"{100 * result.validation.top1:.2f}" in text
+    assert "Interactions" in text
+    assert str(finished.folder.name) in text.replace("\n", "")
+
+
+def test_solve_equals_solving_the_stored_matrix(finished, copied):
+    from clado.candidates import Budget, program_of
+    from flows.stored import StoredRun
+
+    before = listing(copied / "store.zarr")
+    text = call("solve", copied, "--budget", 2.75)
+    stored = StoredRun.open(copied)
+    for name, matrix in stored.matrices().items():
+        limit = Budget("average_bits", 2.75).constraint(matrix.space)
+        optimum = solve_program(program_of(matrix, [limit]), "scip", time_limit=60)
+        document = json.loads((copied / "solutions" / f"2.75_bits-{name}.json").read_text())
+        assert matrix.predicted_increase(matrix.space.from_json(document)) == pytest.approx(optimum.objective, rel=1e-5)
+        assert document["average_bits"] <= 2.75
+        assert document["status"] == "optimal"
+        assert f"{name}: optimal" in text
+    assert listing(copied / "store.zarr") == before
+
+
+@pytest.mark.parametrize("budget", [[], ["--budget", 3, "--size-bytes", 90000]])
+@pytest.mark.parametrize("command", ["solve", "export"])
+def test_one_budget_has_to_be_named(finished, command, budget):
+    assert "name one budget" in call(command, finished.folder, *budget, ends=2)
+
+
+def test_an_impossible_budget_names_the_smallest_size(finished, copied):
+    smallest = Session.open(parse_config(finished.document)).space
+    text = call("solve", copied, "--size-bytes", 1000, ends=2)
+    assert f"{smallest.size_bytes(smallest.narrowest):,}" in text or str(smallest.size_bytes(smallest.narrowest)) in text
+
+
+def test_evaluate_prints_what_the_run_recorded_and_computes_nothing(finished, copied):
+    before = listing(copied / "evaluations")
+    text = call("evaluate", copied)
+    record = RunRecord.load(copied / "record.json")
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()[2:] if line.startswith("|")]
+    assert len(rows) == len(record.results)
+    for row in rows:
+        result = record.find(row[0], row[1])
+        assert row[2:] == [
+            f"{result.size_bytes:,}", f"{result.average_bits:.3f}", f"{result.loss_shipped:.4f}",
+            f"{100 * result.validation.top1:.2f}", f"{100 * result.validation.top5:.2f}", f"{result.validation.loss:.4f}",
+        ]  # fmt: skip
+    assert listing(copied / "evaluations") == before
+
+
+def test_evaluate_of_a_new_budget_measures_what_is_new_once(finished, copied):
+    count = len(list((copied / "evaluations" / "validation").iterdir()))
+    text = call("evaluate", copied, "--budget", 3.25)
+    assert {line.split("|")[1].strip() for line in text.splitlines()[2:] if line.startswith("|")} == {"3.25 bits"}
+    after = listing(copied / "evaluations")
+    assert len(list((copied / "evaluations" / "validation").iterdir())) > count
+    assert call("evaluate", copied, "--budget", 3.25) == text
+    assert listing(copied / "evaluations") == after
+
+
+@pytest.mark.parametrize("bits", BUDGETS)
+def test_export_of_a_budget_of_the_run_is_what_the_run_exported(finished, copied, tmp_path, bits):
+    call("export", copied, "--budget", bits, "--output", tmp_path / "out")
+    own = finished.folder / "exports" / f"{bits:g}_bits"
+    for name in ("assignment.json", "README.md"):
+        assert (tmp_path / "out" / name).read_text() == (own / name).read_text()
+    one, other = (load_file(folder / "weights.safetensors") for folder in (own, tmp_path / "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    chosen = RunRecord.load(copied / "record.json").find(f"{bits:g} bits", CHOSEN)
+    assert list(json.loads((own / "assignment.json").read_text())["bits"].values()) == list(chosen.assignment.bits)
+
+
+def test_doctor_names_versions_and_a_server_that_does_not_answer(monkeypatch):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    text = call("doctor")
+    assert torch.__version__ in text
+    assert "embedded" in text
+    monkeypatch.setenv("PREFECT_API_URL", "http://user:secret@127.0.0.1:9/api")
+    text = call("doctor", ends=1)
+    assert "does not answer" in text
+    assert "secret" not in text
+
+
+SPIED = """
+import sys
+from flows.cli import main
+sys.argv[1:] = ["run", "clado.yaml"]
+try:
+    main()
+finally:
+    print("LOADED", *sorted({"torch", "numpy", "prefect", "zarr", "mlflow", "distributed"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("changes", [{"estimators": ["pairwize"]}, {"bits": [2, 17]}], ids=["estimator", "bits"])
+def test_wrong_settings_are_refused_before_torch_is_imported(here, changes):
+    write(here, **changes)
+    begin = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", SPIED], check=False, capture_output=True, text=True, timeout=60, cwd=here)
+    assert result.returncode == 2
+    assert result.stdout.strip() == "LOADED"
+    assert result.stderr.startswith("clado: ")
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - begin < 5
+
+
+def test_the_installed_command_answers_help():
+    command = Path(sys.executable).with_name("clado")
+    result = subprocess.run([command, "--help"], check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:9/api"], ids=["embedded", "by address"])
+def test_a_prefect_that_does_not_start_is_one_message(here, monkeypatch, url):
+    import flows.pipeline
+
+    def refuses(document, clock):
+        raise RuntimeError("Timed out while attempting to connect to ephemeral Prefect API server.")
+
+    monkeypatch.setattr(flows.pipeline, "pipeline", refuses)
+    if url:
+        monkeypatch.setenv("PREFECT_API_URL", url)
+    else:
+        monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    text = call("run", write(here), ends=2)
+    assert "Prefect did not start (RuntimeError: Timed out" in text
+    assert (url or "prefect server start") in text
+    assert not list(here.rglob("store.zarr"))
+
+
+def test_a_fault_inside_the_flow_is_not_taken_for_prefects(here, monkeypatch):
+    import flows.pipeline
+
+    def broken(document, clock):
+        clock["measuring"] = 1.0
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(flows.pipeline, "pipeline", broken)
+    with pytest.raises(ZeroDivisionError):
+        call("run", write(here))
+
+
+def test_the_store_of_the_finished_run_is_whole(finished):
+    session = Session.open(parse_config(finished.document))
+    assert Store.open(finished.folder / "store.zarr").missing(session.plan) == []
