@@ -29,6 +29,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_measure
+
 install: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml

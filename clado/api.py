@@ -12,7 +12,7 @@ from clado.estimators import Measured
 from clado.evaluation import evaluate_weights
 from clado.images import ImageSlice, as_slice, check_slice
 from clado.interaction import InteractionMatrix
-from clado.measure import Workbench, measure_tile
+from clado.measure import Workbench, measure_tile, rows_per_tile
 from clado.network import Network
 from clado.probes import Kind, Plan, sample_blocks
 from clado.program import Solution
@@ -30,24 +30,27 @@ def measure(
     *,
     quantizer: WeightQuantizer | None = None,
     num_blocks: int = 16,
-    batch_images: int = 256,
+    batch_images: int | None = None,
+    memory_limit_mb: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> InteractionMatrix:
     """The interaction matrix of a network on `data`: a batch of images (N, C, H, W), (images, labels), or an iterable of either.
 
-    `progress(done, total)` is called after every tile. Raises DataError for images that do not fit, MeasurementError where a
-    layer has no finite loss.
+    `batch_images` is how many images one run takes (default: as many as are fast), `memory_limit_mb` bounds what stored prefixes
+    and a run take together. `progress(done, total)` is called after every tile. Raises DataError for images that do not fit,
+    ConfigurationError where the limit is too small, MeasurementError where a layer has no finite loss.
     """
     images = _checked(network, data)
     blocks = sample_blocks(len(images), min(num_blocks, len(images)))
-    bench = Workbench(network, space, quantizer or WeightQuantizer(), criterion, blocks, images.load, batch_images)
-    plan = Plan(space, blocks, estimators.kinds_of([estimator]), space.num_options)
+    limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
+    bench = Workbench(network, space, quantizer or WeightQuantizer(), criterion, blocks, images.load, batch_images, limit)
+    plan = Plan(space, blocks, estimators.kinds_of([estimator]), rows_per_tile(network, space, bench.batching, limit))
     tiles: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
-    for done, tile in enumerate(plan.tiles):  # one tile a kind and block, in order
+    for done, tile in enumerate(plan.tiles):  # block by block, and row tile by row tile in a block
         tiles[tile.kind].append(measure_tile(bench, tile))
         progress(done + 1, len(plan.tiles))
     counts = np.array([stop - start for start, stop in blocks])
-    sums = {kind: np.stack(parts) for kind, parts in tiles.items()}
+    sums = {kind: np.concatenate(parts).reshape(len(blocks), -1, *parts[0].shape[1:]) for kind, parts in tiles.items()}
     return estimators.estimate(estimator, Measured(space, criterion, counts, sums))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from clado import constraints
 from clado.constraints import Constraint
+from clado.errors import InfeasibleError
 from clado.interaction import InteractionMatrix
 from clado.program import Convexity, Program, Solution
 from clado.records import CHOSEN, UNIFORM, Result
@@ -72,8 +73,16 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
     """Raises InfeasibleError for a budget that no assignment meets together with `limits`; needs no measurement."""
     order = space.num_options
     nothing = InteractionMatrix(space, np.zeros((order, order)), "none", "none", 0.0, 1)
+    least, most = space.narrowest, space.widest
     for budget in budgets:
-        Program.build(nothing, together(budget.constraint(space), limits))
+        try:
+            Program.build(nothing, together(budget.constraint(space), limits))
+        except InfeasibleError as error:
+            raise InfeasibleError(
+                f"budget {budget.name}: {error}. The space reaches from {space.size_bytes(least):,} to "
+                f"{space.size_bytes(most):,} bytes of weights, "
+                f"{space.average_bits(least):g} to {space.average_bits(most):g} bits a weight"
+            ) from None
 
 
 def together(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:

@@ -45,9 +45,9 @@ class Settings(BaseModel):
 
 
 class NetworkSettings(Settings):
-    """Which network: of the zoo, of torchvision by name, or what a Python factory `package.module:function` returns."""
+    """Which network: of the zoo, of torchvision or timm by name, or what a Python factory `package.module:function` returns."""
 
-    source: Literal["zoo", "torchvision", "factory"] = "zoo"
+    source: Literal["zoo", "torchvision", "timm", "factory"] = "zoo"
     name: str = Field(min_length=1)
     weights: Literal["random"] | Path | None = Field(
         default=None, description="safetensors file with the network's state, or random; default: the source's own"
@@ -56,6 +56,9 @@ class NetworkSettings(Settings):
         default=None, description="channels, height, width; default: the source's own"
     )
     fixed: tuple[str, ...] = Field(default=(), description="name patterns of layers that stay in float")
+    graph: bool = Field(
+        strict=True, default=True, description="false for a network that torch.export refuses: the same numbers, slower"
+    )
 
     @model_validator(mode="after")
     def _name_fits_source(self) -> "NetworkSettings":
@@ -63,16 +66,16 @@ class NetworkSettings(Settings):
             raise ValueError(
                 f"name {self.name!r} is not package.module:function; a factory is a function that returns a torch.nn.Module"
             )
-        if self.source == "torchvision" and self.weights is None:
+        if self.source in ("torchvision", "timm") and self.weights is None:
             raise ValueError(
-                "source torchvision needs weights: a safetensors file of the network's state_dict (nothing is downloaded), "
+                f"source {self.source} needs weights: a safetensors file of the network's state_dict (nothing is downloaded), "
                 "or random for an untrained network"
             )
         shipped = zoo_networks()
         if self.source == "zoo" and shipped and self.name not in shipped:
             raise ValueError(
                 f"the zoo has no network {self.name!r}; expected one of {', '.join(shipped)}{nearest(self.name, shipped)}, "
-                "or another source: torchvision, factory"
+                "or another source: torchvision, timm, factory"
             )
         return self
 
@@ -195,9 +198,11 @@ class SolverSettings(Settings):
 class MeasureSettings(Settings):
     """How measuring is cut into work; changes no number beyond rounding."""
 
-    batch_images: Count = Field(default=512, description="images pushed through the network at once")
+    batch_images: Count | None = Field(
+        default=None, description="images pushed through the network at once; default: as many as the processor's cache holds"
+    )
     memory_limit_mb: Integer | None = Field(
-        default=None, ge=16, description="MB (10^6) that stored prefixes may take a worker; default: a share of what is free"
+        default=None, ge=16, description="MB (10^6) that measuring may take a worker; default: a share of what is free"
     )
 
 

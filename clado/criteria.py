@@ -23,15 +23,19 @@ def kl_to_float(logits: Tensor, float_logits: Tensor) -> Tensor:
 
     Label-free, zero for the float network, and its gradient there is zero too (method: ZeroQ, arXiv 2001.00281, equation 3).
     """
-    log_p = float_logits.double().log_softmax(-1)
-    log_q = logits.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _kl(logits, float_logits.double().log_softmax(-1))
+
+
+def _kl(logits: Tensor, log_p: Tensor) -> Tensor:
+    gap = logits.double().log_softmax(-1).neg_().add_(log_p)
+    return torch.einsum("...nc,nc->...n", gap, log_p.exp())
 
 
 def bind(name: str, float_logits: Tensor, labels: Tensor | None) -> Criterion:
     """The criterion as a function of logits alone, for one batch whose float logits and labels are known."""
     if name == "kl_to_float":
-        return lambda logits: kl_to_float(logits, float_logits)
+        log_p = float_logits.double().log_softmax(-1)
+        return lambda logits: _kl(logits, log_p)
     if name == "cross_entropy":
         if labels is None:
             raise DataError(

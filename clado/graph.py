@@ -52,7 +52,10 @@ _IN_PLACE = {
     torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
-_INSTEAD = "Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False)"
+_INSTEAD = (
+    "Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False), "
+    "or graph: false under network in the settings"
+)
 _FRESH = {
     "aten.conv1d.default",
     "aten.conv2d.default",
@@ -483,6 +486,8 @@ class _Compiler:
             if str(function) == "aten._native_batch_norm_legit_no_training.default":
                 # the same operator as modules run: the decomposed one returns empty statistics that only cost a tuple
                 function = _batch_norm
+            elif function is torch.ops.aten.view.default:
+                function = torch.ops.aten.reshape.default  # the same, and it copies where channels_last leaves no view
             steps.append(Instruction(function, arguments, keywords, self.number[node], dying, node.name))
         return steps
 

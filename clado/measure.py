@@ -2,7 +2,8 @@
 
 The heart is `_sweep`: it walks the layers once and carries, for each row (an option already put in place), the values alive at
 the current cut. At layer j every pair (row, j at b bits) is one resumed run; all rows share the weights from j on, so they are
-stacked in the batch dimension.
+stacked in the batch dimension, the more the later the layer. A sample block goes through in passes of a few images: what is
+stored at a time is one pass of every row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from clado import criteria
 from clado.network import Network, State
-from clado.probes import Tile
+from clado.probes import Batching, Tile, batching, rows_within_memory, sample_blocks
 from clado.quantizers import WeightQuantizer
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
 Batch = tuple[Tensor, Tensor | None]
+GPU_BYTES = 2 * 10**9  # values of one run that keep a large GPU busy
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Workbench:
     """What measuring needs and one process keeps: the network, every quantized weight, the images of each sample block.
 
     `load` gives (images, labels or None) of a range of the sensitivity set; `batch_images` is how many images one resumed run
-    takes. Blocks are loaded when first asked for and the last one is kept.
+    takes (None: as many as are fast, see `probes.batching`), within `memory_limit` bytes. Blocks are loaded when first asked
+    for and the last one is kept.
     """
 
     network: Network
@@ -37,21 +40,26 @@ class Workbench:
     criterion: str
     blocks: Sequence[tuple[int, int]]
     load: Callable[[int, int], Batch]
-    batch_images: int = 256
+    batch_images: int | None = None
+    memory_limit: int | None = None
     quantized: tuple[Tensor, ...] = field(init=False)
-    _block: tuple[int, "Block"] | None = None
+    batching: Batching = field(init=False)
+    _block: tuple[int, "tuple[Pass, ...]"] | None = None
 
     def __post_init__(self) -> None:
+        widest = max(stop - start for start, stop in self.blocks)
+        self.batching = network_batching(self.network, widest, self.batch_images, self.memory_limit)
         self.quantized = quantize_all(self.network, self.space, self.quantizer)
 
-    def block(self, number: int) -> "Block":
-        """One sample block with its float logits."""
+    def passes(self, number: int) -> "tuple[Pass, ...]":
+        """One sample block with its float logits, in passes as even as integers allow."""
         if self._block is None or self._block[0] != number:
             images, labels = self.load(*self.blocks[number])
             device = self.network.device
             images, labels = images.to(device), None if labels is None else labels.to(device)
-            float_logits = self.network.logits(images)
-            self._block = number, Block(number, images, labels, float_logits)
+            count = -(-len(images) // self.batching.images_per_pass)
+            parts = [(images[a:b], None if labels is None else labels[a:b]) for a, b in sample_blocks(len(images), count)]
+            self._block = number, tuple(Pass(x, y, self.network.logits(x)) for x, y in parts)
         return self._block[1]
 
     def weights(self, assignment: Assignment) -> dict[int, Tensor]:
@@ -60,10 +68,9 @@ class Workbench:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Images of one sample block, and what the float network says of them."""
+class Pass:
+    """Images of a sample block that are measured at a time, and what the float network says of them."""
 
-    number: int
     images: Tensor
     labels: Tensor | None
     float_logits: Tensor
@@ -81,11 +88,60 @@ class _Stack:
     state: State
 
 
+def network_batching(
+    network: Network, images_per_block: int, batch_images: int | None = None, memory_limit: int | None = None
+) -> Batching:
+    """How images travel through this network on its device."""
+    cuts = network.graph.cuts
+    return batching(
+        [cut.bytes_per_image for cut in cuts],
+        [cut.peak_bytes_per_image for cut in cuts],
+        images_per_block,
+        batch_images,
+        memory_limit,
+        **({"cache_bytes": GPU_BYTES} if network.device.type == "cuda" else {}),
+    )
+
+
+def quantize_all(network: Network, space: SearchSpace, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
+    """Q(w_i, b) of every option, once, laid out as the float weights are."""
+    quantized = []
+    for i, bits in space.options:
+        weight = network.weights[i]
+        value = quantizer.fake_quantize(weight, bits, network.layers[i].channel_axis)
+        nhwc = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        quantized.append(value.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format))
+    return tuple(quantized)
+
+
+def network_batching(
+    network: Network, images_per_block: int, batch_images: int | None = None, memory_limit: int | None = None
+) -> Batching:
+    """How images travel through this network on its device."""
+    cuts = network.graph.cuts
+    return batching(
+        [cut.bytes_per_image for cut in cuts],
+        [cut.peak_bytes_per_image for cut in cuts],
+        images_per_block,
+        batch_images,
+        memory_limit,
+        **({"cache_bytes": GPU_BYTES} if network.device.type == "cuda" else {}),
+    )
+
+
 def quantize_all(network: Network, space: SearchSpace, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
     """Q(w_i, b) of every option, once."""
     return tuple(
         quantizer.fake_quantize(network.weights[i], b, network.layers[i].channel_axis).contiguous() for i, b in space.options
     )
+
+
+def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memory_limit: int | None) -> int:
+    """Rows of a `pairs` tile: all of them, or as many as the limit (bytes) holds prefixes of."""
+    if memory_limit is None:
+        return space.num_options
+    alive = [cut.bytes_per_image for cut in network.graph.cuts]
+    return rows_within_memory(space, batching.images_per_pass, alive, memory_limit, batching.working_bytes)
 
 
 def measure_tile(bench: Workbench, tile: Tile) -> Array:
@@ -97,78 +153,82 @@ def measure_tile(bench: Workbench, tile: Tile) -> Array:
 
 def losses(bench: Workbench, assignment: Assignment, block: int) -> Array:
     """Per-sample losses (n,) of one assignment, partial or full, on one sample block, by whole forwards."""
-    data = bench.block(block)
-    criterion = data.criterion(bench.criterion)
-    return _numpy(criterion(bench.network.logits(data.images, bench.weights(assignment))))
+    weights = bench.weights(assignment)
+    parts = bench.passes(block)
+    return np.concatenate([_numpy(part.criterion(bench.criterion)(bench.network.logits(part.images, weights))) for part in parts])
 
 
 def _singles(bench: Workbench, tile: Tile) -> Array:
-    data = bench.block(tile.block)
-    criterion = data.criterion(bench.criterion)
-    sums = np.empty(1 + bench.space.num_options)
-    sums[0] = _numpy(criterion(data.float_logits)).sum()
-    for rows, logits in _finished_rows(bench, data):
-        sums[[1 + row for row in rows]] = _numpy(criterion(logits)).sum(1)
+    sums = np.zeros(1 + bench.space.num_options)
+    for part in bench.passes(tile.block):
+        criterion = part.criterion(bench.criterion)
+        sums[0] += _numpy(criterion(part.float_logits)).sum()
+        for rows, logits in _finished_rows(bench, part):
+            sums[[1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
     return sums
 
 
 def _gram(bench: Workbench, tile: Tile) -> Array:
     """Row 0: Σ_n (p − y)ᵀ u (zero for KL). Rows 1..: Σ_n u_kᵀ F_n u_l, where F = diag(p) − p pᵀ, so that with
-    v = √p (u − pᵀu) it is the Gram matrix of v: positive semidefinite as computed."""
-    data = bench.block(tile.block)
-    k, (n, classes) = bench.space.num_options, data.float_logits.shape
-    reference = data.float_logits.double()
-    p = reference.softmax(-1)
-    slope = criteria.residual(bench.criterion, data.float_logits, data.labels)
-    rooted = torch.empty((k, n * classes), dtype=torch.float64, device=reference.device)
-    first = torch.zeros(k, dtype=torch.float64, device=reference.device)
-    for rows, logits in _finished_rows(bench, data):
-        u = logits.double() - reference
-        where = torch.tensor(rows, device=reference.device)
-        if slope is not None:
-            first[where] = (u * slope).sum((1, 2))
-        rooted[where] = (p.sqrt() * (u - (p * u).sum(-1, keepdim=True))).reshape(len(rows), -1)
-    gram = rooted @ rooted.T
+    v = √p (u − pᵀu) it is the Gram matrix of v: positive semidefinite as computed. Only one pass of u is held at a time."""
+    k = bench.space.num_options
+    device = bench.network.device
+    first = torch.zeros(k, dtype=torch.float64, device=device)
+    gram = torch.zeros((k, k), dtype=torch.float64, device=device)
+    for part in bench.passes(tile.block):
+        reference = part.float_logits.double()
+        p = reference.softmax(-1)
+        slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
+        rooted = torch.empty((k, reference.numel()), dtype=torch.float64, device=device)
+        for rows, logits in _finished_rows(bench, part):
+            u = logits.double().sub_(reference)
+            where = torch.tensor(rows, device=device)
+            if slope is not None:
+                first[where] += (u * slope).sum((1, 2))
+            u -= (p * u).sum(-1, keepdim=True)
+            rooted[where] = u.mul_(p.sqrt()).reshape(len(rows), -1)
+        gram.addmm_(rooted, rooted.T)
     return np.concatenate([_numpy(first)[None], _numpy((gram + gram.T) / 2)])
 
 
 def _pairs(bench: Workbench, tile: Tile) -> Array:
-    data = bench.block(tile.block)
-    criterion = data.criterion(bench.criterion)
-    sums = np.full((tile.stop - tile.first, bench.space.num_options), np.nan)
-    offsets = bench.space.offsets
-    for layer, stacks in _sweep(bench, data, range(tile.first, tile.stop)):
-        for stack in stacks:
-            where = [row - tile.first for row in stack.rows]
-            for option in range(offsets[layer], offsets[layer + 1]):
-                logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
-                loss = criterion(logits.reshape(len(stack.rows), *data.float_logits.shape))
-                sums[where, option] = _numpy(loss).sum(1)
+    space, network = bench.space, bench.network
+    owner = np.array([layer for layer, _ in space.options])
+    later = owner[tile.first : tile.stop, None] < owner[None, :]
+    sums = np.where(later, 0.0, np.nan)
+    for part in bench.passes(tile.block):
+        criterion = part.criterion(bench.criterion)
+        for layer, stacks in _sweep(bench, part, range(tile.first, tile.stop)):
+            for stack in stacks:
+                where = [row - tile.first for row in stack.rows]
+                for option in range(space.offsets[layer], space.offsets[layer + 1]):
+                    logits = network.finish(stack.state, {layer: bench.quantized[option]})
+                    loss = criterion(logits.reshape(len(stack.rows), *part.float_logits.shape))
+                    sums[where, option] += _numpy(loss).sum(1)
     return sums
 
 
-def _finished_rows(bench: Workbench, data: Block) -> Iterator[tuple[list[int], Tensor]]:
+def _finished_rows(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tensor]]:
     """(rows, logits (rows, n, classes)) of every option alone, stack by stack."""
     last: list[_Stack] = []
-    for layer, stacks in _sweep(bench, data, range(bench.space.num_options), to_the_end=True):
+    for layer, stacks in _sweep(bench, part, range(bench.space.num_options), to_the_end=True):
         if layer == bench.space.num_layers:
             last = stacks
     for stack in last:
         logits = bench.network.graph.output(stack.state)
-        yield stack.rows, logits.reshape(len(stack.rows), *data.float_logits.shape)
+        yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)
 
 
-def _sweep(bench: Workbench, data: Block, rows: range, to_the_end: bool = False) -> Iterator[tuple[int, list[_Stack]]]:
+def _sweep(bench: Workbench, part: Pass, rows: range, to_the_end: bool = False) -> Iterator[tuple[int, list[_Stack]]]:
     """Yields (layer, the rows of earlier layers as stacks at this layer's cut) for every layer behind the first row.
 
     With `to_the_end` a last item (num_layers, all rows) holds finished runs.
     """
     network, space = bench.network, bench.space
-    num_layers, capacity = space.num_layers, max(1, bench.batch_images // len(data.images))
+    num_layers = space.num_layers
     end = num_layers if to_the_end else num_layers - 1
-
     first, last = space.options[rows.start][0], space.options[rows.stop - 1][0]
-    float_state = network.advance(network.begin(data.images), first)
+    float_state = network.advance(network.begin(part.images), first)
     stacks: list[_Stack] = []
     for layer in range(first, end):
         born = [
@@ -177,7 +237,10 @@ def _sweep(bench: Workbench, data: Block, rows: range, to_the_end: bool = False)
         ]
         for stack in stacks:
             stack.state = network.advance(stack.state, layer + 1)
-        stacks = _packed(network, stacks + born, capacity, layer + 1) if born else stacks
+        batch = bench.batching.batch_images[min(layer + 1, num_layers - 1)]
+        # powers of two, so that full stacks still fill the larger ones of later layers
+        capacity = 1 << (max(1, batch // len(part.images)).bit_length() - 1)
+        stacks = _packed(network, stacks + born, capacity, layer + 1)
         if layer < last:
             float_state = network.advance(float_state, layer + 1)
         yield layer + 1, stacks
@@ -191,6 +254,10 @@ def _packed(network: Network, stacks: list[_Stack], capacity: int, layer: int) -
     group: list[_Stack] = []
     for stack in [*loose, None]:
         if group and (stack is None or sum(len(s.rows) for s in group) + len(stack.rows) > capacity):
+            if len(group) == 1:
+                packed += group
+                group = [] if stack is None else [stack]
+                continue
             state = network.stack([s.state for s in group], layer)
             packed.append(_Stack([row for s in group for row in s.rows], state))
             group = []

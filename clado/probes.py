@@ -17,6 +17,7 @@ from clado.space import SearchSpace
 
 Kind = Literal["singles", "pairs", "gram"]
 KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram")
+MIN_BATCH, MAX_BATCH = 8, 512
 
 
 @dataclass(frozen=True, order=True)
@@ -121,16 +122,66 @@ def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ..
     return tuple(zip(ends[:-1], ends[1:], strict=True))
 
 
-def rows_within_memory(space: SearchSpace, images_per_block: int, bytes_per_image: Sequence[int], limit_bytes: int) -> int:
-    """Rows of a `pairs` tile whose stored prefixes fit into `limit_bytes`; all rows where they do.
+@dataclass(frozen=True)
+class Batching:
+    """How images travel: a sample block in passes of at most `images_per_pass`, and `batch_images[i]` in one run resumed at
+    layer i (rows stacked). `working_bytes` is what one such run may take beside the stored prefixes."""
 
-    `bytes_per_image[i]` is what the values alive before layer i take. A tile holds one copy of them for each of its rows.
+    images_per_pass: int
+    batch_images: tuple[int, ...]
+    working_bytes: int
+
+
+def batching(
+    alive_bytes: Sequence[int],
+    peak_bytes: Sequence[int],
+    images_per_block: int,
+    batch_images: int | None = None,
+    limit_bytes: int | None = None,
+    cache_bytes: int = 32 * 10**6,
+) -> Batching:
+    """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
+
+    A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what `cache_bytes` hold
+    (32 MB: measured, tests/benchmarks/MEASURE.md), within 8 and 512. A run takes a quarter of `limit_bytes` at most: operators'
+    own buffers are as large as their values again, and stored prefixes need the rest. ConfigurationError where one image does
+    not fit.
     """
-    widest = max(bytes_per_image) * images_per_block
-    rows = limit_bytes // max(widest, 1) - 1  # one copy is the float run
-    if rows < 1:
+    sizes = [max(1, alive + peak) for alive, peak in zip(alive_bytes, peak_bytes, strict=True)]
+    fits = [MAX_BATCH if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
+    if min(fits) < 1:
         raise ConfigurationError(
-            f"the memory limit of {limit_bytes / 1e6:.0f} MB is too small: one stored prefix of {images_per_block} images takes "
-            f"{widest / 1e6:.0f} MB and two are needed; raise memory_limit_mb or use more sample_blocks (fewer images each)"
+            f"the memory limit is too small for a batch of one image: needed {4 * max(sizes) / 1e6:.1f} MB, available "
+            f"{(limit_bytes or 0) / 1e6:.1f} MB; raise memory_limit_mb or use smaller images"
         )
-    return min(rows, space.num_options)
+    if batch_images is None:
+        wanted = [min(max(cache_bytes // max(1, peak), MIN_BATCH), MAX_BATCH) for peak in peak_bytes]
+    else:
+        wanted = [batch_images] * len(sizes)
+    batches = tuple(min(want, fit) for want, fit in zip(wanted, fits, strict=True))
+    images = min(images_per_block, *batches)
+    return Batching(images, batches, 2 * max(size * batch for size, batch in zip(sizes, batches, strict=True)))
+
+
+def rows_within_memory(
+    space: SearchSpace, images_per_pass: int, bytes_per_image: Sequence[int], limit_bytes: int, working_bytes: int = 0
+) -> int:
+    """Rows of a `pairs` tile whose stored prefixes fit into `limit_bytes` beside `working_bytes`; all rows where they do.
+
+    `bytes_per_image[i]` is what the values alive before layer i take. A tile holds one copy of them for each of its rows of
+    earlier layers, and one of the float run.
+    """
+    available = limit_bytes - working_bytes
+    rows = space.num_options
+    for layer, size in enumerate(bytes_per_image):
+        copy = max(1, size * images_per_pass)
+        if (min(rows, space.offsets[layer]) + 1) * copy > available:
+            rows = available // copy - 1
+            if rows < 1:
+                raise ConfigurationError(
+                    f"the memory limit of {limit_bytes / 1e6:.0f} MB is too small: needed are two stored prefixes of "
+                    f"{images_per_pass} images, {copy / 1e6:.1f} MB each before {space.layers[layer].name}, beside "
+                    f"{working_bytes / 1e6:.1f} MB for a run, available {max(available, 0) / 1e6:.1f} MB; raise memory_limit_mb "
+                    "or use more sample_blocks (fewer images each)"
+                )
+    return rows

@@ -8,12 +8,12 @@ from clado.config import parse_config
 from clado.errors import ConfigurationError
 
 _ZOO_NETWORK = """\
-  source: zoo                        # zoo, torchvision (by name), or factory (package.module:function)
+  source: zoo                        # zoo, torchvision or timm (by name), or factory (package.module:function)
   name: resnet20_fashion_mnist
   # weights: FILE.safetensors        # other weights for the same architecture, or random
 """
 _FACTORY_NETWORK = """\
-  source: factory                    # zoo, torchvision (by name), or factory (package.module:function)
+  source: factory                    # zoo, torchvision or timm (by name), or factory (package.module:function)
   name: {network}  # returns a torch.nn.Module, or (module, example input)
   # image_shape: [3, 224, 224]       # channels, height, width; needed unless the factory returns an example input
   # weights: FILE.safetensors        # default: those that the factory gives

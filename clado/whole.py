@@ -63,7 +63,7 @@ class WholeForwards:
         self.weights: tuple[Tensor, ...] = tuple(parameters[layer.name].detach() for layer in self.layers)
         self.macs: int = sum(layer.macs for layer in watch.layers.values())
         # nothing is kept of a run, and resuming it costs all of it
-        self.cuts: tuple[Cut, ...] = tuple(Cut(0, {}, 0, self.macs, 0) for _ in self.layers)
+        self.cuts: tuple[Cut, ...] = tuple(Cut(0, {}, 0, self.macs, watch.peak_bytes) for _ in self.layers)
         searched = {layer.name for layer in self.layers}
         self.unsearched: tuple[tuple[str, int, str], ...] = tuple(
             (name, tensor.numel() * tensor.element_size(), why_unsearched(tensor, fixed(name), _UNSEEN))
@@ -106,6 +106,7 @@ class _Watch(TorchFunctionMode):
         # of a tensor with several names the module's first is used
         self.names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
         self.layers: dict[str, Layer] = {}
+        self.peak_bytes = 0  # of one image: most that one of these functions reads and writes, a lower bound of what a run takes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,6 +115,7 @@ class _Watch(TorchFunctionMode):
             operator, axis = _CONSUMERS[func]
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             positions = args[0] if axis else result
+            self.peak_bytes = max(self.peak_bytes, (args[0].nbytes + result.nbytes) // self.num_images)
             self._note(weight, operator, axis, positions.numel() * weight[0].numel())
         elif func is F.multi_head_attention_forward:
             for name, position in _ATTENTION.items():

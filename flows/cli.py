@@ -169,17 +169,25 @@ def export(
     budget: AverageBits = None,
     size_bytes: SizeBytes = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/exports/BUDGET.")] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="safetensors, or the settings of a peer: modelopt, mct or torchao.")
+    ] = "safetensors",
 ) -> None:
-    """Write the network with the weights chosen for a budget: weights.safetensors, assignment.json, a loading snippet."""
+    """Write the network with the weights chosen for a budget, or a peer's Python file that applies the same bit-widths."""
+    from clado.export.snippets import known, write_snippet
     from flows.record import budget_folder
     from flows.record import export as export_assignment
     from flows.stored import StoredRun, chosen_for
 
+    peer = None if kind == "safetensors" else known(kind)
     stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
     session = _session(stored.config)
     target = output or budget_folder(session, wanted.name)
     assignment = chosen_for(stored, session, wanted)
-    export_assignment(session, assignment, target)
+    if peer is None:
+        export_assignment(session, assignment, target)
+    else:
+        target = write_snippet(target, peer, session.space, assignment)
     typer.echo(
         f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, "
         f"{session.space.average_bits(assignment):.3f} bits a weight"

@@ -39,6 +39,7 @@ def gather(run: Run) -> None:
     session = run.session
     store = Store.open(session.store_path)
     measured = Measured(session.space, session.config.criterion, store.counts, store.gather(session.plan))
+    run.notes += estimators.non_finite(measured)
     for name in session.config.estimators:
         run.matrices[name] = estimators.estimate(name, measured)
         run.matrices[name].save(session.folder / "matrices" / f"{name}.npz")

@@ -19,9 +19,9 @@ from clado.errors import ConfigurationError, DataError
 from clado.evaluation import Counts, count
 from clado.images import DataSlices, check_slice
 from clado.ledger import Ledger
-from clado.measure import Workbench, losses
+from clado.measure import Workbench, losses, network_batching, rows_per_tile
 from clado.network import Network
-from clado.probes import Plan, Workload, rows_within_memory, sample_blocks
+from clado.probes import Plan, Workload, sample_blocks
 from clado.quantizers import WeightQuantizer
 from clado.shards import Store
 from clado.sources import LoadedNetwork, load_data, load_network
@@ -52,7 +52,7 @@ class Session:
                 "criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float"
             )
         _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
-        network = Network(loaded.model, loaded.example_input, config.network.fixed)
+        network = Network(loaded.model, loaded.example_input, config.network.fixed, graph=config.network.graph)
         space = network.search_space(config.bits).restricted(config.layers.bits).tied(config.layers.ties)
         return Session(config, loaded, network, slices, space)
 
@@ -89,7 +89,14 @@ class Session:
         quantizer = WeightQuantizer(settings.weights, settings.granularity == "per_channel", settings.scheme == "symmetric")
         load = self.slices.sensitivity.load
         return Workbench(
-            self.network, self.space, quantizer, self.config.criterion, self.blocks, load, self.config.measure.batch_images
+            self.network,
+            self.space,
+            quantizer,
+            self.config.criterion,
+            self.blocks,
+            load,
+            self.config.measure.batch_images,
+            self.configured_limit,
         )
 
     def loss(self, assignment: Assignment) -> Counts:
@@ -109,15 +116,21 @@ class Session:
             rows = Store.open(self.store_path).rows_per_tile
         else:
             widest = max(stop - start for start, stop in self.blocks)
-            alive = [cut.bytes_per_image for cut in self.network.graph.cuts]
-            rows = rows_within_memory(self.space, widest, alive, self.memory_limit)
+            batching = network_batching(self.network, widest, self.config.measure.batch_images, self.configured_limit)
+            rows = rows_per_tile(self.network, self.space, batching, self.memory_limit)
         return Plan(self.space, self.blocks, kinds, rows)
 
     @property
+    def configured_limit(self) -> int | None:
+        """The configured limit in bytes. What is free now shapes tiles once, and nothing that numbers depend on later."""
+        limit = self.config.measure.memory_limit_mb
+        return None if limit is None else limit * 10**6
+
+    @property
     def memory_limit(self) -> int:
-        """Bytes that stored prefixes may take in one worker: as configured, or its part of a quarter of what is free."""
-        if self.config.measure.memory_limit_mb is not None:
-            return self.config.measure.memory_limit_mb * 10**6
+        """Bytes that measuring may take in one worker: as configured, or its part of a quarter of what is free."""
+        if self.configured_limit is not None:
+            return self.configured_limit
         import psutil
 
         return int(psutil.virtual_memory().available) // (4 * self.config.cluster.workers)

@@ -93,7 +93,7 @@ class StoredRun:
 
 def parse_limit(text: str) -> Budget:
     """KIND=BOUND or KIND=BOUND:CSV as a budget."""
-    kind, equals, rest = text.partition("=")
+    kind, _, rest = text.partition("=")
     bound, _, path = rest.partition(":")
     try:
         return Budget(kind, float(bound), path or None)
@@ -127,6 +127,17 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
             "  the matrix prefers something to the widest bits even without a budget: more sensitivity images would help"
         )
     return "\n".join(lines)
+
+
+def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
+    """What the run itself proposed for its budgets; nothing where it did not come that far."""
+    if not (stored.folder / "record.json").is_file():
+        return []
+    budgets = {budget.name: budget for budget in session.budgets}
+    rows = [row for row in RunRecord.load(stored.folder / "record.json").results if row.method != CHOSEN]
+    return [
+        Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows if row.budget in budgets
+    ]
 
 
 def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Proposal]:

@@ -26,7 +26,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"network": {"source": "zoo"}}, ["network.name", "missing", "resnet20_fashion_mnist"]),
     ({"network": {"name": ""}}, ["network.name"]),
     ({"network": {"name": 3}}, ["network.name", "3"]),
-    ({"network": {"name": "a", "source": "zo"}}, ["network.source", "'zo'", "zoo, torchvision, factory", "did you mean 'zoo'"]),
+    (
+        {"network": {"name": "a", "source": "zo"}},
+        ["network.source", "'zo'", "zoo, torchvision, timm, factory", "did you mean 'zoo'"],
+    ),
     ({"network": {"name": "a", "source": "factory"}}, ["'a'", "package.module:function"]),
     ({"network": {"name": "a:b", "source": "factory"}}, ["zoo's images", "source: folder"]),
     ({"network": {"name": "resnet18", "source": "torchvision"}}, ["weights", "safetensors", "random"]),
@@ -287,6 +290,7 @@ LEFT_OUT = {
     "data.mean": "for folders",
     "data.std": "for folders",
     "network.image_shape": "for factories",
+    "network.graph": "the refusal of a network without a graph names it",
 }
 
 

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from clado.plugins import available
 from clado.errors import ConfigurationError, MeasurementError
-from clado.estimators import Measured, estimate, kinds_of
+from clado.estimators import Measured, estimate, kinds_of, non_finite
 from clado.interaction import InteractionMatrix
 from clado.measure import Workbench, losses, measure_tile
 from clado.network import Network
+from clado.plugins import available
 from clado.probes import Plan, sample_blocks
 from clado.quantizers import WeightQuantizer
 from clado.space import Assignment, Layer, SearchSpace
@@ -175,6 +175,24 @@ class TestGaussNewton(EstimatorContract):
         for assignment in (bench.space.narrowest, bench.space.nothing.replace(0, 8).replace(3, 8)):
             increase = true_increase(bench, assignment)
             assert matrix.predicted_increase(assignment) == pytest.approx(increase, rel=0.1, abs=2e-6)
+
+
+def test_what_is_not_finite_is_named_with_layer_bits_and_sample_block_and_stays_out_of_the_matrix():
+    _, measured = measured_network()
+    assert non_finite(measured) == []
+    sums = {kind: array.copy() for kind, array in measured.sums.items()}
+    sums["singles"][1, 3] = sums["singles"][3, 3] = np.inf  # an overflow alone stays one in every pair
+    sums["pairs"][[1, 3], :2, 2] = sums["pairs"][[1, 3], 2, 4:] = np.inf
+    sums["pairs"][0, 1, 6] = np.nan
+    broken = Measured(measured.space, measured.criterion, measured.counts, sums)
+    assert non_finite(broken) == [
+        "depthwise.weight at 2 bits has a NaN or infinite loss in sample blocks 1, 3: this candidate is excluded",
+        "stem.weight at 8 bits with up.weight at 2 bits has a NaN or infinite loss in sample block 0: "
+        "the two are not chosen together",
+    ]
+    matrix = estimate("pairwise", broken)
+    assert matrix.quarantined == (2,)
+    assert matrix.forbidden == ((1, 6),)
 
 
 def test_every_estimator_has_a_contract_class():

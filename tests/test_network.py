@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clado.errors import NetworkError
+from clado.errors import ConfigurationError, NetworkError
 from clado.network import Network
 from tests.networks import Attention, Branching, Residual, Tied, Volume, build, images, replaced_logits
 
@@ -40,7 +40,9 @@ def test_whole_forwards_know_the_same_layers_and_the_same_rest(kind):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_whole_run_equals_the_module(kind, count, graph):
     model = build(kind)
-    torch.testing.assert_close(Network(model, images(1), graph=graph).logits(images(count)), replaced_logits(model, {}, images(count)))
+    torch.testing.assert_close(
+        Network(model, images(1), graph=graph).logits(images(count)), replaced_logits(model, {}, images(count))
+    )
 
 
 @KINDS
@@ -185,3 +187,26 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
         model.grouped.weight[0, 0, 0, 0] = value
     with pytest.raises(NetworkError, match=r"grouped\.weight"):
         Network(model, images(1))
+
+
+@KINDS
+def test_channels_last_computes_the_same(kind):
+    model = build(kind).to(memory_format=torch.channels_last) if kind is not Volume else build(kind)
+    expected = Network(build(kind), images(1)).logits(images(3))
+    network = Network(model, images(1), channels_last=True)
+    torch.testing.assert_close(network.logits(images(3)), expected, rtol=1e-5, atol=1e-6)
+
+
+@KINDS
+@PATHS
+def test_bfloat16_is_near_and_only_where_asked_for(kind, graph):
+    exact = Network(build(kind), images(1), graph=graph).logits(images(3))
+    coarse = Network(build(kind), images(1), graph=graph, numeric="bfloat16").logits(images(3))
+    assert not torch.equal(coarse.float(), exact)
+    torch.testing.assert_close(coarse.float(), exact, rtol=0.1, atol=0.1)
+    assert torch.equal(Network(build(kind), images(1), graph=graph).logits(images(3)), exact)
+
+
+def test_an_unknown_numeric_mode_is_refused():
+    with pytest.raises(ConfigurationError, match="expected one of float32, tf32, bfloat16"):
+        Network(build(Tied), images(1), numeric="float16")

@@ -3,7 +3,7 @@
 import pytest
 
 from clado.errors import ConfigurationError
-from clado.probes import Plan, Workload, rows_within_memory, sample_blocks
+from clado.probes import Plan, Workload, batching, rows_within_memory, sample_blocks
 from clado.space import Layer, SearchSpace
 
 
@@ -57,7 +57,30 @@ def test_finer_row_tiles_cost_only_prefixes():
 
 
 def test_rows_shrink_to_the_memory_limit_and_too_little_is_refused_with_numbers():
-    assert rows_within_memory(space(4), 10, [100, 200, 50, 10], 10**6) == 12
-    assert rows_within_memory(space(4), 10, [100, 200, 50, 10], 10_000) == 4
-    with pytest.raises(ConfigurationError, match=r"one stored prefix of 10 images takes 2 MB"):
-        rows_within_memory(space(4), 10, [2 * 10**5], 3 * 10**6)
+    alive = [100, 200, 50, 10]
+    assert rows_within_memory(space(4), 10, alive, 10**6) == 12
+    assert rows_within_memory(space(4), 10, alive, 8_000) == 12  # before layer 1 there are 3 rows and the float run
+    assert rows_within_memory(space(4), 10, alive, 7_999) == 2
+    assert rows_within_memory(space(4), 10, alive, 8_999, working_bytes=1_000) == 2
+    with pytest.raises(ConfigurationError, match=r"two stored prefixes of 10 images, 2\.0 MB each before l1"):
+        rows_within_memory(space(4), 10, [1, 2 * 10**5, 1, 1], 3 * 10**6)
+
+
+@pytest.mark.parametrize("limit", [10_000, 40_000, 10**6])
+def test_a_batch_and_its_buffers_stay_within_the_limit_and_the_cache(limit):
+    chosen = batching([100, 50, 20], [400, 200, 50], 64, limit_bytes=limit, cache_bytes=10_000)
+    assert chosen.working_bytes <= limit // 2
+    assert list(chosen.batch_images) == sorted(chosen.batch_images)
+    assert 1 <= chosen.images_per_pass <= chosen.batch_images[0]
+    assert all(batch * peak <= 10_000 for batch, peak in zip(chosen.batch_images, [400, 200, 50], strict=True))
+
+
+def test_a_batch_is_as_asked_for_where_it_fits():
+    assert batching([4, 4], [8, 8], 64, 100).batch_images == (100, 100)
+    assert batching([4, 4], [8, 8], 64, 100).images_per_pass == 64
+    assert batching([4, 4], [8, 8], 64, 100, limit_bytes=4 * 12 * 30).batch_images == (30, 30)
+
+
+def test_one_image_that_does_not_fit_is_refused_with_needed_and_available():
+    with pytest.raises(ConfigurationError, match=r"needed 48\.0 MB, available 16\.0 MB"):
+        batching([4 * 10**6], [8 * 10**6], 64, limit_bytes=16 * 10**6)

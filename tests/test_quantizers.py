@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clado.plugins import available
 from clado.errors import ConfigurationError
+from clado.plugins import available
 from clado.quantizers import WeightQuantizer
 from tests.contracts.quantizer import MODES, QuantizerContract, weight
 

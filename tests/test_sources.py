@@ -292,6 +292,16 @@ def test_a_torchvision_network_that_warns_of_its_initialisation() -> None:
     assert not load_network(NetworkSettings(source="torchvision", name="googlenet", weights="random")).model.training
 
 
+def test_timm_by_name_for_the_images_asked_for() -> None:
+    pytest.importorskip("timm")
+    convolutional = load_network(NetworkSettings(source="timm", name="test_resnet", weights="random"))
+    assert convolutional.example_input.shape[1] == 3
+    transformer = load_network(NetworkSettings(source="timm", name="test_vit", weights="random", image_shape=(1, 32, 32)))
+    assert transformer.model(torch.randn(2, 1, 32, 32)).shape[0] == 2
+    with pytest.raises(NetworkError, match=r"no network 'test_vitt' \(did you mean"):
+        load_network(NetworkSettings(source="timm", name="test_vitt", weights="random"))
+
+
 ZOO_NAME = "resnet20_fashion_mnist"
 
 

@@ -85,8 +85,40 @@ def kinds_of(estimators: Iterable[str]) -> tuple[Kind, ...]:
 
 def estimate(name: str, measured: Measured) -> InteractionMatrix:
     """The interaction matrix that an estimator makes of the measurements."""
-    matrix: InteractionMatrix = _module(name).estimate(measured)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN: a loss that `quarantine` deals with
+        matrix: InteractionMatrix = _module(name).estimate(measured)
     return matrix
+
+
+def non_finite(measured: Measured) -> list[str]:
+    """One line for each option, and each pair of options that are finite alone, whose loss is NaN or infinite in some block.
+
+    Names layers, bits and sample blocks, and what follows: an option is excluded, a pair is forbidden.
+    """
+    space = measured.space
+
+    def label(option: int) -> str:
+        layer, bits = space.options[option]
+        return f"{space.layers[layer].name} at {bits} bits"
+
+    def where(bad: NDArray[np.bool_]) -> str:
+        blocks = np.flatnonzero(bad)
+        return f"in sample block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
+
+    singles = ~np.isfinite(measured.sums["singles"][:, 1:])
+    alone = singles.any(0)
+    lines = [
+        f"{label(k)} has a NaN or infinite loss {where(singles[:, k])}: this candidate is excluded" for k in np.flatnonzero(alone)
+    ]
+    if "pairs" in measured.sums:
+        owner = np.array([layer for layer, _ in space.options])
+        counted = (owner[:, None] < owner[None, :]) & ~alone[:, None] & ~alone[None, :]
+        pairs = ~np.isfinite(measured.sums["pairs"]) & counted
+        lines += [
+            f"{label(k)} with {label(m)} has a NaN or infinite loss {where(pairs[:, k, m])}: the two are not chosen together"
+            for k, m in np.argwhere(pairs.any(0))
+        ]
+    return lines
 
 
 def _module(name: str) -> ModuleType:

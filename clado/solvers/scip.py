@@ -38,7 +38,7 @@ from clado.solvers._forms import Forms
 from clado.solvers._start import Descent, start
 
 OBJECTIVE = 100.0  # SCIP's absolute tolerances are made for numbers of this size
-HEAT_NODES, SEMIFINAL_NODES = 300, 1500
+HEAT_NODES, SEMIFINAL_NODES = 300, 2000
 ROUNDED_CALLS = 512
 
 
@@ -83,6 +83,7 @@ def _race(program: Program, task: Task, forms: Forms, first: Choices | None) -> 
     heats: list[tuple[Callable[[], Form], int | None]] = [
         (lambda: forms.nearest, HEAT_NODES),
         (lambda: forms.half_quick, HEAT_NODES),
+        (lambda: forms.quick, HEAT_NODES),
         (highest, SEMIFINAL_NODES),
         (lambda: forms.half_long, HEAT_NODES),
         (lambda: forms.long, HEAT_NODES),

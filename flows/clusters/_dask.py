@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from distributed import Client, as_completed
+from distributed import Client, KilledWorker, as_completed
 
 from clado.config import RunConfig
+from clado.errors import MeasurementError
 
 RETRIES = 2  # of one task, on errors that a worker may survive
+DEATHS = 3  # of workers, until the task that each was computing is given up
 
 
 class DaskWorkers:
@@ -31,7 +33,14 @@ class DaskWorkers:
         futures = self.client.map(function, documents, work, pure=False, retries=RETRIES)
         try:
             for future in as_completed(futures, loop=self.client.loop):
-                yield future.result()
+                try:
+                    result = future.result()
+                except KilledWorker as error:
+                    raise MeasurementError(
+                        f"a task ended its worker process more than {DEATHS} times ({error.task}), most likely for want of "
+                        "memory; use fewer workers, or lower measure.memory_limit_mb or measure.batch_images"
+                    ) from None
+                yield result
                 future.release()
         finally:
             self.client.cancel(futures)

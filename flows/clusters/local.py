@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from clado.config import ClusterSettings
-from flows.clusters._dask import DaskWorkers, quiet
+from flows.clusters._dask import DEATHS, DaskWorkers, quiet
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     quiet()
     # torch sizes its thread pool from the environment, before any code of ours runs
     dask.config.set({"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}})
-    dask.config.set({"distributed.scheduler.allowed-failures": 3})
+    dask.config.set({"distributed.scheduler.allowed-failures": DEATHS})
     with (
         LocalCluster(
             n_workers=settings.workers,

@@ -7,6 +7,7 @@ Each solve is appended to `solver.jsonl` at once, and one that is there is not r
 file to measure anew. The table shows the worst of three seeds and of budgets of 3, 4 and 5 average bits.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -43,12 +44,11 @@ Key = tuple[str, str, str, int, float]
 
 
 def cases() -> Iterator[Key]:
-    for name in INSTANCES:
-        for family in FAMILIES:
-            for convexity in CONVEXITIES:
-                for seed in LOWRANK_SEEDS if family == "lowrank" else SEEDS:
-                    for budget in BUDGETS:
-                        yield name, family, convexity, seed, budget
+    """Families with a goal first."""
+    for with_goal in (True, False):
+        families = [family for family in FAMILIES if (family != "lowrank") == with_goal]
+        seeds = SEEDS if with_goal else LOWRANK_SEEDS
+        yield from itertools.product(INSTANCES, families, CONVEXITIES, seeds, BUDGETS)
 
 
 def program_of(key: Key) -> Program:

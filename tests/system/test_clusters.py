@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clado.errors import MeasurementError
 from flows import clusters
 from tests.contracts.cluster import ClusterContract, configuration
 
@@ -35,6 +36,13 @@ def die_once(document: dict[str, Any], item: tuple[str, int]) -> int:
     return number
 
 
+def die(document: dict[str, Any], item: int) -> int:
+    """A task that no worker survives."""
+    if item == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
 def test_tasks_run_in_other_processes_with_the_threads_asked_for():
     config = configuration(LOCAL)
     with clusters.start(config) as workers:
@@ -50,3 +58,9 @@ def test_a_worker_that_is_killed_costs_no_result(tmp_path):
     with clusters.start(config) as workers:
         assert sorted(workers.map(die_once, config, [(str(tmp_path), k) for k in range(6)])) == list(range(6))
     assert (tmp_path / "died").exists()
+
+
+def test_a_task_that_no_worker_survives_is_given_up_with_advice():
+    config = configuration(LOCAL)
+    with clusters.start(config) as workers, pytest.raises(MeasurementError, match="want of memory; use fewer workers"):
+        list(workers.map(die, config, range(3)))

@@ -1,0 +1,255 @@
+"""Reads an assignment from a file: our JSON (assignment.schema.json), a plain mapping of names to bits, or a peer's settings.
+
+Peers' files are: ModelOpt's `quant_cfg` list, alone or in its configuration; what `config_to_dict` of torchao makes of an
+FqnToConfig; what `json.dumps(config, default=vars)` makes of MCT's BitWidthConfig; and the Python files that `snippets` writes,
+of which only the literal `BITS` is read and nothing is run. Bit-widths of weights are all that is taken: ranges, groups and
+activations of the peer are not, since an assignment is scored as our quantizer measured it. Whatever is unknown, missing, no
+integer or no candidate is refused by name.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from clado.errors import ConfigurationError
+from clado.plugins import nearest
+from clado.space import MAX_BITS, MIN_BITS, Assignment, SearchSpace
+
+FORMAT = "clado-assignment/1"
+EXPECTED = (
+    f'expected {{"format": "{FORMAT}", "bits": {{layer: bits}}, ...}}, a plain {{layer: bits}}, a quant_cfg of ModelOpt, '
+    "an FqnToConfig of torchao, a BitWidthConfig of MCT, or an assignment_<peer>.py that `clado export` wrote"
+)
+# torchao configurations that fix the width of their weights
+_TORCHAO_WIDTHS = {"Int8WeightOnlyConfig": 8, "Int8DynamicActivationInt8WeightConfig": 8, "Int4WeightOnlyConfig": 4}
+_MCT_FLOAT = 32
+
+
+def read_assignment(path: Path, space: SearchSpace) -> Assignment:
+    """The assignment in a file, in the order of the space; None where the file leaves a layer in float."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = _python_bits(text) if path.suffix == ".py" else json.loads(text, object_pairs_hook=_without_duplicates)
+        bits = _bits(document, space)
+        return _assignment(bits, space, document)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, SyntaxError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}); {EXPECTED}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ConfigurationError(f"named twice: {_list(sorted({name for name in names if names.count(name) > 1}))}")
+    return found
+
+
+def _python_bits(text: str) -> Any:
+    """The literal `BITS` of a snippet."""
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "BITS":
+            try:
+                return ast.literal_eval(statement.value)
+            except ValueError:
+                break
+    raise ConfigurationError(f"no literal BITS = {{layer: bits}}; {EXPECTED}")
+
+
+def _bits(document: Any, space: SearchSpace) -> dict[str, Any]:
+    """Parameter name to what the file says, for the layers it names."""
+    if isinstance(document, list):
+        return _modelopt(document, space)
+    if not isinstance(document, dict) or not document:
+        raise ConfigurationError(f"not an assignment; {EXPECTED}")
+    if isinstance(document.get("format"), str):
+        return _ours(document)
+    if "quant_cfg" in document:
+        return _modelopt(document["quant_cfg"], space)
+    if "_type" in document:
+        return _torchao(document, space)
+    if "manual_weights_bit_width_selection_list" in document:
+        return _mct(document["manual_weights_bit_width_selection_list"], space)
+    if any(isinstance(value, (dict, list)) for value in document.values()):
+        raise ConfigurationError(f"not an assignment; {EXPECTED}")
+    return _named(document, space)
+
+
+def _ours(document: dict[str, Any]) -> dict[str, Any]:
+    """The bits of our own format, whose every field is as the schema says."""
+    if document["format"] != FORMAT:
+        raise ConfigurationError(f"format is {document['format']!r}; expected {FORMAT!r}")
+    bits, average, size = (document.get(key) for key in ("bits", "average_bits", "size_bytes"))
+    if not isinstance(bits, dict) or not bits:
+        raise ConfigurationError(f"bits is {bits!r}; expected an object of layer names to bits")
+    if isinstance(average, bool) or not isinstance(average, (int, float)) or not average >= 0:
+        raise ConfigurationError(f"average_bits is {average!r}; expected a number from 0")
+    if (_integer(size) or 0) < 0 or _integer(size) is None:
+        raise ConfigurationError(f"size_bytes is {size!r}; expected an integer from 0")
+    for key, kind in (("estimator", str), ("loss_predicted", (int, float)), ("status", str)):
+        if key in document and (isinstance(document[key], bool) or not isinstance(document[key], kind)):
+            raise ConfigurationError(f"{key} is {document[key]!r}; expected {'a string' if kind is str else 'a number'}")
+    return bits
+
+
+def _assignment(bits: Mapping[str, Any], space: SearchSpace, document: Any) -> Assignment:
+    """The bits in the order of the space, refused unless every layer has a candidate of its own or is left in float."""
+    faults = []
+    if unknown := [f"{name}{nearest(name, space.names)}" for name in bits if name not in space.names]:
+        faults.append(f"no searched layer is called {_list(unknown)}")
+    if missing := [name for name in space.names if name not in bits]:
+        faults.append(f"these layers are missing: {_list(missing)}")
+    for layer, candidates in zip(space.layers, space.bit_widths, strict=True):
+        if layer.name in bits and bits[layer.name] is not None:
+            found = _integer(bits[layer.name])
+            if found is None or not MIN_BITS <= found <= MAX_BITS:
+                faults.append(f"{layer.name} has {bits[layer.name]!r}, expected an integer within {MIN_BITS}..{MAX_BITS}")
+            elif found not in candidates:
+                faults.append(f"{layer.name} has {found} bits, which is not measured; its candidates are {list(candidates)}")
+    if faults:
+        raise ConfigurationError("; ".join(faults))
+    assignment = Assignment(tuple(_integer(bits[name]) for name in space.names))
+    if isinstance(document, dict) and document.get("format") == FORMAT:
+        size = space.size_bytes(assignment)
+        if document["size_bytes"] != size:
+            raise ConfigurationError(
+                f"size_bytes is {document['size_bytes']:,}, but this assignment has {size:,}: the network is another"
+            )
+    return assignment
+
+
+def _named(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+    """A mapping whose names are parameters, or modules that stand for their weight."""
+    found: dict[str, Any] = {}
+    for name, value in document.items():
+        layer = name if name in space.names or f"{name}.weight" not in space.names else f"{name}.weight"
+        if layer in found:
+            raise ConfigurationError(f"named twice: {layer}, as a parameter and as its module")
+        found[layer] = value
+    return found
+
+
+def _modelopt(entries: Any, space: SearchSpace) -> dict[str, Any]:
+    """ModelOpt's ordered list: the last entry that matches a weight quantizer's name counts; `enable` alone keeps the width."""
+    if not isinstance(entries, list):
+        raise ConfigurationError("quant_cfg is no list; the mapping of older ModelOpt is not read: its order is ambiguous")
+    width: dict[str, Any] = {}
+    enabled: dict[str, bool] = {}
+    for entry in entries:
+        pattern = entry.get("quantizer_name") if isinstance(entry, dict) else None
+        if not isinstance(pattern, str):
+            raise ConfigurationError(f"quant_cfg holds {entry!r}; expected {{'quantizer_name': ..., 'cfg': ..., 'enable': ...}}")
+        parent, cfg = entry.get("parent_class"), entry.get("cfg")
+        matched = [
+            layer.name
+            for layer in space.layers
+            if fnmatchcase(f"{layer.name}_quantizer", pattern)
+            and (parent is None or str(parent).lower() == f"nn.{layer.operator.replace('_', '')}")
+        ]
+        if not matched and pattern.endswith("weight_quantizer") and not re.search(r"[*?\[]", pattern):
+            raise ConfigurationError(f"no searched layer has the quantizer {pattern!r}{nearest(pattern, space.names)}")
+        for name in matched:
+            enabled[name] = entry.get("enable", True) is not False
+            if isinstance(cfg, dict):
+                width[name] = cfg.get("num_bits", 8)
+            elif cfg is not None:
+                width[name] = cfg  # quantizers one after the other: no single width
+            else:
+                width.setdefault(name, 8)
+    return {name: width[name] if on else None for name, on in enabled.items()}
+
+
+def _torchao(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+    """torchao's FqnToConfig: parameter, module, pattern of either, default of linear layers; the first found counts."""
+    data = document.get("_data")
+    table = (data.get("fqn_to_config") or data.get("module_fqn_to_config")) if isinstance(data, dict) else None
+    if document["_type"] not in ("FqnToConfig", "ModuleFqnToConfig") or not isinstance(table, dict):
+        raise ConfigurationError(f"a torchao configuration {document['_type']!r} names no layers; expected an FqnToConfig")
+    exact = {key for key in table if not key.startswith("re:") and key != "_default"}
+    found: dict[str, Any] = {}
+    for layer in space.layers:
+        module = layer.name.rpartition(".")[0]
+        patterns = [key for key in table if key.startswith("re:")]
+        keys = [
+            *(name for name in (layer.name, module) if name in exact),
+            *(key for name in (layer.name, module) for key in patterns if _full_match(key[3:], name)),
+            *(["_default"] if "_default" in table and layer.operator == "linear" else []),
+        ]
+        exact -= {layer.name, module}
+        if keys:
+            found[layer.name] = _torchao_width(table[keys[0]])
+    return found | {name: table[name] for name in exact}  # what is left is unknown, and refused as such
+
+
+def _torchao_width(config: Any) -> Any:
+    """Bits of a torchao configuration; the configuration's name where it has no integer width."""
+    if not isinstance(config, dict):
+        return config
+    data = config.get("_data")
+    dtype = data.get("weight_dtype") if isinstance(data, dict) else None
+    name = dtype.get("_data") if isinstance(dtype, dict) else None
+    if isinstance(name, str) and (match := re.fullmatch(r"int(\d+)", name)):
+        return int(match[1])
+    return _TORCHAO_WIDTHS.get(str(config.get("_type")), config.get("_type"))
+
+
+def _mct(selections: Any, space: SearchSpace) -> dict[str, Any]:
+    """MCT's manual choices; the last one counts. A node is called as its module, with '_bn' behind where a norm is folded."""
+    if not isinstance(selections, list):
+        raise ConfigurationError("manual_weights_bit_width_selection_list is not a list")
+    found: dict[str, Any] = {}
+    for selection in selections:
+        names = _mct_names(selection.get("filter")) if isinstance(selection, dict) else None
+        if not names:
+            raise ConfigurationError(f"only choices by node name can be read, not {selection!r}")
+        if selection.get("attr") not in ("weight", "kernel_attr"):
+            continue
+        matched = [layer.name for layer in space.layers if names & _mct_nodes(layer.name)]
+        if len(matched) > 1:
+            raise ConfigurationError(f"the node {_list(sorted(names))} could be any of {_list(matched)}")
+        bits = selection.get("bit_width")
+        found[matched[0] if matched else min(names, key=len)] = None if bits == _MCT_FLOAT else bits
+    return found
+
+
+def _mct_names(node_filter: Any) -> set[str]:
+    """Node names that a filter accepts; none where it is not made of names alone."""
+    if not isinstance(node_filter, dict):
+        return set()
+    if set(node_filter) == {"matcher_a", "matcher_b"}:  # of "or", as far as one can tell
+        parts = [_mct_names(part) for part in node_filter.values()]
+        return parts[0] | parts[1] if all(parts) else set()
+    name = node_filter.get("node_name")
+    return {name} if isinstance(name, str) else set()
+
+
+def _mct_nodes(parameter: str) -> set[str]:
+    """What torch.fx and MCT may call the node of a parameter's module."""
+    node = re.sub(r"(?<=[a-z])([A-Z])", r"_\1", parameter.rpartition(".")[0].replace(".", "_")).lower()
+    plain = {node, f"_{node}", parameter.rpartition(".")[0].replace(".", "_")}
+    return plain | {f"{name}_bn" for name in plain}
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigurationError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def _integer(value: Any) -> int | None:
+    """The value where it is an integer as JSON means it (4 and 4.0, but not true)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        return None
+    return int(value)
+
+
+def _list(names: Iterable[str], most: int = 8) -> str:
+    """The names, at most eight of them."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

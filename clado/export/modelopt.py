@@ -1,0 +1,67 @@
+"""A Python file that quantizes a network with NVIDIA ModelOpt (nvidia-modelopt) as assigned. Verified with 0.47.0.
+
+Format: https://nvidia.github.io/Model-Optimizer/guides/_quant_cfg.html, an ordered list of quantizer names and their settings.
+One bit is refused: ModelOpt's one-bit grid holds nothing but zero, ours −1 and +1. Widths other than 8 are simulated there.
+"""
+
+from clado.export.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal
+from clado.space import Assignment, SearchSpace
+
+OPERATORS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
+
+_BODY = '''
+QUANT_CFG = {
+    "quant_cfg": [
+        {"quantizer_name": "*", "enable": False},
+        *(
+            {
+                "quantizer_name": f"{name}_quantizer",
+                "cfg": {"num_bits": bits, "axis": CHANNEL_AXIS.get(name, 0), "narrow_range": True},
+            }
+            for name, bits in BITS.items()
+            if bits is not None
+        ),
+    ],
+    "algorithm": {"method": "mse", "start_multiplier": 0.1, "stop_multiplier": 1.0, "step_size": 0.05},
+}
+
+
+def quantize(model):
+    """Simulates the quantized weights in place and returns the model."""
+    refuse_shared(model)
+    attention = [name for name, module in model.named_modules() if isinstance(module, torch.nn.MultiheadAttention)]
+    unseen = [name for name in BITS if BITS[name] is not None and any(name.startswith(f"{a}.") for a in attention)]
+    if unseen:
+        raise ValueError(f"ModelOpt does not quantize inside torch.nn.MultiheadAttention: {unseen}")
+    mtq.quantize(model, QUANT_CFG)
+    for name, bits in BITS.items():
+        quantizer = model.get_submodule(f"{name}_quantizer") if bits is not None else None
+        if quantizer is not None and (not quantizer.is_enabled or quantizer.num_bits != bits):
+            raise ValueError(f"{name} came out with {quantizer}, expected {bits} bits")
+    return model
+'''
+
+
+def snippet(space: SearchSpace, assignment: Assignment) -> str:
+    """The file's text; ConfigurationError names what ModelOpt cannot express."""
+    check_expressible("ModelOpt", space, assignment, OPERATORS, least=2, most=16)
+    axes = {layer.name: layer.channel_axis for layer in space.layers if layer.channel_axis != 0}
+    return f'''"""{headline("NVIDIA ModelOpt", space, assignment)}
+
+    from assignment_modelopt import quantize
+
+    quantize(network)
+
+Weights only, symmetric, one scale per output channel. ModelOpt fits the scales itself (least squared error), so the loss
+differs a little from the one that was measured. None leaves a layer in float.
+"""
+
+import modelopt.torch.quantization as mtq
+import torch
+
+{literal(space, assignment)}
+# the output channels of all others are axis 0
+CHANNEL_AXIS = {axes!r}
+{_BODY.rstrip()}
+
+{NO_SHARED_WEIGHTS}'''

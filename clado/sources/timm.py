@@ -1,0 +1,42 @@
+"""timm's networks by name, with weights from a local safetensors file: nothing is ever downloaded."""
+
+import warnings
+from types import ModuleType
+
+from torch import nn
+
+from clado.config import NetworkSettings
+from clado.errors import NetworkError
+from clado.images import ImageShape
+from clado.plugins import nearest
+
+
+def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
+    """The architecture of that name; its weights are the file `network.weights`, or random numbers if the settings say so.
+
+    Networks made for one image size (vision transformers) are built for `network.image_shape` where it is given.
+    """
+    timm = _timm()
+    valid: list[str] = timm.list_models()
+    if settings.name not in valid:
+        raise NetworkError(
+            f"timm has no network {settings.name!r}{nearest(settings.name, valid)}; timm.list_models() names its {len(valid)}"
+        )
+    options: dict[str, object] = {}
+    if settings.image_shape is not None:
+        options["in_chans"] = settings.image_shape[0]
+        if timm.get_pretrained_cfg(settings.name).fixed_input_size:
+            options["img_size"] = settings.image_shape[1:]
+    model: nn.Module = timm.create_model(settings.name, pretrained=False, **options)
+    channels, height, width = timm.get_pretrained_cfg(settings.name).input_size
+    return model, (channels, height, width)
+
+
+def _timm() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm imports modules that it has deprecated itself
+            import timm
+    except ImportError as error:
+        raise NetworkError(f"network.source timm needs timm ({error}); install it: pip install timm") from None
+    return timm

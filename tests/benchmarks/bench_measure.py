@@ -1,0 +1,329 @@
+"""How close measuring is to its floor, as ratios within one run on this machine; writes MEASURE.md. Run: make bench.
+
+The *floor* of a tile is what ordinary inference spends behind its cuts: Σ over pairs (or singles) of the operators from the cut
+on, each at the batch size where it is fastest, measured one by one in this process. Times are CPU seconds of the process, which
+other processes on the machine disturb least; one thread.
+"""
+
+import argparse
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clado.graph import Graph, State, compile_graph
+from clado.measure import Workbench, measure_tile
+from clado.network import Network
+from clado.probes import Plan, Tile
+from clado.quantizers import WeightQuantizer
+from clado.shards import Store
+
+HERE = Path(__file__).parent
+SIZE, IMAGES, MANY, BITS = 64, 16, 64, (2, 4, 8)
+BATCHES = (8, 16, 32, 64, 128, 256, 512)
+
+
+def transformer() -> nn.Module:
+    """Six blocks of width 192 on 8 × 8 patches."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(image_size=SIZE, patch_size=8, num_layers=6, num_heads=6, hidden_dim=192, mlp_dim=768)
+
+
+def by_name(name: str) -> nn.Module:
+    """A torchvision network with random weights."""
+    from torchvision import models
+
+    model: nn.Module = models.get_model(name, weights=None)
+    return model
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: by_name("resnet18"),
+    "mobilenet_v2": lambda: by_name("mobilenet_v2"),
+    "vit_6_blocks": transformer,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of CPU for one sample block, and counts."""
+
+    name: str
+    layers: int
+    pairs: int
+    whole_macs: int
+    floor: dict[str, float]
+    measured: dict[str, float]
+    floor_rate: float
+    inference_rate: float
+    swapping: float
+    whole_over_suffix: float
+    outside: dict[str, float]
+    sweep: list[tuple[str, float, list[float]]]
+
+
+def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
+    """Least CPU seconds of a call, after one to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        work()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+@torch.inference_mode()
+def operator_seconds(graph: Graph) -> np.ndarray:
+    """Seconds for one image of each instruction, at its best batch size."""
+    best = np.full(len(graph.instructions), np.inf)
+    for batch in BATCHES:
+        images = torch.randn(batch, 3, SIZE, SIZE)
+        for _ in range(4 if batch <= 128 else 3):
+            state = State({graph.input_slot: images}, 0, batch)
+            for k in range(len(graph.instructions)):
+                begin = time.process_time()
+                state = graph.run(state, k + 1, {})
+                best[k] = min(best[k], (time.process_time() - begin) / batch)
+    return best
+
+
+@torch.inference_mode()
+def inference_seconds(model: nn.Module) -> float:
+    """Seconds for one image of the module itself at its best batch size."""
+    batches = [torch.randn(batch, 3, SIZE, SIZE) for batch in BATCHES]
+    return min(seconds(lambda x=images: model(x)) / len(images) for images in batches)
+
+
+@torch.inference_mode()
+def swapping_seconds(model: nn.Module, bench: Workbench, trials: int = 6) -> float:
+    """Seconds for one image of a pair done the plain way: copy two weights in, run the module whole, copy them back."""
+    parameters = dict(model.named_parameters())
+    draw, space = random.Random(0), bench.space
+    best = np.inf
+    for batch in BATCHES:
+        images = torch.randn(batch, 3, SIZE, SIZE)
+        begin = time.process_time()
+        for _ in range(trials if batch < 128 else 2):
+            chosen = draw.sample(range(space.num_options), 2)
+            for option in chosen:
+                parameters[space.layers[space.options[option][0]].name].copy_(bench.quantized[option])
+            model(images)
+            for option in chosen:
+                layer = space.options[option][0]
+                parameters[space.layers[layer].name].copy_(originals(bench)[layer])
+        best = min(best, (time.process_time() - begin) / (trials if batch < 128 else 2) / batch)
+    return best
+
+
+_ORIGINALS: dict[int, tuple[Tensor, ...]] = {}
+
+
+def originals(bench: Workbench) -> tuple[Tensor, ...]:
+    """Copies of the float weights, made once."""
+    if id(bench) not in _ORIGINALS:
+        _ORIGINALS[id(bench)] = tuple(weight.clone() for weight in bench.network.weights)
+    return _ORIGINALS[id(bench)]
+
+
+class Stopwatch:
+    """Accumulates the seconds and instructions of a graph's runs, so that what is left is work outside the forwards."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.seconds, self.instructions, run = 0.0, 0, graph.run
+
+        def timed(state: State, stop: int, weights: Any) -> State:
+            begin = time.process_time()
+            result = run(state, stop, weights)
+            self.seconds += time.process_time() - begin
+            self.instructions += stop - state.position
+            return result
+
+        graph.run = timed  # type: ignore[method-assign]
+
+
+def loop_seconds(model: nn.Module) -> float:
+    """Seconds of the interpreter for one instruction: a run whose operators do nothing."""
+    graph = compile_graph(model, torch.randn(1, 3, SIZE, SIZE), lambda _: False)
+    nothing = torch.empty(0)
+    from dataclasses import replace
+
+    graph.instructions = tuple(replace(step, function=lambda *_, **__: (nothing,) * 3) for step in graph.instructions)
+    state = State({graph.input_slot: nothing}, 0, 1)
+    return seconds(lambda: graph.run(state, len(graph.instructions), {}), 50) / len(graph.instructions)
+
+
+def batch_sweep(network: Network) -> list[tuple[str, float, list[float]]]:
+    """At three cuts: (layer, MB of one image's values, seconds for one image at each batch relative to the best)."""
+    rows = []
+    for j in (1, len(network.layers) // 3, 2 * len(network.layers) // 3):
+        times = []
+        for batch in BATCHES:
+            state = network.advance(network.begin(torch.randn(batch, 3, SIZE, SIZE)), j)
+            times.append(seconds(lambda s=state: network.finish(s), 2) / batch)
+        peak = network.graph.cuts[j].peak_bytes_per_image / 1e6
+        rows.append((network.layers[j].name, peak, [t / min(times) for t in times]))
+    return rows
+
+
+def measure(name: str, folder: Path) -> Result:
+    """Everything about one network."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    images = torch.randn(MANY, 3, SIZE, SIZE)
+    network = Network(model, images[:1])
+    graph = network.graph
+    assert isinstance(graph, Graph)
+    space = network.search_space(BITS)
+
+    def workbench(count: int) -> Workbench:
+        quantizer, blocks = WeightQuantizer("minmax"), ((0, count),)
+        return Workbench(network, space, quantizer, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
+
+    bench = workbench(IMAGES)
+    plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
+    Store.create(folder / f"{name}.zarr", plan, {}, {}, {})
+
+    operators = operator_seconds(graph)
+    suffix = [float(operators[cut.position :].sum()) for cut in graph.cuts]
+    offsets = space.offsets
+    pairs = [(offsets[j + 1] - offsets[j]) * offsets[j] for j in range(space.num_layers)]
+    floor: dict[str, float] = {
+        "pairs": IMAGES * sum(n * s for n, s in zip(pairs, suffix, strict=True)),
+        "singles": IMAGES * sum(suffix[layer] for layer, _ in space.options),
+    }
+    floor["gram"] = floor["singles"]
+    inference = inference_seconds(model)
+    swapping = swapping_seconds(model, bench)
+    sweep = batch_sweep(network)
+    per_instruction = loop_seconds(model)
+
+    def as_the_flow_does(bench: Workbench, tile: Tile) -> None:
+        Store.open(folder / f"{name}.zarr").write(tile, measure_tile(bench, tile))
+
+    measured, outside = {}, {}
+    watch = Stopwatch(graph)
+    for tile, count in [*((tile, IMAGES) for tile in plan.tiles), (Tile("singles", 0), MANY), (Tile("gram", 0), MANY)]:
+        bench = bench if count == IMAGES else workbench(count)
+        as_the_flow_does(bench, Tile("singles", 0))
+        took = []
+        for _ in range(1 if tile.kind == "pairs" else 3):
+            watch.seconds, watch.instructions = 0.0, 0
+            begin = time.process_time()
+            as_the_flow_does(bench, tile)
+            took.append(time.process_time() - begin)
+            share = (took[-1] - watch.seconds + watch.instructions * per_instruction) / took[-1]
+        kind = tile.kind if count == IMAGES else f"{tile.kind} of {count}"
+        measured[kind], outside[kind] = min(took), share
+        floor.setdefault(kind, floor[tile.kind] * count / IMAGES)
+    return Result(
+        name,
+        space.num_layers,
+        sum(pairs),
+        graph.macs,
+        floor,
+        measured,
+        2 * graph.macs / float(operators.sum()) / 1e9,
+        2 * graph.macs / inference / 1e9,
+        sum(pairs) * IMAGES * swapping,
+        sum(pairs) * IMAGES * float(operators.sum()) / floor["pairs"],
+        outside,
+        sweep,
+    )
+
+
+def machine() -> str:
+    """Processor, memory, versions."""
+    import psutil
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{model}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread"
+    )
+
+
+def report(results: Sequence[Result]) -> str:
+    """The Markdown page."""
+    lines = [
+        "# Measuring against its floor",
+        "",
+        "Written by `make bench` (tests/benchmarks/bench_measure.py). Ratios within one run; times are CPU seconds.",
+        "",
+        f"Machine: {machine()}.",
+        "",
+        f"Setting: {SIZE} × {SIZE} pixels, bits {BITS}, all layers, all pairs, a sample block of {IMAGES} images ({MANY} in the "
+        "columns that say so), `kl_to_float`, one worker; a tile as the flow executes it, the checksummed Zarr write included.",
+        "",
+        "| network | layers | pairs | floor s | pairs s | **pairs ÷ floor** (goal 1.25) | gauss_newton ÷ floor, "
+        f"{MANY} images (goal 1.15) | {IMAGES} images | layerwise ÷ floor, {MANY} images (goal 1.15) | {IMAGES} images | "
+        "GFLOP/s of the floor's operators, whole network | of the module's inference | gain over swapping | whole ÷ suffix | "
+        "gain ÷ that (goal 0.8) | outside forwards (goal 2 %) |",
+        "|---|" + "--:|" * 15,
+    ]
+    for r in results:
+        gain = r.swapping / r.measured["pairs"]
+        ratio = {kind: r.measured[kind] / r.floor[kind] for kind in r.measured}
+        cells = [
+            *(r.name, str(r.layers), f"{r.pairs:,}", f"{r.floor['pairs']:.1f}", f"{r.measured['pairs']:.1f}"),
+            f"**{ratio['pairs']:.2f}**",
+            *(f"{ratio[kind]:.2f}" for kind in (f"gram of {MANY}", "gram", f"singles of {MANY}", "singles")),
+            *(f"{r.floor_rate:.0f}", f"{r.inference_rate:.0f}", f"{gain:.1f}", f"{r.whole_over_suffix:.1f}"),
+            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * r.outside['pairs']:.1f} %"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "- *floor*: Σ over pairs of the operators behind the cut, each at its best batch size of "
+        f"{', '.join(map(str, BATCHES))}; for the other two, over single options.",
+        "- *inference*: the module itself in inference mode at its best batch size.",
+        "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
+        "- *outside forwards*: criterion, stacking, bookkeeping, the loop over instructions and the write, of the pairs' time.",
+        "",
+        "## Batch size",
+        "",
+        "Seconds for an image of a run resumed at a layer, relative to the best batch. A run is fastest while batch × values of "
+        "one image stay within the 32 MB that the cache holds and the batch is large; the default follows from that.",
+        "",
+        "| network, resumed at | MB an image | " + " | ".join(map(str, BATCHES)) + " |",
+        "|---|" + "--:|" * (1 + len(BATCHES)),
+    ]
+    for r in results:
+        for layer, peak, times in r.sweep:
+            lines.append(f"| {r.name} {layer} | {peak:.2f} | " + " | ".join(f"{t:.2f}" for t in times) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--output", type=Path, default=HERE / "MEASURE.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.networks:
+            results.append(measure(name, Path(folder)))
+            r = results[-1]
+            print(name, {kind: round(r.measured[kind] / r.floor[kind], 3) for kind in r.measured}, r.outside, flush=True)
+    arguments.output.write_text(report(results), encoding="utf-8")
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

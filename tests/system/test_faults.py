@@ -1,0 +1,130 @@
+"""Faults of real processes: what was measured is kept, what is absent is measured, and the matrix is the same bit for bit."""
+
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+
+from clado.config import parse_config
+from clado.records import RunRecord
+from flows import clusters
+from flows.measure import measure
+from flows.run import Clock, Run
+from flows.session import Session
+from tests.running import config
+from tests.system.running import Bench, chunk_times, end_group, group_members, measured, wait_for
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+
+
+def measure_only(document: dict, during=lambda run: None) -> Run:
+    """The measure phase with the configured workers, without Prefect; `during` is called in a thread while tiles are computed."""
+    settings = parse_config(document)
+    session = Session.open(settings)
+    session.open_store()
+    with clusters.start(settings) as workers:
+        workers.open_session(settings)
+        run = Run(session, workers, Clock())
+        thread = threading.Thread(target=during, args=(run,))
+        thread.start()
+        measure.fn(run)
+        thread.join()
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_measure_what_one_process_measures_bit_for_bit(finished, tmp_path, workers):
+    document = config(tmp_path / "run", cluster={"kind": "local", "workers": workers})
+    run = measure_only(document)
+    assert run.measuring.computed == run.measuring.tiles == 12
+    assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
+
+
+def test_a_worker_killed_in_mid_tile_costs_no_number(finished, tmp_path):
+    document = config(tmp_path / "run", cluster={"kind": "local", "workers": 2})
+    killed = []
+
+    def kill_one(run: Run) -> None:
+        store = run.session.open_store()
+        wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")  # only pairs are left: seconds each
+        victim = next(iter(run.workers.client.scheduler_info()["workers"].values()))["nanny"]
+        pids = run.workers.client.run(os.getpid, nanny=False)
+        os.kill(sorted(pids.values())[0], signal.SIGKILL)
+        killed.append(victim)
+
+    run = measure_only(document, kill_one)
+    assert killed
+    assert run.measuring.computed == 12
+    assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
+
+
+@pytest.fixture
+def half_way(tmp_path):
+    """A run of the command with two workers that has measured some of its tiles, and not all."""
+    bench = Bench(tmp_path / "bench")
+    bench.write(cluster={"kind": "local", "workers": 2})
+    process = bench.start("run", "clado.yaml", name="first")
+    try:
+        wait_for(lambda: len(bench.done()) >= 3, "some tiles", process)
+        yield bench, process
+    finally:
+        end_group(process)
+
+
+def check_resumed(bench: Bench, finished, done: list, times: dict[str, int]) -> None:
+    """Runs the command again: only absent tiles are written, and the matrix is that of a run without faults."""
+    store = bench.run_folder / "store.zarr"
+    text = bench.run("run", "clado.yaml", name="second")
+    later = chunk_times(store)
+    names = {kind: len([tile for tile in done if tile.kind == kind]) for kind in ("singles", "gram", "pairs")}
+    assert sum(names.values()) == len(done)
+    kept = [name for name, when in times.items() if later[name] == when]
+    assert len(kept) >= len(done)  # every tile that was done was left alone
+    assert len(later) - len(kept) <= 12 - len(done)  # and no more than the absent ones were computed
+    assert measured(store) == measured(finished.folder / "store.zarr")
+    ours, theirs = (RunRecord.load(folder / "record.json") for folder in (bench.run_folder, finished.folder))
+    assert [(r.assignment, r.loss_shipped, r.validation.top1) for r in ours.results] == [
+        (r.assignment, r.loss_shipped, r.validation.top1) for r in theirs.results
+    ]
+    assert "Shutdown took" in text
+    assert bench.outside() == []
+
+
+def test_a_run_killed_half_way_goes_on_from_there(half_way, finished):
+    bench, process = half_way
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+    wait_for(lambda: not any("spawn_main" in line for line in group_members(process)), "the workers' end")
+    done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
+    assert 3 <= len(done) < 12
+    assert not (bench.run_folder / "record.json").exists()
+    check_resumed(bench, finished, done, times)
+
+
+def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(half_way, finished):
+    bench, process = half_way
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    assert process.wait(180) == 130, bench.printed("first")
+    text = bench.printed("first")
+    assert "clado: interrupted" in text
+    assert "Traceback" not in text
+    wait_for(lambda: not group_members(process), "the end of every process")
+    done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
+    assert 3 <= len(done) < 12
+    check_resumed(bench, finished, done, times)
+
+
+def test_the_watch_sees_and_stops_a_look_up(tmp_path):
+    import sys
+    from pathlib import Path
+
+    bench = Bench(tmp_path / "bench", executable=Path(sys.executable))
+    process = bench.start("-c", "import socket; socket.getaddrinfo('example.org', 443)")
+    assert process.wait(60) != 0
+    assert bench.outside()[0].startswith("socket.getaddrinfo example.org")
+    process = bench.start("-c", "import socket; socket.create_connection(('10.255.255.1', 9), timeout=1)")
+    assert process.wait(60) != 0
+    assert "10.255.255.1" in bench.outside()[1]
+    assert psutil.pid_exists(os.getpid())
