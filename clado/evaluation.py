@@ -70,7 +70,7 @@ def count(
 def per_image(
     network: Network, weights: Mapping[int, Tensor], images: ImageSlice, batch_images: int = 128
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(loss, top-1 hit) of each image (n,): what paired comparisons need. Without labels the loss is KL and a hit is agreement."""
+    """(loss, top-1 hit) of each image (n,): for paired comparisons. Without labels: KL, and agreement with the float network."""
     losses, hits = [], []
     for low, high in shards(len(images), batch_images):
         x, labels = images.load(low, high)

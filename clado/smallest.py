@@ -64,8 +64,8 @@ def smallest(
 ) -> Smallest:
     """The smallest assignment whose measured cost has its upper 95 % limit at or under `bound`.
 
-    `front` are first candidates; `between(low, high)` proposes assignments of more than `low` and less than `high` bytes, asked for
-    at most `rounds` times. Raises InfeasibleError where no candidate meets the bound, with the best that was measured.
+    `front` are first candidates; `between(low, high)` proposes assignments of more than `low` and less than `high` bytes, at
+    most `rounds` times. Raises InfeasibleError where no candidate meets the bound, with the best that was measured.
     """
     found: dict[Assignment, Candidate] = {}
 
@@ -94,8 +94,8 @@ def smallest(
         best = min(order, key=lambda c: c.measured.high)
         raise InfeasibleError(
             f"no candidate is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
-            f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} bytes: "
-            "allow more, measure on more images (selection_images), or offer wider bits"
+            f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} "
+            "bytes: allow more, measure on more images (selection_images), or offer wider bits"
         )
     larger = order[first + 1] if first + 1 < len(order) else None
     return Smallest(order[first], order[first - 1] if first else None, larger, tuple(order), bound)

@@ -141,7 +141,9 @@ class SearchSpace:
             matched = [i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns)]
             if len(matched) < 2:
                 found = ", ".join(self.layers[i].name for i in matched) or "no layer"
-                raise ConfigurationError(f"the tie {list(patterns)} matches {found}; expected two or more of {', '.join(self.names)}")
+                raise ConfigurationError(
+                    f"the tie {list(patterns)} matches {found}; expected two or more of {', '.join(self.names)}"
+                )
             ties.append(tuple(matched))
         return SearchSpace(self.layers, self.bit_widths, tuple(ties))
 

@@ -53,7 +53,7 @@ def test_two_limits_on_one_cost_are_the_tighter_one(stored):
 
 @pytest.mark.parametrize("limit", ["bops", "bops=", "bops=x", "=3"])
 def test_a_limit_that_is_none_is_refused(limit, stored):
-    with pytest.raises(ConfigurationError, match="KIND=BOUND|unknown constraint"):
+    with pytest.raises(ConfigurationError, match=r"KIND=BOUND|unknown constraint"):
         list(stored.solve(Budget("average_bits", 3.0), [limit]))
 
 
