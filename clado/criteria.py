@@ -23,19 +23,21 @@ def kl_to_float(logits: Tensor, float_logits: Tensor) -> Tensor:
 
     Label-free, zero for the float network, and its gradient there is zero too (method: ZeroQ, arXiv 2001.00281, equation 3).
     """
-    return _kl(logits, float_logits.double().log_softmax(-1))
+    log_p = float_logits.double().log_softmax(-1)
+    return _kl(logits, log_p, log_p.exp())
 
 
-def _kl(logits: Tensor, log_p: Tensor) -> Tensor:
-    gap = logits.double().log_softmax(-1).neg_().add_(log_p)
-    return torch.einsum("...nc,nc->...n", gap, log_p.exp())
+def _kl(logits: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
+    gap = log_p - logits.double().log_softmax(-1)
+    return gap.mul_(p).sum(-1)
 
 
 def bind(name: str, float_logits: Tensor, labels: Tensor | None) -> Criterion:
     """The criterion as a function of logits alone, for one batch whose float logits and labels are known."""
     if name == "kl_to_float":
         log_p = float_logits.double().log_softmax(-1)
-        return lambda logits: _kl(logits, log_p)
+        p = log_p.exp()
+        return lambda logits: _kl(logits, log_p, p)
     if name == "cross_entropy":
         if labels is None:
             raise DataError(

@@ -80,7 +80,7 @@ class Pass:
         return criteria.bind(name, self.float_logits, self.labels)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stack:
     """Rows whose values at the current cut lie behind one another in the batch."""
 
@@ -112,28 +112,6 @@ def quantize_all(network: Network, space: SearchSpace, quantizer: WeightQuantize
         nhwc = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
         quantized.append(value.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format))
     return tuple(quantized)
-
-
-def network_batching(
-    network: Network, images_per_block: int, batch_images: int | None = None, memory_limit: int | None = None
-) -> Batching:
-    """How images travel through this network on its device."""
-    cuts = network.graph.cuts
-    return batching(
-        [cut.bytes_per_image for cut in cuts],
-        [cut.peak_bytes_per_image for cut in cuts],
-        images_per_block,
-        batch_images,
-        memory_limit,
-        **({"cache_bytes": GPU_BYTES} if network.device.type == "cuda" else {}),
-    )
-
-
-def quantize_all(network: Network, space: SearchSpace, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
-    """Q(w_i, b) of every option, once."""
-    return tuple(
-        quantizer.fake_quantize(network.weights[i], b, network.layers[i].channel_axis).contiguous() for i, b in space.options
-    )
 
 
 def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memory_limit: int | None) -> int:
@@ -210,19 +188,17 @@ def _pairs(bench: Workbench, tile: Tile) -> Array:
 
 def _finished_rows(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tensor]]:
     """(rows, logits (rows, n, classes)) of every option alone, stack by stack."""
-    last: list[_Stack] = []
-    for layer, stacks in _sweep(bench, part, range(bench.space.num_options), to_the_end=True):
-        if layer == bench.space.num_layers:
-            last = stacks
-    for stack in last:
-        logits = bench.network.graph.output(stack.state)
-        yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)
+    for _, stacks in _sweep(bench, part, range(bench.space.num_options), to_the_end=True):
+        for stack in stacks:
+            logits = bench.network.graph.output(stack.state)
+            yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)
 
 
 def _sweep(bench: Workbench, part: Pass, rows: range, to_the_end: bool = False) -> Iterator[tuple[int, list[_Stack]]]:
     """Yields (layer, the rows of earlier layers as stacks at this layer's cut) for every layer behind the first row.
 
-    With `to_the_end` a last item (num_layers, all rows) holds finished runs.
+    With `to_the_end` a stack is run to the end as soon as it is full, while its values are in the cache, and yielded once, as
+    a finished run; what is left is yielded behind the last layer.
     """
     network, space = bench.network, bench.space
     num_layers = space.num_layers
@@ -243,7 +219,14 @@ def _sweep(bench: Workbench, part: Pass, rows: range, to_the_end: bool = False) 
         stacks = _packed(network, stacks + born, capacity, layer + 1)
         if layer < last:
             float_state = network.advance(float_state, layer + 1)
-        yield layer + 1, stacks
+        if to_the_end:
+            full = [stack for stack in stacks if layer + 1 == num_layers or len(stack.rows) >= capacity]
+            stacks = [stack for stack in stacks if stack not in full]
+            for stack in full:
+                stack.state = network.advance(stack.state, num_layers)
+            yield num_layers, full
+        else:
+            yield layer + 1, stacks
 
 
 def _packed(network: Network, stacks: list[_Stack], capacity: int, layer: int) -> list[_Stack]:

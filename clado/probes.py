@@ -169,17 +169,17 @@ def rows_within_memory(
     """Rows of a `pairs` tile whose stored prefixes fit into `limit_bytes` beside `working_bytes`; all rows where they do.
 
     `bytes_per_image[i]` is what the values alive before layer i take. A tile holds one copy of them for each of its rows of
-    earlier layers, and one of the float run.
+    earlier layers, one of the float run, and one that is being made.
     """
     available = limit_bytes - working_bytes
     rows = space.num_options
     for layer, size in enumerate(bytes_per_image):
         copy = max(1, size * images_per_pass)
-        if (min(rows, space.offsets[layer]) + 1) * copy > available:
-            rows = available // copy - 1
+        if (min(rows, space.offsets[layer]) + 2) * copy > available:
+            rows = available // copy - 2
             if rows < 1:
                 raise ConfigurationError(
-                    f"the memory limit of {limit_bytes / 1e6:.0f} MB is too small: needed are two stored prefixes of "
+                    f"the memory limit of {limit_bytes / 1e6:.0f} MB is too small: needed are three stored prefixes of "
                     f"{images_per_pass} images, {copy / 1e6:.1f} MB each before {space.layers[layer].name}, beside "
                     f"{working_bytes / 1e6:.1f} MB for a run, available {max(available, 0) / 1e6:.1f} MB; raise memory_limit_mb "
                     "or use more sample_blocks (fewer images each)"

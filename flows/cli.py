@@ -1,11 +1,9 @@
 """The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
 
 import atexit
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -104,6 +102,7 @@ def run(config: Config, overrides: Overrides = None) -> None:
     clock["start-up"] = begin - BEGIN
     typer.echo(_plan_text(session), err=True)
     from flows.environment import make_home
+    from flows.guard import orchestrated
     from flows.run import locked
 
     with locked(session.folder):  # refused here, where a message is enough, and held by the flow
@@ -113,7 +112,7 @@ def run(config: Config, overrides: Overrides = None) -> None:
     clock["start-up"] += time.perf_counter() - begin
     entered = time.perf_counter()
     before = dict(clock)
-    with _orchestrated(lambda: clock == before):
+    with orchestrated(lambda: clock == before):
         receipt = pipeline(settings.model_dump(mode="json"), clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())
@@ -271,36 +270,6 @@ def doctor() -> None:
     typer.echo(text)
     if not healthy:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
-    """Makes one message of a failure of Prefect itself (`outside` the flow's phases), and of user errors inside the flow."""
-    import logging
-
-    from clado.errors import CladoError, ServerError
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], CladoError))
-
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(wanted)
-    try:
-        yield
-    except CladoError:
-        raise
-    except Exception as error:
-        if not outside():
-            raise
-        url = os.environ.get("PREFECT_API_URL")
-        if url:
-            advice = f"start the server at {url}, or unset PREFECT_API_URL to use an embedded one"
-        else:
-            advice = (
-                "its embedded server needs a free port on 127.0.0.1 and a folder to write to (PREFECT_HOME); "
-                "or run `prefect server start` and set PREFECT_API_URL"
-            )
-        raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {advice}") from None
 
 
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":

@@ -17,6 +17,8 @@ def set_defaults(folder: Path) -> None:
         "PREFECT_CLI_COLORS": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
+    if "PREFECT_API_URL" not in os.environ:  # the embedded server is on this machine: it answers at once, or it has ended
+        defaults["PREFECT_CLIENT_MAX_RETRIES"] = "2"
     if not Path("~/.prefect").expanduser().exists():  # a user who has Prefect keeps its profiles and its server
         defaults["PREFECT_HOME"] = str((folder / ".prefect").resolve())
     if not Path("~/.config/matplotlib").expanduser().exists():

@@ -1,5 +1,7 @@
 """What lives on a Dask worker: the network, the sensitivity set and the store, loaded once, and the functions that tasks call."""
 
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,8 @@ class SessionPlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask when the worker starts."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: it is the flow's to heed
         open_session(self.document)
 
 

@@ -59,10 +59,10 @@ def test_finer_row_tiles_cost_only_prefixes():
 def test_rows_shrink_to_the_memory_limit_and_too_little_is_refused_with_numbers():
     alive = [100, 200, 50, 10]
     assert rows_within_memory(space(4), 10, alive, 10**6) == 12
-    assert rows_within_memory(space(4), 10, alive, 8_000) == 12  # before layer 1 there are 3 rows and the float run
-    assert rows_within_memory(space(4), 10, alive, 7_999) == 2
-    assert rows_within_memory(space(4), 10, alive, 8_999, working_bytes=1_000) == 2
-    with pytest.raises(ConfigurationError, match=r"two stored prefixes of 10 images, 2\.0 MB each before l1"):
+    assert rows_within_memory(space(4), 10, alive, 10_000) == 12  # before layer 1: 3 rows, the float run, and a new one
+    assert rows_within_memory(space(4), 10, alive, 9_999) == 2
+    assert rows_within_memory(space(4), 10, alive, 10_999, working_bytes=1_000) == 2
+    with pytest.raises(ConfigurationError, match=r"three stored prefixes of 10 images, 2\.0 MB each before l1"):
         rows_within_memory(space(4), 10, [1, 2 * 10**5, 1, 1], 3 * 10**6)
 
 

@@ -105,18 +105,20 @@ def non_finite(measured: Measured) -> list[str]:
         blocks = np.flatnonzero(bad)
         return f"in sample block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
 
-    singles = ~np.isfinite(measured.sums["singles"][:, 1:])
-    alone = singles.any(0)
+    singles: NDArray[np.bool_] = ~np.isfinite(measured.sums["singles"][:, 1:])
+    alone = np.asarray(singles.any(axis=0))
     lines = [
-        f"{label(k)} has a NaN or infinite loss {where(singles[:, k])}: this candidate is excluded" for k in np.flatnonzero(alone)
+        f"{label(int(k))} has a NaN or infinite loss {where(singles[:, k])}: this candidate is excluded"
+        for k in np.flatnonzero(alone)
     ]
     if "pairs" in measured.sums:
         owner = np.array([layer for layer, _ in space.options])
         counted = (owner[:, None] < owner[None, :]) & ~alone[:, None] & ~alone[None, :]
-        pairs = ~np.isfinite(measured.sums["pairs"]) & counted
+        pairs: NDArray[np.bool_] = ~np.isfinite(measured.sums["pairs"]) & counted
         lines += [
-            f"{label(k)} with {label(m)} has a NaN or infinite loss {where(pairs[:, k, m])}: the two are not chosen together"
-            for k, m in np.argwhere(pairs.any(0))
+            f"{label(int(k))} with {label(int(m))} has a NaN or infinite loss {where(pairs[:, k, m])}: "
+            "the two are not chosen together"
+            for k, m in np.argwhere(pairs.any(axis=0))
         ]
     return lines
 

@@ -73,7 +73,9 @@ def test_a_server_that_is_not_there_is_one_message(tmp_path):
 
 
 def test_a_wheel_outside_the_clone_runs_the_demo(tmp_path):
-    built = [sys.executable, "-m", "uv", "build", "--wheel", "--quiet", "--out-dir", str(tmp_path / "dist"), str(ROOT)]
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert uv, "uv is missing; make install puts it beside python"
+    built = [uv, "build", "--wheel", "--quiet", "--out-dir", str(tmp_path / "dist"), str(ROOT)]
     subprocess.run(built, check=True, timeout=PATIENCE)
     wheel = next((tmp_path / "dist").glob("clado-*.whl"))
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=PATIENCE)
@@ -82,7 +84,7 @@ def test_a_wheel_outside_the_clone_runs_the_demo(tmp_path):
     packages = Path(subprocess.run(where, check=True, capture_output=True, text=True, timeout=60).stdout.strip())
     # the libraries of this environment, without its editable install of the clone: files *.pth there are not read
     (packages / "libraries.pth").write_text(site.getsitepackages()[0] + "\n")
-    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--offline", "--no-deps", "--python", python, wheel]
+    install = [uv, "pip", "install", "--quiet", "--offline", "--no-deps", "--python", python, wheel]
     subprocess.run(install, check=True, timeout=PATIENCE)
     bench = Bench(tmp_path / "elsewhere", executable=tmp_path / "venv" / "bin" / "clado")
     asked = Bench(tmp_path / "asked", executable=python)

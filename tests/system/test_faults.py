@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 
-import psutil
 import pytest
 
 from clado.config import parse_config
@@ -49,10 +50,8 @@ def test_a_worker_killed_in_mid_tile_costs_no_number(finished, tmp_path):
     def kill_one(run: Run) -> None:
         store = run.session.open_store()
         wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")  # only pairs are left: seconds each
-        victim = next(iter(run.workers.client.scheduler_info()["workers"].values()))["nanny"]
-        pids = run.workers.client.run(os.getpid, nanny=False)
-        os.kill(sorted(pids.values())[0], signal.SIGKILL)
-        killed.append(victim)
+        killed.append(min(run.workers.client.run(os.getpid).values()))
+        os.kill(killed[0], signal.SIGKILL)
 
     run = measure_only(document, kill_one)
     assert killed
@@ -78,8 +77,6 @@ def check_resumed(bench: Bench, finished, done: list, times: dict[str, int]) -> 
     store = bench.run_folder / "store.zarr"
     text = bench.run("run", "clado.yaml", name="second")
     later = chunk_times(store)
-    names = {kind: len([tile for tile in done if tile.kind == kind]) for kind in ("singles", "gram", "pairs")}
-    assert sum(names.values()) == len(done)
     kept = [name for name, when in times.items() if later[name] == when]
     assert len(kept) >= len(done)  # every tile that was done was left alone
     assert len(later) - len(kept) <= 12 - len(done)  # and no more than the absent ones were computed
@@ -117,9 +114,6 @@ def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(half_way, fini
 
 
 def test_the_watch_sees_and_stops_a_look_up(tmp_path):
-    import sys
-    from pathlib import Path
-
     bench = Bench(tmp_path / "bench", executable=Path(sys.executable))
     process = bench.start("-c", "import socket; socket.getaddrinfo('example.org', 443)")
     assert process.wait(60) != 0
@@ -127,4 +121,3 @@ def test_the_watch_sees_and_stops_a_look_up(tmp_path):
     process = bench.start("-c", "import socket; socket.create_connection(('10.255.255.1', 9), timeout=1)")
     assert process.wait(60) != 0
     assert "10.255.255.1" in bench.outside()[1]
-    assert psutil.pid_exists(os.getpid())
