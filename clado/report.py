@@ -171,7 +171,7 @@ def _caption(record: RunRecord) -> str:
 def _forwards(record: RunRecord) -> str:
     """How many evaluations each estimator took."""
     counts = ", ".join(f"{name} {count:,}" for name, count in record.forwards.items())
-    return f"Evaluations: {counts}." if counts else ""
+    return f"Forward images, as whole forwards would need: {counts}." if counts else ""
 
 
 def _loss(value: float) -> str:
