@@ -119,7 +119,8 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
     if memory_limit is None:
         return space.num_options
     alive = [cut.bytes_per_image for cut in network.graph.cuts]
-    return rows_within_memory(space, batching.images_per_pass, alive, memory_limit, batching.working_bytes)
+    usable = memory_limit - memory_limit // 6  # allocators keep some of what they were given back
+    return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
 
 
 def measure_tile(bench: Workbench, tile: Tile) -> Array:

@@ -174,8 +174,8 @@ def export(
 ) -> None:
     """Write the network with the weights chosen for a budget, or a peer's Python file that applies the same bit-widths."""
     from clado.export.snippets import known, write_snippet
-    from flows.record import budget_folder
-    from flows.record import export as export_assignment
+    from flows.export import budget_folder
+    from flows.export import export as export_assignment
     from flows.stored import StoredRun, chosen_for
 
     peer = None if kind == "safetensors" else known(kind)

@@ -1,19 +1,14 @@
 """Record: what was found becomes a file, plots, exported networks and an MLflow run."""
 
-import re
-from pathlib import Path
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from clado import plots, report, tracking
 from clado.candidates import choose
-from clado.export.safetensors import export_network
 from clado.records import CHOSEN, Result, RunRecord, write_text
-from clado.space import Assignment
+from flows.export import budget_folder, export
 from flows.run import Run
-from flows.session import Session
 
 
 def record_of(run: Run) -> RunRecord:
@@ -40,34 +35,6 @@ def record_of(run: Run) -> RunRecord:
             for kind in session.plan.kinds
         },
         notes=tuple(run.notes),
-    )
-
-
-def budget_folder(session: Session, budget: str) -> Path:
-    """Where the chosen network of a budget is exported."""
-    return session.folder / "exports" / re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
-
-
-def export(session: Session, assignment: Assignment, folder: Path) -> Path:
-    """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
-    state = session.network.state_dict(session.bench.weights(assignment))
-    return export_network(folder, state, session.space.to_json(assignment), loading_snippet(session))
-
-
-def loading_snippet(session: Session) -> str:
-    """Three lines that build the network and load the exported weights."""
-    network = session.config.network
-    build = {
-        "zoo": f"from clado.zoo import NETWORKS; network = NETWORKS[{network.name!r}]()",
-        "torchvision": f"import torchvision; network = torchvision.models.get_model({network.name!r}, weights=None)",
-        "factory": "from {} import {} as factory; network = factory()".format(*network.name.partition(":")[::2]),
-    }[network.source]
-    return "\n".join(
-        (
-            "from safetensors.torch import load_file",
-            build,
-            'network.load_state_dict(load_file("weights.safetensors"), strict=False)',
-        )
     )
 
 

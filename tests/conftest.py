@@ -1,8 +1,14 @@
 """Fixtures that several tests share."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from tests.running import Finished, config, run_pipeline
+
+# tests write nothing into the home folder; processes that they start inherit this
+os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parents[1] / ".cache" / "matplotlib"))
 
 
 @pytest.fixture(scope="session")
@@ -10,6 +16,4 @@ def finished(tmp_path_factory) -> Finished:
     """One reduced run of the whole pipeline on the shipped network."""
     document = config(tmp_path_factory.mktemp("runs") / "reduced")
     calls, receipt = run_pipeline(document)
-    from pathlib import Path
-
     return Finished(Path(document["folder"]), document, calls, receipt)
