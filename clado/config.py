@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clado.errors import CladoError, ConfigurationError
+from clado.errors import ConfigurationError
 from clado.plugins import PACKAGE, available, nearest
 from clado.space import check_bits
 
@@ -381,8 +381,3 @@ def _keys_at(path: Sequence[Any]) -> tuple[str, ...]:
             return ()
         model = annotation
     return tuple(model.model_fields)
-
-
-def explain(error: CladoError) -> str:
-    """One line that names the kind of error and what it says, for a terminal."""
-    return f"{type(error).__name__}: {error}"
