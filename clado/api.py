@@ -1,24 +1,51 @@
 """The Python path: measure, solve, evaluate in one process, without any orchestrator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from clado import constraints, estimators, solvers
+from clado import constraints, estimators, preparation, solvers
 from clado.candidates import program_of
+from clado.errors import ConfigurationError
 from clado.estimators import Measured
-from clado.evaluation import evaluate_weights
+from clado.evaluation import count, evaluate_weights
 from clado.images import ImageSlice, as_slice, check_slice
 from clado.interaction import InteractionMatrix
 from clado.measure import Workbench, measure_tile, rows_per_tile
 from clado.network import Network
+from clado.preparation import Prepared, Recipe, calibration_batches
 from clado.probes import Kind, Plan, sample_blocks
 from clado.program import Solution
 from clado.quantizers import WeightQuantizer
 from clado.records import Accuracy
 from clado.space import Assignment, SearchSpace
+
+
+def prepare(
+    network: Network,
+    space: SearchSpace,
+    calibration: Any = None,
+    *,
+    quantizer: WeightQuantizer | None = None,
+    corrections: Sequence[str] = (),
+    activation_range: str = "mse",
+    seed: int = 0,
+    adaround_steps: int = 1000,
+) -> Prepared:
+    """Every layer at every candidate, with the named corrections (`clado.corrections`) and, where the space has activation
+    widths, the grids of its input. `calibration` is data as in `measure`, without need of labels; 256 images are plenty.
+
+    Raises DataError where images are needed and there are none, or too few; ConfigurationError for an unknown correction.
+    """
+    recipe = Recipe(quantizer or WeightQuantizer(), activation_range, tuple(corrections), seed, adaround_steps)
+    batches: list[Tensor] = []
+    if calibration is not None:
+        images = _checked(network, calibration)
+        batches = calibration_batches(images.load(0, len(images))[0])
+    return preparation.prepare(network, space, recipe, batches)
 
 
 def measure(
@@ -29,6 +56,7 @@ def measure(
     criterion: str = "kl_to_float",
     *,
     quantizer: WeightQuantizer | None = None,
+    prepared: Prepared | None = None,
     num_blocks: int = 16,
     batch_images: int | None = None,
     memory_limit_mb: int | None = None,
@@ -36,6 +64,7 @@ def measure(
 ) -> InteractionMatrix:
     """The interaction matrix of a network on `data`: a batch of images (N, C, H, W), (images, labels), or an iterable of either.
 
+    `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to nearest by `quantizer`.
     `batch_images` is how many images one run takes (default: as many as are fast), `memory_limit_mb` bounds what stored prefixes
     and a run take together. `progress(done, total)` is called after every tile. Raises DataError for images that do not fit,
     ConfigurationError where the limit is too small, MeasurementError where a layer has no finite loss.
@@ -43,7 +72,8 @@ def measure(
     images = _checked(network, data)
     blocks = sample_blocks(len(images), min(num_blocks, len(images)))
     limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
-    bench = Workbench(network, space, quantizer or WeightQuantizer(), criterion, blocks, images.load, batch_images, limit)
+    ready = prepared or prepare(network, space, quantizer=quantizer)
+    bench = Workbench(ready, criterion, blocks, images.load, batch_images, limit)
     plan = Plan(space, blocks, estimators.kinds_of([estimator]), rows_per_tile(network, space, bench.batching, limit))
     tiles: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
     for done, tile in enumerate(plan.tiles):  # block by block, and row tile by row tile in a block
@@ -71,10 +101,24 @@ def solve(
     return solvers.solve(program_of(matrix, limits), solver, time_limit=time_limit)
 
 
-def evaluate(network: Network, assignment: Assignment, data: Any, *, quantizer: WeightQuantizer | None = None) -> Accuracy:
-    """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL)."""
+def evaluate(
+    network: Network,
+    assignment: Assignment,
+    data: Any,
+    *,
+    quantizer: WeightQuantizer | None = None,
+    prepared: Prepared | None = None,
+) -> Accuracy:
+    """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL).
+
+    With `prepared` it is the network that ships, final corrections applied.
+    """
     network.check_assignment(assignment)
     images = _checked(network, data)
+    if prepared is not None:
+        return count(*prepared.shipped(assignment), images, 0, len(images), reference=network).accuracy()
+    if assignment.activation_bits:
+        raise ConfigurationError("the assignment has activation bits; expected prepared=clado.prepare(...), with their grids")
     chosen = quantizer or WeightQuantizer()
     weights = {
         i: chosen.fake_quantize(network.weights[i], bits, network.layers[i].channel_axis)

@@ -4,21 +4,22 @@ The quadratic model only proposes; what is returned was measured. NumPy only: th
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import numpy as np
 
 from clado import constraints
 from clado.constraints import Constraint
 from clado.errors import InfeasibleError
-from clado.interaction import InteractionMatrix
+from clado.interaction import Array, InteractionMatrix
 from clado.program import Convexity, Program, Solution
 from clado.records import CHOSEN, UNIFORM, Result
 from clado.solvers import Solve
-from clado.space import Assignment, SearchSpace
+from clado.space import FLOAT_BITS, Assignment, SearchSpace
 
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
-CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd"}
+CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,17 @@ class Budget:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One method's answer to one budget, not yet measured; `solution` is None for the uniform assignment."""
+    """One method's answer to one budget, not yet measured; `solution` is None for the uniform assignment.
+
+    `listed` methods have a row of their own in tables; the others (variants, what a local search found) only compete.
+    """
 
     budget: Budget
     method: str
     assignment: Assignment
     loss_predicted: float | None = None
     solution: Solution | None = None
+    listed: bool = True
 
 
 def budgets_of(
@@ -91,16 +96,25 @@ def together(budget: Constraint, limits: Sequence[Constraint]) -> list[Constrain
     return [min([budget, *(limit for limit in limits if limit.name == budget.name)], key=lambda c: c.bound), *others]
 
 
-def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint]) -> Program:
-    """The program that a matrix poses, with the convexity that suits its estimator and without its quarantined options."""
-    convexity = CONVEXITY.get(matrix.estimator, "raw")
+def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint], convexity: Convexity | None = None) -> Program:
+    """The program that a matrix poses, without its quarantined options; default convexity: what suits its estimator."""
+    convexity = convexity or CONVEXITY.get(matrix.estimator, "raw")
     return Program.build(matrix, limits, convexity=convexity, quarantined=matrix.quarantined, forbidden=matrix.forbidden)
 
 
 def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignment:
-    """The widest uniform assignment that meets every limit; the narrowest bits everywhere where none does."""
-    fitting = [a for _, a in space.uniform_assignments() if all(limit.holds(space, a) for limit in limits)]
-    return fitting[-1] if fitting else space.narrowest
+    """The widest uniform assignment that meets every limit; the narrowest bits everywhere where none does.
+
+    Of several activation widths: the one whose narrower side (weights or activations) is widest, then the widest activations,
+    which suffer more from narrow bits than weights do.
+    """
+    fitting = [
+        ((min(b, width or FLOAT_BITS), width or FLOAT_BITS, b), a)
+        for b, a in space.uniform_assignments()
+        for width in [a.activation_bits[0] if a.activation_bits else None]
+        if all(limit.holds(space, a) for limit in limits)
+    ]
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else space.narrowest
 
 
 def propose(
@@ -118,29 +132,85 @@ def propose(
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
     for method, matrix in matrices.items():
-        solvers: dict[str, tuple[Program, Solve]] = {}
-        for budget in budgets:
-            if budget.kind not in solvers:
-                program = program_of(matrix, fit[budget])
-                solvers[budget.kind] = program, prepare(program)
-            program, solve = solvers[budget.kind]
-            solution = solve(program.with_bounds({limit.name: limit.bound for limit in fit[budget]}))
-            proposals.append(Proposal(budget, method, solution.assignment, matrix.baseline + solution.objective, solution))
-            solved(budget, method)
+        proposals += _optima(method, matrix, fit, prepare, solved=solved)
     return proposals
+
+
+def propose_variants(
+    matrices: Mapping[str, InteractionMatrix],
+    budgets: Sequence[Budget],
+    prepare: Callable[[Program], Solve],
+    limits: Sequence[Constraint] = (),
+) -> list[Proposal]:
+    """Further answers of the matrices that are solved clipped, for solver time only: unclipped, and with noisy terms shrunk.
+
+    `shift_psd` is not one of them: it minimises the same function as the raw matrix.
+    """
+    clipped = {method: matrix for method, matrix in matrices.items() if CONVEXITY.get(method) == "clip_psd"}
+    proposals: list[Proposal] = []
+    for method, matrix in clipped.items():
+        fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
+        proposals += _optima(f"{method}_raw", matrix, fit, prepare, "raw")
+        if matrix.standard_error is not None:
+            proposals += _optima(f"{method}_shrunk", matrix.shrink(), fit, prepare)
+    return [replace(proposal, listed=False) for proposal in proposals]
+
+
+def _optima(
+    method: str,
+    matrix: InteractionMatrix,
+    fit: Mapping[Budget, Sequence[Constraint]],
+    prepare: Callable[[Program], Solve],
+    convexity: Convexity | None = None,
+    solved: Callable[[Budget, str], None] = lambda budget, method: None,
+) -> list[Proposal]:
+    """A matrix's optimum for every budget; what the budgets of one kind share is computed once."""
+    proposals: list[Proposal] = []
+    solvers: dict[str, tuple[Program, Solve]] = {}
+    for budget, limits in fit.items():
+        if budget.kind not in solvers:
+            program = program_of(matrix, limits, convexity)
+            solvers[budget.kind] = program, prepare(program)
+        program, solve = solvers[budget.kind]
+        solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
+        proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
+        solved(budget, method)
+    return proposals
+
+
+def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
+    """The estimator whose predictions rank the measured assignments best (Spearman's correlation); of equal ones the one that
+    knows of more interactions.
+    """
+    measured = {a: loss for a, loss in losses.items() if isfinite(loss)}
+
+    def quality(name: str) -> tuple[float, int]:
+        matrix = matrices[name].clip_psd() if CONVEXITY.get(name) == "clip_psd" else matrices[name]
+        predicted = np.array([matrix.predicted_increase(a) for a in measured])
+        return round(rank_correlation(predicted, np.array(list(measured.values()))), 9), int(np.count_nonzero(matrix.values))
+
+    return max(matrices, key=quality)
+
+
+def rank_correlation(one: Array, other: Array) -> float:
+    """Spearman's correlation of two samples (n,), ties in the order given; 0 for fewer than two."""
+    if len(one) < 2:
+        return 0.0
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def choose(
     space: SearchSpace, proposals: Sequence[Proposal], losses: Mapping[Assignment, float], limits: Sequence[Constraint] = ()
 ) -> list[Result]:
-    """One Result for each proposal, and one `chosen` for each budget: of all proposals that fit the budget, made for it or for a
-    smaller one, the one of least measured loss (of the smaller on a tie). So `chosen` is never worse than uniform or layerwise
-    on the images that it was measured on, nor than what a smaller budget got."""
+    """One Result for each listed proposal, and one `chosen` for each budget: of all proposals that fit the budget, made for it or
+    for a smaller one, the one of least measured loss (of the smaller on a tie). So `chosen` is never worse than uniform or
+    layerwise on the images that it was measured on, nor than what a smaller budget got."""
     results = []
     for budget in dict.fromkeys(proposal.budget for proposal in proposals):
         fit = together(budget.constraint(space), limits)
         own = [proposal for proposal in proposals if proposal.budget == budget]
-        results += [_result(space, proposal, losses) for proposal in own]
+        results += [_result(space, proposal, losses) for proposal in own if proposal.listed]
         # of equal assignments the one made for this budget comes first, so that it gets the credit
         fitting = own + [p for p in proposals if p.budget != budget and all(limit.holds(space, p.assignment) for limit in fit)]
         best = min(fitting, key=lambda p: (losses[p.assignment], space.size_bits(p.assignment)))

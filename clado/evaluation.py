@@ -1,6 +1,7 @@
 """What an assignment is worth: top-1, top-5 and loss, as counts and sums that add up over shards of the images."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,19 +10,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clado import criteria
+from clado.errors import DataError
 from clado.images import ImageSlice
-from clado.network import Network
+from clado.network import Network, Replaced
 from clado.records import Accuracy
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over a shard of images: `loss` is the sum of losses; `top1` and `top5` count hits, None without labels."""
+    """Sums over a shard of images: `loss` is the sum of losses; `top1` and `top5` count hits, None without labels. `classes` has
+    (class, images, top-1 hits) of each class that was met, in order of the classes."""
 
     num_images: int = 0
     loss: float = 0.0
     top1: int | None = None
     top5: int | None = None
+    classes: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))  # from JSON
 
     def __add__(self, other: "Counts") -> "Counts":
         if not self.num_images:
@@ -31,6 +38,7 @@ class Counts:
             self.loss + other.loss,
             _added(self.top1, other.top1),
             _added(self.top5, other.top5),
+            _merged(self.classes, other.classes),
         )
 
     def accuracy(self) -> Accuracy:
@@ -45,39 +53,81 @@ def _added(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else a + b
 
 
-def count(
-    network: Network, weights: Mapping[int, Tensor], images: ImageSlice, start: int, stop: int, batch_images: int = 128
-) -> Counts:
-    """Counts over images start..stop−1 of a slice, with the given tensors in place of layers' weights.
+def _merged(one: tuple[tuple[int, int, int], ...], other: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+    images: Counter[int] = Counter()
+    right: Counter[int] = Counter()
+    for label, num_images, hits in (*one, *other):
+        images[label] += num_images
+        right[label] += hits
+    return tuple((label, images[label], right[label]) for label in sorted(images))
 
-    The loss is cross entropy where the images have labels, else KL to the float network.
+
+def count(
+    network: Network,
+    replaced: Replaced,
+    images: ImageSlice,
+    start: int,
+    stop: int,
+    batch_images: int = 128,
+    reference: Network | None = None,
+) -> Counts:
+    """Counts over images start..stop−1 of a slice, with layers replaced.
+
+    The loss is cross entropy where the images have labels, else KL to the float network, which is `reference` where final
+    corrections have changed `network`.
     """
-    total = Counts()
+    return count_each([(network, replaced)], images, start, stop, batch_images, reference)[0]
+
+
+def count_each(
+    variants: Sequence[tuple[Network, Replaced]],
+    images: ImageSlice,
+    start: int,
+    stop: int,
+    batch_images: int = 128,
+    reference: Network | None = None,
+) -> list[Counts]:
+    """`count` of several networks with layers replaced, in one pass: each image is decoded once. The same sums, bit for bit."""
+    totals = [Counts() for _ in variants]
+    folded = [network.folded_with(replaced) for network, replaced in variants]
     for low in range(start, stop, batch_images):
         x, labels = images.load(low, min(low + batch_images, stop))
-        x = x.to(network.device)
-        logits = network.logits(x, weights)
-        if labels is None:
-            total += Counts(len(x), float(criteria.kl_to_float(logits, network.logits(x)).sum()))
-            continue
-        labels = labels.to(network.device)
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        loss = float(criteria.cross_entropy(logits, labels).sum())
-        total += Counts(len(x), loss, int(best[:, 0].sum()), int(best.sum()))
-    return total
+        x = x.to(folded[0][0].device)
+        floats: dict[int, Tensor] = {}
+        for k, ((plain, _), (network, replaced)) in enumerate(zip(variants, folded, strict=True)):
+            float_network = reference or plain
+            if labels is None and id(float_network) not in floats:
+                floats[id(float_network)] = float_network.logits(x)
+            totals[k] += _counted(network.logits(x, replaced), labels, floats.get(id(float_network)))
+    return totals
+
+
+def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
+    """Of one batch: cross entropy and hits where there are labels, else KL to the float logits."""
+    if labels is None:
+        if floats is None:
+            raise DataError("the images have no labels and no float network to compare with; expected one of them")
+        return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
+    labels = labels.to(logits.device)
+    best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+    images, hits = Counter(labels.tolist()), Counter(labels[best[:, 0]].tolist())
+    classes = tuple((label, images[label], hits[label]) for label in sorted(images))
+    loss = float(criteria.cross_entropy(logits, labels).sum())
+    return Counts(len(logits), loss, int(best[:, 0].sum()), int(best.sum()), classes)
 
 
 def per_image(
-    network: Network, weights: Mapping[int, Tensor], images: ImageSlice, batch_images: int = 128
+    network: Network, replaced: Replaced, images: ImageSlice, batch_images: int = 128, reference: Network | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(loss, top-1 hit) of each image (n,): for paired comparisons. Without labels: KL, and agreement with the float network."""
-    losses, hits = [], []
+    losses, hits, float_network = [], [], reference or network
+    network, replaced = network.folded_with(replaced)
     for low, high in shards(len(images), batch_images):
         x, labels = images.load(low, high)
         x = x.to(network.device)
-        logits = network.logits(x, weights)
+        logits = network.logits(x, replaced)
         if labels is None:
-            floats = network.logits(x)
+            floats = float_network.logits(x)
             loss, expected = criteria.kl_to_float(logits, floats), floats.argmax(1)
         else:
             expected = labels.to(network.device)
@@ -93,6 +143,6 @@ def shards(num_images: int, size: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def evaluate_weights(network: Network, weights: Mapping[int, Tensor], images: ImageSlice, batch_images: int = 128) -> Accuracy:
+def evaluate_weights(network: Network, replaced: Replaced, images: ImageSlice, batch_images: int = 128) -> Accuracy:
     """Accuracy over a whole slice."""
-    return count(network, weights, images, 0, len(images), batch_images).accuracy()
+    return count(network, replaced, images, 0, len(images), batch_images).accuracy()

@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from clado.compiled import Tables, compiled_suffix
 from clado.errors import NetworkError
+from clado.quantizers import ActivationGrid, QuantizedLayer
 from clado.space import Layer
 
 # Operators that consume a weight: position of the weight, and the weight's axis of output channels.
@@ -52,6 +54,7 @@ _IN_PLACE = {
     torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
+PROBE_IMAGES = -1  # the scalar slot that holds how many images one probe has
 _INSTEAD = (
     "Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False), "
     "or graph: false under network in the settings"
@@ -89,6 +92,20 @@ class Scalar:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One use of a layer's weight: its input, the operator, and the operator's arguments behind the bias."""
+
+    input: Tensor
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the operator makes of an input, a weight and a bias."""
+        result: Tensor = self.function(x, weight, bias, *self.arguments)
+        return result
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One operator: where its arguments come from, where its result goes, and which values die with it."""
 
@@ -98,15 +115,33 @@ class Instruction:
     slot: int
     frees: tuple[int, ...]
     name: str
+    layers: tuple[int, ...] = ()
+    """Searched layers whose weight this operator consumes: one, or the parts of a split weight."""
 
 
 @dataclass
 class State:
-    """The values alive before instruction `position`, for `num_images` stacked images: slot -> tensor."""
+    """The values alive before instruction `position`, for `num_images` stacked images: slot -> tensor.
+
+    `pending` holds replaced layers that have uses from `position` on; `probe_images` is how many images one probe has.
+    """
 
     values: dict[int, Tensor]
     position: int
     num_images: int
+    probe_images: int
+    pending: Mapping[int, QuantizedLayer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm: the instruction that it is, the slot of its input, the names of its statistics, and its ε."""
+
+    position: int
+    input_slot: int
+    mean: str
+    variance: str
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -120,53 +155,251 @@ class Cut:
     peak_bytes_per_image: int
 
 
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """How a layer takes in the batch norm behind it: weight · γ/σ, and bias · γ/σ + β − μ γ/σ, each (channels,) in float64."""
+
+    weight_factor: Tensor
+    factor: Tensor
+    shift: Tensor
+
+    def __call__(self, layer: QuantizedLayer) -> QuantizedLayer:
+        """The folded layer: no longer on its grid; a bias of None stays the network's own, which is folded already."""
+        weight = (layer.weight.double() * self.weight_factor).to(layer.weight.dtype)
+        bias = None if layer.bias is None else self.shifted(layer.bias, weight)
+        return QuantizedLayer(laid_out_like(weight, layer.weight), bias, layer.activation)
+
+    def shifted(self, bias: Tensor | None, like: Tensor) -> Tensor:
+        """The folded bias, in the weight's type."""
+        return (self.shift if bias is None else bias.double() * self.factor + self.shift).to(like.dtype)
+
+
 @dataclass
 class Graph:
-    """A network ready to run in part. `layers[i]` may be replaced; `cuts[i]` is the last position before its first use."""
+    """A network ready to run in part. `layers[i]` may be replaced; `cuts[i]` is the last position before its first use.
+
+    `slots[i]` are where its weight is read, `rows[i]` which rows of that tensor are its own (None: all), `bias_slots[i]` where
+    its bias is read (None: it can have none of its own), `last_uses[i]` the last instruction that reads it. `named` gives
+    the slots of each parameter and buffer that operators read as it is. `parameters[i]` is the module's name of the weight and
+    its rows, `bias_names[i]` that of its bias, `norm_means[i]` that of the mean of the batch norm that alone reads its result.
+    `backend` compiles runs to the end (None: no).
+    """
 
     layers: tuple[Layer, ...]
     cuts: tuple[Cut, ...]
     instructions: tuple[Instruction, ...]
     constants: dict[int, Any]
     slots: tuple[tuple[int, ...], ...]
+    rows: tuple[slice | None, ...]
+    bias_slots: tuple[int | None, ...]
+    last_uses: tuple[int, ...]
+    norms: tuple[Norm, ...]
+    named: Mapping[str, tuple[int, ...]]
+    parameters: tuple[tuple[str, slice | None], ...]
+    bias_names: tuple[str | None, ...]
+    norm_means: tuple[str | None, ...]
     input_slot: int
     output_slot: int
     macs: int
     unsearched: tuple[tuple[str, int, str], ...]
     scalars: Mapping[int, Callable[[int], int]]
+    backend: str | None = None
+    _suffixes: dict[tuple[int, tuple[int, ...]], Callable[[Tables], Tensor]] = field(default_factory=dict)
     _scalars_of: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """Float weight of each layer."""
-        return tuple(self.constants[slots[0]] for slots in self.slots)
+        return tuple(
+            self.constants[slots[0]][rows] if rows is not None else self.constants[slots[0]]
+            for slots, rows in zip(self.slots, self.rows, strict=True)
+        )
+
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """Float bias of each layer, None where it has none of its own."""
+        found: list[Tensor | None] = []
+        for slot, rows in zip(self.bias_slots, self.rows, strict=True):
+            bias = None if slot is None else self.constants[slot]
+            found.append(bias[rows] if bias is not None and rows is not None else bias)
+        return tuple(found)
+
+    @property
+    def takes_bias(self) -> tuple[bool, ...]:
+        """Whether a layer's bias may be replaced, or given to it."""
+        return tuple(
+            slot is not None and (rows is None or self.constants[slot] is not None)
+            for slot, rows in zip(self.bias_slots, self.rows, strict=True)
+        )
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        """Names of parameters and buffers that `updated` takes."""
+        return frozenset(self.named)
+
+    def updated(self, named: Mapping[str, Tensor]) -> "Graph":
+        """The same graph with other values of parameters and buffers, by name."""
+        unknown = [name for name in named if name not in self.named]
+        if unknown:
+            raise NetworkError(f"{', '.join(unknown)} is not read as it is by any operator; it cannot be given another value")
+        values = {slot: tensor for name, tensor in named.items() for slot in self.named[name]}
+        return replace(self, constants={**self.constants, **values})
+
+    def with_batch_statistics(self) -> "Graph":
+        """The same graph with every batch norm on the statistics of each probe's own images, also where probes are stacked."""
+        steps = list(self.instructions)
+        for norm in self.norms:
+            step = steps[norm.position]
+            x, weight, bias, *_ = step.arguments
+            arguments = (x, weight, bias, norm.eps, Scalar(PROBE_IMAGES))
+            steps[norm.position] = replace(step, function=_batch_norm_of_probes, arguments=arguments)
+        return replace(self, instructions=tuple(steps), _suffixes={})
+
+    def compiled(self, backend: str = "inductor") -> "Graph":
+        """The same graph with runs to the end through `torch.compile`, one program for each position where they are resumed.
+
+        Runs that put grids on inputs, and runs from cut to cut, stay loops.
+        """
+        return replace(self, backend=backend, _suffixes={})
+
+    def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
+        """Statistics that batch norms see with layers replaced, by buffer name, pooled over batches, in execution order."""
+        graph, found = self, dict[str, Tensor]()
+        states = [graph.begin(batch) for batch in batches]
+        for norm in self.norms:
+            states = [graph.run(state, norm.position, replaced) for state in states]
+            seen = [state.values[norm.input_slot] for state in states]
+            found[norm.mean], found[norm.variance] = pooled_moments(seen, self.constants[self.named[norm.mean][0]].dtype)
+            graph = graph.updated({name: found[name] for name in (norm.mean, norm.variance)})
+        return found
+
+    def folded(self) -> tuple["Graph", dict[int, Fold]]:
+        """The same graph with batch norms inside the layers before them, and how to fold what replaces such a layer.
+
+        Folded are batch norms that alone read the result of a layer with one use, where no run is resumed in between. Their
+        instructions stay, as identities, so positions and cuts are the same; results are, up to rounding.
+        """
+        folds: dict[int, Fold] = {}
+        constants, steps = dict(self.constants), list(self.instructions)
+        cuts = {cut.position for cut in self.cuts}
+        for i, mean_name in enumerate(self.norm_means):
+            if mean_name is None or self.rows[i] is not None:
+                continue
+            norm = next(norm for norm in self.norms if norm.mean == mean_name)
+            use = self.last_uses[i]
+            bias_slot = self.bias_slots[i]
+            # between the two a stored value would be changed in place by what follows the batch norm
+            if bias_slot is None or any(use < position <= norm.position + 1 for position in cuts):
+                continue
+            _, gamma, beta, mean, variance, *_ = (_resolve(a, {Constant: constants}) for a in steps[norm.position].arguments)
+            factor = (variance.double() + norm.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
+            shape = [1] * constants[self.slots[i][0]].ndim
+            shape[self.layers[i].channel_axis] = -1
+            if len(factor) != self.layers[i].num_channels:  # a grouped transposed convolution has more channels than its axis
+                continue
+            shift = -mean.double() * factor + (0.0 if beta is None else beta.double())
+            fold = folds[i] = Fold(factor.reshape(shape), factor, shift)
+            float_layer = QuantizedLayer(constants[self.slots[i][0]], constants[bias_slot])
+            folded = fold(float_layer)
+            constants |= dict.fromkeys(self.slots[i], folded.weight)
+            constants[bias_slot] = fold.shifted(constants[bias_slot], folded.weight)
+            steps[norm.position] = replace(steps[norm.position], function=_identity, arguments=steps[norm.position].arguments[:1])
+        return replace(self, constants=constants, instructions=tuple(steps), _suffixes={}, _scalars_of={}), folds
+
+    def differentiable(self) -> "Graph":
+        """The same graph for autograd: no operator writes over what a gradient needs, no constant is of inference mode."""
+        twins = {twin: function for function, twin in _IN_PLACE.items()}
+        steps = tuple(
+            replace(step, function=twins.get(step.function, step.function))  # type: ignore[call-overload]
+            for step in self.instructions
+        )
+        constants = {slot: outside_inference(value) for slot, value in self.constants.items()}
+        return replace(self, constants=constants, instructions=steps, backend=None, _suffixes={})
 
     def begin(self, images: Tensor) -> State:
         """The state before the first layer."""
-        return self.advance(State({self.input_slot: images}, 0, len(images)), 0, {})
+        return self.advance(State({self.input_slot: images}, 0, len(images), len(images)), 0, {})
 
-    def advance(self, state: State, layer: int, weights: Mapping[int, Tensor]) -> State:
+    def advance(self, state: State, layer: int, replaced: Mapping[int, QuantizedLayer]) -> State:
         """Runs to the cut before `layer`, or to the end where that is the number of layers."""
-        return self.run(state, self.cuts[layer].position if layer < len(self.cuts) else len(self.instructions), weights)
+        return self.run(state, self.cuts[layer].position if layer < len(self.cuts) else len(self.instructions), replaced)
 
-    def run(self, state: State, stop: int, weights: Mapping[int, Tensor]) -> State:
-        """Runs instructions up to `stop` with the given tensors in place of layers' weights; `state` is left as it is."""
+    def run(self, state: State, stop: int, replaced: Mapping[int, QuantizedLayer]) -> State:
+        """Runs instructions up to `stop` with these layers replaced; `state` is left as it is."""
         values = dict(state.values)
         constants = self.constants
-        if weights:
-            constants = {**constants, **{slot: weight for i, weight in weights.items() for slot in self.slots[i]}}
+        replaced = {**state.pending, **replaced} if state.pending else replaced
+        inputs: dict[int, ActivationGrid] = {}
+        if replaced:
+            constants = {**constants, **self._put(replaced)}
+            inputs = {i: layer.activation for i, layer in replaced.items() if layer.activation is not None}
         scalars = self._scalars_of.get(state.num_images)
         if scalars is None:
             scalars = {slot: rule(state.num_images) for slot, rule in self.scalars.items()}
             self._scalars_of[state.num_images] = scalars
+        if state.probe_images != scalars.get(PROBE_IMAGES):
+            scalars = {**scalars, PROBE_IMAGES: state.probe_images}
         tables: dict[type, Mapping[int, Any]] = {Value: values, Constant: constants, Scalar: scalars}
+        if self.backend is not None and state.position < stop == len(self.instructions) and not inputs:
+            given = tuple(slot for slot in sorted(constants) if constants[slot] is not None and self.constants[slot] is None)
+            suffix = self._suffixes.get((state.position, given))  # a bias where there was none is another program
+            if suffix is None:
+                steps = self.instructions[state.position :]
+                suffix = compiled_suffix(steps, self.output_slot, tables, self.backend)
+                self._suffixes[state.position, given] = suffix
+            return State({self.output_slot: suffix(tables)}, stop, state.num_images, state.probe_images)
         for step in self.instructions[state.position : stop]:
             arguments = [_resolve(argument, tables) for argument in step.arguments]
+            if inputs and step.layers:
+                grids = [inputs[i] for i in step.layers if i in inputs]
+                if grids:  # the parts of a split weight read one input
+                    arguments[0] = max(grids, key=lambda grid: grid.bits).fake_quantize(arguments[0])
             keywords = {key: _resolve(argument, tables) for key, argument in step.keywords.items()}
             values[step.slot] = step.function(*arguments, **keywords)
             for slot in step.frees:
                 del values[slot]
-        return State(values, stop, state.num_images)
+        pending = {i: layer for i, layer in replaced.items() if self.last_uses[i] >= stop}
+        return State(values, stop, state.num_images, state.probe_images, pending)
+
+    def _put(self, replaced: Mapping[int, QuantizedLayer]) -> dict[int, Tensor]:
+        """Constants that replaced layers change: whole tensors, or rows of a copy."""
+        changed: dict[int, Tensor] = {}
+
+        def put(slot: int, rows: slice | None, tensor: Tensor) -> None:
+            if rows is None:
+                changed[slot] = tensor
+                return
+            whole = changed.get(slot)
+            if whole is None:
+                whole = changed[slot] = self.constants[slot].clone()
+            whole[rows] = tensor
+
+        for i, layer in replaced.items():
+            for slot in self.slots[i]:
+                put(slot, self.rows[i], layer.weight)
+            bias_slot = self.bias_slots[i]
+            if layer.bias is not None:
+                if bias_slot is None:
+                    raise NetworkError(f"{self.layers[i].name} cannot have a bias of its own")
+                put(bias_slot, self.rows[i], layer.bias)
+        return changed
+
+    def stack_key(self, state: State) -> tuple[tuple[int, int], ...]:
+        """States may be stacked where this is equal: the replaced layers that they have yet to use."""
+        return tuple((i, id(layer)) for i, layer in state.pending.items())
+
+    def observe(self, images: Tensor, layer: int) -> list[Call]:
+        """The calls that consume a layer's weight in a float run of images (n, ...), in order of execution."""
+        calls = []
+        state = self.begin(images)
+        for position, step in enumerate(self.instructions):
+            if layer not in step.layers:
+                continue
+            state = self.run(state, position, {})
+            tables: dict[type, Mapping[int, Any]] = {Value: state.values, Constant: self.constants, Scalar: {}}
+            rest = tuple(_resolve(argument, tables) for argument in step.arguments[3:])
+            calls.append(Call(_resolve(step.arguments[0], tables), step.function, rest))
+        return calls
 
     def stack(self, states: Sequence[State], layer: int) -> State:
         """Several states at the cut before `layer` as one, images after images; at the end for the number of layers."""
@@ -175,7 +408,8 @@ class Graph:
             return first
         axes = self.cuts[layer].axes if layer < len(self.cuts) else {self.output_slot: 0}
         values = {slot: torch.cat([state.values[slot] for state in states], axis) for slot, axis in axes.items()}
-        return State(values, first.position, sum(state.num_images for state in states))
+        total = sum(state.num_images for state in states)
+        return State(values, first.position, total, first.probe_images, first.pending)
 
     def output(self, state: State) -> Tensor:
         """Logits (images, classes) of a finished run."""
@@ -189,6 +423,17 @@ def _resolve(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
     if type(argument) is list:
         return [_resolve(part, tables) for part in argument]
     return argument
+
+
+def pooled_moments(batches: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and variance (unbiased, as batch norm keeps it) of each channel over batches (n, channels, ...), in a type."""
+    first = batches[0]
+    around = [0, *range(2, first.ndim)]
+    count = sum(batch.numel() // batch.shape[1] for batch in batches)
+    mean = torch.stack([batch.double().sum(around) for batch in batches]).sum(0) / count
+    centre = mean.reshape([1, -1, *[1] * (first.ndim - 2)])
+    squares = torch.stack([(batch.double() - centre).square().sum(around) for batch in batches]).sum(0)
+    return mean.to(dtype), (squares / max(1, count - 1)).to(dtype)
 
 
 def logits_of(value: Any) -> Tensor:
@@ -240,17 +485,45 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
         ) from error
 
 
-def compile_graph(model: nn.Module, example: Tensor, fixed: Callable[[str], bool]) -> Graph:
-    """The graph of a model whose layers are all weights of convolutions and linear operators except those that `fixed` names."""
-    return _Compiler(model, export(model, example), fixed).compile(example)
+def compile_graph(
+    model: nn.Module, example: Tensor, fixed: Callable[[str], bool], split: Callable[[str], bool] = lambda name: False
+) -> Graph:
+    """The graph of a model whose layers are all weights of convolutions and linear operators except those that `fixed` names.
+
+    A linear weight that `split` names becomes three layers, its rows for queries, keys and values: name.q, name.k, name.v.
+    """
+    return _Compiler(model, export(model, example), fixed, split).compile(example)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A weight that is searched: its placeholders and consumers, and where its bias is."""
+
+    nodes: tuple[fx.Node, ...]
+    consumers: tuple[fx.Node, ...]
+    axis: int
+    operator: str
+    macs: int
+    bias: fx.Node | None
+    adds_bias: bool
+    rows: slice | None = None
+    part: str = ""
+
+    @property
+    def consumer(self) -> fx.Node:
+        """The first operator that reads it."""
+        return self.consumers[0]
 
 
 class _Compiler:
     """Turns an exported program into a Graph; exists only while it does."""
 
-    def __init__(self, model: nn.Module, program: ExportedProgram, fixed: Callable[[str], bool]) -> None:
+    def __init__(
+        self, model: nn.Module, program: ExportedProgram, fixed: Callable[[str], bool], split: Callable[[str], bool]
+    ) -> None:
         self.program = program
         self.fixed = fixed
+        self.split = split
         self.nodes = list(program.graph_module.graph.nodes)
         self.number = {node: k for k, node in enumerate(self.nodes)}
         self.tensors: dict[fx.Node, Any] = {}
@@ -287,36 +560,89 @@ class _Compiler:
         return images
 
     def compile(self, example: Tensor) -> Graph:
-        layers = self._find_layers()
-        weights = {node for nodes, *_ in layers for node in nodes}
+        self.found = self._find_layers()
+        weights = {node for found in self.found for node in found.nodes}
         dynamic, constants, scalars = self._classify(weights)
-        self.layers = sorted(layers, key=lambda found: self._first_use(found[0], dynamic))
-        self.instructions = self._schedule(dynamic, constants, scalars)
+        self.found.sort(key=lambda found: self._first_use(found.nodes, dynamic))
+        added = {found.consumer: len(self.nodes) + k for k, found in enumerate(self.found) if found.adds_bias}
+        self.instructions = self._schedule(dynamic, constants, scalars, added)
         positions = {node: k for k, node in enumerate(dynamic)}
-        firsts = [self._first_use(nodes, dynamic) for nodes, *_ in self.layers]
-        specs = []
         macs_at = [0] * len(dynamic)
-        for nodes, axis, op, macs in self.layers:
-            parts = tuple(self.tensors[nodes[0]].shape)
-            specs.append(Layer(self.names[nodes[0]], parts, op, macs, axis))
         for node in dynamic:
             macs_at[positions[node]] = self._macs(node)
         output = next(node for node in self.nodes if node.op == "output").args[0][0]
         graph = Graph(
-            layers=tuple(specs),
+            layers=tuple(self._layer(found) for found in self.found),
             cuts=(),
-            instructions=tuple(self.instructions),
-            constants={self.number[node]: value for node, value in constants.items()},
-            slots=tuple(tuple(self.number[node] for node in nodes) for nodes, *_ in self.layers),
+            instructions=(),
+            constants={**{self.number[node]: value for node, value in constants.items()}, **dict.fromkeys(added.values())},
+            slots=tuple(tuple(self.number[node] for node in found.nodes) for found in self.found),
+            rows=tuple(found.rows for found in self.found),
+            bias_slots=tuple(
+                added[found.consumer] if found.adds_bias else self.number[found.bias] if found.bias is not None else None
+                for found in self.found
+            ),
+            last_uses=tuple(
+                max(k for k, node in enumerate(dynamic) if set(found.nodes) & set(node.all_input_nodes)) for found in self.found
+            ),
+            norms=self._norms(),
+            named=self._named(dynamic),
+            parameters=tuple((self.names[found.nodes[0]], found.rows) for found in self.found),
+            bias_names=tuple(None if found.bias is None else self.names[found.bias] for found in self.found),
+            norm_means=tuple(self._norm_mean(found) for found in self.found),
             input_slot=self.number[self.input],
             output_slot=self.number[output],
             macs=sum(macs_at),
             unsearched=self._unsearched(weights),
             scalars=scalars,
         )
+        consumed: dict[int, list[int]] = {}
+        for i, found in enumerate(self.found):
+            for consumer in found.consumers:
+                consumed.setdefault(positions[consumer], []).append(i)
+        self.instructions = [replace(step, layers=tuple(consumed.get(k, ()))) for k, step in enumerate(self.instructions)]
+        graph.instructions = tuple(self.instructions)
+        firsts = [self._first_use(found.nodes, dynamic) for found in self.found]
         graph.cuts = self._cut(graph, dynamic, firsts, macs_at, example)
         graph.instructions = tuple(self._in_place(graph, dynamic))
         return graph
+
+    def _layer(self, found: "_Found") -> Layer:
+        name, shape = self.names[found.nodes[0]], tuple(self.tensors[found.nodes[0]].shape)
+        if found.rows is None:
+            return Layer(name, shape, found.operator, found.macs, found.axis)
+        return Layer(f"{name}.{found.part}", (shape[0] // 3, *shape[1:]), found.operator, found.macs // 3, found.axis)
+
+    def _norms(self) -> tuple[Norm, ...]:
+        """Batch norms whose statistics are buffers that nothing else reads."""
+        norms = []
+        slots = {self.number[node]: name for node, name in self.names.items() if len(node.users) == 1}
+        for k, step in enumerate(self.instructions):
+            if step.function is not _batch_norm:
+                continue
+            x, _, _, mean, variance, _, eps = step.arguments
+            if isinstance(x, Value) and mean.slot in slots and variance.slot in slots:
+                norms.append(Norm(k, x.slot, slots[mean.slot], slots[variance.slot], float(eps)))
+        return tuple(norms)
+
+    def _norm_mean(self, found: "_Found") -> str | None:
+        """Name of the mean of the batch norm that alone reads what the one consumer of a layer gives."""
+        readers = list(found.consumer.users)
+        if len(found.consumers) > 1 or len(readers) != 1:
+            return None
+        slot = self.number[found.consumer]
+        return next((norm.mean for norm in self._norms() if norm.input_slot == slot), None)
+
+    def _named(self, dynamic: Sequence[fx.Node]) -> dict[str, tuple[int, ...]]:
+        """Slots of the parameters and buffers that only operators read that run: none of them is part of a folded constant."""
+        running = set(dynamic)
+        named: dict[str, list[int]] = {}
+        folded = set()
+        for node, name in self.names.items():
+            named.setdefault(name, []).append(self.number[node])
+            if not set(node.users) <= running:
+                folded.add(name)
+        return {name: tuple(slots) for name, slots in named.items() if name not in folded}
 
     # -- layers ------------------------------------------------------------------------------------------------------------
 
@@ -329,8 +655,8 @@ class _Compiler:
             elif target in _WEIGHT_VIEWS:
                 yield from self._consumed(user)
 
-    def _find_layers(self) -> list[tuple[list[fx.Node], int, str, int]]:
-        """(placeholders of one tensor, channel axis, operator, MACs per image) of every weight that is searched."""
+    def _find_layers(self) -> list["_Found"]:
+        """Every weight that is searched."""
         groups: dict[int, list[fx.Node]] = {}
         for node, tensor in self.tensors.items():
             if (
@@ -340,14 +666,38 @@ class _Compiler:
                 and any(True for _ in self._consumed(node))
             ):
                 groups.setdefault(tensor.data_ptr(), []).append(node)
-        found = []
+        found: list[_Found] = []
         for nodes in groups.values():
-            if self.fixed(self.names[nodes[0]]):
+            name = self.names[nodes[0]]
+            if self.fixed(name):
                 continue
-            consumers = [pair for node in nodes for pair in self._consumed(node)]
-            target = str(consumers[0][0].target).split(".")[1]
-            found.append((nodes, consumers[0][1], target, sum({c: self._macs(c) for c, _ in consumers}.values())))
+            pairs = [pair for node in nodes for pair in self._consumed(node)]
+            consumers = tuple(dict.fromkeys(consumer for consumer, _ in pairs))
+            operator_name = str(consumers[0].target).split(".")[1]
+            direct = len(consumers) == 1 and consumers[0].args[_CONSUMERS[str(consumers[0].target)][0]] in nodes
+            bias, adds = self._bias(consumers[0]) if direct else (None, False)
+            macs = sum(self._macs(consumer) for consumer in consumers)
+            whole = _Found(tuple(nodes), consumers, pairs[0][1], operator_name, macs, bias, adds)
+            if not self.split(name):
+                found.append(whole)
+                continue
+            rows = self.tensors[nodes[0]].shape[0]
+            if not direct or operator_name != "linear" or rows % 3:
+                raise NetworkError(
+                    f"{name} cannot be split into queries, keys and values: expected one linear operator that reads it whole, "
+                    f"with rows in thirds; it has {rows} rows and is read by {', '.join(str(c.target) for c in consumers)}"
+                )
+            for k, part in enumerate("qkv"):
+                third = slice(k * rows // 3, (k + 1) * rows // 3)
+                found.append(replace(whole, adds_bias=False, rows=third, part=part))
         return found
+
+    def _bias(self, consumer: fx.Node) -> tuple[fx.Node | None, bool]:
+        """(the placeholder of an operator's own bias, whether it has none and may be given one)."""
+        bias = consumer.args[2] if len(consumer.args) > 2 else consumer.kwargs.get("bias")
+        if bias is None:
+            return None, True
+        return (bias, False) if isinstance(bias, fx.Node) and bias in self.tensors and len(bias.users) == 1 else (None, False)
 
     def _macs(self, node: fx.Node) -> int:
         """Multiply-accumulates of one image in a consumer; 0 for any other operator."""
@@ -451,7 +801,7 @@ class _Compiler:
             return node.target(*arguments, **keywords)
 
     def _schedule(
-        self, dynamic: list[fx.Node], constants: Mapping[fx.Node, Any], scalars: Mapping[int, Any]
+        self, dynamic: list[fx.Node], constants: Mapping[fx.Node, Any], scalars: Mapping[int, Any], added: Mapping[fx.Node, int]
     ) -> list[Instruction]:
         last: dict[fx.Node, int] = {}
         for k, node in enumerate(dynamic):
@@ -483,6 +833,11 @@ class _Compiler:
             keywords = {key: template(argument) for key, argument in node.kwargs.items()}
             function = node.target
             arguments = tuple(template(argument) for argument in node.args)
+            if node in added:
+                keywords.pop("bias", None)
+                arguments = (*arguments[:2], Constant(added[node]), *arguments[3:])
+            elif str(function) in _CONSUMERS and "bias" in keywords:
+                arguments = (*arguments, keywords.pop("bias"))
             if str(function) == "aten._native_batch_norm_legit_no_training.default":
                 # the same operator as modules run: the decomposed one returns empty statistics that only cost a tuple
                 function = _batch_norm
@@ -491,7 +846,8 @@ class _Compiler:
             steps.append(Instruction(function, arguments, keywords, self.number[node], dying, node.name))
         return steps
 
-    def _first_use(self, nodes: Sequence[fx.Node], dynamic: Sequence[fx.Node]) -> int:
+    @staticmethod
+    def _first_use(nodes: Sequence[fx.Node], dynamic: Sequence[fx.Node]) -> int:
         return min(k for k, node in enumerate(dynamic) if set(nodes) & set(node.all_input_nodes))
 
     # -- cuts --------------------------------------------------------------------------------------------------------------
@@ -504,7 +860,7 @@ class _Compiler:
         born = {self.number[self.input]: -1, **{self.number[node]: k for k, node in enumerate(dynamic)}}
         cuts = []
         for i, first in enumerate(firsts):
-            earliest = firsts[i - 1] + 1 if i else 0
+            earliest = max((k for k in firsts if k < first), default=-1) + 1  # the parts of a split weight have one cut
             for position in range(first, earliest - 1, -1):
                 alive = [slot for slot, k in born.items() if k < position <= self.last.get(slot, -1)]
                 if all(slot in axes for slot in alive):
@@ -564,7 +920,7 @@ class _Compiler:
     def _values(self, graph: Graph, images: Tensor) -> dict[int, Any]:
         """Every value of a run."""
         kept: dict[int, Any] = {graph.input_slot: images}
-        state = State({graph.input_slot: images}, 0, len(images))
+        state = State({graph.input_slot: images}, 0, len(images), len(images))
         with torch.inference_mode():
             for k, step in enumerate(graph.instructions):
                 state = graph.run(state, k + 1, {})
@@ -590,7 +946,7 @@ class _Compiler:
                     and argument.meta["val"].dtype == node.meta["val"].dtype
                     and not any(born[self.number[argument]] < position <= k for position in positions)
                 ):
-                    step = Instruction(twin, step.arguments, step.keywords, step.slot, step.frees, step.name)
+                    step = replace(step, function=twin)
             steps.append(step)
         return steps
 
@@ -611,3 +967,35 @@ def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor]:
     return (torch.ops.aten.batch_norm.default(x, weight, bias, mean, var, False, momentum, eps, False),)
+
+
+def _batch_norm_of_probes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, images: int) -> tuple[Tensor]:
+    """Batch norm on the statistics of every `images` consecutive images: x (probes · images, channels, ...)."""
+    probes = x.reshape(-1, images, *x.shape[1:])
+    around = [1, *range(3, probes.ndim)]
+    variance, mean = torch.var_mean(probes, around, correction=0, keepdim=True)
+    scale = (variance + eps).rsqrt()
+    channels = [1, 1, -1, *[1] * (probes.ndim - 3)]
+    if weight is not None:
+        scale = scale * weight.reshape(channels)
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias.reshape(channels)
+    return (torch.addcmul(shift, probes, scale).reshape(x.shape),)
+
+
+def _identity(x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
+def outside_inference(value: Any) -> Any:
+    """A tensor without gradient that autograd may save; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if value.is_inference() else value.detach()
+
+
+def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the memory format of another of its shape."""
+    nhwc = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)

@@ -1,15 +1,17 @@
 """Labelled or unlabelled images, sliced: what measuring and evaluation read, wherever the images come from."""
 
 import hashlib
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from clado.errors import DataError
+from clado.errors import DataError, UnreadableImage
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
@@ -47,6 +49,7 @@ class DataSlices:
     sensitivity: ImageSlice
     validation: ImageSlice
     selection: ImageSlice
+    imagenet: bool = False  # labelled by ImageNet's thousand classes
 
 
 class MemorySlice:
@@ -81,6 +84,68 @@ class MemorySlice:
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images and labels start..stop-1: views, not copies."""
         return self._images[start:stop], None if self._labels is None else self._labels[start:stop]
+
+
+class PickedSlice:
+    """Some images of other slices, all of one shape, in an order: numbers count through the slices one after another.
+
+    The hash covers the slices' hashes and the numbers. Labelled where every slice is.
+    """
+
+    def __init__(self, parts: Sequence[ImageSlice], numbers: Sequence[int] | None = None) -> None:
+        self._parts = [part for part in parts if len(part)]
+        if len({part.image_shape for part in self._parts}) != 1:
+            raise DataError(f"images of shapes {sorted({part.image_shape for part in self._parts})}; expected one, and an image")
+        self._ends = list(accumulate(map(len, self._parts)))
+        self._numbers = range(self._ends[-1]) if numbers is None else numbers
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width."""
+        return self._parts[0].image_shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, or None."""
+        return self._parts[0].num_classes
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the slices' hashes and the numbers picked, in order."""
+        return hashlib.sha256(repr(([part.sha256 for part in self._parts], list(self._numbers))).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images and labels start..stop-1."""
+        images, labels = [], []
+        for number in self._numbers[start:stop]:
+            k = bisect_right(self._ends, number)
+            first = number - (self._ends[k - 1] if k else 0)
+            x, y = self._parts[k].load(first, first + 1)
+            images.append(x)
+            labels += [] if y is None else [y]
+        if not images:
+            return torch.empty(0, *self.image_shape), None
+        return torch.cat(images), torch.cat(labels) if len(labels) == len(images) else None
+
+
+class AbsentSlice:
+    """So many images that are not there: enough to plan with."""
+
+    num_classes = None
+    sha256 = "absent"
+
+    def __init__(self, num_images: int, image_shape: ImageShape, path: object) -> None:
+        self._num_images, self.image_shape, self.path = num_images, image_shape, path
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Refused."""
+        raise DataError(f"data.path {self.path} is not a folder; without images a run can be planned, not measured")
 
 
 def check_batch(
@@ -130,15 +195,37 @@ def _check_labels(labels: object, num_images: int, num_classes: int | None, whos
 
 
 def check_slice(
-    images: ImageSlice, image_shape: ImageShape | None = None, num_classes: int | None = None, batch: int = 256
+    images: ImageSlice,
+    image_shape: ImageShape | None = None,
+    num_classes: int | None = None,
+    batch: int = 256,
+    unreadable: list[str] | None = None,
 ) -> None:
-    """Reads every image once, `batch` at a time, and refuses (DataError) what `check_batch` refuses, or an empty slice."""
+    """Reads every image once, `batch` at a time, and refuses (DataError) what `check_batch` refuses, or an empty slice.
+
+    Names of images that cannot be read are added to `unreadable` where it is given; what is read beside them is not checked.
+    """
     if len(images) == 0:
         raise DataError("the data is empty; expected at least one image")
     for start in range(0, len(images), batch):
         stop = min(start + batch, len(images))
-        x, y = images.load(start, stop)
+        try:
+            x, y = images.load(start, stop)
+        except UnreadableImage:
+            if unreadable is None:
+                raise
+            unreadable += _unreadable(images, start, stop)
+            continue
         check_batch(x, y, image_shape, num_classes, f"images {start} to {stop - 1}")
+
+
+def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[str]:
+    """Names of the images start..stop−1 that cannot be read."""
+    for k in range(start, stop):
+        try:
+            images.load(k, k + 1)
+        except UnreadableImage as error:
+            yield error.image
 
 
 def as_slice(data: Any, image_shape: ImageShape | None = None, num_classes: int | None = None) -> ImageSlice:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clado.errors import MeasurementError
-from clado.space import Assignment, SearchSpace
+from clado.space import Assignment, SearchSpace, bits_text
 
 Array = NDArray[np.float64]
 
@@ -48,8 +48,7 @@ class InteractionMatrix:
 
     def label(self, option: int) -> str:
         """Layer and bits of an option, for messages and axes."""
-        layer, bits = self.space.options[option]
-        return f"{self.space.layers[layer].name} at {bits} bits"
+        return self.space.label(option)
 
     def predicted_increase(self, assignment: Assignment) -> float:
         """½ αᵀ Ĝ α: the predicted increase of the mean loss; exact for at most two layers under `pairwise`."""
@@ -58,8 +57,12 @@ class InteractionMatrix:
 
     def in_layer_mask(self) -> NDArray[np.bool_]:
         """True where row and column are options of one layer (diagonal included)."""
-        owner = np.array([layer for layer, _ in self.space.options])
+        owner = np.array([option.layer for option in self.space.options])
         return np.asarray(owner[:, None] == owner[None, :])
+
+    def loss_of(self, objective: float) -> float | None:
+        """The loss that a predicted increase stands for; None where the matrix only orders assignments."""
+        return None if self.ranking_only else self.baseline + objective
 
     def diagonal_only(self) -> "InteractionMatrix":
         """The same matrix without interactions."""
@@ -79,11 +82,32 @@ class InteractionMatrix:
         clipped = (vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T
         return replace(self, values=(clipped + clipped.T) / 2)
 
+    def shrink(self) -> "InteractionMatrix":
+        """Cross terms drawn towards zero as far as their noise explains them: positive-part James–Stein, v·max(0, 1 − Σs²/Σv²).
+
+        The sums run over all pairs of layers at the same two candidates (4 and 2 bits, say), whose terms are of one order of
+        magnitude (James and Stein, 1961; empirical Bayes with unequal groups: Efron and Morris, JASA 68, 1973). In-layer entries
+        stay. The same matrix where there is no standard error.
+        """
+        if self.standard_error is None:
+            return self
+        kinds = {candidate: k for k, candidate in enumerate(sorted({o[1:] for o in self.space.options}, key=str))}
+        kind = np.array([kinds[option[1:]] for option in self.space.options])
+        pool = np.maximum(kind[:, None], kind[None, :]) * len(kinds) + np.minimum(kind[:, None], kind[None, :])
+        factor = np.ones_like(self.values)
+        for number in np.unique(pool):
+            cross = (pool == number) & ~self.in_layer_mask()
+            signal, noise = float((self.values[cross] ** 2).sum()), float((self.standard_error[cross] ** 2).sum())
+            factor[cross] = max(0.0, 1.0 - noise / signal) if signal else 1.0
+        return replace(self, values=self.values * factor, standard_error=self.standard_error * factor)
+
     def save(self, path: Path) -> None:
-        """Keeps the matrix as .npz: `values`, `standard_error` (empty where there is none) and `options` ("layer:bits")."""
+        """Keeps the matrix as .npz: `values`, `standard_error` (empty where there is none) and `options`: "layer:4", or
+        "layer:4/8" with activation bits.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.part.npz")
         errors = np.empty(0) if self.standard_error is None else self.standard_error
-        options = np.array([f"{self.space.layers[i].name}:{b}" for i, b in self.space.options])
+        options = np.array([f"{self.space.layers[i].name}:{bits_text(*bits)}" for i, *bits in self.space.options])
         np.savez_compressed(part, values=self.values, standard_error=errors, options=options)
         part.replace(path)

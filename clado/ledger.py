@@ -8,28 +8,41 @@ from clado.evaluation import Counts
 from clado.records import write_text
 from clado.space import Assignment
 
+Part = tuple[int, int]
+
 
 class Ledger:
-    """Counts by assignment on one data slice: a folder of JSON files, each written whole. `identity` names slice and network."""
+    """Counts by assignment on one data slice: a folder of JSON files, each written whole. `identity` names slice and network.
+
+    A part (start, stop) of the slice is kept beside the whole until that is put: an evaluation that is killed goes on from there.
+    """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
         self.identity = identity
 
-    def _file(self, assignment: Assignment) -> Path:
-        return self.folder / f"{self.identity[:12]}-{assignment.key}.json"
+    def _file(self, assignment: Assignment, part: Part | None = None) -> Path:
+        name = f"{self.identity[:12]}-{assignment.key}"
+        return self.folder / (f"{name}.json" if part is None else f"parts/{name}-{part[0]}-{part[1]}.json")
 
-    def get(self, assignment: Assignment) -> Counts | None:
+    def get(self, assignment: Assignment, part: Part | None = None) -> Counts | None:
         """The counts of an assignment, None where it is not evaluated yet or its file cannot be read."""
         try:
-            document = json.loads(self._file(assignment).read_text(encoding="utf-8"))
-            if document["bits"] != list(assignment.bits) or document["identity"] != self.identity:
+            document = json.loads(self._file(assignment, part).read_text(encoding="utf-8"))
+            stored = document["bits"], document.get("activation_bits", []), document["identity"], document.get("part")
+            wanted = list(assignment.bits), list(assignment.activation_bits), self.identity, None if part is None else list(part)
+            if stored != wanted:
                 return None
             return Counts(**document["counts"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def put(self, assignment: Assignment, counts: Counts) -> None:
-        """Keeps the counts of an assignment."""
-        document = {"identity": self.identity, "bits": assignment.bits, "counts": asdict(counts)}
-        write_text(self._file(assignment), json.dumps(document))
+    def put(self, assignment: Assignment, counts: Counts, part: Part | None = None) -> None:
+        """Keeps the counts of an assignment; those of the whole slice take the place of its parts'."""
+        activations = {"activation_bits": assignment.activation_bits} if assignment.activation_bits else {}
+        place = {} if part is None else {"part": part}
+        document = {"identity": self.identity, "bits": assignment.bits, **activations, **place, "counts": asdict(counts)}
+        write_text(self._file(assignment, part), json.dumps(document))
+        if part is None:
+            for file in self.folder.glob(f"parts/{self._file(assignment).stem}-*.json"):
+                file.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ stacked in the batch dimension, the more the later the layer. A sample block goe
 stored at a time is one pass of every row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clado import criteria
+from clado import criteria, gradients
+from clado.errors import ConfigurationError
 from clado.network import Network, State
-from clado.probes import Batching, Tile, batching, rows_within_memory, sample_blocks
-from clado.quantizers import WeightQuantizer
+from clado.preparation import Prepared
+from clado.probes import NUM_VECTORS, OF_PAIRS, Batching, Tile, batching, later_layers, rows_within_memory, sample_blocks
+from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
@@ -27,29 +29,48 @@ GPU_BYTES = 2 * 10**9  # values of one run that keep a large GPU busy
 
 @dataclass
 class Workbench:
-    """What measuring needs and one process keeps: the network, every quantized weight, the images of each sample block.
+    """What measuring needs and one process keeps: the network, every layer at every candidate, the images of each sample block.
 
     `load` gives (images, labels or None) of a range of the sensitivity set; `batch_images` is how many images one resumed run
     takes (None: as many as are fast, see `probes.batching`), within `memory_limit` bytes. Blocks are loaded when first asked
-    for and the last one is kept.
+    for and the last one is kept. `batch_statistics` measures probes with batch norm on the statistics of the whole block.
+    `num_vectors` and `seed` are as in a plan.
     """
 
-    network: Network
-    space: SearchSpace
-    quantizer: WeightQuantizer
+    prepared: Prepared
     criterion: str
     blocks: Sequence[tuple[int, int]]
     load: Callable[[int, int], Batch]
     batch_images: int | None = None
     memory_limit: int | None = None
-    quantized: tuple[Tensor, ...] = field(init=False)
+    batch_statistics: bool = False
+    num_vectors: int = NUM_VECTORS
+    seed: int = 0
+    network: Network = field(init=False)
+    quantized: tuple[QuantizedLayer, ...] = field(init=False)
     batching: Batching = field(init=False)
     _block: tuple[int, "tuple[Pass, ...]"] | None = None
 
     def __post_init__(self) -> None:
         widest = max(stop - start for start, stop in self.blocks)
-        self.batching = network_batching(self.network, widest, self.batch_images, self.memory_limit)
-        self.quantized = quantize_all(self.network, self.space, self.quantizer)
+        self.network, self.quantized = self.prepared.network, self.prepared.layers
+        self.batching = network_batching(self.network, widest, self.batch_images, self.memory_limit, self.batch_statistics)
+        if self.batch_statistics:
+            self.network = self.network.with_batch_statistics()
+        else:
+            self.network, fold = self.network.folded()
+            self.quantized = tuple(
+                fold(option.layer, layer) for option, layer in zip(self.space.options, self.quantized, strict=True)
+            )
+
+    @property
+    def space(self) -> SearchSpace:
+        """Layers and their candidates."""
+        return self.prepared.space
+
+    def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
+        """Layer -> what stands in its place in `network`, for the layers that an assignment quantizes."""
+        return {self.space.options[k].layer: self.quantized[k] for k in self.space.chosen_options(assignment)}
 
     def passes(self, number: int) -> "tuple[Pass, ...]":
         """One sample block with its float logits, in passes as even as integers allow."""
@@ -61,10 +82,6 @@ class Workbench:
             parts = [(images[a:b], None if labels is None else labels[a:b]) for a, b in sample_blocks(len(images), count)]
             self._block = number, tuple(Pass(x, y, self.network.logits(x)) for x, y in parts)
         return self._block[1]
-
-    def weights(self, assignment: Assignment) -> dict[int, Tensor]:
-        """Layer -> quantized weight, for the layers that the assignment quantizes."""
-        return {self.space.options[k][0]: self.quantized[k] for k in self.space.chosen_options(assignment)}
 
 
 @dataclass(frozen=True)
@@ -89,11 +106,15 @@ class _Stack:
 
 
 def network_batching(
-    network: Network, images_per_block: int, batch_images: int | None = None, memory_limit: int | None = None
+    network: Network,
+    images_per_block: int,
+    batch_images: int | None = None,
+    memory_limit: int | None = None,
+    whole_blocks: bool = False,
 ) -> Batching:
-    """How images travel through this network on its device."""
+    """How images travel through this network on its device; `whole_blocks` sends the images of a block together."""
     cuts = network.graph.cuts
-    return batching(
+    found = batching(
         [cut.bytes_per_image for cut in cuts],
         [cut.peak_bytes_per_image for cut in cuts],
         images_per_block,
@@ -101,17 +122,15 @@ def network_batching(
         memory_limit,
         **({"cache_bytes": GPU_BYTES} if network.device.type == "cuda" else {}),
     )
-
-
-def quantize_all(network: Network, space: SearchSpace, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
-    """Q(w_i, b) of every option, once, laid out as the float weights are."""
-    quantized = []
-    for i, bits in space.options:
-        weight = network.weights[i]
-        value = quantizer.fake_quantize(weight, bits, network.layers[i].channel_axis)
-        nhwc = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-        quantized.append(value.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format))
-    return tuple(quantized)
+    if not whole_blocks or found.images_per_pass >= images_per_block:
+        return found
+    if memory_limit is not None:
+        raise ConfigurationError(
+            f"batch statistics need a block of {images_per_block} images at once, and the memory limit holds "
+            f"{found.images_per_pass}; raise memory_limit_mb or use more sample_blocks (fewer images each)"
+        )
+    batches = tuple(max(batch, images_per_block) for batch in found.batch_images)
+    return Batching(images_per_block, batches, found.working_bytes * -(-images_per_block // found.images_per_pass))
 
 
 def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memory_limit: int | None) -> int:
@@ -124,17 +143,22 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
 
 
 def measure_tile(bench: Workbench, tile: Tile) -> Array:
-    """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of `pairs` that are no pair are NaN."""
-    if tile.kind == "pairs":
+    """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of pairs that are none are NaN."""
+    if tile.kind in OF_PAIRS:
         return _pairs(bench, tile)
+    if tile.kind == "gradients":
+        return _gradients(bench, tile)
+    if tile.kind == "trace":
+        return _trace(bench, tile)
     return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile)
 
 
-def losses(bench: Workbench, assignment: Assignment, block: int) -> Array:
-    """Per-sample losses (n,) of one assignment, partial or full, on one sample block, by whole forwards."""
-    weights = bench.weights(assignment)
+def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Array:
+    """Per-sample losses (n,) of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of
+    the network that ships where one is given."""
+    network, chosen = (shipped, bench.prepared.chosen(assignment)) if shipped else (bench.network, bench.chosen(assignment))
     parts = bench.passes(block)
-    return np.concatenate([_numpy(part.criterion(bench.criterion)(bench.network.logits(part.images, weights))) for part in parts])
+    return np.concatenate([_numpy(part.criterion(bench.criterion)(network.logits(part.images, chosen))) for part in parts])
 
 
 def _singles(bench: Workbench, tile: Tile) -> Array:
@@ -172,45 +196,90 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
 
 def _pairs(bench: Workbench, tile: Tile) -> Array:
     space, network = bench.space, bench.network
-    owner = np.array([layer for layer, _ in space.options])
-    later = owner[tile.first : tile.stop, None] < owner[None, :]
-    sums = np.where(later, 0.0, np.nan)
+    rows = range(tile.first, tile.stop)
+    later = {row: later_layers(space, tile.kind, space.options[row].layer) for row in rows}
+    sums = np.full((len(rows), space.num_options), np.nan)
+    for row, layers in later.items():
+        for layer in layers:
+            sums[row - tile.first, space.offsets[layer] : space.offsets[layer + 1]] = 0.0
+    groups = space.blocks if tile.kind == "block_pairs" else (tuple(range(space.num_layers)),)
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
-        for layer, stacks in _sweep(bench, part, range(tile.first, tile.stop)):
-            for stack in stacks:
-                where = [row - tile.first for row in stack.rows]
-                for option in range(space.offsets[layer], space.offsets[layer + 1]):
-                    logits = network.finish(stack.state, {layer: bench.quantized[option]})
-                    loss = criterion(logits.reshape(len(stack.rows), *part.float_logits.shape))
-                    sums[where, option] += _numpy(loss).sum(1)
+        float_state = network.begin(part.images)
+        for group in groups:
+            own = [row for row in rows if space.options[row].layer in group and later[row]]
+            if not own:
+                continue
+            # blocks are in order of their first layer, so that one float run serves them all
+            float_state = network.advance(float_state, space.options[own[0]].layer)
+            for layer, stacks in _sweep(bench, part, own, float_state, group[-1]):
+                if layer not in group:
+                    continue
+                for stack in stacks:
+                    where = [row - tile.first for row in stack.rows]
+                    for option in range(space.offsets[layer], space.offsets[layer + 1]):
+                        logits = network.finish(stack.state, {layer: bench.quantized[option]})
+                        loss = criterion(logits.reshape(len(stack.rows), *part.float_logits.shape))
+                        sums[where, option] += _numpy(loss).sum(1)
     return sums
+
+
+def _gradients(bench: Workbench, tile: Tile) -> Array:
+    if bench.batch_statistics:
+        raise ConfigurationError(
+            "gradients of single samples do not exist on batch statistics; expected running statistics, or other estimators"
+        )
+    images, labels = _loaded(bench, tile.block)
+    return gradients.squared_slopes(bench.prepared, bench.criterion, images, labels, _random(bench, tile))
+
+
+def _trace(bench: Workbench, tile: Tile) -> Array:
+    images, labels = _loaded(bench, tile.block)
+    at_once = gradients.images_at_once(bench.network, bench.batching.images_per_pass, bench.memory_limit)
+    count = 1 if bench.batch_statistics else -(-len(images) // at_once)
+    parts = [(images[a:b], None if labels is None else labels[a:b]) for a, b in sample_blocks(len(images), count)]
+    random = _random(bench, tile)
+    return gradients.average_traces(bench.prepared, bench.criterion, parts, bench.num_vectors, random, bench.batch_statistics)
+
+
+def _loaded(bench: Workbench, block: int) -> Batch:
+    images, labels = bench.load(*bench.blocks[block])
+    return images.to(bench.network.device), None if labels is None else labels.to(bench.network.device)
+
+
+def _random(bench: Workbench, tile: Tile) -> np.random.Generator:
+    """Random numbers of a tile: whoever measures it draws the same."""
+    return np.random.default_rng([bench.seed, tile.block])
 
 
 def _finished_rows(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tensor]]:
     """(rows, logits (rows, n, classes)) of every option alone, stack by stack."""
-    for _, stacks in _sweep(bench, part, range(bench.space.num_options), to_the_end=True):
+    rows, begin = range(bench.space.num_options), bench.network.begin(part.images)
+    for _, stacks in _sweep(bench, part, rows, begin, bench.space.num_layers):
         for stack in stacks:
             logits = bench.network.graph.output(stack.state)
             yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)
 
 
-def _sweep(bench: Workbench, part: Pass, rows: range, to_the_end: bool = False) -> Iterator[tuple[int, list[_Stack]]]:
-    """Yields (layer, the rows of earlier layers as stacks at this layer's cut) for every layer behind the first row.
+def _sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State, end: int) -> Iterator[tuple[int, list[_Stack]]]:
+    """Yields (layer, the rows of earlier layers as stacks at this layer's cut) for every layer behind the first row, to `end`.
 
-    With `to_the_end` a stack is run to the end as soon as it is full, while its values are in the cache, and yielded once, as
-    a finished run; what is left is yielded behind the last layer.
+    `rows` ascend; `float_state` is a float run of the pass, at or before the first row's layer. Where `end` is the number of
+    layers a stack is run to the end as soon as it is full, while its values are in the cache, and yielded once, as a finished
+    run; what is left is yielded behind the last layer.
     """
     network, space = bench.network, bench.space
     num_layers = space.num_layers
-    end = num_layers if to_the_end else num_layers - 1
-    first, last = space.options[rows.start][0], space.options[rows.stop - 1][0]
-    float_state = network.advance(network.begin(part.images), first)
+    to_the_end = end == num_layers
+    first, last = space.options[rows[0]].layer, space.options[rows[-1]].layer
+    wanted = set(rows)
+    float_state = network.advance(float_state, first)
     stacks: list[_Stack] = []
     for layer in range(first, end):
         born = [
             _Stack([option], network.advance(float_state, layer + 1, {layer: bench.quantized[option]}))
-            for option in range(max(rows.start, space.offsets[layer]), min(rows.stop, space.offsets[layer + 1]))
+            for option in range(space.offsets[layer], space.offsets[layer + 1])
+            if option in wanted
         ]
         for stack in stacks:
             stack.state = network.advance(stack.state, layer + 1)
@@ -231,23 +300,27 @@ def _sweep(bench: Workbench, part: Pass, rows: range, to_the_end: bool = False) 
 
 
 def _packed(network: Network, stacks: list[_Stack], capacity: int, layer: int) -> list[_Stack]:
-    """The same rows in as few stacks as `capacity` rows each allow; full ones are left alone."""
-    full = [stack for stack in stacks if len(stack.rows) >= capacity]
-    loose = [stack for stack in stacks if len(stack.rows) < capacity]
-    packed: list[_Stack] = []
-    group: list[_Stack] = []
-    for stack in [*loose, None]:
-        if group and (stack is None or sum(len(s.rows) for s in group) + len(stack.rows) > capacity):
-            if len(group) == 1:
-                packed += group
-                group = [] if stack is None else [stack]
-                continue
-            state = network.stack([s.state for s in group], layer)
-            packed.append(_Stack([row for s in group for row in s.rows], state))
-            group = []
-        if stack is not None:
+    """The same rows in as few stacks as `capacity` rows each allow; full ones are left alone, and unlike ones kept apart."""
+    packed = [stack for stack in stacks if len(stack.rows) >= capacity]
+    alike: dict[Hashable, list[_Stack]] = {}
+    for stack in stacks:
+        if len(stack.rows) < capacity:
+            alike.setdefault(network.graph.stack_key(stack.state), []).append(stack)
+    for loose in alike.values():
+        group: list[_Stack] = []
+        for stack in loose:
+            if group and sum(len(s.rows) for s in group) + len(stack.rows) > capacity:
+                packed.append(_joined(network, group, layer))
+                group = []
             group.append(stack)
-    return full + packed
+        packed.append(_joined(network, group, layer))
+    return packed
+
+
+def _joined(network: Network, group: list[_Stack], layer: int) -> _Stack:
+    if len(group) == 1:
+        return group[0]
+    return _Stack([row for s in group for row in s.rows], network.stack([s.state for s in group], layer))
 
 
 def _numpy(tensor: Tensor) -> Array:

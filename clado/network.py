@@ -1,20 +1,24 @@
 """A torch network whose weights can be replaced by name, run whole or resumed from any searched layer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clado.errors import ConfigurationError, DataError, NetworkError
-from clado.graph import Cut, compile_graph
+from clado.graph import Call, Cut, Fold, Norm, compile_graph
+from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, Layer, SearchSpace
 from clado.whole import WholeForwards
 
 Numeric = Literal["float32", "tf32", "bfloat16"]
 State = Any  # of a run that is not finished: what the engine that made it knows how to resume
+Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its place: a weight, or a weight and more
 
 
 class Engine(Protocol):
@@ -25,18 +29,56 @@ class Engine(Protocol):
     macs: int
     unsearched: tuple[tuple[str, int, str], ...]
 
+    norms: tuple[Norm, ...]
+    parameters: tuple[tuple[str, slice | None], ...]
+    bias_names: tuple[str | None, ...]
+    norm_means: tuple[str | None, ...]
+
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """Float weight of each layer."""
 
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """Float bias of each layer, None where it has none of its own."""
+
+    @property
+    def takes_bias(self) -> tuple[bool, ...]:
+        """Whether a layer's bias may be replaced, or given to it."""
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        """Names of parameters and buffers that `updated` takes."""
+
     def begin(self, images: Tensor) -> State:
         """The state before the first layer."""
 
-    def advance(self, state: State, layer: int, weights: Mapping[int, Tensor]) -> State:
-        """Runs to the cut before `layer` with weights replaced; `state` is left as it is."""
+    def advance(self, state: State, layer: int, replaced: Mapping[int, QuantizedLayer]) -> State:
+        """Runs to the cut before `layer` with layers replaced; `state` is left as it is."""
 
     def stack(self, states: Sequence[State], layer: int) -> State:
         """Several states at the cut before `layer` as one, images after images."""
+
+    def stack_key(self, state: State) -> Hashable:
+        """States may be stacked where this is equal."""
+
+    def observe(self, images: Tensor, layer: int) -> list[Call]:
+        """The calls that consume a layer's weight in a float run."""
+
+    def updated(self, named: Mapping[str, Tensor]) -> "Engine":
+        """The same network with other values of parameters and buffers, by name."""
+
+    def folded(self) -> "tuple[Engine, dict[int, Fold]]":
+        """The same network with batch norms folded where that can be done, and how to fold what replaces such a layer."""
+
+    def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
+        """Statistics that batch norms see with layers replaced, by buffer name, pooled over batches, in execution order."""
+
+    def with_batch_statistics(self) -> "Engine":
+        """The same network with every batch norm on the statistics of each probe's own images."""
+
+    def differentiable(self) -> "Engine":
+        """The same network for autograd."""
 
     def output(self, state: State) -> Tensor:
         """Logits (images, classes) of a finished run."""
@@ -53,6 +95,11 @@ class Network:
     the differences we measure), tf32, or bfloat16 (autocast). `channels_last` lays images out as (N, H, W, C); weights follow
     where the module was converted with `model.to(memory_format=torch.channels_last)`.
 
+    `compile` sends runs from a layer to the end through torch.compile: minutes of compiling, for faster runs on GPUs.
+
+    `split` names linear weights (patterns) whose rows are queries, keys and values, such as "*.in_proj_weight" or "*.qkv.weight":
+    each becomes three layers instead of one.
+
     `graph=False` is for networks that torch.export refuses: the same numbers by whole forwards, with layers as the example meets
     them (so its values matter where the network branches on them), at three times the cost and more.
     """
@@ -63,9 +110,11 @@ class Network:
         example_input: Tensor,
         fixed: Sequence[str] = (),
         *,
+        split: Sequence[str] = (),
         graph: bool = True,
         numeric: Numeric = "float32",
         channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         if not isinstance(example_input, Tensor) or example_input.ndim < 2:
             raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")
@@ -76,12 +125,21 @@ class Network:
         self.numeric: Numeric = numeric
         self.channels_last = channels_last
         _refuse_bad_weights(model)
-        engine = compile_graph if graph else WholeForwards
+        if split and not graph:
+            raise NetworkError("a weight can be split in a graph only; expected graph=True, or no split")
+        if compile and not graph:
+            raise NetworkError("only a graph can be compiled; expected graph=True, or no compile")
+        self.graph: Engine
         with _computing("float32", self.example.device):
-            self.graph: Engine = engine(model, self.example, lambda name: any(fnmatchcase(name, pattern) for pattern in fixed))
+            if graph:
+                flat = compile_graph(model, self.example, _matching(fixed), _matching(split))
+                self.graph = flat.compiled() if compile else flat
+            else:
+                self.graph = WholeForwards(model, self.example, _matching(fixed))
         if not self.graph.layers:
             raise NetworkError("no convolution or linear weight is left to search; is every layer named in fixed?")
         self.weights: tuple[Tensor, ...] = self.graph.weights
+        self._changed: dict[str, Tensor] = {}
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -103,39 +161,147 @@ class Network:
         return SearchSpace.uniform(self.layers, bits, ties)
 
     @torch.inference_mode()
-    def logits(self, images: Tensor, weights: Mapping[int, Tensor] | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), with the given tensors in place of layers' weights (by layer index)."""
-        return self.finish(self.begin(images), weights)
+    def logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W), with layers (by index) replaced: by a weight, or by a `QuantizedLayer`."""
+        return self.finish(self.begin(images), replaced)
+
+    def differentiable_logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
+        """`logits` with gradients, for training: to the replaced weights and biases, and to what `updated` has put in place."""
+        with _computing(self.numeric, images.device):
+            state = self.graph.begin(self._laid_out(images))
+            return self.graph.output(self.graph.advance(state, len(self.layers), _quantized_layers(replaced)))
+
+    @property
+    def changed(self) -> dict[str, Tensor]:
+        """Parameters and buffers that `updated` has given other values, by name."""
+        return dict(self._changed)
+
+    def trainable(self, replaced: Replaced) -> dict[str, Tensor]:
+        """Values by name of the float parameters that runs with these layers replaced still read as they are."""
+        gone = set[str | None]()
+        for i, layer in _quantized_layers(replaced).items():
+            gone |= {self.graph.parameters[i][0], self.graph.bias_names[i] if layer.bias is not None else None}
+        return {
+            name: self._changed.get(name, parameter.detach())
+            for name, parameter in self.model.named_parameters()
+            if name in self.graph.replaceable and name not in gone and parameter.is_floating_point()
+        }
 
     @torch.inference_mode()
     def begin(self, images: Tensor) -> State:
         """The values alive before the first layer."""
-        if self.channels_last and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
         with _computing(self.numeric, images.device):
-            return self.graph.begin(images)
+            return self.graph.begin(self._laid_out(images))
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        if self.channels_last and images.ndim == 4:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
     @torch.inference_mode()
-    def advance(self, state: State, layer: int, weights: Mapping[int, Tensor] | None = None) -> State:
+    def advance(self, state: State, layer: int, replaced: Replaced | None = None) -> State:
         """Runs from a state to the cut before `layer`, or to the end where that is the number of layers."""
         with _computing(self.numeric, self.device):
-            return self.graph.advance(state, layer, weights or {})
+            return self.graph.advance(state, layer, _quantized_layers(replaced))
 
     @torch.inference_mode()
-    def finish(self, state: State, weights: Mapping[int, Tensor] | None = None) -> Tensor:
+    def finish(self, state: State, replaced: Replaced | None = None) -> Tensor:
         """Runs from a state to the logits (images of the state, classes)."""
-        return self.graph.output(self.advance(state, len(self.layers), weights))
+        return self.graph.output(self.advance(state, len(self.layers), replaced))
+
+    @torch.inference_mode()
+    def observe(self, images: Tensor, layer: int) -> list[Call]:
+        """What consumes a layer's weight in a float run of images (N, C, H, W): each call's input, operator and arguments."""
+        with _computing(self.numeric, self.device):
+            return self.graph.observe(self._laid_out(images), layer)
+
+    @torch.inference_mode()
+    def normalisation(self, images: Sequence[Tensor], replaced: Replaced | None = None) -> dict[str, Tensor]:
+        """Statistics that batch norms see with layers replaced, by buffer name, pooled over all batches of images.
+
+        In execution order: each batch norm's input is that of a network whose earlier batch norms have their new statistics
+        already. Sums are float64, so the result does not depend on how images are cut into batches beyond rounding.
+        """
+        with _computing(self.numeric, self.device):
+            return self.graph.normalisation([self._laid_out(batch) for batch in images], _quantized_layers(replaced))
+
+    def updated(self, named: Mapping[str, Tensor]) -> "Network":
+        """The same network with other values of parameters and buffers, by name; the module is not changed."""
+        other = copy(self)
+        other.graph = self.graph.updated(named)
+        other.weights = other.graph.weights
+        other._changed = {**self._changed, **named}
+        return other
+
+    def folded(self) -> "tuple[Network, Callable[[int, QuantizedLayer], QuantizedLayer]]":
+        """The same function with batch norms folded into the layers before them, and what turns a layer (by index) that is put in
+        place into one that fits there. Results are the same up to rounding: for measuring, not for export."""
+        other = copy(self)
+        other.graph, folds = self.graph.folded()
+        return other, lambda i, layer: folds[i](layer) if i in folds else layer
+
+    def folded_with(self, replaced: Replaced) -> "tuple[Network, dict[int, QuantizedLayer]]":
+        """The folded network, and these layers as they fit there."""
+        network, fold = self.folded()
+        return network, {i: fold(i, layer) for i, layer in _quantized_layers(replaced).items()}
+
+    def with_batch_statistics(self) -> "Network":
+        """The same network with every batch norm on the statistics of each probe's own images, as in training."""
+        other = copy(self)
+        other.graph = self.graph.with_batch_statistics()
+        return other
+
+    def differentiable(self) -> "Network":
+        """The same network for `recorded_logits`."""
+        other = copy(self)
+        other.graph = self.graph.differentiable()
+        return other
+
+    def recorded_logits(self, images: Tensor, replaced: Replaced) -> Tensor:
+        """Logits (N, classes) with autograd's record, for first and second derivatives in the tensors put in place.
+
+        Of a `differentiable` network.
+        """
+        with torch.enable_grad(), _computing(self.numeric, images.device), sdpa_kernel(SDPBackend.MATH):
+            state = self.graph.begin(self._laid_out(images))
+            return self.graph.output(self.graph.advance(state, len(self.layers), _quantized_layers(replaced)))
 
     @torch.inference_mode()
     def stack(self, states: Sequence[State], layer: int) -> State:
         """States at the cut before `layer` as one state, images after images; finished runs for the number of layers."""
         return self.graph.stack(states, layer)
 
-    def state_dict(self, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """The module's state with the given tensors in place of layers' weights, tied names included."""
-        state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        replaced = {tensor.data_ptr(): weights[i] for i, tensor in enumerate(self.weights) if i in weights}
-        return {name: replaced.get(tensor.data_ptr(), tensor).contiguous() for name, tensor in state.items()}
+    def state_dict(self, replaced: Replaced) -> dict[str, Tensor]:
+        """The module's state with layers replaced, tied names included; grids of activations are no part of it.
+
+        A bias given to a layer that had none goes into the batch norm behind it (its mean, less the bias), and stands under a
+        name of its own, beside the weight's, only where there is no batch norm.
+        """
+        own = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        values = {own[name].data_ptr(): tensor for name, tensor in self._changed.items()}  # by address: tied names are one
+        added: dict[str, Tensor] = {}
+
+        def put(name: str, rows: slice | None, tensor: Tensor) -> None:
+            address = own[name].data_ptr()
+            if rows is not None:
+                whole = values.get(address, own[name]).clone()
+                whole[rows] = tensor
+                tensor = whole
+            values[address] = tensor
+
+        for i, layer in _quantized_layers(replaced).items():
+            name, rows = self.graph.parameters[i]
+            put(name, rows, layer.weight)
+            if layer.bias is not None:
+                bias, mean = self.graph.bias_names[i], self.graph.norm_means[i]
+                if bias is not None:
+                    put(bias, rows, layer.bias)
+                elif mean is not None:
+                    put(mean, None, values.get(own[mean].data_ptr(), own[mean]) - layer.bias)
+                else:
+                    added[_bias_beside(name)] = layer.bias
+        state = {name: values.get(tensor.data_ptr(), tensor).contiguous() for name, tensor in own.items()}
+        return {**state, **added}
 
     def coverage(self) -> list[tuple[str, int, str]]:
         """(name, bytes, why) of every parameter that is not searched."""
@@ -145,6 +311,21 @@ class Network:
         """Refuses an assignment of another network."""
         if len(assignment.bits) != len(self.layers):
             raise NetworkError(f"the assignment has {len(assignment.bits)} layers, the network {len(self.layers)}")
+
+
+def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _bias_beside(weight: str) -> str:
+    """What a bias is called that the module has no place for: fc.bias, in_proj_bias, and w_bias beside a parameter w."""
+    folder, dot, name = weight.rpartition(".")
+    return folder + dot + (name.replace("weight", "bias") if "weight" in name else f"{name}_bias")
+
+
+def _quantized_layers(replaced: Replaced | None) -> dict[int, QuantizedLayer]:
+    chosen = replaced or {}
+    return {i: layer if isinstance(layer, QuantizedLayer) else QuantizedLayer(layer) for i, layer in chosen.items()}
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from numpy.typing import NDArray
 
 from clado.interaction import InteractionMatrix
-from clado.records import CHOSEN, UNIFORM, Result, RunRecord, size_text
+from clado.records import CHOSEN, UNIFORM, Result, RunRecord, short_names, size_text
+from clado.space import bits_text
 
 DOTS_PER_INCH = 150
 ROBUST_PERCENTILE = 98.0
@@ -101,10 +102,14 @@ def colour_limit(matrix: InteractionMatrix) -> float:
 
 
 def bits_per_layer(record: RunRecord) -> Figure:
-    """Layers in execution order × budgets for the chosen assignments (at least one); beside them the weights of each layer."""
+    """Layers in execution order × budgets for the chosen assignments (at least one); beside them the weights of each layer.
+
+    Colours are of the weights' bits; where the run's activations have several widths, cells read weight bits/activation bits.
+    """
     columns = [result for budget in record.budgets if (result := record.find(budget, CHOSEN)) is not None]
     bits = np.array([[b or 0 for b in result.assignment.bits] for result in columns], dtype=np.int64).T
     widths = sorted(set(bits.ravel().tolist()))
+    activation_widths = {a for result in record.results for a in result.assignment.activation_bits if a is not None}
     names = short_names(record.layer_names)
     rows = len(names)
 
@@ -118,7 +123,9 @@ def bits_per_layer(record: RunRecord) -> Figure:
     axes.imshow(cells, aspect="auto", interpolation="nearest")
     for i, row in enumerate(bits.tolist()):
         for k, b in enumerate(row):
-            axes.text(k, i, str(b) if b else "float", ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(colour[b]))
+            pair = columns[k].assignment.pairs[i]
+            text = (bits_text(*pair) if len(activation_widths) > 1 else str(b)) if b else "float"
+            axes.text(k, i, text, ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(colour[b]))
     axes.set_xticks(range(len(columns)), [f"{result.budget}\n{size_text(result.size_bytes)}" for result in columns], fontsize=7.5)
     axes.xaxis.tick_top()
     axes.set_yticks(range(rows), names, fontsize=8)
@@ -136,7 +143,12 @@ def bits_per_layer(record: RunRecord) -> Figure:
     side.set_axisbelow(True)
     for axis in (axes, side):
         axis.spines[:].set_visible(False)
-    axes.set_title(f"Bits per layer, {record.network}", fontsize=11, fontweight="bold", color=INK, loc="left", pad=14)
+    title = f"Bits per layer, {record.network}"
+    if len(activation_widths) == 1:
+        title += f", activations at {activation_widths.pop()} bits"
+    elif activation_widths:
+        title += ", weights/activations"
+    axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left", pad=14)
     return figure
 
 
@@ -144,7 +156,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
     """Top-1 on the validation set against the size of the searched weights, one line a method."""
     points = _points(record, _top1_percent)
     reference = None if record.float_accuracy.top1 is None else 100 * record.float_accuracy.top1
-    figure = _against_size(record, points, reference, "top-1 (%)")
+    figure = _against_size(record, points, reference, f"{record.top1_title} (%)")
     axes = figure.axes[0]
     # one bad uniform assignment would flatten everything else: what lies far below is marked at the lower edge, with its number
     others = [y for method, line in points.items() if method != UNIFORM for _, y in line]
@@ -231,12 +243,6 @@ def _against_size(
     return figure
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Layer names without the ending `.weight`, where that leaves them distinct."""
-    short = [name.removesuffix(".weight") for name in names]
-    return short if len(set(short)) == len(names) else list(names)
-
-
 def _canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -259,10 +265,14 @@ def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, f
 
 
 def _bits_sentence(matrix: InteractionMatrix) -> str:
-    widths = set(matrix.space.bit_widths)
-    if len(widths) == 1:
-        return f"in each layer {', '.join(map(str, widths.pop()))} bits from the left and the top"
-    return "in each layer narrow bits first"
+    space = matrix.space
+    kinds = {space.candidates(layer) for layer in range(space.num_layers)}
+    if len(kinds) > 1:
+        return "in each layer narrow bits first"
+    several = len(space.activation_widths) > 1
+    texts = [bits_text(b, a if several else None) for b, a in kinds.pop()]
+    what = "bits of weights/activations" if several else "bits"
+    return f"in each layer {', '.join(texts)} {what} from the left and the top"
 
 
 def _ink_on(colour: NDArray[np.float64]) -> str:

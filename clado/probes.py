@@ -1,34 +1,45 @@
 """What has to be measured, and in which tiles: plans in integers. Decides everything; runs nothing; imports no torch.
 
-A *probe* is a partial assignment. A *tile* is the unit of work, of storage and of retry: one sample block, and for `pairs` a
+A *probe* is a partial assignment. A *tile* is the unit of work, of storage and of retry: one sample block, and for pairs a
 range of rows (first options of the pairs).
 
     singles   loss of the float network and of every option alone                              1 + K values a block
     pairs     loss of every option of the tile's rows with every option of a later layer       rows × K values
+    block_pairs   the same, of options of one block of layers only (`SearchSpace.blocks`)      rows × K values, most NaN
     gram      Gram matrix of the logits' changes under every option alone (Gauss–Newton)       (1 + K) × K values a block
+    gradients     squared first-order changes of each sample's log-likelihood (`gradients.py`) 2 × (1 + K) values a block
+    trace         Hessian traces times squared errors of every option (`gradients.py`)         1 + K values a block
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
-Kind = Literal["singles", "pairs", "gram"]
-KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram")
+Kind = Literal["singles", "pairs", "gram", "block_pairs", "gradients", "trace"]
+KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram", "block_pairs", "gradients", "trace")
+OF_PAIRS: tuple[Kind, ...] = ("pairs", "block_pairs")
+OF_GRADIENTS: tuple[Kind, ...] = ("gradients", "trace")
 MIN_BATCH, MAX_BATCH = 8, 512
+NUM_VECTORS = 8  # of Hutchinson's estimate, in each sample block
 
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """One unit of work: rows `first .. stop − 1` are options (pairs only), `number` counts the row tiles of a block."""
+    """One unit of work: rows `first .. stop − 1` are options (kinds of pairs only), `number` counts the row tiles of a block."""
 
     kind: Kind
     block: int
     number: int = 0
     first: int = 0
     stop: int = 0
+
+    def __str__(self) -> str:
+        rows = f", rows {self.first} to {self.stop - 1}" if self.kind == "pairs" else ""
+        return f"the tile of {self.kind}, block {self.block}{rows}"
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of a measurement. `blocks` are (start, stop) ranges of the sensitivity set."""
+    """The tiles of a measurement. `blocks` are (start, stop) ranges of the sensitivity set; `num_vectors` random vectors estimate
+    each trace, and `seed` seeds what is drawn for gradients."""
 
     space: SearchSpace
     blocks: tuple[tuple[int, int], ...]
     kinds: tuple[Kind, ...]
     rows_per_tile: int
+    num_vectors: int = NUM_VECTORS
+    seed: int = 0
 
     @property
     def num_images(self) -> int:
@@ -55,7 +69,7 @@ class Plan:
 
     @property
     def num_row_tiles(self) -> int:
-        """Row tiles of one block of `pairs`."""
+        """Row tiles of one sample block of pairs."""
         return -(-self.space.num_options // self.rows_per_tile)
 
     @property
@@ -63,27 +77,58 @@ class Plan:
         """All tiles: the cheap kinds first, then pairs, block by block."""
         tiles: list[Tile] = []
         for kind in KINDS:
-            if kind in self.kinds and kind != "pairs":
+            if kind in self.kinds and kind not in OF_PAIRS:
                 tiles += [Tile(kind, block) for block in range(len(self.blocks))]
-        if "pairs" in self.kinds:
-            tiles += [self.pair_tile(block, number) for block in range(len(self.blocks)) for number in range(self.num_row_tiles)]
+        for kind in OF_PAIRS:
+            if kind in self.kinds:
+                numbers = range(self.num_row_tiles)
+                tiles += [self.pair_tile(block, number, kind) for block in range(len(self.blocks)) for number in numbers]
         return tuple(tiles)
 
-    def pair_tile(self, block: int, number: int) -> Tile:
+    def pair_tile(self, block: int, number: int, kind: Kind = "pairs") -> Tile:
         """The `number`-th row tile of one block."""
         first = number * self.rows_per_tile
-        return Tile("pairs", block, number, first, min(first + self.rows_per_tile, self.space.num_options))
+        return Tile(kind, block, number, first, min(first + self.rows_per_tile, self.space.num_options))
+
+    def shape(self, kind: Kind) -> tuple[int, ...]:
+        """Shape of what is kept of a kind for one sample block."""
+        k = self.space.num_options
+        if kind in OF_PAIRS:
+            return k, k
+        return {"gram": (1 + k, k), "gradients": (2, 1 + k)}.get(kind, (1 + k,))
+
+    def terms(self, kind: Kind) -> dict[str, Any]:
+        """What the numbers of a kind depend on beside the store's identity: plain data, kept beside them."""
+        if kind == "block_pairs":
+            return {"layer_blocks": [list(block) for block in self.space.blocks]}
+        if kind == "gradients":
+            return {"seed": self.seed}
+        return {"seed": self.seed, "num_vectors": self.num_vectors} if kind == "trace" else {}
 
     def evaluations(self, tile: Tile) -> int:
         """Probes that a tile measures on its sample block (a forward of the float network counts as one)."""
-        if tile.kind != "pairs":
+        if tile.kind in OF_GRADIENTS:
+            return 1
+        if tile.kind not in OF_PAIRS:
             return 1 + self.space.num_options
         offsets = self.space.offsets
-        return sum(self.space.num_options - offsets[self.space.options[row][0] + 1] for row in range(tile.first, tile.stop))
+        return sum(
+            offsets[j + 1] - offsets[j]
+            for row in range(tile.first, tile.stop)
+            for j in later_layers(self.space, tile.kind, self.space.options[row].layer)
+        )
 
     def forward_images(self, tiles: Iterable[Tile]) -> int:
         """Σ over tiles of probes × images: what whole forwards would push through the network."""
         return sum(self.evaluations(tile) * self.block_images(tile.block) for tile in tiles)
+
+    def backwards(self, tile: Tile) -> int:
+        """Backward passes of its sample block that a tile takes."""
+        return {"gradients": 1, "trace": 1 + self.num_vectors}.get(tile.kind, 0)
+
+    def backward_images(self, tiles: Iterable[Tile]) -> int:
+        """Σ over tiles of backward passes × images."""
+        return sum(self.backwards(tile) * self.block_images(tile.block) for tile in tiles)
 
     def block_images(self, block: int) -> int:
         """Images of one block."""
@@ -92,24 +137,38 @@ class Plan:
 
     def macs(self, tile: Tile, workload: Workload) -> int:
         """Multiply-accumulates that suffix execution of a tile needs, its stored prefixes included."""
+        if tile.kind in OF_GRADIENTS:
+            # a backward pass multiplies twice as much as a forward pass, one through both of them twice as much again
+            passes = 1 + (2 if tile.kind == "gradients" else 2 + 4 * self.num_vectors)
+            return passes * workload.macs * self.block_images(tile.block)
         offsets, num_layers = self.space.offsets, self.space.num_layers
         suffix = (*workload.suffix_macs, 0)
-        if tile.kind != "pairs":
-            per_image = workload.macs + sum(suffix[layer] for layer, _ in self.space.options)
+        if tile.kind not in OF_PAIRS:
+            per_image = workload.macs + sum(suffix[option.layer] for option in self.space.options)
             return per_image * self.block_images(tile.block)
         per_image = 0
-        if tile.stop > tile.first:  # the float run as far as the last row's layer
-            per_image += workload.macs - suffix[min(self.space.options[tile.stop - 1][0] + 1, num_layers)]
-        for row in range(tile.first, tile.stop):
-            layer = self.space.options[row][0]
-            per_image += suffix[layer] - suffix[num_layers - 1]  # the stored prefix, carried to the last cut
-            per_image += sum((offsets[j + 1] - offsets[j]) * suffix[j] for j in range(layer + 1, num_layers))
+        later = [later_layers(self.space, tile.kind, option.layer) for option in self.space.options[tile.first : tile.stop]]
+        for row, layers in enumerate(later, tile.first):
+            layer = self.space.options[row].layer
+            if layers:
+                per_image += suffix[layer] - suffix[layers[-1]]  # the stored prefix, carried to the last cut
+            per_image += sum((offsets[j + 1] - offsets[j]) * suffix[j] for j in layers)
+        reached = [row for row, layers in enumerate(later, tile.first) if layers or tile.kind == "pairs"]
+        if reached:  # the float run as far as the last row's layer
+            per_image += workload.macs - suffix[min(self.space.options[reached[-1]].layer + 1, num_layers)]
         return per_image * self.block_images(tile.block)
 
     def stored_bytes(self) -> int:
         """Bytes of all chunks before compression."""
-        k, count = self.space.num_options, len(self.blocks)
-        return 8 * count * sum({"singles": 1 + k, "pairs": k * k, "gram": (1 + k) * k}[kind] for kind in self.kinds)
+        return 8 * len(self.blocks) * sum(math.prod(self.shape(kind)) for kind in self.kinds)
+
+
+def later_layers(space: SearchSpace, kind: Kind, layer: int) -> Sequence[int]:
+    """Layers that a kind of pairs combines a layer with: all behind it, or those of its block."""
+    if kind == "pairs":
+        return range(layer + 1, space.num_layers)
+    block = next(block for block in space.blocks if layer in block)
+    return [j for j in block if j > layer]
 
 
 def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
@@ -120,6 +179,26 @@ def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ..
         )
     ends = [k * num_images // num_blocks for k in range(num_blocks + 1)]
     return tuple(zip(ends[:-1], ends[1:], strict=True))
+
+
+def grown_blocks(stored: Sequence[tuple[int, int]], num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
+    """The blocks of a set of images that grew: the stored ones stay, and further images are cut into blocks of about their size.
+
+    A fresh cut into `num_blocks` where the stored blocks do not begin with one, or cover more images than there are.
+    """
+    stored = tuple((start, stop) for start, stop in stored)
+    fresh = sample_blocks(num_images, num_blocks)
+    if len(stored) < num_blocks or stored[-1][1] > num_images:
+        return fresh
+    first = stored[num_blocks - 1][1]
+    if stored[:num_blocks] != sample_blocks(first, num_blocks):
+        return fresh
+    last = stored[-1][1]
+    added = num_images - last
+    if not added:
+        return stored
+    further = sample_blocks(added, min(added, max(1, round(added * num_blocks / first))))
+    return stored + tuple((last + start, last + stop) for start, stop in further)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The integer quadratic program as data: what is minimised, what limits it, and what an answer says. NumPy only.
 
-A *group* is a set of layers that share a bit-width (a tie, or one layer alone); a *choice* is one (group, bit-width) pair that
-may be taken. With x the 0/1 vector of choices the program is
+A *group* is a set of layers that share a candidate (a tie, or one layer alone); a *choice* is a group at one candidate, its bits
+of weights and activations, that may be taken. With x the 0/1 vector of choices the program is
 
     min ½ xᵀ Q x + offset    s.t.  exactly one choice per group,  A x ≤ limits,  x_k + x_l ≤ 1 for forbidden pairs.
 
@@ -126,7 +126,8 @@ class Program:
     ) -> "Program":
         """The program of a matrix under constraints.
 
-        `candidates` narrows the bit-widths of the layers whose name matches a pattern (one bit-width pins the layer).
+        `candidates` narrows the weights' bit-widths of the layers whose name matches a pattern (one bit-width pins them), and
+        leaves every activation width.
         `quarantined` are options that may not be taken, `forbidden` pairs of options that may not be taken together.
         `convexity` says what is minimised: `raw` the matrix as measured (solvers convexify it exactly where they need to);
         `shift_psd` the same function, with Q + λI made positive semidefinite and λ·(number of choices taken) taken off again;
@@ -150,8 +151,8 @@ class Program:
         options: list[tuple[int, ...]] = []
         starts = [0]
         for group in groups:
-            for bits in space.bit_widths[group[0]]:
-                taken = tuple(space.option(layer, bits) for layer in group)
+            for candidate in space.candidates(group[0]):
+                taken = tuple(space.option(layer, *candidate) for layer in group)
                 if not excluded & set(taken) and not any((a, b) in pairs for a in taken for b in taken):
                     options.append(taken)
             if len(options) == starts[-1]:
@@ -391,7 +392,7 @@ def _excluded(space: SearchSpace, candidates: Mapping[str, Sequence[int]], quara
             raise ConfigurationError(
                 f"{space.layers[layer].name} was measured at {list(measured)} bits; of the candidates {list(wanted)} not all are"
             )
-        excluded |= {space.option(layer, b) for b in measured if b not in wanted}
+        excluded |= {space.option(layer, *pair) for pair in space.candidates(layer) if pair[0] not in wanted}
     return excluded
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from clado.errors import StoreError
 from clado.space import Assignment
 
-CHOSEN, UNIFORM, FLOAT = "chosen", "uniform", "float"
+CHOSEN, UNIFORM, FLOAT, LOCAL_SEARCH = "chosen", "uniform", "float", "local_search"
+IMAGENET_VALIDATION_IMAGES = 50_000
+Z95 = 1.959963984540054  # quantile of the normal distribution that leaves 2.5 % above it
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,32 @@ class Accuracy:
     top1: float | None = None
     top5: float | None = None
 
+    @property
+    def top1_interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % confidence interval of top-1; None without labels."""
+        return None if self.top1 is None else wilson(self.top1, self.num_images)
+
+
+def wilson(fraction: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share that was counted on `count` independent images (Wilson 1927).
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n): within 0..1, and of positive length even where p is 0 or 1.
+    """
+    square = Z95**2 / count
+    centre = (fraction + square / 2) / (1 + square)
+    reach = Z95 * math.sqrt(fraction * (1 - fraction) / count + square / (4 * count)) / (1 + square)
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
 
 @dataclass(frozen=True)
 class Result:
     """One method's answer to one budget.
 
-    `loss_predicted`: baseline + ½ αᵀĜα of the method's own matrix; `loss_shipped`: mean criterion measured on the sensitivity
-    set with the network that would ship; `validation`: accuracy on images that no choice has seen. `winner` names the method
-    whose assignment `chosen` took, and `gain` how much lower its measured loss is than the best of the others.
+    `loss_predicted`: baseline + ½ αᵀĜα of the method's own matrix; `loss_probe_model`: mean criterion measured on the sensitivity
+    set with the network that probes measure; `loss_shipped`: with the one that would ship, final corrections applied (the same
+    where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
+    rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
+    took, and `gain` how much lower its measured loss is than the best of the others.
     """
 
     budget: str
@@ -40,19 +60,74 @@ class Result:
     average_bits: float
     loss_shipped: float
     loss_predicted: float | None = None
+    loss_probe_model: float | None = None
     status: str | None = None
     objective: float | None = None
     bound: float | None = None
     gap: float | None = None
     seconds: float | None = None
     validation: Accuracy | None = None
+    validation_plain: Accuracy | None = None
     winner: str | None = None
     gain: float | None = None
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One assignment that was measured for a budget: who proposed it (a method, a variant of one, or the local search), what was
+    predicted and what was measured (None: NaN or infinite)."""
+
+    budget: str
+    origin: str
+    assignment: Assignment
+    size_bytes: int
+    loss_shipped: float | None
+    loss_predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchSummary:
+    """What the local search of one budget did: `start` proposed what it started from; `gain` is how far it lowered the measured
+    loss, with `evaluations` losses measured; `surrogate` is the estimator that ranked the moves."""
+
+    budget: str
+    surrogate: str
+    start: str
+    start_loss: float
+    best_loss: float
+    gain: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far the images decide a budget's answer (`stability.py`): `shares[i]` is the share of resamples that keep the bits
+    of layer i; `undecided[m]` counts the layers that stay undecided with `multiples[m]` times `num_images` images."""
+
+    budget: str
+    estimator: str
+    num_images: int
+    num_resamples: int
+    shares: tuple[float, ...]
+    multiples: tuple[int, ...]
+    undecided: tuple[int, ...]
+
+    @property
+    def settled_by(self) -> int | None:
+        """Images that would leave no layer undecided; None where even the largest multiple would."""
+        return next((m * self.num_images for m, left in zip(self.multiples, self.undecided, strict=True) if not left), None)
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """Everything a run reports: network, settings, one Result per budget and method, and how long each phase took in seconds."""
+    """Everything a run reports: network, settings, one Result per budget and method, and how long each phase took in seconds.
+
+    `unsearched` holds (name, bytes, why) of every parameter that keeps its float; `provenance` versions, device, hash of the
+    weights; `data` maps a set to its `num_images` and `sha256`. All three are empty in the records of earlier versions.
+
+    `forwards` are forward images by kind of tile; `costs` are forward and backward images that each estimator takes on its own.
+    `candidates` holds all that was measured on the way to the chosen ones.
+    """
 
     network: str
     layer_names: tuple[str, ...]
@@ -65,6 +140,26 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    corrections: str = "none"
+    unsearched: tuple[tuple[str, int, str], ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    costs: dict[str, dict[str, int]] = field(default_factory=dict)
+    imagenet: bool = False
+    candidates: tuple[Candidate, ...] = ()
+    searches: tuple[SearchSummary, ...] = ()
+    stability: tuple[Stability, ...] = ()
+
+    @property
+    def top1_name(self) -> str:
+        """`top1`, or `top1_subset` where it was counted on a part of ImageNet's validation images: no figure to compare."""
+        few = self.imagenet and self.float_accuracy.num_images < IMAGENET_VALIDATION_IMAGES
+        return "top1_subset" if few else "top1"
+
+    @property
+    def top1_title(self) -> str:
+        """The same for people."""
+        return "top-1" if self.top1_name == "top1" else self.top1_name
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -82,9 +177,11 @@ class RunRecord:
 
     def assignment_document(self, result: Result) -> dict[str, Any]:
         """The result's assignment as the JSON object that `SearchSpace.to_json` writes and `SearchSpace.from_json` reads."""
+        widths = result.assignment.activation_bits
         return {
             "format": "clado-assignment/1",
             "bits": dict(zip(self.layer_names, result.assignment.bits, strict=True)),
+            **({"activation_bits": dict(zip(self.layer_names, widths, strict=True))} if widths else {}),
             "average_bits": result.average_bits,
             "size_bytes": result.size_bytes,
         }
@@ -109,8 +206,12 @@ class RunRecord:
                     "layer_names": tuple(document["layer_names"]),
                     "layer_weights": tuple(document["layer_weights"]),
                     "notes": tuple(document["notes"]),
+                    "unsearched": tuple((name, size, why) for name, size, why in document.get("unsearched", ())),
                     "float_accuracy": Accuracy(**document["float_accuracy"]),
                     "results": tuple(_result(row) for row in document["results"]),
+                    "candidates": tuple(_candidate(row) for row in document.get("candidates", ())),
+                    "stability": tuple(_stability(row) for row in document.get("stability", ())),
+                    "searches": tuple(SearchSummary(**row) for row in document.get("searches", ())),
                 }
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -119,13 +220,26 @@ class RunRecord:
             ) from error
 
 
+def _assignment(document: dict[str, Any]) -> Assignment:
+    return Assignment(tuple(document["bits"]), tuple(document.get("activation_bits", ())))
+
+
+def _stability(row: dict[str, Any]) -> Stability:
+    return Stability(**{**row, **{key: tuple(row[key]) for key in ("shares", "multiples", "undecided")}})
+
+
+def _candidate(row: dict[str, Any]) -> Candidate:
+    return Candidate(**{**row, "assignment": _assignment(row["assignment"])})
+
+
 def _result(row: dict[str, Any]) -> Result:
-    accuracy = row["validation"]
+    accuracy, plain = row["validation"], row.get("validation_plain")
     return Result(
         **{
             **row,
-            "assignment": Assignment(tuple(row["assignment"]["bits"])),
+            "assignment": _assignment(row["assignment"]),
             "validation": Accuracy(**accuracy) if accuracy else None,
+            "validation_plain": Accuracy(**plain) if plain else None,
         }
     )
 
@@ -156,3 +270,9 @@ def size_text(num_bytes: float) -> str:
     """Bytes for people, three digits: kB = 10^3 bytes, MB = 10^6."""
     number, unit = (num_bytes / 1e6, "MB") if num_bytes >= 999_500 else (num_bytes / 1e3, "kB")
     return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Layer names without the ending `.weight`, where that leaves them distinct."""
+    short = [name.removesuffix(".weight") for name in names]
+    return short if len(set(short)) == len(names) else list(names)

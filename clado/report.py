@@ -16,31 +16,32 @@ from clado.records import CHOSEN, Result, RunRecord, markdown_table, percent, si
 from clado.tracking import Receipt
 
 BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", CHOSEN)
-QUANTITIES = ("size", "loss", "top-1 %")
+QUANTITIES = ("size", "loss", "top-1 %", "plain %")  # the last only where a run corrects: the same bits without corrections
 
 
 def table(record: RunRecord) -> Table:
-    """Three rows a budget (size, measured loss, top-1) × methods; the lowest loss and highest top-1 of a row are bold."""
+    """Rows of a budget (size, loss, top-1, plain top-1 where a run corrects) × methods; the best loss and top-1 are bold."""
     result = Table()
     result.add_column("budget", no_wrap=True)
     result.add_column("", no_wrap=True, style="dim")
     for method in record.methods:
         result.add_column(method, justify="right", overflow="fold", min_width=9)
     for budget in record.budgets:
-        for k, (quantity, cells, best) in enumerate(_rows(record, budget)):
+        lines = list(rows(record, budget))
+        for k, (quantity, cells, best) in enumerate(lines):
             shown = [Text(cell, style="bold green" if cell == best else "") for cell in cells]
-            result.add_row(Text("" if k else budget, style="bold"), quantity, *shown, end_section=k == len(QUANTITIES) - 1)
+            result.add_row(Text("" if k else budget, style="bold"), quantity, *shown, end_section=k == len(lines) - 1)
     return result
 
 
 def markdown(record: RunRecord) -> str:
     """The same table as Markdown, with its caption and the verdict."""
-    rows = []
+    lines = []
     for budget in record.budgets:
-        for quantity, cells, best in _rows(record, budget):
-            rows.append([budget, quantity, *[f"**{cell}**" if cell == best else cell for cell in cells]])
-    body = markdown_table(["budget", "", *record.methods], rows)
-    return f"{record.network}: {_caption(record)}.\n\n{body}\n\n{verdict(record)}\n"
+        for quantity, cells, best in rows(record, budget):
+            lines.append([budget, quantity, *[f"**{cell}**" if cell == best else cell for cell in cells]])
+    body = markdown_table(["budget", "", *record.methods], lines)
+    return f"{record.network}: {caption(record)}.\n\n{body}\n\n{verdict(record)}\n"
 
 
 def verdict(record: RunRecord) -> str:
@@ -81,8 +82,60 @@ def winners(record: RunRecord) -> str:
     lines = []
     for result in chosen:
         name = (result.winner or "unknown").ljust(name_width)
-        lines.append(f"  {result.budget.ljust(width)}  {name}  loss {_loss(result.loss_shipped)}{_lead(result)}")
+        lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_shipped)}{_lead(result)}")
     return "\n".join(["Chosen by measured loss, and who proposed it:", *lines]) if lines else "Nothing was chosen."
+
+
+def search_text(record: RunRecord) -> str:
+    """What the local search gained at each budget; empty where there was none."""
+    if not record.searches:
+        return ""
+    evaluations = sum(row.evaluations for row in record.searches)
+    gained = [row for row in record.searches if row.gain > 0]
+    surrogate = record.searches[0].surrogate
+    head = f"Local search on the measured loss ({evaluations} evaluations, moves ranked by {surrogate}) "
+    if not gained:
+        return head + f"found nothing better at any of {len(record.searches)} budgets."
+    most = max(gained, key=lambda row: row.gain / row.start_loss if row.start_loss else row.gain)
+    share = f" ({100 * most.gain / most.start_loss:.1f} %)" if most.start_loss else ""
+    return (
+        head + f"lowered it at {len(gained)} of {len(record.searches)} budgets, most at {most.budget}: "
+        f"from {loss_text(most.start_loss)} ({most.start}) to {loss_text(most.best_loss)}{share}."
+    )
+
+
+def stability_text(record: RunRecord) -> str:
+    """One sentence: how many layers the images leave undecided at each budget, and how many images would settle them."""
+    if not record.stability:
+        return ""
+    first, num_layers = record.stability[0], len(record.layer_names)
+    parts = []
+    for row in record.stability:
+        if not row.undecided[0]:
+            continue
+        settled = row.settled_by
+        most = row.multiples[-1] * row.num_images
+        after = f"even {most:,} would leave {row.undecided[-1]}" if settled is None else f"about {settled:,} would settle them"
+        parts.append(f"{row.undecided[0]} of {num_layers} at {row.budget} ({after})")
+    head = f"With {first.num_images:,} images and {first.estimator}"
+    how = f"bootstrap over sample blocks, {first.num_resamples} resamples"
+    if not parts:
+        return f"{head} every layer's bits are decided at every budget ({how})."
+    return f"{head} layers are undecided: {'; '.join(parts)} ({how})."
+
+
+def candidates_table(record: RunRecord) -> str:
+    """Every candidate that was measured, by budget and measured loss, as Markdown."""
+    rows = []
+    for budget in record.budgets:
+        own = [c for c in record.candidates if c.budget == budget]
+        for c in sorted(own, key=lambda c: float("inf") if c.loss_shipped is None else c.loss_shipped):
+            predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
+            measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)
+            rows.append([budget, c.origin, f"{c.size_bytes:,}", predicted, measured, str(c.assignment)])
+    if not rows:
+        return "No candidates are recorded: the run was made by an earlier version, or for no budget."
+    return markdown_table(["budget", "proposed by", "bytes", "predicted loss", "measured loss", "bits"], rows)
 
 
 def _lead(result: Result) -> str:
@@ -93,7 +146,7 @@ def _lead(result: Result) -> str:
         return ", as low as the best of the others"
     others = result.loss_shipped + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
-    return f", {_loss(result.gain)}{share} below the best of the others"
+    return f", {loss_text(result.gain)}{share} below the best of the others"
 
 
 def solver_line(record: RunRecord) -> str:
@@ -139,14 +192,22 @@ def locations(folder: Path, plots: Sequence[Path] = (), receipt: Receipt | None 
 
 def show(record: RunRecord) -> Group:
     """Everything there is to say about a record, to print with rich."""
-    parts: list[RenderableType] = [Text(f"{record.network}: {_caption(record)}"), table(record)]
-    texts = [verdict(record), winners(record), solver_line(record), _forwards(record), phase_times(record)]
+    parts: list[RenderableType] = [Text(f"{record.network}: {caption(record)}"), table(record)]
+    texts = [
+        verdict(record),
+        winners(record),
+        search_text(record),
+        stability_text(record),
+        solver_line(record),
+        _forwards(record),
+        phase_times(record),
+    ]
     texts += [f"Note: {note}" for note in record.notes]
     parts += [Text(text) for text in texts if text]
     return Group(*parts)
 
 
-def _rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str | None]]:
+def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str | None]]:
     """(quantity, one cell a method, the best cell where best has a meaning) of a budget."""
     found = [record.find(budget, method) for method in record.methods]
     losses = [None if result is None else result.loss_shipped for result in found]
@@ -154,27 +215,47 @@ def _rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str 
     least = min((loss for loss in losses if loss is not None), default=None)
     most = max((top1 for top1 in accuracies if top1 is not None), default=None)
     yield QUANTITIES[0], ["–" if result is None else size_text(result.size_bytes) for result in found], None
-    yield QUANTITIES[1], ["–" if loss is None else _loss(loss) for loss in losses], None if least is None else _loss(least)
-    yield QUANTITIES[2], [percent(top1) for top1 in accuracies], None if most is None else percent(most)
+    yield (
+        QUANTITIES[1],
+        ["–" if loss is None else loss_text(loss) for loss in losses],
+        None if least is None else loss_text(least),
+    )
+    yield _top1_label(record), [percent(top1) for top1 in accuracies], None if most is None else percent(most)
+    plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in found]
+    if any(top1 is not None for top1 in plain):
+        yield QUANTITIES[3], [percent(top1) for top1 in plain], None
 
 
 def _top1(result: Result | None) -> float | None:
     return None if result is None or result.validation is None else result.validation.top1
 
 
-def _caption(record: RunRecord) -> str:
+def _top1_label(record: RunRecord) -> str:
+    return QUANTITIES[2] if record.top1_name == "top1" else f"{record.top1_name} % of {record.float_accuracy.num_images:,}"
+
+
+def caption(record: RunRecord) -> str:
+    """Size, loss and accuracy of the float network, and what is corrected."""
     accuracy = record.float_accuracy
-    top1 = "" if accuracy.top1 is None else f", top-1 {percent(accuracy.top1)} % on {accuracy.num_images:,} images"
-    return f"float {size_text(record.float_bytes)}, loss {_loss(record.baseline)} ({record.criterion}){top1}"
+    top1 = "" if accuracy.top1 is None else f", {record.top1_title} {percent(accuracy.top1)} % on {accuracy.num_images:,} images"
+    if interval := accuracy.top1_interval:
+        top1 += f" (95 %: {percent(interval[0])} to {percent(interval[1])})"
+    corrections = "" if record.corrections == "none" else f"; corrections: {record.corrections}"
+    return f"float {size_text(record.float_bytes)}, loss {loss_text(record.baseline)} ({record.criterion}){top1}{corrections}"
 
 
 def _forwards(record: RunRecord) -> str:
     """How many evaluations each estimator took."""
     counts = ", ".join(f"{name} {count:,}" for name, count in record.forwards.items())
-    return f"Forward images, as whole forwards would need: {counts}." if counts else ""
+    own = ", ".join(
+        f"{name} {cost['forwards']:,}" + (f" and {cost['backwards']:,} backward" if cost["backwards"] else "")
+        for name, cost in record.costs.items()
+    )
+    text = f"Forward images, as whole forwards would need: {counts}." if counts else ""
+    return f"{text} Each estimator alone: {own}." if own else text
 
 
-def _loss(value: float) -> str:
+def loss_text(value: float) -> str:
     """At least three significant digits in at most nine characters."""
     if 0.01 <= abs(value) < 1000:
         return f"{value:.4f}"
@@ -182,7 +263,7 @@ def _loss(value: float) -> str:
 
 
 def _num_changed(one: Result, other: Result) -> int:
-    return sum(a != b for a, b in zip(one.assignment.bits, other.assignment.bits, strict=True))
+    return sum(a != b for a, b in zip(one.assignment.pairs, other.assignment.pairs, strict=True))
 
 
 def _relative(base: Result, other: Result) -> float:
@@ -198,4 +279,4 @@ def _change(budget: str, base: Result, other: Result, signed: bool = True) -> st
     share = share if base.loss_shipped else ""
     before, after = _top1(base), _top1(other)
     accuracy = "" if before is None or after is None else f", and top-1 from {percent(before)} to {percent(after)} %"
-    return f"{share}at {budget}, from {_loss(base.loss_shipped)} to {_loss(other.loss_shipped)}{accuracy}"
+    return f"{share}at {budget}, from {loss_text(base.loss_shipped)} to {loss_text(other.loss_shipped)}{accuracy}"

@@ -8,91 +8,82 @@ holds one cell per tile, written after the tile: a tile of NaNs is not a missing
       counts       (blocks,)            images per sample block
       singles/sums (blocks, 1 + K)      singles/done (blocks, 1)
       pairs/sums   (blocks, K, K)       pairs/done   (blocks, row tiles)
-      gram/sums    (blocks, 1 + K, K)   gram/done    (blocks, 1)
+      …                                 the other kinds of `probes.py`, each a group with its shape behind the blocks
+
+A kind whose numbers depend on more than the identity keeps that as the attribute `terms` of its group; under other terms its
+tiles count as missing.
+
+A store is a folder, or a prefix of a bucket named by URL (s3://BUCKET/PREFIX): Zarr's own store on obstore, which takes keys and
+the endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP).
 """
 
 import shutil
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import Store as Backend
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 
-from clado.config import fingerprint
-from clado.errors import IdentityMismatch, StoreError
-from clado.probes import KINDS, Kind, Plan, Tile
+from clado.config import fingerprint, redact
+from clado.errors import ConfigurationError, IdentityMismatch, StoreError
+from clado.probes import KINDS, OF_PAIRS, Kind, Plan, Tile
 
 FORMAT = "clado-store/1"
+NAMES: dict[Kind, tuple[str, ...]] = {
+    "singles": ("probe",),
+    "pairs": ("option", "later_option"),
+    "gram": ("probe", "option"),
+    "block_pairs": ("option", "later_option"),
+    "gradients": ("estimator", "probe"),
+    "trace": ("probe",),
+}
 Array = NDArray[np.float64]
 
 
 class Store:
     """Measurements of one identity, tile by tile. Opened by path, by any number of processes; each tile has one writer."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Path | str, group: zarr.Group) -> None:
         self.path = path
         self.group = group
 
     @classmethod
     def create(
-        cls, path: Path, plan: Plan, identity: Mapping[str, Any], coverage: Mapping[str, Any], provenance: Mapping[str, Any]
+        cls,
+        path: Path | str,
+        plan: Plan,
+        identity: Mapping[str, Any],
+        coverage: Mapping[str, Any],
+        provenance: Mapping[str, Any],
     ) -> "Store":
-        """A new store for a plan, complete under a temporary name before it appears under `path`."""
+        """A new store for a plan: a folder appears whole under `path`; in a bucket, which renames nothing, `format` is last."""
+        if isinstance(path, str):
+            group = zarr.open_group(_bucket(path), mode="a", zarr_format=3)
+            if group.attrs or not set(group.keys()) <= {*KINDS, "counts"}:  # else: one whose making was cut short is made anew
+                raise StoreError(f"{redact(path)} holds something that is not ours; name another prefix (store: s3://…)")
+            _fill(group, plan, identity, coverage, provenance)
+            return cls(path, group)
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.open_group(part, mode="w", zarr_format=3)
-        k, blocks = plan.space.num_options, len(plan.blocks)
-        shapes: dict[Kind, tuple[tuple[int, ...], tuple[int, ...], int]] = {
-            "singles": ((blocks, 1 + k), (1, 1 + k), 1),
-            "pairs": ((blocks, k, k), (1, plan.rows_per_tile, k), plan.num_row_tiles),
-            "gram": ((blocks, 1 + k, k), (1, 1 + k, k), 1),
-        }
-        names = {
-            "singles": ("block", "probe"),
-            "pairs": ("block", "option", "later_option"),
-            "gram": ("block", "probe", "option"),
-        }
-        for kind, (shape, chunks, tiles) in shapes.items():
-            options: dict[str, Any] = {
-                "compressors": [ZstdCodec(level=1), Crc32cCodec()],
-                "serializer": BytesCodec(),
-                "filters": None,
-            }
-            group.create_array(
-                f"{kind}/sums",
-                shape=shape,
-                chunks=chunks,
-                dtype="f8",
-                fill_value=np.nan,
-                dimension_names=names[kind],
-                **options,
-            )
-            group.create_array(f"{kind}/done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, **options)
-        counts = np.array([plan.block_images(block) for block in range(blocks)], dtype="i8")
-        group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()])
-        group.attrs.update(
-            format=FORMAT,
-            fingerprint=fingerprint(dict(identity)),
-            identity=dict(identity),
-            coverage=dict(coverage),
-            provenance=dict(provenance),
-            rows_per_tile=plan.rows_per_tile,
-        )
+        _fill(zarr.open_group(part, mode="w", zarr_format=3), plan, identity, coverage, provenance)
         part.rename(path)
         return cls(path, zarr.open_group(path, mode="r+"))
 
     @classmethod
-    def open(cls, path: Path) -> "Store":
+    def open(cls, path: Path | str) -> "Store":
         """An existing store, refused unless it is ours."""
-        if not path.is_dir():
+        if isinstance(path, Path) and not path.is_dir():
             what = "is not a folder" if path.exists() else "does not exist"
             raise StoreError(f"{path} {what}; expected a store that `clado run` made")
         try:
-            group = zarr.open_group(path, mode="r+", zarr_format=3)
+            group = zarr.open_group(path if isinstance(path, Path) else _bucket(path), mode="r+", zarr_format=3)
             found = group.attrs.get("format")
         except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
             raise StoreError(
@@ -113,6 +104,21 @@ class Store:
                 + "\n  ".join(rows)
                 + "\n  Use the old settings, or name another folder for this run (folder: runs/…)"
             )
+
+    def grow(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
+        """Makes room for the plan's further sample blocks, which are absent; no chunk of the others is touched.
+
+        The coverage is written last: a process that dies before leaves the old coverage, and growing again is harmless.
+        """
+        blocks = len(plan.blocks)
+        for kind in (kind for kind in KINDS if f"{kind}/done" in self.group):
+            for part in ("sums", "done"):
+                array = self._array(f"{kind}/{part}")
+                array.resize((blocks, *array.shape[1:]))
+        counts = self._array("counts")
+        counts.resize((blocks,))
+        counts[:] = np.array([plan.block_images(block) for block in range(blocks)], dtype="i8")
+        self.group.attrs["coverage"] = dict(coverage)
 
     def provenance_differences(self, provenance: Mapping[str, Any]) -> list[str]:
         """How code, libraries and device differ from those that began the store: a warning, not an error."""
@@ -143,18 +149,33 @@ class Store:
         """Rows of a `pairs` chunk: set when the store was made."""
         return int(str(self.group.attrs["rows_per_tile"]))
 
+    def extend(self, plan: Plan) -> None:
+        """Makes room for the plan's kinds: those that the store has not, or holds under other terms, begin empty."""
+        for kind in plan.kinds:
+            if not self._holds(plan, kind):
+                _create_kind(self.group, plan, kind)
+
+    def _holds(self, plan: Plan, kind: Kind) -> bool:
+        return f"{kind}/done" in self.group and self.group[kind].attrs.get("terms", {}) == plan.terms(kind)
+
     def _array(self, name: str) -> zarr.Array[Any]:
         found = self.group[name]
         assert isinstance(found, zarr.Array)
         return found.with_config({"write_empty_chunks": True})  # not kept in the store, and a tile of NaNs must be written
 
     def _where(self, tile: Tile) -> tuple[Any, ...]:
-        return (tile.block, slice(tile.first, tile.stop)) if tile.kind == "pairs" else (tile.block,)
+        return (tile.block, slice(tile.first, tile.stop)) if tile.kind in OF_PAIRS else (tile.block,)
 
     def write(self, tile: Tile, sums: Array) -> None:
-        """Writes one tile whole, then marks it done."""
-        self._array(f"{tile.kind}/sums")[self._where(tile)] = sums
-        self._array(f"{tile.kind}/done")[tile.block, tile.number] = 1
+        """Writes one tile whole, then marks it done; StoreError where the disk takes neither."""
+        try:
+            self._array(f"{tile.kind}/sums")[self._where(tile)] = sums
+            self._array(f"{tile.kind}/done")[tile.block, tile.number] = 1
+        except OSError as error:
+            raise StoreError(
+                f"{tile} could not be written to {self.path} ({error.strerror or error}); expected a disk with room that may be "
+                "written to. What was measured is kept: make room, and the same command goes on from there"
+            ) from error
 
     def read(self, tile: Tile) -> Array:
         """The sums of one tile; StoreError where its chunk fails its checksum or is gone."""
@@ -163,22 +184,22 @@ class Store:
             values = np.asarray(array[self._where(tile)], dtype=np.float64)
         except Exception as error:  # codecs raise ValueError, RuntimeError or their own kinds
             raise StoreError(f"the chunk of {tile} in {self.path} is damaged ({error})") from error
-        if not self._chunk_file(tile).exists():
+        if not sync(self.group.store.exists(self._chunk_key(tile))):
             raise StoreError(f"the chunk of {tile} in {self.path} is gone")
         return values
 
-    def _chunk_file(self, tile: Tile) -> Path:
+    def _chunk_key(self, tile: Tile) -> str:
         key = (
             [tile.block, tile.number, 0]
-            if tile.kind == "pairs"
+            if tile.kind in OF_PAIRS
             else [tile.block] + [0] * (self._array(f"{tile.kind}/sums").ndim - 1)
         )
-        return self.path / tile.kind / "sums" / "c" / Path(*map(str, key))
+        return "/".join([tile.kind, "sums", "c", *map(str, key)])
 
     def missing(self, plan: Plan) -> list[Tile]:
         """Tiles of the plan that are not done, in the plan's order."""
-        done = {kind: np.asarray(self._array(f"{kind}/done")[:]) for kind in KINDS}
-        return [tile for tile in plan.tiles if not done[tile.kind][tile.block, tile.number]]
+        done = {kind: np.asarray(self._array(f"{kind}/done")[:]) for kind in plan.kinds if self._holds(plan, kind)}
+        return [tile for tile in plan.tiles if tile.kind not in done or not done[tile.kind][tile.block, tile.number]]
 
     def damaged(self, tiles: Iterable[Tile]) -> list[Tile]:
         """Those of the tiles whose chunk fails its checksum or is gone; they are marked as not done."""
@@ -201,14 +222,88 @@ class Store:
             )
         gathered: dict[Kind, Array] = {}
         for tile in plan.tiles:
-            whole = gathered.setdefault(tile.kind, np.full(self._array(f"{tile.kind}/sums").shape, np.nan))
+            shape = (len(plan.blocks), *self._array(f"{tile.kind}/sums").shape[1:])
+            whole = gathered.setdefault(tile.kind, np.full(shape, np.nan))
             whole[self._where(tile)] = self.read(tile)
         return gathered
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Images per sample block."""
-        return np.asarray(self._array("counts")[:], dtype=np.int64)
+        """Images per sample block of the coverage."""
+        counts = np.asarray(self._array("counts")[:], dtype=np.int64)
+        return counts[: len(self.coverage["blocks"])]
+
+
+def _create_kind(group: zarr.Group, plan: Plan, kind: Kind) -> None:
+    """Empty arrays of one kind, in place of any that are there: one chunk a tile."""
+    kept = group.create_group(kind, overwrite=True)
+    shape, blocks = plan.shape(kind), len(plan.blocks)
+    rows = kind in OF_PAIRS
+    options: dict[str, Any] = {
+        "compressors": [ZstdCodec(level=1), Crc32cCodec()],
+        "serializer": BytesCodec(),
+        "filters": None,
+    }
+    kept.create_array(
+        "sums",
+        shape=(blocks, *shape),
+        chunks=(1, plan.rows_per_tile, *shape[1:]) if rows else (1, *shape),
+        dtype="f8",
+        fill_value=np.nan,
+        dimension_names=("block", *NAMES[kind]),
+        **options,
+    )
+    tiles = plan.num_row_tiles if rows else 1
+    kept.create_array("done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, **options)
+    if plan.terms(kind):
+        kept.attrs["terms"] = plan.terms(kind)
+
+
+def _fill(
+    group: zarr.Group, plan: Plan, identity: Mapping[str, Any], coverage: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> None:
+    """The arrays of a plan, empty, and then the attributes that make the group a store of ours."""
+    for kind in KINDS:
+        _create_kind(group, plan, kind)
+    counts = np.array([plan.block_images(block) for block in range(len(plan.blocks))], dtype="i8")
+    group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=True)
+    group.attrs.update(
+        format=FORMAT,
+        fingerprint=fingerprint(dict(identity)),
+        identity=dict(identity),
+        coverage=dict(coverage),
+        provenance=dict(provenance),
+        rows_per_tile=plan.rows_per_tile,
+    )
+
+
+def exists(path: Path | str) -> bool:
+    """Whether something is there: a path, or a store of ours in a bucket; StoreError where the bucket does not answer."""
+    if isinstance(path, Path):
+        return path.exists()
+    try:
+        return bool(zarr.open_group(_bucket(path), mode="r", zarr_format=3).attrs.get("format") == FORMAT)
+    except FileNotFoundError:  # and zarr's own kinds of it
+        return False
+
+
+def _bucket(url: str) -> Backend:
+    """Zarr's store for a prefix of a bucket."""
+    try:
+        from obstore.store import S3Store
+        from zarr.storage import ObjectStore
+    except ImportError as error:
+        raise ConfigurationError(f"a store at {url} needs obstore ({error}); expected: pip install 'clado[s3]'") from None
+    # a server that does not answer is given up within a minute, not in obstore's three
+    bucket = S3Store.from_url(url, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)})
+    try:
+        next(iter(bucket.list(chunk_size=1)), None)
+    except Exception as error:  # of obstore, by kind of server and fault
+        told = redact(" ".join(str(error).split()))[:300]
+        raise StoreError(
+            f"{url} cannot be used ({told}); expected a bucket that exists, its keys and AWS_ENDPOINT_URL in the environment"
+        ) from None
+    return ObjectStore(bucket)
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

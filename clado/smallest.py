@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clado.errors import InfeasibleError
+from clado.records import Z95
 from clado.space import Assignment, SearchSpace
-
-Z95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 @dataclass(frozen=True)

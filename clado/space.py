@@ -1,18 +1,21 @@
 """What can be chosen: layers, their candidate bit-widths, and an assignment of one to each. Integers only; no torch.
 
-An *option* is one (layer, bit-width) pair. Options are numbered layer by layer in execution order, narrow before wide:
-option `offsets[i] + m` is the m-th bit-width of layer i. Matrices, programs and plans index options; only this file knows
-what an option means.
+An *option* is one layer at one bit-width of its weights and, where activations are quantized, one of its input activations.
+Options are numbered layer by layer in execution order, narrow before wide: option `offsets[i] + m` is the m-th candidate of
+layer i, a pair (weight bits, activation bits). Matrices, programs and plans index options; only this file knows what an
+option means.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
+from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
 MIN_BITS, MAX_BITS = 1, 16
@@ -51,14 +54,31 @@ class Layer:
         return (self.num_weights * bits + 7) // 8
 
 
+class Option(NamedTuple):
+    """A layer (its index) at a bit-width of its weights and one of its input activations (None: they stay in float)."""
+
+    layer: int
+    bits: int
+    activation_bits: int | None
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A bit-width for each layer, in the order of the space; None leaves the layer in float.
 
-    Partial assignments (some None) are probes; full ones are answers.
+    `activation_bits` holds the width of each layer's input activations (None where the layer is in float), and is empty where
+    activations are not quantized. Partial assignments (some None) are probes; full ones are answers.
     """
 
     bits: tuple[int | None, ...]
+    activation_bits: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.activation_bits and len(self.activation_bits) != len(self.bits):
+            raise ConfigurationError(
+                f"the assignment has bits for {len(self.bits)} layers but activation bits for {len(self.activation_bits)}; "
+                "expected one for each layer, or none"
+            )
 
     @property
     def is_full(self) -> bool:
@@ -66,39 +86,71 @@ class Assignment:
         return None not in self.bits
 
     @property
+    def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
+        """(weight bits, activation bits) of each layer; None where in float."""
+        return tuple(zip(self.bits, self.activation_bits or (None,) * len(self.bits), strict=True))
+
+    @property
     def key(self) -> str:
         """Short hash that names this assignment in files."""
-        return hashlib.sha256(json.dumps(self.bits).encode()).hexdigest()[:16]
+        # without activation bits the hash is of the weights' bits alone: stored files are named after it
+        document = [self.bits, self.activation_bits] if self.activation_bits else self.bits
+        return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
-    def replace(self, layer: int, bits: int | None) -> "Assignment":
-        """A copy with another bit-width for one layer."""
-        return Assignment((*self.bits[:layer], bits, *self.bits[layer + 1 :]))
+    def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":
+        """A copy with another bit-width of the weights and of the input activations of one layer."""
+        pairs = list(self.pairs)
+        pairs[layer] = (bits, activation_bits)
+        has_activations = bool(self.activation_bits) or activation_bits is not None
+        return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else ())
 
     def __str__(self) -> str:
-        return " ".join("-" if b is None else str(b) for b in self.bits)
+        return " ".join(bits_text(bits, activation_bits) for bits, activation_bits in self.pairs)
 
 
-def check_bits(bits: Sequence[int], whose: str = "bits") -> tuple[int, ...]:
+def bits_text(bits: int | None, activation_bits: int | None = None) -> str:
+    """Short text of a layer's bits: "4", "4/8" with activation bits, "-" in float."""
+    if bits is None:
+        return "-"
+    return str(bits) if activation_bits is None else f"{bits}/{activation_bits}"
+
+
+def label(name: str, bits: int, activation_bits: int | None = None) -> str:
+    """A layer's candidate in words: "fc.weight at 4 bits", and ", activations at 8" where they are quantized."""
+    text = f"{name} at {bits} bits"
+    return text if activation_bits is None else f"{text}, activations at {activation_bits}"
+
+
+def check_bits(bits: Sequence[int | None], whose: str = "bits") -> tuple[int, ...]:
     """The bit-widths as a tuple, refused unless ascending integers within 1..16."""
     if not bits:
         raise ConfigurationError(
             f"{whose} is empty; expected ascending integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]"
         )
+    checked: list[int] = []
     for b in bits:
         if isinstance(b, bool) or not isinstance(b, int) or not MIN_BITS <= b <= MAX_BITS:
             raise ConfigurationError(f"{whose} holds {b!r}; expected integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]")
-    if list(bits) != sorted(set(bits)):
-        raise ConfigurationError(f"{whose} is {list(bits)}; expected ascending and distinct, so {sorted(set(bits))}")
-    return tuple(bits)
+        checked.append(b)
+    if checked != sorted(set(checked)):
+        raise ConfigurationError(f"{whose} is {checked}; expected ascending and distinct, so {sorted(set(checked))}")
+    return tuple(checked)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Layers × candidate bit-widths, with groups of layers that must share a bit-width (`ties`, of layer indices)."""
+    """Layers × candidate bit-widths, with groups of layers that must share a candidate (`ties`, of layer indices).
+
+    `activation_widths` are the candidate widths of every layer's input activations, ascending, or (None,): they stay in float.
+    `given_blocks` are blocks of layers (indices) in place of those of the module tree; they change what is measured, not what
+    can be chosen.
+    """
 
     layers: tuple[Layer, ...]
     bit_widths: tuple[tuple[int, ...], ...]
     ties: tuple[tuple[int, ...], ...] = field(default=())
+    activation_widths: tuple[int | None, ...] = (None,)
+    given_blocks: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -109,6 +161,8 @@ class SearchSpace:
             raise ConfigurationError(f"{len(self.layers)} layers but {len(self.bit_widths)} sets of bit-widths")
         for layer, bits in zip(self.layers, self.bit_widths, strict=True):
             check_bits(bits, f"bits of {layer.name}")
+        if self.activation_widths != (None,):
+            check_bits(self.activation_widths, "activation_widths")
         seen: set[int] = set()
         for group in self.ties:
             names = [self.layers[i].name for i in group]
@@ -132,7 +186,7 @@ class SearchSpace:
                 raise ConfigurationError(f"no searched layer matches {pattern!r}; layers are {', '.join(self.names)}")
             for i in matched:
                 widths[i] = check_bits(bits, f"bits of {self.layers[i].name}")
-        return SearchSpace(self.layers, tuple(widths), self.ties)
+        return replace(self, bit_widths=tuple(widths))
 
     def tied(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
         """The same space with groups of layers, given by name patterns, that must share a bit-width."""
@@ -145,7 +199,32 @@ class SearchSpace:
                     f"the tie {list(patterns)} matches {found}; expected two or more of {', '.join(self.names)}"
                 )
             ties.append(tuple(matched))
-        return SearchSpace(self.layers, self.bit_widths, tuple(ties))
+        return replace(self, ties=tuple(ties))
+
+    def blocked(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
+        """The same space with blocks of layers given by name patterns, instead of the module tree's; other layers are alone."""
+        blocks: list[tuple[int, ...]] = []
+        for patterns in groups:
+            matched = tuple(i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns))
+            if not matched:
+                raise ConfigurationError(f"the block {list(patterns)} matches no layer; layers are {', '.join(self.names)}")
+            twice = [self.layers[i].name for i in matched if any(i in block for block in blocks)]
+            if twice:
+                raise ConfigurationError(f"{', '.join(twice)} is in two blocks; expected each layer in one at most")
+            blocks.append(matched)
+        return replace(self, given_blocks=tuple(blocks))
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Layers (indices) that depend on one another, each in one block: as given, or as the module tree has them."""
+        if not self.given_blocks:
+            return module_blocks(self.names)
+        alone = set(range(self.num_layers)).difference(*self.given_blocks)
+        return tuple(sorted([*self.given_blocks, *((i,) for i in alone)]))
+
+    def with_activations(self, widths: Sequence[int]) -> "SearchSpace":
+        """The same space with these candidate widths of the input activations of every layer; none: they stay in float."""
+        return replace(self, activation_widths=check_bits(widths, "activation_widths") if widths else (None,))
 
     @property
     def num_layers(self) -> int:
@@ -157,71 +236,117 @@ class SearchSpace:
         """Names of the layers."""
         return tuple(layer.name for layer in self.layers)
 
+    @property
+    def has_activations(self) -> bool:
+        """Whether input activations are quantized."""
+        return self.activation_widths != (None,)
+
+    def candidates(self, layer: int) -> tuple[tuple[int, int | None], ...]:
+        """(weight bits, activation bits) that a layer may have, in the order of its options."""
+        return tuple(product(self.bit_widths[layer], self.activation_widths))
+
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """First option of each layer; the last entry is the number of options."""
         total, offsets = 0, [0]
         for bits in self.bit_widths:
-            total += len(bits)
+            total += len(bits) * len(self.activation_widths)
             offsets.append(total)
         return tuple(offsets)
 
     @property
     def num_options(self) -> int:
-        """K, the number of (layer, bit-width) pairs: the order of the interaction matrix."""
+        """K, the number of options: the order of the interaction matrix."""
         return self.offsets[-1]
 
     @cached_property
-    def options(self) -> tuple[tuple[int, int], ...]:
-        """(layer, bits) of each option, in order."""
-        return tuple((i, b) for i, bits in enumerate(self.bit_widths) for b in bits)
+    def options(self) -> tuple[Option, ...]:
+        """Layer, weight bits and activation bits of each option, in order."""
+        return tuple(Option(i, *candidate) for i in range(self.num_layers) for candidate in self.candidates(i))
 
-    def option(self, layer: int, bits: int) -> int:
-        """Number of the option (layer, bits)."""
-        try:
-            return self.offsets[layer] + self.bit_widths[layer].index(bits)
-        except ValueError:
+    def option(self, layer: int, bits: int, activation_bits: int | None = None) -> int:
+        """Number of the option; `activation_bits` may be left out where there is one activation width."""
+        name = self.layers[layer].name
+        if activation_bits is None and len(self.activation_widths) > 1:
+            raise ConfigurationError(f"{name} has no activation bits; expected one of {list(self.activation_widths)}")
+        if bits not in self.bit_widths[layer]:
+            raise ConfigurationError(f"{name} has no {bits}-bit candidate; its candidates are {list(self.bit_widths[layer])}")
+        width = self.activation_widths[0] if activation_bits is None else activation_bits
+        if width not in self.activation_widths:
             raise ConfigurationError(
-                f"{self.layers[layer].name} has no {bits}-bit candidate; its candidates are {list(self.bit_widths[layer])}"
-            ) from None
+                f"{name} has no candidate with {width}-bit activations; its activations "
+                + (f"are at one of {list(self.activation_widths)} bits" if self.has_activations else "stay in float")
+            )
+        place = self.bit_widths[layer].index(bits) * len(self.activation_widths) + self.activation_widths.index(width)
+        return self.offsets[layer] + place
+
+    def label(self, option: int) -> str:
+        """Layer and bits of an option, for messages and axes."""
+        layer, bits, activation_bits = self.options[option]
+        return label(self.layers[layer].name, bits, activation_bits)
+
+    def completed(self, assignment: Assignment) -> Assignment:
+        """The assignment as this space writes it: with the one activation width where it names none, and without activation
+        bits where activations stay in float. Refuses another number of layers, and activation bits that are missing or where
+        none can be.
+        """
+        if len(assignment.bits) != self.num_layers:
+            raise ConfigurationError(f"the assignment has {len(assignment.bits)} layers, the space {self.num_layers}")
+        activation_bits: list[int | None] = []
+        for layer, (bits, width) in zip(self.layers, assignment.pairs, strict=True):
+            if width is not None and (bits is None or not self.has_activations):
+                why = "the layer itself stays in float" if bits is None else "activations stay in float here"
+                raise ConfigurationError(f"the assignment has {width}-bit activations for {layer.name}, but {why}")
+            if bits is not None and width is None and len(self.activation_widths) > 1:
+                raise ConfigurationError(
+                    f"the assignment has no activation bits for {layer.name}; expected one of {list(self.activation_widths)}"
+                )
+            activation_bits.append(width if bits is None or width is not None else self.activation_widths[0])
+        return Assignment(assignment.bits, tuple(activation_bits) if self.has_activations else ())
 
     def chosen_options(self, assignment: Assignment) -> list[int]:
         """Options that the assignment takes, one for each layer that has a bit-width."""
-        self.check(assignment)
-        return [self.option(i, b) for i, b in enumerate(assignment.bits) if b is not None]
+        pairs = self.completed(assignment).pairs
+        return [self.option(i, bits, width) for i, (bits, width) in enumerate(pairs) if bits is not None]
 
     def check(self, assignment: Assignment) -> None:
-        """Refuses an assignment of another number of layers."""
-        if len(assignment.bits) != self.num_layers:
-            raise ConfigurationError(f"the assignment has {len(assignment.bits)} layers, the space {self.num_layers}")
+        """Refuses an assignment of another number of layers, or one that `completed` refuses."""
+        self.completed(assignment)
 
     def assignment(self, options: Sequence[int]) -> Assignment:
         """The assignment that takes these options."""
-        bits: list[int | None] = [None] * self.num_layers
+        pairs: list[tuple[int | None, int | None]] = [(None, None)] * self.num_layers
         for option in options:
-            layer, b = self.options[option]
-            bits[layer] = b
-        return Assignment(tuple(bits))
+            layer, bits, activation_bits = self.options[option]
+            pairs[layer] = bits, activation_bits
+        return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if self.has_activations else ())
+
+    def _everywhere(self, bits: Sequence[int | None], activation_bits: int | None) -> Assignment:
+        return Assignment(tuple(bits), (activation_bits,) * self.num_layers if self.has_activations else ())
 
     @property
     def nothing(self) -> Assignment:
         """The float network."""
-        return Assignment((None,) * self.num_layers)
+        return self._everywhere((None,) * self.num_layers, None)
 
     @property
     def narrowest(self) -> Assignment:
-        """The least bit-width everywhere."""
-        return Assignment(tuple(bits[0] for bits in self.bit_widths))
+        """The least bit-widths everywhere."""
+        return self._everywhere([bits[0] for bits in self.bit_widths], self.activation_widths[0])
 
     @property
     def widest(self) -> Assignment:
-        """The largest bit-width everywhere."""
-        return Assignment(tuple(bits[-1] for bits in self.bit_widths))
+        """The largest bit-widths everywhere."""
+        return self._everywhere([bits[-1] for bits in self.bit_widths], self.activation_widths[-1])
 
     def uniform_assignments(self) -> Iterator[tuple[int, Assignment]]:
-        """(bits, assignment) of every bit-width some layer offers, ascending; a layer without it takes its nearest."""
+        """(bits, assignment) of every bit-width some layer offers, ascending, at each activation width; a layer without it
+        takes its nearest.
+        """
         for b in sorted({b for bits in self.bit_widths for b in bits}):
-            yield b, Assignment(tuple(min(bits, key=lambda c: (abs(c - b), -c)) for bits in self.bit_widths))
+            nearest = [min(bits, key=lambda c: (abs(c - b), -c)) for bits in self.bit_widths]
+            for activation_bits in self.activation_widths:
+                yield b, self._everywhere(nearest, activation_bits)
 
     @property
     def num_weights(self) -> int:
@@ -243,24 +368,34 @@ class SearchSpace:
         return self.size_bits(assignment) / self.num_weights
 
     def to_json(self, assignment: Assignment) -> dict[str, Any]:
-        """The assignment as a JSON object: layer name to bits, with its size."""
+        """The assignment as a JSON object: layer name to bits, and to activation bits where there are any, with its size."""
+        assignment = self.completed(assignment)
+        widths = assignment.activation_bits
         return {
             "format": "clado-assignment/1",
             "bits": dict(zip(self.names, assignment.bits, strict=True)),
+            **({"activation_bits": dict(zip(self.names, widths, strict=True))} if widths else {}),
             "average_bits": self.average_bits(assignment),
             "size_bytes": self.size_bytes(assignment),
         }
 
     def from_json(self, document: Mapping[str, Any]) -> Assignment:
-        """The assignment of a JSON object that `to_json` wrote, refused unless it names exactly the layers of this space."""
+        """The assignment of a JSON object that `to_json` wrote, refused unless it names exactly the layers of this space.
+
+        A document without activation bits takes the space's one activation width.
+        """
         bits = document.get("bits") if document.get("format") == "clado-assignment/1" else None
         if not isinstance(bits, Mapping):
             raise ConfigurationError('not an assignment: expected {"format": "clado-assignment/1", "bits": {layer: bits}}')
-        missing, unknown = sorted(set(self.names) - set(bits)), sorted(set(bits) - set(self.names))
+        widths = document.get("activation_bits", {})
+        if not isinstance(widths, Mapping):
+            raise ConfigurationError(f"activation_bits is {widths!r}; expected an object of layer names to bits")
+        missing, unknown = sorted(set(self.names) - set(bits)), sorted((set(bits) | set(widths)) - set(self.names))
         if missing or unknown:
             raise ConfigurationError(
                 f"the assignment is of another network: it lacks {missing or 'nothing'} and adds {unknown or 'nothing'}"
             )
-        assignment = Assignment(tuple(bits[name] for name in self.names))
+        activation_bits = tuple(widths.get(name) for name in self.names) if widths else ()
+        assignment = self.completed(Assignment(tuple(bits[name] for name in self.names), activation_bits))
         self.chosen_options(assignment)
         return assignment

@@ -24,19 +24,25 @@ _ZOO_DATA = """\
 _FOLDER_DATA = """\
   source: folder                     # images in one sub-folder a class, or train/ and val/ of such
   path: {data}
-  # resize: 256                      # shorter side in pixels before the centre crop; default: the crop's
-  mean: [0.485, 0.456, 0.406]        # subtracted from pixels in 0..1, one value a channel
-  std: [0.229, 0.224, 0.225]         # then divides them
+  # resize: 256                      # shorter side in pixels before the centre crop; default: the weights' own, else the crop's
+  # mean: [0.485, 0.456, 0.406]      # subtracted from pixels in 0..1, one value a channel; default: the weights' own, else these
+  # std: [0.229, 0.224, 0.225]       # then divides them
+  # class_balanced: true             # as many images of each class in every slice
+  # max_corrupt_images: 10           # so many unreadable images are named and left out; default: none
 """
 _TEMPLATE = """\
 # Settings of `clado run`; everything but network has a default. Override one with: clado run FILE data.seed=1
 network:
 {network}\
   # fixed: [conv1.weight]            # name patterns of layers that stay in float
+  # split: ["*.in_proj_weight"]      # attention weights whose queries, keys and values are layers of their own
+  # numeric: tf32                    # arithmetic: float32; faster on GPUs and less exact: tf32, bfloat16
+  # channels_last: true              # memory layout; faster convolutions on GPUs
+  # compile: true                    # torch.compile; minutes at the start of a worker, for long runs on GPUs
 data:                                # three disjoint sets
 {data}\
   sensitivity_images: 256            # measured on: more is more exact, and costs in proportion
-  calibration_images: 256            # fit ranges and corrections
+  calibration_images: 512            # fit ranges and corrections; without labels
   # validation_images: 1000          # give the reported accuracy, seen by no choice; default: all there are
   # selection_images: 1000           # of the images left over, for `clado smallest`; default: all
   seed: 0                            # which images
@@ -44,30 +50,51 @@ bits: [2, 4, 8]                      # candidate widths of each layer, ascending
 # layers:
 #   bits: {{"fc.weight": [8]}}         # other candidates for layers by name pattern; a single one pins them
 #   ties: [["layer1.*"]]             # groups of layers that must share a bit-width
+#   blocks: [["layer1.*"]]           # blocks of layers for blockwise; default: those of the module tree
 quantizer:
-  weights: mse                       # range of the codes: mse or minmax
+  weights: mse                       # range of the codes: mse, minmax or percentile
   granularity: per_channel           # one scale per_channel or per_tensor
   scheme: symmetric                  # symmetric or affine
+activations:                         # inputs of the searched layers
+  bits: []                           # empty: float; [8]: all at 8 bits, as in the paper; [4, 8]: candidates beside the weights'
+  range: mse                         # of the codes, on the calibration images: mse, minmax or percentile
+corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # measured and shipped; []: rounding to nearest
+# adaround:                          # where it is among the corrections
+#   steps: 1000                      # of its optimiser, for one layer at one width
 criterion: kl_to_float               # what must not grow: kl_to_float, or cross_entropy (needs labels)
-estimators: [layerwise, pairwise, gauss_newton]  # compared; the best measured answer is chosen
+estimators: [layerwise, pairwise, gauss_newton]  # compared; best measured is chosen; also blockwise, hawq, mpqco, fisher
+# gradients:                         # what hawq, mpqco and fisher draw at random
+#   vectors: 8                       # of hawq's trace, in each sample block
+#   seed: 0
 budgets:
   average_bits: [2.25, 2.5, 3, 3.5, 4, 5]  # per searched weight
   # size_bytes: [100000]             # bytes of the searched weights
   # percent_of_8_bit: [40]           # of the bytes at 8 bits everywhere
-  # bops: [4.0e+9]                   # bit operations of one image: MACs x weight bits x 8
-# constraints:                       # hold beside every budget; latency and table read a CSV file: layer,bits,UNIT
+  # bops: [4.0e+9]                   # bit operations of one image: MACs x weight x activation bits (8 for float)
+# constraints:                       # hold beside every budget; latency and table read a CSV: layer,bits[,activation_bits],UNIT
 #   - {{kind: latency, bound: 0.002, path: latency.csv}}
 solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget
+search:                              # around the best candidate of each budget, on the measured loss
+  evaluations: 8                     # losses measured for one budget at most; 0: no search
+  batch: 4                           # of them measured at a time, by as many workers
 cluster:
-  kind: local                        # worker processes on this machine
+  kind: local                        # processes of this machine; or local_gpus, address, ssh, slurm, kubernetes, inline
   workers: 2
   threads_per_worker: 1
+  # share_gpus: true                 # kind local_gpus: more workers than GPUs
+  # address: tcp://127.0.0.1:8786    # kind address: a Dask scheduler that runs already
+  # ssh: {{hosts: [node1, node2]}}     # kind ssh: machines that workers are dealt out to
+  # slurm: {{memory: 16GB, gpus: 1}}   # kind slurm: of the batch job of each worker
+  # kubernetes: {{image: "registry/clado:0.1.0"}}  # kind kubernetes: of the pod of each worker
+  # tls: {{ca_file: ca.pem, cert: cert.pem, key: key.pem}}  # encrypts Dask's connections; `clado certificates` makes some
+  # start_timeout: 300               # seconds without any worker until the run ends
 tracking:
   experiment: clado                  # in MLflow
-  # uri: http://localhost:5000       # default: SQLite in the run's folder
+  # uri: http://localhost:5000       # default: MLFLOW_TRACKING_URI, else SQLite in the run's folder
 # folder: runs/mine                  # where the run is kept; default: named after the settings
+# store: s3://BUCKET/PREFIX          # what is measured, in a bucket; default: store.zarr in that folder
 """
 
 

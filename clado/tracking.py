@@ -1,7 +1,10 @@
 """The only module that imports mlflow. A finished run becomes a parent run with one nested child for each budget and method.
 
-The run's folder is the truth and MLflow a mirror of it. A tracker that is down, slow or wrong costs a warning and a note
-beside the record (`mlflow-undelivered.json`), never a result. MLflow is imported inside functions: it takes seconds.
+The run's folder is the truth and MLflow a mirror of it. A note beside the record (`mlflow-undelivered.json`) is written before
+anything is sent and goes when all has arrived, so that a tracker that is down, slow or wrong, or a process that is killed, costs
+a warning and never a result: `deliver` sends what a folder's notes name. Every MLflow run carries the name of its delivery as a
+tag; what an earlier attempt left behind is found by it, ended and deleted, and so nothing is there twice. A run that failed is
+delivered in the same way, as FAILED, with its traceback. MLflow is imported inside functions: it takes seconds.
 """
 
 import json
@@ -14,6 +17,8 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +27,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from clado.records import CHOSEN, Result, RunRecord, write_text
+from clado.config import HIDDEN, redact
+from clado.errors import StoreError
+from clado.records import CHOSEN, Accuracy, Result, RunRecord, write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,13 +37,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATABASE, ARTIFACTS, UNDELIVERED = "mlflow.db", "mlflow-artifacts", "mlflow-undelivered.json"
+RECORD, FAILURE = "record.json", "failure.txt"  # beside a note
+FORMAT, TAG = "clado-undelivered/2", "clado_delivery"
+SQL_ATTEMPTS = 5  # to connect to a database: 2.6 s of waiting in all
 MAX_PARAM, MAX_TAG, MAX_BATCH = 500, 5000, 90  # below the limits of every MLflow 2 and 3 server
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of a record: where it is, or why it is not there. All texts are redacted and fit to print."""
+    """What became of a record or of a failure: where it is, or why it is not there. All texts are redacted and fit to print."""
 
     uri: str
     experiment: str
@@ -72,18 +82,20 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-_USER = re.compile(r"(?<=://)(?:[^/\s:@]*:\S*|[^/\s:@]+)@")
-_SECRET = re.compile(r"([?&][^=&\s]*(?:pass|pwd|token|secret|key|sig|credential|auth)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """The text with the user, the password and the secret query values of any URI in it replaced by ***."""
-    return _SECRET.sub(r"\1***", _USER.sub("***@", text))
-
-
 def default_uri(folder: Path) -> str:
-    """SQLite in the run's folder."""
+    """Where records go that no setting sends elsewhere: MLFLOW_TRACKING_URI, else SQLite in the run's folder."""
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
     return f"sqlite:///{(folder.resolve() / DATABASE).as_posix()}"
+
+
+def destination(uri: str | None, folder: Path) -> str:
+    """Where a record goes: the configured place, unless it was read back from a folder, which keeps no credentials."""
+    if uri and HIDDEN in uri:
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            log.warning("%s has no credentials; set MLFLOW_TRACKING_URI. Until then the record goes into %s", uri, folder)
+        uri = None
+    return uri or default_uri(folder)
 
 
 def track(
@@ -98,38 +110,76 @@ def track(
     plots: Sequence[Path] = (),
     exports: Mapping[str, Path] = NOTHING,
     description: str = "",
+    beside: Path | None = None,
 ) -> Receipt:
     """Writes a finished record to MLflow and says where it is; twice is allowed and makes a second parent run.
 
     `config` is plain data, flattened into parameters; `tags` are provenance (versions, device); `matrices` maps a name to a
     saved file; `exports` maps a budget to the folder that belongs to its chosen assignment; `description` is Markdown for the
-    run's page. A fault of the tracker is logged as a warning and noted in `folder`; nothing is raised for it.
+    run's page. `beside` is the folder that holds the record's file, where that is not `folder`. A fault of the tracker is logged
+    as a warning and noted beside the record; nothing is raised for it.
     """
+    delivery = _Delivery(
+        folder, config, experiment, destination(uri, folder), tags, beside or folder,
+        record=record, matrices=matrices, plots=plots, exports=exports, description=description,
+    )  # fmt: skip
+    return _warned(_attempt(delivery), folder)
+
+
+def track_failure(
+    error: BaseException,
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    network: str,
+    experiment: str = "clado",
+    uri: str | None = None,
+    tags: Mapping[str, str] = NOTHING,
+) -> Receipt:
+    """Writes a run that ended with an error as a FAILED MLflow run with its traceback, redacted, and keeps that as failure.txt.
+
+    Raises nothing: the error itself is what the caller has to tell.
+    """
+    text = redact("".join(traceback.format_exception(error)))
+    try:
+        write_text(folder / FAILURE, text)
+    except OSError as fault:  # the disk may be what failed
+        log.debug("no %s: %s", FAILURE, fault)
+    tags = {**tags, "error": _one_line(error)}
+    return _warned(_attempt(_Failure(folder, config, experiment, destination(uri, folder), tags, folder, network, text)), folder)
+
+
+def deliver(folder: Path, config: Mapping[str, Any], uri: str | None = None) -> list[Receipt]:
+    """Sends what the notes in a run's folder name, from that folder alone; no note, no receipt. A second call sends nothing.
+
+    StoreError where a note, or the record beside it, cannot be read, before anything is sent.
+    """
+    attempts = [_noted(path, folder, config, destination(uri, folder)) for path in _notes(folder)]
+    return [_attempt(attempt) for attempt in attempts]
+
+
+def _attempt(attempt: "_Attempt") -> Receipt:
+    """Sends, with a note on disk for as long as anything is missing."""
     start = time.monotonic()
-    uri = uri or default_uri(folder)
-    delivery = _Delivery(record, folder, config, experiment, uri, tags, matrices, plots, exports, description)
+    attempt.supersede()
+    _note(attempt, "its sending was cut short")  # what the note says should this process be killed
     error: Exception | None = None
     try:
-        delivery.send()
+        attempt.connect()
     except Exception as fault:  # whatever a tracker, its driver or its server may raise: the science goes on
         error = fault
     problem = spool = None
-    if error is not None or delivery.pending:
-        problem = _one_line(error) if error is not None else f"not found: {', '.join(delivery.pending)}"
-        spool = _note(delivery, problem)
-        log.warning(
-            "MLflow at %s did not take the whole record (%s). The results are safe in %s; what is missing is listed in %s. "
-            "When the tracker is well, run the same command again: nothing is measured twice.",
-            redact(delivery.uri), problem, folder, spool or "no file, for that could not be written either",
-        )  # fmt: skip
+    if error is not None or attempt.pending:
+        problem = _one_line(error) if error is not None else f"not found: {', '.join(attempt.pending)}"
+        spool = _note(attempt, problem)
     else:
-        (folder / UNDELIVERED).unlink(missing_ok=True)
+        (attempt.beside / UNDELIVERED).unlink(missing_ok=True)
     return Receipt(
-        uri=redact(delivery.uri),
-        experiment=experiment,
-        experiment_id=delivery.experiment_id,
-        parent_run_id=delivery.parent_id,
-        num_children=delivery.num_children,
+        uri=redact(attempt.uri),
+        experiment=attempt.experiment,
+        experiment_id=attempt.experiment_id,
+        parent_run_id=attempt.parent_id,
+        num_children=attempt.num_children,
         delivered=problem is None,
         seconds=time.monotonic() - start,
         problem=problem,
@@ -137,57 +187,101 @@ def track(
     )
 
 
-@dataclass
-class _Delivery:
-    """One attempt. `pending` names what has not arrived, so that whatever stops the attempt, the note is right."""
+def _warned(receipt: Receipt, folder: Path) -> Receipt:
+    if not receipt.delivered:
+        log.warning(
+            "MLflow at %s did not take the whole record (%s). The results are safe in %s; what is missing is listed in %s. "
+            "When the tracker is well: clado sync %s",
+            receipt.uri, receipt.problem, folder, receipt.spool or "no file, for that could not be written either",
+            shlex.quote(str(folder)),
+        )  # fmt: skip
+    return receipt
 
-    record: RunRecord
+
+def track_nested(
+    folder: Path,
+    name: str,
+    *,
+    experiment: str,
+    uri: str | None,
+    params: Mapping[str, str],
+    metrics: Mapping[str, float | None],
+    series: Mapping[str, Sequence[tuple[int, float]]] = NOTHING,
+    artifacts: Path | None = None,
+) -> Receipt:
+    """One run nested under the latest parent run of a run's folder (beside it, where MLflow has none), such as a fine-tuning.
+
+    `series` are (step, value) of metrics over time; `artifacts` is a folder. A fault of the tracker is a warning, and the run's
+    folder has everything; `clado sync` does not deliver it later.
+    """
+    start, uri = time.monotonic(), destination(uri, folder)
+    attempt = _Nested(folder, NOTHING, experiment, uri, NOTHING, folder, name, params, metrics, series, artifacts)
+    problem = None
+    try:
+        attempt.connect()
+    except Exception as fault:  # as in `track`
+        problem = _one_line(fault)
+        log.warning("MLflow at %s did not take %s (%s); it is kept in %s", redact(uri), name, problem, artifacts or folder)
+    seconds = time.monotonic() - start
+    return Receipt(redact(uri), experiment, attempt.experiment_id, attempt.parent_id, 0, problem is None, seconds, problem)
+
+
+@dataclass
+class _Attempt:
+    """One attempt to send something. `pending` names what has not arrived, so that whatever stops it, the note is right."""
+
     folder: Path
     config: Mapping[str, Any]
     experiment: str
     uri: str
     tags: Mapping[str, str]
-    matrices: Mapping[str, Path]
-    plots: Sequence[Path]
-    exports: Mapping[str, Path]
-    description: str
-    experiment_id: str | None = None
-    parent_id: str | None = None
-    num_children: int = 0
-    pending: list[str] = field(default_factory=list)
-    left_open: list[str] = field(default_factory=list)
+    beside: Path  # of the note
+    experiment_id: str | None = field(default=None, init=False)
+    parent_id: str | None = field(default=None, init=False)
+    num_children: int = field(default=0, init=False)
+    pending: list[str] = field(default_factory=list, init=False)
+    delivery: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
+    earlier: list[dict[str, str]] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        self.pending = ["parent run"]
-        self.pending += [_artifact_name("matrices", name, path) for name, path in self.matrices.items()]
-        self.pending += [f"plots/{path.name}" for path in self.plots]
-        self.pending += [_child_name(result) for result in self.record.results]
-        self.pending += [f"export of {budget}" for budget in self.exports]
+    def supersede(self) -> None:
+        """Takes over the attempts of the note that is there: what they left behind is to be replaced."""
+        try:
+            self.earlier = _read_note(self.beside / UNDELIVERED)["attempts"] if (self.beside / UNDELIVERED).exists() else []
+        except StoreError as fault:  # it will be written over
+            log.debug("%s", fault)
 
-    def send(self) -> None:
+    def connect(self) -> None:
+        """Replaces what earlier attempts left behind, and sends."""
         set_environment()
         from mlflow import MlflowClient
+        from mlflow.store.db import utils
 
+        utils.MAX_RETRY_COUNT = SQL_ATTEMPTS  # no setting of MLflow's; its own ten take 102 s where no server listens
         client = MlflowClient(self.uri)
-        self._close_earlier(client)
+        for attempt in self.earlier:
+            self._remove(client, attempt["experiment"], attempt["delivery"])
         self.experiment_id = self._experiment(client)
-        with self._run(client, self.record.network, self._parent_tags()) as parent_id:
-            self.parent_id = parent_id
-            self._log(client, parent_id, metrics=self._parent_metrics(), params=self._params())
-            self._parent_artifacts(client, parent_id)
-            self.pending.remove("parent run")
-            for result in self.record.results:
-                self._child(client, parent_id, result)
+        self.send(client)
 
-    def _close_earlier(self, client: "MlflowClient") -> None:
-        """Ends the runs that an earlier attempt could not close, for its server had gone."""
-        path = self.folder / UNDELIVERED
-        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for run_id in note.get("runs_left_open", []) if note.get("uri") == redact(self.uri) else []:
-            try:
-                client.set_terminated(run_id, "FAILED")
-            except Exception as fault:  # deleted since, or the server is another one or away again
-                log.debug("run %s could not be closed: %s", run_id, _one_line(fault))
+    def send(self, client: "MlflowClient") -> None:
+        """Sends, and takes from `pending` what has arrived."""
+        raise NotImplementedError
+
+    def contents(self) -> dict[str, Any]:
+        """What a note needs beside what all have, to make the attempt again."""
+        raise NotImplementedError
+
+    def _remove(self, client: "MlflowClient", experiment: str, delivery: str) -> None:
+        """Ends and deletes the runs of a delivery that did not arrive whole, wherever it broke off."""
+        found = client.get_experiment_by_name(experiment)
+        while found is not None:
+            runs = client.search_runs([found.experiment_id], f"tags.{TAG} = '{delivery}'", max_results=1000)
+            for run in runs:
+                if run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, "FAILED")
+                client.delete_run(run.info.run_id)
+            if not runs:
+                return
 
     def _experiment(self, client: "MlflowClient") -> str:
         found = client.get_experiment_by_name(self.experiment)
@@ -209,21 +303,128 @@ class _Delivery:
         return location.as_uri()
 
     @contextmanager
-    def _run(self, client: "MlflowClient", name: str, tags: Mapping[str, str]) -> Iterator[str]:
-        """An MLflow run that ends as FINISHED, or as FAILED where the block raises; noted as left open where even that fails."""
-        run_id = str(client.create_run(self.experiment_id or "0", tags=_trim(tags), run_name=name).info.run_id)
-        self.left_open.append(run_id)
+    def _run(self, client: "MlflowClient", name: str, tags: Mapping[str, str], ends: str = "FINISHED") -> Iterator[str]:
+        """An MLflow run that ends as `ends` says, or as FAILED where the block raises."""
+        tags = _trim({**tags, TAG: self.delivery})
+        run_id = str(client.create_run(self.experiment_id or "0", tags=tags, run_name=name).info.run_id)
         try:
             yield run_id
         except BaseException:
             try:
                 client.set_terminated(run_id, "FAILED")
-                self.left_open.remove(run_id)
-            except Exception as fault:  # the first fault is the one to report
+            except Exception as fault:  # the first fault is the one to report; the next attempt ends the run
                 log.debug("run %s stays open: %s", run_id, _one_line(fault))
             raise
-        client.set_terminated(run_id, "FINISHED")
-        self.left_open.remove(run_id)
+        client.set_terminated(run_id, ends)
+
+    def _params(self, network: str) -> dict[str, str]:
+        settings = {name: value for name, value in _flat(self.config) if value is not None}
+        return {**{name: redact(str(value)) for name, value in settings.items()}, "network": network}
+
+    @staticmethod
+    def _log(client: "MlflowClient", run_id: str, metrics: Mapping[str, float | None], params: Mapping[str, str]) -> None:
+        """In batches. MLflow stores an infinity as 1.8e308, so what is not finite (a gap without a bound) becomes a tag."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        numbers = [Metric(name, value, now, 0) for name, value in known.items() if math.isfinite(value)]
+        others = [RunTag(name, str(value)) for name, value in known.items() if not math.isfinite(value)]
+        settings = [Param(_key(name), value[:MAX_PARAM]) for name, value in params.items()]
+        client.log_batch(run_id, metrics=numbers, params=settings[:MAX_BATCH], tags=others)
+        for first in range(MAX_BATCH, len(settings), MAX_BATCH):
+            client.log_batch(run_id, params=settings[first : first + MAX_BATCH])
+
+
+@dataclass
+class _Failure(_Attempt):
+    """A run that ended with an error: one FAILED MLflow run with the traceback."""
+
+    network: str
+    text: str  # the traceback, redacted
+
+    def __post_init__(self) -> None:
+        self.pending = ["failed run"]
+
+    def contents(self) -> dict[str, Any]:
+        """The name of the traceback's file, and of the network."""
+        return {"failure": FAILURE, "network": self.network}
+
+    def send(self, client: "MlflowClient") -> None:
+        """One run."""
+        tags = {"mlflow.source.name": "clado run", **self.tags}
+        with self._run(client, self.network, tags, ends="FAILED") as self.parent_id:
+            self._log(client, self.parent_id, metrics={}, params=self._params(self.network))
+            client.log_text(self.parent_id, self.text, FAILURE)
+        self.pending.clear()
+
+
+@dataclass
+class _Nested(_Attempt):
+    """One run under the latest parent run of the same fingerprint; `parent_id` is its own."""
+
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float | None]
+    series: Mapping[str, Sequence[tuple[int, float]]]
+    artifacts: Path | None
+
+    def send(self, client: "MlflowClient") -> None:
+        """One run."""
+        from mlflow.entities import Metric
+
+        fingerprint = RunRecord.load(self.folder / "record.json").fingerprint
+        query = f"tags.fingerprint = '{fingerprint}' and tags.mlflow.source.name = 'clado run'"
+        parents = client.search_runs([str(self.experiment_id)], query, max_results=1)
+        tags = {"fingerprint": fingerprint, "mlflow.parentRunId": parents[0].info.run_id if parents else ""}
+        with self._run(client, self.name, tags) as self.parent_id:
+            self._log(client, self.parent_id, self.metrics, {key: redact(value) for key, value in self.params.items()})
+            now = int(time.time() * 1000)
+            points = [Metric(key, value, now, step) for key, found in self.series.items() for step, value in found]
+            client.log_batch(self.parent_id, metrics=points)
+            if self.artifacts is not None:
+                client.log_artifacts(self.parent_id, str(self.artifacts))
+
+
+@dataclass
+class _Delivery(_Attempt):
+    """A finished record."""
+
+    record: RunRecord
+    matrices: Mapping[str, Path]
+    plots: Sequence[Path]
+    exports: Mapping[str, Path]
+    description: str
+
+    def __post_init__(self) -> None:
+        self.pending = ["parent run"]
+        self.pending += [_artifact_name("matrices", name, path) for name, path in self.matrices.items()]
+        self.pending += [f"plots/{path.name}" for path in self.plots]
+        self.pending += [_child_name(result) for result in self.record.results]
+        self.pending += [f"export of {budget}" for budget in self.exports]
+
+    def contents(self) -> dict[str, Any]:
+        """Places of files, relative to the run's folder."""
+
+        def place(path: Path) -> str:
+            return os.path.relpath(path, self.folder)
+
+        return {
+            "matrices": {name: place(path) for name, path in self.matrices.items()},
+            "plots": [place(path) for path in self.plots],
+            "exports": {budget: place(path) for budget, path in self.exports.items()},
+            "description": redact(self.description),
+        }
+
+    def send(self, client: "MlflowClient") -> None:
+        """A parent run and one child for each result."""
+        with self._run(client, self.record.network, self._parent_tags()) as parent_id:
+            self.parent_id = parent_id
+            self._log(client, parent_id, metrics=self._parent_metrics(), params=self._params(self.record.network))
+            self._parent_artifacts(client, parent_id)
+            self.pending.remove("parent run")
+            for result in self.record.results:
+                self._child(client, parent_id, result)
 
     def _parent_tags(self) -> dict[str, str]:
         return {
@@ -235,15 +436,12 @@ class _Delivery:
             "notes": "; ".join(self.record.notes),
         }
 
-    def _params(self) -> dict[str, str]:
-        settings = {name: value for name, value in _flat(self.config) if value is not None}
-        return {**{name: redact(str(value)) for name, value in settings.items()}, "network": self.record.network}
-
     def _parent_metrics(self) -> dict[str, float | None]:
         accuracy = self.record.float_accuracy
         return {
             "baseline": self.record.baseline,
-            "float_top1": accuracy.top1,
+            f"float_{self.record.top1_name}": accuracy.top1,
+            **self._interval(accuracy, "float_"),
             "float_top5": accuracy.top5,
             "float_validation_loss": accuracy.loss,
             "float_bytes": self.record.float_bytes,
@@ -252,7 +450,14 @@ class _Delivery:
             "num_weights": sum(self.record.layer_weights),
             **{f"seconds/{_key(name)}": value for name, value in self.record.seconds.items()},
             **{f"forwards/{_key(name)}": value for name, value in self.record.forwards.items()},
+            **{f"costs/{_key(name)}_{way}": value for name, cost in self.record.costs.items() for way, value in cost.items()},
         }
+
+    def _interval(self, accuracy: Accuracy, prefix: str = "") -> dict[str, float | None]:
+        """Ends of top-1's confidence interval and, of a part of ImageNet, on how many images it was counted."""
+        name, (low, high) = f"{prefix}{self.record.top1_name}", accuracy.top1_interval or (None, None)
+        count = {f"{name}_images": accuracy.num_images} if self.record.top1_name != "top1" else {}
+        return {f"{name}_low": low, f"{name}_high": high, **count}
 
     def _parent_artifacts(self, client: "MlflowClient", run_id: str) -> None:
         """One upload of a small tree: record, config, matrices, plots. What is not on disk stays pending."""
@@ -286,7 +491,8 @@ class _Delivery:
             "average_bits": result.average_bits,
             "loss_predicted": result.loss_predicted,
             "loss_shipped": result.loss_shipped,
-            "top1": accuracy.top1 if accuracy else None,
+            self.record.top1_name: accuracy.top1 if accuracy else None,
+            **(self._interval(accuracy) if accuracy else {}),
             "top5": accuracy.top5 if accuracy else None,
             "validation_loss": accuracy.loss if accuracy else None,
             "validation_images": accuracy.num_images if accuracy else None,
@@ -306,41 +512,77 @@ class _Delivery:
         self.pending.remove(_child_name(result))
         self.num_children += 1
 
-    @staticmethod
-    def _log(client: "MlflowClient", run_id: str, metrics: Mapping[str, float | None], params: Mapping[str, str]) -> None:
-        """In batches. MLflow stores an infinity as 1.8e308, so what is not finite (a gap without a bound) becomes a tag."""
-        from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
-        known = {name: float(value) for name, value in metrics.items() if value is not None}
-        numbers = [Metric(name, value, now, 0) for name, value in known.items() if math.isfinite(value)]
-        others = [RunTag(name, str(value)) for name, value in known.items() if not math.isfinite(value)]
-        settings = [Param(_key(name), value[:MAX_PARAM]) for name, value in params.items()]
-        client.log_batch(run_id, metrics=numbers, params=settings[:MAX_BATCH], tags=others)
-        for first in range(MAX_BATCH, len(settings), MAX_BATCH):
-            client.log_batch(run_id, params=settings[first : first + MAX_BATCH])
+def _notes(folder: Path) -> list[Path]:
+    """Notes of a run's folder: of its record, and of fronts in folders of it."""
+    return sorted([*folder.glob(UNDELIVERED), *folder.glob(f"*/{UNDELIVERED}")])
 
 
-def _note(delivery: _Delivery, problem: str) -> Path | None:
-    """Writes what was not delivered beside the record; None where even that is impossible."""
+def _note(attempt: _Attempt, problem: str) -> Path | None:
+    """Writes what was not delivered, and all that a later attempt needs, beside the record; None where that is impossible."""
     document = {
-        "format": "clado-undelivered/1",
+        "format": FORMAT,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "uri": redact(delivery.uri),
-        "experiment": delivery.experiment,
+        "uri": redact(attempt.uri),
+        "experiment": attempt.experiment,
         "problem": problem,
-        "parent_run_id": delivery.parent_id,
-        "runs_left_open": delivery.left_open,
-        "undelivered": delivery.pending,
-        "what_to_do": "run the same `clado run` again when the tracker is well; nothing is measured twice",
+        "parent_run_id": attempt.parent_id,
+        "undelivered": attempt.pending,
+        "attempts": [*attempt.earlier, {"experiment": attempt.experiment, "delivery": attempt.delivery}],
+        "tags": {name: redact(str(value)) for name, value in attempt.tags.items()},
+        **attempt.contents(),
+        "what_to_do": f"clado sync {shlex.quote(str(attempt.folder))}",
     }
-    path = delivery.folder / UNDELIVERED
+    path = attempt.beside / UNDELIVERED
     try:
         write_text(path, json.dumps(document, indent=1, ensure_ascii=False))
     except OSError as error:
         log.debug("no note of what is undelivered: %s", error)
         return None
     return path
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """A note that `_note` wrote; StoreError where it is not one."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        if note["format"] != FORMAT:
+            raise ValueError(f"its format is {note['format']!r}")
+        if not all(re.fullmatch("[0-9a-f]{32}", attempt["delivery"]) and attempt["experiment"] for attempt in note["attempts"]):
+            raise ValueError("it names an attempt that is none")
+        return dict(note)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path} is no note of ours ({_one_line(error)}); expected {FORMAT}. Delete it and run `clado run` on the run's "
+            "configuration: nothing is measured twice"
+        ) from None
+
+
+def _noted(path: Path, folder: Path, config: Mapping[str, Any], uri: str) -> _Attempt:
+    """The attempt that a note describes, made again from the files beside it."""
+    note, beside = _read_note(path), path.parent
+
+    def inside(place: str) -> Path:
+        found = folder / place
+        if not found.resolve().is_relative_to(folder.resolve()):
+            raise StoreError(f"{path} names {place}, which is not in {folder}; only a run's own files are delivered")
+        return found
+
+    try:
+        experiment, tags = note["experiment"], note["tags"]
+        if "failure" in note:
+            text = (beside / FAILURE).read_text(encoding="utf-8")
+            return _Failure(folder, config, experiment, uri, tags, beside, note["network"], text)
+        return _Delivery(
+            folder, config, experiment, uri, tags, beside,
+            record=RunRecord.load(beside / RECORD),
+            matrices={name: inside(place) for name, place in note["matrices"].items()},
+            plots=[inside(place) for place in note["plots"]],
+            exports={budget: inside(place) for budget, place in note["exports"].items()},
+            description=note["description"],
+        )  # fmt: skip
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be followed ({_one_line(error)}); run `clado run` on the run's configuration") from None
 
 
 def _child_name(result: Result) -> str:

@@ -5,17 +5,22 @@ yet, advancing it notes which weights to replace, and finishing it makes the run
 each has weights of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clado.errors import NetworkError
-from clado.graph import Cut, eval_mode, logits_of, why_unsearched
+from clado.graph import Call, Cut, Fold, Norm, eval_mode, logits_of, outside_inference, pooled_moments, why_unsearched
+from clado.quantizers import ActivationGrid, QuantizedLayer
 from clado.space import Layer
 
 # Functions that consume a weight as their second argument `weight`, and the weight's axis of output channels.
@@ -33,7 +38,7 @@ _UNSEEN = "no convolution, linear function or attention that the example met"
 class Deferred:
     """Runs that are not made yet: (images, weights to replace) of each, and their logits once they are."""
 
-    parts: tuple[tuple[Tensor, Mapping[int, Tensor]], ...]
+    parts: tuple[tuple[Tensor, Mapping[int, QuantizedLayer]], ...]
     logits: Tensor | None = None
 
     @property
@@ -61,6 +66,15 @@ class WholeForwards:
         self.layers: tuple[Layer, ...] = tuple(layer for layer in watch.layers.values() if not fixed(layer.name))
         parameters = dict(model.named_parameters())
         self.weights: tuple[Tensor, ...] = tuple(parameters[layer.name].detach() for layer in self.layers)
+        self.parameters: tuple[tuple[str, slice | None], ...] = tuple((layer.name, None) for layer in self.layers)
+        self.bias_names: tuple[str | None, ...] = tuple(_bias_name(layer.name, parameters) for layer in self.layers)
+        self.biases: tuple[Tensor | None, ...] = tuple(
+            None if name is None else parameters[name].detach() for name in self.bias_names
+        )
+        self.takes_bias: tuple[bool, ...] = tuple(name is not None for name in self.bias_names)
+        self.norms: tuple[Norm, ...] = ()  # batch norm is inside the modules' code, where no run stops
+        self.norm_means: tuple[str | None, ...] = (None,) * len(self.layers)
+        self._changed: dict[str, Tensor] = {}
         self.macs: int = sum(layer.macs for layer in watch.layers.values())
         # nothing is kept of a run, and resuming it costs all of it
         self.cuts: tuple[Cut, ...] = tuple(Cut(0, {}, 0, self.macs, watch.peak_bytes) for _ in self.layers)
@@ -75,12 +89,16 @@ class WholeForwards:
         """A run of images (N, ...) with no weight replaced."""
         return Deferred(((images, {}),))
 
-    def advance(self, state: Deferred, layer: int, weights: Mapping[int, Tensor]) -> Deferred:
-        """The same runs with these weights replaced as well; made at once where `layer` is the number of layers."""
-        parts = tuple((images, {**replaced, **weights}) for images, replaced in state.parts)
+    def advance(self, state: Deferred, layer: int, replaced: Mapping[int, QuantizedLayer]) -> Deferred:
+        """The same runs with these layers replaced as well; made at once where `layer` is the number of layers."""
+        parts = tuple((images, {**earlier, **replaced}) for images, earlier in state.parts)
         if layer < len(self.layers) or state.logits is not None:
             return Deferred(parts, state.logits)
-        return Deferred(parts, torch.cat([self._forward(images, replaced) for images, replaced in parts]))
+        return Deferred(parts, torch.cat([self._forward(images, chosen) for images, chosen in parts]))
+
+    def stack_key(self, state: Deferred) -> Hashable:
+        """States may always be stacked."""
+        return ()
 
     def stack(self, states: Sequence[Deferred], layer: int) -> Deferred:
         """Several states as one."""
@@ -91,10 +109,136 @@ class WholeForwards:
         """Logits (images, classes) of finished runs."""
         return logits_of(state.logits)
 
-    def _forward(self, images: Tensor, replaced: Mapping[int, Tensor]) -> Tensor:
-        named = {self.layers[i].name: weight for i, weight in replaced.items()}
+    @property
+    def replaceable(self) -> frozenset[str]:
+        """Names of parameters and buffers that `updated` takes."""
+        return frozenset({*dict(self.model.named_parameters()), *dict(self.model.named_buffers())})
+
+    def updated(self, named: Mapping[str, Tensor]) -> "WholeForwards":
+        """The same network with other values of parameters and buffers, by name."""
+        unknown = [name for name in named if name not in self.replaceable]
+        if unknown:
+            raise NetworkError(f"the network has no {', '.join(unknown)}; it cannot be given another value")
+        other = copy(self)
+        other._changed = {**self._changed, **named}
+        values = {**dict(self.model.named_parameters()), **other._changed}
+        other.weights = tuple(values[layer.name].detach() for layer in self.layers)
+        other.biases = tuple(None if name is None else values[name].detach() for name in self.bias_names)
+        return other
+
+    def differentiable(self) -> "WholeForwards":
+        """The same network with values that autograd may save."""
+        return self.updated({name: outside_inference(tensor) for name, tensor in self._changed.items()})
+
+    def with_batch_statistics(self) -> "WholeForwards":
+        """Refused: the statistics of stacked probes can be kept apart in a graph only."""
+        raise NetworkError("probes on batch statistics need a graph; expected graph: true under network")
+
+    def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
+        """Statistics that batch norms see with layers replaced, by buffer name; all runs for each of them."""
+        network, found = self, dict[str, Tensor]()
+        modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+        order: list[str] = []
+        inputs: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(lambda _, __, n=name: order.append(n)) for name, m in modules.items()]
+        try:
+            self._forward(batches[0][:1], replaced)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in (name for name, uses in Counter(order).items() if uses == 1):  # else it has no statistics of one place
+            inputs.clear()
+            hook = modules[name].register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
+            try:
+                for batch in batches:
+                    network._forward(batch, replaced)
+            finally:
+                hook.remove()
+            if inputs:  # else the images themselves decide whether it runs
+                names = [f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var")]
+                found |= zip(names, pooled_moments(inputs, self.model.get_buffer(names[0]).dtype), strict=True)
+                network = network.updated(found)
+        return found
+
+    def folded(self) -> "tuple[WholeForwards, dict[int, Fold]]":
+        """Nothing is folded: the module runs its own code."""
+        return self, {}
+
+    def observe(self, images: Tensor, layer: int) -> list[Call]:
+        """The calls that consume a layer's weight in a float run; none for attention's weights, which no mode sees."""
+        with _Seen(self.weights[layer]) as seen:
+            self._forward(images, {})
+        calls: list[Call] = seen.calls
+        return calls
+
+    def _forward(self, images: Tensor, replaced: Mapping[int, QuantizedLayer]) -> Tensor:
+        named = dict(self._changed)
+        grids = {}
+        for i, layer in replaced.items():
+            named[self.layers[i].name] = layer.weight
+            bias_name = self.bias_names[i]
+            if layer.bias is not None:
+                if bias_name is None:
+                    raise NetworkError(f"{self.layers[i].name} has no bias, and whole forwards give it none")
+                named[bias_name] = layer.bias
+            if layer.activation is not None:
+                grids[layer.weight.data_ptr()] = layer.activation
         with eval_mode(self.model):
-            return logits_of(torch.func.functional_call(self.model, named, (images,)))
+            if not grids:
+                return logits_of(torch.func.functional_call(self.model, named, (images,)))
+            with _QuantizedInputs(grids) as inputs:
+                logits = logits_of(torch.func.functional_call(self.model, named, (images,)))
+        if inputs.met != set(grids):
+            names = [self.layers[i].name for i, layer in replaced.items() if layer.weight.data_ptr() not in inputs.met]
+            raise NetworkError(f"the input of {', '.join(names)} is out of reach of whole forwards; leave activations in float")
+        return logits
+
+
+def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
+    """Name of the bias beside a weight, None where there is none."""
+    folder, _, name = weight.rpartition(".")
+    candidate = f"{folder}.{name.replace('weight', 'bias')}".lstrip(".")
+    return candidate if candidate != weight and candidate in parameters else None
+
+
+class _Seen(TorchFunctionMode):
+    """Keeps the calls of convolutions and linear functions that read one weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight.data_ptr()
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONSUMERS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if weight.data_ptr() == self.weight:
+                rest = {key: value for key, value in kwargs.items() if key not in ("weight", "bias")}
+                self.calls.append(Call(args[0], partial(func, **rest) if rest else func, tuple(args[3:])))
+        return func(*args, **kwargs)
+
+
+class _QuantizedInputs(TorchFunctionMode):
+    """Puts the inputs of the functions that read certain weights (by address) on their grids."""
+
+    def __init__(self, grids: Mapping[int, ActivationGrid]) -> None:
+        super().__init__()
+        self.grids = grids
+        self.met: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONSUMERS:
+            address = (args[1] if len(args) > 1 else kwargs["weight"]).data_ptr()
+            if address in self.grids:
+                self.met.add(address)
+                args = (self.grids[address].fake_quantize(args[0]), *args[1:])
+        return func(*args, **kwargs)
 
 
 class _Watch(TorchFunctionMode):

@@ -1,43 +1,207 @@
-"""Allocate: matrices become proposals, proposals are measured."""
+"""Allocate: matrices become proposals, proposals are measured, the best are searched around."""
+
+import json
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from clado import candidates, solvers
-from clado.candidates import CONVEXITY
-from clado.program import Program
+from clado import candidates, estimators, solvers
+from clado.candidates import CONVEXITY, Budget, Proposal, program_of, together
+from clado.errors import CladoError
+from clado.evaluation import Counts
+from clado.ledger import Ledger
+from clado.local_search import Searched, local_search
+from clado.local_search import search as search_around
+from clado.program import Program, Solution, Status
+from clado.records import LOCAL_SEARCH, Candidate, SearchSummary, Stability, write_text
 from clado.solvers import Solve
+from clado.space import Assignment, SearchSpace
+from clado.stability import stability
 from flows import worker
+from flows.guard import interruptible
 from flows.progress import progress
 from flows.run import Run
+
+VARIANT_SECONDS = 10.0  # a variant only competes: it gets less time for one budget than an answer of its own
 
 
 @task(name="allocate", cache_policy=NO_CACHE, persist_result=False)
 def allocate(run: Run) -> None:
-    """Solves the program of every matrix for every budget."""
-    settings, budgets = run.session.config.solver, run.session.budgets
+    """Solves the program of every matrix for every budget.
+
+    Ctrl-C or SIGTERM while one is solved ends the run; the best assignment found until then is kept, and the next run starts
+    that search from it.
+    """
+    settings, budgets, limits = run.session.config.solver, run.session.budgets, run.session.limits
+    incumbent = run.session.folder / "solutions" / "incumbent.json"
+    starts = _read_incumbent(incumbent, run.session.space)
 
     def prepare(program: Program) -> Solve:
-        return solvers.prepare(program, settings.name, time_limit=settings.time_limit)
+        solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
+
+        def kept(program: Program, further: Sequence[Assignment] = ()) -> Solution:
+            with interruptible() as signals:
+                solution = solve(program, [*starts, *further])
+            if solution.status is Status.INTERRUPTED:
+                write_text(incumbent, json.dumps(run.session.space.to_json(solution.assignment), indent=1))
+                signal.raise_signal(signals[0] if signals else signal.SIGINT)
+                raise KeyboardInterrupt
+            return solution
+
+        return kept
+
+    def prepare_variant(program: Program) -> Solve:
+        return solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS))
 
     with progress("solving", len(run.matrices) * len(budgets)) as advance:
-        run.proposals = candidates.propose(run.matrices, budgets, prepare, run.session.limits, lambda budget, method: advance(1))
+        run.proposals = candidates.propose(run.matrices, budgets, prepare, limits, lambda budget, method: advance(1))
+    run.proposals += candidates.propose_variants(run.matrices, budgets, prepare_variant, limits)
+    incumbent.unlink(missing_ok=True)
     for name in run.matrices:
         if CONVEXITY.get(name) == "clip_psd":
             share = run.matrices[name].negative_share()
             run.notes.append(f"{name}: {100 * share:.1f} % of the eigenvalues' weight was negative and clipped before solving")
 
 
+def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
+    """What an interrupted run left; nothing where there is none, or it is of other settings."""
+    try:
+        return [space.from_json(json.loads(path.read_text(encoding="utf-8")))]
+    except (OSError, ValueError, AttributeError, CladoError):
+        return []
+
+
 @task(name="measure_candidates", cache_policy=NO_CACHE, persist_result=False)
 def measure_candidates(run: Run) -> None:
-    """Measures the true loss of each distinct proposal on the sensitivity set, once."""
-    ledger = run.session.ledger("sensitivity")
+    """Measures the true loss of each distinct proposal on the sensitivity set, once, as it ships."""
     distinct = list(dict.fromkeys(proposal.assignment for proposal in run.proposals))
-    known = {assignment: counts for assignment in distinct if (counts := ledger.get(assignment)) is not None}
-    todo = [assignment for assignment in distinct if assignment not in known]
-    with progress("candidates", len(todo)) as advance:
-        for assignment, counts in run.workers.map(worker.measure_loss, run.session.config, todo):
-            ledger.put(assignment, counts)
+    with progress("candidates", len(distinct)) as advance:
+        run.losses = _measured(run, run.session.ledger("sensitivity"), worker.measure_loss, distinct, advance)
+
+
+@task(name="search", cache_policy=NO_CACHE, persist_result=False)
+def search(run: Run) -> None:
+    """Searches around the best candidate of every budget, all budgets side by side; what is found competes as a proposal."""
+    session, settings = run.session, run.session.config.search
+    losses = {assignment: counts.accuracy().loss for assignment, counts in run.losses.items()}
+    run.surrogate = candidates.surrogate(run.matrices, losses)
+    run.stability = _stability(run)
+    matrix = run.matrices[run.surrogate]
+    fit = {budget: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
+    searches = {
+        budget: search_around(program_of(matrix, limits), losses, settings.evaluations, settings.batch)
+        for budget, limits in fit.items()
+        if settings.evaluations
+    }
+    with progress("searching", len(searches) * settings.evaluations or 1) as advance:
+
+        def measure_losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
+            found = _measured(run, session.ledger("sensitivity"), worker.measure_loss, assignments, advance)
+            run.losses |= found
+            return {assignment: counts.accuracy().loss for assignment, counts in found.items()}
+
+        run.searched = local_search(searches, measure_losses)
+    run.proposals += [
+        Proposal(budget, LOCAL_SEARCH, searched.best, _predicted(run, searched.best), listed=False)
+        for budget, searched in run.searched.items()
+        if searched.gain > 0
+    ]
+    run.probe_losses = run.losses
+    if session.has_probe_model:  # of what is reported
+        reported = list(dict.fromkeys(row.assignment for row in run.results()))
+        with progress("as probed", len(reported)) as advance:
+            ledger = session.ledger("sensitivity", "probe_model")
+            run.probe_losses = _measured(run, ledger, worker.measure_probe_loss, reported, advance)
+
+
+def _stability(run: Run) -> tuple[Stability, ...]:
+    """How far the images decide the surrogate's answer to each budget."""
+    if run.measured is None:
+        return ()
+    name, session = run.surrogate, run.session
+    fit = {budget.name: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
+    answers = {p.budget.name: p.assignment for p in run.proposals if p.method == name}
+    return stability(
+        run.measured,
+        lambda resample: estimators.estimate(name, resample),
+        lambda matrix, budget: program_of(matrix, fit[budget]),
+        answers,
+        seed=run.session.config.data.seed,
+    )
+
+
+def summaries(run: Run) -> tuple[SearchSummary, ...]:
+    """What each budget's search started from and gained."""
+    return tuple(
+        SearchSummary(
+            budget.name,
+            run.surrogate,
+            _proposer(run.proposals, budget, searched),
+            searched.start_loss,
+            searched.best_loss,
+            searched.gain,
+            len(searched.tried),
+        )
+        for budget, searched in run.searched.items()
+    )
+
+
+def measured_candidates(run: Run) -> tuple[Candidate, ...]:
+    """All that was measured for each budget: proposals, variants, and what the search tried, in its order."""
+    space = run.session.space
+
+    def candidate(budget: Budget, origin: str, assignment: Assignment, predicted: float | None) -> Candidate:
+        loss = run.losses[assignment].accuracy().loss
+        return Candidate(
+            budget.name, origin, assignment, space.size_bytes(assignment), loss if isfinite(loss) else None, predicted
+        )
+
+    found: list[Candidate] = []
+    for budget in dict.fromkeys(proposal.budget for proposal in run.proposals):
+        own = [p for p in run.proposals if p.budget == budget and p.method != LOCAL_SEARCH]
+        found += [candidate(budget, p.method, p.assignment, p.loss_predicted) for p in own]
+        tried = run.searched[budget].tried if budget in run.searched else {}
+        found += [candidate(budget, LOCAL_SEARCH, assignment, _predicted(run, assignment)) for assignment in tried]
+    return tuple(found)
+
+
+def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched) -> str:
+    """Who proposed what a search started from: for its own budget, or for another."""
+    makers = [p for p in proposals if p.assignment == searched.start and p.method != LOCAL_SEARCH]
+    own = next((p.method for p in makers if p.budget == budget), None)
+    return own or f"{makers[0].method} for {makers[0].budget.name}"
+
+
+def _predicted(run: Run, assignment: Assignment) -> float | None:
+    """The surrogate's prediction of an assignment's loss, where it predicts one."""
+    matrix = run.matrices[run.surrogate]
+    return matrix.loss_of(matrix.predicted_increase(assignment))
+
+
+def _measured(
+    run: Run,
+    ledger: Ledger,
+    function: Callable[[dict[str, Any], Assignment], tuple[Assignment, Counts]],
+    assignments: Iterable[Assignment],
+    advance: Callable[[float], None],
+) -> dict[Assignment, Counts]:
+    """Counts of each assignment: read where they are known, else measured by the workers and kept."""
+    known: dict[Assignment, Counts] = {}
+    todo: list[Assignment] = []
+    for assignment in assignments:
+        counts = ledger.get(assignment)
+        if counts is None:
+            todo.append(assignment)
+        else:
             known[assignment] = counts
             advance(1)
-    run.losses = known
+    for assignment, counts in run.workers.map(function, run.session.config, todo):
+        ledger.put(assignment, counts)
+        known[assignment] = counts
+        advance(1)
+    return known

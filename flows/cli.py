@@ -1,6 +1,7 @@
 """The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
 
 import atexit
+import errno
 import sys
 import time
 from collections.abc import Callable
@@ -55,16 +56,24 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except CladoError as error:
-            typer.echo(f"clado: {error}", err=True)
+            from clado.config import redact
+
+            typer.echo(f"clado: {redact(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
-            if error.filename is None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # such an error names no file
+            if error.filename is None and not full:
                 raise
-            typer.echo(f"clado: {error.filename} cannot be used: {error.strerror}", err=True)
+            what = f"{error.filename} cannot be used" if error.filename else "a file could not be written"
+            kept = "; make room: what was measured is kept, and the same command goes on from there" if full else ""
+            typer.echo(f"clado: {what}: {error.strerror}{kept}", err=True)
             raise typer.Exit(CladoError.exit_code) from None
-        except KeyboardInterrupt:
-            typer.echo("clado: interrupted; what was measured is kept, and the same command goes on from there", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            from flows.guard import Terminated
+
+            word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            typer.echo(f"clado: {word}; what was measured is kept, and the same command goes on from there", err=True)
+            raise typer.Exit(code) from None
 
     return app.command()(guarded)
 
@@ -97,13 +106,12 @@ def run(config: Config, overrides: Overrides = None) -> None:
     clock: dict[str, float] = {}
     atexit.register(_report_end, clock)  # registered before Prefect's own hooks, hence run after them
     session = _session(settings)
-    session.check()
+    session = session.checked()
     begin = time.perf_counter()
     clock["start-up"] = begin - BEGIN
     typer.echo(_plan_text(session), err=True)
     from flows.environment import make_home
-    from flows.guard import orchestrated
-    from flows.run import locked
+    from flows.guard import locked, orchestrated
 
     with locked(session.folder):  # refused here, where a message is enough, and held by the flow
         make_home()
@@ -113,7 +121,7 @@ def run(config: Config, overrides: Overrides = None) -> None:
     entered = time.perf_counter()
     before = dict(clock)
     with orchestrated(lambda: clock == before):
-        receipt = pipeline(settings.model_dump(mode="json"), clock)
+        receipt = pipeline(session.config, clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())
     clock["start-up"] += time.perf_counter() - entered - own
@@ -128,19 +136,22 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
 ) -> None:
     """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
-    session = _session(_settings(config, overrides))
+    session = _session(_settings(config, overrides), planning=not probe)
     typer.echo(_plan_text(session))
+    if (path := session.config.data.path) is not None and not path.exists():
+        typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
     if probe:
+        own_start = time.perf_counter() - BEGIN
         from flows.probe import eta_text
 
-        typer.echo(eta_text(session))
+        typer.echo(eta_text(session, own_start))
 
 
 @command
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records import write_text
-    from flows.stored import StoredRun, solution_text
+    from flows.stored import StoredRun, predicted_text, solution_text
 
     stored = StoredRun.open(folder)
     wanted = _budget(budget, size_bytes)
@@ -148,18 +159,31 @@ def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes =
         file = folder / "solutions" / f"{wanted.name.replace(' ', '_')}-{name}.json"
         write_text(file, stored.document(matrix, solution))
         rivals = stored.rivals(matrix, wanted, limits or [])
-        others = ", ".join(f"{rival} {matrix.baseline + found.objective:.4f}" for rival, found in rivals.items())
+        others = ", ".join(f"{rival} {predicted_text(matrix, found.objective)}" for rival, found in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
 
 
 @command
-def evaluate(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None) -> None:
+def evaluate(
+    folder: RunFolder,
+    budget: AverageBits = None,
+    size_bytes: SizeBytes = None,
+    per_class: Annotated[
+        Path | None, typer.Option("--per-class", metavar="FILE", help="Write the accuracy of every class there, as CSV.")
+    ] = None,
+) -> None:
     """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
-    from flows.stored import StoredRun, evaluation_text
+    from clado.records import write_text
+    from flows.stored import StoredRun, evaluated, evaluation_text, per_class_csv
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
-    typer.echo(evaluation_text(stored, _session(stored.config), wanted))
+    session = _session(stored.config)
+    rows = evaluated(stored, session, wanted)
+    typer.echo(evaluation_text(rows))
+    if per_class is not None:
+        write_text(per_class, per_class_csv(session, rows))
+        typer.echo(f"written to {per_class}")
 
 
 @command
@@ -169,28 +193,61 @@ def export(
     size_bytes: SizeBytes = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/exports/BUDGET.")] = None,
     kind: Annotated[
-        str, typer.Option("--format", help="safetensors, or the settings of a peer: modelopt, mct or torchao.")
+        str, typer.Option("--format", help="safetensors, packed, onnx, or the settings of a peer: modelopt, mct or torchao.")
     ] = "safetensors",
 ) -> None:
     """Write the network with the weights chosen for a budget, or a peer's Python file that applies the same bit-widths."""
-    from clado.export.snippets import known, write_snippet
-    from flows.export import budget_folder
-    from flows.export import export as export_assignment
+    from flows.export import budget_folder, check_format, export_as
     from flows.stored import StoredRun, chosen_for
 
-    peer = None if kind == "safetensors" else known(kind)
+    check_format(kind)
     stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
     session = _session(stored.config)
-    target = output or budget_folder(session, wanted.name)
     assignment = chosen_for(stored, session, wanted)
-    if peer is None:
-        export_assignment(session, assignment, target)
-    else:
-        target = write_snippet(target, peer, session.space, assignment)
+    target, told = export_as(kind, session, assignment, output or budget_folder(session, wanted.name))
     typer.echo(
         f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, "
-        f"{session.space.average_bits(assignment):.3f} bits a weight"
+        f"{session.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
     )
+
+
+@command
+def finetune(
+    folder: RunFolder,
+    budget: AverageBits = None,
+    size_bytes: SizeBytes = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Training set: a folder of idx files (Fashion-MNIST's) or of images; default: the run's own images."),
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="cross_entropy or kl_to_float; default: cross_entropy for labelled --data, else kl_to_float."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="At most; fewer where held-out images get no better.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Adam's at first; it falls to zero.")] = 1e-3,
+    batch_images: Annotated[int, typer.Option(help="Images of one step.")] = 64,
+    patience: Annotated[int, typer.Option(help="Epochs without a lower held-out loss until it ends.")] = 2,
+    images: Annotated[int | None, typer.Option(help="At most so many training images; default: all.")] = None,
+    learned_scales: Annotated[bool, typer.Option("--learned-scales", help="Train the grids' scales too (LSQ).")] = False,
+    augment: Annotated[bool, typer.Option(help="Shift and mirror images at random.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the held-out images, the batches and the augmentation.")] = 0,
+) -> None:
+    """Train the network chosen for a budget on its grids for a few epochs; evaluate it, write it packed, record it."""
+    from clado.finetuning import Training
+    from flows.stored import StoredRun, chosen_for
+
+    wanted = _budget(budget, size_bytes)
+    training = Training(epochs, criterion or "kl_to_float", learning_rate, batch_images, patience, learned_scales, augment, seed)
+    stored = StoredRun.open(folder)
+    session = _session(stored.config)
+    from flows.finetune import images_of, train, with_criterion
+
+    chosen_images = images_of(session, data, seed, images)
+    if criterion is None and data is not None:
+        training = with_criterion(training, chosen_images)
+    text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
+    typer.echo(f"{text}\nMLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
 @command
@@ -256,9 +313,113 @@ def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar=
 
 
 @command
-def show(folder: RunFolder) -> None:
+def sync(
+    folder: RunFolder,
+    uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's tracking.uri, such as http://HOST:5000.")] = None,
+) -> None:
+    """Deliver to MLflow what it did not take during a run, from the run's folder alone. A second time delivers nothing."""
+    from clado.config import load_run_config
+    from clado.errors import ServerError
+    from clado.tracking import deliver
+    from flows.guard import locked
+
+    settings = load_run_config(folder)
+    with locked(folder):
+        receipts = deliver(folder, settings.model_dump(mode="json"), uri or settings.tracking.uri)
+    for receipt in receipts:
+        if not receipt.delivered:
+            raise ServerError(
+                f"MLflow at {receipt.uri} did not take it ({receipt.problem}); it is kept in {receipt.spool}: start the "
+                "tracker, or name another with --uri, and sync again"
+            )
+        typer.echo(f"Delivered to {receipt.uri}: run {receipt.parent_run_id}, {receipt.num_children} below it")
+    if not receipts:
+        typer.echo(f"Nothing to deliver: MLflow has all of {folder}")
+
+
+@command
+def show(
+    folder: RunFolder,
+    candidates: Annotated[bool, typer.Option("--candidates", help="Print every candidate, predicted and measured.")] = False,
+) -> None:
     """Print the table, the verdict and the places of a finished run."""
+    if candidates:
+        from clado import report
+        from clado.records import RunRecord
+
+        record = RunRecord.load(folder / "record.json")
+        typer.echo(f"{report.candidates_table(record)}\n\n{report.search_text(record)}".rstrip())
+        return
     _show(folder, {}, None)
+
+
+@command
+def report(folder: RunFolder) -> None:
+    """Write a run as one self-contained HTML page: front, table, bits, interactions, coverage, provenance."""
+    from clado.page import write
+
+    typer.echo(f"Wrote {write(folder)}")
+
+
+@command
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER | RUN RUN...]", help="A folder with runs below it; or two runs or more.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """List the runs below a folder (default: runs/), or compare two runs or more, budget by budget."""
+    from rich.console import Console
+
+    from clado import catalogue
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    top = (folders or [Path("runs")])[0]
+    if folders is None or len(folders) == 1:
+        found = catalogue.find(top)
+        if found:
+            console.print(catalogue.listing(found, top))
+        else:
+            typer.echo(f"There is no run below {top}.")
+        return
+    entries = [catalogue.entry(folder) for folder in folders]
+    console.print(catalogue.comparison(entries))
+    for caution in catalogue.cautions(entries):
+        typer.echo(f"Note: {caution}.")
+
+
+@command
+def compare(folder: RunFolder) -> None:
+    """Set a run on ImageNet beside the reference figures of its network."""
+    from clado.records import RunRecord
+    from clado.reference import comparison
+
+    typer.echo(comparison(RunRecord.load(folder / "record.json")))
+
+
+@command
+def cluster(config: Config, overrides: Overrides = None) -> None:
+    """Say what workers a configuration would start; for SLURM the batch script, for Kubernetes the manifest. Starts nothing."""
+    settings = _settings(config, overrides)
+    from flows import clusters
+
+    typer.echo(clusters.describe(settings))
+
+
+@command
+def certificates(
+    folder: Annotated[Path, typer.Argument(help="Folder to write ca.pem, cert.pem and key.pem into.")],
+    hosts: Annotated[list[str] | None, typer.Option("--host", help="A machine beside this one, by name or address.")] = None,
+    days: Annotated[int, typer.Option(min=1, help="How long they hold.")] = 30,
+) -> None:
+    """Make certificates to encrypt Dask's connections with, for trying it out: an authority, and one for every machine."""
+    from flows.clusters._certificates import make_certificates
+
+    files = make_certificates(folder, hosts or [], days)
+    settings = ", ".join(f"{name}: {path}" for name, path in files.items())
+    typer.echo(f"Wrote {len(files)} files, valid for {days} days. In the settings: cluster: {{tls: {{{settings}}}}}")
 
 
 @command
@@ -272,6 +433,49 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+ServicesFolder = Annotated[Path, typer.Option("--folder", help="Where the services keep what they store and print.")]
+
+
+@command
+def up(
+    folder: ServicesFolder = Path("runs/services"),
+    database: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CLADO_DATABASE",
+            help="PostgreSQL server, postgresql://USER:PASSWORD@HOST:PORT; default: SQLite.",
+            show_envvar=True,
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Dask worker processes.")] = 2,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    dask_port: Annotated[int, typer.Option(min=1, max=65534, help="Of the scheduler; it takes the next one too.")] = 8786,
+    timeout: Annotated[float, typer.Option(help="Seconds until a service that is not well is given up.")] = 300,
+) -> None:
+    """Start Prefect, MLflow and Dask on this machine, on loopback: eval "$(clado up)" sets the environment of a shell."""
+    from flows import services
+
+    fresh = services.up(folder, services.Ports(prefect_port, mlflow_port, dask_port), workers, database, timeout)
+    for name, value in services.exported(folder).items():
+        typer.echo(f"export {name}={value}")
+    typer.echo(
+        ("Up. " if fresh else "Already up. ") + f"Logs and databases are in {folder}; end it with: clado down"
+        + ("" if folder == Path("runs/services") else f" --folder {folder}")
+        + "\nA run on it: clado run demo.yaml cluster.kind=address cluster.address=$DASK_SCHEDULER_ADDRESS"
+        + "\nSchedules: prefect --no-prompt deploy --all", err=True,
+    )  # fmt: skip
+
+
+@command
+def down(folder: ServicesFolder = Path("runs/services")) -> None:
+    """End what `clado up` started; what it stored is kept."""
+    from flows import services
+
+    ended = services.down(folder)
+    typer.echo(f"Ended {', '.join(ended)}." if ended else f"Nothing of {folder} was running.")
+
+
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
     from clado.config import load_config
 
@@ -282,13 +486,14 @@ def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
     return settings
 
 
-def _session(settings: "RunConfig") -> "Session":
+def _session(settings: "RunConfig", planning: bool = False) -> "Session":
     from flows.environment import set_defaults
 
     set_defaults(settings.run_folder.parent)
     from flows.session import Session
 
-    return Session.open(settings)
+    # without the keyword it is the session that the flow finds again: the cache tells the two calls apart
+    return Session.open(settings, planning=True) if planning else Session.open(settings)
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
@@ -306,19 +511,35 @@ def _plan_text(session: "Session") -> str:
         f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, "
         f"{space.num_weights:,} weights searched"
     ]
+    config = session.config
+    if config.corrections or config.activations.bits:
+        from clado.preparation import names_of
+
+        widths = f", inputs at {' or '.join(map(str, config.activations.bits))} bits" if config.activations.bits else ""
+        lines.append(
+            f"  prepare  {space.num_layers} tasks on {len(session.slices.calibration):,} calibration images; "
+            f"corrections: {names_of(config.corrections)}{widths}"
+        )
     for kind in plan.kinds:
         tiles = [tile for tile in plan.tiles if tile.kind == kind]
         evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.blocks)
         gmacs = sum(plan.macs(tile, session.workload) for tile in tiles) / 1e9
         lines.append(
-            f"  {kind:<8} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "
+            f"  {kind:<11} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "
             f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
+            + (f", {backwards:,} backward images" if (backwards := plan.backward_images(tiles)) else "")
+        )
+    from clado.estimators import costs
+
+    for name, (forwards, backwards) in costs(config.estimators, plan).items():
+        lines.append(
+            f"  {name:<12} {forwards:>11,} forward images" + (f" and {backwards:,} backward images" if backwards else "")
         )
     smallest, largest = space.size_bytes(space.narrowest), space.size_bytes(space.widest)
     lines.append(
         f"  store {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes"
     )
-    left = session.network.coverage()
+    left = session.float_network.coverage()
     lines.append(
         f"  not searched: {len(left)} parameters, {sum(size for _, size, _ in left):,} bytes (biases, scales, fixed layers)"
     )
@@ -330,13 +551,14 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
 
     from rich.console import Console
 
-    from clado import report
+    from clado import page, report
     from clado.records import RunRecord
 
     record = RunRecord.load(folder / "record.json")
     if clock:
         record = replace(record, seconds=dict(clock))
         record.save(folder / "record.json")
+        page.write(folder)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(report.show(record))
     typer.echo(report.locations(folder, sorted((folder / "plots").glob("*.png")), receipt))

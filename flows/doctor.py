@@ -48,6 +48,6 @@ def _answers(url: str) -> tuple[bool, str]:
 
 
 def _redacted(uri: str) -> str:
-    from clado.tracking import redact
+    from clado.config import redact
 
     return redact(uri)

@@ -1,5 +1,8 @@
 """Evaluate: accuracy of the float network and of each distinct assignment on images that no choice has seen."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -10,25 +13,43 @@ from flows.progress import progress
 from flows.run import Run
 from flows.session import EVALUATION_SHARD
 
+T = TypeVar("T")
+
+
+def batched(things: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive groups of at most `size`."""
+    return [things[start : start + size] for start in range(0, len(things), size)]
+
 
 @task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
 def evaluate(run: Run) -> None:
-    """Counts every distinct assignment on the validation set once; what an earlier run counted is read."""
+    """Counts every distinct assignment of the results on the validation set once, as it ships and plain; what an earlier run
+    counted is read."""
     session = run.session
-    ledger = session.ledger("validation")
-    distinct = list(dict.fromkeys([session.space.nothing, *(proposal.assignment for proposal in run.proposals)]))
-    known = {assignment: counts for assignment in distinct if (counts := ledger.get(assignment)) is not None}
-    todo = [assignment for assignment in distinct if assignment not in known]
-    parts = range(len(shards(len(session.slices.validation), EVALUATION_SHARD)))
-    items = [(assignment, shard) for assignment in todo for shard in parts]
-    found: dict[Assignment, dict[int, Counts]] = {assignment: {} for assignment in todo}
-    with progress("evaluating", len(items)) as advance:
-        for assignment, shard, counts in run.workers.map(worker.evaluate_shard, session.config, items):
-            found[assignment][shard] = counts
-            if len(found[assignment]) == len(parts):
-                # shards are added in order, so that the sum does not depend on which worker was first
-                total = sum((found[assignment][part] for part in parts), Counts())
-                ledger.put(assignment, total)
-                known[assignment] = total
-            advance(1)
-    run.accuracies = known
+    distinct = list(dict.fromkeys([session.space.nothing, *(row.assignment for row in run.results())]))
+    ledgers = {False: session.ledger("validation"), True: session.ledger("validation", "plain")}
+    asked = [(assignment, plain) for plain in ledgers for assignment in distinct if not plain or session.config.corrections]
+    known = {(a, plain): counts for a, plain in asked if (counts := ledgers[plain].get(a)) is not None}
+    parts = shards(len(session.slices.validation), EVALUATION_SHARD)
+    found: dict[tuple[Assignment, bool], dict[int, Counts]] = {key: {} for key in asked if key not in known}
+    for (assignment, plain), done in found.items():
+        done |= {k: counts for k, part in enumerate(parts) if (counts := ledgers[plain].get(assignment, part)) is not None}
+    # shard by shard: what is decoded for one assignment is decoded for its neighbours
+    items = [
+        (k, tuple(group))
+        for k in range(len(parts))
+        for group in batched([key for key, done in found.items() if k not in done], session.evaluated_together)
+    ]
+    with progress("evaluating", sum(len(group) for _, group in items)) as advance:
+        for k, counted in run.workers.map(worker.evaluate_shard, session.config, items):
+            for assignment, plain, counts in counted:
+                found[assignment, plain][k] = counts
+                if len(parts) > 1:
+                    ledgers[plain].put(assignment, counts, parts[k])
+                advance(1)
+    for (assignment, plain), done in found.items():
+        # shards are added in order, so that the sum does not depend on which worker was first
+        known[assignment, plain] = sum((done[k] for k in range(len(parts))), Counts())
+        ledgers[plain].put(assignment, known[assignment, plain])
+    run.accuracies = {assignment: counts for (assignment, plain), counts in known.items() if not plain}
+    run.plain_accuracies = {assignment: counts for (assignment, plain), counts in known.items() if plain}

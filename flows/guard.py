@@ -3,12 +3,54 @@
 import logging
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from clado.errors import CladoError, ServerError
+from clado.errors import CladoError, FolderBusy, ServerError
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; a second run on it is refused. The lock dies with the process, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderBusy(
+                f"another run is writing to {folder}; wait for it, or name another folder (folder: runs/…)"
+            ) from None
+        yield
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Around a solver, which heeds Ctrl-C and returns its best: SIGTERM is as good here. Gives the signals that came."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -16,34 +58,69 @@ def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
     """Around the call of a flow: a failure of Prefect itself (`outside` the flow's phases) is one message, an interrupt is one.
 
     Ctrl-C reaches the embedded server too, so that Prefect cannot record the flow's end: whatever it says of that is not heard.
+    SIGTERM is Prefect's while the flow runs: it unwinds the flow, then sends the signal again, to the handler that is set here.
+    The embedded server ends when this process does, however that ends.
     """
-    interrupted = threading.Event()
+    from prefect.exceptions import TerminationSignal
+
+    interrupted: list[type[KeyboardInterrupt]] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
+        interrupted.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
         logging.disable(logging.CRITICAL)
-        signal.default_int_handler(number, frame)
+        raise interrupted[0]
 
+    _watch_embedded_server()
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, interrupt) if in_main else None
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_is_not_the_users)
     try:
         yield
+    except TerminationSignal:
+        raise Terminated from None
     except Exception as error:
-        if interrupted.is_set():
-            raise KeyboardInterrupt from None
+        if interrupted:
+            raise interrupted[0] from None
         if isinstance(error, CladoError) or not outside():
             raise
         raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}") from None
     finally:
-        if in_main and not interrupted.is_set():
-            signal.signal(signal.SIGINT, before)
+        if not interrupted:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _is_not_the_users(record: logging.LogRecord) -> bool:
-    """Drops the traceback of an error that the command prints as one message."""
-    return not (record.exc_info and isinstance(record.exc_info[1], CladoError))
+    """Drops the traceback of an error that the command prints as one message, and what Prefect says of a signal."""
+    told = isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], CladoError)
+    return not told and not any(words in record.getMessage() for words in ("Crash detected!", "Finished in state Crashed"))
+
+
+def _watch_embedded_server() -> None:
+    """Makes Prefect's embedded server end with this process, also where that is killed with -9.
+
+    A shell holds the other end of a pipe that only this process keeps open: it reads the end of it when this process is no more.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+
+    class Watched(SubprocessASGIServer):
+        def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
+            server = super()._run_uvicorn_command()
+            watch = ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "clado-watch", str(server.pid)]
+            self.watcher = subprocess.Popen(
+                watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            return server
+
+        def stop(self) -> None:
+            super().stop()
+            if watcher := self.__dict__.pop("watcher", None):
+                watcher.kill()
+                watcher.communicate()
+
+    if os.name == "posix":
+        Watched()  # Prefect keeps one server for each port, and None is the port of the embedded one: it will take this
 
 
 def _advice() -> str:

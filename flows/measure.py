@@ -16,6 +16,7 @@ from flows.run import Measuring, Run
 def measure(run: Run) -> None:
     """Computes the tiles that the store lacks; a damaged chunk counts as lacking."""
     session, store = run.session, run.session.open_store()
+    store.extend(session.plan)
     plan, todo = session.plan, store.missing(session.plan)
     damaged = store.damaged(tile for tile in plan.tiles if tile not in set(todo))
     if damaged:
@@ -39,6 +40,7 @@ def gather(run: Run) -> None:
     session = run.session
     store = Store.open(session.store_path)
     measured = Measured(session.space, session.config.criterion, store.counts, store.gather(session.plan))
+    run.measured = measured
     run.notes += estimators.non_finite(measured)
     for name in session.config.estimators:
         run.matrices[name] = estimators.estimate(name, measured)

@@ -1,19 +1,54 @@
 """A short measurement that turns a plan into an ETA."""
 
 import time
+from dataclasses import dataclass
 
-from clado.measure import measure_tile
+from clado.candidates import together, widest_uniform
+from clado.measure import Workbench, measure_tile
+from clado.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.probes import Tile
+from clado.quantizers import WeightQuantizer
 from flows.session import Session
 
 LIMIT_SECONDS = 20.0
+STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/ETA.md)
 
 
-def eta_text(session: Session) -> str:
-    """Times some whole forwards and as many small tiles as fit into 20 s, and scales by multiply-accumulates. Writes nothing."""
+@dataclass(frozen=True)
+class Eta:
+    """Expected seconds of each phase, if workers are as fast as this process; `num_networks` are evaluated at most."""
+
+    around: float
+    preparing: float
+    measuring: float
+    evaluation: float
+    num_networks: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole run."""
+        return self.around + self.preparing + self.measuring + self.evaluation
+
+
+def probe(session: Session, own_start: float) -> Eta:
+    """Times some whole forwards, the preparing of two layers and small tiles for 20 s, and scales them. Writes nothing.
+
+    `own_start` is how many seconds this process took until its session was open.
+    """
     plan, space, workers, work = session.plan, session.space, session.config.cluster.workers, session.workload
     begin = time.perf_counter()
     forward = _seconds_per_image(session)
+    # layers as the plan's tiles have them, but quickly made: what is in the weights does not change the time
+    quick = prepare(session.float_network, space, Recipe(WeightQuantizer("minmax"), "minmax"), session.calibration[:1])
+    bench = Workbench(
+        quick,
+        session.config.criterion,
+        session.blocks,
+        session.slices.sensitivity.load,
+        session.config.measure.batch_images,
+        session.configured_limit,
+        session.config.measure.batch_statistics,
+    )
     # a tile runs at another rate than whole forwards; where not even a small one fits, theirs has to do
     rate, done, spent = forward / work.macs, 0, 0.0
     rows = max(1, min(space.num_options, plan.rows_per_tile) // 8)
@@ -23,18 +58,58 @@ def eta_text(session: Session) -> str:
         if time.perf_counter() - begin + 1.5 * plan.macs(tile, work) * rate > LIMIT_SECONDS:
             break
         started = time.perf_counter()
-        measure_tile(session.bench, tile)
+        measure_tile(bench, tile)
         seconds, macs = time.perf_counter() - started, plan.macs(tile, work)
         # of the two warm-ups the second counts: the first loads images and compiles kernels
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
-    measuring = sum(plan.macs(tile, work) for tile in plan.tiles) * rate / workers
-    images = session.slices.validation
-    most = 1 + len(session.budgets) * (1 + len(session.config.estimators))
+    todo = set(session.store_todo())
+    measuring = sum(plan.macs(tile, work) for tile in todo) * rate / workers
+    networks = _num_networks(session)
+    variants = 2 if session.config.corrections else 1
+    validation = variants * networks * len(session.slices.validation)
+    searched = session.config.search.evaluations * len(session.budgets)
+    sensitivity = (variants * networks + searched) * len(session.slices.sensitivity)
+    # a final correction is a pass over the calibration images
+    calibration = (networks + searched) * len(session.slices.calibration) if session.has_probe_model else 0
+    evaluation = (validation + sensitivity + calibration) * forward / workers
+    return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, networks)
+
+
+def eta_text(session: Session, own_start: float) -> str:
+    """The ETA in a line."""
+    eta = probe(session, own_start)
     return (
-        f"  ETA: measuring {measuring:.0f} s, evaluation at most {most * len(images) * forward / workers:.0f} s "
-        f"({most} assignments of {len(images):,} images) on {workers} workers, if each is as fast as this process"
+        f"  ETA: about {eta.total:.0f} s: start-up, recording and shutdown {eta.around:.0f}, preparing {eta.preparing:.0f}, "
+        f"measuring {eta.measuring:.0f}, evaluation {eta.evaluation:.0f} ({eta.num_networks} networks of "
+        f"{len(session.slices.validation):,} images at most), on {session.config.cluster.workers} workers as fast as this process"
     )
+
+
+def _num_networks(session: Session) -> int:
+    """Networks that a run evaluates where no two estimators agree: float, uniform, for each budget one of each
+    estimator and the one chosen."""
+    budgets, limits, space = session.budgets, session.limits, session.space
+    uniform = {widest_uniform(space, together(budget.constraint(space), limits)) for budget in budgets}
+    return 1 + len(uniform) + len(budgets) * (1 + len(session.config.estimators))
+
+
+def _preparing(session: Session) -> float:
+    """Seconds of preparing what is absent in one process, from two layers of each kind."""
+    todo = session.unprepared()
+    if not todo:
+        return 0.0
+    begin = time.perf_counter()
+    equalized(session.float_network, session.recipe, session.calibration)
+    total = time.perf_counter() - begin
+    layers = sorted({session.space.num_layers // 4, 3 * session.space.num_layers // 4})
+    for plain in {plain for plain, _ in todo}:
+        recipe = session.recipe.plain if plain else session.recipe
+        begin = time.perf_counter()
+        for layer in layers:
+            prepare_layer(session.float_network, session.space, recipe, layer, session.calibration)
+        total += (time.perf_counter() - begin) / len(layers) * sum(variant == plain for variant, _ in todo)
+    return total
 
 
 def _seconds_per_image(session: Session) -> float:
@@ -42,9 +117,10 @@ def _seconds_per_image(session: Session) -> float:
     images, count = session.slices.validation, 1
     while True:
         batch, _ = images.load(0, count)
-        session.network.logits(batch[:1])
+        batch = batch.to(session.float_network.device)
+        session.float_network.logits(batch[:1])
         started = time.perf_counter()
-        session.network.logits(batch)
+        session.float_network.logits(batch)
         seconds = time.perf_counter() - started
         if seconds > 1.0 or count >= min(128, len(images)):
             return seconds / len(batch)

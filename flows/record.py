@@ -1,31 +1,61 @@
 """Record: what was found becomes a file, plots, exported networks and an MLflow run."""
 
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from clado import plots, report, tracking
-from clado.candidates import choose
-from clado.records import CHOSEN, Result, RunRecord, write_text
+import clado
+from clado import estimators, page, plots, report, tracking
+from clado.preparation import names_of
+from clado.records import CHOSEN, RunRecord, write_text
+from flows import artifacts
+from flows.allocate import measured_candidates, summaries
 from flows.export import budget_folder, export
 from flows.run import Run
+from flows.session import Session
+
+LIBRARIES = ("torchvision", "zarr", "distributed", "prefect", "pyscipopt", "mlflow")  # beside those of Session.provenance
 
 
 def record_of(run: Run) -> RunRecord:
     """The record of a run whose proposals are measured and evaluated."""
     session = run.session
-    losses = {assignment: counts.accuracy().loss for assignment, counts in run.losses.items()}
-    rows = choose(session.space, run.proposals, losses, session.limits)
+    probe_losses = {assignment: counts.accuracy().loss for assignment, counts in run.probe_losses.items()}
     accuracies = {assignment: counts.accuracy() for assignment, counts in run.accuracies.items()}
-    results = tuple(Result(**{**row.__dict__, "validation": accuracies.get(row.assignment)}) for row in rows)
+    plain = {assignment: counts.accuracy() for assignment, counts in run.plain_accuracies.items()}
+    results = tuple(
+        replace(
+            row,
+            loss_probe_model=probe_losses.get(row.assignment),
+            validation=accuracies.get(row.assignment),
+            validation_plain=plain.get(row.assignment),
+        )
+        for row in run.results()
+    )
     baseline = next(iter(run.matrices.values())).baseline
     space = session.space
+    tried = {assignment for searched in run.searched.values() for assignment in searched.tried}
+    searching = {"local_search": len(tried) * len(session.slices.sensitivity)} if tried else {}
     return RunRecord(
         network=session.loaded.description,
         layer_names=space.names,
         layer_weights=tuple(layer.num_weights for layer in space.layers),
         fingerprint=session.open_store().fingerprint,
         criterion=session.config.criterion,
+        corrections=names_of(session.config.corrections),
+        imagenet=session.slices.imagenet,
+        candidates=measured_candidates(run),
+        searches=summaries(run),
+        stability=run.stability,
         baseline=baseline,
         float_accuracy=accuracies[space.nothing],
         results=results,
@@ -33,21 +63,90 @@ def record_of(run: Run) -> RunRecord:
         forwards={
             kind: run.session.plan.forward_images([t for t in session.plan.tiles if t.kind == kind])
             for kind in session.plan.kinds
+        }
+        | searching,
+        notes=(*session.notes, *run.notes),
+        unsearched=tuple(session.float_network.coverage()),
+        provenance=provenance_of(session),
+        data=data_of(session),
+        costs={
+            name: {"forwards": forwards, "backwards": backwards}
+            for name, (forwards, backwards) in estimators.costs(session.config.estimators, session.plan).items()
         },
-        notes=tuple(run.notes),
     )
+
+
+def provenance_of(session: Session) -> dict[str, str]:
+    """Versions, device, hash of the weights, and the revision of this code where it is a checkout."""
+    known = {"python": platform.python_version(), **{name: str(value) for name, value in session.provenance.items()}}
+    for name in LIBRARIES:
+        try:
+            known[name] = version(name)
+        except PackageNotFoundError:  # an optional one
+            continue
+    return {
+        **known,
+        "weights_sha256": session.loaded.weights_sha256,
+        "git_revision": git_revision(Path(clado.__file__).parents[1]),
+    }
+
+
+def data_of(session: Session) -> dict[str, dict[str, Any]]:
+    """Number of images and hash of each set that the run read."""
+    names = ("calibration", "sensitivity", "validation")
+    slices = {name: getattr(session.slices, name) for name in names}
+    return {f"{name}_set": {"num_images": len(part), "sha256": part.sha256} for name, part in slices.items() if len(part)}
+
+
+def git_revision(root: Path) -> str:
+    """Commit of a checkout, with "-dirty" where files differ from it; empty where `root` is none."""
+    command = ["git", "-C", str(root)]
+    try:
+        top = subprocess.run([*command, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10, check=True)
+        if Path(top.stdout.strip()).resolve() != root.resolve():  # installed into another project's folder
+            return ""
+        asked = [*command, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 @task(name="record", cache_policy=NO_CACHE, persist_result=False)
 def record(run: Run) -> None:
-    """Writes record.json, table.md, plots and the chosen network of every budget."""
+    """Writes record.json, table.md, plots, report.html and the chosen network of every budget."""
     session, found = run.session, record_of(run)
     found.save(session.folder / "record.json")
     write_text(session.folder / "table.md", report.markdown(found))
     plots.save_all(found, run.matrices, session.folder / "plots")
+    page.write(session.folder)
     for row in found.results:
         if row.method == CHOSEN:
             export(session, row.assignment, budget_folder(session, row.budget))
+
+
+@contextmanager
+def failure_recorded(session: Session) -> Iterator[None]:
+    """Around a run: an error goes on as it is, once MLflow and the run's failure.txt have it with its traceback."""
+    config = session.config
+    try:
+        yield
+    except Exception as error:
+        tracking.track_failure(
+            error,
+            session.folder,
+            config.model_dump(mode="json"),
+            network=session.loaded.description,
+            experiment=config.tracking.experiment,
+            uri=config.tracking.uri,
+            tags=_tags(session),
+        )
+        raise
+    (session.folder / tracking.FAILURE).unlink(missing_ok=True)
+
+
+def _tags(session: Session) -> dict[str, str]:
+    """Provenance, and where Prefect has the run."""
+    return {**{key: str(value) for key, value in session.provenance.items()}, "prefect_flow_run_id": str(flow_run.id or "")}
 
 
 @task(name="track", cache_policy=NO_CACHE, persist_result=False)
@@ -55,15 +154,17 @@ def track(run: Run) -> tracking.Receipt:
     """Mirrors the record to MLflow; a tracker that does not answer is a warning, not a failure."""
     session, config = run.session, run.session.config
     found = RunRecord.load(session.folder / "record.json")
-    return tracking.track(
+    receipt = tracking.track(
         found,
         session.folder,
         config.model_dump(mode="json"),
         experiment=config.tracking.experiment,
         uri=config.tracking.uri,
-        tags={**{key: str(value) for key, value in session.provenance.items()}, "prefect_flow_run_id": str(flow_run.id or "")},
+        tags=_tags(session),
         matrices={name: session.folder / "matrices" / f"{name}.npz" for name in run.matrices},
         plots=sorted((session.folder / "plots").glob("*.png")),
         exports={budget: budget_folder(session, budget) for budget in found.budgets},
         description=report.markdown(found),
     )
+    artifacts.show(found, receipt)
+    return receipt

@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from clado.candidates import Proposal
-from clado.errors import StoreError
+from clado.candidates import Budget, Proposal, choose
+from clado.estimators import Measured
 from clado.evaluation import Counts
 from clado.interaction import InteractionMatrix
+from clado.local_search import Searched
+from clado.records import Result, Stability
 from clado.space import Assignment
 from flows.clusters import Workers
 from flows.session import Session
@@ -32,11 +33,22 @@ class Run:
         self.workers = workers
         self.matrices: dict[str, InteractionMatrix] = {}
         self.proposals: list[Proposal] = []
+        self.measured: Measured | None = None
+        self.stability: tuple[Stability, ...] = ()
+        self.surrogate = ""
+        self.searched: dict[Budget, Searched] = {}
         self.losses: dict[Assignment, Counts] = {}
+        self.probe_losses: dict[Assignment, Counts] = {}
         self.accuracies: dict[Assignment, Counts] = {}
+        self.plain_accuracies: dict[Assignment, Counts] = {}
         self.measuring = Measuring(0, 0, {})
         self.clock = clock
         self.notes: list[str] = []
+
+    def results(self) -> list[Result]:
+        """One row for each budget and method, and the chosen ones, as far as losses decide."""
+        losses = {assignment: counts.accuracy().loss for assignment, counts in self.losses.items()}
+        return choose(self.session.space, self.proposals, losses, self.session.limits)
 
 
 @dataclass
@@ -53,19 +65,3 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process; a second run on it is refused. The lock dies with the process, however it ends."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"another run is writing to {folder}; wait for it, or name another folder (folder: runs/…)"
-            ) from None
-        yield

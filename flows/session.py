@@ -1,33 +1,41 @@
 """A configuration opened: network, data, search space, plan and identity. The flow's process and every worker hold one each."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import clado
 from clado import estimators
 from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import RunConfig, fingerprint
 from clado.constraints import Constraint, size
+from clado.corrections import at_stage
 from clado.errors import ConfigurationError, DataError
-from clado.evaluation import Counts, count
-from clado.images import DataSlices, check_slice
+from clado.evaluation import Counts, count_each
+from clado.images import DataSlices, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, losses, network_batching, rows_per_tile
 from clado.network import Network
-from clado.probes import Plan, Workload, sample_blocks
-from clado.quantizers import WeightQuantizer
-from clado.shards import Store
-from clado.sources import LoadedNetwork, load_data, load_network
+from clado.preparation import Prepared, Recipe, calibration_batches, check_calibration, equalized, prepare_layer
+from clado.probes import Plan, Tile, Workload, grown_blocks, sample_blocks
+from clado.quantized import Shelf
+from clado.quantizers import QuantizedLayer, WeightQuantizer
+from clado.records import IMAGENET_VALIDATION_IMAGES
+from clado.shards import Store, exists
+from clado.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.space import Assignment, SearchSpace
 
 EVALUATION_SHARD = 2500  # validation images of one Dask task
+EVALUATED_TOGETHER = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
+Variant = Literal["shipped", "probe_model", "plain"]
 
 
 @dataclass
@@ -36,36 +44,102 @@ class Session:
 
     config: RunConfig
     loaded: LoadedNetwork
-    network: Network
+    float_network: Network
     slices: DataSlices
     space: SearchSpace
 
     @staticmethod
     @lru_cache(maxsize=1)
-    def open(config: RunConfig) -> "Session":
-        """Loads network and data and refuses what does not fit; touches no server, worker or store. One run at a time is kept."""
+    def open(config: RunConfig, planning: bool = False) -> "Session":
+        """Loads network and data and refuses what does not fit; touches no server, worker or store. One run at a time is kept.
+
+        `planning`: images that are not there are counted as the settings ask for them, and cannot be read.
+        """
         torch.set_num_threads(config.cluster.threads_per_worker)
         loaded = load_network(config.network)
-        slices = load_data(config.data, loaded.image_shape)
-        if config.criterion == "cross_entropy" and slices.sensitivity.load(0, 1)[1] is None:
+        absent = planning and config.data.path is not None and not config.data.path.exists()
+        slices = (
+            absent_data(config.data, loaded.image_shape)
+            if absent
+            else load_data(config.data, loaded.image_shape, loaded.preprocessing)
+        )
+        if not absent and config.criterion == "cross_entropy" and slices.sensitivity.load(0, 1)[1] is None:
             raise DataError(
                 "criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float"
             )
         _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
-        network = Network(loaded.model, loaded.example_input, config.network.fixed, graph=config.network.graph)
+        _refuse_unmatched(config.network.split, [name for name, _ in loaded.model.named_parameters()], "split")
+        device = _device(config.cluster.device)
+        network = Network(
+            loaded.model.to(device),
+            loaded.example_input.to(device),
+            config.network.fixed,
+            split=config.network.split,
+            graph=config.network.graph,
+            numeric=config.network.numeric,
+            compile=config.network.compile,
+            channels_last=config.network.channels_last,
+        )
         space = network.search_space(config.bits).restricted(config.layers.bits).tied(config.layers.ties)
+        space = space.blocked(config.layers.blocks)
+        if config.activations.bits:
+            space = space.with_activations(config.activations.bits)
+        if config.network.split and len(config.activations.bits) > 1:
+            raise ConfigurationError(
+                f"activations.bits {list(config.activations.bits)} with network.split: queries, keys and values read one input, "
+                "which has one width; expected a single one, or no split"
+            )
         return Session(config, loaded, network, slices, space)
 
-    def check(self) -> None:
-        """Decodes every image once, tries every budget and a store that is there: before anything is started or written."""
+    def checked(self) -> "Session":
+        """This session, or one of the same settings without the images that cannot be read: `data.skip` then names them."""
+        session = self
+        while unreadable := session.check():
+            data, skip = session.config.data, (*session.config.data.skip, *unreadable)
+            if len(skip) > data.max_corrupt_images:
+                shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
+                raise DataError(
+                    f"more images below {data.path} cannot be read than data.max_corrupt_images: {data.max_corrupt_images} "
+                    f"allows: {shown}; repair or remove them, or allow more"
+                )
+            config = session.config.model_copy(update={"data": data.model_copy(update={"skip": skip})})
+            session = Session.open(config)
+        return session
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the record has to know about the data."""
+        skip, notes = self.config.data.skip, []
+        if skip:
+            shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
+            notes.append(f"{len(skip)} images are left out because they cannot be read, or as data.skip says: {shown}")
+        validated = len(self.slices.validation)
+        if self.slices.imagenet and validated < IMAGENET_VALIDATION_IMAGES:
+            notes.append(
+                f"accuracy is counted on {validated:,} of ImageNet's {IMAGENET_VALIDATION_IMAGES:,} validation images: it proves "
+                "the path, not the accuracy, and is named top1_subset"
+            )
+        return tuple(notes)
+
+    def check(self) -> list[str]:
+        """Decodes every image once, tries every budget and a store that is there: before anything is started or written.
+
+        Returns the names of images that cannot be read, where some are allowed.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(f"{self.folder} is a file; expected a folder for the run, or a free name (folder: runs/…)")
-        classes = int(self.network.logits(self.network.example).shape[1])
-        for images in (self.slices.sensitivity, self.slices.validation):
-            check_slice(images, self.loaded.image_shape, classes)
+        classes = int(self.float_network.logits(self.float_network.example).shape[1])
+        found: list[str] = []
+        for images in (self.slices.sensitivity, self.slices.calibration, self.slices.validation):
+            if len(images) or images is not self.slices.calibration:
+                allowed = found if self.config.data.max_corrupt_images else None
+                check_slice(images, self.loaded.image_shape, classes, unreadable=allowed)
+        if found:
+            return found
         check_budgets(self.space, self.budgets, self.limits)
-        if self.store_path.exists():
-            self.open_store()
+        if exists(self.store_path):
+            self.extends(Store.open(self.store_path))
+        return []
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -77,48 +151,165 @@ class Session:
         """Limits that every answer must meet beside its budget."""
         return limits_of(self.config, self.space)
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Sample blocks of the sensitivity set."""
-        return sample_blocks(len(self.slices.sensitivity), self.config.data.sample_blocks)
+        """Sample blocks of the sensitivity set: those of the store, where there is one, and more where the images grew."""
+        num_images, num_blocks = len(self.slices.sensitivity), self.config.data.sample_blocks
+        if not exists(self.store_path):
+            return sample_blocks(num_images, num_blocks)
+        return grown_blocks(Store.open(self.store_path).coverage["blocks"], num_images, num_blocks)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How layers are quantized and corrected."""
+        settings = self.config.quantizer
+        quantizer = WeightQuantizer(settings.weights, settings.granularity == "per_channel", settings.scheme == "symmetric")
+        config = self.config
+        return Recipe(quantizer, config.activations.range, config.corrections, config.data.seed, config.adaround.steps)
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        """Calibration images in batches, where anything reads them."""
+        if not self.config.corrections and not self.config.activations.bits:
+            return []
+        images = self.slices.calibration
+        return calibration_batches(images.load(0, len(images))[0].to(self.float_network.device))
+
+    def shelf(self, plain: bool = False) -> Shelf:
+        """Where quantized layers are kept: those that ship, or those rounded to nearest without corrections."""
+        identity = self.plain_identity if plain else self.identity
+        widths = [list(map(list, map(self.space.candidates, range(self.space.num_layers))))]
+        return Shelf(self.folder / "prepared" / fingerprint([identity, self.space.names, widths])[:16])
+
+    def equalize(self) -> None:
+        """Corrects the float network and keeps what changed, unless that is done."""
+        shelf = self.shelf()
+        if not shelf.network_file.exists():
+            check_calibration(self.space, self.recipe, self.calibration)
+            shelf.write_network(*equalized(self.float_network, self.recipe, self.calibration))
+
+    def unprepared(self) -> list[tuple[bool, int]]:
+        """(plain, layer) of the layers that are not prepared yet; without corrections the plain ones are those that ship."""
+        variants = [False, True] if self.config.corrections else [False]
+        return [(plain, layer) for plain in variants for layer in self.shelf(plain).missing(self.space.num_layers)]
+
+    def prepare_layer(self, plain: bool, layer: int) -> None:
+        """Quantizes and corrects a layer at each of its candidates, and keeps it."""
+        network, recipe = (self.float_network, self.recipe.plain) if plain else (self.network, self.recipe)
+        made = prepare_layer(network, self.space, recipe, layer, self.calibration)
+        self.shelf(plain).write_layer(layer, *made)
+
+    @cached_property
+    def network(self) -> Network:
+        """The network that is quantized: the float one, as corrections of it left it."""
+        if not at_stage(self.config.corrections, "network"):
+            return self.float_network
+        tensors, _ = self.shelf().read_network(self.float_network.device)
+        return self.float_network.updated(tensors) if tensors else self.float_network
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Every layer at every candidate as it ships; made here where a command asks for it before a run has."""
+        return self._prepared(plain=False)
+
+    @cached_property
+    def plain(self) -> Prepared:
+        """Every layer at every candidate without corrections."""
+        return self._prepared(plain=True) if self.config.corrections else self.prepared
+
+    def _prepared(self, plain: bool) -> Prepared:
+        self.equalize()
+        for variant, layer in self.unprepared():
+            if variant == plain:
+                self.prepare_layer(plain, layer)
+        shelf, device = self.shelf(plain), self.float_network.device
+        layers: list[QuantizedLayer] = []
+        notes: list[str] = [] if plain else shelf.read_network(device)[1]
+        for layer in range(self.space.num_layers):
+            made, further = shelf.read_layer(layer, device)
+            layers += made
+            notes += further
+        network, recipe = (self.float_network, self.recipe.plain) if plain else (self.network, self.recipe)
+        return Prepared(network, self.space, recipe, tuple(layers), self.calibration, tuple(notes))
 
     @cached_property
     def bench(self) -> Workbench:
-        """What measuring needs, every weight quantized once."""
-        settings = self.config.quantizer
-        quantizer = WeightQuantizer(settings.weights, settings.granularity == "per_channel", settings.scheme == "symmetric")
-        load = self.slices.sensitivity.load
+        """What measuring needs."""
         return Workbench(
-            self.network,
-            self.space,
-            quantizer,
+            self.prepared,
             self.config.criterion,
             self.blocks,
-            load,
+            self.slices.sensitivity.load,
             self.config.measure.batch_images,
             self.configured_limit,
+            self.config.measure.batch_statistics,
+            self.config.gradients.vectors,
+            self.config.gradients.seed,
         )
 
+    def shipped(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
+        """The network and its layers as they ship; final corrections are made once for an assignment, and kept."""
+        prepared = self.prepared
+        chosen = prepared.chosen(assignment)
+        if not prepared.has_final or not chosen:
+            return prepared.network, chosen
+        shelf = self.shelf()
+        changed = shelf.read_final(assignment, self.float_network.device)
+        if changed is None:
+            changed = prepared.final(assignment)
+            shelf.write_final(assignment, changed)
+        return prepared.network.updated(changed), chosen
+
     def loss(self, assignment: Assignment) -> Counts:
-        """Sum of an assignment's loss over the sensitivity set, block by block."""
-        sums = [losses(self.bench, assignment, block) for block in range(len(self.blocks))]
+        """Sum of the loss of the network that ships over the sensitivity set, block by block."""
+        return self._loss(assignment, self.shipped(assignment)[0] if self.has_probe_model else None)
+
+    def probe_loss(self, assignment: Assignment) -> Counts:
+        """The same as probes see it: without final corrections."""
+        return self._loss(assignment, None)
+
+    @property
+    def has_probe_model(self) -> bool:
+        """Whether probes measure another network than the one that ships."""
+        return bool(at_stage(self.config.corrections, "final")) or self.config.measure.batch_statistics
+
+    def _loss(self, assignment: Assignment, shipped: Network | None) -> Counts:
+        sums = [losses(self.bench, assignment, block, shipped) for block in range(len(self.blocks))]
         return Counts(sum(map(len, sums)), float(sum(part.sum() for part in sums)))
 
-    def accuracy(self, assignment: Assignment, start: int, stop: int) -> Counts:
-        """Counts of an assignment on images start..stop−1 of the validation set."""
-        return count(self.network, self.bench.weights(assignment), self.slices.validation, start, stop)
+    def accuracies(self, asked: Sequence[tuple[Assignment, bool]], start: int, stop: int) -> list[Counts]:
+        """Counts on images start..stop−1 of the validation set, each decoded once, for each (assignment, plain): of the network
+        that ships, or of the one without corrections."""
+        variants = [
+            (self.plain.network, self.plain.chosen(assignment)) if plain else self.shipped(assignment)
+            for assignment, plain in asked
+        ]
+        return count_each(variants, self.slices.validation, start, stop, reference=self.float_network)
+
+    @property
+    def evaluated_together(self) -> int:
+        """How many assignments one task evaluates: several where images are decoded, else one, which spreads the work best."""
+        return 1 if isinstance(self.slices.validation, MemorySlice) else EVALUATED_TOGETHER
 
     @cached_property
     def plan(self) -> Plan:
         """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
         kinds = estimators.kinds_of(self.config.estimators)
-        if self.store_path.exists():
+        if exists(self.store_path):
             rows = Store.open(self.store_path).rows_per_tile
         else:
             widest = max(stop - start for start, stop in self.blocks)
-            batching = network_batching(self.network, widest, self.config.measure.batch_images, self.configured_limit)
-            rows = rows_per_tile(self.network, self.space, batching, self.memory_limit)
-        return Plan(self.space, self.blocks, kinds, rows)
+            measuring = self.config.measure
+            batching = network_batching(
+                self.float_network, widest, measuring.batch_images, self.configured_limit, measuring.batch_statistics
+            )
+            rows = rows_per_tile(self.float_network, self.space, batching, self.memory_limit)
+        drawn = self.config.gradients
+        return Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed)
+
+    def store_todo(self) -> list[Tile]:
+        """Tiles that are not measured yet."""
+        return Store.open(self.store_path).missing(self.plan) if exists(self.store_path) else list(self.plan.tiles)
 
     @property
     def configured_limit(self) -> int | None:
@@ -138,7 +329,7 @@ class Session:
     @property
     def workload(self) -> Workload:
         """Cost of the network and of its suffixes."""
-        graph = self.network.graph
+        graph = self.float_network.graph
         return Workload(graph.macs, tuple(cut.suffix_macs for cut in graph.cuts))
 
     @property
@@ -147,21 +338,39 @@ class Session:
         return self.config.run_folder
 
     @property
-    def store_path(self) -> Path:
+    def store_path(self) -> Path | str:
         """Where its measurements are."""
-        return self.folder / "store.zarr"
+        return store_of(self.config)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What changes the meaning of one number (design: identity)."""
+    def plain_identity(self) -> dict[str, Any]:
+        """What changes the meaning of one number that is measured without corrections."""
         config = self.config
-        return {
+        identity = {
             "weights": self.loaded.weights_sha256,
             "image_shape": list(self.loaded.image_shape),
             "quantizer": config.quantizer.model_dump(mode="json"),
             "criterion": config.criterion,
-            "numeric": {"dtype": "float32", "tf32": False},
+            "numeric": {"dtype": config.network.numeric, "tf32": config.network.numeric == "tf32"},
         }
+        if config.network.compile:
+            identity["numeric"] |= {"compiled": True}
+        if config.activations.bits:
+            identity["activations"] = {"range": config.activations.range, "calibration_set": self.slices.calibration.sha256}
+        return identity
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What changes the meaning of one number (design: identity)."""
+        config, identity = self.config, dict(self.plain_identity)
+        if config.corrections:
+            identity["corrections"] = sorted(config.corrections)
+            identity["calibration_set"] = self.slices.calibration.sha256
+            if "adaround" in config.corrections:
+                identity["adaround"] = {"steps": config.adaround.steps, "seed": config.data.seed}
+        if config.measure.batch_statistics:
+            identity["batch_statistics"] = True
+        return identity
 
     @cached_property
     def coverage(self) -> dict[str, Any]:
@@ -170,6 +379,7 @@ class Session:
         return {
             "layers": layers,
             "bits": [list(bits) for bits in self.space.bit_widths],
+            **({"activation_bits": list(self.config.activations.bits)} if self.config.activations.bits else {}),
             "sensitivity_set": self.slices.sensitivity.sha256,
             "blocks": [list(block) for block in self.blocks],
         }
@@ -181,23 +391,57 @@ class Session:
             "clado": clado.__version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "device": str(self.network.device),
+            "device": str(self.float_network.device),
             "processor": platform.processor() or platform.machine(),
             "threads": self.config.cluster.threads_per_worker,
         }
 
     def open_store(self) -> Store:
-        """The run's store, made where there is none; IdentityMismatch where it holds other numbers."""
-        if not self.store_path.exists():
+        """The run's store, made where there is none and grown where images were added; IdentityMismatch where it holds other
+        numbers."""
+        if not exists(self.store_path):
             return Store.create(self.store_path, self.plan, self.identity, self.coverage, self.provenance)
         store = Store.open(self.store_path)
-        store.check(self.identity, self.coverage)
+        if self.extends(store):
+            store.grow(self.plan, self.coverage)
         return store
 
-    def ledger(self, which: str) -> Ledger:
-        """Evaluations on the `sensitivity` or the `validation` set."""
-        identity = {**self.identity, "slice": getattr(self.slices, which).sha256, "layers": self.space.names}
+    def extends(self, store: Store) -> bool:
+        """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
+        old, mine = store.coverage, self.coverage
+        kept = len(old["blocks"])
+        grows = len(mine["blocks"]) > kept and mine["blocks"][:kept] == old["blocks"]
+        if grows and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]:
+            mine = {**mine, "blocks": old["blocks"], "sensitivity_set": old["sensitivity_set"]}
+        else:
+            grows = False
+        store.check(self.identity, mine)
+        return grows
+
+    def _first_images(self, count: int) -> str:
+        """Hash of the sensitivity set that the same settings draw with fewer images."""
+        fewer = self.config.data.model_copy(update={"sensitivity_images": count})
+        return load_data(fewer, self.loaded.image_shape).sensitivity.sha256
+
+    def ledger(self, which: str, variant: Variant = "shipped") -> Ledger:
+        """Evaluations on the `sensitivity` or the `validation` set: of networks that ship, as probes see them, or plain."""
+        identity = {**(self.plain_identity if variant == "plain" else self.identity)}
+        if variant == "probe_model":
+            identity["variant"] = variant
+        identity |= {"slice": getattr(self.slices, which).sha256, "layers": self.space.names}
         return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
+
+
+def _device(name: str) -> torch.device:
+    """Where this process computes; a GPU that is asked for and absent is refused."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("cluster.device is cuda and this process sees no GPU; expected one, or device: cpu or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def store_of(config: RunConfig) -> Path | str:
+    """Where a run keeps what it measured: in its folder, or in a bucket."""
+    return config.store or config.run_folder / "store.zarr"
 
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
@@ -219,8 +463,8 @@ def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
     return {layer.name: 4 * numbers * (layer.num_channels if per_channel else 1) for layer in space.layers}
 
 
-def _refuse_unmatched(patterns: tuple[str, ...], names: list[str]) -> None:
-    """A `fixed` pattern that matches nothing is a typing error, and would search a layer that should stay."""
+def _refuse_unmatched(patterns: tuple[str, ...], names: list[str], key: str = "fixed") -> None:
+    """A pattern that matches nothing is a typing error, and would search a layer that should stay."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigurationError(f"network.fixed: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")
+            raise ConfigurationError(f"network.{key}: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")

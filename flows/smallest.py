@@ -36,12 +36,12 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
         )
     if top1 and images.load(0, 1)[1] is None:
         raise DataError("a bound on top-1 needs labelled images; use --max-loss-increase instead")
-    float_losses, float_hits = per_image(session.network, {}, images)
+    float_losses, float_hits = per_image(session.float_network, {}, images)
     measured = 0
 
     def measure(assignment: Assignment) -> Interval:
         nonlocal measured
-        losses, hits = per_image(session.network, session.bench.weights(assignment), images)
+        losses, hits = per_image(*session.shipped(assignment), images, reference=session.float_network)
         measured += 1
         advance(1)
         return Interval.of(float_hits.astype(np.float64) - hits if top1 else losses - float_losses)

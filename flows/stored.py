@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clado import estimators, pareto, solvers
 from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
-from clado.config import RunConfig, load_config
+from clado.config import RunConfig, load_run_config
 from clado.constraints import Constraint
-from clado.errors import ConfigurationError, StoreError
+from clado.errors import ConfigurationError, DataError
 from clado.estimators import Measured
 from clado.evaluation import Counts, shards
 from clado.interaction import InteractionMatrix
 from clado.probes import Plan
 from clado.program import Solution
-from clado.records import CHOSEN, UNIFORM, Accuracy, RunRecord, markdown_table, percent
+from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Result, RunRecord, markdown_table, percent
 from clado.shards import Store
 from clado.space import Assignment, Layer, SearchSpace
 from flows.session import EVALUATION_SHARD, Session, limits_of
@@ -32,17 +32,15 @@ class StoredRun:
     @classmethod
     def open(cls, folder: Path) -> "StoredRun":
         """Reads a run's folder; StoreError where it holds no complete measurement."""
-        if not (folder / "config.yaml").is_file():
-            raise StoreError(
-                f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
-            )
-        config = load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder))}"])
-        store = Store.open(folder / "store.zarr")
+        config = load_run_config(folder)
+        store = Store.open(config.store or folder / "store.zarr")
         coverage = store.coverage
         layers = [Layer(**{**row, "shape": tuple(row["shape"])}) for row in coverage["layers"]]
         space = SearchSpace(tuple(layers), tuple(tuple(bits) for bits in coverage["bits"])).tied(config.layers.ties)
+        space = space.blocked(config.layers.blocks).with_activations(coverage.get("activation_bits", ()))
         blocks = tuple((start, stop) for start, stop in coverage["blocks"])
-        plan = Plan(space, blocks, estimators.kinds_of(config.estimators), store.rows_per_tile)
+        kinds, drawn = estimators.kinds_of(config.estimators), config.gradients
+        plan = Plan(space, blocks, kinds, store.rows_per_tile, drawn.vectors, drawn.seed)
         return cls(folder, config, Measured(space, config.criterion, store.counts, store.gather(plan)))
 
     @property
@@ -74,7 +72,13 @@ class StoredRun:
     def smallest_predicted(self, increase: float) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
         """(estimator, its matrix, its smallest assignment in bytes whose predicted increase stays under a bound)."""
         settings, space = self.config.solver, self.measured.space
-        for name, matrix in self.matrices().items():
+        matrices = {name: matrix for name, matrix in self.matrices().items() if not matrix.ranking_only}
+        if not matrices:
+            raise ConfigurationError(
+                f"{', '.join(self.config.estimators)} order assignments and predict no loss; expected a bound on a measured "
+                "quantity: --max-loss-increase or --max-top1-drop"
+            )
+        for name, matrix in matrices.items():
             widest = Budget("size", space.size_bytes(space.widest)).constraint(space)
             program = program_of(matrix, together(widest, self.limits))
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
@@ -85,7 +89,7 @@ class StoredRun:
         document = self.measured.space.to_json(solution.assignment)
         document |= {
             "estimator": matrix.estimator,
-            "loss_predicted": matrix.baseline + solution.objective,
+            **({} if (predicted := matrix.loss_of(solution.objective)) is None else {"loss_predicted": predicted}),
             "status": str(solution.status),
         }
         return json.dumps(document, indent=1)
@@ -105,9 +109,15 @@ def parse_limit(text: str) -> Budget:
 def score_text(stored: StoredRun, assignment: Assignment) -> str:
     """What each of the run's matrices predicts for an assignment."""
     space = stored.measured.space
-    rows = [[name, f"{m.baseline + m.predicted_increase(assignment):.5f}"] for name, m in stored.matrices().items()]
+    rows = [[name, predicted_text(m, m.predicted_increase(assignment), 5)] for name, m in stored.matrices().items()]
     size = f"{space.size_bytes(assignment):,} bytes, {space.average_bits(assignment):.3f} bits a weight"
     return f"{markdown_table(['estimator', 'predicted loss'], rows)}\n{size}\n  {assignment}"
+
+
+def predicted_text(matrix: InteractionMatrix, objective: float, digits: int = 4) -> str:
+    """The loss that an objective predicts, or the objective alone where the matrix only orders assignments."""
+    loss = matrix.loss_of(objective)
+    return f"none (score {objective:.4g}: orders assignments, is not a loss)" if loss is None else f"{loss:.{digits}f}"
 
 
 def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> str:
@@ -115,8 +125,8 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
     space = matrix.space
     size = f"{space.average_bits(solution.assignment):.3f} bits, {space.size_bytes(solution.assignment):,} bytes"
     lines = [
-        f"{name}: {solution.status}, predicted loss {matrix.baseline + solution.objective:.4f}, gap {100 * solution.gap:.4f} %, "
-        f"{solution.nodes} nodes, {solution.seconds:.2f} s; {size}",
+        f"{name}: {solution.status}, predicted loss {predicted_text(matrix, solution.objective)}, "
+        f"gap {100 * solution.gap:.4f} %, {solution.nodes} nodes, {solution.seconds:.2f} s; {size}",
         f"  {solution.assignment}",
         f"  {solution.advice}",
         "  unused: "
@@ -130,13 +140,18 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
 
 
 def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
-    """What the run itself proposed for its budgets; nothing where it did not come that far."""
+    """What the run proposed for its budgets, variants and searches included; nothing where it did not come that far."""
     if not (stored.folder / "record.json").is_file():
         return []
     budgets = {budget.name: budget for budget in session.budgets}
-    rows = [row for row in RunRecord.load(stored.folder / "record.json").results if row.method != CHOSEN]
-    return [
-        Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows if row.budget in budgets
+    record = RunRecord.load(stored.folder / "record.json")
+    rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
+    proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
+    known = {(p.budget.name, p.assignment) for p in proposals}
+    return proposals + [
+        Proposal(budgets[c.budget], c.origin, c.assignment, c.loss_predicted, listed=False)
+        for c in record.candidates
+        if c.budget in budgets and (c.budget, c.assignment) not in known
     ]
 
 
@@ -149,7 +164,7 @@ def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget])
             uniform = widest_uniform(space, together(budget.constraint(space), stored.limits))
             proposals.append(Proposal(budget, UNIFORM, uniform))
             for name, matrix, solution in stored.solve(budget):
-                proposals.append(Proposal(budget, name, solution.assignment, matrix.baseline + solution.objective, solution))
+                proposals.append(Proposal(budget, name, solution.assignment, matrix.loss_of(solution.objective), solution))
     return proposals
 
 
@@ -173,27 +188,59 @@ def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignmen
     return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
-def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
-    """Accuracy on the validation set: read where it is known, else counted here."""
+def counts_of(session: Session, assignment: Assignment) -> Counts:
+    """Counts on the validation set: read where they are known, else counted here."""
     ledger = session.ledger("validation")
     counts = ledger.get(assignment)
-    if counts is None:
+    if counts is None or (counts.top1 is not None and not counts.classes):  # the latter by an earlier version
+        counts = Counts()
         parts = shards(len(session.slices.validation), EVALUATION_SHARD)  # as the flow cuts them: the same sum, bit for bit
-        counts = sum((session.accuracy(assignment, start, stop) for start, stop in parts), Counts())
+        for part in parts:
+            found = ledger.get(assignment, part) or session.accuracies([(assignment, False)], *part)[0]
+            if len(parts) > 1:
+                ledger.put(assignment, found, part)
+            counts += found
         ledger.put(assignment, counts)
-    return counts.accuracy()
+    return counts
 
 
-def evaluation_text(stored: StoredRun, session: Session, budget: Budget | None) -> str:
-    """Methods and their accuracy, for one budget or for every budget of the run."""
+def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
+    """Accuracy on the validation set."""
+    return counts_of(session, assignment).accuracy()
+
+
+def evaluated(stored: StoredRun, session: Session, budget: Budget | None) -> list[Result]:
+    """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
     wanted = [budget] if budget else list(session.budgets)
     names = {asked.name for asked in wanted}
     proposals = candidates_of(stored, session, wanted)
-    rows = []
-    for row in choose(session.space, proposals, measured_losses(session, proposals), stored.limits):
-        if row.budget in names:
-            accuracy = accuracy_of(session, row.assignment)
+    rows = choose(session.space, proposals, measured_losses(session, proposals), stored.limits)
+    return [replace(row, validation=accuracy_of(session, row.assignment)) for row in rows if row.budget in names]
+
+
+def evaluation_text(rows: Sequence[Result]) -> str:
+    """Methods and their accuracy, for the terminal."""
+    table = []
+    for row in rows:
+        if (accuracy := row.validation) is not None:
             cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_shipped:.4f}"]
-            rows.append([*cells, percent(accuracy.top1), percent(accuracy.top5), f"{accuracy.loss:.4f}"])
-    header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "top-5 %", "validation loss"]
-    return markdown_table(header, rows)
+            low, high = accuracy.top1_interval or (None, None)
+            interval = "–" if low is None else f"{percent(low)} to {percent(high)}"
+            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), f"{accuracy.loss:.4f}"])
+    header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", "validation loss"]
+    return markdown_table(header, table)
+
+
+def per_class_csv(session: Session, rows: Sequence[Result]) -> str:
+    """budget,method,class,name,images,top1_hits,top1 of every class that the validation set holds; the float network first."""
+    names: Sequence[str] = getattr(session.slices.validation, "classes", None) or ()
+    float_row = ("", FLOAT, session.space.nothing)
+    lines = ["budget,method,class,name,images,top1_hits,top1"]
+    for budget, method, assignment in [float_row, *((row.budget, row.method, row.assignment) for row in rows)]:
+        counts = counts_of(session, assignment)
+        if counts.top1 is None:
+            raise DataError("the validation images have no labels; expected some for an accuracy per class")
+        for label, num_images, hits in counts.classes:
+            name = names[label] if label < len(names) else ""
+            lines.append(f"{budget},{method},{label},{name},{num_images},{hits},{hits / num_images:.6f}")
+    return "\n".join(lines) + "\n"

@@ -33,7 +33,7 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             by_bound = {limit[0].bound: budget for limit, budget in zip(limits, budgets, strict=True)}
             for point in pareto.sweep(program, limits[-1][0].name, list(by_bound), solve).points:
-                predicted = matrix.baseline + point.solution.objective
+                predicted = matrix.loss_of(point.solution.objective)
                 proposals.append(Proposal(by_bound[point.bound], name, point.solution.assignment, predicted, point.solution))
             advance(1)
     return proposals
@@ -59,7 +59,8 @@ def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[s
     ledger = session.ledger("validation")
     known = {row.assignment: counts.accuracy() for row in rows if (counts := ledger.get(row.assignment)) is not None}
     results = tuple(replace(row, validation=known.get(row.assignment)) for row in rows)
-    record = replace(finished, results=results, seconds={}, notes=(f"a sweep of {count} budgets ({kind})",))
+    notes = (f"a sweep of {count} budgets ({kind})",)
+    record = replace(finished, results=results, seconds={}, notes=notes, candidates=(), searches=(), stability=())
     text = front_table(record)
     write_text(folder / "table.md", text + "\n")
     record.save(folder / "record.json")
@@ -73,6 +74,7 @@ def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[s
         tags={"sweep": kind},
         plots=[folder / "loss_against_size.png"],
         description=text,
+        beside=folder,
     )
     return text + "\n" + report.verdict(record), receipt
 

@@ -9,7 +9,7 @@ from typing import Any
 from distributed import Worker, WorkerPlugin
 
 from clado.config import RunConfig, parse_config
-from clado.evaluation import Counts
+from clado.evaluation import Counts, shards
 from clado.measure import measure_tile
 from clado.probes import Tile
 from clado.shards import Store
@@ -54,15 +54,28 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     return Receipt(tile, session.plan.evaluations(tile), time.perf_counter() - begin)
 
 
+def prepare_layer(document: dict[str, Any], item: tuple[bool, int]) -> tuple[bool, int]:
+    """Quantizes one layer, with corrections or plain, and writes its file."""
+    open_session(document).prepare_layer(*item)
+    return item
+
+
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
-    """Sum of an assignment's loss over the sensitivity set."""
+    """Sums of an assignment's loss over the sensitivity set, as it ships."""
     return assignment, open_session(document).loss(assignment)
 
 
-def evaluate_shard(document: dict[str, Any], item: tuple[Assignment, int]) -> tuple[Assignment, int, Counts]:
-    """Counts of an assignment on one shard of the validation set."""
+def measure_probe_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
+    """The same as probes see it."""
+    return assignment, open_session(document).probe_loss(assignment)
+
+
+def evaluate_shard(
+    document: dict[str, Any], item: tuple[int, tuple[tuple[Assignment, bool], ...]]
+) -> tuple[int, list[tuple[Assignment, bool, Counts]]]:
+    """Counts of each (assignment, plain) on one shard of the validation set, which is decoded once for all of them."""
     session = open_session(document)
-    assignment, shard = item
-    start = shard * EVALUATION_SHARD
-    stop = min(start + EVALUATION_SHARD, len(session.slices.validation))
-    return assignment, shard, session.accuracy(assignment, start, stop)
+    shard, asked = item
+    start, stop = shards(len(session.slices.validation), EVALUATION_SHARD)[shard]
+    found = session.accuracies(asked, start, stop)
+    return shard, [(assignment, plain, counts) for (assignment, plain), counts in zip(asked, found, strict=True)]

@@ -1,10 +1,16 @@
-"""Small networks for tests: each has what makes cutting a graph hard."""
+"""Small networks for tests: each has what makes cutting a graph hard; and what they compute, by the modules themselves."""
 
+import copy
 import itertools
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clado.quantizers import ActivationGrid, QuantizedLayer
 
 
 class Residual(nn.Module):
@@ -66,6 +72,44 @@ class Tied(nn.Module):
         return self.head(F.relu(self.third(x)).mean((2, 3)))
 
 
+class Recurrent(nn.Module):
+    """One weight used by two layers with another layer between them: what is replaced must last until the second use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.again = nn.Conv2d(4, 4, 3, padding=1)
+        self.between = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.again(F.relu(self.first(x))))
+        x = F.relu(self.again(F.relu(self.between(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Normed(nn.Module):
+    """Batch norm behind layers of every kind, with and without a bias of their own, one of them read by a shortcut as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+        self.first = nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.second = nn.BatchNorm2d(6, eps=1e-3)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2, bias=False)
+        self.third = nn.BatchNorm2d(4)
+        self.hidden = nn.Linear(4, 5, bias=False)
+        self.fourth = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(self.stem(x)))
+        x = x + F.relu6(self.second(self.depthwise(x)))
+        x = F.relu(self.third(self.up(x)))
+        return self.head(F.relu(self.fourth(self.hidden(x.mean((2, 3))))))
+
+
 class Branching(nn.Module):
     """Runs one of two layers as the images have it: torch.export refuses it."""
 
@@ -104,7 +148,7 @@ def build(kind: type[nn.Module], seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     network = kind()
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 1.5)
     return network
@@ -128,6 +172,82 @@ def replaced_logits(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> 
         logits = torch.func.functional_call(model, weights, (x,))
     model.train(was)
     return logits
+
+
+class PlainAttention(nn.Module):
+    """What nn.MultiheadAttention computes of one sequence, from two linear layers that hooks can reach."""
+
+    def __init__(self, source: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = source.num_heads
+        self.in_proj = nn.Linear(source.embed_dim, 3 * source.embed_dim)
+        self.out_proj = nn.Linear(source.embed_dim, source.embed_dim)
+        self.in_proj.load_state_dict({"weight": source.in_proj_weight, "bias": source.in_proj_bias})
+        self.out_proj.load_state_dict(source.out_proj.state_dict())
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.in_proj(query).chunk(3, -1))
+        y = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        return self.out_proj(y.transpose(1, 2).flatten(2)), None
+
+
+def rebuilt(model: nn.Module, replaced: Mapping[str, QuantizedLayer]) -> nn.Module:
+    """The reference for replaced layers, by name: a copy of the module, its parameters set, its inputs rounded by hooks."""
+    model = copy.deepcopy(model).eval()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            model.set_submodule(name, PlainAttention(module))
+    for name, layer in replaced.items():
+        owner, rows = owner_of(model, name)
+        with torch.no_grad():
+            owner.weight[rows] = layer.weight
+            if layer.bias is not None and owner.bias is None:
+                owner.bias = nn.Parameter(layer.bias.clone())
+            elif layer.bias is not None:
+                owner.bias[rows] = layer.bias
+        if layer.activation is not None:
+            for module in model.modules():
+                if getattr(module, "weight", None) is owner.weight:
+                    module.register_forward_pre_hook(_rounding(layer.activation))
+    return model
+
+
+def on_batch_statistics(model: nn.Module) -> nn.Module:
+    """A copy whose batch norms are in training mode, and nothing else."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    return model
+
+
+def renormalised(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Statistics of batch norms that one after another take in, whole, what a run of the module shows them."""
+    model = copy.deepcopy(model).eval()
+    for norm in [module for module in model.modules() if isinstance(module, _BatchNorm)]:
+        norm.momentum = 1.0
+        norm.train()
+        with torch.no_grad():
+            model(x)
+        norm.eval()
+    return {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, slice]:
+    """The module of a rebuilt network that has a layer's weight, and which rows are the layer's: a third for .q, .k, .v."""
+    path, _, part = name.replace("in_proj_weight", "in_proj.weight").partition(".weight")
+    owner = model.get_submodule(path)
+    third = len(owner.weight) // 3
+    return owner, slice("qkv".index(part[1]) * third, ("qkv".index(part[1]) + 1) * third) if part else slice(None)
+
+
+def _rounding(grid: ActivationGrid):
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *rest = arguments
+        codes = (x / grid.scale + grid.zero_point).round().clamp(0, 2**grid.bits - 1)
+        return ((codes - grid.zero_point) * grid.scale, *rest)
+
+    return hook
 
 
 def all_assignments(widths: tuple[tuple[int, ...], ...]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-PHASES = ("measure", "gather", "allocate", "measure_candidates", "evaluate", "record", "track")
+PHASES = ("prepare", "measure", "gather", "allocate", "measure_candidates", "search", "evaluate", "record", "track")
 BUDGETS = (2.5, 3.0)
 ESTIMATORS = ("layerwise", "pairwise", "gauss_newton")
 
@@ -16,10 +16,12 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     """A reduced configuration of the shipped network, as plain data: what the file would hold."""
     return {
         "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
-        "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 0, "validation_images": 200},
+        "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 64, "validation_images": 200},
         "bits": [2, 4],
+        "corrections": ["output_statistics", "batchnorm_reestimation"],
         "estimators": list(ESTIMATORS),
         "budgets": {"average_bits": list(BUDGETS)},
+        "search": {"evaluations": 5, "batch": 3},
         "cluster": {"kind": "inline"},
         "folder": str(folder),
         **changes,

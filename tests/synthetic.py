@@ -1,5 +1,7 @@
 """Made-up runs for tests of what reads a record: plots, tables, the tracker. Numbers are plausible, seeded and consistent."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from clado.interaction import InteractionMatrix
@@ -33,9 +35,9 @@ def make_matrix(space: SearchSpace, estimator: str = "pairwise", seed: int = 0) 
     """Products of seeded error vectors that shrink fourfold a bit: heavy-tailed, of both signs, the diagonal positive."""
     generator = np.random.default_rng(seed)
     vectors = generator.normal(size=(space.num_layers, 6)) * generator.gamma(1.0, 1.0, size=(space.num_layers, 1))
-    errors = np.array([vectors[i] * 0.6 * 4.0 ** (2 - b) for i, b in space.options])
+    errors = np.array([vectors[i] * 0.6 * 4.0 ** (2 - b) for i, b, _ in space.options])
     values = errors @ errors.T
-    owner = np.array([i for i, _ in space.options])
+    owner = np.array([option.layer for option in space.options])
     inside = owner[:, None] == owner[None, :]
     values[inside & ~np.eye(len(values), dtype=bool)] = 0.0
     if estimator == "layerwise":
@@ -102,6 +104,19 @@ def make_record(
         forwards={"pairwise": 2211, "gauss_newton": 67, "layerwise": 66},
         notes=("activations are not quantized",),
     )
+
+
+def with_activations(record: RunRecord, widths: tuple[int, ...], seed: int = 0) -> RunRecord:
+    """The record with one of these widths for every layer's input activations."""
+    generator = np.random.default_rng(seed)
+    results = tuple(
+        replace(
+            result,
+            assignment=Assignment(result.assignment.bits, tuple(generator.choice(widths, len(record.layer_names)).tolist())),
+        )
+        for result in record.results
+    )
+    return replace(record, results=results)
 
 
 def _filled(space: SearchSpace, average_bits: float, order: np.ndarray) -> Assignment:

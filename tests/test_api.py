@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import clado
 from clado import criteria
 from clado.errors import CladoError, ConfigurationError, DataError, InfeasibleError, NetworkError
-from tests.networks import Residual, build, images, labels, replaced_logits
+from tests.networks import Residual, build, images, labels, rebuilt, renormalised, replaced_logits
 
 NUM_IMAGES = 12
 
@@ -122,6 +122,86 @@ def none_finite():
     return x
 
 
+CORRECTIONS = ("output_statistics", "batchnorm_reestimation")
+
+
+@pytest.fixture(scope="module")
+def prepared(network, space):
+    return clado.prepare(network, space, images(40, seed=3), corrections=CORRECTIONS)
+
+
+def shipped_logits(prepared, assignment, x):
+    """The reference: the module rebuilt with the assignment's layers, its batch norms run over the calibration images."""
+    space = prepared.space
+    options = {space.layers[i].name: space.option(i, bits) for i, bits in enumerate(assignment.bits)}
+    model = rebuilt(prepared.network.model, {name: prepared.layers[k] for name, k in options.items()})
+    return replaced_logits(model, renormalised(model, images(40, seed=3)), x)
+
+
+def test_prepare_measure_solve_evaluate(network, space, prepared):
+    data = (images(NUM_IMAGES), labels(NUM_IMAGES))
+    matrix = clado.measure(network, space, images(NUM_IMAGES), "pairwise", prepared=prepared)
+    solution = clado.solve(matrix, average_bits=3.0)
+    report = clado.evaluate(network, solution.assignment, data, prepared=prepared)
+    z = shipped_logits(prepared, solution.assignment, data[0])
+    assert report.top1 == float((z.argmax(1) == data[1]).double().mean())
+    assert report.loss == pytest.approx(float(criteria.cross_entropy(z, data[1]).mean()), rel=1e-4)
+    plain = clado.evaluate(network, solution.assignment, data)
+    assert abs(plain.loss - report.loss) > 1e-3
+
+
+def test_the_matrix_is_that_of_the_prepared_layers(network, space, prepared):
+    x = images(NUM_IMAGES)
+    matrix = clado.measure(network, space, x, "layerwise", prepared=prepared)
+    floats = replaced_logits(network.model, {}, x)
+    for k, (i, _, _) in enumerate(space.options):
+        z = replaced_logits(rebuilt(network.model, {space.layers[i].name: prepared.layers[k]}), {}, x)
+        loss = float(criteria.kl_to_float(z, floats).mean())  # of the probe: final corrections come with an assignment
+        assert matrix.values[k, k] == pytest.approx(2 * loss, rel=1e-2, abs=1e-8)
+    plain = clado.measure(network, space, x, "layerwise")
+    assert float(np.abs(matrix.values - plain.values).max()) > 0.1 * float(plain.values.max())
+
+
+def test_without_labels_what_ships_is_compared_with_the_float_network(network, space, prepared):
+    x = images(NUM_IMAGES)
+    report = clado.evaluate(network, space.narrowest, x, prepared=prepared)
+    z, floats = shipped_logits(prepared, space.narrowest, x), replaced_logits(network.model, {}, x)
+    assert report.loss == pytest.approx(float(criteria.kl_to_float(z, floats).mean()), rel=1e-4)
+
+
+def test_without_corrections_preparing_changes_no_number(network, space):
+    prepared, x = clado.prepare(network, space), images(NUM_IMAGES)
+    for estimator in ("pairwise", "gauss_newton"):
+        matrices = [clado.measure(network, space, x, estimator, prepared=ready) for ready in (None, prepared)]
+        assert matrices[0].values.tobytes() == matrices[1].values.tobytes()
+    assert clado.evaluate(network, space.widest, x) == clado.evaluate(network, space.widest, x, prepared=prepared)
+
+
+@pytest.mark.parametrize("data", [data for name, data in DATA.items() if "label" in name or name == "a pair"])
+def test_labels_and_form_of_the_calibration_data_do_not_matter(network, space, data):
+    given = [clado.prepare(network, space, d(), corrections=("batchnorm_reestimation",)) for d in (DATA["one tensor"], data)]
+    assert all(torch.equal(torch.cat(ready.images), images(NUM_IMAGES)) for ready in given)
+
+
+def test_activations_are_part_of_what_ships(network):
+    space = network.search_space((4, 8)).with_activations((4, 8))
+    prepared = clado.prepare(network, space, images(40, seed=3), activation_range="percentile")
+    x = images(NUM_IMAGES)
+    matrix = clado.measure(network, space, x, "gauss_newton", prepared=prepared)
+    assert matrix.values.shape == (20, 20)
+    assignment = clado.solve(matrix, average_bits=6.0).assignment
+    assert set(assignment.activation_bits) <= {4, 8}
+    layers = {
+        layer.name: prepared.layers[space.option(i, *pair)]
+        for i, (layer, pair) in enumerate(zip(space.layers, assignment.pairs, strict=True))
+    }
+    expected = criteria.kl_to_float(
+        replaced_logits(rebuilt(network.model, layers), {}, x), replaced_logits(network.model, {}, x)
+    ).mean()
+    assert clado.evaluate(network, assignment, x, prepared=prepared).loss == pytest.approx(float(expected), rel=1e-3)
+
+
+A8 = (8,)
 NETWORK_ERRORS = {
     "empty data": (lambda n, s: clado.measure(n, s, []), DataError, "empty"),
     "a read iterator": (lambda n, s: clado.measure(n, s, iter(())), DataError, "empty"),
@@ -136,6 +216,23 @@ NETWORK_ERRORS = {
     "bits": (lambda n, s: n.search_space((4, 2)), ConfigurationError, "ascending"),
     "wide bits": (lambda n, s: n.search_space((2, 17)), ConfigurationError, "16"),
     "another network's": (lambda n, s: clado.evaluate(n, clado.Assignment((2, 4)), images(4)), NetworkError, "2 layers"),
+    "an unknown correction": (
+        lambda n, s: clado.prepare(n, s, images(4), corrections=("bias",)), ConfigurationError, "expected one of .*gptq"
+    ),
+    "an unknown range": (
+        lambda n, s: clado.prepare(n, s, images(4), activation_range="max"), ConfigurationError, "expected one of minmax"
+    ),
+    "no calibration": (lambda n, s: clado.prepare(n, s, corrections=("gptq",)), DataError, "gptq need calibration images"),
+    "too little calibration": (
+        lambda n, s: clado.prepare(n, s, images(4), corrections=("output_statistics",)), DataError, "calibration_images: 32"
+    ),
+    "calibration of another shape": (lambda n, s: clado.prepare(n, s, images(4, size=6)), DataError, r"expected \(1, 8, 8\)"),
+    "activations without calibration": (
+        lambda n, s: clado.measure(n, s.with_activations(A8), images(4)), DataError, "activations need calibration images"
+    ),
+    "activation bits without their grids": (
+        lambda n, s: clado.evaluate(n, s.with_activations(A8).widest, images(4)), ConfigurationError, "expected prepared="
+    ),
     "too small a budget": (
         lambda n, s: clado.solve(clado.measure(n, s, images(4), "layerwise"), average_bits=1.5), InfeasibleError, "2"
     ),

@@ -23,9 +23,9 @@ BUDGETS = budgets_of([2.25, 3, 4, 5.5])
 def matrix_of(seed: int, estimator: str = "gauss_newton", space: SearchSpace = SPACE) -> InteractionMatrix:
     """Errors that shrink with bits and interact with either sign."""
     rng = np.random.default_rng(seed)
-    errors = np.array([rng.normal(size=5) * 0.3 + 2.0 ** (3 - b) for _, b in space.options])
+    errors = np.array([rng.normal(size=5) * 0.3 + 2.0 ** (3 - b) for _, b, _ in space.options])
     values = errors @ errors.T / 10
-    layer = np.array([i for i, _ in space.options])
+    layer = np.array([option.layer for option in space.options])
     values[(layer[:, None] == layer[None, :]) & ~np.eye(len(values), dtype=bool)] = 0
     return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.25, 32)
 
@@ -165,6 +165,17 @@ def test_the_widest_uniform_that_fits(average, bits):
     assert widest_uniform(SPACE, [limit]) == Assignment((bits,) * 4)
     tight = constraint("size", SPACE, SPACE.size_bytes(SPACE.narrowest))
     assert widest_uniform(SPACE, [limit, tight]) == SPACE.narrowest
+
+
+@pytest.mark.parametrize(
+    ("macs_times", "expected"), [(64, "8/8"), (63, "4/8"), (32, "4/8"), (31, "4/4"), (16, "4/4"), (15, "2/4")]
+)
+def test_of_uniform_networks_under_bit_operations_the_one_of_the_widest_narrow_side(macs_times, expected):
+    """Not 8-bit weights with 2-bit activations, which cost as much as 4 and 4."""
+    layers = [Layer(f"l{k}", (10,), "linear", macs=100) for k in range(3)]
+    space = SearchSpace.uniform(layers, (2, 4, 8)).with_activations((2, 4, 8))
+    limit = constraint("bops", space, 300 * macs_times)
+    assert str(widest_uniform(space, [limit])) == " ".join([expected] * 3)
 
 
 def test_options_that_lose_their_loss_are_never_proposed():

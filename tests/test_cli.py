@@ -173,7 +173,7 @@ def image_folder(here: Path, classes: int = 0) -> dict:
             Image.fromarray(pixels).save(here / "photos" / f"{k:02}" / f"{n}.png")
     (here / "photos").mkdir(exist_ok=True)
     settings = {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 0, "validation_images": 60}
-    return {"data": {"source": "folder", "path": "photos", "mean": [0.5], "std": [0.5], **settings}}
+    return {"data": {"source": "folder", "path": "photos", "mean": [0.5], "std": [0.5], **settings}, "corrections": []}
 
 
 def with_state(change):
@@ -202,7 +202,8 @@ FILES = {
     "no weights file": (lambda here, state: {"network": {**ZOO, "weights": "no.safetensors"}},
                         ["no.safetensors does not exist"]),
     "an empty folder of images": (lambda here, state: image_folder(here), ["photos"]),
-    "no folder of images": (lambda here, state: {"data": {**image_folder(here)["data"], "path": "nowhere"}}, ["nowhere"]),
+    "no folder of images": (lambda here, state: {**image_folder(here), "data": {**image_folder(here)["data"], "path": "nowhere"}},
+                            ["nowhere"]),
     "labels out of range": (lambda here, state: image_folder(here, 12), ["0..9"]),
     "a size below the smallest": (lambda here, state: {"budgets": {"size_bytes": [1000]}},
                                   ["smallest", "67,652 to 135,304 bytes"]),
@@ -258,7 +259,7 @@ def test_a_store_that_is_not_ours_is_refused_and_left_alone(here):
 
 
 def test_a_run_that_another_process_holds_is_refused(here, copied):
-    from flows.run import locked
+    from flows.guard import locked
 
     write(here, folder=str(copied))
     with locked(copied):
@@ -297,7 +298,7 @@ def test_plan_with_a_probe_adds_an_eta_within_its_limit(here):
     file = write(here)
     before, begin = listing(here), time.monotonic()
     text = call("plan", file, "--probe")
-    assert re.search(r"ETA: measuring \d+ s, evaluation at most \d+ s", text)
+    assert re.search(r"ETA: about \d+ s: .* preparing \d+, measuring \d+, evaluation \d+", text)
     assert time.monotonic() - begin < 120
     assert listing(here) == before
 
@@ -349,9 +350,11 @@ def test_evaluate_prints_what_the_run_recorded_and_computes_nothing(finished, co
     assert len(rows) == len(record.results)
     for row in rows:
         result = record.find(row[0], row[1])
+        low, high = (f"{100 * end:.2f}" for end in result.validation.top1_interval)
         assert row[2:] == [
             f"{result.size_bytes:,}", f"{result.average_bits:.3f}", f"{result.loss_shipped:.4f}",
-            f"{100 * result.validation.top1:.2f}", f"{100 * result.validation.top5:.2f}", f"{result.validation.loss:.4f}",
+            f"{100 * result.validation.top1:.2f}", f"{low} to {high}",
+            f"{100 * result.validation.top5:.2f}", f"{result.validation.loss:.4f}",
         ]  # fmt: skip
     assert listing(copied / "evaluations") == before
 
@@ -454,3 +457,22 @@ def test_a_fault_inside_the_flow_is_not_taken_for_prefects(here, monkeypatch):
 def test_the_store_of_the_finished_run_is_whole(finished):
     session = Session.open(parse_config(finished.document))
     assert Store.open(finished.folder / "store.zarr").missing(session.plan) == []
+
+
+def test_cluster_prints_what_would_be_started(here):
+    document = config(here / "run", cluster={"kind": "kubernetes", "workers": 3, "kubernetes": {"image": "clado:0.1.0"}})
+    (here / "clado.yaml").write_text(yaml.safe_dump(document))
+    manifest = json.loads(call("cluster", "clado.yaml"))
+    assert manifest["kind"] == "DaskCluster"
+    assert manifest["spec"]["worker"]["replicas"] == 3
+    assert "worker" in call("cluster", "clado.yaml", "cluster.kind=local")
+    assert sorted(path.name for path in here.iterdir()) == ["clado.yaml"]
+
+
+def test_certificates_are_written_once_and_nobody_else_may_read_the_key(here):
+    printed = call("certificates", "tls", "--host", "node1")
+    assert "cluster: {tls: {ca_file: tls/ca.pem, cert: tls/cert.pem, key: tls/key.pem}}" in printed
+    assert (here / "tls" / "key.pem").stat().st_mode & 0o077 == 0
+    before = listing(here)
+    assert "exists already" in call("certificates", "tls", ends=2)
+    assert listing(here) == before

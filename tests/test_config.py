@@ -19,8 +19,12 @@ ROOT = Path(__file__).parent.parent
 DEMO: dict[str, Any] = {"network": {"source": "zoo", "name": "resnet20_fashion_mnist"}}
 FACTORY: dict[str, Any] = {"network": {"source": "factory", "name": "net:make"}, "data": {"source": "folder", "path": "images"}}
 
+NEEDS_CALIBRATION = "needs calibration images; expected data.calibration_images: 256 or more"
+
 # What differs from the demo, and what the message must hold: what was wrong, what is valid, the nearest name.
 BAD: list[tuple[dict[str, Any], list[str]]] = [
+    ({"search": {"evaluations": -1}}, ["search.evaluations", "-1"]),
+    ({"store": "http://host/prefix"}, ["store", "http://host/prefix"]),
     ({"network": None}, ["network", "section", "source, name, weights"]),
     ({"network": "resnet18"}, ["network", "'resnet18'", "source, name, weights"]),
     ({"network": {"source": "zoo"}}, ["network.name", "missing", "resnet20_fashion_mnist"]),
@@ -61,11 +65,28 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"quantizer": {"weights": "msee"}}, ["quantizer.weights", "'msee'", "minmax, mse", "did you mean 'mse'"]),
     ({"quantizer": {"scheme": "asymmetric"}}, ["quantizer.scheme", "symmetric, affine", "did you mean 'symmetric'"]),
     ({"quantizer": {"granularity": "per_chanel"}}, ["quantizer.granularity", "did you mean 'per_channel'"]),
+    ({"activations": {"bits": 8}}, ["activations.bits", "8", "list", "[8]"]),
+    ({"activations": {"bits": [0]}}, ["activations.bits", "0", "1..16"]),
+    ({"activations": {"bits": [4, 17]}}, ["activations.bits", "17", "1..16"]),
+    ({"activations": {"bits": [8, 4]}}, ["activations.bits", "[8, 4]", "ascending", "[4, 8]"]),
+    ({"activations": {"bits": [True]}}, ["activations.bits.0", "integer", "True"]),
+    ({"activations": {"range": "mess"}}, ["activations.range", "'mess'", *available("quantizers"), "did you mean 'mse'"]),
+    ({"activations": {"bits": [8]}, "data": {"calibration_images": 0}}, ["activations.bits", NEEDS_CALIBRATION]),
+    ({"corrections": "gptq"}, ["corrections", "'gptq'", "list", "[gptq]"]),
+    ({"corrections": ["gptk"]}, ["corrections.0", "'gptk'", *available("corrections"), "did you mean 'gptq'"]),
+    ({"corrections": ["gptq", "gptq"]}, ["corrections", "gptq", "twice"]),
+    ({"corrections": ["gptq"], "data": {"calibration_images": 0}}, ["correction gptq", NEEDS_CALIBRATION]),
+    ({"adaround": {"steps": 0}}, ["adaround.steps", "0"]),
+    ({"network": DEMO["network"] | {"numeric": "bf16"}}, ["network.numeric", "'bf16'", "float32, tf32, bfloat16"]),
+    ({"network": DEMO["network"] | {"channels_last": 1}}, ["network.channels_last", "boolean", "1"]),
     ({"criterion": "cross_entrop"}, ["criterion", "kl_to_float, cross_entropy", "did you mean 'cross_entropy'"]),
     ({"estimators": ["pairwis"]}, ["estimators.0", "'pairwis'", *available("estimators"), "did you mean 'pairwise'"]),
     ({"estimators": "pairwise"}, ["estimators", "list", "[pairwise]"]),
     ({"estimators": []}, ["estimators", "empty", "pairwise"]),
     ({"estimators": ["pairwise", "pairwise"]}, ["estimators", "twice"]),
+    ({"estimators": ["hawq"], "activations": {"bits": [4, 8]}}, ["estimator hawq", "[4, 8]", "one width"]),
+    ({"estimators": ["fisher"], "measure": {"batch_statistics": True}}, ["estimator fisher", "batch_statistics"]),
+    ({"gradients": {"vectors": 0}}, ["gradients.vectors"]),
     ({"budgets": {}}, ["budgets", "average_bits: [3, 4]", "size_bytes"]),
     ({"budgets": {"average_bits": 3}}, ["budgets.average_bits", "3", "list"]),
     ({"budgets": {"average_bits": [0]}}, ["budgets.average_bits.0", "greater than 0"]),
@@ -229,6 +250,21 @@ def test_the_fingerprint_is_the_hash_of_canonical_json(document: Any) -> None:
     assert fingerprint(document) == hashlib.sha256(text.encode()).hexdigest()
 
 
+def test_one_way_of_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clado.config.available", lambda folder: ("adaround", "bias", "gptq"))
+    with pytest.raises(ConfigurationError, match="corrections names both gptq and adaround; expected one way of rounding"):
+        parse_config(DEMO | {"corrections": ["adaround", "bias", "gptq"]})
+
+
+def test_settings_that_are_off_leave_a_run_its_name() -> None:
+    """Folders of runs measured before these settings existed are found again."""
+    config = parse_config(DEMO | {"activations": {"bits": []}, "corrections": []})
+    assert config.run_folder == Path("runs/resnet20_fashion_mnist-7a2f2776")
+    measured = config.measured_settings()
+    assert not {"activations", "corrections", "adaround"} & set(measured)
+    assert not {"numeric", "channels_last", "compile"} & set(measured["network"])
+
+
 MEASURED = [
     "bits=[2, 4]",
     "layers.bits={fc.weight: [8]}",
@@ -236,6 +272,11 @@ MEASURED = [
     "criterion=cross_entropy",
     "data.seed=1",
     "data.calibration_images=8",
+    "network.numeric=bfloat16",
+    "network.channels_last=true",
+    "network.compile=true",
+    "activations.bits=[8]",
+    "corrections=[gptq]",
 ]
 UNMEASURED = [
     "budgets.average_bits=[3]",
@@ -247,6 +288,8 @@ UNMEASURED = [
     "tracking.experiment=x",
     "data.validation_images=10",
     "measure.batch_images=8",
+    "activations.range=minmax",  # while activations stay in float
+    "adaround.steps=10",  # while it is not among the corrections
 ]
 
 
@@ -254,6 +297,12 @@ UNMEASURED = [
 def test_only_what_shapes_a_measured_number_names_the_run(tmp_path: Path, override: str, changes: bool) -> None:
     path = write(tmp_path / "a.yaml", DEMO)
     assert (load_config(path, [override]).run_folder != load_config(path).run_folder) is changes
+
+
+def test_the_details_of_what_is_on_name_the_run_too() -> None:
+    mse, minmax = (parse_config(DEMO | {"activations": {"bits": [8], "range": name}}) for name in ("mse", "minmax"))
+    assert mse.run_folder != minmax.run_folder
+    assert mse.measured_settings()["activations"] == {"bits": [8], "range": "mse"}
 
 
 @pytest.mark.parametrize("document", [DEMO, FACTORY], ids=["zoo", "factory"])
@@ -284,11 +333,19 @@ def test_the_template_refuses_what_would_not_load() -> None:
 LEFT_OUT = {
     "measure.batch_images": "changes speed only; the default fits",
     "measure.memory_limit_mb": "changes speed only; the default fits",
+    "measure.batch_statistics": "batchnorm_reestimation without measuring under it is as good, and exact (CORRECTIONS.md)",
+    "cluster.device": "auto takes the GPU that there is",
     "data.sample_blocks": "matters for standard errors only",
     "data.resize": "for folders",
     "data.path": "for folders",
     "data.mean": "for folders",
     "data.std": "for folders",
+    "data.class_balanced": "for folders",
+    "data.max_corrupt_images": "for folders",
+    "data.interpolation": "the weights say it; few would choose another",
+    "data.class_numbers": "auto is right for ImageNet's synsets and for other names",
+    "data.skip": "filled from max_corrupt_images",
+    "network.weights_name": "for torchvision's weights under another file name (recipes/imagenet)",
     "network.image_shape": "for factories",
     "network.graph": "the refusal of a network without a graph names it",
 }

@@ -11,15 +11,17 @@ from clado.space import Assignment, Layer, SearchSpace
 from tests.contracts.constraint import ConstraintContract
 
 
-def write_table(space: SearchSpace, folder: Path, unit: str) -> Path:
-    rows = [f"{space.layers[i].name},{b},{table_cost(i, b)}" for i, b in space.options]
+def write_table(space: SearchSpace, folder: Path, unit: str, activations: bool = False) -> Path:
+    keys = dict.fromkeys((space.layers[i].name, b, *([a] if activations else [])) for i, b, a in space.options)
+    rows = [",".join(map(str, (*key, table_cost(space.names.index(key[0]), *key[1:])))) for key in keys]
+    header, elsewhere = ("layer,bits,activation_bits", "elsewhere,3,8,1.5") if activations else ("layer,bits", "elsewhere,3,1.5")
     path = folder / "table.csv"
-    path.write_text("\n".join([f"layer,bits,{unit}", *reversed(rows), "elsewhere,3,1.5"]) + "\n")
+    path.write_text("\n".join([f"{header},{unit}", *reversed(rows), elsewhere]) + "\n")
     return path
 
 
-def table_cost(layer: int, bits: int) -> float:
-    return (layer + 1) * 0.1 + bits * 0.01
+def table_cost(layer: int, bits: int, activation_bits: int = 0) -> float:
+    return (layer + 1) * 0.1 + bits * 0.01 + activation_bits * 0.001
 
 
 class TestSize(ConstraintContract):
@@ -70,6 +72,15 @@ class TestBops(ConstraintContract):
         return float(sum(layer.macs * (b or 0) * 6 for layer, b in zip(space.layers, assignment.bits, strict=True)))
 
 
+class TestBopsOfActivations(TestBops):
+    """Each option's own activation bits; the argument's are for activations in float."""
+
+    activation_widths = (3, 9)
+
+    def expected(self, space: SearchSpace, assignment: Assignment) -> float:
+        return float(sum(layer.macs * (b or 0) * (a or 0) for layer, (b, a) in zip(space.layers, assignment.pairs, strict=True)))
+
+
 class TestLatency(ConstraintContract):
     loose, unit = 100.0, "seconds"
 
@@ -85,6 +96,35 @@ class TestTable(TestLatency):
 
     def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
         return constraints.constraint("table", space, bound, path=write_table(space, folder, "joules"), name="energy")
+
+
+class TestTableWithActivations(TestTable):
+    """A column more, and a row for each width of activations."""
+
+    activation_widths = (4, 8)
+
+    def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
+        path = write_table(space, folder, "joules", activations=True)
+        return constraints.constraint("table", space, bound, path=path, name="energy")
+
+    def expected(self, space: SearchSpace, assignment: Assignment) -> float:
+        return sum(table_cost(i, b or 0, a or 0) for i, (b, a) in enumerate(assignment.pairs))
+
+
+class TestTableWithOneActivationWidth(TestTableWithActivations):
+    """Of a table with the column, the rows of that width."""
+
+    activation_widths = (8,)
+
+    def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
+        path = write_table(space.with_activations((4, 8)), folder, "joules", activations=True)
+        return constraints.constraint("table", space, bound, path=path, name="energy")
+
+
+class TestTableWithOneWidthUnsaid(TestTable):
+    """A table without the column holds for the one width there is."""
+
+    activation_widths = (8,)
 
 
 def a_space() -> SearchSpace:
@@ -141,6 +181,24 @@ def test_a_bad_table_is_refused_by_name(content: str, message: str, tmp_path: Pa
     path.write_text(content)
     with pytest.raises(ConfigurationError, match=message):
         constraints.constraint("latency", a_space(), 1.0, path=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "widths", "message"),
+    [
+        ("layer,bits,seconds\na,2,1\n", (4, 8), r"no column activation_bits, .* \[4, 8\] .* layer,bits,activation_bits,<unit>"),
+        ("layer,bits,activation_bits,seconds\na,2,8,1\n", (), "activations stay in float; expected the header layer,bits,<unit>"),
+        ("layer,bits,activation_bits\na,2,8\n", (4, 8), "expected the header"),
+        ("layer,bits,activation_bits,seconds\na,2,1\n", (4, 8), "row 2 is .* two integers and a number"),
+        ("layer,bits,activation_bits,seconds\na,2,4,1\na,2,4,1\n", (4, 8), "a at 2 bits, activations at 4 is given twice"),
+        ("layer,bits,activation_bits,seconds\na,2,4,1\n", (4, 8), "lacks a at 2 bits, activations at 8, a at 4 bits, activ"),
+    ],
+)
+def test_a_table_must_fit_the_widths_of_activations(content: str, widths: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match=message):
+        constraints.constraint("latency", a_space().with_activations(widths), 1.0, path=path)
 
 
 def test_what_else_is_refused(tmp_path: Path) -> None:

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 
 from clado.errors import ConfigurationError, MeasurementError
-from clado.estimators import Measured, estimate, kinds_of, non_finite
+from clado.estimators import Measured, costs, estimate, kinds_of, non_finite
 from clado.interaction import InteractionMatrix
-from clado.measure import Workbench, losses, measure_tile
-from clado.network import Network
 from clado.plugins import available
-from clado.probes import Plan, sample_blocks
-from clado.quantizers import WeightQuantizer
+from clado.probes import Plan
 from clado.space import Assignment, Layer, SearchSpace
-from tests.networks import Residual, all_assignments, build, images, labels
+from tests.contracts.estimator import BLOCKS, EstimatorContract, measured_network, true_increase
+from tests.networks import all_assignments
 
 WIDTHS = (2, 4, 8)
 
@@ -23,7 +21,7 @@ def quadratic_measurements(seed=0, num_layers=4, blocks=3):
     """Measurements of a loss that is exactly quadratic in the perturbation: per block ½ δᵀ H δ with its own H."""
     rng = np.random.default_rng(seed)
     space = SearchSpace.uniform([Layer(f"l{i}", (3,), "linear") for i in range(num_layers)], WIDTHS)
-    delta = {option: rng.normal(size=3) * 2.0 ** -space.options[option][1] for option in range(space.num_options)}
+    delta = {option: rng.normal(size=3) * 2.0 ** -space.options[option].bits for option in range(space.num_options)}
     roots = rng.normal(size=(blocks, 3 * num_layers, 3 * num_layers))
     hessians = roots @ roots.transpose(0, 2, 1)
     counts = rng.integers(1, 9, blocks)
@@ -47,59 +45,6 @@ def quadratic_measurements(seed=0, num_layers=4, blocks=3):
         return float(np.average([loss(b, options) - loss(b, []) for b in range(blocks)], weights=counts))
 
     return Measured(space, "kl_to_float", counts, {"singles": singles, "pairs": pairs}), increase
-
-
-def measured_network(criterion="kl_to_float", num_images=24, num_blocks=4, bits=(2, 8)):
-    network = Network(build(Residual), images(1))
-    space = network.search_space(bits)
-    x, y = images(num_images), labels(num_images)
-    blocks = sample_blocks(num_images, num_blocks)
-    bench = Workbench(network, space, WeightQuantizer(), criterion, blocks, lambda a, b: (x[a:b], y[a:b]), 16)
-    plan = Plan(space, blocks, ("singles", "pairs", "gram"), space.num_options)
-    sums = {kind: np.stack([measure_tile(bench, t) for t in plan.tiles if t.kind == kind]) for kind in plan.kinds}
-    return bench, Measured(space, criterion, np.array([b - a for a, b in blocks]), sums)
-
-
-def true_increase(bench, assignment):
-    sums = [[losses(bench, a, block).sum() for block in range(len(bench.blocks))] for a in (assignment, bench.space.nothing)]
-    return (sum(sums[0]) - sum(sums[1])) / bench.blocks[-1][1]
-
-
-class EstimatorContract:
-    """Laws of every estimator. Subclass, set `name`."""
-
-    name: str
-
-    @pytest.mark.parametrize("criterion", ["kl_to_float", "cross_entropy"])
-    def test_the_matrix_is_symmetric_finite_and_nothing_costs_nothing(self, criterion):
-        bench, measured = measured_network(criterion)
-        matrix = estimate(self.name, measured)
-        assert matrix.estimator == self.name
-        assert np.array_equal(matrix.values, matrix.values.T)
-        assert np.isfinite(matrix.values).all()
-        assert matrix.predicted_increase(bench.space.nothing) == 0.0
-        assert matrix.num_samples == 24
-
-    def test_standard_errors_have_the_shape_of_the_matrix_and_need_two_blocks(self):
-        _, measured = measured_network()
-        errors = estimate(self.name, measured).standard_error
-        assert errors is not None
-        assert errors.shape == (measured.space.num_options,) * 2
-        assert (errors >= 0).all()
-        assert estimate(self.name, measured_network(num_blocks=1)[1]).standard_error is None
-
-    def test_the_same_images_in_other_blocks_give_the_same_matrix(self):
-        matrices = [estimate(self.name, measured_network(num_blocks=blocks)[1]).values for blocks in (1, 4)]
-        np.testing.assert_allclose(matrices[0], matrices[1], rtol=1e-4, atol=1e-7)
-
-    def test_an_option_with_an_infinite_loss_is_quarantined(self):
-        _, measured = measured_network()
-        sums = {kind: array.copy() for kind, array in measured.sums.items()}
-        sums["singles"][1, 3] = np.inf
-        sums["gram"][1, :, 2] = sums["gram"][1, 3, :] = np.nan
-        matrix = estimate(self.name, Measured(measured.space, measured.criterion, measured.counts, sums))
-        assert matrix.quarantined == (2,)
-        assert np.isfinite(matrix.values).all()
 
 
 class TestLayerwise(EstimatorContract):
@@ -161,6 +106,79 @@ class TestPairwise(EstimatorContract):
         assert matrix.quarantined == ()
 
 
+class TestBlockwise(EstimatorContract):
+    name = "blockwise"
+
+    def test_is_pairwise_within_a_block_and_zero_between_blocks(self):
+        _, measured = measured_network()
+        blockwise, pairwise = (estimate(name, measured).values for name in ("blockwise", "pairwise"))
+        owner = [next(n for n, block in enumerate(BLOCKS) if o.layer in block) for o in measured.space.options]
+        same = np.equal.outer(owner, owner)
+        assert np.array_equal(blockwise[same], pairwise[same])
+        assert not blockwise[~same].any()
+        assert blockwise[0, 5] != 0 != pairwise[0, 3]
+        own = {kind: sums for kind, sums in measured.sums.items() if kind != "pairs"}
+        alone = estimate("blockwise", Measured(measured.space, measured.criterion, measured.counts, own))
+        np.testing.assert_allclose(alone.values, blockwise, rtol=1e-4, atol=1e-6)
+
+    def test_pairs_of_blocks_cost_no_other_pairs(self):
+        plan = plan_of(measured_network()[1].space)
+        forwards = {name: count for name, (count, _) in costs(["layerwise", "blockwise", "pairwise"], plan).items()}
+        # blocks of two, one and two layers at two bit-widths
+        assert forwards == {"layerwise": 24 * 11, "blockwise": 24 * (11 + 4 + 4), "pairwise": 24 * (11 + 40)}
+        assert kinds_of(["blockwise"]) == ("singles", "block_pairs")
+        assert kinds_of(["blockwise", "pairwise"]) == ("singles", "pairs")
+
+
+def plan_of(space):
+    return Plan(space, ((0, 10), (10, 24)), (), space.num_options, num_vectors=3)
+
+
+class TestHawq(EstimatorContract):
+    name = "hawq"
+
+    def test_costs_a_forward_and_a_backward_for_each_vector_and_one(self):
+        assert costs(["hawq"], plan_of(measured_network()[1].space)) == {"hawq": (24, 24 * 4)}
+
+    def test_orders_assignments_and_a_negative_trace_counts_as_none(self):
+        _, measured = measured_network()
+        sums = {**measured.sums, "trace": measured.sums["trace"].copy()}
+        sums["trace"][:, 2] *= -1
+        matrix = estimate("hawq", Measured(measured.space, measured.criterion, measured.counts, sums))
+        assert matrix.ranking_only
+        assert matrix.values[1, 1] == 0
+        means = measured.mean(measured.block_means("trace"))[2:]
+        assert np.array_equal(np.diag(matrix.values)[2:] > 0, means[1:] > 0)
+
+
+class TestMpqco(EstimatorContract):
+    name = "mpqco"
+
+    def test_is_a_loss_under_kl_and_an_order_under_cross_entropy(self):
+        for criterion, ranking_only in (("kl_to_float", False), ("cross_entropy", True)):
+            matrix = estimate("mpqco", measured_network(criterion)[1])
+            assert matrix.ranking_only == ranking_only
+            assert (matrix.loss_of(0.5) is None) == ranking_only
+
+    def test_estimates_the_gauss_newton_diagonal_for_small_errors(self):
+        _, measured = measured_network(bits=(8, 12), num_images=240)
+        sampled, exact = (np.diag(estimate(name, measured).values) for name in ("mpqco", "gauss_newton"))
+        errors = np.diag(estimate("mpqco", measured).standard_error)
+        assert (np.abs(sampled - exact) < 4 * errors + 0.05 * exact).all()
+        assert (errors < 0.5 * exact).all()
+
+    def test_costs_a_forward_and_a_backward(self):
+        assert costs(["mpqco"], plan_of(measured_network()[1].space)) == {"mpqco": (24, 24)}
+
+
+class TestFisher(EstimatorContract):
+    name = "fisher"
+
+    def test_shares_its_gradients_with_mpqco_and_orders_assignments(self):
+        assert kinds_of(["fisher", "mpqco"]) == ("gradients",)
+        assert estimate("fisher", measured_network()[1]).ranking_only
+
+
 class TestGaussNewton(EstimatorContract):
     name = "gauss_newton"
 
@@ -202,7 +220,7 @@ def test_every_estimator_has_a_contract_class():
 def test_kinds_are_the_union_and_an_unknown_name_lists_the_valid_ones():
     assert kinds_of(["layerwise"]) == ("singles",)
     assert kinds_of(["gauss_newton", "pairwise"]) == ("singles", "pairs", "gram")
-    with pytest.raises(ConfigurationError, match=r"gauss_newton, layerwise, pairwise \(did you mean 'pairwise'\?\)"):
+    with pytest.raises(ConfigurationError, match=r"mpqco, pairwise \(did you mean 'pairwise'\?\)"):
         kinds_of(["pairwize"])
 
 
@@ -222,6 +240,24 @@ def test_a_matrix_refuses_nan_by_name_and_asymmetry():
         InteractionMatrix(space, values, "x", "kl_to_float", 0.0, 1)
     with pytest.raises(MeasurementError, match="not symmetric"):
         InteractionMatrix(space, np.triu(np.ones((4, 4))), "x", "kl_to_float", 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("widths", "options"),
+    [
+        ((), ["a:2", "a:4", "b:8"]),
+        ((8,), ["a:2/8", "a:4/8", "b:8/8"]),
+        ((4, 8), ["a:2/4", "a:2/8", "a:4/4", "a:4/8", "b:8/4", "b:8/8"]),
+    ],
+)
+def test_a_saved_matrix_names_its_options(tmp_path, widths, options):
+    layers = (Layer("a", (2,), "linear"), Layer("b", (2,), "linear"))
+    space = SearchSpace(layers, ((2, 4), (8,))).with_activations(widths)
+    matrix = InteractionMatrix(space, np.eye(space.num_options), "x", "kl_to_float", 0.0, 1)
+    matrix.save(tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as stored:
+        assert stored["options"].tolist() == options
+        assert np.array_equal(stored["values"], matrix.values)
 
 
 def test_clipping_is_the_nearest_positive_semidefinite_matrix():

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
-from clado.evaluation import Counts, count, evaluate_weights, shards
+from clado.evaluation import Counts, count, count_each, evaluate_weights, shards
 from clado.images import MemorySlice
 from clado.network import Network
 from clado.quantizers import WeightQuantizer
+from clado.records import Accuracy, wilson
 from tests.networks import Residual, build, images, labels, replaced_logits
 
 NUM_IMAGES, CLASSES = 45, 9
@@ -106,3 +108,40 @@ def test_with_fewer_than_five_classes_every_image_is_a_top5_hit(classes):
 def test_a_sum_of_no_shards_has_no_accuracy():
     assert sum([], Counts()) == Counts()
     assert Counts() + Counts(2, 1.0, 1, 2) == Counts(2, 1.0, 1, 2)
+
+
+class Counted(MemorySlice):
+    """Remembers which images were asked for."""
+
+    def load(self, start, stop):
+        self.asked = [*getattr(self, "asked", []), *range(start, stop)]
+        return super().load(start, stop)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_many_assignments_take_one_pass_and_count_the_same_bit_for_bit(network, weights, labelled):
+    data = Counted(images(NUM_IMAGES), labels(NUM_IMAGES, CLASSES) if labelled else None, CLASSES)
+    variants = [(network, weights), (network, {}), (network, {0: weights[0]})]
+    found = count_each(variants, data, 3, NUM_IMAGES, batch_images=10)
+    assert data.asked == list(range(3, NUM_IMAGES))
+    assert found == [count(*variant, slice_of(labelled), 3, NUM_IMAGES, batch_images=10) for variant in variants]
+    assert len({counts.loss for counts in found}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 45])
+def test_classes_add_up_to_the_whole(network, weights, size):
+    y = labels(NUM_IMAGES, CLASSES).numpy()
+    right = plain(network, weights)[0].argmax(1) == y
+    expected = tuple((int(c), int((y == c).sum()), int(right[y == c].sum())) for c in np.unique(y))
+    total = sum((count(network, weights, slice_of(), *part) for part in shards(NUM_IMAGES, size)), Counts())
+    assert total.classes == expected
+    assert sum(hits for _, _, hits in expected) == total.top1
+    assert count(network, weights, slice_of(labelled=False), 0, size).classes == ()
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (17, 20), (1, 1), (9431, 10_000), (38_075, 50_000)])
+def test_the_interval_is_wilsons(hits, count):
+    reference = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert wilson(hits / count, count) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert Accuracy(count, 1.0, hits / count).top1_interval == wilson(hits / count, count)
+    assert Accuracy(count, 1.0).top1_interval is None

@@ -55,6 +55,16 @@ def test_the_folder_holds_three_whole_files(tmp_path: Path) -> None:
     assert "| `0.weight` | 2 |" in readme
 
 
+def test_bits_of_activations_are_documented_and_said_to_be_outside_the_file(tmp_path: Path) -> None:
+    layers = [Layer("0.weight", (4, 3, 3, 3), "conv2d"), Layer("3.weight", (5, 16), "linear")]
+    document = SearchSpace.uniform(layers, (2, 4)).with_activations((4, 8)).to_json(Assignment((2, 4), (8, 4)))
+    export_network(tmp_path, make_network().state_dict(), document, SNIPPET)
+    assert load_network(tmp_path, make_network(1)) == document
+    readme = (tmp_path / "README.md").read_text()
+    assert "| layer | bits | activation bits |\n|---|---|---|\n| `0.weight` | 2 | 8 |\n" in readme
+    assert "float activations" in readme
+
+
 def test_tied_and_strided_weights_are_kept(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     network[1].weight = network[0].weight

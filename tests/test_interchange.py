@@ -1,5 +1,6 @@
 """Assignments go out in our format and in peers', and come back the same; what does not fit is refused by name."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -26,10 +27,14 @@ SEEDS = range(5)
 SMALL = SearchSpace.uniform([Layer("a.weight", (4, 3, 3, 3), "conv2d"), Layer("b.c.weight", (5, 16), "linear")], (2, 4, 8))
 
 
+ACTIVATIONS = pytest.mark.parametrize("widths", [(), (8,), (4, 8)], ids=["float", "one", "several"])
+
+
 def random_assignment(space: SearchSpace, seed: int, floats: bool = False) -> Assignment:
     generator = np.random.default_rng(seed)
-    options = [(*bits, None) if floats else bits for bits in space.bit_widths]
-    return Assignment(tuple(choice[generator.integers(len(choice))] for choice in options))
+    options = [[*range(a, b), *([None] if floats else [])] for a, b in itertools.pairwise(space.offsets)]
+    chosen = [choice[generator.integers(len(choice))] for choice in options]
+    return space.assignment([option for option in chosen if option is not None])
 
 
 def written(folder: Path, document: Any, name: str = "assignment.json") -> Path:
@@ -78,9 +83,10 @@ FORMATS: dict[str, Callable[[dict[str, int | None]], Any]] = {
 }
 
 
+@ACTIVATIONS
 @pytest.mark.parametrize("seed", SEEDS)
-def test_our_json_is_as_the_schema_says_and_reads_back(seed, tmp_path):
-    space = make_space()
+def test_our_json_is_as_the_schema_says_and_reads_back(seed, widths, tmp_path):
+    space = make_space().with_activations(widths)
     assignment = random_assignment(space, seed, floats=seed % 2 == 0)
     document = space.to_json(assignment)
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
@@ -96,10 +102,11 @@ def test_a_peers_format_reads_as_the_assignment_it_was_made_from(name, seed, tmp
     assert read_assignment(written(tmp_path, FORMATS[name](pairs)), space) == assignment
 
 
+@ACTIVATIONS
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_snippet_is_python_and_reads_as_the_assignment_it_was_made_from(peer, seed, tmp_path):
-    space = make_space()
+def test_a_snippet_is_python_and_reads_as_the_assignment_it_was_made_from(peer, seed, widths, tmp_path):
+    space = make_space().with_activations(widths)
     assignment = random_assignment(space, seed, floats=seed % 2 == 0)
     file = write_snippet(tmp_path, peer, space, assignment)
     assert file == tmp_path / f"assignment_{peer}.py"
@@ -153,6 +160,65 @@ def test_the_reader_and_the_schema_agree(change, tmp_path):
     else:
         with pytest.raises(ConfigurationError, match=str(file)):
             read_assignment(file, SMALL)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        [],
+        {},
+        None,
+        8,
+        {"a.weight": True, "b.c.weight": 4},
+        {"a.weight": "8"},
+        {"a.weight": 0},
+        {"a.weight": 17},
+        {"a.weight": 4.5},
+    ],
+    ids=json.dumps,
+)
+def test_the_reader_and_the_schema_agree_on_activation_bits(widths, tmp_path):
+    space = SMALL.with_activations((4, 8))
+    document = {**VALID, "activation_bits": widths}
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(document)
+    with pytest.raises(ConfigurationError, match="activation"):
+        read_assignment(written(tmp_path, document), space)
+
+
+@pytest.mark.parametrize(
+    ("space", "widths", "message"),
+    [
+        ((), {"a.weight": 8, "b.c.weight": 8}, r"8-bit activations for a\.weight, but activations stay in float here"),
+        ((8,), {"a.weight": 8, "z": 8}, "no searched layer is called z"),
+        ((8,), {"a.weight": 4, "b.c.weight": 8}, r"a\.weight has no candidate with 4-bit .* one of \[8\] bits"),
+        ((4, 8), {"a.weight": 4}, r"no activation bits for b\.c\.weight; expected one of \[4, 8\]"),
+        ((4, 8), {"a.weight": 4, "b.c.weight": None}, r"no activation bits for b\.c\.weight"),
+        ((4, 8), None, r"no activation bits for a\.weight"),
+    ],
+)
+def test_activation_bits_that_do_not_fit_are_refused_by_name(space, widths, message, tmp_path):
+    document = {**VALID, "activation_bits": widths} if widths else VALID
+    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+    with pytest.raises(ConfigurationError, match=message):
+        read_assignment(written(tmp_path, document), SMALL.with_activations(space))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_says_nothing_of_activations_takes_the_one_width_there_is(name, tmp_path):
+    space = make_space().with_activations([8])
+    assignment = random_assignment(space, 0, floats=True)
+    pairs = dict(zip(space.names, assignment.bits, strict=True))
+    assert read_assignment(written(tmp_path, FORMATS[name](pairs)), space) == assignment
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_snippet_says_what_becomes_of_activations(peer):
+    space = SMALL.with_activations([4, 8])
+    text = import_module(f"clado.export.{peer}").snippet(space, space.widest)
+    assert ("quantize(network, images)" in text) == (peer == "modelopt")
+    assert ("is not applied with" in text) == (peer != "modelopt")
+    with pytest.raises(ConfigurationError, match=r"a\.weight has activations at 1 bits"):
+        import_module(f"clado.export.{peer}").snippet(SMALL.with_activations([1]), SMALL.widest)
 
 
 @pytest.mark.parametrize("key", ["bits", "average_bits", "size_bytes"])
@@ -320,9 +386,9 @@ def test_the_command_writes_a_snippet_that_scores_as_its_own_assignment(peer, fi
 
 
 def test_the_commands_refuse_by_name(finished, tmp_path):
-    told = clado("export", finished.folder, "--budget", 3, "--format", "onnx", "--output", tmp_path / "none")
+    told = clado("export", finished.folder, "--budget", 3, "--format", "onyx", "--output", tmp_path / "none")
     assert told.exit_code == 2
-    assert "unknown format 'onnx'" in told.output
+    assert "unknown format 'onyx'" in told.output
     assert not (tmp_path / "none").exists()
     told = clado("score", finished.folder, written(tmp_path, {"conv1": 3}))
     assert told.exit_code == 2
@@ -384,6 +450,28 @@ def test_modelopt_takes_the_assignment(tmp_path, monkeypatch):
     assert others == []
     assert 0 < (network(IMAGES) - before).abs().max() < 20
     assert read_assignment(written(tmp_path, module.QUANT_CFG, "quant_cfg.json"), space) == assignment
+
+
+@quiet
+def test_modelopt_quantizes_inputs_as_assigned(tmp_path, monkeypatch):
+    imported(PACKAGES["modelopt"])
+    network, space = shipped()
+    space = space.with_activations((4, 8))
+    assignment = random_assignment(space, 1, floats=True)
+    module = loaded("modelopt", space, assignment, tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"expected quantize\(network, images\)"):
+        module.quantize(network)
+    before = network(IMAGES)
+    module.quantize(network, IMAGES)
+    for name, (bits, width) in zip(space.names, assignment.pairs, strict=True):
+        weight, inputs = (
+            network.get_submodule(n) for n in (f"{name}_quantizer", f"{name.removesuffix('.weight')}.input_quantizer")
+        )
+        assert tuple(q.num_bits if q.is_enabled else None for q in (weight, inputs)) == (bits, width)
+        if width is not None:
+            assert inputs.amax.numel() == 1
+            assert len(inputs(torch.linspace(-1, 1, 1000) * inputs.amax).unique()) in (2**width - 1, 2**width)
+    assert 0 < (network(IMAGES) - before).abs().max() < 20
 
 
 @quiet

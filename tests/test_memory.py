@@ -13,6 +13,7 @@ from torch import nn
 from clado.measure import Workbench, measure_tile, rows_per_tile
 from clado.network import Network
 from clado.probes import Plan, Tile
+from clado.preparation import Recipe, prepare
 from clado.quantizers import WeightQuantizer
 
 def status(key):
@@ -26,7 +27,7 @@ images = torch.randn(16, 1, 64, 64)
 network = Network(model, images[:1])
 space = network.search_space((2, 4, 8))
 for limit in (20, 40, 80):
-    bench = Workbench(network, space, WeightQuantizer("minmax"), "kl_to_float", ((0, 16),),
+    bench = Workbench(prepare(network, space, Recipe(WeightQuantizer("minmax"))), "kl_to_float", ((0, 16),),
                       lambda a, b: (images[a:b], None), memory_limit=limit * 10**6)
     plan = Plan(space, ((0, 16),), ("pairs",), rows_per_tile(network, space, bench.batching, limit * 10**6))
     measure_tile(bench, Tile("pairs", 0, 0, 0, 1))  # libraries' own buffers are there before
@@ -37,6 +38,7 @@ for limit in (20, 40, 80):
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_a_tile_grows_the_process_by_less_than_the_limit_and_the_numbers_stay() -> None:
     done = subprocess.run(

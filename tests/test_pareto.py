@@ -16,7 +16,7 @@ from tests.test_program import a_matrix
 
 def a_program(seed: int = 1) -> Program:
     matrix = a_matrix(seed=seed, num_layers=6)
-    values = matrix.values * np.outer(*[[2.0**-b for _, b in matrix.space.options]] * 2)
+    values = matrix.values * np.outer(*[[2.0**-b for _, b, _ in matrix.space.options]] * 2)
     matrix = replace(matrix, values=values + np.diag(np.abs(values).sum(axis=1) / 3))
     return Program.build(matrix, [constraints.constraint("size", matrix.space, 1e6)])
 

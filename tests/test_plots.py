@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from clado import plots
 from clado.interaction import InteractionMatrix
 from clado.records import RunRecord
-from tests.synthetic import make_matrix, make_record, make_space
+from tests.synthetic import make_matrix, make_record, make_space, with_activations
 
 SIZES = [1, 2, 22, 54]
 
@@ -148,6 +148,29 @@ def test_bits_are_those_of_the_chosen_assignments() -> None:
     assert all(len(found) == 1 for found in of_bits.values())
     luminance = [np.dot(next(iter(of_bits[bits]))[:3], (0.299, 0.587, 0.114)) for bits in sorted(of_bits)]
     assert all(a - b > 0.1 for a, b in pairwise(luminance)), "wide bits are darker, so grey print works too"
+
+
+@pytest.mark.parametrize(
+    ("widths", "title"), [((), "resnet20_fashion_mnist"), ((8,), "activations at 8 bits"), ((4, 8), "weights/activations")]
+)
+def test_bits_of_activations_are_shown_where_they_differ(widths: tuple[int, ...], title: str) -> None:
+    record = with_activations(make_record(), widths) if widths else make_record()
+    figure = plots.bits_per_layer(record)
+    assert figure.axes[0].get_title(loc="left").endswith(title)
+    chosen = [result for result in record.results if result.method == "chosen"]
+    written = {tuple(map(round, text.get_position()))[::-1]: text.get_text() for text in figure.axes[0].texts}
+    for k, result in enumerate(chosen):
+        for i, (bits, width) in enumerate(result.assignment.pairs):
+            assert written[i, k] == (f"{bits}/{width}" if len(widths) > 1 else str(bits))
+    assert_legible(figure)
+
+
+def test_the_heat_map_says_the_order_of_pairs() -> None:
+    space = make_space(6, (2, 4))
+    for widths, said in (((8,), "in each layer 2, 4 bits from"), ((4, 8), "2/4, 2/8, 4/4, 4/8 bits of weights/activations from")):
+        wide = space.with_activations(widths)
+        matrix = InteractionMatrix(wide, np.eye(wide.num_options), "pairwise", "kl_to_float", 0.0, 8)
+        assert any(said in text.get_text() for text in texts(plots.heat_map(matrix)))
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,22 @@ from clado.space import Assignment, Layer, SearchSpace
 from tests.contracts.solver import random_case
 
 
-def a_matrix(ties: tuple[tuple[int, ...], ...] = (), seed: int = 0, num_layers: int = 4) -> InteractionMatrix:
-    space = SearchSpace.uniform([Layer(f"layer{i}", (10 + i,), "linear", macs=5) for i in range(num_layers)], (2, 4, 8), ties)
+def a_matrix(
+    ties: tuple[tuple[int, ...], ...] = (), seed: int = 0, num_layers: int = 4, activations: tuple[int, ...] = ()
+) -> InteractionMatrix:
+    layers = [Layer(f"layer{i}", (10 + i,), "linear", macs=5) for i in range(num_layers)]
+    space = SearchSpace.uniform(layers, (2, 4, 8), ties).with_activations(activations)
     noise = np.random.default_rng(seed).normal(size=(space.num_options, space.num_options))
     return InteractionMatrix(space, noise + noise.T, "random", "none", 0.0, 1)
 
 
-@pytest.mark.parametrize("seed", [seed for seed in range(40) if random_case(seed).least() is not None])
-def test_value_and_cost_equal_those_of_the_assignment(seed: int) -> None:
+CASES = [(seed, widths) for widths, seeds in (((), 40), ((8,), 5), ((4, 8), 15)) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize(("seed", "widths"), [case for case in CASES if random_case(*case).least() is not None])
+def test_value_and_cost_equal_those_of_the_assignment(seed: int, widths: tuple[int, ...]) -> None:
     """Ties, pins, quarantine and convexity included: the program's ½xᵀQx + offset is the matrix's own number."""
-    case = random_case(seed)
+    case = random_case(seed, widths)
     program = case.program()
     minimised = case.matrix.clip_psd() if case.convexity == "clip_psd" else case.matrix
     scale = np.abs(case.matrix.values).max()
@@ -51,6 +57,25 @@ def test_a_pin_on_one_layer_of_a_tie_pins_the_tie() -> None:
     program = Program.build(a_matrix(ties=((1, 3),)), candidates={"layer3": [4]})
     assert program.assignment(program.widest) == Assignment((8, 4, 8, 4))
     assert program.assignment(program.narrowest) == Assignment((2, 4, 2, 4))
+
+
+def test_a_tie_shares_the_width_of_activations_too() -> None:
+    matrix = a_matrix(ties=((1, 3),), activations=(4, 8))
+    program = Program.build(matrix)
+    assert program.num_choices == 3 * 3 * 2
+    assert program.assignment(program.widest) == Assignment((8,) * 4, (8,) * 4)
+    assert program.assignment(program.narrowest) == Assignment((2,) * 4, (4,) * 4)
+    both = tuple(matrix.space.option(layer, 4, 8) for layer in (1, 3))
+    assert both in program.options
+    with pytest.raises(ConfigurationError, match="layer1, layer3"):
+        program.choices(Assignment((4,) * 4, (8, 8, 8, 4)))
+
+
+def test_a_pin_on_weights_leaves_every_width_of_activations() -> None:
+    program = Program.build(a_matrix(activations=(4, 8)), candidates={"layer1": [4]})
+    space = program.space
+    assert [space.options[o] for (o,) in program.options if space.options[o].layer == 1] == [(1, 4, 4), (1, 4, 8)]
+    assert program.assignment(program.widest) == Assignment((8, 4, 8, 8), (8,) * 4)
 
 
 def test_shift_psd_is_convex_and_changes_no_value() -> None:

@@ -1,5 +1,6 @@
 """A record survives its file, a broken file is refused, and a file is written whole or not at all."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,34 @@ import pytest
 
 from clado.errors import StoreError
 from clado.records import RunRecord, markdown_table, percent, size_text, write_text
-from tests.synthetic import make_record, make_space
+from tests.synthetic import make_record, make_space, with_activations
 
 
 @pytest.mark.parametrize("num_layers", [22, 54])
 def test_what_was_saved_is_loaded(tmp_path: Path, num_layers: int) -> None:
     record = make_record(num_layers)
     record.save(tmp_path / "record.json")
+    assert RunRecord.load(tmp_path / "record.json") == record
+
+
+@pytest.mark.parametrize("widths", [(8,), (4, 8)])
+def test_activation_bits_are_saved_and_documented(tmp_path: Path, widths: tuple[int, ...]) -> None:
+    record, space = with_activations(make_record(), widths), make_space().with_activations(widths)
+    record.save(tmp_path / "record.json")
+    assert RunRecord.load(tmp_path / "record.json") == record
+    for result in record.results:
+        document = record.assignment_document(result)
+        assert document == space.to_json(result.assignment)
+        assert space.from_json(document) == result.assignment
+
+
+def test_a_record_written_before_there_were_activation_bits_is_loaded(tmp_path: Path) -> None:
+    record = make_record()
+    record.save(tmp_path / "record.json")
+    document = json.loads((tmp_path / "record.json").read_text())
+    for row in document["results"]:
+        del row["assignment"]["activation_bits"]
+    (tmp_path / "record.json").write_text(json.dumps(document))
     assert RunRecord.load(tmp_path / "record.json") == record
 
 

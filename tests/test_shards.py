@@ -1,6 +1,7 @@
 """Laws of the store: what is written is read back bit for bit, what is damaged is found, what is not ours is refused."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import zarr
 
 from clado.errors import IdentityMismatch, StoreError
-from clado.probes import KINDS, Plan, Tile, sample_blocks
+from clado.probes import KINDS, OF_PAIRS, Plan, Tile, sample_blocks
 from clado.shards import Store, differences
 from clado.space import Layer, SearchSpace
 
@@ -25,10 +26,10 @@ def new_store(folder: Path, plan: Plan = PLAN) -> Store:
 
 def sums_of(tile: Tile) -> np.ndarray:
     """Made-up sums, other ones for each tile, with the NaNs that a `pairs` tile has."""
-    k = SPACE.num_options
-    shape = {"singles": (1 + k,), "pairs": (tile.stop - tile.first, k), "gram": (1 + k, k)}[tile.kind]
+    shape = PLAN.shape(tile.kind)
+    shape = (tile.stop - tile.first, *shape[1:]) if tile.kind in OF_PAIRS else shape
     values = np.random.default_rng([KINDS.index(tile.kind), tile.block, tile.number]).normal(size=shape)
-    if tile.kind == "pairs":
+    if tile.kind in OF_PAIRS:
         values[:, :2] = np.nan
     return values
 
@@ -48,7 +49,7 @@ def chunk_of(store: Store, tile: Tile) -> Path:
     """The only file below sums/ that a tile's write changes: found by looking, not by the store's own rule."""
     where = store.path / tile.kind / "sums" / "c" / str(tile.block)
     found = [path for path in where.rglob("*") if path.is_file()]
-    return sorted(found)[tile.number if tile.kind == "pairs" else 0]
+    return sorted(found)[tile.number if tile.kind in OF_PAIRS else 0]
 
 
 def test_what_is_written_is_read_back_bit_for_bit_by_another_process_too(tmp_path):
@@ -67,10 +68,11 @@ def test_gather_puts_every_tile_in_its_place_whatever_the_order_of_writing(tmp_p
     assert gathered.keys() == set(KINDS)
     k = SPACE.num_options
     assert {kind: array.shape for kind, array in gathered.items()} == {
-        "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 1 + k, k)
+        "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 1 + k, k), "block_pairs": (3, k, k),
+        "gradients": (3, 2, 1 + k), "trace": (3, 1 + k)
     }  # fmt: skip
     for tile in PLAN.tiles:
-        rows = slice(tile.first, tile.stop) if tile.kind == "pairs" else slice(None)
+        rows = slice(tile.first, tile.stop) if tile.kind in OF_PAIRS else slice(None)
         assert gathered[tile.kind][tile.block][rows].tobytes() == sums_of(tile).tobytes()
     assert store.counts.tolist() == [3, 3, 4]
 
@@ -265,3 +267,37 @@ def test_a_store_that_is_there_is_never_replaced(tmp_path):
 
 def test_differences_of_equal_documents_are_none():
     assert differences({"a": [1, {"b": 2}]}, {"a": (1, {"b": 2})}) == []
+
+
+def test_a_store_made_before_a_kind_existed_opens_and_measures_what_is_new(tmp_path):
+    store = full_store(tmp_path)
+    before = {tile: store.read(tile).tobytes() for tile in PLAN.tiles if tile.kind in ("singles", "pairs", "gram")}
+    for kind in ("block_pairs", "gradients", "trace"):
+        del store.group[kind]
+    again = Store.open(store.path)
+    assert {tile.kind for tile in again.missing(PLAN)} == {"block_pairs", "gradients", "trace"}
+    with pytest.raises(StoreError, match="lacks"):
+        again.gather(PLAN)
+    again.extend(PLAN)
+    for tile in again.missing(PLAN):
+        again.write(tile, sums_of(tile))
+    assert again.missing(PLAN) == []
+    assert all(again.read(tile).tobytes() == sums for tile, sums in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ({"num_vectors": 3}, {"trace"}),
+        ({"seed": 1}, {"trace", "gradients"}),
+        ({"space": SPACE.blocked([["layer0*", "layer3*"]])}, {"block_pairs"}),
+    ],
+)
+def test_other_terms_of_a_kind_are_measured_anew_and_nothing_else_is(tmp_path, change, lost):
+    store, other = full_store(tmp_path), replace(PLAN, **change)
+    assert {tile.kind for tile in store.missing(other)} == lost
+    store.extend(other)
+    assert {tile.kind for tile in store.missing(other)} == lost
+    for tile in store.missing(other):
+        store.write(tile, sums_of(tile))
+    assert Store.open(store.path).missing(other) == []

@@ -34,6 +34,7 @@ class TestGreedy(SolverContract):
 class TestScip(SolverContract):
     solver, exact = "scip", True
     num_cases = 200
+    num_activation_cases = 60
 
 
 class TestFactored(SolverContract):
@@ -41,6 +42,7 @@ class TestFactored(SolverContract):
 
     solver, exact = "scip", True
     num_cases = 25
+    num_activation_cases = 4  # without bounds of its own SCIP takes minutes where many candidates are nearly equal
 
     @pytest.fixture(autouse=True)
     def _broken_plugins(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +226,7 @@ def test_infeasible_together_says_what_each_needs() -> None:
     matrix = InteractionMatrix(space, np.eye(8) + 0.1, "none", "none", 0.0, 1)
     narrow = constraints.constraint("size", space, 4 * 25 + 75)  # one layer at most at 8 bits
     wide = constraints.Constraint(
-        "quality", "points", tuple(-float(b) for _, b in space.options), -20.0
+        "quality", "points", tuple(-float(b) for _, b, _ in space.options), -20.0
     )  # at least two at 8 bits
     program = Program.build(matrix, [narrow, wide])
     for solver in ("scip", "exhaustive"):
@@ -232,6 +234,22 @@ def test_infeasible_together_says_what_each_needs() -> None:
             InfeasibleError, match=r"(?s)size: .* 100 to 400; .*size needs at least 250 bytes.*quality needs at least -14"
         ):
             solvers.solve(program, solver)
+
+
+def test_a_budget_of_bit_operations_narrows_activations_before_weights_where_they_cost_less() -> None:
+    """Each layer's loss is of its weights' bits, far less of its activations': the answer says so, and is proven."""
+    layers = [Layer(f"layer{i}", (10,), "linear", macs=100 + i) for i in range(4)]
+    space = SearchSpace.uniform(layers, (2, 4, 8)).with_activations((4, 8))
+    losses = np.array([4.0**-o.bits + 1e-6 * 4.0**-o.activation_bits for o in space.options if o.activation_bits])
+    matrix = InteractionMatrix(space, np.diag(losses), "diagonal", "none", 0.0, 1)
+    macs = sum(layer.macs for layer in layers)
+    answers = {}
+    for solver in ("scip", "exhaustive"):
+        limits = [constraints.constraint("bops", space, bound) for bound in (macs * 64, macs * 32, macs * 16)]
+        answers[solver] = [solvers.solve(Program.build(matrix, [limit]), solver).assignment for limit in limits]
+        assert [str(assignment) for assignment in answers[solver]][:2] == ["8/8 8/8 8/8 8/8", "8/4 8/4 8/4 8/4"]
+        assert set(answers[solver][2].activation_bits) == {4}
+    assert answers["scip"] == answers["exhaustive"]
 
 
 def test_forbidden_pairs_can_make_it_infeasible() -> None:
@@ -283,6 +301,7 @@ def test_a_time_limit_keeps_the_incumbent() -> None:
     assert np.isfinite(solution.objective)
 
 
+@pytest.mark.system
 def test_a_gap_limit_stops_early() -> None:
     program = program_of("lowrank", 4.0, network="resnet50")
     loose, tight = solvers.solve(program, gap_limit=0.5), solvers.solve(program)

@@ -21,7 +21,8 @@ from clado.config import DataSettings, NetworkSettings
 from clado.errors import DataError, NetworkError
 from clado.images import ImageSlice, MemorySlice, as_slice, check_batch, check_slice
 from clado.sources import LoadedNetwork, load_data, load_network
-from clado.sources.folder import FolderSlice
+from clado.sources._encoded import EncodedSlice
+from clado.sources.folder import ImageFile
 
 
 @pytest.fixture(autouse=True)
@@ -421,8 +422,8 @@ def folder_settings(path: Path, **settings: Any) -> DataSettings:
 
 
 def files_of(images: ImageSlice) -> list[Path]:
-    assert isinstance(images, FolderSlice)
-    return list(images.files)
+    assert isinstance(images, EncodedSlice)
+    return [image.path for image in images.images if isinstance(image, ImageFile)]
 
 
 def test_a_folder_reads_as_torchvision_does(tmp_path: Path) -> None:

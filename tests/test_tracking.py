@@ -147,6 +147,8 @@ def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) 
             "loss_shipped": result.loss_shipped,
             "loss_predicted": result.loss_predicted,
             "top1": result.validation.top1,
+            "top1_low": (result.validation.top1_interval or (None, None))[0],
+            "top1_high": (result.validation.top1_interval or (None, None))[1],
             "top5": result.validation.top5,
             "validation_loss": result.validation.loss,
             "validation_images": result.validation.num_images,
@@ -225,7 +227,6 @@ def test_a_fault_in_the_middle_leaves_no_run_open(
             assert [name for name in note["undelivered"] if name.startswith("run of")] == expected[receipt.num_children :]
             assert "export of 4 bits" in note["undelivered"]
             assert ("parent run" in note["undelivered"]) == (place == "parent")
-            assert note["runs_left_open"] == []
     statuses = sorted(run.info.status for run in runs_of(tracking.default_uri(files.folder)))
     assert statuses == (["FAILED"] if place == "parent" else ["FAILED", "FAILED", "FINISHED", "FINISHED"])
     if kind is RuntimeError:
@@ -233,10 +234,11 @@ def test_a_fault_in_the_middle_leaves_no_run_open(
         assert not (files.folder / "mlflow-undelivered.json").exists()
 
 
-def test_runs_that_a_dead_server_left_open_are_closed_next_time(
+def test_runs_that_a_dead_server_left_open_are_ended_and_replaced_next_time(
     record: RunRecord, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
+    from mlflow.entities import ViewType
 
     shutil.copy(template, tmp_path)
 
@@ -248,11 +250,11 @@ def test_runs_that_a_dead_server_left_open_are_closed_next_time(
         patch.setattr(MlflowClient, "set_terminated", gone)
         receipt = track(record, tmp_path, {})
     assert receipt.spool is not None
-    left_open = json.loads(receipt.spool.read_text())["runs_left_open"]
-    assert {run.info.run_id for run in runs_of(receipt.uri) if run.info.status == "RUNNING"} == set(left_open)
-    assert len(left_open) == 2
+    assert [run.info.status for run in runs_of(receipt.uri)] == ["RUNNING"] * 2
     assert track(replace(record, results=record.results[:1]), tmp_path, {}).delivered
-    assert sorted(run.info.status for run in runs_of(receipt.uri)) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
+    assert [run.info.status for run in runs_of(receipt.uri)] == ["FINISHED"] * 2
+    deleted = MlflowClient(receipt.uri).search_runs([receipt.experiment_id], run_view_type=ViewType.DELETED_ONLY)
+    assert [run.info.status for run in deleted] == ["FAILED"] * 2
 
 
 def test_files_that_are_not_there_are_named_and_the_rest_is_delivered(record: RunRecord, tmp_path: Path, template: Path) -> None:
@@ -334,3 +336,22 @@ def test_telemetry_is_off_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
 def test_importing_the_module_does_not_import_mlflow() -> None:
     code = "import sys, clado.tracking, clado.report; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_environment_names_the_tracker_where_settings_do_not(tmp_path, record, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'mlflow.db'}")
+    for uri in (None, "https://***@host/"):  # the second is what a folder keeps of one with a password
+        receipt = track(record, tmp_path, {}, uri=uri)
+        assert receipt.delivered, receipt.problem
+        assert receipt.uri == f"sqlite:///{elsewhere / 'mlflow.db'}"
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_credentials_that_were_not_kept_are_asked_for(tmp_path, record, monkeypatch, caplog):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    receipt = track(record, tmp_path, {}, uri="https://***@host/")
+    assert receipt.delivered
+    assert receipt.uri.endswith("mlflow.db")
+    assert "MLFLOW_TRACKING_URI" in caplog.text

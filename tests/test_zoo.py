@@ -13,6 +13,7 @@ import torch
 from clado import zoo
 from clado.config import DataSettings, NetworkSettings, zoo_networks
 from clado.images import check_slice
+from clado.network import Network
 from clado.sources import load_data, load_network
 
 DATA_FILES = sorted([*zoo.ZOO.glob("*.npz"), *zoo.ZOO.glob("*.safetensors")])
@@ -38,7 +39,7 @@ def shipped() -> dict[str, np.ndarray]:
 
 def test_the_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
     assert {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in DATA_FILES} == manifest["sha256"]
-    assert len(DATA_FILES) == 3
+    assert len(DATA_FILES) == 2 + len(zoo.NETWORKS)
     assert set(manifest["networks"]) == set(zoo.NETWORKS) == set(zoo_networks())
 
 
@@ -108,14 +109,18 @@ def test_the_normalisation_is_that_of_the_training_images(shipped: dict[str, np.
     assert abs(pixels.std() - zoo.STD) < 0.005
 
 
-@pytest.mark.parametrize("name", sorted(zoo.NETWORKS))
-def test_the_network_is_the_architecture_described(name: str) -> None:
-    model = load_network(NetworkSettings(name=name)).model
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-    assert len(weights) == 22
-    assert 0.26e6 < sum(weight.numel() for weight in weights) < 0.28e6
+@pytest.mark.parametrize(
+    ("name", "num_layers", "num_weights"),
+    [("resnet20_fashion_mnist", 22, 270_608), ("mobilenetv2_fashion_mnist", 23, 95_392), ("vit_fashion_mnist", 26, 198_272)],
+)
+def test_the_network_is_the_architecture_described(name: str, num_layers: int, num_weights: int) -> None:
+    loaded = load_network(NetworkSettings(name=name))
+    layers = Network(loaded.model, loaded.example_input).layers
+    assert (len(layers), sum(layer.num_weights for layer in layers)) == (num_layers, num_weights)
+    assert (zoo.ZOO / f"{name}.safetensors").stat().st_size <= 2_000_000
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", sorted(zoo.NETWORKS))
 def test_the_network_is_as_good_as_the_manifest_claims(name: str, manifest: dict[str, Any]) -> None:
     """All 10,000 test images; another processor's rounding may turn a few of them."""
@@ -127,7 +132,7 @@ def test_the_network_is_as_good_as_the_manifest_claims(name: str, manifest: dict
             images, labels = validation.load(start, start + 500)
             assert labels is not None
             correct += int((model(images).argmax(1) == labels).sum())
-    assert correct / 10_000 >= 0.925
+    assert correct / 10_000 >= 0.9
     assert abs(correct / 10_000 - manifest["networks"][name]["test_top1"]) <= 5e-4
 
 

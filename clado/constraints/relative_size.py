@@ -9,6 +9,6 @@ from clado.space import SearchSpace
 
 def constraint(space: SearchSpace, percent: float) -> Constraint:
     """At most `percent` of the bytes that 8 bits everywhere would take (50 is the size of 4 bits everywhere)."""
-    costs = tuple(float(space.layers[i].weight_bytes(b)) for i, b in space.options)
+    costs = tuple(float(space.layers[i].weight_bytes(b)) for i, b, _ in space.options)
     full = sum(layer.weight_bytes(8) for layer in space.layers)
     return Constraint("relative_size", "bytes", costs, float(floor(Fraction(repr(float(percent))) / 100 * full)))

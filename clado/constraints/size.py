@@ -16,5 +16,5 @@ def constraint(space: SearchSpace, budget_bytes: float, overhead_bytes: Mapping[
     unknown = sorted(set(overhead) - set(space.names))
     if unknown:
         raise ConfigurationError(f"constraint size: overhead_bytes names {unknown}, which are not searched layers")
-    costs = tuple(float(space.layers[i].weight_bytes(b) + overhead.get(space.layers[i].name, 0)) for i, b in space.options)
+    costs = tuple(float(space.layers[i].weight_bytes(b) + overhead.get(space.layers[i].name, 0)) for i, b, _ in space.options)
     return Constraint("size", "bytes", costs, float(floor(budget_bytes)))

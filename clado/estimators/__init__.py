@@ -9,7 +9,7 @@ Its docstring cites its source and says what it costs. Names are file names; a n
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from clado.errors import ConfigurationError, MeasurementError
 from clado.interaction import InteractionMatrix
 from clado.plugins import available, nearest
-from clado.probes import KINDS, Kind
+from clado.probes import KINDS, OF_PAIRS, Kind, Plan, later_layers
 from clado.space import SearchSpace
 
 Array = NDArray[np.float64]
@@ -29,7 +29,8 @@ Array = NDArray[np.float64]
 class Measured:
     """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
 
-    `counts` (blocks,) are images per block. Shapes behind the first axis: singles (1 + K,), pairs (K, K), gram (1 + K, K).
+    `counts` (blocks,) are images per block. Shapes behind the first axis: singles and trace (1 + K,), pairs and
+    block_pairs (K, K), gram (1 + K, K), gradients (2, 1 + K).
     """
 
     space: SearchSpace
@@ -63,7 +64,8 @@ class Measured:
 
     def baseline(self) -> float:
         """Mean loss of the float network."""
-        loss = float(self.mean(self.block_means("singles"))[0])
+        kind: Kind = next(kind for kind in ("singles", "trace", "gradients") if kind in self.sums)
+        loss = float(self.mean(self.block_means(kind)).flat[0])
         if not np.isfinite(loss):
             raise MeasurementError(
                 "the float network's own loss on the sensitivity set is NaN or infinite; expected a finite loss: "
@@ -80,7 +82,19 @@ class Measured:
 def kinds_of(estimators: Iterable[str]) -> tuple[Kind, ...]:
     """Kinds of tiles that these estimators need between them."""
     needed = {kind for name in estimators for kind in _module(name).KINDS}
+    if "pairs" in needed:
+        needed.discard("block_pairs")  # they are among all pairs
     return tuple(kind for kind in KINDS if kind in needed)
+
+
+def costs(estimators: Iterable[str], plan: Plan) -> dict[str, tuple[int, int]]:
+    """Estimator -> (forward images, backward images) that it takes on its own, in whole passes; what two share counts in both."""
+    found = {}
+    for name in estimators:
+        kinds = kinds_of([name])
+        tiles = replace(plan, kinds=kinds).tiles
+        found[name] = plan.forward_images(tiles), plan.backward_images(tiles)
+    return found
 
 
 def estimate(name: str, measured: Measured) -> InteractionMatrix:
@@ -97,30 +111,38 @@ def non_finite(measured: Measured) -> list[str]:
     """
     space = measured.space
 
-    def label(option: int) -> str:
-        layer, bits = space.options[option]
-        return f"{space.layers[layer].name} at {bits} bits"
-
     def where(bad: NDArray[np.bool_]) -> str:
         blocks = np.flatnonzero(bad)
         return f"in sample block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
 
+    if "singles" not in measured.sums:
+        return []  # nothing was measured that could overflow: a gradient that is no number excludes its option
     singles: NDArray[np.bool_] = ~np.isfinite(measured.sums["singles"][:, 1:])
     alone = np.asarray(singles.any(axis=0))
     lines = [
-        f"{label(int(k))} has a NaN or infinite loss {where(singles[:, k])}: this candidate is excluded"
+        f"{space.label(int(k))} has a NaN or infinite loss {where(singles[:, k])}: this candidate is excluded"
         for k in np.flatnonzero(alone)
     ]
-    if "pairs" in measured.sums:
-        owner = np.array([layer for layer, _ in space.options])
-        counted = (owner[:, None] < owner[None, :]) & ~alone[:, None] & ~alone[None, :]
-        pairs: NDArray[np.bool_] = ~np.isfinite(measured.sums["pairs"]) & counted
+    for kind in OF_PAIRS:
+        if kind not in measured.sums:
+            continue
+        counted = pair_mask(space, kind) & ~alone[:, None] & ~alone[None, :]
+        pairs: NDArray[np.bool_] = ~np.isfinite(measured.sums[kind]) & counted
         lines += [
-            f"{label(int(k))} with {label(int(m))} has a NaN or infinite loss {where(pairs[:, k, m])}: "
+            f"{space.label(int(k))} with {space.label(int(m))} has a NaN or infinite loss {where(pairs[:, k, m])}: "
             "the two are not chosen together"
             for k, m in np.argwhere(pairs.any(axis=0))
         ]
     return lines
+
+
+def pair_mask(space: SearchSpace, kind: Kind) -> NDArray[np.bool_]:
+    """(K, K): True where row and column are options that a kind of pairs combines, the row's layer first."""
+    mask = np.zeros((space.num_options,) * 2, dtype=bool)
+    for row, option in enumerate(space.options):
+        for layer in later_layers(space, kind, option.layer):
+            mask[row, space.offsets[layer] : space.offsets[layer + 1]] = True
+    return mask
 
 
 def _module(name: str) -> ModuleType:
@@ -146,3 +168,20 @@ def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], A
             "give these layers wider bits, or name them in fixed"
         )
     return tuple(int(k) for k in np.flatnonzero(bad)), np.where(bad, 0.0, increases)
+
+
+def diagonal_matrix(estimator: str, measured: Measured, per_block: Array, ranking_only: bool = False) -> InteractionMatrix:
+    """The diagonal matrix of per-block values (blocks, K) on the scale of twice a loss, with their standard errors."""
+    quarantined, values = quarantine(measured, measured.mean(per_block))
+    errors = measured.standard_error(np.nan_to_num(per_block, nan=0.0, posinf=0.0, neginf=0.0))
+    return InteractionMatrix(
+        space=measured.space,
+        values=np.diag(values),
+        estimator=estimator,
+        criterion=measured.criterion,
+        baseline=measured.baseline(),
+        num_samples=measured.num_images,
+        standard_error=None if errors is None else np.diag(errors),
+        ranking_only=ranking_only,
+        quarantined=quarantined,
+    )

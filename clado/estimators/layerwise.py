@@ -4,9 +4,7 @@ The baseline that CLADO calls CLADO* (arXiv 2307.05657, section 5), and with `kl
 Costs 1 + K forwards of the sensitivity set.
 """
 
-import numpy as np
-
-from clado.estimators import Measured, quarantine
+from clado.estimators import Measured, diagonal_matrix
 from clado.interaction import InteractionMatrix
 
 KINDS = ("singles",)
@@ -14,16 +12,4 @@ KINDS = ("singles",)
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Diagonal matrix of twice the measured increases."""
-    per_block = measured.increases()
-    quarantined, increases = quarantine(measured, measured.mean(per_block))
-    errors = measured.standard_error(np.nan_to_num(per_block, nan=0.0, posinf=0.0, neginf=0.0))
-    return InteractionMatrix(
-        space=measured.space,
-        values=np.diag(2 * increases),
-        estimator="layerwise",
-        criterion=measured.criterion,
-        baseline=measured.baseline(),
-        num_samples=measured.num_images,
-        standard_error=None if errors is None else np.diag(2 * errors),
-        quarantined=quarantined,
-    )
+    return diagonal_matrix("layerwise", measured, 2 * measured.increases())

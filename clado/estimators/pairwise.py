@@ -9,21 +9,26 @@ for every pair of options of different layers.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from clado.estimators import Measured, quarantine
+from clado.estimators import Measured, pair_mask, quarantine
 from clado.interaction import InteractionMatrix
+from clado.probes import Kind
 
 KINDS = ("singles", "pairs")
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix; standard errors from the per-block combination on the same images."""
+    return of_pairs("pairwise", measured, "pairs", pair_mask(measured.space, "pairs"))
+
+
+def of_pairs(estimator: str, measured: Measured, kind: Kind, upper: NDArray[np.bool_]) -> InteractionMatrix:
+    """The matrix of measured pairs: those of `kind` where the mask `upper` (K, K) is True, and 0 for all others."""
     space = measured.space
     singles = measured.increases()
-    owner = np.array([layer for layer, _ in space.options])
-    upper = owner[:, None] < owner[None, :]
     baseline = measured.block_means("singles")[:, :1, None]
-    per_block = measured.block_means("pairs") - baseline - singles[:, :, None] - singles[:, None, :]
+    per_block = measured.block_means(kind) - baseline - singles[:, :, None] - singles[:, None, :]
     per_block = np.where(upper, per_block, 0.0)
     quarantined, increases = quarantine(measured, measured.mean(singles))
     interactions = measured.mean(per_block)
@@ -38,7 +43,7 @@ def estimate(measured: Measured) -> InteractionMatrix:
     return InteractionMatrix(
         space=space,
         values=values,
-        estimator="pairwise",
+        estimator=estimator,
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,

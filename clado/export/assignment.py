@@ -2,9 +2,9 @@
 
 Peers' files are: ModelOpt's `quant_cfg` list, alone or in its configuration; what `config_to_dict` of torchao makes of an
 FqnToConfig; what `json.dumps(config, default=vars)` makes of MCT's BitWidthConfig; and the Python files that `snippets` writes,
-of which only the literal `BITS` is read and nothing is run. Bit-widths of weights are all that is taken: ranges, groups and
-activations of the peer are not, since an assignment is scored as our quantizer measured it. Whatever is unknown, missing, no
-integer or no candidate is refused by name.
+of which only the literals `BITS` and `ACTIVATION_BITS` are read and nothing is run. Of a peer's own settings the bit-widths of
+weights are all that is taken: ranges, groups and activations are not, since an assignment is scored as our quantizer measured
+it. Whatever is unknown, missing, no integer or no candidate is refused by name.
 """
 
 import ast
@@ -33,9 +33,14 @@ def read_assignment(path: Path, space: SearchSpace) -> Assignment:
     """The assignment in a file, in the order of the space; None where the file leaves a layer in float."""
     try:
         text = path.read_text(encoding="utf-8")
-        document = _python_bits(text) if path.suffix == ".py" else json.loads(text, object_pairs_hook=_without_duplicates)
-        bits = _bits(document, space)
-        return _assignment(bits, space, document)
+        if path.suffix == ".py":
+            document, widths = _literal(text, "BITS"), _literal(text, "ACTIVATION_BITS")
+            if document is None:
+                raise ConfigurationError(f"no literal BITS = {{layer: bits}}; {EXPECTED}")
+        else:
+            document = json.loads(text, object_pairs_hook=_without_duplicates)
+            widths = document.get("activation_bits") if isinstance(document, dict) and document.get("format") == FORMAT else None
+        return _assignment(_bits(document, space), widths or {}, space, document)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, SyntaxError) as error:
@@ -50,15 +55,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _python_bits(text: str) -> Any:
-    """The literal `BITS` of a snippet."""
+def _literal(text: str, name: str) -> Any:
+    """The literal that a snippet assigns to a name; None where there is none."""
     for statement in ast.parse(text).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "BITS":
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             try:
                 return ast.literal_eval(statement.value)
             except ValueError:
                 break
-    raise ConfigurationError(f"no literal BITS = {{layer: bits}}; {EXPECTED}")
+    return None
 
 
 def _bits(document: Any, space: SearchSpace) -> dict[str, Any]:
@@ -87,6 +92,9 @@ def _ours(document: dict[str, Any]) -> dict[str, Any]:
     bits, average, size = (document.get(key) for key in ("bits", "average_bits", "size_bytes"))
     if not isinstance(bits, dict) or not bits:
         raise ConfigurationError(f"bits is {bits!r}; expected an object of layer names to bits")
+    widths = document.get("activation_bits", {"": None})  # it may be absent, but not empty
+    if not isinstance(widths, dict) or not widths:
+        raise ConfigurationError(f"activation_bits is {widths!r}; expected an object of layer names to bits, or none at all")
     if isinstance(average, bool) or not isinstance(average, (int, float)) or not average >= 0:
         raise ConfigurationError(f"average_bits is {average!r}; expected a number from 0")
     if (_integer(size) or 0) < 0 or _integer(size) is None:
@@ -97,10 +105,10 @@ def _ours(document: dict[str, Any]) -> dict[str, Any]:
     return bits
 
 
-def _assignment(bits: Mapping[str, Any], space: SearchSpace, document: Any) -> Assignment:
+def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: SearchSpace, document: Any) -> Assignment:
     """The bits in the order of the space, refused unless every layer has a candidate of its own or is left in float."""
     faults = []
-    if unknown := [f"{name}{nearest(name, space.names)}" for name in bits if name not in space.names]:
+    if unknown := [f"{name}{nearest(name, space.names)}" for name in {**bits, **widths} if name not in space.names]:
         faults.append(f"no searched layer is called {_list(unknown)}")
     if missing := [name for name in space.names if name not in bits]:
         faults.append(f"these layers are missing: {_list(missing)}")
@@ -111,9 +119,15 @@ def _assignment(bits: Mapping[str, Any], space: SearchSpace, document: Any) -> A
                 faults.append(f"{layer.name} has {bits[layer.name]!r}, expected an integer within {MIN_BITS}..{MAX_BITS}")
             elif found not in candidates:
                 faults.append(f"{layer.name} has {found} bits, which is not measured; its candidates are {list(candidates)}")
+        if (width := widths.get(layer.name)) is not None:
+            found = _integer(width)
+            if found is None or not MIN_BITS <= found <= MAX_BITS:
+                faults.append(f"{layer.name} has activations at {width!r}, expected an integer within {MIN_BITS}..{MAX_BITS}")
     if faults:
         raise ConfigurationError("; ".join(faults))
-    assignment = Assignment(tuple(_integer(bits[name]) for name in space.names))
+    activation_bits = tuple(_integer(widths.get(name)) for name in space.names) if widths else ()
+    assignment = space.completed(Assignment(tuple(_integer(bits[name]) for name in space.names), activation_bits))
+    space.chosen_options(assignment)  # refuses activation widths that are not candidates
     if isinstance(document, dict) and document.get("format") == FORMAT:
         size = space.size_bytes(assignment)
         if document["size_bytes"] != size:

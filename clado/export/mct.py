@@ -2,10 +2,10 @@
 
 Source: https://sony.github.io/model_optimization/api/api_docs/classes/BitWidthConfig.html, the manual choice of bit-widths; its
 target platform must offer each width, so the snippet makes one that offers the assigned ones. One bit is refused: MCT's codes
-are −1 and 0, ours −1 and +1.
+are −1 and 0, ours −1 and +1. Activation bits are not applied: MCT quantizes the outputs of nodes, ours are of layers' inputs.
 """
 
-from clado.export.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal
+from clado.export.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal, not_applied
 from clado.space import Assignment, SearchSpace
 
 OPERATORS = ("conv2d", "conv_transpose2d", "linear")
@@ -99,6 +99,7 @@ def quantize(model, representative_data):
 
 def snippet(space: SearchSpace, assignment: Assignment) -> str:
     """The file's text; ConfigurationError names what MCT cannot express."""
+    assignment = space.completed(assignment)
     check_expressible("MCT", space, assignment, OPERATORS, least=2, most=16)
     return f'''"""{headline("Sony's Model Compression Toolkit", space, assignment)}
 
@@ -109,7 +110,7 @@ def snippet(space: SearchSpace, assignment: Assignment) -> str:
 Weights only, symmetric, one scale per output channel. MCT folds batch norms before it quantizes and fits the scales itself
 (least squared error, over the codes -2^(b-1) to 2^(b-1) - 1), so the loss differs a little from the one that was measured.
 None leaves a layer in float.
-"""
+{not_applied("MCT", assignment)}"""
 
 import model_compression_toolkit as mct
 import torch

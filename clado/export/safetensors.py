@@ -1,7 +1,8 @@
 """The network with its chosen weights as float tensors in one safetensors file: loads wherever the float network loads.
 
-The searched weights are already rounded (fake-quantized), so the outputs are those that were measured. They are kept as
-floats: the file has the size of the float network, and `size_bytes` in the assignment is what the codes need once packed.
+The searched weights are already rounded (fake-quantized), so the outputs are those that were measured, where activations
+stayed in float: their rounding is not in a state dict. The weights are kept as floats: the file has the size of the float
+network, and `size_bytes` in the assignment is what the codes need once packed.
 """
 
 import json
@@ -100,7 +101,14 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def _readme(document: Mapping[str, Any], snippet: str) -> str:
-    widths = "\n".join(f"| `{name}` | {bits} |" for name, bits in document["bits"].items())
+    activations = document.get("activation_bits", {})
+    rows = [[" layer ", " bits ", " activation bits "], ["---"] * 3]
+    rows += [[f" `{name}` ", f" {bits} ", f" {activations.get(name)} "] for name, bits in document["bits"].items()]
+    table = "\n".join(f"|{'|'.join(row if activations else row[:2])}|" for row in rows)
+    note = (
+        "- Activations: when measured, each layer's input was rounded to its activation bits. The file holds weights alone: a\n"
+        "  network that loads it computes with float activations.\n"
+    )
     return f"""# A network with mixed-precision weights
 
 {len(document["bits"])} layers, {document["average_bits"]:.3f} bits per searched weight on average.
@@ -113,8 +121,6 @@ Packed, the searched weights take {document["size_bytes"]:,} bytes.
 - `{WEIGHTS}`: the network's state. The searched weights are rounded to the levels of their bit-width and kept as floats, so
   the outputs are those that were measured, and the file is as large as the float network.
 - `{ASSIGNMENT}`: the bit-width of each searched layer.
-
-| layer | bits |
-|---|---|
-{widths}
+{note if activations else ""}
+{table}
 """

@@ -1,12 +1,13 @@
 """A ready Python file that applies an assignment with a peer's library: what the peers' modules here have in common.
 
 Every snippet holds the assignment as the literal `BITS` (`read_assignment` reads it back, without running the file), quantizes
-weights only, symmetric, with one scale per output channel where the peer allows, and checks that each layer came out as
-assigned. What a peer cannot express is refused here, by name.
+weights symmetric, with one scale per output channel where the peer allows, and checks that each layer came out as assigned.
+Activation bits are the literal `ACTIVATION_BITS`; ModelOpt applies them, MCT (which quantizes outputs of layers, not inputs)
+and torchao do not, and their snippets say so. What a peer cannot express is refused here, by name.
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -50,9 +51,21 @@ def known(peer: str) -> str:
 
 
 def literal(space: SearchSpace, assignment: Assignment) -> str:
-    """The assignment as Python: `BITS = {parameter: bits}`."""
-    rows = [f"    {json.dumps(name)}: {bits},\n" for name, bits in zip(space.names, assignment.bits, strict=True)]
-    return f"BITS = {{\n{''.join(rows)}}}\n"
+    """The assignment as Python: `BITS = {parameter: bits}`, and `ACTIVATION_BITS` where it has some."""
+
+    def mapping(name: str, values: Sequence[int | None]) -> str:
+        rows = [f"    {json.dumps(layer)}: {bits},\n" for layer, bits in zip(space.names, values, strict=True)]
+        return f"{name} = {{\n{''.join(rows)}}}\n"
+
+    widths = assignment.activation_bits
+    return mapping("BITS", assignment.bits) + (mapping("ACTIVATION_BITS", widths) if widths else "")
+
+
+def not_applied(peer: str, assignment: Assignment) -> str:
+    """A paragraph for a snippet's docstring where a peer leaves assigned activation bits unapplied."""
+    if not assignment.activation_bits:
+        return ""
+    return f"\nActivations stay in float: ACTIVATION_BITS says what was assigned and measured, but is not applied with {peer}.\n"
 
 
 def headline(peer: str, space: SearchSpace, assignment: Assignment) -> str:
@@ -64,10 +77,11 @@ def headline(peer: str, space: SearchSpace, assignment: Assignment) -> str:
 def check_expressible(
     peer: str, space: SearchSpace, assignment: Assignment, operators: Container[str], least: int, most: int
 ) -> None:
-    """Refuses, naming them, layers that are not `<module>.weight` of a known operator, and widths outside least..most."""
-    space.check(assignment)
+    """Refuses, naming them, layers that are not `<module>.weight` of a known operator, and widths outside least..most (of
+    activations too, where the assignment has some).
+    """
     faults = []
-    for layer, bits in zip(space.layers, assignment.bits, strict=True):
+    for layer, (bits, width) in zip(space.layers, assignment.pairs, strict=True):
         if bits is None:
             continue
         if layer.name.rpartition(".")[2] != "weight":
@@ -76,6 +90,8 @@ def check_expressible(
             faults.append(f"{layer.name} is consumed by {layer.operator}")
         elif not least <= bits <= most:
             faults.append(f"{layer.name} has {bits} bits, and {peer} takes {least} to {most}")
+        elif width is not None and not least <= width <= most:
+            faults.append(f"{layer.name} has activations at {width} bits, and {peer} takes {least} to {most}")
     if faults:
         advice = "pin or fix these layers, or export as safetensors"
         raise ConfigurationError(f"{peer} cannot express this assignment: {'; '.join(faults)}; {advice}")

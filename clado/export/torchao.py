@@ -2,10 +2,10 @@
 
 Sources: torchao.quantization.FqnToConfig and IntxWeightOnlyConfig (one to eight bits). The latter gives a convolution a scale
 for each tap of each filter, hence convolutions take the tensor class beneath it, with one block per output channel. One bit is
-refused: torchao's codes are −1 and 0, ours −1 and +1.
+refused: torchao's codes are −1 and 0, ours −1 and +1. Activation bits are not applied.
 """
 
-from clado.export.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal
+from clado.export.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal, not_applied
 from clado.space import Assignment, SearchSpace
 
 OPERATORS = ("conv2d", "linear")
@@ -38,6 +38,7 @@ def quantize(model):
 
 def snippet(space: SearchSpace, assignment: Assignment) -> str:
     """The file's text; ConfigurationError names what torchao cannot express."""
+    assignment = space.completed(assignment)
     check_expressible("torchao", space, assignment, OPERATORS, least=2, most=8)
     pairs = zip(space.layers, assignment.bits, strict=True)
     convolutions = [f'    "{layer.name}",\n' for layer, bits in pairs if layer.operator == "conv2d" and bits is not None]
@@ -50,7 +51,7 @@ def snippet(space: SearchSpace, assignment: Assignment) -> str:
 Weights only, symmetric, one scale per output channel. torchao fits the scales itself (from the largest weight, over the codes
 -2^(b-1) to 2^(b-1) - 1), so the loss differs from the one that was measured, at 2 and 3 bits visibly. The codes are kept one a
 byte. None leaves a layer in float.
-"""
+{not_applied("torchao", assignment)}"""
 
 from collections import OrderedDict
 

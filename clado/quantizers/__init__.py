@@ -61,6 +61,40 @@ class Grid:
         return self.dequantize(self.quantize(weight))
 
 
+@dataclass(frozen=True)
+class ActivationGrid:
+    """An affine per-tensor grid of 2^bits codes for a layer's input: value = (code − zero_point) · scale."""
+
+    bits: int
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of_range(cls, low: float, high: float, bits: int) -> "ActivationGrid":
+        """The grid that spans low..high; zero is always on it."""
+        grid = grid_of_range(torch.tensor(float(low)), torch.tensor(float(high)), Codes.of(bits, False), False)
+        return cls(bits, float(grid.scale), int(grid.zero_point))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The nearest values on the grid; beyond its range they saturate. The input is not changed."""
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return self.fake_quantize(x.float()).to(x.dtype)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 2**self.bits - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """What stands in a layer's place: its weight on a grid and, where there is one, a bias of its own and its input's grid.
+
+    `weight` has the layer's shape in float; `grid` is what its values lie on; `bias` (channels,) None leaves the layer's own.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: ActivationGrid | None = None
+    grid: Grid | None = None
+
+
 def grid_of_range(low: Tensor, high: Tensor, codes: Codes, symmetric: bool) -> Grid:
     """The grid whose codes span low..high. An empty range (an all-zero channel) gets scale 1, so that zeros stay zeros."""
     one = torch.ones_like(high)
@@ -101,6 +135,12 @@ class WeightQuantizer:
     def fake_quantize(self, weight: Tensor, bits: int, channel_axis: int = 0) -> Tensor:
         """Q(w, b): the weight rounded to its b-bit grid; shape, dtype and device are kept, the input is not changed."""
         return self.grid(weight, bits, channel_axis).fake_quantize(weight.detach().float()).to(weight.dtype)
+
+
+def range_of(name: str, values: Tensor, bits: int) -> tuple[float, float]:
+    """(low, high) of an affine per-tensor grid for activations, fitted by a quantizer of this folder on values (n,)."""
+    low, high = _module(name).fit_range(values.reshape(1, -1), Codes.of(bits, False), False)
+    return float(low), float(high)
 
 
 def _module(name: str) -> ModuleType:

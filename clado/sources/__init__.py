@@ -1,22 +1,25 @@
 """Where networks and images come from: one file for each source, found by its name. Nothing here uses the network.
 
 A source is a module with `load_network(NetworkSettings) -> nn.Module | (nn.Module, example input or image shape)`, with
-`load_data(DataSettings, image_shape) -> DataSlices`, or with both. It is imported when it is named.
+`load_data(DataSettings, image_shape) -> DataSlices`, or with both. It is imported when it is named. One of networks may say what
+preprocessing belongs to the weights: `preprocessing(NetworkSettings) -> dict` of the settings resize, interpolation, mean, std.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clado.config import DataSettings, NetworkSettings
 from clado.errors import NetworkError
-from clado.images import DataSlices, ImageShape, ImageSlice, MemorySlice, as_slice, check_batch, check_slice
+from clado.images import AbsentSlice, DataSlices, ImageShape, ImageSlice, MemorySlice, as_slice, check_batch, check_slice
 
 __all__ = [
     "DataSlices",
@@ -43,6 +46,7 @@ class LoadedNetwork:
     model: nn.Module
     example_input: Tensor
     description: str
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # of DataSettings: what belongs to its weights
 
     @property
     def image_shape(self) -> ImageShape:
@@ -56,7 +60,7 @@ class LoadedNetwork:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -74,28 +78,43 @@ def load_network(settings: NetworkSettings) -> LoadedNetwork:
     model = model.cpu().eval()
     _check_weights(model)
     origin = "" if settings.weights is None else f" with {'random weights' if settings.weights == 'random' else settings.weights}"
-    return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}")
+    own = source.preprocessing(settings) if hasattr(source, "preprocessing") else {}
+    return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}", own)
 
 
-def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """The three disjoint slices that the settings name, for a network that takes images of `image_shape`. Raises DataError."""
+def load_data(
+    settings: DataSettings, image_shape: ImageShape, preprocessing: Mapping[str, Any] = MappingProxyType({})
+) -> DataSlices:
+    """The disjoint slices that the settings name, for a network that takes images of `image_shape`. Raises DataError.
+
+    `preprocessing` belongs to the network's weights: it holds wherever the settings leave something open.
+    """
+    if settings.source != "zoo":
+        settings = settings.model_copy(
+            update={key: value for key, value in preprocessing.items() if getattr(settings, key) is None}
+        )
     slices: DataSlices = import_module(f"clado.sources.{settings.source}").load_data(settings, image_shape)
     return slices
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Puts a safetensors file into the network, refused (NetworkError) unless names and shapes fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def absent_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
+    """Slices of the sizes asked for, of images that are not there: a plan needs no more."""
 
+    def absent(count: int | None) -> AbsentSlice:
+        return AbsentSlice(count or 0, image_shape, settings.path)
+
+    counts = settings.calibration_images, settings.sensitivity_images, settings.validation_images
+    return DataSlices(absent(counts[0]), absent(counts[1]), absent(counts[2]), selection=absent(0))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Puts a safetensors file, or one of torch.save, into the network, refused (NetworkError) unless names and shapes fit."""
     if not path.is_file():
-        raise NetworkError(f"weights file {path} does not exist; expected a safetensors file with the network's state_dict")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
         raise NetworkError(
-            f"weights file {path} is not a readable safetensors file ({error}); write one with safetensors.torch.save_file"
-        ) from None
+            f"weights file {path} does not exist; expected a safetensors file with the network's state_dict, or .pth "
+            "(a plan does without: clado plan CONFIG network.weights=random)"
+        )
+    state = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
     own = model.state_dict()
     # A tensor that two names share is stored once; the count of batches never acts in eval mode.
     given = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name in state and tensor.numel()}
@@ -120,6 +139,32 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{len(own)} in the network, {len(state)} in the file)"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _safetensors_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise NetworkError(
+            f"weights file {path} is not a readable safetensors file ({error}); write one with safetensors.torch.save_file"
+        ) from None
+
+
+def _torch_file(path: Path) -> dict[str, Tensor]:
+    """A state_dict as torchvision publishes it. Only tensors are unpickled: a file cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # it raises many kinds, its own for what is no tensor
+        raise NetworkError(
+            f"weights file {path} is not a state_dict that torch.load reads without running code "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected torch.save(model.state_dict(), FILE)"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise NetworkError(f"weights file {path} holds no plain state_dict; expected torch.save(model.state_dict(), FILE)")
+    return dict(state)
 
 
 def _some(names: Iterable[str], separator: str = ", ", limit: int = 5) -> str:

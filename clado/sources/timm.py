@@ -2,6 +2,7 @@
 
 import warnings
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,11 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
     """
     timm = _timm()
     valid: list[str] = timm.list_models()
-    if settings.name not in valid:
+    name, _, tag = settings.name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")] if tag else []
+    if tag and name in valid and tag not in tags:
+        raise NetworkError(f"timm has no weights {tag!r} of {name}{nearest(tag, tags)}; it has {', '.join(tags) or 'none'}")
+    if name not in valid:
         raise NetworkError(
             f"timm has no network {settings.name!r}{nearest(settings.name, valid)}; timm.list_models() names its {len(valid)}"
         )
@@ -30,6 +35,18 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
     model: nn.Module = timm.create_model(settings.name, pretrained=False, **options)
     channels, height, width = timm.get_pretrained_cfg(settings.name).input_size
     return model, (channels, height, width)
+
+
+def preprocessing(settings: NetworkSettings) -> dict[str, Any]:
+    """What timm lists with the weights of that name and tag: the resize is the crop divided by the share that it keeps."""
+    listed = _timm().get_pretrained_cfg(settings.name)
+    shape = settings.image_shape or listed.input_size
+    found: dict[str, Any] = {"interpolation": listed.interpolation}
+    if shape[0] == listed.input_size[0]:
+        found |= {"mean": tuple(listed.mean), "std": tuple(listed.std)}
+    if listed.crop_mode == "center":
+        found["resize"] = int(max(shape[1:]) / listed.crop_pct)
+    return found
 
 
 def _timm() -> ModuleType:

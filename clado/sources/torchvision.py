@@ -1,7 +1,9 @@
-"""Torchvision's classification networks by name, with weights from a local safetensors file: nothing is ever downloaded."""
+"""Torchvision's classification networks by name, with weights from a local file: nothing is ever downloaded."""
 
 import warnings
+from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -21,11 +23,46 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
         raise NetworkError(
             f"torchvision has no network {settings.name!r}{nearest(settings.name, valid)}; it has {', '.join(valid)}"
         )
+    crop = IMAGE_SHAPE[1] if (weights := _weights(settings)) is None else _transform(weights).crop_size[0]
+    # a vision transformer is built for one image size
+    options = {"image_size": crop} if crop != IMAGE_SHAPE[1] and settings.name.startswith("vit_") else {}
     with warnings.catch_warnings():
         # googlenet and inception_v3 announce another initialisation; the weights that follow replace it.
         warnings.simplefilter("ignore", FutureWarning)
-        model: nn.Module = models.get_model(settings.name, weights=None)
-    return model, IMAGE_SHAPE
+        model: nn.Module = models.get_model(settings.name, weights=None, **options)
+    return model, (IMAGE_SHAPE[0], crop, crop)
+
+
+def preprocessing(settings: NetworkSettings) -> dict[str, Any]:
+    """What torchvision lists with the weights that are named, or whose published file this is; nothing for others."""
+    if (weights := _weights(settings)) is None:
+        return {}
+    found = _transform(weights)
+    return {
+        "resize": found.resize_size[0],
+        "interpolation": found.interpolation.value,
+        "mean": tuple(found.mean),
+        "std": tuple(found.std),
+    }
+
+
+def _weights(settings: NetworkSettings) -> Any:
+    """The member of torchvision's enumeration that the settings name, or that is published under the file's name; else None."""
+    enumeration = _models().get_model_weights(settings.name)
+    if settings.weights_name is not None:
+        if settings.weights_name not in enumeration.__members__:
+            valid = list(enumeration.__members__)
+            raise NetworkError(
+                f"network.weights_name {settings.weights_name!r} is not among torchvision's weights of {settings.name}"
+                f"{nearest(settings.weights_name, valid)}; it has {', '.join(valid)}"
+            )
+        return enumeration[settings.weights_name]
+    stem = settings.weights.stem if isinstance(settings.weights, Path) else None
+    return next((weights for weights in enumeration if PurePosixPath(weights.url).stem == stem), None)
+
+
+def _transform(weights: Any) -> Any:
+    return weights.transforms()
 
 
 def _models() -> ModuleType:

@@ -1,18 +1,24 @@
 """Where tasks run: one file for each kind of cluster. Choosing another is a change of configuration only.
 
-A cluster is a module of this folder with a context manager `start(settings: ClusterSettings) -> Workers`. To add one, add a file
-and subclass `ClusterContract` (tests/contracts/cluster.py).
+A cluster is a module of this folder with a context manager `start(settings: ClusterSettings) -> Workers` and a function
+`describe(settings) -> str` that says, or prints, what `start` would start. To add one, add a file and subclass `ClusterContract`
+(tests/contracts/cluster.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
-from clado.config import RunConfig
+from clado.config import ClusterSettings, RunConfig
+from clado.errors import ConfigurationError, MeasurementError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+RETRIES = 2  # of one task, on errors that its worker survives
 
 
 class Workers(Protocol):
@@ -24,10 +30,42 @@ class Workers(Protocol):
     def map(
         self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]
     ) -> Iterator[Result]:
-        """`function(configuration, item)` for each item, results as they complete. Each call is one task."""
+        """`function(configuration, item)` for each item, results as they complete. Each call is one task.
+
+        A task that fails is tried again RETRIES times; then a CladoError is raised as it is, any other as `given_up` says.
+        """
 
 
 def start(config: RunConfig) -> AbstractContextManager[Workers]:
     """The workers that the configuration names, until the context ends."""
-    workers: AbstractContextManager[Workers] = import_module(f"flows.clusters.{config.cluster.kind}").start(config.cluster)
+    workers: AbstractContextManager[Workers] = _kind(config.cluster).start(config.cluster)
     return workers
+
+
+def describe(config: RunConfig) -> str:
+    """What `start` would start: a sentence, or the script or manifest that another system is given. Starts nothing."""
+    text: str = _kind(config.cluster).describe(config.cluster)
+    return text
+
+
+def given_up(item: object, error: Exception) -> MeasurementError:
+    """The one message for a task that fails each time. The error itself is its cause, and goes into the run's failure.txt."""
+    return MeasurementError(
+        f"{item} failed {RETRIES + 1} times, the last time with {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+        "What was measured is kept, and the same command goes on from there; the traceback is in failure.txt of the run's folder"
+    )
+
+
+def _kind(settings: ClusterSettings) -> ModuleType:
+    return import_module(f"flows.clusters.{settings.kind}")
+
+
+def optional(module: str, package: str, kind: str) -> ModuleType:
+    """A library that only one kind of cluster needs; ConfigurationError naming the extra where it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"cluster kind {kind} needs the package {package}, which is not installed ({error}); "
+            f"expected: pip install 'clado[{kind}]', or another cluster.kind"
+        ) from None

@@ -1,49 +1,188 @@
 """Workers behind a Dask client, shared by every kind of cluster that is one."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from distributed import Client, KilledWorker, as_completed
+from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
+from distributed.comm import CommClosedError
 
-from clado.config import RunConfig
-from clado.errors import MeasurementError
+from clado.config import ClusterSettings, RunConfig
+from clado.errors import CladoError, MeasurementError, ServerError
+from flows.clusters import RETRIES, given_up
+from flows.clusters._inspection import Inspection, located
+from flows.clusters._tls import protocol, security
 
-RETRIES = 2  # of one task, on errors that a worker may survive
 DEATHS = 3  # of workers, until the task that each was computing is given up
+CONNECT_TIMEOUT = 30.0  # seconds until a scheduler that does not answer is given up
+NO_DASHBOARD = "127.0.0.1:0"  # its metrics are served all the same: at a free port, so that schedulers do not meet at 8787
+PATROL = 5.0  # seconds between looks at whether there are workers, while no task ends
+# Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
+# 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+KEPT = "what was measured is kept: start it again, and the same command goes on from there"
 
 
 class DaskWorkers:
     """Tasks as native Dask tasks from a client in the flow's process: they end when the flow ends."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, patience: float) -> None:
         self.client = client
+        self.patience = patience  # seconds without any worker
+        self.plugins: list[str] = []
 
     def open_session(self, config: RunConfig) -> None:
-        """Registers the plugin, which loads network and data on every worker, also on one that is restarted."""
+        """Registers plugins: each worker is inspected and loads network and data, also one that comes later or is restarted."""
         from flows.worker import SessionPlugin
 
-        self.client.register_plugin(SessionPlugin(config))
+        config = located(config)
+        try:
+            for plugin in (Inspection(config), SessionPlugin(config)):
+                self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has its own
+                self.client.register_plugin(plugin, self.plugins[-1])
+        except ImportError as error:
+            raise ServerError(
+                f"a worker cannot import what a run needs ({error}); expected this version of clado there"
+            ) from None
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
         """Submits all items at once; on an error, or when the caller stops early, what has not begun is cancelled."""
         work = list(items)
-        documents = [config.model_dump(mode="json")] * len(work)
+        documents = [located(config).model_dump(mode="json")] * len(work)
         # pure=False: a task that is asked for again is computed again
         futures = self.client.map(function, documents, work, pure=False, retries=RETRIES)
+        asked = {future.key: item for future, item in zip(futures, work, strict=True)}
         try:
-            for future in as_completed(futures, loop=self.client.loop):
-                try:
-                    result = future.result()
-                except KilledWorker as error:
-                    raise MeasurementError(
-                        f"a task ended its worker process more than {DEATHS} times ({error.task}), most likely for want of "
-                        "memory; use fewer workers, or lower measure.memory_limit_mb or measure.batch_images"
-                    ) from None
-                yield result
+            for future in self._ended(futures):
+                yield self._result(future, asked)
                 future.release()
         finally:
-            self.client.cancel(futures)
+            with suppress(CommClosedError, OSError):
+                self.client.cancel(futures)
+
+    def _ended(self, futures: list[Future]) -> Iterator[Future]:
+        """Futures as they end. While none does, the workers are counted now and then: nobody waits for nobody."""
+        running = as_completed(futures, loop=self.client.loop)
+        look = self._watch()
+        while not running.is_empty():
+            batch = running.next_batch(block=False)
+            if batch:
+                yield from batch
+                look = self._watch()
+            else:
+                time.sleep(0.005)
+                look()
+
+    def _watch(self) -> Callable[[], None]:
+        """What is called while nothing happens: now and then it counts the workers, ServerError once none was there for long."""
+        looked = alive = time.monotonic()
+
+        def look() -> None:
+            nonlocal looked, alive
+            if time.monotonic() - looked < PATROL:
+                return
+            looked = time.monotonic()
+            alive = looked if self._count() else alive
+            if looked - alive > self.patience:
+                raise ServerError(f"no worker has been there for {self.patience:.0f} s; {KEPT}")
+
+        return look
+
+    def _count(self) -> int:
+        try:
+            return len(self.client.nthreads())
+        except (CommClosedError, OSError):
+            return 0
+
+    def _result(self, future: Future, asked: dict[str, Any]) -> Any:
+        if future.cancelled():
+            raise ServerError(f"the Dask scheduler was lost; {KEPT}")
+        look = self._watch()
+        try:
+            while True:
+                try:
+                    return future.result(timeout=PATROL)
+                except TimeoutError:
+                    if future.status == "error":  # the task's own
+                        raise
+                    look()  # the worker that had the result is gone, and the task is computed again
+        except CladoError:
+            raise
+        except KilledWorker as error:
+            raise MeasurementError(
+                f"{asked[future.key]} ended its worker process more than {error.allowed_failures} times, most likely for want of "
+                "memory; use fewer workers, or lower measure.memory_limit_mb or measure.batch_images"
+            ) from None
+        except CommClosedError:
+            raise ServerError(f"the Dask scheduler was lost; {KEPT}") from None
+        except Exception as error:
+            raise given_up(asked[future.key], error) from error
+
+    def close(self) -> None:
+        """Takes the plugins away, so that workers that outlive the run do not open its session again."""
+        for name in self.plugins:
+            with suppress(Exception):  # the cluster may be gone
+                self.client.unregister_worker_plugin(name)
+
+
+@contextmanager
+def connected(target: Any, settings: ClusterSettings) -> Iterator[DaskWorkers]:
+    """The workers of a cluster, or of a scheduler's address, as soon as there is one."""
+    quiet()
+    try:
+        client = Client(target, security=security(settings), set_as_default=False, timeout=CONNECT_TIMEOUT)
+    except (OSError, ValueError) as error:
+        raise ServerError(
+            f"no Dask scheduler answers at {target} ({error}); expected one that runs, with the same cluster.tls: dask scheduler"
+        ) from None
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=settings.start_timeout)
+        except TimeoutError:
+            raise ServerError(
+                f"the scheduler at {client.scheduler.address} has no worker after {settings.start_timeout:.0f} s; expected some, "
+                "such as `dask worker ADDRESS --nthreads 1` starts, or a longer cluster.start_timeout"
+            ) from None
+        workers = DaskWorkers(client, settings.start_timeout)
+        try:
+            yield workers
+        finally:
+            workers.close()
+
+
+@contextmanager
+def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> Iterator[DaskWorkers]:
+    """A scheduler and one worker process on loopback for each environment; a killed worker is started again."""
+    quiet()
+    configure()
+    common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), "dashboard": False}
+    own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.ERROR}
+    workers = {
+        number: {"cls": Nanny, "options": {**common, **own, "env": {**threads(settings), **environment}}}
+        for number, environment in enumerate(environments)
+    }
+    scheduler = {"cls": Scheduler, "options": {**common, "port": 0, "dashboard_address": NO_DASHBOARD}}
+    with (
+        SpecCluster(workers, scheduler, security=common["security"], silence_logs=logging.ERROR) as cluster,
+        connected(cluster, settings) as connection,
+    ):
+        yield connection
+
+
+def threads(settings: ClusterSettings) -> dict[str, str]:
+    """Environment of a worker: libraries size their thread pools and the allocator its limits, before any code of ours runs."""
+    sizes = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads_per_worker))
+    return sizes | ALLOCATOR
+
+
+def configure() -> None:
+    """What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that."""
+    import dask
+
+    dask.config.set({"distributed.scheduler.allowed-failures": DEATHS, "distributed.scheduler.worker-saturation": 1.0})
+    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 
 
 def quiet() -> None:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.config import ClusterSettings, RunConfig
+from clado.errors import CladoError
+from flows.clusters import RETRIES, given_up
 
 
 class InlineWorkers:
@@ -17,10 +19,27 @@ class InlineWorkers:
         """Calls the function for each item in turn."""
         document = config.model_dump(mode="json")
         for item in items:
-            yield function(document, item)
+            yield _tried(function, document, item)
+
+
+def _tried(function: Callable[[dict[str, Any], Any], Any], document: dict[str, Any], item: Any) -> Any:
+    for left in range(RETRIES, -1, -1):
+        try:
+            return function(document, item)
+        except Exception as error:
+            if left:
+                continue
+            if isinstance(error, CladoError):
+                raise
+            raise given_up(item, error) from error
 
 
 @contextmanager
 def start(settings: ClusterSettings) -> Iterator[InlineWorkers]:
     """Workers without processes."""
     yield InlineWorkers()
+
+
+def describe(settings: ClusterSettings) -> str:
+    """What `start` starts."""
+    return "no workers: tasks run in the flow's own process, one after another"

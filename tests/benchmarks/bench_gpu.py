@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from clado.graph import Graph, State
 from clado.measure import Workbench, measure_tile
 from clado.network import Network
+from clado.preparation import Recipe, prepare
 from clado.probes import Plan, Workload, sample_blocks
 from clado.quantizers import WeightQuantizer
 
@@ -81,7 +82,7 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
         if network.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         for _ in range(4):
-            state = State({graph.input_slot: images}, 0, batch)
+            state = State({graph.input_slot: images}, 0, batch, batch)
             for k in range(len(best)):
                 begin = synchronised(network.device)
                 with torch.autocast(network.device.type, torch.bfloat16, enabled=network.numeric == "bfloat16"):
@@ -89,7 +90,7 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
                 best[k] = min(best[k], (synchronised(network.device) - begin) / batch)
     suffix, offsets = [float(best[cut.position :].sum()) for cut in graph.cuts], plan.space.offsets
     pairs = sum((offsets[j + 1] - offsets[j]) * offsets[j] * suffix[j] for j in range(plan.space.num_layers))
-    singles = sum(suffix[layer] for layer, _ in plan.space.options)
+    singles = sum(suffix[option.layer] for option in plan.space.options)
     return {"pairs": pairs * plan.num_images, "gram": singles * plan.num_images, "inference": float(best.sum())}
 
 
@@ -133,9 +134,8 @@ def main() -> None:
     network = Network(model, example, numeric=arguments.numeric, channels_last=arguments.channels_last)
     space = network.search_space((2, 4, 8))
     blocks = sample_blocks(len(images), arguments.blocks or max(1, len(images) // 64))
-    bench = Workbench(
-        network, space, WeightQuantizer(), "kl_to_float", blocks, lambda a, b: (images[a:b], None), arguments.batch_images
-    )
+    prepared = prepare(network, space, Recipe(WeightQuantizer()))
+    bench = Workbench(prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None), arguments.batch_images)
     plan = Plan(space, blocks, ("pairs", "gram"), max(1, space.num_options // 6))
     measure_tile(bench, plan.tiles[0])  # warms up; counted again below
     longest = 0.0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clado.graph import Graph, State, compile_graph
 from clado.measure import Workbench, measure_tile
 from clado.network import Network
+from clado.preparation import Recipe, prepare
 from clado.probes import Plan, Tile
 from clado.quantizers import WeightQuantizer
 from clado.shards import Store
@@ -89,7 +90,7 @@ def operator_seconds(graph: Graph) -> np.ndarray:
     for batch in BATCHES:
         images = torch.randn(batch, 3, SIZE, SIZE)
         for _ in range(4 if batch <= 128 else 3):
-            state = State({graph.input_slot: images}, 0, batch)
+            state = State({graph.input_slot: images}, 0, batch, batch)
             for k in range(len(graph.instructions)):
                 begin = time.process_time()
                 state = graph.run(state, k + 1, {})
@@ -116,10 +117,10 @@ def swapping_seconds(model: nn.Module, bench: Workbench, trials: int = 6) -> flo
         for _ in range(trials if batch < 128 else 2):
             chosen = draw.sample(range(space.num_options), 2)
             for option in chosen:
-                parameters[space.layers[space.options[option][0]].name].copy_(bench.quantized[option])
+                parameters[space.layers[space.options[option].layer].name].copy_(bench.quantized[option].weight)
             model(images)
             for option in chosen:
-                layer = space.options[option][0]
+                layer = space.options[option].layer
                 parameters[space.layers[layer].name].copy_(originals(bench)[layer])
         best = min(best, (time.process_time() - begin) / (trials if batch < 128 else 2) / batch)
     return best
@@ -141,9 +142,9 @@ class Stopwatch:
     def __init__(self, graph: Graph) -> None:
         self.seconds, self.instructions, run = 0.0, 0, graph.run
 
-        def timed(state: State, stop: int, weights: Any) -> State:
+        def timed(state: State, stop: int, replaced: Any) -> State:
             begin = time.process_time()
-            result = run(state, stop, weights)
+            result = run(state, stop, replaced)
             self.seconds += time.process_time() - begin
             self.instructions += stop - state.position
             return result
@@ -158,7 +159,7 @@ def loop_seconds(model: nn.Module) -> float:
     from dataclasses import replace
 
     graph.instructions = tuple(replace(step, function=lambda *_, **__: (nothing,) * 3) for step in graph.instructions)
-    state = State({graph.input_slot: nothing}, 0, 1)
+    state = State({graph.input_slot: nothing}, 0, 1, 1)
     return seconds(lambda: graph.run(state, len(graph.instructions), {}), 50) / len(graph.instructions)
 
 
@@ -186,8 +187,8 @@ def measure(name: str, folder: Path) -> Result:
     space = network.search_space(BITS)
 
     def workbench(count: int) -> Workbench:
-        quantizer, blocks = WeightQuantizer("minmax"), ((0, count),)
-        return Workbench(network, space, quantizer, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
+        prepared = prepare(network, space, Recipe(WeightQuantizer("minmax")))
+        return Workbench(prepared, "kl_to_float", ((0, count),), lambda a, b: (images[a:b], None))
 
     bench = workbench(IMAGES)
     plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
@@ -199,7 +200,7 @@ def measure(name: str, folder: Path) -> Result:
     pairs = [(offsets[j + 1] - offsets[j]) * offsets[j] for j in range(space.num_layers)]
     floor: dict[str, float] = {
         "pairs": IMAGES * sum(n * s for n, s in zip(pairs, suffix, strict=True)),
-        "singles": IMAGES * sum(suffix[layer] for layer, _ in space.options),
+        "singles": IMAGES * sum(suffix[option.layer] for option in space.options),
     }
     floor["gram"] = floor["singles"]
     inference = inference_seconds(model)

@@ -1,16 +1,37 @@
 """What every kind of cluster keeps. Subclass with `settings` for a new file of flows/clusters."""
 
 import os
+import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clado.config import RunConfig, parse_config
 from clado.errors import CladoError, MeasurementError
+from clado.shards import Store
 from flows import clusters
+from flows.clusters import Workers
+from flows.clusters._inspection import located
+from flows.clusters.inline import InlineWorkers
+from flows.session import Session
+from flows.worker import run_tile
+
+NETWORK = {"source": "zoo", "name": "resnet20_fashion_mnist"}
+SMALL = {
+    "data": {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 0, "validation_images": 50},
+    "bits": [2, 4],
+    "corrections": [],
+    "estimators": ["layerwise", "gauss_newton"],
+    "budgets": {"average_bits": [3.0]},
+}
 
 
 def echo(document: dict[str, Any], item: Any) -> tuple[dict[str, Any], Any]:
@@ -32,9 +53,45 @@ def fail(document: dict[str, Any], item: int) -> int:
     return item
 
 
-def configuration(settings: dict[str, Any]) -> RunConfig:
+def where(document: dict[str, Any], item: int) -> tuple[int, str | None, int]:
+    """A task that says who computed it, and with how many threads."""
+    import torch
+
+    return os.getpid(), os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+
+
+def die_once(document: dict[str, Any], item: tuple[str, int]) -> int:
+    """A task that kills its own worker the first time that item 1 is computed."""
+    folder, number = item
+    marker = Path(folder, "died")
+    if number == 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def configuration(settings: dict[str, Any], **more: Any) -> RunConfig:
     """A configuration with this cluster."""
-    return parse_config({"network": {"source": "zoo", "name": "resnet20_fashion_mnist"}, "cluster": settings})
+    return parse_config({"network": NETWORK, "cluster": settings, **more})
+
+
+def measured_by(workers: Workers, settings: dict[str, Any], folder: Path) -> dict[str, bytes]:
+    """Every number that workers measure of a small session."""
+    config = configuration(settings, folder=str(folder), **SMALL)
+    session = Session.open(config)
+    session.open_store()
+    workers.open_session(config)
+    receipts = list(workers.map(run_tile, config, session.plan.tiles))
+    assert {receipt.tile for receipt in receipts} == set(session.plan.tiles)
+    group = Store.open(session.store_path).group
+    return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in session.plan.kinds}
+
+
+@cache
+def measured_inline() -> dict[str, bytes]:
+    """The same, in this process."""
+    with TemporaryDirectory() as folder:
+        return measured_by(InlineWorkers(), {"kind": "inline"}, Path(folder) / "run")
 
 
 class ClusterContract:
@@ -42,17 +99,29 @@ class ClusterContract:
 
     settings: dict[str, Any]
 
+    @classmethod
+    @contextmanager
+    def prepared(cls, folder: Path) -> Iterator[dict[str, Any]]:
+        """The settings; a kind that needs more than this process starts it here."""
+        yield cls.settings
+
     @pytest.fixture(scope="class")
     @classmethod
-    def workers(cls):
-        with clusters.start(configuration(cls.settings)) as started:
+    def workers(cls, tmp_path_factory):
+        with (
+            cls.prepared(tmp_path_factory.mktemp("cluster")) as cls.settings,
+            clusters.start(configuration(cls.settings)) as started,
+        ):
             yield started
+
+    def test_it_says_what_it_would_start(self, workers):
+        assert len(clusters.describe(configuration(self.settings))) > 20
 
     def test_every_item_comes_back_with_the_configuration(self, workers):
         config = configuration(self.settings)
         results = list(workers.map(echo, config, range(7)))
         assert sorted(item for _, item in results) == list(range(7))
-        assert all(parse_config(document) == config for document, _ in results)
+        assert all(located(parse_config(document)) == located(config) for document, _ in results)
 
     def test_each_item_is_computed_once(self, workers, tmp_path):
         items = [(str(tmp_path), number) for number in range(9)]
@@ -77,3 +146,23 @@ class ClusterContract:
         next(results)
         results.close()
         assert len(list(workers.map(echo, configuration(self.settings), range(4)))) == 4
+
+    def test_a_session_is_measured_bit_for_bit_as_in_one_process(self, workers, tmp_path):
+        assert measured_by(workers, self.settings, tmp_path / "run") == measured_inline()
+
+
+class ProcessContract(ClusterContract):
+    """Laws of workers that are processes: they are others, and may die."""
+
+    def test_tasks_run_in_other_processes_with_the_threads_asked_for(self, workers):
+        config = configuration(self.settings)
+        found = list(workers.map(where, config, range(12)))
+        pids = {pid for pid, _, _ in found}
+        assert os.getpid() not in pids
+        assert 1 <= len(pids) <= config.cluster.workers
+        assert {(omp, threads) for _, omp, threads in found} == {("1", 1)}
+
+    def test_a_worker_that_is_killed_costs_no_result(self, workers, tmp_path):
+        items = [(str(tmp_path), number) for number in range(6)]
+        assert sorted(workers.map(die_once, configuration(self.settings), items)) == list(range(6))
+        assert (tmp_path / "died").exists()

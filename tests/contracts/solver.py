@@ -44,10 +44,10 @@ class Case:
     def permits(self, assignment: Assignment) -> bool:
         """Whether an assignment keeps every rule, judged by its bit-widths."""
         space = self.matrix.space
-        bits = assignment.bits
-        options = {space.option(i, b) for i, b in enumerate(bits) if b is not None}
+        bits, pairs = assignment.bits, assignment.pairs
+        options = {space.option(i, b, a) for i, (b, a) in enumerate(pairs) if b is not None}
         return (
-            all(len({bits[i] for i in tie}) == 1 for tie in space.ties)
+            all(len({pairs[i] for i in tie}) == 1 for tie in space.ties)
             and all(bits[space.names.index(name)] in allowed for name, allowed in self.candidates.items())
             and not options & set(self.quarantined)
             and not any(a in options and b in options for a, b in self.forbidden)
@@ -58,20 +58,24 @@ class Case:
         """Least minimised value over every permitted assignment, one after another; None when there is none."""
         values = self.matrix.clip_psd().values if self.convexity == "clip_psd" else self.matrix.values
         best: tuple[float, Assignment] | None = None
-        for bits in itertools.product(*self.matrix.space.bit_widths):
-            assignment = Assignment(bits)
+        space = self.matrix.space
+        for pairs in itertools.product(*(space.candidates(i) for i in range(space.num_layers))):
+            bits, widths = zip(*pairs, strict=True)
+            assignment = Assignment(bits, widths if space.has_activations else ())
             if self.permits(assignment):
-                chosen = self.matrix.space.chosen_options(assignment)
+                chosen = space.chosen_options(assignment)
                 value = 0.5 * float(values[np.ix_(chosen, chosen)].sum())
                 if best is None or value < best[0]:
                     best = value, assignment
         return best
 
 
-def random_case(seed: int) -> Case:
-    """Three to six layers; any mix of ties, pins, quarantine, forbidden pairs and up to three constraints; often indefinite."""
+def random_case(seed: int, activation_widths: tuple[int, ...] = ()) -> Case:
+    """Three to six layers (four, with activation widths); any mix of ties, pins, quarantine, forbidden pairs and up to three
+    constraints; often indefinite.
+    """
     rng = np.random.default_rng(seed)
-    num_layers = int(rng.integers(3, 7))
+    num_layers = int(rng.integers(3, 5 if activation_widths else 7))
     layers = [
         Layer(f"layer{i}", (int(rng.integers(1, 40)), 3), "conv2d", macs=int(rng.integers(1, 99))) for i in range(num_layers)
     ]
@@ -83,9 +87,10 @@ def random_case(seed: int) -> Case:
     if rng.random() < 0.4:
         ties = ((0, num_layers - 1),)
         widths[-1] = widths[0]
-    space = SearchSpace(tuple(layers), tuple(widths), ties)
+    space = SearchSpace(tuple(layers), tuple(widths), ties).with_activations(activation_widths)
     k = space.num_options
-    scale = np.array([2.0**-b for _, b in space.options]) * rng.lognormal(0, 0.7, num_layers)[[i for i, _ in space.options]]
+    noises = np.array([2.0**-o.bits + (2.0**-o.activation_bits if o.activation_bits else 0.0) for o in space.options])
+    scale = noises * rng.lognormal(0, 0.7, num_layers)[[o.layer for o in space.options]]
     rank = int(rng.integers(1, 8))
     factor = rng.normal(size=(k, rank))
     noise = rng.normal(size=(k, k))
@@ -107,13 +112,13 @@ def random_case(seed: int) -> Case:
     candidates = {}
     if rng.random() < 0.3:
         candidates = {"layer1": [int(rng.choice(widths[1]))]}
-        quarantined = tuple(o for o in quarantined if space.options[o][0] != 1)
+        quarantined = tuple(o for o in quarantined if space.options[o].layer != 1)
     pairs = (
         [tuple(sorted(rng.choice(k, size=2, replace=False).tolist())) for _ in range(rng.integers(0, 4))]
         if rng.random() < 0.4
         else []
     )
-    forbidden = tuple(pair for pair in pairs if len(space.bit_widths[space.options[pair[0]][0]]) > 1)
+    forbidden = tuple(pair for pair in pairs if len(space.bit_widths[space.options[pair[0]].layer]) > 1)
     return Case(matrix, tuple(limits), candidates, quarantined, forbidden, CONVEXITIES[int(rng.integers(3))])
 
 
@@ -123,9 +128,10 @@ class SolverContract:
     solver: str
     exact: bool
     num_cases = 40
+    num_activation_cases = 20
 
-    def check(self, seed: int) -> None:
-        case = random_case(seed)
+    def check(self, seed: int, activation_widths: tuple[int, ...] = ()) -> None:
+        case = random_case(seed, activation_widths)
         least = case.least()
         if least is None:
             with pytest.raises(InfeasibleError if self.exact else (InfeasibleError, SolverError)):
@@ -158,6 +164,11 @@ class SolverContract:
     def test_agrees_with_enumeration(self) -> None:
         for seed in range(self.num_cases):
             self.check(seed)
+
+    @pytest.mark.parametrize("activation_widths", [(8,), (4, 8)])
+    def test_agrees_with_enumeration_of_activation_widths(self, activation_widths: tuple[int, ...]) -> None:
+        for seed in range(self.num_activation_cases):
+            self.check(seed, activation_widths)
 
     def test_same_answer_twice(self) -> None:
         cases = [case for case in map(random_case, range(1000, 1010)) if case.least() is not None and not case.forbidden]

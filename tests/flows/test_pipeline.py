@@ -1,5 +1,6 @@
 """One full pipeline at reduced size: its numbers are those of an independent computation, and nothing is computed twice."""
 
+import copy
 import json
 import re
 import shutil
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 from clado.config import DataSettings, NetworkSettings, parse_config
 from clado.probes import KINDS
 from clado.quantizers import WeightQuantizer
-from clado.records import CHOSEN, RunRecord
+from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, RunRecord
 from clado.shards import Store
 from clado.sources import load_data, load_network
+from clado.space import Assignment
 from flows.session import Session
 from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, run_pipeline
@@ -34,6 +36,11 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
+def session(finished) -> Session:
+    return Session.open(parse_config(finished.document))
+
+
+@pytest.fixture(scope="module")
 def slices(finished):
     return load_data(DataSettings(**finished.document["data"]), (1, 28, 28))
 
@@ -45,8 +52,17 @@ def logits(model, names, bits, x) -> torch.Tensor:
     return replaced_logits(model, weights, x).double()
 
 
-def kl(model, names, bits, x) -> float:
-    p, q = (logits(model, names, b, x).log_softmax(1) for b in ([None] * len(names), bits))
+def corrected(session: Session, assignment: Assignment, final: bool) -> torch.nn.Module:
+    """The module itself with the corrected layers' state in it, as it ships or as probes see it: no graph, nothing folded."""
+    prepared = session.prepared
+    network, layers = session.shipped(assignment) if final else (prepared.network, prepared.chosen(assignment))
+    module = copy.deepcopy(session.loaded.model)
+    module.load_state_dict(network.state_dict(layers))
+    return module.eval()
+
+
+def kl(floats: torch.Tensor, quantized: torch.Tensor) -> float:
+    p, q = floats.double().log_softmax(1), quantized.double().log_softmax(1)
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
 
 
@@ -70,7 +86,8 @@ def test_the_record_has_one_result_for_each_budget_and_method(record):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_results_of_a_budget_are_those_of_an_independent_computation(record, model, slices, method):
+@torch.no_grad()
+def test_the_results_of_a_budget_are_those_of_an_independent_computation(record, model, slices, session, method):
     row = record.find("2.5 bits", method)
     bits, names = row.assignment.bits, record.layer_names
     assert row.size_bytes == -(-sum(b * n for b, n in zip(bits, record.layer_weights, strict=True)) // 8)
@@ -79,13 +96,15 @@ def test_the_results_of_a_budget_are_those_of_an_independent_computation(record,
     )
     assert row.average_bits <= 2.5
     x, _ = slices.sensitivity.load(0, 32)
-    assert row.loss_shipped == pytest.approx(kl(model, names, bits, x), rel=1e-5, abs=1e-5)
+    shipped = corrected(session, row.assignment, final=True)
+    assert row.loss_shipped == pytest.approx(kl(model(x), shipped(x)), rel=1e-4, abs=1e-5)
+    assert row.loss_probe_model == pytest.approx(kl(model(x), corrected(session, row.assignment, final=False)(x)), rel=1e-4)
     x, y = slices.validation.load(0, 200)
-    z = logits(model, names, bits, x)
-    assert row.validation.num_images == 200
-    assert row.validation.top1 == float((z.argmax(1) == y).double().mean())
-    assert row.validation.top5 == float((z.topk(5).indices == y[:, None]).any(1).double().mean())
-    assert row.validation.loss == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-5)
+    for accuracy, z in ((row.validation, shipped(x)), (row.validation_plain, logits(model, names, bits, x))):
+        assert accuracy.num_images == 200
+        assert accuracy.top1 == float((z.argmax(1) == y).double().mean())
+        assert accuracy.top5 == float((z.topk(5).indices == y[:, None]).any(1).double().mean())
+        assert accuracy.loss == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-4)
 
 
 def test_the_float_accuracy_is_that_of_the_module(record, model, slices):
@@ -96,7 +115,8 @@ def test_the_float_accuracy_is_that_of_the_module(record, model, slices):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finished, record, model, slices, seed):
+@torch.no_grad()
+def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finished, record, model, slices, session, seed):
     with np.load(finished.folder / "matrices" / "pairwise.npz") as file:
         values, options = file["values"], list(file["options"])
     rng = np.random.default_rng(seed)
@@ -106,13 +126,14 @@ def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finishe
     chosen = [options.index(f"{name}:{b}") for name, b in zip(record.layer_names, bits, strict=True) if b]
     x, _ = slices.sensitivity.load(0, 32)
     predicted = 0.5 * values[np.ix_(chosen, chosen)].sum()
-    assert predicted == pytest.approx(kl(model, record.layer_names, bits, x), rel=1e-4, abs=1e-5)
+    probed = corrected(session, Assignment(tuple(bits)), final=False)
+    assert predicted == pytest.approx(kl(model(x), probed(x)), rel=1e-4, abs=1e-5)
 
 
 def test_chosen_is_the_best_measured_and_the_gain_is_against_the_others(record):
     for budget in record.budgets:
         rows = {m: record.find(budget, m) for m in METHODS}
-        assert rows[CHOSEN].loss_shipped == min(row.loss_shipped for row in rows.values())
+        assert all(rows[CHOSEN].loss_shipped <= row.loss_shipped for row in rows.values())
         assert rows[CHOSEN].winner
         assert rows[CHOSEN].gain >= 0
         assert all(rows[m].status == "optimal" for m in ESTIMATORS)
@@ -121,15 +142,69 @@ def test_chosen_is_the_best_measured_and_the_gain_is_against_the_others(record):
 def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, record):
     session = Session.open(parse_config(finished.document))
     assert sorted(finished.calls.of("run_tile")) == sorted(session.plan.tiles)
-    distinct = {row.assignment for row in record.results}
-    measured = finished.calls.of("measure_loss")
+    distinct, candidates = {row.assignment for row in record.results}, {c.assignment for c in record.candidates}
+    measured, as_probed = finished.calls.of("measure_loss"), finished.calls.of("measure_probe_loss")
     assert len(measured) == len(set(measured))
-    assert set(measured) == distinct
-    evaluated = [assignment for assignment, _ in finished.calls.of("evaluate_shard")]
+    assert set(measured) == candidates >= distinct
+    assert len(as_probed) == len(set(as_probed))
+    assert set(as_probed) == distinct
+    evaluated = [key for _, group in finished.calls.of("evaluate_shard") for key in group]
     assert len(evaluated) == len(set(evaluated))  # 200 images are one shard
-    assert set(evaluated) == distinct | {session.space.nothing}
-    assert len(list((finished.folder / "evaluations" / "sensitivity").iterdir())) == len(distinct)
-    assert len(list((finished.folder / "evaluations" / "validation").iterdir())) == len(distinct) + 1
+    assert {assignment for assignment, _ in evaluated} == distinct | {session.space.nothing}
+    assert {plain for _, plain in evaluated} == {False, True}
+    assert len(list((finished.folder / "evaluations" / "sensitivity").iterdir())) == len(candidates) + len(distinct)
+    assert len(list((finished.folder / "evaluations" / "validation").iterdir())) == 2 * (len(distinct) + 1)  # shipped, and plain
+
+
+def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(record):
+    for budget in record.budgets:
+        own = [c for c in record.candidates if c.budget == budget]
+        searched = [c for c in own if c.origin == LOCAL_SEARCH]
+        assert {c.origin for c in own} == {UNIFORM, *ESTIMATORS, "pairwise_raw", "pairwise_shrunk", LOCAL_SEARCH}
+        assert len(searched) == 5
+        summary = next(row for row in record.searches if row.budget == budget)
+        assert summary.evaluations == 5
+        proposed = [c.loss_shipped for c in record.candidates if c.origin != LOCAL_SEARCH and c.size_bytes <= own[0].size_bytes]
+        assert summary.start_loss <= min([c.loss_shipped for c in own if c.origin != LOCAL_SEARCH] + proposed)
+        assert summary.best_loss == min([summary.start_loss, *(c.loss_shipped for c in searched)])
+        assert summary.gain == summary.start_loss - summary.best_loss
+        chosen = record.find(budget, CHOSEN)
+        assert chosen.loss_shipped == min([summary.best_loss, *(c.loss_shipped for c in own)])
+        assert all(c.loss_predicted is not None for c in own if c.origin != UNIFORM)
+    assert record.forwards["local_search"] == 32 * len({c.assignment for c in record.candidates if c.origin == LOCAL_SEARCH})
+
+
+def test_show_prints_every_candidate(finished, record):
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    printed = CliRunner().invoke(app, ["show", str(finished.folder), "--candidates"]).output
+    assert sum(line.startswith("| ") for line in printed.splitlines()) == 1 + len(record.candidates)
+    assert f"Local search on the measured loss ({5 * len(record.budgets)} evaluations" in printed
+
+
+def test_the_best_of_a_search_is_what_is_exported_and_evaluated_later(finished, record):
+    from flows.stored import StoredRun, chosen_for
+
+    session = Session.open(parse_config(finished.document))
+    for budget in session.budgets:
+        chosen = chosen_for(StoredRun.open(finished.folder), session, budget)
+        assert chosen == record.find(budget.name, CHOSEN).assignment
+
+
+def test_each_layer_is_prepared_once_with_and_without_corrections(finished):
+    session = Session.open(parse_config(finished.document))
+    layers = range(session.space.num_layers)
+    assert sorted(finished.calls.of("prepare_layer")) == [(plain, layer) for plain in (False, True) for layer in layers]
+    assert session.unprepared() == []
+
+
+def test_what_ships_is_corrected_and_the_record_says_what_that_is_worth(record):
+    assert record.corrections == "output_statistics + batchnorm_reestimation"
+    rows = [row for row in record.results if row.method != UNIFORM]
+    assert all(row.validation.top1 > row.validation_plain.top1 for row in rows)
+    assert all(row.loss_probe_model != row.loss_shipped for row in rows)
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(finished, record, tmp_path):
@@ -147,11 +222,12 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
     document = copy_of(finished, tmp_path)
     calls, _ = run_pipeline({**document, "budgets": {"average_bits": [2.5, 2.75]}}, tracked=False)
     again = RunRecord.load(tmp_path / "run" / "record.json")
-    new = {r.assignment for r in again.results} - {r.assignment for r in record.results}
+    new = {c.assignment for c in again.candidates} - {c.assignment for c in record.candidates}
     assert calls.of("run_tile") == []
     assert set(calls.of("measure_loss")) == new
     assert len(calls.of("measure_loss")) == len(new) > 0
-    assert {a for a, _ in calls.of("evaluate_shard")} == new
+    reported = {r.assignment for r in again.results} - {r.assignment for r in record.results}
+    assert {a for _, group in calls.of("evaluate_shard") for a, _ in group} == reported
 
 
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):

@@ -44,7 +44,7 @@ def _note(event, args):
 sys.addaudithook(_note)
 """
 SMALL = {
-    "data": {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 0, "validation_images": 50},
+    "data": {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 64, "validation_images": 50},
     "estimators": ["layerwise"],
     "budgets": {"average_bits": [3.0]},
 }

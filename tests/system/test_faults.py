@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from clado.config import parse_config
+from clado.errors import ServerError
 from clado.records import RunRecord
 from flows import clusters
+from flows.clusters import _dask
 from flows.measure import measure
 from flows.run import Clock, Run
 from flows.session import Session
 from tests.running import config
-from tests.system.running import Bench, chunk_times, end_group, group_members, measured, wait_for
+from tests.system.running import PATIENCE, Bench, chunk_times, end_group, group_members, measured, wait_for
+from tests.system.test_clusters import machines
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
@@ -59,6 +62,44 @@ def test_a_worker_killed_in_mid_tile_costs_no_number(finished, tmp_path):
     assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
 
 
+def test_all_workers_killed_once_cost_no_number(finished, tmp_path):
+    document = config(tmp_path / "run", cluster={"kind": "local", "workers": 2})
+    killed = []
+
+    def kill_all(run: Run) -> None:
+        store = run.session.open_store()
+        wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")
+        killed.extend(run.workers.client.run(os.getpid).values())
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    run = measure_only(document, kill_all)
+    assert len(killed) == 2
+    assert run.measuring.computed == 12
+    assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
+
+
+def test_a_scheduler_that_is_killed_ends_the_run_and_the_next_one_goes_on(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(_dask, "CONNECT_TIMEOUT", 5.0)  # the client tries that long to find it again
+    with machines(tmp_path / "first") as started:
+        document = config(tmp_path / "run", cluster={"kind": "address", "address": started.address})
+
+        def kill_scheduler(run: Run) -> None:
+            store = run.session.open_store()
+            wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")
+            started.kill("scheduler")
+
+        with pytest.raises(ServerError, match="scheduler was lost; what was measured is kept"):
+            measure_only(document, kill_scheduler)
+    session = Session.open(parse_config(document))
+    done = len(session.plan.tiles) - len(session.store_todo())
+    assert 8 <= done < 12
+    with machines(tmp_path / "second") as started:
+        run = measure_only({**document, "cluster": {"kind": "address", "address": started.address}})
+    assert run.measuring.computed == 12 - done
+    assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
+
+
 @pytest.fixture
 def half_way(tmp_path):
     """A run of the command with two workers that has measured some of its tiles, and not all."""
@@ -93,7 +134,7 @@ def test_a_run_killed_half_way_goes_on_from_there(half_way, finished):
     bench, process = half_way
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
-    wait_for(lambda: not any("spawn_main" in line for line in group_members(process)), "the workers' end")
+    wait_for(lambda: not group_members(process), "the end of its workers and of Prefect's server")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
     assert 3 <= len(done) < 12
     assert not (bench.run_folder / "record.json").exists()
@@ -110,6 +151,23 @@ def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(half_way, fini
     wait_for(lambda: not group_members(process), "the end of every process")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
     assert 3 <= len(done) < 12
+    check_resumed(bench, finished, done, times)
+
+
+def test_a_second_run_is_refused_and_a_terminated_one_leaves_no_process_and_goes_on(half_way, finished):
+    bench, process = half_way
+    second = bench.start("run", "clado.yaml", name="refused")
+    assert second.wait(PATIENCE) == 2
+    assert "another run is writing to" in bench.printed("refused")
+    assert "Traceback" not in bench.printed("refused")
+    process.send_signal(signal.SIGTERM)  # as a service manager does: to the command alone
+    assert process.wait(180) == 143, bench.printed("first")
+    text = bench.printed("first")
+    assert "clado: terminated; what was measured is kept" in text
+    assert "Traceback" not in text
+    wait_for(lambda: not group_members(process), "the end of every process")
+    done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
+    assert 3 <= len(done) <= 12
     check_resumed(bench, finished, done, times)
 
 

@@ -1,0 +1,42 @@
+"""What a flow run shows on Prefect's page: the table, and where MLflow has the run, as MLflow has the id of the flow run."""
+
+import logging
+from pathlib import Path
+
+from prefect import get_client
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.runtime import flow_run
+
+from clado import report
+from clado.records import RunRecord
+from clado.tracking import Receipt
+
+log = logging.getLogger(__name__)
+TABLE, MLFLOW = "clado-table", "clado-mlflow"  # keys of the artifacts
+
+
+def show(record: RunRecord, receipt: Receipt) -> None:
+    """Adds table, link and label to the flow run that is going on, if one is; a server that does not answer costs a warning."""
+    if not flow_run.id:
+        return
+    try:
+        create_markdown_artifact(report.markdown(record), key=TABLE, description=f"{record.network}: assignments by budget")
+        if receipt.parent_run_id is None:
+            return
+        create_link_artifact(
+            address(receipt),
+            link_text=f"MLflow run {receipt.parent_run_id}",
+            key=MLFLOW,
+            description=f"experiment {receipt.experiment}, run {receipt.parent_run_id}; to open it: {receipt.how_to_open}",
+        )
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(flow_run.id, {"mlflow_run_id": receipt.parent_run_id})
+    except Exception as error:  # the results are in the folder: no fault of a page may cost them
+        log.warning("Prefect does not show the results of this run (%s); they are in its folder", type(error).__name__)
+
+
+def address(receipt: Receipt) -> str:
+    """The run's page on a server, else the place of the SQLite file, which `mlflow ui` serves."""
+    if receipt.uri.startswith(("http://", "https://")):
+        return receipt.how_to_open
+    return Path(receipt.uri.removeprefix("sqlite:///")).as_uri() if receipt.uri.startswith("sqlite:///") else receipt.uri

@@ -1,0 +1,37 @@
+"""Encryption of Dask's connections: `cluster.tls` as Dask takes it. One certificate for every role, and nobody without one."""
+
+from distributed import Security
+
+from clado.config import ClusterSettings
+from clado.errors import ConfigurationError
+
+ROLES = ("client", "scheduler", "worker")
+
+
+def security(settings: ClusterSettings) -> Security | None:
+    """For a cluster or a client in this process. None without `tls`."""
+    options = tls_options(settings)
+    if options is None:
+        return None
+    made = Security(**options)
+    try:
+        made.get_connection_args("client")
+    except OSError as error:  # also what the ssl module raises
+        raise ConfigurationError(
+            f"cluster.tls cannot be used ({error}); expected PEM files: ca_file, and a cert that it signed with its key"
+        ) from None
+    return made
+
+
+def tls_options(settings: ClusterSettings) -> dict[str, bool | str] | None:
+    """As plain data with absolute paths, for a process on another machine."""
+    if settings.tls is None:
+        return None
+    cert, key = str(settings.tls.cert.absolute()), str(settings.tls.key.absolute())
+    pairs = {f"tls_{role}_cert": cert for role in ROLES} | {f"tls_{role}_key": key for role in ROLES}
+    return {"require_encryption": True, "tls_ca_file": str(settings.tls.ca_file.absolute()), **pairs}
+
+
+def protocol(settings: ClusterSettings) -> str:
+    """The scheme of addresses."""
+    return "tcp://" if settings.tls is None else "tls://"

@@ -1,0 +1,22 @@
+"""Workers of a Dask scheduler that runs already, wherever it and they were started."""
+
+from contextlib import AbstractContextManager
+
+from clado.config import ClusterSettings
+from flows.clusters._dask import DaskWorkers, connected
+
+
+def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:
+    """A client of the scheduler at `address`. Scheduler and workers outlive the context."""
+    return connected(settings.address, settings)
+
+
+def describe(settings: ClusterSettings) -> str:
+    """The commands that `start` expects to have been run."""
+    tls = settings.tls
+    files = "" if tls is None else f" --tls-ca-file {tls.ca_file} --tls-cert {tls.cert} --tls-key {tls.key}"
+    port = str(settings.address).rpartition(":")[2]
+    return (
+        f"expects, with the same clado installed:\n  dask scheduler --port {port} --no-dashboard{files}\n"
+        f"  {settings.workers} x dask worker {settings.address} --nthreads 1 --no-dashboard{files}"
+    )

@@ -1,0 +1,40 @@
+"""Worker processes on this machine, each pinned to one GPU by CUDA_VISIBLE_DEVICES."""
+
+import os
+from contextlib import AbstractContextManager
+
+from clado.config import ClusterSettings
+from clado.errors import ConfigurationError
+from flows.clusters._dask import DaskWorkers, processes
+
+
+def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:
+    """A scheduler and `workers` processes on loopback, each of which sees one GPU; ended with the context."""
+    return processes(settings, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in pins(settings)])
+
+
+def describe(settings: ClusterSettings) -> str:
+    """Which worker is pinned to which GPU."""
+    return "\n".join(f"worker {number}: CUDA_VISIBLE_DEVICES={gpu}" for number, gpu in enumerate(pins(settings)))
+
+
+def pins(settings: ClusterSettings) -> list[str]:
+    """The GPU of each worker. ConfigurationError where there are too few, unless they may be shared."""
+    found = gpus()
+    if not found:
+        raise ConfigurationError("cluster kind local_gpus found no GPU that torch can use; expected one or more, or kind: local")
+    if settings.workers > len(found) and not settings.share_gpus:
+        raise ConfigurationError(
+            f"{settings.workers} workers do not have a GPU each: there are {len(found)} ({', '.join(found)}); "
+            f"expected cluster.workers={len(found)} or less, or cluster.share_gpus=true"
+        )
+    return [found[number % len(found)] for number in range(settings.workers)]
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers, or identifiers of (parts of) GPUs."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ([str(k) for k in range(count)] if named is None else named.split(","))[:count]

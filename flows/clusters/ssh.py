@@ -1,0 +1,85 @@
+"""Worker processes on other machines, started over SSH; the scheduler on the first of them."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from clado.config import ClusterSettings, SshSettings
+from clado.errors import ServerError
+from flows.clusters import optional
+from flows.clusters._dask import DaskWorkers, configure, connected, quiet, threads
+from flows.clusters._tls import protocol, tls_options
+
+ORPHANED = "2 hours"  # without a task, until a scheduler ends that may have lost its flow, and its workers with it
+
+
+@contextmanager
+def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
+    """`workers` processes dealt out to `ssh.hosts`, ended with the context; a killed worker is started again."""
+    optional("asyncssh", "asyncssh", "ssh")
+    from distributed import SpecCluster
+    from distributed.deploy.ssh import Scheduler, Worker  # what SSHCluster is made of, with an environment for each worker
+
+    from flows.clusters._tls import security
+
+    ssh = _section(settings)
+    quiet()
+    configure()
+    connection = {"connect_options": _connect_options(ssh), "remote_python": ssh.python}
+    common = {"protocol": protocol(settings), "security": tls_options(settings), "interface": ssh.interface, "dashboard": False}
+    common = {key: value for key, value in common.items() if value is not None}
+    scheduler = {"address": ssh.hosts[0], "kwargs": {**common, "port": 0, "idle_timeout": ORPHANED}, **connection}
+    workers = {
+        number: {
+            "cls": Worker,
+            "options": {"address": host, "kwargs": {**common, "nthreads": 1, "env": environment}, **connection},
+        }
+        for number, (host, environment) in enumerate(_dealt(settings))
+    }
+    try:
+        cluster = SpecCluster(workers, {"cls": Scheduler, "options": scheduler}, security=security(settings), name="clado-ssh")
+    except Exception as error:
+        raise ServerError(
+            f"workers do not start over SSH ({type(error).__name__}: {error}); expected this to work: "
+            f"ssh {ssh.hosts[0]} {ssh.python or 'PYTHON'} -c 'import clado, distributed'"
+        ) from None
+    with cluster, connected(cluster, settings) as connected_workers:
+        yield connected_workers
+
+
+def describe(settings: ClusterSettings) -> str:
+    """Which worker runs where."""
+    lines = [f"scheduler: {_section(settings).hosts[0]}"]
+    for number, (host, environment) in enumerate(_dealt(settings)):
+        gpu = f", CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in environment else ""
+        lines.append(f"worker {number}: {host}{gpu}")
+    return "\n".join(lines)
+
+
+def _dealt(settings: ClusterSettings) -> list[tuple[str, dict[str, str]]]:
+    """(host, environment) of each worker: hosts in turn, and the GPUs of a host in turn."""
+    ssh, dealt = _section(settings), []
+    before: Counter[str] = Counter()
+    for number in range(settings.workers):
+        host = ssh.hosts[number % len(ssh.hosts)]
+        gpu = {} if ssh.gpus_per_host is None else {"CUDA_VISIBLE_DEVICES": str(before[host] % ssh.gpus_per_host)}
+        dealt.append((host, {**threads(settings), **gpu}))
+        before[host] += 1
+    return dealt
+
+
+def _connect_options(ssh: SshSettings) -> dict[str, Any]:
+    """What asyncssh is told; a host whose key is not known is refused."""
+    options = {
+        "username": ssh.user,
+        "port": ssh.port,
+        "client_keys": None if ssh.key_file is None else [str(ssh.key_file.expanduser())],
+        "known_hosts": None if ssh.known_hosts is None else str(ssh.known_hosts.expanduser()),
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _section(settings: ClusterSettings) -> SshSettings:
+    assert settings.ssh is not None  # the configuration has seen to it
+    return settings.ssh

@@ -1,0 +1,165 @@
+"""Finetune: trains the assignment chosen for a budget, evaluates what comes of it, writes it down, mirrors it to MLflow."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clado import tracking
+from clado.errors import DataError
+from clado.evaluation import Counts, count, shards
+from clado.export.packed import export_packed
+from clado.export.safetensors import ASSIGNMENT
+from clado.finetuning import Epoch, FineTuned, Training, finetune
+from clado.images import ImageSlice, PickedSlice
+from clado.network import Network
+from clado.quantizers import QuantizedLayer
+from clado.records import Accuracy, markdown_table, percent, write_text
+from clado.space import Assignment
+from flows.export import PACKED, file_name
+from flows.progress import progress
+from flows.session import EVALUATION_SHARD, Session
+from flows.stored import StoredRun, accuracy_of
+
+RECORD = "finetuned.json"
+HELD_OUT, MOST_HELD_OUT = 0.2, 3000  # of the training images
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a fine-tuning reads: images to train on, images held out of them that decide when it ends, and where they are from."""
+
+    training: ImageSlice
+    held_out: ImageSlice
+    origin: str
+
+
+def images_of(session: Session, folder: Path | None, seed: int, most: int | None = None) -> Images:
+    """A named training set, or without one every image of the run that is not for validation; a seeded part is held out.
+
+    Validation images are in neither. `most` bounds how many are trained on.
+    """
+    if most is not None and most < 2:
+        raise DataError(f"--images is {most}; expected two or more to train on")
+    if folder is None:
+        slices = session.slices
+        everything: ImageSlice = PickedSlice([slices.calibration, slices.sensitivity, slices.selection])
+        origin = "the run's calibration, sensitivity and selection images"
+    else:
+        from clado.sources._training import load_training
+
+        own, settings = session.loaded.preprocessing, session.config.data
+        settings = settings.model_copy(update={key: value for key, value in own.items() if getattr(settings, key) is None})
+        everything = load_training(folder, settings, session.loaded.image_shape, session.slices.validation)
+        origin = str(folder)
+    if len(everything) < 10:
+        raise DataError(f"{origin}: {len(everything)} images; expected ten or more to train on")
+    order = np.random.default_rng(seed).permutation(len(everything)).tolist()
+    held = max(2, min(MOST_HELD_OUT, int(HELD_OUT * len(order))))
+    end = None if most is None else held + most
+    return Images(PickedSlice([everything], order[held:end]), PickedSlice([everything], order[:held]), origin)
+
+
+def with_criterion(training: Training, images: Images) -> Training:
+    """Cross entropy where the images have labels, else as it is."""
+    return replace(training, criterion="cross_entropy") if images.training.load(0, 1)[1] is not None else training
+
+
+def folder_of(stored: StoredRun, budget: str) -> Path:
+    """Where the fine-tuned network of a budget is kept."""
+    return stored.folder / "finetuned" / file_name(budget)
+
+
+def train(
+    stored: StoredRun, session: Session, budget: str, assignment: Assignment, training: Training, images: Images
+) -> tuple[str, tracking.Receipt]:
+    """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt)."""
+    begin, folder = time.perf_counter(), folder_of(stored, budget)
+    network, layers = session.shipped(assignment)
+    with progress("training", 1.0) as advance:
+        done = 0.0
+
+        def advanced(batches: int, of: int) -> None:
+            nonlocal done
+            advance(batches / of - done)
+            done = batches / of
+
+        tuned = finetune(network, layers, session.float_network, images.training, images.held_out, training, advanced)
+    before, after = accuracy_of(session, assignment), accuracy_on_validation(session, tuned.network, tuned.layers)
+    size = export_packed(folder / PACKED, tuned.network, tuned.layers)
+    write_text(folder / ASSIGNMENT, json.dumps(session.space.to_json(assignment), indent=1))
+    document = {
+        "format": "clado-finetuned/1",
+        "budget": budget,
+        **session.space.to_json(assignment),
+        "training": asdict(training),
+        "images": {
+            "origin": images.origin,
+            "training": len(images.training),
+            "training_sha256": images.training.sha256,
+            "held_out": len(images.held_out),
+            "held_out_sha256": images.held_out.sha256,
+        },
+        "epochs": [asdict(epoch) for epoch in tuned.epochs],
+        "best_epoch": tuned.best_epoch,
+        "validation_before": asdict(before),
+        "validation": asdict(after),
+        "total_bytes": size.total_bytes,
+        "seconds": time.perf_counter() - begin,
+    }
+    write_text(folder / RECORD, json.dumps(document, indent=1))
+    receipt = tracking.track_nested(
+        stored.folder,
+        f"{budget} fine-tuned",
+        experiment=stored.config.tracking.experiment,
+        uri=stored.config.tracking.uri,
+        params={"budget": budget, "method": "fine-tuned", "images": images.origin, **_texts(asdict(training))},
+        metrics=_metrics(tuned, before, after) | {"total_bytes": size.total_bytes},
+        series={"held_out_loss": [(epoch.number, epoch.held_out_loss) for epoch in tuned.epochs]}
+        | {"training_loss": [(e.number, e.training_loss) for e in tuned.epochs if e.training_loss is not None]},
+        artifacts=folder,
+    )
+    return text(tuned, before, after, images, folder), receipt
+
+
+def accuracy_on_validation(session: Session, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
+    """Accuracy of a network on the run's validation set."""
+    images = session.slices.validation
+    parts = shards(len(images), EVALUATION_SHARD)
+    return sum((count(network, layers, images, *part, reference=session.float_network) for part in parts), Counts()).accuracy()
+
+
+def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, folder: Path) -> str:
+    """Epochs, and accuracy before and after, for the terminal."""
+
+    def row(epoch: Epoch) -> list[str]:
+        loss = "" if epoch.training_loss is None else f"{epoch.training_loss:.5f}"
+        mark = "kept" if epoch.number == tuned.best_epoch else ""
+        return [str(epoch.number), loss, f"{epoch.held_out_loss:.5f}", f"{epoch.seconds:.0f}", mark]
+
+    table = markdown_table(["epoch", "training loss", "held-out loss", "seconds", ""], [row(epoch) for epoch in tuned.epochs])
+    kept = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
+    return (
+        f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {kept}\n"
+        f"validation, {after.num_images:,} images: top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
+        f"loss {before.loss:.4f} before, {after.loss:.4f} after\nwritten to {folder}: {PACKED}, {RECORD}"
+    )
+
+
+def _metrics(tuned: FineTuned, before: Accuracy, after: Accuracy) -> dict[str, float | None]:
+    return {
+        "top1": after.top1,
+        "top5": after.top5,
+        "validation_loss": after.loss,
+        "validation_images": after.num_images,
+        "top1_before": before.top1,
+        "validation_loss_before": before.loss,
+        "best_epoch": tuned.best_epoch,
+    }
+
+
+def _texts(document: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in document.items()}

@@ -1,0 +1,94 @@
+"""A fine-tuning of a finished run: written whole, evaluated, nested under the run in MLflow; a mistake is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import clado
+from clado.errors import DataError
+from clado.finetuning import Training
+from clado.records import RunRecord
+from flows.cli import app
+from flows.finetune import RECORD, folder_of, images_of, train, with_criterion
+from flows.session import Session
+from flows.stored import StoredRun, accuracy_of, chosen_for
+from tests.flows.test_pipeline import copy_of
+
+
+@pytest.fixture(scope="module")
+def tuned(finished, tmp_path_factory):
+    """(run, session, assignment, what was printed, MLflow's receipt, record) of one epoch on a few of the run's own images."""
+    folder = Path(copy_of(finished, tmp_path_factory.mktemp("tuned"))["folder"])
+    stored = StoredRun.open(folder)
+    session = Session.open(stored.config)
+    budget = session.budgets[0]
+    assignment = chosen_for(stored, session, budget)
+    images = images_of(session, None, seed=0, most=128)
+    text, receipt = train(stored, session, budget.name, assignment, Training(epochs=1), images)
+    record = json.loads((folder_of(stored, budget.name) / RECORD).read_text())
+    return stored, session, budget, assignment, text, receipt, record
+
+
+def test_the_record_holds_what_was_trained_and_what_it_is_worth(tuned):
+    stored, session, budget, assignment, text, _, record = tuned
+    assert session.space.from_json(record) == assignment
+    assert record["validation_before"]["top1"] == accuracy_of(session, assignment).top1
+    assert record["validation"]["num_images"] == len(session.slices.validation)
+    assert f"{100 * record['validation']['top1']:.2f} % after" in text
+    network = clado.load_packed(folder_of(stored, budget.name) / "packed.safetensors", session.loaded.model)
+    x, y = session.slices.validation.load(0, len(session.slices.validation))
+    with torch.no_grad():
+        assert float((network(x).argmax(1) == y).float().mean()) == pytest.approx(record["validation"]["top1"], abs=0.006)
+
+
+def test_no_validation_image_is_trained_on_and_the_held_out_are_apart(tuned):
+    session, images = tuned[1], images_of(tuned[1], None, seed=0)
+    seen = {hash(x.numpy().tobytes()) for part in (images.training, images.held_out) for x in part.load(0, len(part))[0]}
+    validation, _ = session.slices.validation.load(0, len(session.slices.validation))
+    assert not seen & {hash(x.numpy().tobytes()) for x in validation}
+    both = [hash(x.numpy().tobytes()) for x in images.held_out.load(0, 50)[0]]
+    training = {hash(x.numpy().tobytes()) for x in images.training.load(0, len(images.training))[0]}
+    assert not training & set(both)
+    assert with_criterion(Training(), images).criterion == "cross_entropy"  # the zoo's images have labels
+
+
+def test_mlflow_has_it_as_a_run_nested_under_the_run_itself(tuned):
+    stored, _, _, _, _, receipt, record = tuned
+    from mlflow import MlflowClient
+
+    assert receipt.delivered
+    client = MlflowClient(receipt.uri)
+    run = client.get_run(receipt.parent_run_id)
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["fingerprint"] == RunRecord.load(stored.folder / "record.json").fingerprint
+    assert parent.data.tags["mlflow.source.name"] == "clado run"
+    assert run.data.metrics["top1"] == record["validation"]["top1"]
+    steps = client.get_metric_history(run.info.run_id, "held_out_loss")
+    assert [point.step for point in steps] == [epoch["number"] for epoch in record["epochs"]]
+    assert {"packed.safetensors", RECORD} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_too_few_images_are_refused(tuned):
+    with pytest.raises(DataError, match="--images is 1"):
+        images_of(tuned[1], None, seed=0, most=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name one budget"),
+        (["--budget", "3", "--epochs", "-1"], "epochs is -1"),
+        (["--budget", "3", "--criterion", "hinge"], "unknown criterion"),
+        (["--budget", "3", "--data", "no-such-folder"], "is not a folder"),
+    ],
+)
+def test_a_mistake_is_a_message_and_nothing_is_written(tuned, arguments, words):
+    before = sorted(tuned[0].folder.rglob("*"))
+    result = CliRunner().invoke(app, ["finetune", str(tuned[0].folder), *arguments])
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert sorted(tuned[0].folder.rglob("*")) == before

@@ -1,0 +1,102 @@
+"""A signal while a program is solved ends the run; the best assignment found is kept, and the next run starts from it."""
+
+import json
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clado import solvers
+from clado.config import parse_config
+from clado.program import Status
+from clado.solvers import Outcome, scip
+from flows.allocate import allocate
+from flows.run import Clock, Run
+from tests.running import config
+from tests.synthetic import make_matrix, make_space
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run whose matrix is measured."""
+    space, settings = make_space(), parse_config(config(tmp_path / "run"))
+    from clado.candidates import budgets_of
+
+    session = SimpleNamespace(
+        config=settings, space=space, folder=tmp_path / "run", limits=[], budgets=budgets_of(**settings.budgets.model_dump())
+    )
+    run = Run(session, None, Clock())
+    run.matrices = {"pairwise": make_matrix(space)}
+    return run
+
+
+class Received(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from_it(run, number, monkeypatch):
+    starts, whole = [], scip.search
+
+    def interrupted(program: Any, task: Any) -> Outcome:
+        """A search that has found its start when the signal comes."""
+        starts.append(task.starts)
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            return Outcome(Status.INTERRUPTED, program.narrowest, -1.0)
+        pytest.fail("no signal came")
+
+    def receive(received: int, frame: Any) -> None:
+        if received == signal.SIGINT and not run_interrupted():
+            raise KeyboardInterrupt
+        raise Received(received)
+
+    def run_interrupted() -> bool:
+        return file.exists()
+
+    file = run.session.folder / "solutions" / "incumbent.json"
+    before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(scip, "search", interrupted)
+            with pytest.raises(Received) as told:
+                allocate.fn(run)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert told.value.args == (number,)  # the run's own handler has the signal, once the incumbent is safe
+    assert len(starts) == 1
+    assert starts[0] == ()
+    space = run.session.space
+    assert space.from_json(json.loads(file.read_text())) == space.narrowest
+    assert run.proposals == []
+
+    def counted(program: Any, task: Any) -> Outcome:
+        starts.append(task.starts)
+        return whole(program, task)
+
+    monkeypatch.setattr(scip, "search", counted)
+    allocate.fn(run)
+    assert [len(given) for given in starts][:3] == [0, 1, 1]  # variants behind them begin anew
+    assert not file.exists()
+    optimum = solvers.solve(solvers_program(run), time_limit=60).objective
+    assert run.proposals[-1].solution.objective == pytest.approx(optimum, rel=1e-6)
+
+
+def solvers_program(run: Run) -> Any:
+    from clado.candidates import program_of, together
+
+    budget = run.session.budgets[-1]
+    return program_of(run.matrices["pairwise"], together(budget.constraint(run.session.space), []))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "clado-assignment/1", "bits": {"another": 2}}'])
+def test_an_incumbent_of_other_settings_is_left_aside(run, text):
+    file = run.session.folder / "solutions" / "incumbent.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    allocate.fn(run)
+    assert {proposal.solution.status for proposal in run.proposals if proposal.solution} == {"optimal"}
+    assert not file.exists()

@@ -1,0 +1,105 @@
+"""Deployments: what prefect.yaml declares is there and loads, and a scheduled run that cannot start says so without failing."""
+
+import inspect
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from zoneinfo import ZoneInfo
+
+import pytest
+import yaml
+
+from clado.config import load_config, parse_config
+from clado.errors import ConfigurationError
+from flows import scheduled as module
+from flows.guard import locked
+from flows.scheduled import scheduled
+from tests.running import config
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENTS = {one["name"]: one for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+
+
+def test_the_deployments_are_there():
+    assert set(DEPLOYMENTS) == {"nightly", "weekly", "on-demand"}
+    assert {name for name, one in DEPLOYMENTS.items() if one.get("schedules")} == {"nightly", "weekly"}
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_deployment_starts_a_flow_with_parameters_that_it_takes(name):
+    from prefect.client.schemas.objects import ConcurrencyLimitStrategy
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.flows import load_flow_from_entrypoint
+
+    deployment = DEPLOYMENTS[name]
+    assert load_flow_from_entrypoint(deployment["entrypoint"]).fn is scheduled.fn
+    parameters = deployment["parameters"]
+    inspect.signature(scheduled.fn).bind(**parameters)
+    load_config(ROOT / parameters["config"], parameters.get("overrides", []))
+    assert deployment["work_pool"]["name"] == "clado"
+    assert deployment["concurrency_limit"]["collision_strategy"] in set(ConcurrencyLimitStrategy)
+    for schedule in deployment.get("schedules", []):
+        CronSchedule(**schedule)  # refuses what is no cron line
+        ZoneInfo(schedule["timezone"])
+        assert "%" in parameters["folder"], "a schedule that goes on with an old folder measures nothing"
+
+
+def file_of(tmp_path: Path) -> str:
+    path = tmp_path / "clado.yaml"
+    path.write_text(yaml.safe_dump(config(tmp_path / "run")))
+    return str(path)
+
+
+def test_a_folder_that_is_in_use_is_skipped_and_nothing_fails(tmp_path):
+    file = file_of(tmp_path)
+    with locked(tmp_path / "run"):
+        state = scheduled.fn(file)
+    assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
+    assert str(tmp_path / "run") in state.message
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_the_folder_is_named_after_the_scheduled_start_and_overrides_apply(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "flow_run", SimpleNamespace(scheduled_start_time=datetime(2026, 2, 3, 4, tzinfo=UTC)))
+    monkeypatch.setattr(module, "pipeline", SimpleNamespace(fn=lambda s: asked.append(s) or SimpleNamespace(parent_run_id="7")))
+    state = scheduled.fn(file_of(tmp_path), ["data.seed=3"], str(tmp_path / "%Y-%m-%d"))
+    (settings,) = asked
+    assert (settings.data.seed, settings.folder) == (3, tmp_path / "2026-02-03")
+    assert state.type.value == "COMPLETED"
+    assert state.name == "Completed"
+    assert "MLflow run 7" in state.message
+
+
+def test_an_override_with_a_password_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(ConfigurationError) as caught:
+        scheduled.fn(file_of(tmp_path), ["tracking.uri=https://me:hunter2@host/"])
+    assert "hunter2" not in str(caught.value)
+    assert "MLFLOW_TRACKING_URI" in str(caught.value)
+
+
+def test_whoever_writes_settings_down_gets_no_credentials():
+    """JSON is what Prefect (parameters), MLflow and config.yaml take; the flow itself keeps what it needs."""
+    from prefect.client.schemas.actions import FlowRunCreate
+
+    settings = parse_config({**config(Path("run")), "tracking": {"uri": "postgresql://me:hunter2@host/mlflow"}})
+    written = {
+        "Prefect": FlowRunCreate(
+            flow_id="00000000-0000-0000-0000-000000000000", parameters={"config": settings}
+        ).model_dump_json(),
+        "MLflow": str(settings.model_dump(mode="json")),
+        "config.yaml": settings.to_yaml(),
+    }
+    for where, text in written.items():
+        assert "hunter2" not in text, where
+        assert "postgresql://***@host/mlflow" in text, where
+    assert settings.tracking.uri == "postgresql://me:hunter2@host/mlflow"
+
+
+def test_a_faulty_setting_is_explained_without_its_credentials():
+    with pytest.raises(ConfigurationError) as caught:
+        parse_config(
+            {**config(Path("run")), "tracking": {"url": "https://me:hunter2@host/"}, "criterion": "https://me:hunter2@host/"}
+        )
+    assert "criterion" in str(caught.value)
+    assert "hunter2" not in str(caught.value)

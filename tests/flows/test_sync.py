@@ -1,0 +1,265 @@
+"""What MLflow does not take is kept in the run's folder and delivered from it, once; failed runs are told as such."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from clado import tracking
+from clado.config import parse_config
+from clado.errors import MeasurementError
+from clado.records import RunRecord
+from flows import clusters, record
+from flows.cli import app
+from flows.guard import locked
+from tests.running import config, run_pipeline
+from tests.synthetic import make_record
+
+CHILDREN = len(make_record(budgets=(2.5, 4.0)).results)
+NOTE = "mlflow-undelivered.json"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database: MLflow takes seconds to make one, and a copy takes none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def unsent(tmp_path, template) -> dict[str, Any]:
+    """A finished run's folder whose tracker, a database beside it, is empty; as its configuration."""
+    folder = tmp_path / "run"
+    document = config(folder, tracking={"uri": f"sqlite:///{tmp_path}/tracker.db"})
+    make_record(budgets=(2.5, 4.0)).save(folder / "record.json")
+    (folder / "config.yaml").write_text(parse_config(document).to_yaml())
+    for name in ("matrices/pairwise.npz", "plots/loss.png", "exports/2.5_bits/weights", "exports/4_bits/weights"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    shutil.copy(template, tmp_path / "tracker.db")
+    return document
+
+
+def run_of(document: dict[str, Any]) -> Any:
+    """A run of the flow that is about to be recorded."""
+    folder, loaded = Path(document["folder"]), SimpleNamespace(description="a network")
+    session = SimpleNamespace(config=parse_config(document), folder=folder, provenance={"torch": "2"}, loaded=loaded)
+    return SimpleNamespace(session=session, matrices={"pairwise": None})
+
+
+def track(document: dict[str, Any]) -> tracking.Receipt:
+    """The flow's last phase."""
+    with record.failure_recorded(run_of(document).session):
+        return record.track.fn(run_of(document))
+
+
+def sync(folder: Path, *options: str, ends: int = 0) -> str:
+    result = CliRunner().invoke(app, ["sync", str(folder), *options])
+    assert "Traceback" not in result.output
+    assert result.exit_code == ends, (result.output, result.exception)
+    return result.output
+
+
+def runs_of(document: dict[str, Any]) -> list[Any]:
+    """Every MLflow run that is not deleted."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(document["tracking"]["uri"])
+    return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id], max_results=500)]
+
+
+def check_delivered(document: dict[str, Any]) -> None:
+    """The tracker has the run whole and once, and nothing is open."""
+    folder = Path(document["folder"])
+    expected = RunRecord.load(folder / "record.json")
+    runs = runs_of(document)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert Counter((run.data.params["budget"], run.data.params["method"]) for run in children) == Counter(
+        (result.budget, result.method) for result in expected.results
+    )
+    place = Path(parents[0].info.artifact_uri.removeprefix("file://"))
+    for name in ("matrices/pairwise.npz", *(f"plots/{path.name}" for path in (folder / "plots").glob("*.png"))):
+        assert (place / name).read_bytes() == (folder / name).read_bytes()
+    for child in children:
+        exported = Path(child.info.artifact_uri.removeprefix("file://")) / "export"
+        assert exported.is_dir() == (child.data.params["method"] == "chosen")
+    assert not (folder / NOTE).exists()
+
+
+def gone(*arguments: Any, **named: Any) -> None:
+    raise ConnectionError("no answer from http://me:hunter2@host/")
+
+
+class Outage:
+    """A tracker that goes at a call and stays away: what was begun stays open there."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, name: str, number: int) -> None:
+        from mlflow import MlflowClient
+
+        self.left, whole = number, getattr(MlflowClient, name)
+
+        def failing(client: Any, *arguments: Any, **named: Any) -> Any:
+            self.left -= 1
+            if self.left >= 0:
+                return whole(client, *arguments, **named)
+            for other in ("create_run", "log_batch", "log_artifacts", "log_dict", "set_terminated", "search_runs"):
+                patch.setattr(MlflowClient, other, gone)
+            return gone()
+
+        patch.setattr(MlflowClient, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "left_behind"),
+    [("create_run", 0, 0), ("log_artifacts", 0, 1), ("log_dict", 4, 6), ("set_terminated", CHILDREN, CHILDREN + 1)],
+    ids=["down at the start", "down at the parent's files", "down in the middle", "down at the end"],
+)
+def test_a_tracker_that_goes_costs_nothing_and_a_sync_delivers_all_of_it_once(
+    unsent, name, number, left_behind, monkeypatch, caplog
+):
+    folder = Path(unsent["folder"])
+    with monkeypatch.context() as patch:
+        Outage(patch, name, number)
+        receipt = track(unsent)
+        assert not receipt.delivered
+        assert f"clado sync {folder}" in caplog.text
+        assert "did not take it (ConnectionError" in sync(folder, ends=2)  # still away: kept
+    assert len(runs_of(unsent)) == left_behind
+    assert any(run.info.status == "RUNNING" for run in runs_of(unsent)) == (left_behind > 0)
+    assert "hunter2" not in (folder / NOTE).read_text() + caplog.text
+    assert f"{CHILDREN} below it" in sync(folder)
+    check_delivered(unsent)
+    before = sorted(run.info.run_id for run in runs_of(unsent))
+    assert "Nothing to deliver" in sync(folder)
+    assert sorted(run.info.run_id for run in runs_of(unsent)) == before
+
+
+def test_the_command_again_replaces_what_was_half_delivered(unsent, monkeypatch):
+    with monkeypatch.context() as patch:
+        Outage(patch, "log_dict", 4)
+        track(unsent)
+    assert track(unsent).delivered
+    check_delivered(unsent)
+
+
+def test_a_process_that_is_killed_while_it_sends_leaves_the_note(unsent, monkeypatch):
+    from mlflow import MlflowClient
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: Any, **named: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_dict", kill)
+        patch.setattr(MlflowClient, "set_terminated", kill)  # a dead process ends no run
+        with pytest.raises(Killed):
+            track(unsent)
+    assert [run.info.status for run in runs_of(unsent)] == ["RUNNING"] * 2
+    sync(Path(unsent["folder"]))
+    check_delivered(unsent)
+
+
+def test_a_folder_that_moved_is_delivered_to_another_tracker(unsent, monkeypatch, tmp_path, template):
+    with monkeypatch.context() as patch:
+        Outage(patch, "create_run", 0)
+        track(unsent)
+    shutil.move(unsent["folder"], tmp_path / "elsewhere")
+    shutil.copy(template, tmp_path / "other.db")
+    sync(tmp_path / "elsewhere", "--uri", f"sqlite:///{tmp_path}/other.db")
+    assert runs_of(unsent) == []
+    moved = {"folder": str(tmp_path / "elsewhere"), "tracking": {"uri": f"sqlite:///{tmp_path}/other.db"}}
+    check_delivered(moved)
+
+
+def poison(run: Any) -> None:
+    raise MeasurementError("tile 3 is bad: see http://me:hunter2@host/")
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["tracker there", "tracker away"])
+def test_a_run_that_fails_is_recorded_as_failed_with_its_traceback(unsent, away, monkeypatch):
+    folder = Path(unsent["folder"])
+    with monkeypatch.context() as patch:
+        patch.setattr(clusters, "start", poison)
+        if away:
+            Outage(patch, "log_batch", 0)
+        with pytest.raises(MeasurementError, match="tile 3 is bad"):
+            run_pipeline(unsent)
+    if away:
+        assert [run.info.status for run in runs_of(unsent)] == ["RUNNING"]
+        sync(folder)
+    assert not (folder / NOTE).exists()
+    [failed] = runs_of(unsent)
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["error"] == "MeasurementError: tile 3 is bad: see http://***@host/"
+    assert failed.data.params["network"]
+    [told] = Path(failed.info.artifact_uri.removeprefix("file://")).iterdir()
+    assert told.read_bytes() == (folder / "failure.txt").read_bytes()
+    assert "in poison" in told.read_text()
+    assert "hunter2" not in told.read_text()
+    assert track(unsent).delivered
+    assert not (folder / "failure.txt").exists()
+    assert Counter(run.info.status for run in runs_of(unsent)) == {"FAILED": 1, "FINISHED": CHILDREN + 1}
+
+
+NOTES = {
+    "not JSON": ("{", ["is no note of ours", "Delete it"]),
+    "a list": ("[]", ["is no note of ours"]),
+    "another format": ('{"format": "clado-undelivered/1"}', ["clado-undelivered/1", "expected clado-undelivered/2"]),
+    "no attempts": ('{"format": "clado-undelivered/2"}', ["is no note of ours"]),
+    "a query for an attempt": (
+        json.dumps({"format": "clado-undelivered/2", "attempts": [{"delivery": "' OR 1", "experiment": "a"}]}),
+        ["names an attempt that is none"],
+    ),
+    "nothing to send": ('{"format": "clado-undelivered/2", "attempts": []}', ["cannot be followed", "clado run"]),
+    "a file from elsewhere": (
+        json.dumps(
+            {"format": "clado-undelivered/2", "attempts": [], "experiment": "clado", "tags": {}, "matrices": {},
+             "plots": ["../../secret"], "exports": {}, "description": ""}
+        ),
+        ["../../secret", "which is not in"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_that_cannot_be_followed_is_one_message_and_nothing_is_sent(unsent, name):
+    folder, (text, expected) = Path(unsent["folder"]), NOTES[name]
+    (folder / NOTE).write_text(text)
+    told = sync(folder, ends=2)
+    assert all(words in told for words in expected), told
+    assert (folder / NOTE).read_text() == text
+    assert runs_of(unsent) == []
+
+
+def test_what_is_no_run_is_refused(tmp_path, unsent):
+    assert "is not the folder of a run" in sync(tmp_path, ends=2)
+    assert "is not the folder of a run" in sync(tmp_path / "nowhere", ends=2)
+    assert not (tmp_path / "nowhere").exists()
+    with locked(Path(unsent["folder"])):
+        assert "another run is writing" in sync(Path(unsent["folder"]), ends=2)
+
+
+def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
+    folder = Path(unsent["folder"])
+    found = RunRecord.load(folder / "record.json")
+    found.save(folder / "sweep" / "record.json")
+    with monkeypatch.context() as patch:
+        Outage(patch, "create_run", 0)
+        track(unsent)
+        tracking.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+    assert sync(folder).count(f"{CHILDREN} below it") == 2
+    assert [run.data.tags["sweep"] for run in runs_of(unsent) if "sweep" in run.data.tags] == ["size"]
+    assert len(runs_of(unsent)) == 2 * (CHILDREN + 1)

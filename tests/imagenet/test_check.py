@@ -1,0 +1,88 @@
+"""Real ImageNet weights on real ImageNet photos, from photos to an exported network: proves the path, not the accuracy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+from clado.config import parse_config
+from clado.records import CHOSEN, RunRecord
+from clado.sources import load_data, load_network
+from tests.imagenet.efficientnet import MEAN, SHAPE, STD, photos
+
+pytestmark = [pytest.mark.imagenet, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]
+ROOT = Path(__file__).parents[2]
+BUDGET = 5.0
+
+
+def document(folder: Path) -> dict[str, object]:
+    return {
+        "network": {"source": "factory", "name": "tests.imagenet.efficientnet:make"},
+        "data": {
+            "source": "folder", "path": str(photos(folder / "photos")), "mean": list(MEAN), "std": list(STD),
+            "resize": 224, "interpolation": "bicubic",
+            "calibration_images": 8, "sensitivity_images": 6, "validation_images": 6, "sample_blocks": 3,
+        },
+        "bits": [4, 8],
+        "activations": {"bits": [8]},
+        "corrections": [],
+        "criterion": "kl_to_float",
+        "estimators": ["layerwise", "gauss_newton"],
+        "budgets": {"average_bits": [BUDGET, 6.0]},
+        "cluster": {"workers": 1},
+        "folder": str(folder / "run"),
+    }  # fmt: skip
+
+
+def clado(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        capture_output=True, text=True, timeout=1500, cwd=ROOT, env=dict(os.environ), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_float_network_knows_the_photos(tmp_path: Path) -> None:
+    config = parse_config(document(tmp_path))
+    loaded = load_network(config.network)
+    assert loaded.image_shape == SHAPE
+    slices = load_data(config.data, loaded.image_shape)
+    assert slices.imagenet
+    right = 0
+    for images in (slices.calibration, slices.sensitivity, slices.validation):
+        x, labels = images.load(0, len(images))
+        with torch.inference_mode():
+            right += int((loaded.model(x).argmax(1) == labels).sum())
+    print(f"\nEfficientNet-Lite0, float: {right} of 20 photos right")
+    assert right >= 17
+
+
+def test_measured_solved_evaluated_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document(tmp_path)))
+    shown = clado("run", str(tmp_path / "run.yaml"))
+    print(f"\n{shown}")
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert len(record.layer_names) > 40
+    assert (record.criterion, record.float_accuracy.num_images, record.top1_name) == ("kl_to_float", 6, "top1_subset")
+    assert any("proves the path, not the accuracy" in note for note in record.notes)
+    assert "top1_subset % of 6" in shown
+    chosen = record.find(f"{BUDGET:g} bits", CHOSEN)
+    assert chosen is not None
+    assert chosen.average_bits <= BUDGET
+    assert chosen.validation is not None
+    client = MlflowClient(f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    metrics = [set(run.data.metrics) for run in runs]
+    assert any({"float_top1_subset", "float_top1_subset_images"} <= names for names in metrics)
+    assert any({"top1_subset", "top1_subset_images"} <= names for names in metrics)
+    assert not any({"top1", "float_top1"} & names for names in metrics)
+    for kind in ("packed", "onnx"):
+        told = clado("export", str(tmp_path / "run"), "--budget", str(BUDGET), "--format", kind, "-o", str(tmp_path / kind))
+        print(told)
+        assert any((tmp_path / kind).rglob("*.*"))

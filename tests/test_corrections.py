@@ -1,0 +1,341 @@
+"""Static and final corrections: each keeps the contract, and does to the module itself what its name says."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clado.corrections import LayerSample, batchnorm_reestimation, module_of, output_statistics
+from clado.errors import ConfigurationError, DataError, NetworkError
+from clado.network import Network
+from clado.plugins import available
+from clado.preparation import Prepared, Recipe, layer_sample, prepare
+from clado.quantizers import Codes, Grid, QuantizedLayer, WeightQuantizer
+from clado.space import Layer
+from tests.contracts.correction import NUM_IMAGES, SPLIT, CorrectionContract, calibration, corrected, network_of
+from tests.networks import (
+    Attention,
+    Normed,
+    Recurrent,
+    Residual,
+    Tied,
+    Volume,
+    build,
+    images,
+    owner_of,
+    rebuilt,
+    renormalised,
+    replaced_logits,
+)
+
+
+class TestOutputStatistics(CorrectionContract):
+    name = "output_statistics"
+
+
+class TestBatchNormReestimation(CorrectionContract):
+    name = "batchnorm_reestimation"
+
+
+def test_every_static_or_final_correction_has_a_contract_class():
+    tested = {test.name for test in CorrectionContract.__subclasses__()}
+    assert tested == {name for name in available("corrections") if module_of(name).STAGE in ("layer", "final")}
+
+
+def test_an_unknown_correction_lists_the_valid_ones():
+    with pytest.raises(
+        ConfigurationError, match=r"unknown correction 'bias'; expected one of .*batchnorm_reestimation.*output_sta"
+    ):
+        Recipe(corrections=("bias",))
+
+
+# -- output statistics -----------------------------------------------------------------------------------------------------------
+
+
+def matched(
+    kind, widths: tuple[int, ...] = (), per_channel: bool = True, names: tuple[str, ...] = ("output_statistics",)
+) -> Prepared:
+    """The network at 2 and 4 bits, from calibration images in two batches."""
+    return corrected(kind, *names, per_channel=per_channel, sizes=(20, 28), widths=widths)
+
+
+def outputs(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a layer gives, (channels, observations), by a hook on the module that has its weight."""
+    owner, rows = owner_of(model, name)
+    seen = []
+    hook = owner.register_forward_hook(lambda _, arguments, output: seen.append(output.clone()))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    (output,) = seen
+    return output.movedim(-1 if isinstance(owner, nn.Linear) else 1, 0)[rows].flatten(1).double()
+
+
+def check_moments(ready: Prepared, option: int, deviation: bool = True) -> None:
+    """The law: on the calibration images a channel's mean, and deviation, with this layer in place are the float layer's."""
+    model, x = ready.network.model, torch.cat(calibration())
+    name = ready.space.layers[ready.space.options[option].layer].name
+    floats, ours = (outputs(rebuilt(model, layers), name, x) for layers in ({}, {name: ready.layers[option]}))
+    torch.testing.assert_close(ours.mean(1), floats.mean(1), rtol=1e-4, atol=5e-5)
+    if deviation:
+        torch.testing.assert_close(ours.std(1), floats.std(1), rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", [Residual, Attention, Volume, Normed, SPLIT])
+@pytest.mark.parametrize("widths", [(), (8,)], ids=["float inputs", "inputs on a grid"])
+def test_mean_and_deviation_of_every_channel_become_those_of_the_float_layer(kind, widths):
+    ready = matched(kind, widths)
+    plain = matched(kind, widths, names=())
+    for option, (i, bits, _) in enumerate(ready.space.options):
+        # channels of a grouped transposed convolution share the scales of their group
+        own_scale = ready.space.layers[i].name != "grown.weight"
+        check_moments(ready, option, deviation=own_scale)
+        if bits == 2:
+            with pytest.raises(AssertionError):
+                check_moments(plain, option)
+        if not own_scale:
+            assert torch.equal(ready.layers[option].weight, plain.layers[option].weight)
+    assert ready.notes == ()
+
+
+@pytest.mark.parametrize("kind", [Residual, Attention, Normed])
+@pytest.mark.parametrize("widths", [(), (8,)], ids=["float inputs", "inputs on a grid"])
+def test_a_per_tensor_scale_stays_and_only_the_mean_is_matched(kind, widths):
+    ready, plain = matched(kind, widths, per_channel=False), matched(kind, widths, per_channel=False, names=())
+    for option, (made, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
+        check_moments(ready, option, deviation=False)
+        assert made.grid.scale.numel() == 1
+        assert torch.equal(made.weight, before.weight)
+
+
+@pytest.mark.parametrize("kind", [Residual, Normed, SPLIT])
+def test_corrected_layers_together_ship_as_the_state_of_the_module(kind):
+    ready = matched(kind)
+    network, chosen = ready.shipped(ready.space.narrowest)
+    model = build(Attention if kind == SPLIT else kind).eval()
+    state = network.state_dict(chosen)
+    for name in set(state) - set(model.state_dict()):
+        model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(torch.zeros_like(state[name]))
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images(4)), network.logits(images(4), chosen), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Tied, "second.weight"), (Recurrent, "again.weight")])
+def test_a_layer_whose_bias_is_not_its_own_is_left_with_a_note(kind, name):
+    ready, plain = matched(kind), matched(kind, names=())
+    assert ready.notes == (f"output_statistics leaves {name} as it is: its bias is not its own",)
+    for option, (made, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
+        if ready.space.layers[ready.space.options[option].layer].name == name:
+            assert made.bias is None
+            assert torch.equal(made.weight, before.weight)
+        else:
+            check_moments(ready, option)
+
+
+def test_whole_forwards_correct_what_can_be_seen_and_note_the_rest():
+    network = Network(build(Attention), images(1), graph=False)
+    ready = prepare(network, network.search_space((2, 4)), Recipe(corrections=("output_statistics",)), calibration())
+    assert ready.notes == tuple(
+        f"output_statistics leaves attention.{name} as it is: no run of it can be observed"
+        for name in ("in_proj_weight", "out_proj.weight")
+    )
+    for option, (i, _, _) in enumerate(ready.space.options):
+        if "attention" in network.layers[i].name:
+            assert ready.layers[option].bias is None
+        else:
+            check_moments(ready, option)
+
+
+def sample_of(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> LayerSample:
+    """A linear layer and its inputs."""
+    layer = Layer("fc.weight", tuple(weight.shape), "linear")
+    return LayerSample(layer, weight, bias, len(x), lambda: iter(x.split(7)), F.linear)
+
+
+def plain_layer(weight: Tensor, bits: int = 2) -> QuantizedLayer:
+    grid = WeightQuantizer().grid(weight, bits)
+    return QuantizedLayer(grid.fake_quantize(weight), None, None, grid)
+
+
+def test_a_channel_that_is_always_zero_keeps_its_scale_and_its_bias():
+    weight, bias = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, -1.0, 0.25, 2.0])
+    weight[2] = 0
+    before = plain_layer(weight)
+    (made,) = output_statistics.correct(sample_of(weight, torch.randn(40, 6), bias), [before])
+    assert torch.equal(made.grid.scale[2], before.grid.scale[2])
+    assert float(made.bias[2]) == pytest.approx(0.25)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in (made.weight, made.bias, made.grid.scale))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.37, 1e4])
+def test_inputs_that_never_vary_change_no_scale(value):
+    """What products of equal rows differ by is rounding, and says nothing about a deviation."""
+    weight = torch.randn(10, 67, generator=torch.Generator().manual_seed(0))
+    before = plain_layer(weight)
+    sample = sample_of(weight, torch.full((100, 67), value), torch.arange(10.0))
+    (made,) = output_statistics.correct(sample, [before])
+    assert torch.equal(made.grid.scale, before.grid.scale)
+    x = torch.full((1, 67), value)
+    expected = F.linear(x, weight, torch.arange(10.0))
+    torch.testing.assert_close(F.linear(x, made.weight, made.bias), expected, rtol=1e-5, atol=1e-5 * max(1.0, value))
+
+
+def test_a_channel_that_rounds_to_zero_gets_the_mean_and_keeps_its_scale():
+    weight = torch.tensor([[0.1, 0.1, -0.05], [1.0, -2.0, 3.0]])
+    grid = Grid(torch.ones(2, 1), torch.zeros(2, 1), Codes.of(4, True))
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 1
+    (made,) = output_statistics.correct(sample_of(weight, x), [QuantizedLayer(grid.fake_quantize(weight), None, None, grid)])
+    assert torch.equal(made.weight[0], torch.zeros(3))
+    torch.testing.assert_close(F.linear(x, made.weight, made.bias).mean(0), F.linear(x, weight).mean(0), rtol=1e-5, atol=1e-6)
+    assert float(made.grid.scale[0]) == 1.0
+
+
+def test_too_few_images_are_refused_with_the_number_that_is_enough():
+    network = network_of(Residual)
+    space, recipe = network.search_space((2,)), Recipe(corrections=("output_statistics",))
+    with pytest.raises(
+        DataError, match=r"32 .* head\.weight.* 12 calibration images give 12; expected .*calibration_images: 32 or"
+    ):
+        prepare(network, space, recipe, [images(5), images(7)])
+    assert prepare(network, space, recipe, [images(5), images(27)]).layers[-1].bias is not None
+    sample = layer_sample(network_of(Attention), 1, [images(3)])  # five tokens an image
+    with pytest.raises(DataError, match=r"3 calibration images give 15; expected data\.calibration_images: 7 or more"):
+        output_statistics.correct(sample, [])
+
+
+# -- batch norm ------------------------------------------------------------------------------------------------------------------
+
+NORMED = pytest.mark.parametrize("kind", [Residual, Normed])
+
+
+@NORMED
+@pytest.mark.parametrize("widths", [(), (4,)], ids=["float inputs", "inputs on a grid"])
+@pytest.mark.parametrize("names", [(), ("output_statistics",)], ids=["alone", "behind output statistics"])
+def test_statistics_are_those_of_the_quantized_module_run_batch_norm_by_batch_norm(kind, widths, names):
+    ready = matched(kind, widths, names=(*names, "batchnorm_reestimation"))
+    for assignment in (ready.space.narrowest, ready.space.widest, ready.space.assignment([0, 4])):
+        layers = {ready.space.layers[i].name: layer for i, layer in ready.chosen(assignment).items()}
+        reference = rebuilt(ready.network.model, layers)
+        expected = renormalised(reference, torch.cat(calibration()))
+        found = ready.final(assignment)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+        network, chosen = ready.shipped(assignment)
+        shipped = replaced_logits(reference, expected, images(4))
+        torch.testing.assert_close(network.logits(images(4), chosen), shipped, rtol=1e-4, atol=1e-4)
+        assert float((ready.network.logits(images(4), chosen) - shipped).abs().max()) > 1e-3
+
+
+def test_fewer_than_sixteen_images_are_refused():
+    network = network_of(Normed)
+    quantized = prepare(network, network.search_space((2,))).layers
+    chosen = dict(enumerate(quantized))
+    with pytest.raises(
+        DataError, match=r"batchnorm_reestimation has 15 calibration images; expected .*calibration_images: 16 or"
+    ):
+        batchnorm_reestimation.reestimate(network, chosen, [images(8), images(7)])
+    assert len(batchnorm_reestimation.reestimate(network, chosen, [images(8), images(8)])) == 8
+
+
+def test_batch_norms_without_a_place_of_their_own_are_refused():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.second(self.norm(self.first(self.norm(x.squeeze(1).mean(1)))))
+
+    network = Network(build(Shared), images(1))
+    ready = prepare(network, network.search_space((2,)), Recipe(corrections=("batchnorm_reestimation",)), calibration())
+    with pytest.raises(NetworkError, match="finds no batch norm that it can stop at, though the network has statistics"):
+        ready.shipped(ready.space.narrowest)
+
+
+@NORMED
+def test_whole_forwards_give_the_same_statistics(kind):
+    names = ("batchnorm_reestimation",)
+    whole = Network(build(kind), images(1), graph=False)
+    other = prepare(whole, whole.search_space((2, 4)), Recipe(corrections=names), calibration(20, 28))
+    expected = matched(kind, names=names).final(other.space.narrowest)
+    found = other.final(other.space.narrowest)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-5) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
+@pytest.mark.parametrize("kind", [Attention, Tied])
+def test_a_network_without_batch_norm_ships_as_it_is(kind, graph):
+    network = Network(build(kind), images(1), graph=graph)
+    ready = prepare(network, network.search_space((2,)), Recipe(corrections=("batchnorm_reestimation",)), [images(1)])
+    assert ready.has_final
+    shipped, chosen = ready.shipped(ready.space.narrowest)
+    assert shipped is network
+    assert ready.final(ready.space.narrowest) == {}
+    assert chosen.keys() == set(range(ready.space.num_layers))
+
+
+PLACES = {"stem": "first", "depthwise": "second", "up": "third", "hidden": "fourth"}
+
+
+@pytest.mark.parametrize("gammas", ["positive", "negative", "some zero"])
+def test_folding_keeps_the_codes_and_the_outputs(gammas):
+    source = build(Normed)
+    with torch.no_grad():
+        for norm in PLACES.values():
+            scale = source.get_submodule(norm).weight
+            scale.copy_(torch.linspace(0.5, 1.5, len(scale)) * (-1 if gammas == "negative" else 1))
+            source.get_submodule(norm).bias.copy_(torch.linspace(-0.3, 0.3, len(scale)))
+            if gammas == "some zero":
+                scale[::2] = 0
+    network = Network(source, images(1))
+    names = ("output_statistics", "batchnorm_reestimation")
+    ready = prepare(network, network.search_space((2, 4)), Recipe(corrections=names), calibration())
+    shipped, chosen = ready.shipped(ready.space.narrowest)
+    state = shipped.state_dict({})
+    folded = {}
+    model = copy.deepcopy(source)
+    for i, layer in chosen.items():
+        layer_name = ready.space.layers[i].name.removesuffix(".weight")
+        if layer_name not in PLACES:
+            continue
+        norm = PLACES[layer_name]
+        values = {key: state[f"{norm}.{key}"] for key in ("weight", "bias")}
+        values |= {"mean": state[f"{norm}.running_mean"], "variance": state[f"{norm}.running_var"]}
+        made = folded[i] = batchnorm_reestimation.fold(layer, values, source.get_submodule(norm).eps)
+        codes = layer.grid.quantize(layer.weight)
+        assert torch.equal(made.grid.dequantize(codes), made.weight)
+        alive = (values["weight"] != 0).reshape(made.grid.scale.shape)
+        assert torch.equal(torch.where(alive, made.grid.quantize(made.weight), codes), codes)
+        model.set_submodule(norm, nn.Identity())
+    reference = rebuilt(model, {ready.space.layers[i].name: layer for i, layer in {**chosen, **folded}.items()})
+    with torch.inference_mode():
+        torch.testing.assert_close(reference(images(4)), shipped.logits(images(4), chosen), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_needs_a_scale_for_each_channel():
+    ready = corrected(Normed, per_channel=False)
+    norm = {key: torch.ones(6) for key in ("weight", "bias", "mean", "variance")}
+    with pytest.raises(NetworkError, match="expected a per-channel grid"):
+        batchnorm_reestimation.fold(ready.layers[0], norm, 1e-5)
+    with pytest.raises(NetworkError, match="expected a per-channel grid"):
+        batchnorm_reestimation.fold(QuantizedLayer(ready.layers[0].weight), norm, 1e-5)
+
+
+@NORMED
+def test_what_ships_after_all_of_it_is_the_state_of_the_module(kind):
+    ready = matched(kind, names=("output_statistics", "batchnorm_reestimation"))
+    network, chosen = ready.shipped(ready.space.narrowest)
+    model = build(kind).eval()
+    state = network.state_dict(chosen)
+    for name in set(state) - set(model.state_dict()):
+        model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(torch.zeros_like(state[name]))
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images(4)), network.logits(images(4), chosen), rtol=1e-5, atol=1e-5)
+    assert sum(len(batch) for batch in ready.images) == NUM_IMAGES

@@ -1,0 +1,252 @@
+"""Fine-tuning stays on the grids, learns, repeats itself, and never leaves the held-out images worse than it found them."""
+
+import gzip
+import math
+from collections.abc import Mapping
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from clado.config import DataSettings
+from clado.errors import CladoError, ConfigurationError, DataError, MeasurementError, NetworkError
+from clado.evaluation import evaluate_weights
+from clado.export.packed import export_packed, integers, load_packed
+from clado.finetuning import FineTuned, Training, augmented, finetune, held_out_loss, straight_through
+from clado.images import MemorySlice, PickedSlice
+from clado.network import Network
+from clado.preparation import Recipe, prepare
+from clado.quantizers import Grid, QuantizedLayer, WeightQuantizer
+from clado.sources._training import IMAGES, LABELS, load_training, read_idx
+from tests.networks import Attention, Branching, Normed, Recurrent, Residual, build, images, labels
+
+TRAINING = MemorySlice(images(48, seed=1), labels(48, seed=1))
+HELD_OUT = MemorySlice(images(24, seed=2), labels(24, seed=2))
+SHORT = Training(epochs=3, learning_rate=1e-2, batch_images=16, patience=3, augment=False)
+KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Recurrent, Normed, Branching])
+
+
+@cache
+def start(kind, widths=(), symmetric=True, bits=2) -> tuple[Network, Network, dict[int, QuantizedLayer]]:
+    """(the float network, the network that ships, its layers) with corrections, so that there are added biases."""
+    network = Network(build(kind), images(1), graph=kind is not Branching)
+    space = network.search_space((bits,)).with_activations(widths)
+    corrections = () if kind is Branching else ("output_statistics", "batchnorm_reestimation")
+    recipe = Recipe(WeightQuantizer("minmax", True, symmetric), "minmax", corrections)
+    return network, *prepare(network, space, recipe, [images(40, seed=3)]).shipped(space.widest)
+
+
+def tuned_from(kind, training=SHORT, **how) -> tuple[FineTuned, tuple[Network, Network, dict[int, QuantizedLayer]]]:
+    begun = start(kind, **how)
+    network, shipped, layers = begun
+    return finetune(shipped, layers, network, TRAINING, HELD_OUT, training), begun
+
+
+def state(network: Network, layers: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict(layers).items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@KINDS
+@pytest.mark.parametrize("learned_scales", [False, True])
+def test_weights_lie_on_their_grids_and_the_training_loss_falls(kind, learned_scales):
+    training = Training(8, learning_rate=5e-3, batch_images=16, patience=8, augment=False, learned_scales=learned_scales)
+    tuned, (network, shipped, layers) = tuned_from(kind, training)
+    losses = [epoch.training_loss for epoch in tuned.epochs if epoch.training_loss is not None]
+    assert losses[-1] < losses[0]
+    assert tuned.best_epoch > 0
+    assert held_out_loss(tuned.network, tuned.layers, network, TRAINING, training) < held_out_loss(
+        shipped, layers, network, TRAINING, training
+    )
+    for i, layer in tuned.layers.items():
+        assert layer.grid is not None
+        assert layer.grid.codes == layers[i].grid.codes
+        assert (layer.grid.scale > 0).all()
+        integers(network.layers[i].name, layer, layer.grid)  # refuses what is off its grid
+    assert not same(state(tuned.network, tuned.layers), state(shipped, layers))
+
+
+def test_learned_scales_move_and_others_do_not():
+    for learned in (False, True):
+        tuned, (_, _, layers) = tuned_from(Residual, Training(2, batch_images=16, augment=False, learned_scales=learned))
+        moved = [not torch.equal(layer.grid.scale, layers[i].grid.scale) for i, layer in tuned.layers.items()]
+        assert tuned.best_epoch > 0
+        assert any(moved) == learned
+
+
+@pytest.mark.parametrize("kind", [Residual, Attention, Branching])
+def test_twice_the_same_seed_is_the_same_network_and_nothing_given_is_changed(kind):
+    (first, begun), (second, _) = tuned_from(kind), tuned_from(kind)
+    assert first.best_epoch > 0
+    assert same(state(first.network, first.layers), state(second.network, second.layers))
+    assert [e.held_out_loss for e in first.epochs] == [e.held_out_loss for e in second.epochs]
+    network, shipped, layers = begun
+    fresh_network, fresh_shipped, fresh_layers = start.__wrapped__(kind)
+    assert same(state(shipped, layers), state(fresh_shipped, fresh_layers))
+    assert same(network.model.state_dict(), fresh_network.model.state_dict())
+    assert all(parameter.grad is None for parameter in network.model.parameters())
+
+
+def test_another_seed_is_another_network():
+    (first, _), (second, _) = (
+        tuned_from(Residual),
+        tuned_from(Residual, Training(3, SHORT.criterion, 1e-2, 16, 3, False, False, 1)),
+    )
+    assert not same(state(first.network, first.layers), state(second.network, second.layers))
+
+
+def test_zero_epochs_change_nothing():
+    tuned, (_, shipped, layers) = tuned_from(Normed, Training(epochs=0))
+    assert same(state(tuned.network, tuned.layers), state(shipped, layers))
+    assert [epoch.number for epoch in tuned.epochs] == [0]
+    assert tuned.best_epoch == 0
+
+
+def test_what_gets_no_better_ends_early_and_the_start_is_kept():
+    awful = Training(epochs=9, learning_rate=30.0, batch_images=16, patience=2, augment=False)
+    tuned, (_, shipped, layers) = tuned_from(Residual, awful)
+    assert tuned.best_epoch == 0
+    assert len(tuned.epochs) == 3
+    assert same(state(tuned.network, tuned.layers), state(shipped, layers))
+
+
+@pytest.mark.parametrize("widths", [(), (8,)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_result_is_exported_packed_and_loads_as_what_was_trained(tmp_path, widths, symmetric):
+    tuned, (network, _, _) = tuned_from(Normed, widths=widths, symmetric=symmetric)
+    assert tuned.best_epoch > 0
+    export_packed(tmp_path / "a.safetensors", tuned.network, tuned.layers)
+    loaded = load_packed(tmp_path / "a.safetensors", network)
+    x = images(16, seed=5)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), tuned.network.logits(x, tuned.layers), atol=1e-4, rtol=1e-4)
+    assert all(layer.activation == (None if not widths else layer.activation) for layer in tuned.layers.values())
+
+
+def test_labels_are_learned_from_with_cross_entropy():
+    network, shipped, layers = start(Residual)
+    tuned = finetune(shipped, layers, network, TRAINING, TRAINING, Training(8, "cross_entropy", 3e-2, 16, 8, augment=False))
+    assert evaluate_weights(tuned.network, tuned.layers, TRAINING).loss < evaluate_weights(shipped, layers, TRAINING).loss
+    assert all(not torch.equal(layer.weight, layers[i].weight) for i, layer in tuned.layers.items())  # to other codes
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_straight_through_is_rounding_forwards_and_the_identity_within_the_range_backwards(bits, symmetric):
+    grid = WeightQuantizer("minmax", True, symmetric).grid(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), bits)
+    weight = (2 * torch.randn(4, 5, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    straight_through(weight, grid).sum().backward()
+    torch.testing.assert_close(straight_through(weight, grid), grid.fake_quantize(weight))
+    position = weight.detach() / grid.scale + grid.zero_point
+    inside = (position >= grid.codes.low) & (position <= grid.codes.high)
+    assert torch.equal(weight.grad != 0, inside)
+    torch.testing.assert_close(weight.grad[inside], torch.ones(int(inside.sum())))
+    assert not inside.all()
+
+
+def test_the_gradient_of_a_scale_is_that_of_lsq():
+    """Esser et al., equation 3: round(v) − v within the range, the end of the range beyond it, for v = w / s."""
+    grid = WeightQuantizer().grid(torch.ones(1, 1), 3)
+    weight = torch.tensor([[-9.0, -0.4, 0.3, 0.7, 9.0]])
+    scale = torch.full((1, 1), 0.25, requires_grad=True)
+    values = straight_through(weight, Grid(scale, torch.zeros(1, 1), grid.codes))
+    (found,) = torch.autograd.grad(values.sum(), scale)
+    v = weight / 0.25
+    expected = torch.where(v.abs() < 3, v.round() - v, v.clamp(-3, 3)).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_augmentation_moves_and_mirrors_and_keeps_shape_and_values():
+    x = images(32, seed=4)
+    moved = augmented(x, torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape
+    assert not torch.equal(moved, x)
+    assert all(torch.isin(moved[k], x[k]).all() for k in range(len(x)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": -1}, "epochs"),
+        ({"batch_images": 1}, "batch_images"),
+        ({"patience": 0}, "patience"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"criterion": "hinge"}, "criterion"),
+    ],
+)
+def test_settings_that_are_none_are_refused(change, words):
+    with pytest.raises(ConfigurationError, match=words):
+        Training(**change)
+
+
+def test_what_cannot_be_trained_is_refused():
+    network, shipped, layers = start(Residual)
+    few, unlabelled = MemorySlice(images(1)), MemorySlice(images(24, seed=2))
+    bare = {i: QuantizedLayer(layer.weight) for i, layer in layers.items()}
+    labelled = Training(criterion="cross_entropy")
+    refused: list[tuple[type[CladoError], str, tuple]] = [
+        (ConfigurationError, "no layer is quantized", (shipped, {}, network, TRAINING, HELD_OUT)),
+        (NetworkError, "no grid", (shipped, bare, network, TRAINING, HELD_OUT)),
+        (DataError, "1 training images", (shipped, layers, network, few, HELD_OUT)),
+        (DataError, "1 held-out images", (shipped, layers, network, TRAINING, few)),
+        (DataError, "labels", (shipped, layers, network, TRAINING, unlabelled, labelled)),
+        (MeasurementError, "diverged", (shipped, layers, network, MemorySlice(images(24) * torch.inf), HELD_OUT)),
+    ]
+    for error, words, given in refused:
+        with pytest.raises(error, match=words):
+            finetune(*given)
+
+
+def test_picked_images_are_those_of_their_slices():
+    parts = [TRAINING, HELD_OUT]
+    numbers = [50, 0, 47, 48, 71]
+    picked = PickedSlice(parts, numbers)
+    x, y = picked.load(0, 5)
+    every_x = torch.cat([part.load(0, len(part))[0] for part in parts])
+    every_y = torch.cat([part.load(0, len(part))[1] for part in parts])
+    assert torch.equal(x, every_x[numbers])
+    assert torch.equal(y, every_y[numbers])
+    assert torch.equal(picked.load(1, 3)[0], every_x[[0, 47]])
+    assert len(PickedSlice(parts)) == len(every_x)
+    assert picked.sha256 != PickedSlice(parts, numbers[::-1]).sha256
+    assert PickedSlice([TRAINING, MemorySlice(images(3))], [0, 48]).load(0, 2)[1] is None
+
+
+def write_idx(path, array: Tensor, packed: bool) -> None:
+    header = bytes((0, 0, 8, array.ndim)) + b"".join(length.to_bytes(4, "big") for length in array.shape)
+    raw = header + array.to(torch.uint8).numpy().tobytes()
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_training_set_of_idx_files_is_read_whole(tmp_path, packed):
+    generator = torch.Generator().manual_seed(0)
+    pixels, classes = torch.randint(0, 256, (7, 28, 28), generator=generator), torch.arange(7)
+    end = ".gz" if packed else ""
+    write_idx(tmp_path / f"{IMAGES}{end}", pixels, packed)
+    write_idx(tmp_path / f"{LABELS}{end}", classes, packed)
+    found = load_training(tmp_path, DataSettings(), (1, 28, 28), HELD_OUT)
+    x, y = found.load(0, 7)
+    assert torch.equal(y, classes)
+    assert (x[3] - x[3].min()).argmax() == pixels[3].argmax()
+    with pytest.raises(DataError, match="the network takes"):
+        load_training(tmp_path, DataSettings(), (3, 32, 32), HELD_OUT)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", bytes((0, 0, 8, 3, 0, 0, 0, 9)), bytes((0, 0, 13, 1, 0, 0, 0, 1, 0))])
+def test_a_damaged_idx_file_is_named(tmp_path, content):
+    for path, raw in ((tmp_path / "a", content), (tmp_path / "a.gz", content)):
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=str(path)):
+            read_idx(path)
+
+
+def test_a_folder_that_is_no_training_set_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match="idx"):
+            load_training(folder, DataSettings(), (1, 28, 28), HELD_OUT)

@@ -1,0 +1,76 @@
+"""What a run reads runs no code of the data's, and what a configuration names stays where it belongs. Each check can fail."""
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from clado.config import parse_config
+from flows.export import budget_folder
+from flows.services import HOST, Ports, declare
+from tests.running import config
+from tests.test_architecture import SOURCES, imports_of
+
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def unsafe(source: str) -> list[str]:
+    """Calls that would run code out of what they read."""
+    found = sorted(imports_of(source) & PICKLES)
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if name in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
+            found.append("np.load with pickles")
+        if name == "torch.load" and given.get("weights_only") != "True":
+            found.append("torch.load of more than weights")
+        if name in ("eval", "exec") or (name == "yaml.load" and ast.unparse(node.args[1]) != "_Loader"):
+            found.append(name)
+    return found
+
+
+def test_nothing_that_is_read_is_unpickled():
+    assert {str(file): found for file in SOURCES if (found := unsafe(file.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "np.load(f, allow_pickle=True)", "torch.load(f)", "torch.load(f, weights_only=False)", "eval(x)",
+     "yaml.load(f, yaml.Loader)"],
+)  # fmt: skip
+def test_the_check_of_pickles_can_fail(source):
+    assert unsafe(source)
+
+
+def test_our_yaml_makes_no_objects(tmp_path):
+    from clado.config import load_config
+    from clado.errors import ConfigurationError
+
+    (tmp_path / "clado.yaml").write_text(f"network: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    with pytest.raises(ConfigurationError):
+        load_config(tmp_path / "clado.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "/etc/passwd", "a/../../b", "3 bits", "..\\..\\x"])
+def test_names_make_one_folder_within_the_runs(tmp_path, name):
+    made = budget_folder(SimpleNamespace(folder=tmp_path), f"{name} ")
+    assert made.resolve().parent == (tmp_path / "exports").resolve()
+
+
+@pytest.mark.parametrize("name", ["../../../etc:make", "..:make", "/etc/x:make", "a/b:c/../../d"])
+def test_the_networks_name_makes_one_folder_below_runs(name):
+    network, data = {"source": "factory", "name": name}, {"source": "folder", "path": "images"}
+    settings = parse_config({**config(Path("unused")), "folder": None, "network": network, "data": data})
+    assert settings.run_folder.resolve().parent == Path("runs").resolve()
+
+
+@pytest.mark.parametrize("database", [None, "postgresql://me:hunter2@db:5432"])
+def test_services_listen_on_loopback_and_show_no_password(tmp_path, database):
+    for name, service in declare(tmp_path, Ports(), 2, database).items():
+        assert "0.0.0.0" not in service.words
+        assert "hunter2" not in " ".join(service.words), name
+        if name != "runner":  # which listens nowhere
+            assert service.words[service.words.index("--host") + 1] == HOST
