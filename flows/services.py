@@ -61,7 +61,7 @@ class Service:
 
 def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> dict[str, Service]:
     """The services by name, in the order in which they start; a database is the URL of a PostgreSQL server, else SQLite."""
-    from flows.clusters._dask import threads
+    from flows.clusters._dask import ON_LOOPBACK, threads
 
     url = ports.environment
     prefect, mlflow, scheduler = url["PREFECT_API_URL"], url["MLFLOW_TRACKING_URI"], url["DASK_SCHEDULER_ADDRESS"]
@@ -94,7 +94,7 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
             lambda: isinstance(_get(counts), dict),
         ),
         "workers": Service(
-            ("dask", "worker", scheduler, "--host", HOST, "--nworkers", str(workers), "--nthreads", "1", "--no-dashboard"),
+            ("dask", "worker", scheduler, "--host", HOST, "--nworkers", str(workers), "--nthreads", "1", *ON_LOOPBACK),
             {**quiet, **threads(ClusterSettings())},
             lambda: (_get(counts) or {}).get("workers") == workers,
         ),

@@ -17,7 +17,9 @@ from flows.clusters._tls import protocol, security
 
 DEATHS = 3  # of workers, until the task that each was computing is given up
 CONNECT_TIMEOUT = 30.0  # seconds until a scheduler that does not answer is given up
-NO_DASHBOARD = "127.0.0.1:0"  # its metrics are served all the same: at a free port, so that schedulers do not meet at 8787
+# Dask serves metrics over HTTP even without its dashboard: a scheduler at 8787, a worker at a free port of every interface
+LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as words of its commands
 PATROL = 5.0  # seconds between looks at whether there are workers, while no task ends
 # Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
 # 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
@@ -157,13 +159,13 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
     """A scheduler and one worker process on loopback for each environment; a killed worker is started again."""
     quiet()
     configure()
-    common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), "dashboard": False}
+    common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), **LOOPBACK}
     own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.ERROR}
     workers = {
         number: {"cls": Nanny, "options": {**common, **own, "env": {**threads(settings), **environment}}}
         for number, environment in enumerate(environments)
     }
-    scheduler = {"cls": Scheduler, "options": {**common, "port": 0, "dashboard_address": NO_DASHBOARD}}
+    scheduler = {"cls": Scheduler, "options": {**common, "port": 0}}
     with (
         SpecCluster(workers, scheduler, security=common["security"], silence_logs=logging.ERROR) as cluster,
         connected(cluster, settings) as connection,

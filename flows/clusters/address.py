@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 
 from clado.config import ClusterSettings
-from flows.clusters._dask import DaskWorkers, connected
+from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected
 
 
 def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:
@@ -15,8 +15,9 @@ def describe(settings: ClusterSettings) -> str:
     """The commands that `start` expects to have been run."""
     tls = settings.tls
     files = "" if tls is None else f" --tls-ca-file {tls.ca_file} --tls-cert {tls.cert} --tls-key {tls.key}"
+    quiet = " ".join(ON_LOOPBACK)
     port = str(settings.address).rpartition(":")[2]
     return (
-        f"expects, with the same clado installed:\n  dask scheduler --port {port} --no-dashboard{files}\n"
-        f"  {settings.workers} x dask worker {settings.address} --nthreads 1 --no-dashboard{files}"
+        f"expects, with the same clado installed:\n  dask scheduler --port {port} {quiet}{files}\n"
+        f"  {settings.workers} x dask worker {settings.address} --nthreads 1 {quiet}{files}"
     )

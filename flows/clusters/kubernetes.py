@@ -8,7 +8,7 @@ from typing import Any
 from clado.config import ClusterSettings, KubernetesSettings
 from clado.errors import ServerError
 from flows.clusters import optional
-from flows.clusters._dask import DEATHS, DaskWorkers, connected, quiet, threads
+from flows.clusters._dask import DEATHS, ON_LOOPBACK, DaskWorkers, connected, quiet, threads
 
 ORPHANED = 7200  # seconds without a task until the operator ends a cluster that may have lost its flow
 PORTS = {"tcp-comm": 8786, "http-dashboard": 8787}  # the operator looks for them by name
@@ -50,7 +50,7 @@ def manifest(settings: ClusterSettings) -> dict[str, Any]:
     scheduler["ports"] = [{"name": name, "containerPort": port, "protocol": "TCP"} for name, port in PORTS.items()]
     scheduler["readinessProbe"] = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 2}
     scheduler["resources"] = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}}
-    worker = ["dask", "worker", "--nthreads", "1", "--no-dashboard", "--name", "$(DASK_WORKER_NAME)"]
+    worker = ["dask", "worker", "--nthreads", "1", *ON_LOOPBACK, "--name", "$(DASK_WORKER_NAME)"]
     service = {
         "type": "ClusterIP",
         "selector": {"dask.org/cluster-name": section.name, "dask.org/component": "scheduler"},

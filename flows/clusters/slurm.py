@@ -9,7 +9,7 @@ from typing import Any
 from clado.config import ClusterSettings
 from clado.errors import ConfigurationError
 from flows.clusters import optional
-from flows.clusters._dask import NO_DASHBOARD, DaskWorkers, configure, connected, quiet, threads
+from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, security
 
 RESUBMIT = "15s"  # between looks at whether as many jobs are there as were asked for
@@ -25,8 +25,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     assert settings.slurm is not None  # the configuration has seen to it
     if settings.slurm.log_folder is not None:
         settings.slurm.log_folder.mkdir(parents=True, exist_ok=True)  # sbatch loses what a job prints into no folder
-    scheduler = {"dashboard": False, "dashboard_address": NO_DASHBOARD}
-    with library.SLURMCluster(scheduler_options=scheduler, **_options(settings)) as cluster:
+    with library.SLURMCluster(scheduler_options=dict(LOOPBACK), **_options(settings)) as cluster:
         cluster.adapt(minimum_jobs=settings.workers, maximum_jobs=settings.workers, interval=RESUBMIT)
         with connected(cluster, settings) as workers:
             yield workers
@@ -72,7 +71,7 @@ def _options(settings: ClusterSettings) -> dict[str, Any]:
         "python": slurm.python,
         "job_extra_directives": [*gpus, *logs, *slurm.directives],
         "job_script_prologue": [*exports, *slurm.prologue],
-        "worker_extra_args": ["--no-dashboard"],
+        "worker_extra_args": [*ON_LOOPBACK],
         "protocol": protocol(settings),
         "security": security(settings),
     }

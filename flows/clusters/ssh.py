@@ -8,7 +8,7 @@ from typing import Any
 from clado.config import ClusterSettings, SshSettings
 from clado.errors import ServerError
 from flows.clusters import optional
-from flows.clusters._dask import DaskWorkers, configure, connected, quiet, threads
+from flows.clusters._dask import LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, tls_options
 
 ORPHANED = "2 hours"  # without a task, until a scheduler ends that may have lost its flow, and its workers with it
@@ -27,8 +27,8 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     quiet()
     configure()
     connection = {"connect_options": _connect_options(ssh), "remote_python": ssh.python}
-    common = {"protocol": protocol(settings), "security": tls_options(settings), "interface": ssh.interface, "dashboard": False}
-    common = {key: value for key, value in common.items() if value is not None}
+    common = {"protocol": protocol(settings), "security": tls_options(settings), "interface": ssh.interface}
+    common = {key: value for key, value in common.items() if value is not None} | LOOPBACK
     scheduler = {"address": ssh.hosts[0], "kwargs": {**common, "port": 0, "idle_timeout": ORPHANED}, **connection}
     workers = {
         number: {

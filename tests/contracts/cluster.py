@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from clado.config import RunConfig, parse_config
@@ -58,6 +59,12 @@ def where(document: dict[str, Any], item: int) -> tuple[int, str | None, int]:
     import torch
 
     return os.getpid(), os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+
+
+def open_ports(document: dict[str, Any], item: int) -> int:
+    """A task that says at how many ports others than this machine's processes can reach its process."""
+    listening = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return sum(one.laddr.ip not in ("127.0.0.1", "::1") for one in listening)
 
 
 def die_once(document: dict[str, Any], item: tuple[str, int]) -> int:
@@ -161,6 +168,11 @@ class ProcessContract(ClusterContract):
         assert os.getpid() not in pids
         assert 1 <= len(pids) <= config.cluster.workers
         assert {(omp, threads) for _, omp, threads in found} == {("1", 1)}
+
+    def test_a_worker_is_reached_at_one_port_at_most(self, workers):
+        """Its own, which TLS guards: Dask's HTTP server stays on loopback."""
+        (ports,) = workers.map(open_ports, configuration(self.settings), [0])
+        assert ports <= 1
 
     def test_a_worker_that_is_killed_costs_no_result(self, workers, tmp_path):
         items = [(str(tmp_path), number) for number in range(6)]

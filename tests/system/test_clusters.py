@@ -19,7 +19,7 @@ from clado.records import RunRecord
 from flows import clusters
 from flows.clusters import _dask, kubernetes, local_gpus
 from flows.clusters._certificates import make_certificates
-from flows.clusters._dask import DaskWorkers
+from flows.clusters._dask import ON_LOOPBACK, DaskWorkers
 from flows.session import Session
 from tests.contracts.cluster import ProcessContract, configuration, echo, note
 from tests.running import config, run_pipeline
@@ -54,7 +54,7 @@ class Machines:
 
     def __init__(self, folder: Path, options: tuple[str, ...] = (), scheme: str = "tcp") -> None:
         self.bench = Bench(folder / "elsewhere", executable=DASK)
-        self.options = ("--no-dashboard", *options)
+        self.options = (*ON_LOOPBACK, *options)
         self.port = free_port()
         self.address = f"{scheme}://127.0.0.1:{self.port}"
         self.processes: dict[str, subprocess.Popen] = {}
@@ -403,7 +403,7 @@ def on(host: str, bench: Bench, network: str = "10.77.") -> Bench:
 def test_the_command_on_two_hosts_gives_what_one_process_gives(hosts, tmp_path):
     flow, first, second = hosts
     files = {name: str(path) for name, path in make_certificates(tmp_path / "tls").items()}
-    options = ("--tls-ca-file", files["ca_file"], "--tls-cert", files["cert"], "--tls-key", files["key"], "--no-dashboard")
+    options = ("--tls-ca-file", files["ca_file"], "--tls-cert", files["cert"], "--tls-key", files["key"], *ON_LOOPBACK)
     address = f"tls://{hosts[first]}:8786"
     started = []
     try:
