@@ -58,6 +58,11 @@ class NodeBound:
         x = support / counted
         for step in range(1, STEPS + 1):
             x, gradient, multipliers = self._stationary(x, support, active)
+            room = self.limits - self.costs @ x
+            beyond = room < -1e-10 * (1 + np.abs(self.limits))
+            stuck = active & beyond  # no choice of the support can meet it, so that its multiplier says nothing
+            for constraint in np.flatnonzero(stuck):
+                multipliers = self._tightened(gradient, multipliers, allowed, constraint)
             priced = gradient + np.maximum(multipliers, 0) @ self.costs
             priced_allowed = np.where(allowed, priced, np.inf)
             least = np.minimum.reduceat(priced_allowed, self.starts)
@@ -68,10 +73,11 @@ class NodeBound:
                 - float(np.maximum(multipliers, 0) @ self.limits)
             )
             reduced_cost = priced_allowed - least[self.owner]
-            room = self.limits - self.costs @ x
             negative = support & (x < -1e-10)
             attractive = self._most_attractive(priced_allowed, least, support)
-            more = ~active & (room < -1e-10 * (1 + np.abs(self.limits)))
+            if stuck.any():
+                attractive |= ~support & (reduced_cost <= self.tolerance)
+            more = ~active & beyond
             less = active & (multipliers < -self.tolerance)
             if not np.isfinite(value):
                 break
@@ -84,6 +90,55 @@ class NodeBound:
         if best is None:  # numbers overflowed: a bound that rules nothing out is valid as well
             return Bound(-np.inf, support / counted, np.zeros(self.n), support, active, STEPS)
         return best
+
+    def _tightened(self, gradient: Array, multipliers: Array, allowed: Mask, constraint: int) -> Array:
+        """Multipliers with that of one constraint where the bound from `gradient` is highest, the others as they are.
+
+        As a function of one multiplier the bound is concave and made of lines: two of them, one rising and one falling, meet at
+        the next try, until none lies below their meeting.
+        """
+        costs, limit = self.costs[constraint], self.limits[constraint]
+        others = multipliers.copy()
+        others[constraint] = 0.0
+        priced = np.where(allowed, gradient + np.maximum(others, 0) @ self.costs, np.inf)
+
+        def line(multiplier: float) -> tuple[float, float]:
+            """Value and slope; of equally cheap choices the first of each group counts."""
+            at = priced + multiplier * costs
+            least = np.minimum.reduceat(at, self.starts)
+            cheapest = np.flatnonzero(at == least[self.owner])
+            first = cheapest[np.unique(self.owner[cheapest], return_index=True)[1]]
+            return float(least.sum()) - multiplier * limit, float(costs[first].sum()) - limit
+
+        low, (value, slope) = 0.0, line(0.0)
+        if slope <= 0:
+            return others
+        high = max(float(np.ptp(priced[allowed])), self.tolerance)
+        for _ in range(60):
+            high_value, high_slope = line(high)
+            if high_slope <= 0:
+                break
+            low, value, slope, high = high, high_value, high_slope, 8 * high
+        else:  # nothing allowed meets the constraint; SCIP finds that by itself
+            others[constraint] = low
+            return others
+        for _ in range(60):
+            if high_slope == 0:
+                break
+            middle = (value - high_value + high_slope * high - slope * low) / (high_slope - slope)
+            if not low < middle < high:
+                break
+            middle_value, middle_slope = line(middle)
+            on_lines = value + slope * (middle - low)
+            if middle_value >= on_lines - self.tolerance * self.num_groups * 1e-3:
+                high = middle
+                break
+            if middle_slope > 0:
+                low, value, slope = middle, middle_value, middle_slope
+            else:
+                high, high_value, high_slope = middle, middle_value, middle_slope
+        others[constraint] = high
+        return others
 
     def _covered(self, allowed: Mask, support: Mask | None, x: Array | None = None) -> Mask:
         """The support within the allowed choices, with at least one choice per group."""
