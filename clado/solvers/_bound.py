@@ -61,7 +61,7 @@ class NodeBound:
             room = self.limits - self.costs @ x
             beyond = room < -1e-10 * (1 + np.abs(self.limits))
             stuck = active & beyond  # no choice of the support can meet it, so that its multiplier says nothing
-            for constraint in np.flatnonzero(stuck):
+            for constraint in np.flatnonzero(stuck).tolist():
                 multipliers = self._tightened(gradient, multipliers, allowed, constraint)
             priced = gradient + np.maximum(multipliers, 0) @ self.costs
             priced_allowed = np.where(allowed, priced, np.inf)
