@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from torchvision import models
+from typer.testing import CliRunner
 
 from clado.config import load_config
 from clado.errors import StoreError
 from clado.records import CHOSEN, UNIFORM, Accuracy, Result, RunRecord
 from clado.reference import MIB, REFERENCES, comparison
 from clado.space import Assignment
+from flows.cli import app
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "imagenet").glob("*.yaml"))
@@ -27,6 +29,21 @@ def test_recipes_parse_and_name_published_weights(recipe: Path) -> None:
     assert (config.network.name, config.activations.bits, config.corrections) == (recipe.stem, (8,), ())
     weights = models.get_model_weights(config.network.name)[config.network.weights_name or ""]
     assert Path(str(config.network.weights)).name == weights.url.rsplit("/")[-1]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "resnet34"])  # the others take their time
+def test_the_plans_beside_the_recipes_are_what_the_command_prints(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """for recipe in recipes/imagenet/*.yaml; do clado plan $recipe network.weights=random; done > recipes/imagenet/plans.txt"""
+    monkeypatch.chdir(tmp_path)  # where there is no ImageNet
+    recipe = ROOT / "recipes" / "imagenet" / f"{name}.yaml"
+    printed = CliRunner().invoke(app, ["plan", str(recipe), "network.weights=random"]).stdout
+    plans = recipe.with_name("plans.txt").read_text()
+    assert len(printed.splitlines()) == 11
+    assert printed in plans
+    assert [line.split()[0] for line in plans.splitlines()[::11]] == [f"torchvision:{network}" for network in NETWORKS]
 
 
 def record(network: str = "torchvision:resnet18 with weights/resnet18-f37072fd.pth", num_images: int = 50_000) -> RunRecord:

@@ -13,6 +13,8 @@ stores them: that, and the noise, make G indefinite.
 | lowrank | 0.10 | 0.5 | 10 | errors that cancel: the optimum is near 0, the hardest to prove |
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from clado.interaction import InteractionMatrix
@@ -22,6 +24,10 @@ FAMILIES = {"weak": (0.03, 0.2, 1000), "medium": (0.15, 0.5, 200), "strong": (0.
 NETWORKS = ("resnet20", "resnet18", "resnet50", "mobilenet_v3_large", "vit_b_16", "resnet101", "resnet152")
 SHARED_BETWEEN_BITS = 0.56
 RELATIVE_NOISE, ABSOLUTE_NOISE = 0.03, 1e-3
+
+MEASURED = Path(__file__).parent / "measured"  # by measured_matrices.py
+MEASURED_NETWORKS = ("resnet20_fashion_mnist", "mobilenetv2_fashion_mnist", "vit_fashion_mnist")
+MEASURED_ESTIMATORS = ("pairwise", "gauss_newton")
 
 MOBILENET_V3_LARGE = """
 432 144 256 1024 576 1536 1728 648 1728 1728 1800 1728 1728 2880 4800 3000 3840 3840 4800 4800 3000 3840 3840 4800 9600 2160 19200
@@ -65,6 +71,14 @@ def search_space(network: str, bits: tuple[int, ...]) -> SearchSpace:
     return SearchSpace.uniform(
         [Layer(f"layer{i}", (size,), "conv2d", macs=size) for i, size in enumerate(layer_sizes(network))], bits
     )
+
+
+def measured(network: str, estimator: str) -> InteractionMatrix:
+    """The matrix of a network of the zoo, with its layers named by number."""
+    with np.load(MEASURED / f"{network}-{estimator}.npz", allow_pickle=False) as kept:
+        values, bits, sizes = kept["values"], kept["bits"].tolist(), kept["sizes"].tolist()
+    layers = [Layer(f"layer{i}", (size,), "conv2d") for i, size in enumerate(sizes)]
+    return InteractionMatrix(SearchSpace.uniform(layers, bits), values, estimator, "kl_to_float", 0.0, 256)
 
 
 def instance(network: str, bits: tuple[int, ...], family: str, seed: int) -> InteractionMatrix:
