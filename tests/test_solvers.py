@@ -419,6 +419,7 @@ import os, signal
 from tests.test_solvers import program_of
 from clado import solvers
 from clado.solvers import scip
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 visit = scip.Tree.visit
 def interrupted_visit(tree):
     if tree.calls == 20:
@@ -438,9 +439,10 @@ def test_ctrl_c_returns_the_incumbent() -> None:
 
 def test_solving_in_a_thread() -> None:
     """Dask and Prefect call from threads, where Python allows no signal handlers."""
+    handler = signal.getsignal(signal.SIGINT)
     answers = []
     thread = threading.Thread(target=lambda: answers.append(solvers.solve(program_of())))
     thread.start()
     thread.join()
     assert answers[0].status is Status.OPTIMAL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
