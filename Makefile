@@ -12,7 +12,7 @@ run: install
 	$(BIN)/clado run demo.yaml
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
 
 test-system: install tools
 	$(BIN)/pytest -m system --numprocesses 2 --dist loadfile

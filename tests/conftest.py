@@ -17,3 +17,10 @@ def finished(tmp_path_factory) -> Finished:
     document = config(tmp_path_factory.mktemp("runs") / "reduced")
     calls, receipt = run_pipeline(document)
     return Finished(Path(document["folder"]), document, calls, receipt)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that read the finished run go to one worker of pytest-xdist, so that it is made once."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("finished"))
