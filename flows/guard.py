@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import FrameType
 from typing import Any
 
 from clado.errors import CladoError, FolderBusy, ServerError
+
+GRACE = 10.0  # seconds in which what was started is ended, before a further signal ends the command at once
 
 
 @contextmanager
@@ -32,6 +35,27 @@ def locked(folder: Path) -> Iterator[None]:
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def farewell(interrupt: type[BaseException]) -> tuple[str, int]:
+    """What the command says when a signal ends it, and its exit code."""
+    word, code = ("terminated", 143) if issubclass(interrupt, Terminated) else ("interrupted", 130)
+    return f"clado: {word}; what was measured is kept, and the same command goes on from there", code
+
+
+def end_in_peace(interrupt: type[BaseException]) -> None:
+    """From here on the command ends because of a signal, and one more does not disturb it: a second Ctrl-C in the middle of Dask's
+    end would leave workers and tracebacks. Where that takes longer than GRACE, the next signal ends the process at once."""
+    began = time.monotonic()
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - began > GRACE:
+            text, code = farewell(interrupt)
+            os.write(2, f"{text}\n".encode())
+            os._exit(code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heed)
 
 
 @contextmanager
@@ -68,6 +92,7 @@ def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         interrupted.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
         logging.disable(logging.CRITICAL)
+        end_in_peace(interrupted[0])
         raise interrupted[0]
 
     _watch_embedded_server()

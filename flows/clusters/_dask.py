@@ -182,7 +182,8 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
     quiet()
     configure()
     common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), **LOOPBACK}
-    own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.ERROR}
+    # what happens to a task is the flow's to tell; a worker's own errors are of connections that end with the run
+    own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.CRITICAL}
     workers = {
         number: {"cls": Nanny, "options": {**common, **own, "env": {**threads(settings), **environment}}}
         for number, environment in enumerate(environments)

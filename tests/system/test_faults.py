@@ -1,6 +1,7 @@
 """Faults of real processes: what was measured is kept, what is absent is measured, and the matrix is the same bit for bit."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -126,7 +127,7 @@ def check_resumed(bench: Bench, finished, done: list, times: dict[str, int]) -> 
     assert [(r.assignment, r.loss_shipped, r.validation.top1) for r in ours.results] == [
         (r.assignment, r.loss_shipped, r.validation.top1) for r in theirs.results
     ]
-    assert "Shutdown took" in text
+    assert re.search(r"^Start-up took \d+\.\d s, shutdown \d+\.\d s; \d+ s in all\.$", text, flags=re.M)
     assert bench.outside() == []
 
 
