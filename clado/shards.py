@@ -166,7 +166,7 @@ class Store:
                 self._arrays.clear()
 
     def _holds(self, plan: Plan, kind: Kind) -> bool:
-        """Whether the arrays of a kind are there, under the plan's terms; StoreError where they have another shape than it needs."""
+        """Whether the arrays of a kind are there, under the plan's terms; StoreError where they have another shape."""
         if not self._is_there(kind) or self._opened(kind).attrs.get("terms", {}) != plan.terms(kind):
             return False
         for part, (shape, chunks) in _geometry(plan, kind).items():
@@ -175,8 +175,8 @@ class Store:
             found, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
             if found != expected or array.shape[0] < shape[0]:
                 raise StoreError(
-                    f"{self.path}/{kind}/{part} is damaged: it is {array.shape} in chunks of {array.chunks}, {array.dtype}, expected "
-                    f"{shape} in chunks of {chunks}, {DTYPES[part]}; {_remedy(self.path, kind)}"
+                    f"{self.path}/{kind}/{part} is damaged: it is {array.shape} in chunks of {array.chunks}, {array.dtype}, "
+                    f"expected {shape} in chunks of {chunks}, {DTYPES[part]}; {_remedy(self.path, kind)}"
                 )
         return True
 

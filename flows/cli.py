@@ -121,7 +121,8 @@ def run(config: Config, overrides: Overrides = None) -> None:
     clock["start-up"] += time.perf_counter() - begin
     entered = time.perf_counter()
     before = dict(clock)
-    with orchestrated(lambda: clock == before):
+    receipt = None
+    with orchestrated(lambda: clock == before, lambda: "shutdown" in clock):
         receipt = pipeline(session.config, clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())

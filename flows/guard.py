@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,8 +45,10 @@ def farewell(interrupt: type[BaseException]) -> tuple[str, int]:
 
 
 def end_in_peace(interrupt: type[BaseException]) -> None:
-    """From here on the command ends because of a signal, and one more does not disturb it: a second Ctrl-C in the middle of Dask's
-    end would leave workers and tracebacks. Where that takes longer than GRACE, the next signal ends the process at once."""
+    """From here on the command ends because of a signal, and one more does not disturb it: a second Ctrl-C in the middle of
+    Dask's end would leave workers and tracebacks. Where that takes longer than GRACE, the next one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     began = time.monotonic()
 
     def heed(number: int, frame: FrameType | None) -> None:
@@ -78,8 +81,9 @@ def interruptible() -> Iterator[list[int]]:
 
 
 @contextmanager
-def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
+def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Around the call of a flow: a failure of Prefect itself (`outside` the flow's phases) is one message, an interrupt is one.
+    Where the flow is `complete` and only Prefect could not be told, that is said and the run stands.
 
     Ctrl-C reaches the embedded server too, so that Prefect cannot record the flow's end: whatever it says of that is not heard.
     SIGTERM is Prefect's while the flow runs: it unwinds the flow, then sends the signal again, to the handler that is set here.
@@ -107,6 +111,9 @@ def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
     except Exception as error:
         if interrupted:
             raise interrupted[0] from None
+        if complete():
+            print(f"clado: the run is complete, but Prefect was not told ({type(error).__name__}): {_told()}", file=sys.stderr)
+            return
         if isinstance(error, CladoError) or not outside():
             raise
         raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}") from None
@@ -146,6 +153,10 @@ def _watch_embedded_server() -> None:
 
     if os.name == "posix":
         Watched()  # Prefect keeps one server for each port, and None is the port of the embedded one: it will take this
+
+
+def _told() -> str:
+    return f"{os.environ.get('PREFECT_API_URL', 'its page')} shows it as running until somebody deletes it there"
 
 
 def _advice() -> str:

@@ -182,7 +182,7 @@ def used(path: Path) -> list[Tile]:
 @pytest.mark.parametrize(
     ("path", "harm", "lost"),
     [
-        *((f"pairs/done/c/1/0", harm, ("pairs", 1, 0)) for harm in HARMS.values()),
+        *(("pairs/done/c/1/0", harm, ("pairs", 1, 0)) for harm in HARMS.values()),
         ("singles/done/c/2/0", flip(0.5), ("singles", 2)),
         ("gram/done/c", shutil.rmtree, ("gram",)),
         ("gram/done", shutil.rmtree, ("gram",)),
@@ -228,7 +228,7 @@ AGAIN = "measured again"
         ("zarr.json", replaced('"abc"', '"abd"'), ["fingerprint is not that of the identity", RESTORE]),
         ("zarr.json", replaced('"fingerprint": "', '"fingerprint": "0'), ["fingerprint is not that of the identity", RESTORE]),
         ("zarr.json", replaced('"sensitivity_set": "123"', '"sensitivity_set": "124"'), ["sensitivity_set: the store has '124'"]),
-        ("zarr.json", replaced('"rows_per_tile": 5', '"rows_per_tile": 6'), ["pairs/sums is damaged", "chunks of (1, 6, 12)", AGAIN]),
+        ("zarr.json", replaced('"rows_per_tile": 5', '"rows_per_tile": 6'), ["pairs/sums is damaged", "of (1, 6, 12)", AGAIN]),
         ("zarr.json", replaced('"rows_per_tile": 5', '"rows_per_tile": 0'), ["rows_per_tile is 0", RESTORE]),
         ("zarr.json", replaced('"rows_per_tile"', '"rows_per_tyle"'), ["rows_per_tile is None", RESTORE]),
         *((f"{file}/zarr.json", harm, [f"{file}/zarr.json is damaged", f"/{file.split('/')[0]}: that kind", AGAIN])

@@ -23,6 +23,7 @@ CONNECT_TIMEOUT = 30.0  # seconds until a scheduler that does not answer is give
 LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
 ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as words of its commands
 WINDOW = 1000  # tasks that a scheduler is told of at a time: more than it has workers
+WORKER_TTL = "1 hour"  # until a worker that says nothing, with its connection open, is given up
 PATROL = 5.0  # seconds between looks at whether there are workers, while no task ends
 # Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
 # 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
@@ -203,9 +204,11 @@ def threads(settings: ClusterSettings) -> dict[str, str]:
 
 
 def configure() -> None:
-    """What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that."""
+    """What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that;
+    and it is not lost for being silent while it opens a large network, which closed connections would show."""
     import dask
 
+    dask.config.set({"distributed.scheduler.worker-ttl": WORKER_TTL})
     dask.config.set({"distributed.scheduler.allowed-failures": DEATHS, "distributed.scheduler.worker-saturation": 1.0})
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 

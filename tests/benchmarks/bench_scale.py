@@ -1,5 +1,5 @@
-"""What workers cost a run: memory and time for each of 20,000 tiles on 16 of them, two against one, the flow's loop against a plain
-one, start-up and shutdown. Writes SCALE.md. Run: python -m tests.benchmarks.bench_scale
+"""What workers cost a run: memory and time for each of 20,000 tiles on 16 of them, two against one, the flow's loop against a
+plain one, start-up and shutdown. Writes SCALE.md. Run: python -m tests.benchmarks.bench_scale
 
 The 16 workers are simulated: two processes hold eight of one thread each, and a tile is zeros instead of sums. Everything else is
 what a run does: Dask's scheduler in a process of its own, the session opened by a plugin, the measure phase of the flow, tiles as
@@ -276,8 +276,8 @@ def command(folder: Path) -> str:
     return "\n".join([
         "## Start-up and shutdown",
         "",
-        f"{up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45): imports, the network's export, Prefect's embedded "
-        f"server, Dask, workers, sessions, and their end. It prints: `{line}`",
+        f"{up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45): imports, the network's export, Prefect's "
+        f"embedded server, Dask, workers, sessions, and their end. It prints: `{line}`",
     ])  # fmt: skip
 
 
