@@ -85,7 +85,7 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
     """Around the call of a flow: a failure of Prefect itself (`outside` the flow's phases) is one message, an interrupt is one.
     Where the flow is `complete` and only Prefect could not be told, that is said and the run stands.
 
-    Ctrl-C reaches the embedded server too, so that Prefect cannot record the flow's end: whatever it says of that is not heard.
+    Whatever Prefect says of an interrupt is not heard.
     SIGTERM is Prefect's while the flow runs: it unwinds the flow, then sends the signal again, to the handler that is set here.
     The embedded server ends when this process does, however that ends.
     """
@@ -94,9 +94,11 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
     interrupted: list[type[KeyboardInterrupt]] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if interrupted:  # one more while this handler runs: an exception here would leave logging's lock taken for ever
+            return
         interrupted.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
-        logging.disable(logging.CRITICAL)
         end_in_peace(interrupted[0])
+        logging.disable(logging.CRITICAL)
         raise interrupted[0]
 
     _watch_embedded_server()
@@ -130,7 +132,8 @@ def _is_not_the_users(record: logging.LogRecord) -> bool:
 
 
 def _watch_embedded_server() -> None:
-    """Makes Prefect's embedded server end with this process, also where that is killed with -9.
+    """Makes Prefect's embedded server end with this process, also where that is killed with -9, and not before: Ctrl-C in a
+    terminal reaches every process, and the server would print its own traceback.
 
     A shell holds the other end of a pipe that only this process keeps open: it reads the end of it when this process is no more.
     """
@@ -138,7 +141,11 @@ def _watch_embedded_server() -> None:
 
     class Watched(SubprocessASGIServer):
         def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-            server = super()._run_uvicorn_command()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
+            try:
+                server = super()._run_uvicorn_command()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             watch = ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "clado-watch", str(server.pid)]
             self.watcher = subprocess.Popen(
                 watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
