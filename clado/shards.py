@@ -45,7 +45,7 @@ NAMES: dict[Kind, tuple[str, ...]] = {
     "trace": ("probe",),
 }
 Array = NDArray[np.float64]
-DTYPES = {"sums": np.dtype("f8"), "done": np.dtype("u1")}
+DTYPES: dict[str, np.dtype[Any]] = {"sums": np.dtype("f8"), "done": np.dtype("u1")}
 RESTORE = "restore the store from a copy"
 
 

@@ -18,12 +18,14 @@ from flows.clusters._inspection import Inspection, located
 from flows.clusters._tls import protocol, security
 
 DEATHS = 3  # of workers, until the task that each was computing is given up
+# What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that; and one
+# that says nothing while it opens a large network is not lost for it, as one whose connection closes is.
+SCHEDULER = {"allowed-failures": DEATHS, "worker-saturation": 1.0, "worker-ttl": "1 hour"}
 CONNECT_TIMEOUT = 30.0  # seconds until a scheduler that does not answer is given up
 # Dask serves metrics over HTTP even without its dashboard: a scheduler at 8787, a worker at a free port of every interface
 LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
 ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as words of its commands
 WINDOW = 1000  # tasks that a scheduler is told of at a time: more than it has workers
-WORKER_TTL = "1 hour"  # until a worker that says nothing, with its connection open, is given up
 PATROL = 5.0  # seconds between looks at whether there are workers, while no task ends
 # Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
 # 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
@@ -203,13 +205,16 @@ def threads(settings: ClusterSettings) -> dict[str, str]:
     return sizes | ALLOCATOR
 
 
+def scheduler_environment() -> dict[str, str]:
+    """SCHEDULER as environment variables of a scheduler's process."""
+    return {f"DASK_DISTRIBUTED__SCHEDULER__{name.upper().replace('-', '_')}": str(value) for name, value in SCHEDULER.items()}
+
+
 def configure() -> None:
-    """What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that;
-    and it is not lost for being silent while it opens a large network, which closed connections would show."""
+    """Sets SCHEDULER and the allocator for clusters that this process starts."""
     import dask
 
-    dask.config.set({"distributed.scheduler.worker-ttl": WORKER_TTL})
-    dask.config.set({"distributed.scheduler.allowed-failures": DEATHS, "distributed.scheduler.worker-saturation": 1.0})
+    dask.config.set({f"distributed.scheduler.{name}": value for name, value in SCHEDULER.items()})
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 
 

@@ -30,7 +30,7 @@ from clado.probes import OF_PAIRS, Plan, Tile
 from clado.records import markdown_table, write_text
 from clado.shards import Store
 from flows import clusters, measure, worker
-from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, threads
+from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
 from flows.run import Clock, Run
 from flows.session import Session
 from tests.benchmarks.bench_measure import machine
@@ -140,8 +140,7 @@ def many_tiles(folder: Path) -> str:
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     environment = {
-        **os.environ, "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0", "OMP_NUM_THREADS": "1",
-        "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "0",
+        **os.environ, **scheduler_environment(), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     dask = [str(Path(sys.executable).with_name("dask")), "scheduler", "--host", "127.0.0.1", "--port", str(port), *ON_LOOPBACK]
     config = settings(
