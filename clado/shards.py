@@ -19,6 +19,7 @@ the endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS
 
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ NAMES: dict[Kind, tuple[str, ...]] = {
     "trace": ("probe",),
 }
 Array = NDArray[np.float64]
+DTYPES: dict[str, np.dtype[Any]] = {"sums": np.dtype("f8"), "done": np.dtype("u1")}
+RESTORE = "restore the store from a copy"
 
 
 class Store:
@@ -52,6 +55,7 @@ class Store:
     def __init__(self, path: Path | str, group: zarr.Group) -> None:
         self.path = path
         self.group = group
+        self._arrays: dict[str, zarr.Array[Any]] = {}  # opened: to open one takes as long as to write a chunk
 
     @classmethod
     def create(
@@ -97,6 +101,8 @@ class Store:
 
     def check(self, identity: Mapping[str, Any], coverage: Mapping[str, Any]) -> None:
         """Refuses other settings than those the store was measured under, and says which differ."""
+        if self.fingerprint != fingerprint(self.identity):
+            raise StoreError(f"the attributes of {self.path} are damaged: the fingerprint is not that of the identity; {RESTORE}")
         rows = [*differences(self.identity, identity), *differences(self.coverage, coverage)]
         if rows:
             raise IdentityMismatch(
@@ -111,13 +117,12 @@ class Store:
         The coverage is written last: a process that dies before leaves the old coverage, and growing again is harmless.
         """
         blocks = len(plan.blocks)
-        for kind in (kind for kind in KINDS if f"{kind}/done" in self.group):
+        for kind in (kind for kind in KINDS if self._is_there(kind)):
             for part in ("sums", "done"):
                 array = self._array(f"{kind}/{part}")
                 array.resize((blocks, *array.shape[1:]))
-        counts = self._array("counts")
-        counts.resize((blocks,))
-        counts[:] = np.array([plan.block_images(block) for block in range(blocks)], dtype="i8")
+        self._arrays.clear()
+        _write_counts(self.group, plan)
         self.group.attrs["coverage"] = dict(coverage)
 
     def provenance_differences(self, provenance: Mapping[str, Any]) -> list[str]:
@@ -125,8 +130,9 @@ class Store:
         return differences(self._attribute("provenance"), provenance)
 
     def _attribute(self, name: str) -> dict[str, Any]:
-        value = self.group.attrs[name]
-        assert isinstance(value, dict)
+        value = self.group.attrs.get(name)
+        if not isinstance(value, dict):
+            raise StoreError(f"the attributes of {self.path} are damaged: {name} is {value!r}; {RESTORE}")
         return dict(value)
 
     @property
@@ -142,26 +148,61 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Hash of the identity."""
-        return str(self.group.attrs["fingerprint"])
+        return str(self.group.attrs.get("fingerprint"))
 
     @property
     def rows_per_tile(self) -> int:
         """Rows of a `pairs` chunk: set when the store was made."""
-        return int(str(self.group.attrs["rows_per_tile"]))
+        rows = self.group.attrs.get("rows_per_tile")
+        if not isinstance(rows, int) or rows < 1:
+            raise StoreError(f"the attributes of {self.path} are damaged: rows_per_tile is {rows!r}; {RESTORE}")
+        return rows
 
     def extend(self, plan: Plan) -> None:
         """Makes room for the plan's kinds: those that the store has not, or holds under other terms, begin empty."""
         for kind in plan.kinds:
             if not self._holds(plan, kind):
                 _create_kind(self.group, plan, kind)
+                self._arrays.clear()
 
     def _holds(self, plan: Plan, kind: Kind) -> bool:
-        return f"{kind}/done" in self.group and self.group[kind].attrs.get("terms", {}) == plan.terms(kind)
+        """Whether the arrays of a kind are there, under the plan's terms; StoreError where they have another shape."""
+        if not self._is_there(kind) or self._opened(kind).attrs.get("terms", {}) != plan.terms(kind):
+            return False
+        for part, (shape, chunks) in _geometry(plan, kind).items():
+            array = self._array(f"{kind}/{part}")
+            # a growth that was cut short leaves more blocks than the coverage has
+            found, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
+            if found != expected or array.shape[0] < shape[0]:
+                raise StoreError(
+                    f"{self.path}/{kind}/{part} is damaged: it is {array.shape} in chunks of {array.chunks}, {array.dtype}, "
+                    f"expected {shape} in chunks of {chunks}, {DTYPES[part]}; {_remedy(self.path, kind)}"
+                )
+        return True
+
+    def _is_there(self, kind: Kind) -> bool:
+        """Whether a kind has its group and both arrays: `done` is made last."""
+        return all(self._opened(name) is not None for name in (kind, f"{kind}/sums", f"{kind}/done"))
+
+    def _opened(self, name: str) -> Any:
+        """A group or an array, None where there is none; StoreError where what describes it cannot be read."""
+        try:
+            return self.group[name]
+        except KeyError:
+            return None
+        except Exception as error:  # whatever damaged metadata leads to
+            raise StoreError(
+                f"{self.path}/{name}/zarr.json is damaged ({type(error).__name__}: {error}); {_remedy(self.path, name)}"
+            ) from error
 
     def _array(self, name: str) -> zarr.Array[Any]:
-        found = self.group[name]
-        assert isinstance(found, zarr.Array)
-        return found.with_config({"write_empty_chunks": True})  # not kept in the store, and a tile of NaNs must be written
+        if name not in self._arrays:
+            found = self._opened(name)
+            if not isinstance(found, zarr.Array):
+                raise StoreError(f"{self.path}/{name} is gone; run `clado run` again to measure what it held")
+            # not kept in the store, and a tile of NaNs must be written
+            self._arrays[name] = found.with_config({"write_empty_chunks": True})
+        return self._arrays[name]
 
     def _where(self, tile: Tile) -> tuple[Any, ...]:
         return (tile.block, slice(tile.first, tile.stop)) if tile.kind in OF_PAIRS else (tile.block,)
@@ -197,9 +238,20 @@ class Store:
         return "/".join([tile.kind, "sums", "c", *map(str, key)])
 
     def missing(self, plan: Plan) -> list[Tile]:
-        """Tiles of the plan that are not done, in the plan's order."""
-        done = {kind: np.asarray(self._array(f"{kind}/done")[:]) for kind in plan.kinds if self._holds(plan, kind)}
+        """Tiles of the plan that are not done, in the plan's order; a mark that cannot be read is none."""
+        done = {kind: self._marks(kind) for kind in plan.kinds if self._holds(plan, kind)}
         return [tile for tile in plan.tiles if tile.kind not in done or not done[tile.kind][tile.block, tile.number]]
+
+    def _marks(self, kind: Kind) -> NDArray[np.uint8]:
+        array = self._array(f"{kind}/done")
+        try:
+            return np.asarray(array[:], dtype=np.uint8)
+        except Exception:  # one by one, to lose no more than the damaged ones
+            marks = np.zeros(array.shape, dtype=np.uint8)
+            for where in np.ndindex(array.shape):
+                with suppress(Exception):
+                    marks[where] = array[where]
+            return marks
 
     def damaged(self, tiles: Iterable[Tile]) -> list[Tile]:
         """Those of the tiles whose chunk fails its checksum or is gone; they are marked as not done."""
@@ -229,16 +281,23 @@ class Store:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Images per sample block of the coverage."""
-        counts = np.asarray(self._array("counts")[:], dtype=np.int64)
-        return counts[: len(self.coverage["blocks"])]
+        """Images per sample block, by the coverage, which every run compares with its own. The array `counts` says the same to
+        other readers of the store."""
+        return np.array([stop - start for start, stop in self.coverage["blocks"]], dtype=np.int64)
+
+
+def _geometry(plan: Plan, kind: Kind) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shape and chunks of the arrays of one kind: one chunk a tile."""
+    shape, blocks, rows = plan.shape(kind), len(plan.blocks), kind in OF_PAIRS
+    chunks = (1, plan.rows_per_tile, *shape[1:]) if rows else (1, *shape)
+    tiles = plan.num_row_tiles if rows else 1
+    return {"sums": ((blocks, *shape), chunks), "done": ((blocks, tiles), (1, 1))}
 
 
 def _create_kind(group: zarr.Group, plan: Plan, kind: Kind) -> None:
-    """Empty arrays of one kind, in place of any that are there: one chunk a tile."""
+    """Empty arrays of one kind, in place of any that are there."""
     kept = group.create_group(kind, overwrite=True)
-    shape, blocks = plan.shape(kind), len(plan.blocks)
-    rows = kind in OF_PAIRS
+    geometry = _geometry(plan, kind)
     options: dict[str, Any] = {
         "compressors": [ZstdCodec(level=1), Crc32cCodec()],
         "serializer": BytesCodec(),
@@ -246,15 +305,15 @@ def _create_kind(group: zarr.Group, plan: Plan, kind: Kind) -> None:
     }
     kept.create_array(
         "sums",
-        shape=(blocks, *shape),
-        chunks=(1, plan.rows_per_tile, *shape[1:]) if rows else (1, *shape),
-        dtype="f8",
+        shape=geometry["sums"][0],
+        chunks=geometry["sums"][1],
+        dtype=DTYPES["sums"],
         fill_value=np.nan,
         dimension_names=("block", *NAMES[kind]),
         **options,
     )
-    tiles = plan.num_row_tiles if rows else 1
-    kept.create_array("done", shape=(blocks, tiles), chunks=(1, 1), dtype="u1", fill_value=0, **options)
+    shape, chunks = geometry["done"]
+    kept.create_array("done", shape=shape, chunks=chunks, dtype=DTYPES["done"], fill_value=0, **options)
     if plan.terms(kind):
         kept.attrs["terms"] = plan.terms(kind)
 
@@ -265,8 +324,7 @@ def _fill(
     """The arrays of a plan, empty, and then the attributes that make the group a store of ours."""
     for kind in KINDS:
         _create_kind(group, plan, kind)
-    counts = np.array([plan.block_images(block) for block in range(len(plan.blocks))], dtype="i8")
-    group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=True)
+    _write_counts(group, plan)
     group.attrs.update(
         format=FORMAT,
         fingerprint=fingerprint(dict(identity)),
@@ -275,6 +333,15 @@ def _fill(
         provenance=dict(provenance),
         rows_per_tile=plan.rows_per_tile,
     )
+
+
+def _write_counts(group: zarr.Group, plan: Plan) -> None:
+    counts = np.array([plan.block_images(block) for block in range(len(plan.blocks))], dtype="i8")
+    group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=True)
+
+
+def _remedy(path: Path | str, name: str) -> str:
+    return f"{RESTORE}, or delete {path}/{name.partition('/')[0]}: that kind of tiles is then measured again"
 
 
 def exists(path: Path | str) -> bool:

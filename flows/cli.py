@@ -69,10 +69,11 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             typer.echo(f"clado: {what}: {error.strerror}{kept}", err=True)
             raise typer.Exit(CladoError.exit_code) from None
         except KeyboardInterrupt as error:
-            from flows.guard import Terminated
+            from flows.guard import end_in_peace, farewell
 
-            word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
-            typer.echo(f"clado: {word}; what was measured is kept, and the same command goes on from there", err=True)
+            end_in_peace(type(error))
+            text, code = farewell(type(error))
+            typer.echo(text, err=True)
             raise typer.Exit(code) from None
 
     return app.command()(guarded)
@@ -120,7 +121,8 @@ def run(config: Config, overrides: Overrides = None) -> None:
     clock["start-up"] += time.perf_counter() - begin
     entered = time.perf_counter()
     before = dict(clock)
-    with orchestrated(lambda: clock == before):
+    receipt = None
+    with orchestrated(lambda: clock == before, lambda: "shutdown" in clock):
         receipt = pipeline(session.config, clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())
@@ -567,7 +569,8 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
 def _report_end(clock: dict[str, float]) -> None:
     if "printed" in clock:
         shutdown = clock.get("shutdown", 0.0) + time.perf_counter() - clock["printed"]
-        print(f"Shutdown took {shutdown:.1f} s; {time.perf_counter() - BEGIN:.0f} s in all.", file=sys.stderr)
+        whole = time.perf_counter() - BEGIN
+        print(f"Start-up took {clock['start-up']:.1f} s, shutdown {shutdown:.1f} s; {whole:.0f} s in all.", file=sys.stderr)
 
 
 def main() -> None:

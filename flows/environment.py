@@ -14,6 +14,7 @@ def set_defaults(folder: Path) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # of its own threads, which log whole documents when a server goes
         "PREFECT_CLI_COLORS": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }

@@ -4,7 +4,9 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from types import FrameType
 from typing import Any
 
 from clado.errors import CladoError, FolderBusy, ServerError
+
+GRACE = 10.0  # seconds in which what was started is ended, before a further signal ends the command at once
 
 
 @contextmanager
@@ -34,6 +38,29 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does."""
 
 
+def farewell(interrupt: type[BaseException]) -> tuple[str, int]:
+    """What the command says when a signal ends it, and its exit code."""
+    word, code = ("terminated", 143) if issubclass(interrupt, Terminated) else ("interrupted", 130)
+    return f"clado: {word}; what was measured is kept, and the same command goes on from there", code
+
+
+def end_in_peace(interrupt: type[BaseException]) -> None:
+    """From here on the command ends because of a signal, and one more does not disturb it: a second Ctrl-C in the middle of
+    Dask's end would leave workers and tracebacks. Where that takes longer than GRACE, the next one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    began = time.monotonic()
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - began > GRACE:
+            text, code = farewell(interrupt)
+            os.write(2, f"{text}\n".encode())
+            os._exit(code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heed)
+
+
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Around a solver, which heeds Ctrl-C and returns its best: SIGTERM is as good here. Gives the signals that came."""
@@ -54,10 +81,11 @@ def interruptible() -> Iterator[list[int]]:
 
 
 @contextmanager
-def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
+def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Around the call of a flow: a failure of Prefect itself (`outside` the flow's phases) is one message, an interrupt is one.
+    Where the flow is `complete` and only Prefect could not be told, that is said and the run stands.
 
-    Ctrl-C reaches the embedded server too, so that Prefect cannot record the flow's end: whatever it says of that is not heard.
+    Whatever Prefect says of an interrupt is not heard.
     SIGTERM is Prefect's while the flow runs: it unwinds the flow, then sends the signal again, to the handler that is set here.
     The embedded server ends when this process does, however that ends.
     """
@@ -66,7 +94,10 @@ def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
     interrupted: list[type[KeyboardInterrupt]] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if interrupted:  # one more while this handler runs: an exception here would leave logging's lock taken for ever
+            return
         interrupted.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
+        end_in_peace(interrupted[0])
         logging.disable(logging.CRITICAL)
         raise interrupted[0]
 
@@ -82,6 +113,9 @@ def orchestrated(outside: Callable[[], bool]) -> Iterator[None]:
     except Exception as error:
         if interrupted:
             raise interrupted[0] from None
+        if complete():
+            print(f"clado: the run is complete, but Prefect was not told ({type(error).__name__}): {_told()}", file=sys.stderr)
+            return
         if isinstance(error, CladoError) or not outside():
             raise
         raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}") from None
@@ -98,7 +132,8 @@ def _is_not_the_users(record: logging.LogRecord) -> bool:
 
 
 def _watch_embedded_server() -> None:
-    """Makes Prefect's embedded server end with this process, also where that is killed with -9.
+    """Makes Prefect's embedded server end with this process, also where that is killed with -9, and not before: Ctrl-C in a
+    terminal reaches every process, and the server would print its own traceback.
 
     A shell holds the other end of a pipe that only this process keeps open: it reads the end of it when this process is no more.
     """
@@ -106,7 +141,11 @@ def _watch_embedded_server() -> None:
 
     class Watched(SubprocessASGIServer):
         def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-            server = super()._run_uvicorn_command()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
+            try:
+                server = super()._run_uvicorn_command()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             watch = ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "clado-watch", str(server.pid)]
             self.watcher = subprocess.Popen(
                 watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -121,6 +160,10 @@ def _watch_embedded_server() -> None:
 
     if os.name == "posix":
         Watched()  # Prefect keeps one server for each port, and None is the port of the embedded one: it will take this
+
+
+def _told() -> str:
+    return f"{os.environ.get('PREFECT_API_URL', 'its page')} shows it as running until somebody deletes it there"
 
 
 def _advice() -> str:

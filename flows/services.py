@@ -61,7 +61,7 @@ class Service:
 
 def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> dict[str, Service]:
     """The services by name, in the order in which they start; a database is the URL of a PostgreSQL server, else SQLite."""
-    from flows.clusters._dask import ON_LOOPBACK, threads
+    from flows.clusters._dask import ON_LOOPBACK, scheduler_environment, threads
 
     url = ports.environment
     prefect, mlflow, scheduler = url["PREFECT_API_URL"], url["MLFLOW_TRACKING_URI"], url["DASK_SCHEDULER_ADDRESS"]
@@ -71,7 +71,6 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
         stores = {"prefect": f"sqlite+aiosqlite:///{folder}/prefect.db", "mlflow": f"sqlite:///{folder}/mlflow.db"}
     else:
         stores = {"prefect": _on(database, "postgresql+asyncpg", "prefect"), "mlflow": _on(database, "postgresql", "mlflow")}
-    saturation = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0", "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "3"}
     # jobs are MLflow's seven processes for judging language models
     records = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ARTIFACTS_DESTINATION": f"{folder}/mlflow-artifacts"}
     http = f"{HOST}:{ports.dask + 1}"
@@ -90,7 +89,7 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
         ),
         "scheduler": Service(
             ("dask", "scheduler", "--host", HOST, "--port", str(ports.dask), "--no-dashboard", "--dashboard-address", http),
-            {**quiet, **saturation},
+            {**quiet, **scheduler_environment()},
             lambda: isinstance(_get(counts), dict),
         ),
         "workers": Service(

@@ -406,6 +406,11 @@ class Session:
             store.grow(self.plan, self.coverage)
         return store
 
+    @cached_property
+    def store(self) -> Store:
+        """The run's store as a worker keeps it open, to write tiles one after another."""
+        return Store.open(self.store_path)
+
     def extends(self, store: Store) -> bool:
         """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
         old, mine = store.coverage, self.coverage

@@ -12,7 +12,6 @@ from clado.config import RunConfig, parse_config
 from clado.evaluation import Counts, shards
 from clado.measure import measure_tile
 from clado.probes import Tile
-from clado.shards import Store
 from clado.space import Assignment
 from flows.session import EVALUATION_SHARD, Session
 
@@ -41,16 +40,21 @@ class SessionPlugin(WorkerPlugin):
         open_session(self.document)
 
 
+_last: list[tuple[dict[str, Any], RunConfig]] = []  # what the last task was given: to validate it again takes a millisecond
+
+
 def open_session(document: dict[str, Any]) -> Session:
     """The session of a configuration, opened once in a process."""
-    return Session.open(parse_config(document))
+    if not _last or _last[0][0] != document:
+        _last[:] = [(document, parse_config(document))]
+    return Session.open(_last[0][1])
 
 
 def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     """Measures one tile and writes its chunk."""
     session = open_session(document)
     begin = time.perf_counter()
-    Store.open(session.store_path).write(tile, measure_tile(session.bench, tile))
+    session.store.write(tile, measure_tile(session.bench, tile))
     return Receipt(tile, session.plan.evaluations(tile), time.perf_counter() - begin)
 
 

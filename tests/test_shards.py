@@ -1,6 +1,7 @@
 """Laws of the store: what is written is read back bit for bit, what is damaged is found, what is not ours is refused."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,88 @@ def test_damage_is_found_and_only_the_damaged_tile_is_measured_again(tmp_path, h
     store.write(tile, sums_of(tile))
     assert store.damaged(PLAN.tiles) == []
     assert store.read(tile).tobytes() == sums_of(tile).tobytes()
+
+
+def used(path: Path) -> list[Tile]:
+    """What a run does with a store before it measures: the tiles that it will measure. Then they are written."""
+    store = Store.open(path)
+    store.check(IDENTITY, COVERAGE)
+    plan = replace(PLAN, rows_per_tile=store.rows_per_tile)
+    store.extend(plan)
+    store.damaged(tile for tile in plan.tiles if tile not in store.missing(plan))
+    again = store.missing(plan)
+    for tile in again:
+        store.write(tile, sums_of(tile))
+    return again
+
+
+@pytest.mark.parametrize(
+    ("path", "harm", "lost"),
+    [
+        *(("pairs/done/c/1/0", harm, ("pairs", 1, 0)) for harm in HARMS.values()),
+        ("singles/done/c/2/0", flip(0.5), ("singles", 2)),
+        ("gram/done/c", shutil.rmtree, ("gram",)),
+        ("gram/done", shutil.rmtree, ("gram",)),
+        ("gram/done/zarr.json", Path.unlink, ("gram",)),
+        ("pairs/sums/c/1", shutil.rmtree, ("pairs", 1)),
+        ("pairs/sums", shutil.rmtree, ("pairs",)),
+        ("pairs/sums/zarr.json", Path.unlink, ("pairs",)),
+        ("pairs/zarr.json", Path.unlink, ("pairs",)),
+        ("pairs", shutil.rmtree, ("pairs",)),
+        *((f"counts/{file}", harm, None) for file in ("c/0", "zarr.json") for harm in HARMS.values()),
+        ("counts", shutil.rmtree, None),
+    ],
+)  # fmt: skip
+def test_damage_beside_the_sums_costs_what_it_was_of_and_no_number(tmp_path, path, harm, lost):
+    store = full_store(tmp_path)
+    harm(store.path / path)
+    assert used(store.path) == [tile for tile in PLAN.tiles if lost and (tile.kind, tile.block, tile.number)[: len(lost)] == lost]
+    again = Store.open(store.path)
+    assert all(again.read(tile).tobytes() == sums_of(tile).tobytes() for tile in PLAN.tiles)
+    assert (again.missing(PLAN), again.counts.tolist()) == ([], [3, 3, 4])
+
+
+def replaced(old: str, new: str):
+    def harm(file: Path) -> None:
+        content = file.read_text()
+        assert content.count(old) >= 1
+        file.write_text(content.replace(old, new))
+
+    return harm
+
+
+RESTORE = "restore the store from a copy"
+AGAIN = "measured again"
+
+
+@pytest.mark.parametrize(
+    ("path", "harm", "words"),
+    [
+        *(("zarr.json", harm, ["not a store of ours"]) for harm in (truncate(0.5), truncate(0), Path.unlink, flip(0))),
+        ("zarr.json", replaced('"clado-store/1"', '"clado-store/3"'), ["format is 'clado-store/3'"]),
+        ("zarr.json", replaced('"coverage"', '"coverbge"'), ["coverage is None", RESTORE]),
+        ("zarr.json", replaced('"identity"', '"idemtity"'), ["identity is None", RESTORE]),
+        ("zarr.json", replaced('"abc"', '"abd"'), ["fingerprint is not that of the identity", RESTORE]),
+        ("zarr.json", replaced('"fingerprint": "', '"fingerprint": "0'), ["fingerprint is not that of the identity", RESTORE]),
+        ("zarr.json", replaced('"sensitivity_set": "123"', '"sensitivity_set": "124"'), ["sensitivity_set: the store has '124'"]),
+        ("zarr.json", replaced('"rows_per_tile": 5', '"rows_per_tile": 6'), ["pairs/sums is damaged", "of (1, 6, 12)", AGAIN]),
+        ("zarr.json", replaced('"rows_per_tile": 5', '"rows_per_tile": 0'), ["rows_per_tile is 0", RESTORE]),
+        ("zarr.json", replaced('"rows_per_tile"', '"rows_per_tyle"'), ["rows_per_tile is None", RESTORE]),
+        *((f"{file}/zarr.json", harm, [f"{file}/zarr.json is damaged", f"/{file.split('/')[0]}: that kind", AGAIN])
+          for file in ("pairs", "pairs/sums", "pairs/done") for harm in (truncate(0.5), truncate(0), flip(0))),
+        ("singles/sums/zarr.json", replaced('"float64"', '"float32"'), ["singles/sums is damaged", "float32", AGAIN]),
+        ("singles/sums/zarr.json", replaced("13", "12"), ["singles/sums is damaged", AGAIN]),
+        ("pairs/done/zarr.json", replaced('"uint8"', '"int8"'), ["pairs/done is damaged", AGAIN]),
+    ],
+)  # fmt: skip
+def test_what_would_make_numbers_mean_something_else_is_refused_and_changed_nowhere(tmp_path, path, harm, words):
+    store = full_store(tmp_path)
+    harm(store.path / path)
+    before = files(store.path)
+    with pytest.raises(StoreError) as told:
+        used(store.path)
+    assert all(word in str(told.value) for word in words), told.value
+    assert files(store.path) == before
 
 
 def test_a_sound_store_has_no_damage(tmp_path):

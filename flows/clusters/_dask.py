@@ -4,7 +4,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
+from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from distributed.comm import CommClosedError
@@ -16,10 +18,14 @@ from flows.clusters._inspection import Inspection, located
 from flows.clusters._tls import protocol, security
 
 DEATHS = 3  # of workers, until the task that each was computing is given up
+# What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that; and one
+# that says nothing while it opens a large network is not lost for it, as one whose connection closes is.
+SCHEDULER = {"allowed-failures": DEATHS, "worker-saturation": 1.0, "worker-ttl": "1 hour"}
 CONNECT_TIMEOUT = 30.0  # seconds until a scheduler that does not answer is given up
 # Dask serves metrics over HTTP even without its dashboard: a scheduler at 8787, a worker at a free port of every interface
 LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
 ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as words of its commands
+WINDOW = 1000  # tasks that a scheduler is told of at a time: more than it has workers
 PATROL = 5.0  # seconds between looks at whether there are workers, while no task ends
 # Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
 # 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
@@ -50,32 +56,51 @@ class DaskWorkers:
             ) from None
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
-        """Submits all items at once; on an error, or when the caller stops early, what has not begun is cancelled."""
-        work = list(items)
-        documents = [located(config).model_dump(mode="json")] * len(work)
-        # pure=False: a task that is asked for again is computed again
-        futures = self.client.map(function, documents, work, pure=False, retries=RETRIES)
-        asked = {future.key: item for future, item in zip(futures, work, strict=True)}
+        """Results as they complete. The scheduler and this process hold at most WINDOW tasks, however many items there are.
+
+        Tasks begin in the order of the items, so that a worker's neighbouring tasks are neighbours. On an error, or when the
+        caller stops early, what has not begun is cancelled.
+        """
+        document = located(config).model_dump(mode="json")
+        left, name = enumerate(items), f"{function.__name__}-{uuid4().hex}"
+        running = as_completed(loop=self.client.loop)
+        asked: dict[Future, Any] = {}
         try:
-            for future in self._ended(futures):
-                yield self._result(future, asked)
-                future.release()
+            while True:
+                if len(asked) <= WINDOW // 2 and (batch := list(islice(left, WINDOW // 2))):
+                    futures = self._submit(function, document, batch, name)
+                    asked |= zip(futures, (item for _, item in batch), strict=True)
+                    running.update(futures)
+                if not asked:
+                    return
+                for future in self._ended(running):
+                    yield self._result(future, asked[future])
+                    del asked[future]
+                    future.release()
         finally:
             with suppress(CommClosedError, OSError):
-                self.client.cancel(futures)
+                self.client.cancel(list(asked))
 
-    def _ended(self, futures: list[Future]) -> Iterator[Future]:
-        """Futures as they end. While none does, the workers are counted now and then: nobody waits for nobody."""
-        running = as_completed(futures, loop=self.client.loop)
+    def _submit(
+        self, function: Callable[[dict[str, Any], Any], Any], document: dict[str, Any], batch: list[tuple[int, Any]], name: str
+    ) -> list[Future]:
+        """Asks for a batch of (number, item), behind all batches before it.
+
+        All keys begin with one name: Dask then counts the tasks of all batches, sees more of them than workers, and keeps those
+        that wait at the scheduler. A key of its own for each task: one that is asked for again is computed again.
+        """
+        numbers, items = zip(*batch, strict=True)
+        keys = [(name, number) for number in numbers]
+        return self.client.map(function, [document] * len(items), items, key=keys, retries=RETRIES, priority=-numbers[0])
+
+    def _ended(self, running: "as_completed") -> list[Future]:
+        """The futures that have ended, at least one. While none does, the workers are counted now and then: nobody waits for
+        nobody."""
         look = self._watch()
-        while not running.is_empty():
-            batch = running.next_batch(block=False)
-            if batch:
-                yield from batch
-                look = self._watch()
-            else:
-                time.sleep(0.005)
-                look()
+        while not (batch := running.next_batch(block=False)):
+            time.sleep(0.005)
+            look()
+        return list(batch)
 
     def _watch(self) -> Callable[[], None]:
         """What is called while nothing happens: now and then it counts the workers, ServerError once none was there for long."""
@@ -98,7 +123,7 @@ class DaskWorkers:
         except (CommClosedError, OSError):
             return 0
 
-    def _result(self, future: Future, asked: dict[str, Any]) -> Any:
+    def _result(self, future: Future, item: Any) -> Any:
         if future.cancelled():
             raise ServerError(f"the Dask scheduler was lost; {KEPT}")
         look = self._watch()
@@ -114,13 +139,13 @@ class DaskWorkers:
             raise
         except KilledWorker as error:
             raise MeasurementError(
-                f"{asked[future.key]} ended its worker process more than {error.allowed_failures} times, most likely for want of "
+                f"{item} ended its worker process more than {error.allowed_failures} times, most likely for want of "
                 "memory; use fewer workers, or lower measure.memory_limit_mb or measure.batch_images"
             ) from None
         except CommClosedError:
             raise ServerError(f"the Dask scheduler was lost; {KEPT}") from None
         except Exception as error:
-            raise given_up(asked[future.key], error) from error
+            raise given_up(item, error) from error
 
     def close(self) -> None:
         """Takes the plugins away, so that workers that outlive the run do not open its session again."""
@@ -160,7 +185,8 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
     quiet()
     configure()
     common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), **LOOPBACK}
-    own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.ERROR}
+    # what happens to a task is the flow's to tell; a worker's own errors are of connections that end with the run
+    own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.CRITICAL}
     workers = {
         number: {"cls": Nanny, "options": {**common, **own, "env": {**threads(settings), **environment}}}
         for number, environment in enumerate(environments)
@@ -179,11 +205,16 @@ def threads(settings: ClusterSettings) -> dict[str, str]:
     return sizes | ALLOCATOR
 
 
+def scheduler_environment() -> dict[str, str]:
+    """SCHEDULER as environment variables of a scheduler's process."""
+    return {f"DASK_DISTRIBUTED__SCHEDULER__{name.upper().replace('-', '_')}": str(value) for name, value in SCHEDULER.items()}
+
+
 def configure() -> None:
-    """What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that."""
+    """Sets SCHEDULER and the allocator for clusters that this process starts."""
     import dask
 
-    dask.config.set({"distributed.scheduler.allowed-failures": DEATHS, "distributed.scheduler.worker-saturation": 1.0})
+    dask.config.set({f"distributed.scheduler.{name}": value for name, value in SCHEDULER.items()})
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 
 

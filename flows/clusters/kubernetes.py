@@ -8,7 +8,7 @@ from typing import Any
 from clado.config import ClusterSettings, KubernetesSettings
 from clado.errors import ServerError
 from flows.clusters import optional
-from flows.clusters._dask import DEATHS, ON_LOOPBACK, DaskWorkers, connected, quiet, threads
+from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected, quiet, scheduler_environment, threads
 
 ORPHANED = 7200  # seconds without a task until the operator ends a cluster that may have lost its flow
 PORTS = {"tcp-comm": 8786, "http-dashboard": 8787}  # the operator looks for them by name
@@ -45,8 +45,8 @@ def describe(settings: ClusterSettings) -> str:
 def manifest(settings: ClusterSettings) -> dict[str, Any]:
     """The DaskCluster resource: `workers` pods of one task at a time, a scheduler and its service."""
     section = _section(settings)
-    limits = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": DEATHS, "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": 1.0}
-    scheduler = _container(section, "scheduler", ["dask", "scheduler", "--host", "0.0.0.0"], limits)
+    command = ["dask", "scheduler", "--host", "0.0.0.0"]
+    scheduler = _container(section, "scheduler", command, scheduler_environment())
     scheduler["ports"] = [{"name": name, "containerPort": port, "protocol": "TCP"} for name, port in PORTS.items()]
     scheduler["readinessProbe"] = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 2}
     scheduler["resources"] = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}}

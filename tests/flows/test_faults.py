@@ -192,6 +192,33 @@ def test_a_chunk_that_is_damaged_is_the_only_one_measured_again(damage, kind, fi
     assert finished_phase.matrices() == undisturbed.matrices()
 
 
+@pytest.mark.parametrize(
+    ("path", "damage", "again"),
+    [
+        ("singles/done/c/1/0", flip, [("singles", 1)]),
+        ("gram/sums", shutil.rmtree, [("gram", 0), ("gram", 1)]),
+        ("counts", shutil.rmtree, []),
+    ],
+)
+def test_damage_beside_the_sums_costs_what_it_was_of_and_no_number(path, damage, again, finished_phase, undisturbed):
+    """Each kind of damage is in tests/test_shards.py."""
+    damage(finished_phase.store / path)
+    finished_phase.run()
+    assert finished_phase.attempts == dict.fromkeys([t for t in finished_phase.tiles() if (t.kind, t.block) in again], 1)
+    assert finished_phase.matrices() == undisturbed.matrices()
+
+
+def test_damaged_metadata_is_refused_and_the_advice_works(finished_phase, undisturbed):
+    empty(finished_phase.store / "pairs" / "sums" / "zarr.json")
+    with pytest.raises(StoreError, match=rf"zarr.json is damaged .* delete {finished_phase.store}/pairs: .* measured again"):
+        finished_phase.run()
+    assert not finished_phase.attempts
+    shutil.rmtree(finished_phase.store / "pairs")
+    finished_phase.run()
+    assert {tile.kind for tile in finished_phase.attempts} == {"pairs"}
+    assert finished_phase.matrices() == undisturbed.matrices()
+
+
 def test_what_is_whole_is_left_alone(finished_phase, undisturbed):
     before = {file: file.stat().st_mtime_ns for file in finished_phase.store.rglob("*")}
     finished_phase.run()

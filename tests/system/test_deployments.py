@@ -9,7 +9,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,36 @@ def ask(url: str, question: dict) -> list[dict]:
         return json.loads(response.read())
 
 
-def test_a_flow_run_appears_on_a_prefect_server(tmp_path):
-    server = Bench(tmp_path / "server", executable=Path(sys.executable).with_name("prefect"))
+@contextmanager
+def prefect_server(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Prefect's server on loopback: its API's URL, and what kills it and starts it again on the same database."""
+    server = Bench(folder / "server", executable=Path(sys.executable).with_name("prefect"))
     server.environment = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_HOME": str(server.folder)}
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    process = server.start("server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui")
+    started = []
+
+    def start() -> None:
+        started.append(server.start("server", "start", "--host", "127.0.0.1", "--port", port, "--no-ui", name="server"))
+
+    def restart() -> None:
+        end_group(started[-1])
+        assert not answers(f"{api}/health")
+        start()
+
+    start()
     try:
-        wait_for(lambda: answers(f"{api}/health"), "the server", process)
+        wait_for(lambda: answers(f"{api}/health"), "the server", started[0])
+        yield api, restart
+    finally:
+        started[-1].send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            started[-1].wait(60)
+        end_group(started[-1])
+
+
+def test_a_flow_run_appears_on_a_prefect_server(tmp_path):
+    with prefect_server(tmp_path) as (api, _):
         bench = Bench(tmp_path / "bench", {"PREFECT_API_URL": api})
         bench.write(**SMALL)
         assert "PREFECT_API_URL" in bench.run("doctor", name="doctor")
@@ -52,11 +75,6 @@ def test_a_flow_run_appears_on_a_prefect_server(tmp_path):
         runs = ask(f"{api}/flow_runs/filter", {})
         assert [(run["state_type"], run["flow_id"]) for run in runs] == [("COMPLETED", flows[0]["id"])]
         assert bench.outside() == []
-    finally:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        end_group(process)
 
 
 def test_a_server_that_is_not_there_is_one_message(tmp_path):

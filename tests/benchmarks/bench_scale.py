@@ -1,0 +1,309 @@
+"""What workers cost a run: memory and time for each of 20,000 tiles on 16 of them, two against one, the flow's loop against a
+plain one, start-up and shutdown. Writes SCALE.md. Run: python -m tests.benchmarks.bench_scale
+
+The 16 workers are simulated: two processes hold eight of one thread each, and a tile is zeros instead of sums. Everything else is
+what a run does: Dask's scheduler in a process of its own, the session opened by a plugin, the measure phase of the flow, tiles as
+`worker.run_tile` computes them, with store, chunks and receipts.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+
+from clado.config import RunConfig, load_config
+from clado.estimators import kinds_of
+from clado.probes import OF_PAIRS, Plan, Tile
+from clado.records import markdown_table, write_text
+from clado.shards import Store
+from flows import clusters, measure, worker
+from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
+from flows.run import Clock, Run
+from flows.session import Session
+from tests.benchmarks.bench_measure import machine
+from tests.system.running import free_port
+
+HERE = Path(__file__).parent
+DEMO = HERE.parents[1] / "demo.yaml"
+HOSTS, WORKERS = 2, 16
+ROWS, BLOCKS = 3, 870  # of the demo's 66 options: 22 tiles of pairs and one of singles in each block, 20,010 in all
+MARKS = (2_000, 10_000, 20_000)  # receipts after which memory is looked at
+IMAGES = 128  # of the network's own tiles
+ROUNDS = 3
+
+
+@dataclass
+class Watch:
+    """Stands in for the progress of a phase: when its loop begins, when a receipt arrives, and what `look` says at the marks."""
+
+    look: Callable[[], list[float]] = list
+    looks: dict[int, list[float]] = field(default_factory=dict)
+    receipts: int = 0
+    begin: float = 0.0
+    end: float = 0.0
+
+    @contextmanager
+    def __call__(self, what: str, total: float) -> Iterator[Callable[[float], None]]:
+        self.begin = time.perf_counter()
+        yield self.advance
+
+    def advance(self, amount: float) -> None:
+        self.end = time.perf_counter()
+        self.receipts += 1
+        if self.receipts in MARKS:
+            self.looks[self.receipts] = self.look()
+
+    @property
+    def seconds(self) -> float:
+        """From the first tile submitted to the last receipt."""
+        return self.end - self.begin
+
+
+def settings(folder: Path, *overrides: str) -> RunConfig:
+    """The demo in another folder."""
+    return load_config(DEMO, [f"folder={folder}", *overrides])
+
+
+def measured(config: RunConfig, workers: clusters.Workers, watch: Watch) -> Watch:
+    """The flow's measure phase."""
+    workers.open_session(config)
+    with patch.object(measure, "progress", watch):
+        measure.measure.fn(Run(Session.open(config), workers, Clock()))
+    return watch
+
+
+# --- twenty thousand tiles
+
+
+def zeros(session: Session, tile: Tile) -> np.ndarray:
+    """A tile that costs nothing to measure."""
+    shape = session.plan.shape(tile.kind)
+    return np.zeros((tile.stop - tile.first, *shape[1:]) if tile.kind in OF_PAIRS else shape)
+
+
+def host(address: str, count: int) -> None:
+    """Workers in this process that measure nothing, until it is ended."""
+    from distributed import Worker
+
+    worker.measure_tile = zeros
+    Session.bench = property(lambda session: session)
+
+    async def work() -> None:
+        started = [Worker(address, nthreads=1, host="127.0.0.1", **LOOPBACK) for _ in range(count)]
+        await asyncio.gather(*started)
+        await asyncio.gather(*(one.finished() for one in started))
+
+    asyncio.run(work())
+
+
+def module(*words: object) -> list[str]:
+    """This file as a command."""
+    return [sys.executable, "-m", "tests.benchmarks.bench_scale", *map(str, words)]
+
+
+def empty_store(session: Session) -> None:
+    """A store of as many tiles as are asked for, none of them measured."""
+    plan = Plan(session.space, session.blocks, kinds_of(session.config.estimators), ROWS)
+    Store.create(session.store_path, plan, session.identity, session.coverage, session.provenance)
+
+
+def echo(document: dict[str, Any], item: int) -> int:
+    """A task that does nothing."""
+    return item
+
+
+def megabytes(processes: list[psutil.Process]) -> list[float]:
+    """Resident memory of each."""
+    return [process.memory_info().rss / 2**20 for process in processes]
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> list[float]:
+    """CPU time of each so far."""
+    return [sum(process.cpu_times()[:2]) for process in processes]
+
+
+def many_tiles(folder: Path) -> str:
+    """Section of the page."""
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    environment = {
+        **os.environ, **scheduler_environment(), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    dask = [str(Path(sys.executable).with_name("dask")), "scheduler", "--host", "127.0.0.1", "--port", str(port), *ON_LOOPBACK]
+    config = settings(
+        folder / "many", "cluster.kind=address", f"cluster.address={address}", f"cluster.workers={WORKERS}",
+        f"data.sensitivity_images={BLOCKS}", f"data.sample_blocks={BLOCKS}", "data.calibration_images=0", "corrections=[]",
+        "estimators=[pairwise]",
+    )  # fmt: skip
+    session = Session.open(config)
+    empty_store(session)
+    with ExitStack() as stack, open(os.devnull, "w") as nowhere:
+        started = [subprocess.Popen(dask, env=environment, stdout=nowhere, stderr=nowhere)]
+        stack.callback(started[0].kill)
+        for _ in range(HOSTS):
+            one = subprocess.Popen(module("--host", address, WORKERS // HOSTS), env=environment, stdout=nowhere, stderr=nowhere)
+            stack.callback(one.kill)
+            started.append(one)
+        workers = stack.enter_context(clusters.start(config))
+        workers.client.wait_for_workers(WORKERS, timeout=300)
+        looked = [psutil.Process(started[0].pid), psutil.Process()]
+        all_of_them = [*looked, *(psutil.Process(one.pid) for one in started[1:])]
+        workers.open_session(config)
+
+        def tasks() -> Watch:
+            watch = Watch()
+            with watch("", 0) as advance:
+                for _ in workers.map(echo, config, range(len(session.plan.tiles))):
+                    advance(1)
+            return watch
+
+        tiles = len(session.plan.tiles)
+        before, spent = megabytes(looked), cpu_seconds(all_of_them)
+        whole = measured(config, workers, Watch(look=lambda: megabytes(looked)))
+        spent = [1e3 * (b - a) / tiles for a, b in zip(spent, cpu_seconds(all_of_them), strict=True)]
+        bare = tasks()
+    assert Store.open(session.store_path).missing(session.plan) == []
+    assert whole.receipts == bare.receipts == tiles
+    rows = [
+        [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in seen)] for mark, seen in {0: before, **whole.looks}.items()
+    ]
+    return "\n".join([
+        f"## {tiles:,} tiles on {WORKERS} workers",
+        "",
+        f"{1e3 * whole.seconds / tiles:.1f} ms a tile from the first one submitted to the last receipt (goal 10), "
+        f"{1e3 * bare.seconds / tiles:.1f} ms where the task does nothing at all, not even open the store and write a chunk. "
+        f"CPU time a tile: scheduler {spent[0]:.1f} ms, flow {spent[1]:.1f} ms, workers {sum(spent[2:]):.1f} ms.",
+        "",
+        markdown_table(["tiles received", "scheduler, MB", "flow, MB"], rows),
+        "",
+        f"Workers are {HOSTS} processes with {WORKERS // HOSTS} workers of one thread each; memory is resident memory.",
+    ])  # fmt: skip
+
+
+# --- the network's own tiles
+
+
+def own(folder: Path, workers: int) -> RunConfig:
+    """The demo with fewer images, and where its workers are."""
+    return settings(folder, f"data.sensitivity_images={IMAGES}", f"cluster.workers={workers}")
+
+
+def loop(folder: Path) -> None:
+    """Prints the seconds of a plain loop over the tiles in this process."""
+    from clado.measure import measure_tile
+
+    config = own(folder, 1)
+    session = Session.open(config)
+    store = session.open_store()
+    store.extend(session.plan)
+    begin = time.perf_counter()
+    for tile in session.plan.tiles:
+        store.write(tile, measure_tile(session.bench, tile))
+    print(time.perf_counter() - begin)
+
+
+def by_workers(folder: Path, workers: int) -> float:
+    """Seconds of the measure phase with worker processes."""
+    config = own(folder, workers)
+    Session.open(config).open_store()
+    with clusters.start(config) as started:
+        started.client.wait_for_workers(workers, timeout=300)
+        return measured(config, started, Watch()).seconds
+
+
+def by_loop(folder: Path) -> float:
+    """Seconds of a plain loop, in a process with a worker's environment."""
+    environment = {**os.environ, **threads(own(folder, 1).cluster)}
+    printed = subprocess.run(module("--loop", folder), env=environment, check=True, capture_output=True, text=True).stdout
+    return float(printed.splitlines()[-1])
+
+
+def own_tiles(folder: Path) -> str:
+    """Section of the page."""
+    prepared = Session.open(own(folder / "prepared", 1))
+    assert prepared.prepared
+    found: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
+    for number in range(ROUNDS):
+        for name, seconds in (
+            ("plain loop", by_loop),
+            ("one worker", lambda f: by_workers(f, 1)),
+            ("two workers", lambda f: by_workers(f, 2)),
+        ):
+            run = folder / f"{name[:3]}{number}"
+            run.mkdir(parents=True)
+            os.symlink(folder / "prepared" / "prepared", run / "prepared")
+            found[name].append(seconds(run))
+    tiles = len(prepared.plan.tiles)
+    plain, one, two = (min(times) for times in found.values())
+    rows = [[name, " ".join(f"{each:.1f}" for each in times), f"{min(times):.1f}"] for name, times in found.items()]
+    return "\n".join([
+        "## Two workers against one, one against a plain loop",
+        "",
+        f"The {tiles} tiles of the demo's network on {IMAGES} images, seconds from the first tile submitted to the last receipt, "
+        f"{ROUNDS} rounds of all three in turn.",
+        "",
+        markdown_table(["", "rounds", "best"], rows),
+        "",
+        f"- two workers are **{one / two:.2f}** times as fast as one (goal 1.7)",
+        f"- one worker takes **{one / plain:.2f}** of the plain loop's time (goal 1.10)",
+    ])  # fmt: skip
+
+
+# --- the command
+
+
+def command(folder: Path) -> str:
+    """Section of the page: what `clado run` prints of its start and end."""
+    words = [Path(sys.executable).with_name("clado"), "run", DEMO, f"folder={folder / 'command'}", "data.sensitivity_images=32",
+             "data.validation_images=500", "search.evaluations=0", "estimators=[layerwise]"]  # fmt: skip
+    printed = subprocess.run([*map(str, words)], check=True, capture_output=True, text=True).stderr
+    line = next(line for line in printed.splitlines() if line.startswith("Start-up took"))
+    up, down = map(float, re.findall(r"([\d.]+) s", line)[:2])
+    return "\n".join([
+        "## Start-up and shutdown",
+        "",
+        f"{up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45): imports, the network's export, Prefect's "
+        f"embedded server, Dask, workers, sessions, and their end. It prints: `{line}`",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Measures everything and writes the page."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--host", nargs=2, help=argparse.SUPPRESS)
+    options.add_argument("--loop", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--only", choices=["tiles", "own", "command"], help="print one section, write nothing")
+    asked = options.parse_args()
+    if asked.host:
+        return host(asked.host[0], int(asked.host[1]))
+    if asked.loop:
+        return loop(asked.loop)
+    sections = {"tiles": many_tiles, "own": own_tiles, "command": command}
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [make(Path(folder)) for name, make in sections.items() if asked.only in (None, name)]
+    page = "\n\n".join([
+        "# What workers cost a run\n\nWritten by `python -m tests.benchmarks.bench_scale`.\n\n"
+        f"Machine: {machine()}; load average {load:.1f} when it began and {os.getloadavg()[0]:.1f} at its end.",
+        *texts,
+    ])  # fmt: skip
+    print(page)
+    if asked.only is None:
+        write_text(HERE / "SCALE.md", page + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Signals while a command ends, and a Prefect that cannot be told how a run ended."""
+
+import logging
+import os
+import signal
+import time
+
+import pytest
+
+from clado.errors import ServerError
+from flows import guard
+from flows.guard import Terminated, end_in_peace, farewell, orchestrated
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_given_back(monkeypatch):
+    monkeypatch.setattr(guard, "_watch_embedded_server", lambda: None)  # importing Prefect's server takes long
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    logging.disable(logging.NOTSET)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("first", "kind", "said"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, ("clado: interrupted; ", 130)),
+        (signal.SIGTERM, Terminated, ("clado: terminated; ", 143)),
+    ],
+)
+def test_the_first_signal_ends_a_run_and_those_behind_it_do_not_disturb_its_end(first, kind, said):
+    ended = []
+
+    @orchestrated(lambda: False)
+    def run() -> None:
+        try:
+            signal.raise_signal(first)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            ended.append("everything")
+
+    with pytest.raises(kind) as told:
+        run()
+    assert ended
+    text, code = farewell(told.type)
+    assert (text.startswith(said[0]), code) == (True, said[1])
+
+
+def test_an_end_that_takes_long_can_be_cut_short(monkeypatch, capfd):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    end_in_peace(KeyboardInterrupt)
+    signal.raise_signal(signal.SIGINT)
+    assert codes == []
+    late = time.monotonic() + guard.GRACE + 1
+    monkeypatch.setattr(time, "monotonic", lambda: late)
+    signal.raise_signal(signal.SIGINT)
+    assert codes == [130]
+    assert capfd.readouterr().err == f"{farewell(KeyboardInterrupt)[0]}\n"
+
+
+def test_a_complete_run_stands_where_prefect_cannot_be_told(capsys, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    with orchestrated(lambda: False, lambda: True):
+        raise ConnectionError("all connection attempts failed")
+    told = capsys.readouterr().err
+    assert (
+        "the run is complete, but Prefect was not told (ConnectionError): http://127.0.0.1:4200/api shows it as running" in told
+    )
+    with pytest.raises(ServerError, match="Prefect did not start"), orchestrated(lambda: True, lambda: False):
+        raise ConnectionError
