@@ -567,7 +567,7 @@ class _Delivery(_Attempt):
             "gain": result.gain,
         }
         with self._run(client, f"{result.budget} {result.method}", tags) as run_id:
-            of = self._model(client, run_id, parent_id, result, metrics)
+            of = self._model(client, run_id, parent_id, result)
             self._log(client, run_id, metrics, {"budget": result.budget, "method": result.method}, of)
             client.log_dict(run_id, self.record.assignment_document(result), "assignment.json")
             export = self.exports.get(result.budget)
@@ -577,9 +577,7 @@ class _Delivery(_Attempt):
         self.pending.remove(_child_name(result))
         self.num_children += 1
 
-    def _model(
-        self, client: "MlflowClient", run_id: str, parent_id: str, result: Result, metrics: Mapping[str, object]
-    ) -> dict[str, dict[str, str | None]]:
+    def _model(self, client: "MlflowClient", run_id: str, parent_id: str, result: Result) -> dict[str, dict[str, str | None]]:
         """Logs the model of a chosen result, where there is one, and says which metrics are of it and of which images."""
         images: dict[str, str | None] = {}
         if digest := registry.digest_of(self.record, VALIDATION):
@@ -591,8 +589,8 @@ class _Delivery(_Attempt):
             model = registry.log_model(client, str(self.experiment_id), [run_id, parent_id], result.budget, folder, tags)
             self.logged.append(model)
             own = {"model_id": model.model_id}
-        validated = (self.record.top1_name, "top5", "validation_loss")
-        return {name: {**own, **(images if name in validated else {})} for name in metrics}
+        found = {name: {**own, **images} for name in (self.record.top1_name, "top5", "validation_loss")}
+        return found | dict.fromkeys(("size_bytes", "average_bits", "loss_shipped"), own)
 
     def _model_tags(self) -> dict[str, str]:
         return _trim({TAG: self.delivery, "fingerprint": self.record.fingerprint, "network": self.record.network})

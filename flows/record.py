@@ -167,7 +167,7 @@ def failure_recorded(session: Session) -> Iterator[None]:
 
 def _tags(session: Session) -> dict[str, str]:
     """Provenance, and where Prefect has the run."""
-    return {**{key: str(value) for key, value in session.provenance.items()}, "prefect_flow_run_id": str(flow_run.id or "")}
+    return {**provenance_of(session), "prefect_flow_run_id": str(flow_run.id or "")}
 
 
 def models_of(session: Session, found: RunRecord) -> dict[str, Path]:
