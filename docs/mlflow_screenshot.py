@@ -20,7 +20,7 @@ from playwright.sync_api import Page
 from clado import tracking
 from tests.system.browser import browser
 
-PATIENCE = 240  # seconds until the server has to answer
+PATIENCE = 420  # seconds until the server has to answer
 WIDTH, HEIGHT = 1240, 800
 COLUMNS = ("attributes.`Models`", "params.`budget`", "params.`method`", "metrics.`top1`", "metrics.`size_bytes`")
 
@@ -67,6 +67,7 @@ def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
+        "runsExpanded": {parent_id: True},
     }
     stored = {
         f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment_id}"]-ReactComponentState': state,

@@ -304,3 +304,62 @@ def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
     assert sync(folder).count(f"{CHILDREN} below it") == 2
     assert [run.data.tags["sweep"] for run in runs_of(unsent) if "sweep" in run.data.tags] == ["size"]
     assert len(runs_of(unsent)) == 2 * (CHILDREN + 1)
+
+
+def nested(document: dict[str, Any], name: str) -> tracking.Receipt:
+    """What a command on a finished run leaves: a file of its own, and a run below the run's."""
+    folder = Path(document["folder"])
+    place = folder / name / "3_bits"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "table.md").write_text(name)
+    return tracking.track_nested(
+        folder,
+        f"3 bits {name}",
+        beside=place,
+        experiment="clado",
+        uri=document["tracking"]["uri"],
+        params={"budget": "3 bits"},
+        metrics={"top1": 0.9},
+        series={"top1/chosen": [(1000, 0.8), (2000, 0.9)]},
+        artifacts=[place / "table.md"],
+    )
+
+
+def test_evaluations_and_fine_tunings_are_delivered_below_their_run_once(unsent, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder = Path(unsent["folder"])
+    with monkeypatch.context() as patch:
+        Outage(patch, "create_run", 0)
+        assert not track(unsent).delivered
+        assert not nested(unsent, "evaluated").delivered
+    assert not nested(unsent, "finetuned").delivered  # the tracker is back, but has no run to put it below
+    assert runs_of(unsent) == []
+    sync(folder)
+    assert "Nothing to deliver" in sync(folder)
+    runs = {run.info.run_name: run for run in runs_of(unsent)}
+    assert len(runs) == len(runs_of(unsent)) == CHILDREN + 3
+    [parent] = [run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags]
+    client = MlflowClient(unsent["tracking"]["uri"])
+    for name in ("evaluated", "finetuned"):
+        run = runs[f"3 bits {name}"]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.params == {"budget": "3 bits"}
+        assert run.data.metrics["top1"] == 0.9
+        points = client.get_metric_history(run.info.run_id, "top1/chosen")
+        assert sorted((point.step, point.value) for point in points) == [(1000, 0.8), (2000, 0.9)]
+        [told] = Path(run.info.artifact_uri.removeprefix("file://")).iterdir()
+        assert told.read_text() == name
+
+
+def test_what_belongs_to_a_run_is_not_put_below_a_front_of_it(unsent):
+    folder = Path(unsent["folder"])
+    run = track(unsent)
+    found = RunRecord.load(folder / "record.json")
+    found.save(folder / "sweep" / "record.json")
+    front = tracking.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+    assert front.delivered
+    assert nested(unsent, "evaluated").delivered
+    [evaluated] = [run for run in runs_of(unsent) if run.info.run_name == "3 bits evaluated"]
+    assert evaluated.data.tags["mlflow.parentRunId"] == run.parent_run_id
