@@ -28,7 +28,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from clado import registry
-from clado.config import HIDDEN, redact
+from clado.config import HIDDEN, fingerprint, redact
 from clado.errors import ServerError, StoreError
 from clado.records import CHOSEN, Accuracy, Result, RunRecord, write_text
 
@@ -217,7 +217,8 @@ def track_nested(
     """One run nested under the latest parent run of a run's folder (beside it, where MLflow has none), such as a fine-tuning.
 
     `series` are (step, value) of metrics; `artifacts` are files below `beside`, a folder within `folder` that is this one's alone
-    and gets the note of what is undelivered. A fault of the tracker is a warning, as of `track`.
+    and gets the note of what is undelivered. The same again replaces the first. A fault of the tracker is a warning, as of
+    `track`.
     """
     attempt = _Nested(
         folder, NOTHING, experiment, destination(uri, folder), NOTHING, beside,
@@ -412,6 +413,13 @@ class _Nested(_Attempt):
 
     def __post_init__(self) -> None:
         self.pending = [self.name]
+        self.delivery = fingerprint([self.folder.name, json.dumps(self.contents())])[:32]  # the same again replaces what is there
+
+    def supersede(self) -> None:
+        """Takes over what was sent of the same, too."""
+        super().supersede()
+        own = {"experiment": self.experiment, "delivery": self.delivery}
+        self.earlier = [*(attempt for attempt in self.earlier if attempt != own), own]
 
     def contents(self) -> dict[str, Any]:
         """All of it, and places of files relative to the run's folder."""
@@ -427,11 +435,11 @@ class _Nested(_Attempt):
         """One run."""
         if (self.folder / UNDELIVERED).exists():
             raise ServerError("the run that this belongs to is not delivered yet")
-        fingerprint = RunRecord.load(self.folder / RECORD).fingerprint
-        query = f"tags.fingerprint = '{fingerprint}' and tags.mlflow.source.name = 'clado run' and attributes.status = 'FINISHED'"
+        known = RunRecord.load(self.folder / RECORD).fingerprint
+        query = f"tags.fingerprint = '{known}' and tags.mlflow.source.name = 'clado run' and attributes.status = 'FINISHED'"
         fronts = client.search_runs([str(self.experiment_id)], query)  # those of `clado sweep` too
         parents = [run.info.run_id for run in fronts if "sweep" not in run.data.tags]
-        tags = {"fingerprint": fingerprint, "mlflow.parentRunId": parents[0] if parents else ""}
+        tags = {"fingerprint": known, "mlflow.parentRunId": parents[0] if parents else ""}
         with self._run(client, self.name, tags) as self.parent_id:
             self._log(client, self.parent_id, self.metrics, {key: redact(value) for key, value in self.params.items()})
             self._log_series(client, self.parent_id, self.series)
