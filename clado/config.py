@@ -436,6 +436,9 @@ class TrackingSettings(Settings):
     uri: Uri | None = Field(
         default=None, description="default: MLFLOW_TRACKING_URI of the environment, else SQLite in the run's folder"
     )
+    models: bool = Field(
+        strict=True, default=True, description="log the chosen networks and register them; false for a server of MLflow 2"
+    )
 
 
 def _bucket(url: str) -> str:

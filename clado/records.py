@@ -123,7 +123,8 @@ class RunRecord:
     """Everything a run reports: network, settings, one Result per budget and method, and how long each phase took in seconds.
 
     `unsearched` holds (name, bytes, why) of every parameter that keeps its float; `provenance` versions, device, hash of the
-    weights; `data` maps a set to its `num_images` and `sha256`. All three are empty in the records of earlier versions.
+    weights; `data` maps a set to its `num_images` and `sha256`; `recorded` is when, in UTC. All four are empty in the records of
+    earlier versions.
 
     `forwards` are forward images by kind of tile; `costs` are forward and backward images that each estimator takes on its own.
     `candidates` holds all that was measured on the way to the chosen ones.
@@ -149,6 +150,7 @@ class RunRecord:
     candidates: tuple[Candidate, ...] = ()
     searches: tuple[SearchSummary, ...] = ()
     stability: tuple[Stability, ...] = ()
+    recorded: str = ""
 
     @property
     def top1_name(self) -> str:

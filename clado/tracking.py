@@ -1,4 +1,4 @@
-"""The only module that imports mlflow. A finished run becomes a parent run with one nested child for each budget and method.
+"""A finished run in MLflow: a parent run with one nested child for each budget and method. `registry` does datasets and models.
 
 The run's folder is the truth and MLflow a mirror of it. A note beside the record (`mlflow-undelivered.json`) is written before
 anything is sent and goes when all has arrived, so that a tracker that is down, slow or wrong, or a process that is killed, costs
@@ -27,8 +27,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from clado.config import HIDDEN, redact
-from clado.errors import StoreError
+from clado import registry
+from clado.config import HIDDEN, fingerprint, redact
+from clado.errors import ServerError, StoreError
 from clado.records import CHOSEN, Accuracy, Result, RunRecord, write_text
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ log = logging.getLogger(__name__)
 
 DATABASE, ARTIFACTS, UNDELIVERED = "mlflow.db", "mlflow-artifacts", "mlflow-undelivered.json"
 RECORD, FAILURE = "record.json", "failure.txt"  # beside a note
+VALIDATION = "validation_set"
 FORMAT, TAG = "clado-undelivered/2", "clado_delivery"
 SQL_ATTEMPTS = 5  # to connect to a database: 2.6 s of waiting in all
-MAX_PARAM, MAX_TAG, MAX_BATCH = 500, 5000, 90  # below the limits of every MLflow 2 and 3 server
+MAX_PARAM, MAX_TAG, MAX_BATCH, MAX_METRICS = 500, 5000, 90, 900  # below the limits of every MLflow 2 and 3 server
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -109,19 +111,21 @@ def track(
     matrices: Mapping[str, Path] = NOTHING,
     plots: Sequence[Path] = (),
     exports: Mapping[str, Path] = NOTHING,
+    models: Mapping[str, Path] = NOTHING,
     description: str = "",
     beside: Path | None = None,
 ) -> Receipt:
     """Writes a finished record to MLflow and says where it is; twice is allowed and makes a second parent run.
 
     `config` is plain data, flattened into parameters; `tags` are provenance (versions, device); `matrices` maps a name to a
-    saved file; `exports` maps a budget to the folder that belongs to its chosen assignment; `description` is Markdown for the
-    run's page. `beside` is the folder that holds the record's file, where that is not `folder`. A fault of the tracker is logged
-    as a warning and noted beside the record; nothing is raised for it.
+    saved file; `exports` maps a budget to the folder that belongs to its chosen assignment, `models` to the one of
+    `export.model`, to be logged and registered; `description` is Markdown for the run's page. `beside` is the folder that holds
+    the record's file, where that is not `folder`. A fault of the tracker is logged as a warning and noted beside the record;
+    nothing is raised for it.
     """
     delivery = _Delivery(
         folder, config, experiment, destination(uri, folder), tags, beside or folder,
-        record=record, matrices=matrices, plots=plots, exports=exports, description=description,
+        record=record, matrices=matrices, plots=plots, exports=exports, models=models, description=description,
     )  # fmt: skip
     return _warned(_attempt(delivery), folder)
 
@@ -202,28 +206,44 @@ def track_nested(
     folder: Path,
     name: str,
     *,
+    beside: Path,
     experiment: str,
     uri: str | None,
     params: Mapping[str, str],
-    metrics: Mapping[str, float | None],
+    metrics: Mapping[str, float | None] = NOTHING,
     series: Mapping[str, Sequence[tuple[int, float]]] = NOTHING,
-    artifacts: Path | None = None,
+    artifacts: Sequence[Path] = (),
 ) -> Receipt:
     """One run nested under the latest parent run of a run's folder (beside it, where MLflow has none), such as a fine-tuning.
 
-    `series` are (step, value) of metrics over time; `artifacts` is a folder. A fault of the tracker is a warning, and the run's
-    folder has everything; `clado sync` does not deliver it later.
+    `series` are (step, value) of metrics; `artifacts` are files below `beside`, a folder within `folder` that is this one's alone
+    and gets the note of what is undelivered. The same again replaces the first. A fault of the tracker is a warning, as of
+    `track`.
     """
-    start, uri = time.monotonic(), destination(uri, folder)
-    attempt = _Nested(folder, NOTHING, experiment, uri, NOTHING, folder, name, params, metrics, series, artifacts)
-    problem = None
-    try:
-        attempt.connect()
-    except Exception as fault:  # as in `track`
-        problem = _one_line(fault)
-        log.warning("MLflow at %s did not take %s (%s); it is kept in %s", redact(uri), name, problem, artifacts or folder)
-    seconds = time.monotonic() - start
-    return Receipt(redact(uri), experiment, attempt.experiment_id, attempt.parent_id, 0, problem is None, seconds, problem)
+    attempt = _Nested(
+        folder, NOTHING, experiment, destination(uri, folder), NOTHING, beside,
+        name=name, params=params, metrics=metrics, series=series, artifacts=artifacts,
+    )  # fmt: skip
+    return _warned(_attempt(attempt), folder)
+
+
+def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple[int, float]]]:
+    """Accuracy and measured loss of every method over the bytes of its answers: (bytes, value), a point a budget.
+
+    Bytes are the step, for they are whole numbers and every kind of budget has them.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for result in sorted(results, key=lambda result: result.size_bytes):
+        accuracy = result.validation
+        values = {
+            record.top1_name: accuracy.top1 if accuracy else None,
+            "validation_loss": accuracy.loss if accuracy else None,
+            "loss_shipped": result.loss_shipped,
+        }
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                found.setdefault(f"{name}/{result.method}", []).append((result.size_bytes, value))
+    return found
 
 
 @dataclass
@@ -281,6 +301,7 @@ class _Attempt:
                     client.set_terminated(run.info.run_id, "FAILED")
                 client.delete_run(run.info.run_id)
             if not runs:
+                registry.remove(client, found.experiment_id, TAG, delivery)
                 return
 
     def _experiment(self, client: "MlflowClient") -> str:
@@ -322,18 +343,39 @@ class _Attempt:
         return {**{name: redact(str(value)) for name, value in settings.items()}, "network": network}
 
     @staticmethod
-    def _log(client: "MlflowClient", run_id: str, metrics: Mapping[str, float | None], params: Mapping[str, str]) -> None:
-        """In batches. MLflow stores an infinity as 1.8e308, so what is not finite (a gap without a bound) becomes a tag."""
+    def _log(
+        client: "MlflowClient",
+        run_id: str,
+        metrics: Mapping[str, float | None],
+        params: Mapping[str, str],
+        of: Mapping[str, Mapping[str, str | None]] = NOTHING,
+    ) -> None:
+        """In batches; `of` names the model and the dataset of a metric.
+
+        MLflow stores an infinity as 1.8e308, so what is not finite (a gap without a bound) becomes a tag.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)
         known = {name: float(value) for name, value in metrics.items() if value is not None}
-        numbers = [Metric(name, value, now, 0) for name, value in known.items() if math.isfinite(value)]
+        numbers = [Metric(name, value, now, 0, **of.get(name, {})) for name, value in known.items() if math.isfinite(value)]
         others = [RunTag(name, str(value)) for name, value in known.items() if not math.isfinite(value)]
         settings = [Param(_key(name), value[:MAX_PARAM]) for name, value in params.items()]
         client.log_batch(run_id, metrics=numbers, params=settings[:MAX_BATCH], tags=others)
         for first in range(MAX_BATCH, len(settings), MAX_BATCH):
             client.log_batch(run_id, params=settings[first : first + MAX_BATCH])
+
+    @staticmethod
+    def _log_series(client: "MlflowClient", run_id: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        """Metrics over steps; points of one step stay apart by their time."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [
+            Metric(_key(name), value, now + k, step) for name, found in series.items() for k, (step, value) in enumerate(found)
+        ]
+        for first in range(0, len(points), MAX_METRICS):
+            client.log_batch(run_id, metrics=points[first : first + MAX_METRICS])
 
 
 @dataclass
@@ -367,23 +409,43 @@ class _Nested(_Attempt):
     params: Mapping[str, str]
     metrics: Mapping[str, float | None]
     series: Mapping[str, Sequence[tuple[int, float]]]
-    artifacts: Path | None
+    artifacts: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        self.pending = [self.name]
+        self.delivery = fingerprint([self.folder.name, json.dumps(self.contents())])[:32]  # the same again replaces what is there
+
+    def supersede(self) -> None:
+        """Takes over what was sent of the same, too."""
+        super().supersede()
+        own = {"experiment": self.experiment, "delivery": self.delivery}
+        self.earlier = [*(attempt for attempt in self.earlier if attempt != own), own]
+
+    def contents(self) -> dict[str, Any]:
+        """All of it, and places of files relative to the run's folder."""
+        return {
+            "nested": self.name,
+            "params": {key: redact(value) for key, value in self.params.items()},
+            "metrics": dict(self.metrics),
+            "series": dict(self.series),
+            "artifacts": [os.path.relpath(path, self.folder) for path in self.artifacts],
+        }
 
     def send(self, client: "MlflowClient") -> None:
         """One run."""
-        from mlflow.entities import Metric
-
-        fingerprint = RunRecord.load(self.folder / "record.json").fingerprint
-        query = f"tags.fingerprint = '{fingerprint}' and tags.mlflow.source.name = 'clado run'"
-        parents = client.search_runs([str(self.experiment_id)], query, max_results=1)
-        tags = {"fingerprint": fingerprint, "mlflow.parentRunId": parents[0].info.run_id if parents else ""}
+        if (self.folder / UNDELIVERED).exists():
+            raise ServerError("the run that this belongs to is not delivered yet")
+        known = RunRecord.load(self.folder / RECORD).fingerprint
+        query = f"tags.fingerprint = '{known}' and tags.mlflow.source.name = 'clado run' and attributes.status = 'FINISHED'"
+        fronts = client.search_runs([str(self.experiment_id)], query)  # those of `clado sweep` too
+        parents = [run.info.run_id for run in fronts if "sweep" not in run.data.tags]
+        tags = {"fingerprint": known, "mlflow.parentRunId": parents[0] if parents else ""}
         with self._run(client, self.name, tags) as self.parent_id:
             self._log(client, self.parent_id, self.metrics, {key: redact(value) for key, value in self.params.items()})
-            now = int(time.time() * 1000)
-            points = [Metric(key, value, now, step) for key, found in self.series.items() for step, value in found]
-            client.log_batch(self.parent_id, metrics=points)
-            if self.artifacts is not None:
-                client.log_artifacts(self.parent_id, str(self.artifacts))
+            self._log_series(client, self.parent_id, self.series)
+            for path in self.artifacts:
+                client.log_artifact(self.parent_id, str(path))
+        self.pending.clear()
 
 
 @dataclass
@@ -394,7 +456,9 @@ class _Delivery(_Attempt):
     matrices: Mapping[str, Path]
     plots: Sequence[Path]
     exports: Mapping[str, Path]
+    models: Mapping[str, Path]
     description: str
+    logged: list[registry.Logged] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.pending = ["parent run"]
@@ -402,6 +466,7 @@ class _Delivery(_Attempt):
         self.pending += [f"plots/{path.name}" for path in self.plots]
         self.pending += [_child_name(result) for result in self.record.results]
         self.pending += [f"export of {budget}" for budget in self.exports]
+        self.pending += [f"model of {budget}" for budget in self.models]
 
     def contents(self) -> dict[str, Any]:
         """Places of files, relative to the run's folder."""
@@ -413,18 +478,25 @@ class _Delivery(_Attempt):
             "matrices": {name: place(path) for name, path in self.matrices.items()},
             "plots": [place(path) for path in self.plots],
             "exports": {budget: place(path) for budget, path in self.exports.items()},
+            "models": {budget: place(path) for budget, path in self.models.items()},
             "description": redact(self.description),
         }
 
     def send(self, client: "MlflowClient") -> None:
-        """A parent run and one child for each result."""
+        """A parent run and one child for each result; when both are whole, versions in the registry."""
         with self._run(client, self.record.network, self._parent_tags()) as parent_id:
             self.parent_id = parent_id
+            if self.record.data:
+                client.log_inputs(parent_id, registry.inputs(self.record, self.config.get("data", NOTHING)))
+            self._log_series(client, parent_id, curves(self.record, self.record.results))
             self._log(client, parent_id, metrics=self._parent_metrics(), params=self._params(self.record.network))
             self._parent_artifacts(client, parent_id)
             self.pending.remove("parent run")
             for result in self.record.results:
                 self._child(client, parent_id, result)
+        for model in self.logged:
+            registry.register(client, model, self.record.recorded, self._model_tags())
+            self.pending.remove(f"model of {model.budget}")
 
     def _parent_tags(self) -> dict[str, str]:
         return {
@@ -503,7 +575,8 @@ class _Delivery(_Attempt):
             "gain": result.gain,
         }
         with self._run(client, f"{result.budget} {result.method}", tags) as run_id:
-            self._log(client, run_id, metrics, {"budget": result.budget, "method": result.method})
+            of = self._model(client, run_id, parent_id, result)
+            self._log(client, run_id, metrics, {"budget": result.budget, "method": result.method}, of)
             client.log_dict(run_id, self.record.assignment_document(result), "assignment.json")
             export = self.exports.get(result.budget)
             if result.method == CHOSEN and export is not None and export.is_dir():
@@ -512,10 +585,28 @@ class _Delivery(_Attempt):
         self.pending.remove(_child_name(result))
         self.num_children += 1
 
+    def _model(self, client: "MlflowClient", run_id: str, parent_id: str, result: Result) -> dict[str, dict[str, str | None]]:
+        """Logs the model of a chosen result, where there is one, and says which metrics are of it and of which images."""
+        images: dict[str, str | None] = {}
+        if digest := registry.digest_of(self.record, VALIDATION):
+            client.log_inputs(run_id, registry.inputs(self.record, self.config.get("data", NOTHING), [VALIDATION]))
+            images = {"dataset_name": VALIDATION, "dataset_digest": digest}
+        folder, own = self.models.get(result.budget), dict[str, str | None]()
+        if result.method == CHOSEN and folder is not None and folder.is_dir():
+            tags = self._model_tags()
+            model = registry.log_model(client, str(self.experiment_id), [run_id, parent_id], result.budget, folder, tags)
+            self.logged.append(model)
+            own = {"model_id": model.model_id}
+        found = {name: {**own, **images} for name in (self.record.top1_name, "top5", "validation_loss")}
+        return found | dict.fromkeys(("size_bytes", "average_bits", "loss_shipped"), own)
+
+    def _model_tags(self) -> dict[str, str]:
+        return _trim({TAG: self.delivery, "fingerprint": self.record.fingerprint, "network": self.record.network})
+
 
 def _notes(folder: Path) -> list[Path]:
-    """Notes of a run's folder: of its record, and of fronts in folders of it."""
-    return sorted([*folder.glob(UNDELIVERED), *folder.glob(f"*/{UNDELIVERED}")])
+    """Notes of a run's folder: of its record first, then of fronts, and of evaluations and fine-tunings, which go below it."""
+    return [note for depth in ("", "*/", "*/*/") for note in sorted(folder.glob(f"{depth}{UNDELIVERED}"))]
 
 
 def _note(attempt: _Attempt, problem: str) -> Path | None:
@@ -573,12 +664,19 @@ def _noted(path: Path, folder: Path, config: Mapping[str, Any], uri: str) -> _At
         if "failure" in note:
             text = (beside / FAILURE).read_text(encoding="utf-8")
             return _Failure(folder, config, experiment, uri, tags, beside, note["network"], text)
+        if "nested" in note:
+            return _Nested(
+                folder, config, experiment, uri, tags, beside,
+                name=note["nested"], params=note["params"], metrics=note["metrics"], series=note["series"],
+                artifacts=[inside(place) for place in note["artifacts"]],
+            )  # fmt: skip
         return _Delivery(
             folder, config, experiment, uri, tags, beside,
             record=RunRecord.load(beside / RECORD),
             matrices={name: inside(place) for name, place in note["matrices"].items()},
             plots=[inside(place) for place in note["plots"]],
             exports={budget: inside(place) for budget, place in note["exports"].items()},
+            models={budget: inside(place) for budget, place in note.get("models", {}).items()},
             description=note["description"],
         )  # fmt: skip
     except (OSError, KeyError, TypeError, AttributeError) as error:

@@ -176,7 +176,7 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
     from clado.records import write_text
-    from flows.stored import StoredRun, evaluated, evaluation_text, per_class_csv
+    from flows.stored import StoredRun, evaluated, evaluation_text, per_class_csv, track_evaluation
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
@@ -186,6 +186,8 @@ def evaluate(
     if per_class is not None:
         write_text(per_class, per_class_csv(session, rows))
         typer.echo(f"written to {per_class}")
+    if receipt := track_evaluation(stored, rows, wanted):
+        typer.echo(f"MLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
 @command

@@ -26,6 +26,11 @@ def budget_folder(session: Session, budget: str) -> Path:
     return session.folder / "exports" / file_name(budget)
 
 
+def model_folder(session: Session, budget: str) -> Path:
+    """Where the chosen network of a budget is kept as MLflow gets it."""
+    return session.folder / "models" / file_name(budget)
+
+
 def check_format(kind: str) -> None:
     """Refuses a format that there is no export in."""
     if kind not in FORMATS:

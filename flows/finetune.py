@@ -114,13 +114,14 @@ def train(
     receipt = tracking.track_nested(
         stored.folder,
         f"{budget} fine-tuned",
+        beside=folder,
         experiment=stored.config.tracking.experiment,
         uri=stored.config.tracking.uri,
         params={"budget": budget, "method": "fine-tuned", "images": images.origin, **_texts(asdict(training))},
         metrics=_metrics(tuned, before, after) | {"total_bytes": size.total_bytes},
         series={"held_out_loss": [(epoch.number, epoch.held_out_loss) for epoch in tuned.epochs]}
         | {"training_loss": [(e.number, e.training_loss) for e in tuned.epochs if e.training_loss is not None]},
-        artifacts=folder,
+        artifacts=[folder / name for name in (PACKED, ASSIGNMENT, RECORD)],
     )
     return text(tuned, before, after, images, folder), receipt
 

@@ -1,10 +1,12 @@
 """Record: what was found becomes a file, plots, exported networks and an MLflow run."""
 
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from prefect.runtime import flow_run
 
 import clado
 from clado import estimators, page, plots, report, tracking
+from clado.errors import NetworkError
+from clado.export.model import export_model
 from clado.preparation import names_of
-from clado.records import CHOSEN, RunRecord, write_text
+from clado.records import CHOSEN, Result, RunRecord, write_text
 from flows import artifacts
 from flows.allocate import measured_candidates, summaries
-from flows.export import budget_folder, export
+from flows.export import budget_folder, export, model_folder
 from flows.run import Run
 from flows.session import Session
 
@@ -66,6 +70,7 @@ def record_of(run: Run) -> RunRecord:
         }
         | searching,
         notes=(*session.notes, *run.notes),
+        recorded=datetime.now(UTC).isoformat(timespec="seconds"),
         unsearched=tuple(session.float_network.coverage()),
         provenance=provenance_of(session),
         data=data_of(session),
@@ -114,14 +119,30 @@ def git_revision(root: Path) -> str:
 @task(name="record", cache_policy=NO_CACHE, persist_result=False)
 def record(run: Run) -> None:
     """Writes record.json, table.md, plots, report.html and the chosen network of every budget."""
-    session, found = run.session, record_of(run)
+    session = run.session
+    chosen = [row for row in run.results() if row.method == CHOSEN]
+    if session.config.tracking.models:
+        run.notes += write_models(session, chosen)
+    found = record_of(run)
     found.save(session.folder / "record.json")
     write_text(session.folder / "table.md", report.markdown(found))
     plots.save_all(found, run.matrices, session.folder / "plots")
     page.write(session.folder)
-    for row in found.results:
-        if row.method == CHOSEN:
-            export(session, row.assignment, budget_folder(session, row.budget))
+    for row in chosen:
+        export(session, row.assignment, budget_folder(session, row.budget))
+
+
+def write_models(session: Session, chosen: Sequence[Result]) -> list[str]:
+    """The chosen networks as MLflow gets them, and a note of those that a torch module cannot hold."""
+    refused: dict[str, list[str]] = {}
+    for row in chosen:
+        folder = model_folder(session, row.budget)
+        try:
+            export_model(folder, *session.shipped(row.assignment), session.config.network)
+        except NetworkError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # what an earlier run of other bits may have left
+            refused.setdefault(str(error), []).append(row.budget)
+    return [f"MLflow gets no model of {', '.join(budgets)}: {reason}" for reason, budgets in refused.items()]
 
 
 @contextmanager
@@ -146,7 +167,13 @@ def failure_recorded(session: Session) -> Iterator[None]:
 
 def _tags(session: Session) -> dict[str, str]:
     """Provenance, and where Prefect has the run."""
-    return {**{key: str(value) for key, value in session.provenance.items()}, "prefect_flow_run_id": str(flow_run.id or "")}
+    return {**provenance_of(session), "prefect_flow_run_id": str(flow_run.id or "")}
+
+
+def models_of(session: Session, found: RunRecord) -> dict[str, Path]:
+    """Folders of the models that were written, by budget."""
+    folders = {budget: model_folder(session, budget) for budget in found.budgets}
+    return {budget: folder for budget, folder in folders.items() if folder.is_dir()}
 
 
 @task(name="track", cache_policy=NO_CACHE, persist_result=False)
@@ -164,6 +191,7 @@ def track(run: Run) -> tracking.Receipt:
         matrices={name: session.folder / "matrices" / f"{name}.npz" for name in run.matrices},
         plots=sorted((session.folder / "plots").glob("*.png")),
         exports={budget: budget_folder(session, budget) for budget in found.budgets},
+        models=models_of(session, found) if config.tracking.models else {},
         description=report.markdown(found),
     )
     artifacts.show(found, receipt)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clado import estimators, pareto, solvers
+from clado import estimators, pareto, solvers, tracking
 from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
 from clado.config import RunConfig, load_run_config
 from clado.constraints import Constraint
@@ -15,9 +15,10 @@ from clado.evaluation import Counts, shards
 from clado.interaction import InteractionMatrix
 from clado.probes import Plan
 from clado.program import Solution
-from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Result, RunRecord, markdown_table, percent
+from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Result, RunRecord, markdown_table, percent, write_text
 from clado.shards import Store
 from clado.space import Assignment, Layer, SearchSpace
+from flows.export import file_name
 from flows.session import EVALUATION_SHARD, Session, limits_of
 
 
@@ -229,6 +230,25 @@ def evaluation_text(rows: Sequence[Result]) -> str:
             table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), f"{accuracy.loss:.4f}"])
     header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", "validation loss"]
     return markdown_table(header, table)
+
+
+def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget | None) -> tracking.Receipt | None:
+    """Writes RUN/evaluated/BUDGET/table.md and mirrors it to MLflow below the run's own; nothing for a run without a record."""
+    if not (stored.folder / "record.json").is_file():
+        return None
+    name = budget.name if budget else "all budgets"
+    folder, settings = stored.folder / "evaluated" / file_name(name), stored.config.tracking
+    write_text(folder / "table.md", evaluation_text(rows) + "\n")
+    return tracking.track_nested(
+        stored.folder,
+        f"{name} evaluated",
+        beside=folder,
+        experiment=settings.experiment,
+        uri=settings.uri,
+        params={"budget": name, "method": "evaluated"},
+        series=tracking.curves(RunRecord.load(stored.folder / "record.json"), rows),
+        artifacts=[folder / "table.md"],
+    )
 
 
 def per_class_csv(session: Session, rows: Sequence[Result]) -> str:

@@ -1,6 +1,8 @@
 """Made-up runs for tests of what reads a record: plots, tables, the tracker. Numbers are plausible, seeded and consistent."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -103,7 +105,28 @@ def make_record(
         seconds={"start-up": 12.25, "measuring": 81.5, "solving": 9.0, "evaluation": 30.5, "shutdown": 2.0},
         forwards={"pairwise": 2211, "gauss_newton": 67, "layerwise": 66},
         notes=("activations are not quantized",),
+        data={
+            f"{name}_set": {"num_images": 256, "sha256": f"{name:_<12}" + 52 * "0"}
+            for name in ("calibration", "sensitivity", "validation")
+        },
+        recorded="2026-11-25T12:00:00+00:00",
     )
+
+
+def make_model(folder: Path) -> Path:
+    """A folder as `export.model` writes it, but for its weights, which nobody loads."""
+    folder.mkdir(parents=True)
+    (folder / "packed.safetensors").write_bytes(b"weights of " + folder.name.encode())
+    document = {
+        "format": "clado-model/1",
+        "name": "zoo.resnet20_fashion_mnist",
+        "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
+        "image_shape": [1, 28, 28],
+        "num_classes": 10,
+        "requirements": ["clado==0.1.0", "torch==2.15.0"],
+    }
+    (folder / "model.json").write_text(json.dumps(document))
+    return folder
 
 
 def with_activations(record: RunRecord, widths: tuple[int, ...], seed: int = 0) -> RunRecord:

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from clado import zoo
+from clado import tracking, zoo
 from clado.config import parse_config
 from clado.records import CHOSEN, RunRecord
 from clado.shards import Store
@@ -342,6 +342,13 @@ def test_an_impossible_budget_names_the_smallest_size(finished, copied):
     assert f"{smallest.size_bytes(smallest.narrowest):,}" in text or str(smallest.size_bytes(smallest.narrowest)) in text
 
 
+def runs_of(folder):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking.default_uri(folder))
+    return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id])]
+
+
 def test_evaluate_prints_what_the_run_recorded_and_computes_nothing(finished, copied):
     before = listing(copied / "evaluations")
     text = call("evaluate", copied)
@@ -365,7 +372,9 @@ def test_evaluate_of_a_new_budget_measures_what_is_new_once(finished, copied):
     assert {line.split("|")[1].strip() for line in text.splitlines()[2:] if line.startswith("|")} == {"3.25 bits"}
     after = listing(copied / "evaluations")
     assert len(list((copied / "evaluations" / "validation").iterdir())) > count
-    assert call("evaluate", copied, "--budget", 3.25) == text
+    again, ran = call("evaluate", copied, "--budget", 3.25), "\nMLflow run "
+    assert again.partition(ran)[0] == text.partition(ran)[0]
+    assert [run.info.run_name for run in runs_of(copied)].count("3.25 bits evaluated") == 1
     assert listing(copied / "evaluations") == after
 
 

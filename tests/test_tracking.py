@@ -15,8 +15,9 @@ import pytest
 
 from clado import tracking
 from clado.records import RunRecord
+from clado.registry import alias_of
 from clado.tracking import Receipt, redact, track
-from tests.synthetic import make_matrix, make_record, make_space
+from tests.synthetic import make_matrix, make_model, make_record, make_space
 
 BUDGETS = (2.5, 4.0)
 CONFIG = {
@@ -36,9 +37,10 @@ class Files:
     matrices: dict[str, Path]
     plots: list[Path]
     exports: dict[str, Path]
+    models: dict[str, Path]
 
     def arguments(self) -> dict[str, Any]:
-        return {"matrices": self.matrices, "plots": self.plots, "exports": self.exports}
+        return {"matrices": self.matrices, "plots": self.plots, "exports": self.exports, "models": self.models}
 
 
 def make_files(folder: Path, record: RunRecord) -> Files:
@@ -51,8 +53,9 @@ def make_files(folder: Path, record: RunRecord) -> Files:
         exports[budget] = folder / "exports" / budget
         exports[budget].mkdir(parents=True)
         (exports[budget] / "weights.safetensors").write_bytes(budget.encode())
+    models = {budget: make_model(folder / "models" / budget) for budget in record.budgets}
     record.save(folder / "record.json")
-    return Files(folder, {"pairwise": matrix}, [plot], exports)
+    return Files(folder, {"pairwise": matrix}, [plot], exports, models)
 
 
 def runs_of(uri: str) -> list[Any]:
@@ -96,9 +99,13 @@ def children(tracked: Tracked) -> list[Any]:
 
 
 def artifacts(run: Any) -> Path:
+    return place_of(run.info.artifact_uri)
+
+
+def place_of(uri: str) -> Path:
     from urllib.parse import unquote, urlsplit
 
-    return Path(unquote(urlsplit(run.info.artifact_uri).path))
+    return Path(unquote(urlsplit(uri).path))
 
 
 def test_all_is_delivered_and_finished(tracked: Tracked, record: RunRecord) -> None:
@@ -167,6 +174,107 @@ def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) 
             assert exported.read_bytes() == result.budget.encode()
         else:
             assert not exported.exists()
+
+
+def test_the_parent_names_its_images_by_their_hashes_and_what_each_was_for(tracked: Tracked, record: RunRecord) -> None:
+    [parent] = [run for run in tracked.runs if run.info.run_id == tracked.receipt.parent_run_id]
+    found = {given.tags[0].value: given.dataset for given in parent.inputs.dataset_inputs}
+    assert {given.tags[0].key for given in parent.inputs.dataset_inputs} == {"mlflow.data.context"}
+    assert set(found) == {"calibration", "sensitivity", "validation"}
+    for context, dataset in found.items():
+        whole = record.data[f"{context}_set"]
+        assert dataset.name == f"{context}_set"
+        assert whole["sha256"].startswith(dataset.digest)
+        assert json.loads(dataset.profile) == whole
+        assert json.loads(dataset.source) == {"tags": {"seed": "0"}}
+
+
+def test_the_parent_has_a_curve_of_every_method_with_bytes_as_its_steps(tracked: Tracked, record: RunRecord) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracked.receipt.uri)
+    for method in record.methods:
+        rows = sorted((result for result in record.results if result.method == method), key=lambda result: result.size_bytes)
+        for name, value_of in {"top1": lambda row: row.validation.top1, "loss_shipped": lambda row: row.loss_shipped}.items():
+            points = client.get_metric_history(tracked.receipt.parent_run_id, f"{name}/{method}")
+            expected = [(row.size_bytes, value_of(row)) for row in rows]
+            assert sorted((point.step, point.value) for point in points) == sorted(expected)
+
+
+def test_the_model_of_every_budget_is_logged_with_its_signature_pins_and_accuracy(tracked: Tracked, record: RunRecord) -> None:
+    from mlflow import MlflowClient
+    from mlflow.models import Model
+
+    client = MlflowClient(tracked.receipt.uri)
+    [parent] = [run for run in tracked.runs if run.info.run_id == tracked.receipt.parent_run_id]
+    models = client.search_logged_models([tracked.receipt.experiment_id])
+    assert {model.model_id for model in models} == {output.model_id for output in parent.outputs.model_outputs}
+    assert {model.params["budget"] for model in models} == set(record.budgets)
+    for model in models:
+        budget = model.params["budget"]
+        [child] = [run for run in children(tracked) if run.data.params == {"budget": budget, "method": "chosen"}]
+        assert model.source_run_id == child.info.run_id
+        assert [output.model_id for output in child.outputs.model_outputs] == [model.model_id]
+        assert str(model.status) == "READY"
+        place = place_of(model.artifact_location)
+        described = Model.load(str(place))
+        assert described.signature.inputs.to_dict() == [
+            {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": (-1, 1, 28, 28)}}
+        ]
+        assert described.signature.outputs.to_dict() == [
+            {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": (-1, 10)}}
+        ]
+        assert {"clado==0.1.0", "torch==2.15.0"} < set((place / "requirements.txt").read_text().split())
+        assert (place / "data" / budget / "packed.safetensors").read_bytes() == b"weights of " + budget.encode()
+        row = record.find(budget, "chosen")
+        assert row is not None
+        assert row.validation is not None
+        measured = {metric.key: metric for metric in model.metrics}
+        assert measured["size_bytes"].value == row.size_bytes
+        assert measured["top1"].value == row.validation.top1
+        assert measured["top1"].dataset_name == "validation_set"
+        assert record.data["validation_set"]["sha256"].startswith(measured["top1"].dataset_digest)
+
+
+def aliases_of(uri: str) -> dict[str, Any]:
+    """Alias -> the registered version that it names."""
+    from mlflow import MlflowClient
+
+    client, name = MlflowClient(uri), "zoo.resnet20_fashion_mnist"
+    return {
+        alias: client.get_model_version(name, version) for alias, version in client.get_registered_model(name).aliases.items()
+    }
+
+
+def test_every_budget_is_an_alias_of_the_registered_network(tracked: Tracked) -> None:
+    found = aliases_of(tracked.receipt.uri)
+    assert {alias: version.tags["budget"] for alias, version in found.items()} == {"2_5_bits": "2.5 bits", "4_bits": "4 bits"}
+
+
+def test_the_newest_run_owns_an_alias_however_late_an_older_one_is_delivered(tmp_path: Path, template: Path) -> None:
+    shutil.copy(template, tmp_path / "shared.db")
+    record = make_record(budgets=BUDGETS)
+    uri, files = f"sqlite:///{tmp_path}/shared.db", make_files(tmp_path / "run", record)
+    owners = []
+    for day, budgets in (("02", ("2.5 bits", "4 bits")), ("03", ("4 bits",)), ("01", ("2.5 bits", "4 bits"))):
+        small = replace(record, recorded=f"2026-01-{day}T00:00:00+00:00")
+        small = replace(small, results=tuple(r for r in record.results if r.method == "chosen" and r.budget in budgets))
+        models = {budget: files.models[budget] for budget in budgets}
+        assert track(small, files.folder, {}, uri=uri, models=models).delivered
+        owners.append({alias: version.tags["recorded"][8:10] for alias, version in aliases_of(uri).items()})
+    assert owners == [{"2_5_bits": "02", "4_bits": "02"}, {"2_5_bits": "02", "4_bits": "03"}, {"2_5_bits": "02", "4_bits": "03"}]
+
+
+@pytest.mark.parametrize(
+    ("budget", "alias"),
+    [("2.25 bits", "2_25_bits"), ("100 kB", "100_kB"), ("40 % of 8-bit", "40_of_8-bit"), ("1e+03 GBOP", "1e_03_GBOP")],
+)
+def test_an_alias_is_one_that_mlflow_takes(budget: str, alias: str) -> None:
+    from mlflow.utils.validation import _validate_logged_model_name, _validate_model_alias_name
+
+    assert alias_of(budget) == alias
+    _validate_model_alias_name(alias)
+    _validate_logged_model_name(alias)
 
 
 def test_what_is_not_finite_becomes_a_tag(tracked: Tracked) -> None:
@@ -262,10 +370,12 @@ def test_files_that_are_not_there_are_named_and_the_rest_is_delivered(record: Ru
     small = replace(record, results=record.results[-1:])
     receipt = track(
         small, tmp_path, {}, plots=[tmp_path / "gone.png"], matrices={"pairwise": tmp_path / "gone.npz"},
-        exports={"4 bits": tmp_path / "gone", "9 bits": tmp_path},
+        exports={"4 bits": tmp_path / "gone", "9 bits": tmp_path}, models={"4 bits": tmp_path / "gone"},
     )  # fmt: skip
     assert receipt.num_children == 1
-    assert receipt.problem == "not found: matrices/pairwise.npz, plots/gone.png, export of 4 bits, export of 9 bits"
+    assert (
+        receipt.problem == "not found: matrices/pairwise.npz, plots/gone.png, export of 4 bits, export of 9 bits, model of 4 bits"
+    )
     assert receipt.spool is not None
     assert {run.info.status for run in runs_of(receipt.uri)} == {"FINISHED"}
 

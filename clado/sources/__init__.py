@@ -28,6 +28,7 @@ __all__ = [
     "LoadedNetwork",
     "MemorySlice",
     "as_slice",
+    "build_network",
     "check_batch",
     "check_slice",
     "load_data",
@@ -65,14 +66,9 @@ class LoadedNetwork:
 
 
 def load_network(settings: NetworkSettings) -> LoadedNetwork:
-    """The network that the settings name, with the weights file on top if one is named. Raises NetworkError.
-
-    It is built with torch's random numbers seeded, so that every process that builds it gets the same one.
-    """
+    """The network that the settings name, with the weights file on top if one is named. Raises NetworkError."""
     source = import_module(f"clado.sources.{settings.source}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(BUILD_SEED)
-        model, example = source.load_network(settings)
+    model, example = build_network(settings)
     if isinstance(settings.weights, Path):
         load_weights(model, settings.weights)
     model = model.cpu().eval()
@@ -80,6 +76,17 @@ def load_network(settings: NetworkSettings) -> LoadedNetwork:
     origin = "" if settings.weights is None else f" with {'random weights' if settings.weights == 'random' else settings.weights}"
     own = source.preprocessing(settings) if hasattr(source, "preprocessing") else {}
     return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}", own)
+
+
+def build_network(settings: NetworkSettings) -> tuple[nn.Module, Any]:
+    """(the network that the settings name, its example input or image shape), whatever weights file they name left unread.
+
+    It is built with torch's random numbers seeded, so that every process that builds it gets the same one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(BUILD_SEED)
+        model, example = import_module(f"clado.sources.{settings.source}").load_network(settings)
+    return model, example
 
 
 def load_data(

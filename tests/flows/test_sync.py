@@ -18,9 +18,10 @@ from flows import clusters, record
 from flows.cli import app
 from flows.guard import locked
 from tests.running import config, run_pipeline
-from tests.synthetic import make_record
+from tests.synthetic import make_model, make_record
 
 CHILDREN = len(make_record(budgets=(2.5, 4.0)).results)
+BUDGETS = ("2.5_bits", "4_bits")
 NOTE = "mlflow-undelivered.json"
 
 
@@ -44,6 +45,8 @@ def unsent(tmp_path, template) -> dict[str, Any]:
     for name in ("matrices/pairwise.npz", "plots/loss.png", "exports/2.5_bits/weights", "exports/4_bits/weights"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+    for budget in BUDGETS:
+        make_model(folder / "models" / budget)
     shutil.copy(template, tmp_path / "tracker.db")
     return document
 
@@ -94,7 +97,23 @@ def check_delivered(document: dict[str, Any]) -> None:
     for child in children:
         exported = Path(child.info.artifact_uri.removeprefix("file://")) / "export"
         assert exported.is_dir() == (child.data.params["method"] == "chosen")
+    check_registered(document, parents[0])
     assert not (folder / NOTE).exists()
+
+
+def check_registered(document: dict[str, Any], parent: Any) -> None:
+    """Each budget's model is logged once, is one registered version, and that has the budget's alias."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(document["tracking"]["uri"])
+    models = client.search_logged_models([parent.info.experiment_id])
+    assert len(models) == len(BUDGETS)
+    assert {model.model_id for model in models} == {output.model_id for output in parent.outputs.model_outputs}
+    versions = client.search_model_versions()
+    assert Counter(version.source for version in versions) == Counter(model.artifact_location for model in models)
+    budgets = {version.version: version.tags["budget"] for version in versions}
+    aliases = client.get_registered_model(versions[0].name).aliases
+    assert {alias: budgets[number] for alias, number in aliases.items()} == {"2_5_bits": "2.5 bits", "4_bits": "4 bits"}
 
 
 def gone(*arguments: Any, **named: Any) -> None:
@@ -113,7 +132,15 @@ class Outage:
             self.left -= 1
             if self.left >= 0:
                 return whole(client, *arguments, **named)
-            for other in ("create_run", "log_batch", "log_artifacts", "log_dict", "set_terminated", "search_runs"):
+            for other in (
+                "create_run",
+                "log_batch",
+                "log_artifacts",
+                "log_dict",
+                "set_terminated",
+                "search_runs",
+                "create_model_version",
+            ):
                 patch.setattr(MlflowClient, other, gone)
             return gone()
 
@@ -122,8 +149,22 @@ class Outage:
 
 @pytest.mark.parametrize(
     ("name", "number", "left_behind"),
-    [("create_run", 0, 0), ("log_artifacts", 0, 1), ("log_dict", 4, 6), ("set_terminated", CHILDREN, CHILDREN + 1)],
-    ids=["down at the start", "down at the parent's files", "down in the middle", "down at the end"],
+    [
+        ("create_run", 0, 0),
+        ("log_artifacts", 0, 1),
+        ("log_dict", 4, 6),
+        ("log_model_artifacts", 1, CHILDREN + 1),
+        ("set_terminated", CHILDREN, CHILDREN + 1),
+        ("create_model_version", 1, CHILDREN + 1),
+    ],
+    ids=[
+        "down at the start",
+        "down at the parent's files",
+        "down in the middle",
+        "down at a model",
+        "down at the end",
+        "down at the registry",
+    ],
 )
 def test_a_tracker_that_goes_costs_nothing_and_a_sync_delivers_all_of_it_once(
     unsent, name, number, left_behind, monkeypatch, caplog
@@ -136,7 +177,7 @@ def test_a_tracker_that_goes_costs_nothing_and_a_sync_delivers_all_of_it_once(
         assert f"clado sync {folder}" in caplog.text
         assert "did not take it (ConnectionError" in sync(folder, ends=2)  # still away: kept
     assert len(runs_of(unsent)) == left_behind
-    assert any(run.info.status == "RUNNING" for run in runs_of(unsent)) == (left_behind > 0)
+    assert any(run.info.status == "RUNNING" for run in runs_of(unsent)) == (left_behind > 0 and name != "create_model_version")
     assert "hunter2" not in (folder / NOTE).read_text() + caplog.text
     assert f"{CHILDREN} below it" in sync(folder)
     check_delivered(unsent)
@@ -263,3 +304,62 @@ def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
     assert sync(folder).count(f"{CHILDREN} below it") == 2
     assert [run.data.tags["sweep"] for run in runs_of(unsent) if "sweep" in run.data.tags] == ["size"]
     assert len(runs_of(unsent)) == 2 * (CHILDREN + 1)
+
+
+def nested(document: dict[str, Any], name: str) -> tracking.Receipt:
+    """What a command on a finished run leaves: a file of its own, and a run below the run's."""
+    folder = Path(document["folder"])
+    place = folder / name / "3_bits"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "table.md").write_text(name)
+    return tracking.track_nested(
+        folder,
+        f"3 bits {name}",
+        beside=place,
+        experiment="clado",
+        uri=document["tracking"]["uri"],
+        params={"budget": "3 bits"},
+        metrics={"top1": 0.9},
+        series={"top1/chosen": [(1000, 0.8), (2000, 0.9)]},
+        artifacts=[place / "table.md"],
+    )
+
+
+def test_evaluations_and_fine_tunings_are_delivered_below_their_run_once(unsent, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder = Path(unsent["folder"])
+    with monkeypatch.context() as patch:
+        Outage(patch, "create_run", 0)
+        assert not track(unsent).delivered
+        assert not nested(unsent, "evaluated").delivered
+    assert not nested(unsent, "finetuned").delivered  # the tracker is back, but has no run to put it below
+    assert runs_of(unsent) == []
+    sync(folder)
+    assert "Nothing to deliver" in sync(folder)
+    runs = {run.info.run_name: run for run in runs_of(unsent)}
+    assert len(runs) == len(runs_of(unsent)) == CHILDREN + 3
+    [parent] = [run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags]
+    client = MlflowClient(unsent["tracking"]["uri"])
+    for name in ("evaluated", "finetuned"):
+        run = runs[f"3 bits {name}"]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.params == {"budget": "3 bits"}
+        assert run.data.metrics["top1"] == 0.9
+        points = client.get_metric_history(run.info.run_id, "top1/chosen")
+        assert sorted((point.step, point.value) for point in points) == [(1000, 0.8), (2000, 0.9)]
+        [told] = Path(run.info.artifact_uri.removeprefix("file://")).iterdir()
+        assert told.read_text() == name
+
+
+def test_what_belongs_to_a_run_is_not_put_below_a_front_of_it(unsent):
+    folder = Path(unsent["folder"])
+    run = track(unsent)
+    found = RunRecord.load(folder / "record.json")
+    found.save(folder / "sweep" / "record.json")
+    front = tracking.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+    assert front.delivered
+    assert nested(unsent, "evaluated").delivered
+    [evaluated] = [run for run in runs_of(unsent) if run.info.run_name == "3 bits evaluated"]
+    assert evaluated.data.tags["mlflow.parentRunId"] == run.parent_run_id

@@ -1,0 +1,103 @@
+"""Draws docs/mlflow.png: the MLflow page of a finished run, its models, budgets and accuracies side by side, in Chromium.
+
+python -m docs.mlflow_screenshot RUN
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page
+
+from clado import tracking
+from tests.system.browser import browser
+
+PATIENCE = 420  # seconds until the server has to answer
+WIDTH, HEIGHT = 1240, 800
+COLUMNS = ("attributes.`Models`", "params.`budget`", "params.`method`", "metrics.`top1`", "metrics.`size_bytes`")
+
+
+@contextmanager
+def served(uri: str) -> Iterator[str]:
+    """The address of an MLflow server on loopback over a database; it ends with the block."""
+    tracking.set_environment()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        [*command, "--backend-store-uri", uri],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait(f"{address}/health", server)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def _wait(url: str, server: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"MLflow's server did not answer within {PATIENCE} s (exit code {server.poll()})")
+
+
+def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str) -> None:
+    """Opens the list of what is below a run, with columns of `COLUMNS`; `last` is the name of a run to wait for."""
+    state = {
+        "selectedColumns": COLUMNS,
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "runsExpanded": {parent_id: True},
+    }
+    stored = {
+        f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment_id}"]-ReactComponentState': state,
+        "mlflow.workflowType_v1": "machine_learning",
+        "mlflow.assistant.panelOpen_v1": False,
+        "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
+    }
+    for key, value in stored.items():
+        page.add_init_script(f"localStorage.setItem({json.dumps(key)}, {json.dumps(json.dumps(value))})")
+    page.goto(f"{address}/#/experiments/{experiment_id}/runs")
+    page.get_by_text(last, exact=True).first.wait_for(timeout=PATIENCE * 1000)
+    page.get_by_label("Toggle sidebar").click()
+    page.get_by_text("zoo.", exact=False).first.wait_for(timeout=PATIENCE * 1000)  # the models come with a request of their own
+
+
+def main(folder: Path) -> None:
+    """The picture of the newest run in a folder's own database."""
+    tracking.set_environment()
+    from mlflow import MlflowClient
+
+    uri = tracking.default_uri(folder)
+    client = MlflowClient(uri)
+    [experiment] = [found for found in client.search_experiments() if found.name == "clado"]
+    parent = client.search_runs([experiment.experiment_id], "tags.mlflow.source.name = 'clado run'", max_results=1)[0]
+    below = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", max_results=1)
+    with served(uri) as address, browser(width=WIDTH, height=HEIGHT) as opened:
+        show(opened.page, address, experiment.experiment_id, parent.info.run_id, below[0].info.run_name)
+        opened.page.wait_for_timeout(1000)  # for the sidebar to fold
+        opened.page.screenshot(path=Path(__file__).with_name("mlflow.png"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

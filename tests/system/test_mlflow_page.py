@@ -1,0 +1,40 @@
+"""MLflow's own page of a finished run in a real browser: models, budgets and accuracies side by side."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clado import tracking
+from docs.mlflow_screenshot import WIDTH, served, show
+from tests.synthetic import make_model, make_record
+from tests.system.browser import browser
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+
+def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_path: Path) -> None:
+    record = make_record(budgets=(2.5, 4.0))
+    record.save(tmp_path / "record.json")
+    models = {budget: make_model(tmp_path / "models" / budget) for budget in record.budgets}
+    receipt = tracking.track(record, tmp_path, {}, models=models)
+    assert receipt.delivered, receipt.problem
+    assert receipt.experiment_id is not None
+    assert receipt.parent_run_id is not None
+    last = record.results[-1]
+    with served(receipt.uri) as address, browser(width=WIDTH, height=900) as opened:
+        show(opened.page, address, receipt.experiment_id, receipt.parent_run_id, f"{last.budget} {last.method}")
+        rows: dict[str, str] = {}  # the table draws a row in two halves, its name apart from its columns
+        for cell in opened.page.locator("[row-id] [role=gridcell]").all():
+            row = cell.evaluate("cell => cell.closest('[row-id]').getAttribute('row-id')")
+            rows[row] = f"{rows.get(row, '')} {cell.inner_text()}"
+        outside = [url for url in opened.requests if not url.startswith((address, "data:", "blob:"))]
+    for result in record.results:
+        [shown] = [text for text in rows.values() if f"{result.budget} {result.method}" in text]
+        assert result.validation is not None
+        numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
+        assert pytest.approx(result.validation.top1, abs=1e-6) in numbers, shown
+        assert result.size_bytes in numbers, shown
+        assert shown.count(result.budget) == 2, shown  # in its name and in its column
+        assert ("zoo.resnet20_fashion_mnist" in shown) == (result.method == "chosen"), shown
+    assert outside == []
