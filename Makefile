@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-system imagenet-check lint types format bench lock install clean
+.PHONY: run test test-system imagenet-check lint types format bench docs notebooks lock install clean
 
 run: install
 	$(BIN)/clado run demo.yaml
@@ -44,6 +44,14 @@ format: install
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_measure
+
+# the API reference, from docstrings
+docs: install
+	$(BIN)/python -W error docs/reference.py
+
+# executes the lessons and saves them with their outputs
+notebooks: install
+	$(BIN)/python notebooks/execute.py
 
 install: $(INSTALLED)
 

@@ -1,4 +1,4 @@
-"""README keeps its word: its code runs, its commands exist, its map names what is there."""
+"""The documentation keeps its word: its code runs or says why not, its commands and files exist, the map names what is there."""
 
 import re
 from pathlib import Path
@@ -6,68 +6,130 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 
+import clado
+from clado.config import parse_config
 from clado.template import render
 from flows.cli import app
 from tests.networks import Residual, build, images, labels
+from tests.synthetic import make_record
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-GUIDES = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *GUIDES, ROOT / "infra" / "README.md", ROOT / "CONTRIBUTING.md"]
+GUIDES_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)
+# a block, fenced or indented by four columns, and the reason above it if it does not run
+BLOCK = re.compile(
+    r"(?P<reason><!-- not run: [^>]+ -->\n+)?(?:^```(?P<kind>\w*)\n(?P<fenced>.*?)^```$|(?<=\n\n)(?P<indented>(?:^ {4}[^\n]*\n)+))",
+    flags=re.S | re.M,
+)
+PARSED = {"python", "yaml"}
 
 
-def test_the_python_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    names = {
-        "model": build(Residual),
-        "example_input": images(1),
-        "data": torch.split(images(32), 8),
-        "validation_data": [(images(20), labels(20))],
-    }
-    exec(code, names)
-    assert names["solution"].status == "optimal"
-    assert 0 <= names["report"].top1 <= 1
+def page(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("guide", [path for path in PAGES if "```python" in path.read_text()], ids=lambda path: path.name)
-def test_the_python_of_the_guides_runs_in_order_in_one_namespace(guide):
-    text = guide.read_text(encoding="utf-8")
-    blocks = list(re.finditer(r"(<!-- not run:[^>]*-->\n+)?```python\n(.*?)```", text, flags=re.S))
-    assert len(blocks) == text.count("```python")  # none is passed over for the way it is fenced
-    ran = [block for block in blocks if not block[1]]
-    assert any("assert " in block[2] for block in ran), "the blocks claim nothing"
-    names: dict[str, object] = {}
+def blocks(path: Path) -> list[re.Match[str]]:
+    return list(BLOCK.finditer(path.read_text(encoding="utf-8")))
+
+
+def given(path: Path) -> dict[str, object]:
+    """What the code of a page finds: its reader's own network, data or run."""
+    if path.name == "README.md":
+        return {
+            "model": build(Residual),
+            "example_input": images(1),
+            "data": torch.split(images(32), 8),
+            "validation_data": [(images(20), labels(20))],
+        }
+    if path.name == "reading-the-results.md":
+        make_record(num_layers=6).save(Path("run") / "record.json")
+        return {"run": Path("run")}
+    return {}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_every_block_of_the_documentation_runs_or_says_why_not(path):
+    text = path.read_text(encoding="utf-8")
+    found = blocks(path)
+    assert text.count("```") == 2 * sum(block["kind"] is not None for block in found)  # none is passed over for its fences
+    for block in found:
+        line = text[: block.start()].count("\n") + 1
+        assert block["kind"] in PARSED or block["reason"], f"{page(path)}:{line} neither runs nor says why not"
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")], ids=page)
+def test_the_python_of_a_page_runs_in_order_in_one_namespace(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, names = path.read_text(encoding="utf-8"), given(path)
+    ran = [block for block in blocks(path) if block["kind"] == "python" and not block["reason"]]
     for block in ran:
-        first = text[: block.start(2)].count("\n")
-        exec(compile("\n" * first + block[2], str(guide), "exec"), names)
+        first = text[: block.start("fenced")].count("\n")
+        exec(compile("\n" * first + block["fenced"], str(path), "exec"), names)
+    if path.name == "README.md":
+        assert names["solution"].status == "optimal"
+        assert 0 <= names["report"].top1 <= 1
+    else:
+        assert any("assert " in block["fenced"] for block in ran), "the blocks claim nothing"
 
 
-@pytest.mark.parametrize("guide", PAGES, ids=lambda path: path.name)
-def test_a_guide_says_why_its_commands_do_not_run(guide):
-    text = guide.read_text(encoding="utf-8")
-    if re.search(r"^    (clado|make|pip) ", text, flags=re.M):
-        assert "<!-- not run:" in text
+@pytest.mark.parametrize("path", [path for path in PAGES if "```yaml" in path.read_text(encoding="utf-8")], ids=page)
+def test_the_settings_of_a_page_are_settings(path):
+    zoo = {"network": {"source": "zoo", "name": "resnet20_fashion_mnist"}}
+    for block in blocks(path):
+        if block["kind"] == "yaml":
+            parse_config({**zoo, **yaml.safe_load(block["fenced"])}, page(path))
+
+
+def test_the_options_of_written_commands_are_options_there_are():
+    commands = typer.main.get_command(app).commands
+    written = [line for path in PAGES for block in blocks(path) for line in (block["indented"] or "").splitlines()]
+    written += re.findall(r"`(clado [^`]+)`", "\n".join(path.read_text(encoding="utf-8") for path in PAGES))
+    used = [
+        (name, option)
+        for line in written
+        for name, rest in re.findall(r"\bclado ([a-z]+)\b([^#]*)", line)
+        for option in re.findall(r"(?<!\S)--[a-z0-9-]+", rest)
+        if name in commands
+    ]
+    assert len(used) > 10
+    for name, option in used:
+        assert option in {text for parameter in commands[name].params for text in parameter.opts}, f"clado {name} {option}"
+
+
+def test_every_public_name_has_a_docstring():
+    for name in clado.__all__:
+        assert (getattr(clado, name).__doc__ or "").strip(), name
 
 
 def test_the_commands_of_the_readme_and_the_guides_are_the_commands_there_are():
     commands = set(typer.main.get_command(app).commands)
-    written = "\n".join(re.findall(r"`clado [^`]*`|^    clado .*$", README + GUIDES, flags=re.M))
+    written = "\n".join(re.findall(r"`clado [^`]*`|^    clado .*$", README + GUIDES_TEXT, flags=re.M))
     named = set(re.findall(r"`?clado ([a-z]+)\b", written))
     assert named == commands
 
 
 def test_the_map_or_a_guide_names_every_module_of_the_packages():
-    tree = README.split("## The map")[1].split("\n## ")[0] + GUIDES
+    tree = README.split("## The map")[1].split("\n## ")[0] + GUIDES_TEXT
     for folder in ("clado", "flows"):
         for path in (ROOT / folder).iterdir():
             if path.suffix == ".py" and path.stem != "__init__":
                 assert path.name in tree, path
 
 
-def test_every_picture_and_file_of_the_readme_is_there():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_every_picture_and_file_that_a_page_links_is_there(path):
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).is_file(), target
+
+
+def test_the_readme_links_every_guide_and_every_lesson():
+    for path in [*GUIDES, *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
+        assert f"({page(path)})" in README, path
 
 
 def test_the_demo_is_what_init_writes():

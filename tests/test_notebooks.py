@@ -1,0 +1,49 @@
+"""The committed lessons are what a reader sees: executed in order, with pictures, without errors, warnings or clutter.
+
+tests/system/test_notebooks.py executes them again.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MIMES = {"image/png", "text/markdown", "text/plain"}
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+def outputs(path: Path) -> list[dict]:
+    return [output for cell in code_cells(path) for output in cell["outputs"]]
+
+
+def test_there_are_three_lessons():
+    assert [path.name for path in LESSONS] == ["1-why-pairs-matter.ipynb", "2-reading-the-matrix.ipynb", "3-pareto.ipynb"]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+class TestLesson:
+    def test_is_executed_in_order(self, path):
+        cells = code_cells(path)
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+
+    def test_shows_pictures(self, path):
+        assert sum("image/png" in output.get("data", {}) for output in outputs(path)) >= 3
+
+    def test_claims_something(self, path):
+        assert any("assert " in "".join(cell["source"]) for cell in code_cells(path))
+
+    def test_shows_no_error_or_warning(self, path):
+        for output in outputs(path):
+            assert output["output_type"] in ("stream", "execute_result", "display_data")
+            assert output.get("name", "stdout") == "stdout"
+            assert set(output.get("data", {})) <= MIMES
+
+    def test_is_small_and_says_nothing_of_a_machine(self, path):
+        assert path.stat().st_size < 1_000_000
+        text = path.read_text(encoding="utf-8")
+        assert not any(place in text for place in ("/home/", "/root/", "/tmp/", "/work/", "C:\\"))
