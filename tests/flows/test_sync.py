@@ -53,7 +53,7 @@ def unsent(tmp_path, template) -> dict[str, Any]:
 
 def run_of(document: dict[str, Any]) -> Any:
     """A run of the flow that is about to be recorded."""
-    folder, loaded = Path(document["folder"]), SimpleNamespace(description="a network")
+    folder, loaded = Path(document["folder"]), SimpleNamespace(description="a network", weights_sha256="0" * 64)
     session = SimpleNamespace(config=parse_config(document), folder=folder, provenance={"torch": "2"}, loaded=loaded)
     return SimpleNamespace(session=session, matrices={"pairwise": None})
 
@@ -87,6 +87,7 @@ def check_delivered(document: dict[str, Any]) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
+    assert {"torch", "mlflow", "weights_sha256", "fingerprint"} <= parents[0].data.tags.keys()
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     assert Counter((run.data.params["budget"], run.data.params["method"]) for run in children) == Counter(
         (result.budget, result.method) for result in expected.results
