@@ -64,7 +64,8 @@ def measure(
 ) -> InteractionMatrix:
     """The interaction matrix of a network on `data`: a batch of images (N, C, H, W), (images, labels), or an iterable of either.
 
-    `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to nearest by `quantizer`.
+    `estimator` is a name of `clado.estimators`, `criterion` of `clado.criteria`: `kl_to_float` needs no labels, `cross_entropy`
+    does. `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to nearest by `quantizer`.
     `batch_images` is how many images one run takes (default: as many as are fast), `memory_limit_mb` bounds what stored prefixes
     and a run take together. `progress(done, total)` is called after every tile. Raises DataError for images that do not fit,
     ConfigurationError where the limit is too small, MeasurementError where a layer has no finite loss.
@@ -92,7 +93,13 @@ def solve(
     solver: str = "scip",
     time_limit: float = 60.0,
 ) -> Solution:
-    """The assignment of least predicted loss within the budgets given. Raises InfeasibleError with the reachable range."""
+    """The assignment of least predicted loss within every budget that is given.
+
+    `average_bits` is per searched weight, `size_bytes` of the searched weights, each tensor packed. `solver` is a name of
+    `clado.solvers`: `scip` proves optimality, or gives the gap left after `time_limit` seconds. Further limits (BOPs, latency)
+    are `clado.constraints`; `clado.candidates.program_of` poses a program under them. Raises InfeasibleError with the
+    reachable range, ConfigurationError for an unknown solver.
+    """
     limits = []
     if average_bits is not None:
         limits.append(constraints.constraint("average_bits", matrix.space, average_bits))
@@ -111,7 +118,9 @@ def evaluate(
 ) -> Accuracy:
     """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL).
 
-    With `prepared` it is the network that ships, final corrections applied.
+    A layer without bits stays in float. With `prepared` it is the network that ships, final corrections applied; without it
+    weights are rounded to nearest by `quantizer`. Raises DataError for images or labels that do not fit, NetworkError for an
+    assignment of another network, ConfigurationError for one with activation bits where there is no `prepared`.
     """
     network.check_assignment(assignment)
     images = _checked(network, data)

@@ -22,7 +22,8 @@ PAGES = [ROOT / "README.md", *GUIDES, ROOT / "infra" / "README.md", ROOT / "CONT
 GUIDES_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)
 # a block, fenced or indented by four columns, and the reason above it if it does not run
 BLOCK = re.compile(
-    r"(?P<reason><!-- not run: [^>]+ -->\n+)?(?:^```(?P<kind>\w*)\n(?P<fenced>.*?)^```$|(?<=\n\n)(?P<indented>(?:^ {4}[^\n]*\n)+))",
+    r"(?P<reason><!-- not run: [^>]+ -->\n+)?"
+    r"(?:^```(?P<kind>\w*)\n(?P<fenced>.*?)^```$|(?<=\n\n)(?P<indented>(?:^ {4}[^\n]*\n)+))",
     flags=re.S | re.M,
 )
 PARSED = {"python", "yaml"}
@@ -78,10 +79,10 @@ def test_the_python_of_a_page_runs_in_order_in_one_namespace(path, tmp_path, mon
 
 @pytest.mark.parametrize("path", [path for path in PAGES if "```yaml" in path.read_text(encoding="utf-8")], ids=page)
 def test_the_settings_of_a_page_are_settings(path):
-    zoo = {"network": {"source": "zoo", "name": "resnet20_fashion_mnist"}}
+    own = {"network": {"source": "factory", "name": "my_network:make_network"}, "data": {"source": "folder", "path": "FOLDER"}}
     for block in blocks(path):
         if block["kind"] == "yaml":
-            parse_config({**zoo, **yaml.safe_load(block["fenced"])}, page(path))
+            parse_config({**own, **yaml.safe_load(block["fenced"])}, page(path))
 
 
 def test_the_options_of_written_commands_are_options_there_are():

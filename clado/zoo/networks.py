@@ -1,6 +1,6 @@
 """The architectures of the zoo: small networks for 28 x 28 grey images and ten classes.
 
-Plain torch modules. Their weights are safetensors files beside this module; `clado.zoo.load` brings both together.
+Plain torch modules. Their weights are safetensors files beside this module; `clado.sources.load_network` brings both together.
 """
 
 import torch

@@ -22,6 +22,7 @@ def python(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(1200)  # well under two minutes on two idle cores
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_top_to_bottom(path, tmp_path):
     copy = Path(shutil.copy(path, tmp_path))
