@@ -44,6 +44,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:  # a short path, as sockets need, and nothing in the home folder
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
             os.environ[name] = folder
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same numbers however many cores there are
         os.environ.setdefault("MPLCONFIGDIR", str(HERE.parent / ".cache" / "matplotlib"))
         for path in map(Path, sys.argv[1:] or sorted(map(str, HERE.glob("*.ipynb")))):
             print(f"{path.name}: {execute(path, Path(folder)):.0f} s", flush=True)
