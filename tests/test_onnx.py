@@ -110,6 +110,7 @@ def checked(path: Path, network: Network, layers: Mapping[int, QuantizedLayer], 
 # -- the zoo -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system
 def test_a_run_exports_what_computes_the_same_in_onnx_runtime(session, shown, tmp_path):
     space, (x, labels) = session.space, shown
     assignment = space.assignment([a + i % 5 for i, a in enumerate(space.offsets[:-1])])

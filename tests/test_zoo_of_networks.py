@@ -28,10 +28,7 @@ class Case:
     source: str = "torchvision"
 
 
-QUICK = [
-    Case("resnet18", 21, 32),
-    Case("vit_b_16", 50, 32, {"image_size": 32}),
-]
+QUICK = [Case("resnet18", 21, 32)]
 FULL = [
     Case("resnet18", 21),
     Case("resnet34", 37),

@@ -230,6 +230,7 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
     assert {a for _, group in calls.of("evaluate_shard") for a, _ in group} == reported
 
 
+@pytest.mark.system
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
     document = copy_of(finished, tmp_path)
     plan = Session.open(parse_config(document)).plan
@@ -247,6 +248,7 @@ def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, t
     assert any("2 damaged tiles" in note for note in notes)
 
 
+@pytest.mark.system
 def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, tmp_path):
     document = copy_of(finished, tmp_path)
     plan = Session.open(parse_config(document)).plan
