@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.bench_solver                 # everything, about an hour on one core
     python -m tests.benchmarks.bench_solver resnet20x3      # one instance
+    python -m tests.benchmarks.bench_solver fronts          # 25 budgets at once
     python -m tests.benchmarks.bench_solver naive           # the naive formulation, on what is solved so far
 
 Each solve is appended to `solver.jsonl` at once, and one that is there is not repeated: stop and go on as you like. Delete the
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from clado import constraints, solvers
+from clado import constraints, pareto, solvers
 from clado.program import Convexity, Program
 from tests.benchmarks.solver_instances import FAMILIES, MEASURED_ESTIMATORS, MEASURED_NETWORKS, instance, measured
 
@@ -42,6 +43,7 @@ FIRST_LOOK = 30.0  # seconds; a program still open then shows its gap, and is so
 SEEDS, BUDGETS = (0, 1, 2), (3.0, 4.0, 5.0)
 MEASURED_BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 CONVEXITIES: tuple[Convexity, ...] = ("clip_psd", "raw")
+NUM_BUDGETS = 25
 NAIVE_SECONDS, NAIVE_TIMES = (2.0, 300.0), 20.5  # least and most; as a multiple of ours
 
 Key = tuple[str, str, str, int, float]
@@ -88,6 +90,23 @@ def measure(key: Key) -> dict[str, Any]:
     }
 
 
+def front(family: str, convexity: Convexity) -> dict[str, Any]:
+    """A whole front of a ResNet-50-sized matrix, as `clado sweep` solves it: shared convexification, each answer a start."""
+    matrix = instance("resnet50", (2, 4, 8), family, 0)
+    program = Program.build(matrix, [constraints.constraint("average_bits", matrix.space, 8.0)], convexity=convexity)
+    begin, cpu = time.perf_counter(), time.process_time()
+    found = pareto.sweep(
+        program, "average_bits", pareto.even_bounds(program, "average_bits", NUM_BUDGETS), solvers.prepare(program)
+    )
+    return {
+        "front": [family, convexity],
+        "seconds": time.perf_counter() - begin,
+        "cpu": time.process_time() - cpu,
+        "optimal": sum(point.solution.status == "optimal" for point in found.points),
+        "points": len(found.points),
+    }
+
+
 def naive_seconds(program: Program, limit: float) -> tuple[float, bool]:
     """SCIP's defaults on t ≥ ½xᵀQx in one quadratic constraint: CPU seconds (building not counted), and whether it finished."""
     from pyscipopt import Model, quicksum
@@ -124,8 +143,8 @@ def is_compared(key: Key) -> bool:
     return key[0] in INSTANCES and key[1] in GOALS and key[3:] == (0, 4.0)
 
 
-def kept(kind: str) -> dict[Key, dict[str, Any]]:
-    """Lines of a kind so far: `key` or `naive`."""
+def kept(kind: str) -> dict[Any, dict[str, Any]]:
+    """Lines of a kind so far: `key`, `front` or `naive`."""
     if not RESULTS.exists():
         return {}
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
@@ -173,7 +192,28 @@ def table() -> str:
     for name, convexity in itertools.product(MEASURED_NETWORKS, CONVEXITIES):
         cells = [cell([r for k, r in records.items() if k[:3] == (name, e, convexity)]) for e in MEASURED_ESTIMATORS]
         lines.append(f"| {name} | {convexity} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Fronts",
+        "",
+        f"{NUM_BUDGETS} budgets from 2 to 8 average bits on ResNet-50-sized synthetic matrices, seed 0: CPU seconds for all,",
+        "and how many are proven. Goal: 60 s.",
+        "",
+        "| matrix | " + " | ".join(GOALS) + " |",
+        "|---|" + "---|" * len(GOALS),
+    ]
+    fronts = kept("front")
+    for convexity in CONVEXITIES:
+        cells = [front_cell(fronts.get((family, convexity))) for family in GOALS]
+        lines.append(f"| {convexity} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def front_cell(record: dict[str, Any] | None) -> str:
+    """One front."""
+    if record is None:
+        return ""
+    return f"{record['cpu']:.1f}; {record['optimal']} of {record['points']}"
 
 
 def cell(found: list[dict[str, Any]]) -> str:
@@ -218,6 +258,10 @@ def main(wanted: list[str]) -> None:
     for key in cases():
         if key not in known and (not wanted or key[0] in wanted):
             note(measure(key))
+    fronts = kept("front")
+    for family, convexity in itertools.product(GOALS, CONVEXITIES):
+        if (family, convexity) not in fronts and (not wanted or "fronts" in wanted):
+            note(front(family, convexity))
     compared = kept("naive")
     for key, record in kept("key").items():
         if is_compared(key) and key not in compared and (not wanted or key[0] in wanted or "naive" in wanted):
