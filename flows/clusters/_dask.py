@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
+from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 
 from clado.config import ClusterSettings, RunConfig
@@ -91,7 +92,10 @@ class DaskWorkers:
         """
         numbers, items = zip(*batch, strict=True)
         keys = [(name, number) for number in numbers]
-        return self.client.map(function, [document] * len(items), items, key=keys, retries=RETRIES, priority=-numbers[0])
+        try:
+            return self.client.map(function, [document] * len(items), items, key=keys, retries=RETRIES, priority=-numbers[0])
+        except ClosedClientError:
+            raise ServerError(f"the Dask scheduler was lost; {KEPT}") from None
 
     def _ended(self, running: "as_completed") -> list[Future]:
         """The futures that have ended, at least one. While none does, the workers are counted now and then: nobody waits for

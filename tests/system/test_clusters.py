@@ -316,9 +316,9 @@ def test_a_scheduler_that_is_lost_is_one_message_and_another_run_goes_on(tmp_pat
 
         started.start_worker("b")
         with clusters.start(config) as workers:
-            workers.patience = 1.0
             results = workers.map(note, config, [(str(tmp_path / "elsewhere"), k) for k in range(2000)])
             next(results)
+            workers.patience = 1.0
             started.kill("b")
             with pytest.raises(ServerError, match=r"no worker has been there for 1 s; what was measured is kept"):
                 list(results)

@@ -7,6 +7,7 @@ import signal
 import site
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -31,9 +32,17 @@ def answers(url: str) -> bool:
 
 
 def ask(url: str, question: dict) -> list[dict]:
+    """A server's answer; Prefect's says 503 while its SQLite database is locked, and is asked again, as its own client does."""
     request = urllib.request.Request(url, json.dumps(question).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read())
+    for left in range(9, -1, -1):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or not left:
+                raise
+            time.sleep(2)
+    raise AssertionError
 
 
 @contextmanager
