@@ -125,26 +125,6 @@ def point_at_each_other(services: Services, run: dict[str, Any]) -> None:
     assert parent["info"]["status"] == "FINISHED"
 
 
-def one_after_another(services: Services) -> None:
-    """Two runs of a deployment whose strategy is ENQUEUE, asked for at once: the second waits until the first has ended."""
-    (deployment,) = [one for one in services.api("deployments/filter", {}) if one["name"] == "on-demand"]
-    parameters = {"config": "clado.yaml", "overrides": [f"folder={services.folder / 'on-demand'}"]}
-    make = f"deployments/{deployment['id']}/create_flow_run"
-    asked = {"flow_runs": {"id": {"any_": [services.api(make, {"parameters": parameters})["id"] for _ in range(2)]}}}
-    seen: set[str] = set()
-
-    def both_ended() -> bool:
-        runs = services.api("flow_runs/filter", asked)
-        seen.update(run["state_name"] for run in runs)
-        return all(run["end_time"] for run in runs)
-
-    wait_for(both_ended, "both runs")
-    first, second = sorted(services.api("flow_runs/filter", asked), key=lambda run: run["start_time"])
-    assert (first["state_name"], second["state_name"]) == ("Completed", "Completed")  # not Skipped
-    assert first["end_time"] <= second["start_time"]
-    assert "AwaitingConcurrencySlot" in seen
-
-
 def test_a_machine_from_nothing_to_a_scheduled_run_and_back(services):
     services.up()
     assert list(services.processes()) == NAMES
@@ -158,7 +138,6 @@ def test_a_machine_from_nothing_to_a_scheduled_run_and_back(services):
     assert folder.name == run["expected_start_time"][:10]
     assert RunRecord.load(folder / "record.json").float_accuracy.top1 > 0.8
     point_at_each_other(services, run)
-    one_after_another(services)
     everything += services.family()
     assert "Ended runner, workers, scheduler, mlflow, prefect." in services.run("down", name="down")
     assert [one for one in everything if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
