@@ -8,8 +8,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run test test-system imagenet-check lint types format bench docs notebooks lock install clean
 
+# without the local search, which takes half as long again
 run: install
-	$(BIN)/clado run demo.yaml
+	$(BIN)/clado run demo.yaml search.evaluations=0
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
