@@ -82,7 +82,8 @@ def test_the_settings_of_a_page_are_settings(path):
     own = {"network": {"source": "factory", "name": "my_network:make_network"}, "data": {"source": "folder", "path": "FOLDER"}}
     for block in blocks(path):
         if block["kind"] == "yaml":
-            parse_config({**own, **yaml.safe_load(block["fenced"])}, page(path))
+            written = yaml.safe_load(block["fenced"])
+            assert set(written) <= parse_config({**own, **written}, page(path)).model_fields_set
 
 
 def test_the_options_of_written_commands_are_options_there_are():
