@@ -12,6 +12,7 @@ from torch import Tensor
 from clado import criteria
 from clado.errors import DataError
 from clado.images import ImageSlice
+from clado.measure import GPU_BYTES
 from clado.network import Network, Replaced
 from clado.records import Accuracy
 
@@ -68,13 +69,13 @@ def count(
     images: ImageSlice,
     start: int,
     stop: int,
-    batch_images: int = 128,
+    batch_images: int | None = None,
     reference: Network | None = None,
 ) -> Counts:
     """Counts over images start..stop−1 of a slice, with layers replaced.
 
     The loss is cross entropy where the images have labels, else KL to the float network, which is `reference` where final
-    corrections have changed `network`.
+    corrections have changed `network`. `batch_images` are those of one run (default: as many as are fast).
     """
     return count_each([(network, replaced)], images, start, stop, batch_images, reference)[0]
 
@@ -84,14 +85,15 @@ def count_each(
     images: ImageSlice,
     start: int,
     stop: int,
-    batch_images: int = 128,
+    batch_images: int | None = None,
     reference: Network | None = None,
 ) -> list[Counts]:
     """`count` of several networks with layers replaced, in one pass: each image is decoded once. The same sums, bit for bit."""
     totals = [Counts() for _ in variants]
     folded = [network.folded_with(replaced) for network, replaced in variants]
-    for low in range(start, stop, batch_images):
-        x, labels = images.load(low, min(low + batch_images, stop))
+    step = batch_images or images_at_once(variants[0][0])
+    for low in range(start, stop, step):
+        x, labels = images.load(low, min(low + step, stop))
         x = x.to(folded[0][0].device)
         floats: dict[int, Tensor] = {}
         for k, ((plain, _), (network, replaced)) in enumerate(zip(variants, folded, strict=True)):
@@ -117,12 +119,12 @@ def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Co
 
 
 def per_image(
-    network: Network, replaced: Replaced, images: ImageSlice, batch_images: int = 128, reference: Network | None = None
+    network: Network, replaced: Replaced, images: ImageSlice, batch_images: int | None = None, reference: Network | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(loss, top-1 hit) of each image (n,): for paired comparisons. Without labels: KL, and agreement with the float network."""
     losses, hits, float_network = [], [], reference or network
     network, replaced = network.folded_with(replaced)
-    for low, high in shards(len(images), batch_images):
+    for low, high in shards(len(images), batch_images or images_at_once(network)):
         x, labels = images.load(low, high)
         x = x.to(network.device)
         logits = network.logits(x, replaced)
@@ -137,12 +139,19 @@ def per_image(
     return np.concatenate(losses), np.concatenate(hits)
 
 
+def images_at_once(network: Network) -> int:
+    """Images of one run: on a CPU what its cache holds, on a GPU what keeps it busy."""
+    if network.device.type != "cuda":
+        return 128
+    return min(max(GPU_BYTES // max(1, network.graph.cuts[0].peak_bytes_per_image), 32), 1024)
+
+
 def shards(num_images: int, size: int) -> list[tuple[int, int]]:
     """Consecutive ranges of at most `size` images that cover the slice."""
     return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
 
 @torch.inference_mode()
-def evaluate_weights(network: Network, replaced: Replaced, images: ImageSlice, batch_images: int = 128) -> Accuracy:
+def evaluate_weights(network: Network, replaced: Replaced, images: ImageSlice, batch_images: int | None = None) -> Accuracy:
     """Accuracy over a whole slice."""
     return count(network, replaced, images, 0, len(images), batch_images).accuracy()

@@ -54,6 +54,8 @@ _IN_PLACE = {
     torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
+# of one run: cuDNN's batch norm takes no more, and torch.export refuses a range on CUDA that another kernel would serve in part
+MOST_IMAGES = 65_535
 PROBE_IMAGES = -1  # the scalar slot that holds how many images one probe has
 _INSTEAD = (
     "Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False), "
@@ -471,7 +473,8 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
         # torch.export takes a batch of one for a constant
         batch = example if len(example) > 1 else torch.cat([example, example])
         with torch.no_grad(), eval_mode(model):
-            program: ExportedProgram = torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
+            sizes = {0: Dim("batch", max=MOST_IMAGES)}
+            program: ExportedProgram = torch.export.export(model, (batch,), dynamic_shapes=(sizes,))
             program = program.run_decompositions({})
             return program
     except Exception as error:  # torch.export raises many kinds; each means that this network has no graph
@@ -898,7 +901,7 @@ class _Compiler:
         """
         device = next((t.device for t in graph.constants.values() if isinstance(t, Tensor)), example.device)
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn((2, *example.shape[1:]), generator=generator).to(device)
+        images = torch.randn((2, *example.shape[1:]), generator=generator).to(device, example.dtype)
         together, *apart = (self._values(graph, part) for part in (images, images[:1], images[1:]))
         axes = {}
         for node in [self.input, *dynamic]:

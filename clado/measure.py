@@ -24,7 +24,7 @@ from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
 Batch = tuple[Tensor, Tensor | None]
-GPU_BYTES = 2 * 10**9  # values of one run that keep a large GPU busy
+GPU_BYTES, GPU_BATCH = 2 * 10**9, 4096  # values, and images, of one run that keep a large GPU busy
 
 
 @dataclass
@@ -120,7 +120,7 @@ def network_batching(
         images_per_block,
         batch_images,
         memory_limit,
-        **({"cache_bytes": GPU_BYTES} if network.device.type == "cuda" else {}),
+        **({"cache_bytes": GPU_BYTES, "most": GPU_BATCH} if network.device.type == "cuda" else {}),
     )
     if not whole_blocks or found.images_per_pass >= images_per_block:
         return found

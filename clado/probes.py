@@ -218,23 +218,24 @@ def batching(
     batch_images: int | None = None,
     limit_bytes: int | None = None,
     cache_bytes: int = 32 * 10**6,
+    most: int = MAX_BATCH,
 ) -> Batching:
     """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
 
     A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what `cache_bytes` hold
-    (32 MB: measured, tests/benchmarks/MEASURE.md), within 8 and 512. A run takes a quarter of `limit_bytes` at most: operators'
+    (32 MB: measured, tests/benchmarks/MEASURE.md), within 8 and `most`. A run takes a quarter of `limit_bytes` at most: operators'
     own buffers are as large as their values again, and stored prefixes need the rest. ConfigurationError where one image does
     not fit.
     """
     sizes = [max(1, alive + peak) for alive, peak in zip(alive_bytes, peak_bytes, strict=True)]
-    fits = [MAX_BATCH if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
+    fits = [most if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
     if min(fits) < 1:
         raise ConfigurationError(
             f"the memory limit is too small for a batch of one image: needed {4 * max(sizes) / 1e6:.1f} MB, available "
             f"{(limit_bytes or 0) / 1e6:.1f} MB; raise memory_limit_mb or use smaller images"
         )
     if batch_images is None:
-        wanted = [min(max(cache_bytes // max(1, peak), MIN_BATCH), MAX_BATCH) for peak in peak_bytes]
+        wanted = [min(max(cache_bytes // max(1, peak), MIN_BATCH), most) for peak in peak_bytes]
     else:
         wanted = [batch_images] * len(sizes)
     batches = tuple(min(want, fit) for want, fit in zip(wanted, fits, strict=True))

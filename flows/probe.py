@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from clado.candidates import together, widest_uniform
+from clado.evaluation import images_at_once
 from clado.measure import Workbench, measure_tile
 from clado.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.probes import Tile
@@ -114,14 +115,14 @@ def _preparing(session: Session) -> float:
 
 def _seconds_per_image(session: Session) -> float:
     """Seconds of a whole forward of one image: of batches that grow from one image until they take a second."""
-    images, count = session.slices.validation, 1
+    images, count, most = session.slices.validation, 1, images_at_once(session.float_network)
     while True:
         batch, _ = images.load(0, count)
         batch = batch.to(session.float_network.device)
-        session.float_network.logits(batch[:1])
+        session.float_network.logits(batch[:1]).cpu()
         started = time.perf_counter()
-        session.float_network.logits(batch)
+        session.float_network.logits(batch).cpu()  # a GPU is waited for
         seconds = time.perf_counter() - started
-        if seconds > 1.0 or count >= min(128, len(images)):
+        if seconds > 1.0 or count >= min(most, len(images)):
             return seconds / len(batch)
-        count = min(4 * count, 128, len(images))
+        count = min(4 * count, most, len(images))

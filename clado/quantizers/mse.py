@@ -22,7 +22,7 @@ def fit_range(weight: Tensor, codes: Codes, symmetric: bool) -> tuple[Tensor, Te
         for step in range(steps):
             # the first pass runs down from the whole range, the second to both sides of the best share so far
             share = 1.0 - width * step / steps if width == 1.0 else centre + width * (2 * step / (steps - 1) - 1)
-            share = torch.as_tensor(share).clamp(min=1e-3, max=1.0).expand_as(high)
+            share = (torch.zeros_like(high) + share).clamp(min=1e-3, max=1.0)
             grid = grid_of_range(low * share, high * share, codes, symmetric)
             error = (grid.fake_quantize(weight) - weight).square().sum(1, keepdim=True)
             better = error < best_error

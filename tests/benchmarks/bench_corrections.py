@@ -56,6 +56,7 @@ SHIPPED: dict[str, tuple[str, ...]] = {
 BITS = (2, 4, 8)
 NUM_SENSITIVITY, NUM_CALIBRATION, NUM_BLOCKS = 256, 1024, 16
 ADAROUND_STEPS = 500
+BATCH_IMAGES = {"cpu": 128, "cuda": 1000}
 FOLDER = Path("runs/corrections")  # prepared layers, kept between runs
 
 
@@ -63,7 +64,7 @@ def prepared(network: Network, name: str, variant: str, slices: DataSlices) -> P
     """Every layer at every candidate under one choice of corrections; made once, kept on disk."""
     recipe = Recipe(corrections=SHIPPED[variant], adaround_steps=ADAROUND_STEPS)
     space = network.search_space(BITS)
-    images = calibration_batches(slices.calibration.load(0, NUM_CALIBRATION)[0])
+    images = calibration_batches(slices.calibration.load(0, NUM_CALIBRATION)[0].to(network.device))
     shelf = Shelf(FOLDER / name / variant)
     if not shelf.network_file.exists():
         shelf.write_network(*equalized(network, recipe, images))
@@ -95,7 +96,8 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
     """Yields the lines of one network and draw that are not in the data yet."""
     torch.set_num_threads(1)
     loaded = load_network(NetworkSettings(source="zoo", name=name))
-    network = Network(loaded.model, loaded.example_input)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = Network(loaded.model.to(device), loaded.example_input.to(device))
     slices = load_data(DataSettings(sensitivity_images=1024, calibration_images=NUM_CALIBRATION), loaded.image_shape)
     variants = [v for v in SHIPPED if singly or v in ("none", "all")]
     if not network.graph.norms:
@@ -122,7 +124,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
             if key not in seen:
                 begin = time.perf_counter()
                 shipped = ready[variant].shipped(assignment)
-                accuracy = count(*shipped, slices.validation, 0, len(slices.validation)).accuracy()
+                accuracy = count(*shipped, slices.validation, 0, len(slices.validation), BATCH_IMAGES[device.type]).accuracy()
                 seen[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
             row = {k: seen[key][k] for k in ("top1", "loss", "seconds")}
             yield {
@@ -136,6 +138,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
                 "size_bytes": ready[variant].space.size_bytes(assignment),
                 **row,
                 "torch": torch.__version__,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             }
 
 

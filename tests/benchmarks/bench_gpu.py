@@ -1,6 +1,6 @@
 """ResNet-50 at 224 pixels, bits (2, 4, 8): seconds of `pairwise` and `gauss_newton` on one GPU, in pieces that can be resumed.
 
-HAS NOT BEEN RUN ON A GPU YET: its figures there are unknown; on a CPU it was tried with --tiny only.
+Figures of an H200: GPU.md beside this file.
 
 Needs torch and NumPy and this repository, nothing else (the network is written out below: the architecture of He et al. 2015,
 arXiv 1512.03385, with the stride in the 3 × 3 convolution; random weights, since speed does not depend on them):
@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from clado.graph import Graph, State
 from clado.measure import Workbench, measure_tile
-from clado.network import Network
+from clado.network import Network, Numeric
 from clado.preparation import Recipe, prepare
 from clado.probes import Plan, Workload, sample_blocks
 from clado.quantizers import WeightQuantizer
@@ -94,6 +94,53 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
     return {"pairs": pairs * plan.num_images, "gram": singles * plan.num_images, "inference": float(best.sum())}
 
 
+def effect(num_images: int = 256) -> str:
+    """Markdown: how far the shipped ResNet-20's pairwise matrix moves in each numeric mode, beside its own standard errors."""
+    from clado import estimators
+    from clado.config import DataSettings, NetworkSettings
+    from clado.estimators import Measured
+    from clado.sources import load_data, load_network
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_network(NetworkSettings(source="zoo", name="resnet20_fashion_mnist"))
+    images = load_data(DataSettings(sensitivity_images=num_images), loaded.image_shape).sensitivity
+    blocks = sample_blocks(num_images, 16)
+    counts = np.array([stop - start for start, stop in blocks])
+    found = {}
+    for numeric in get_args(Numeric):
+        network = Network(loaded.model.to(device), loaded.example_input.to(device), numeric=numeric)
+        ready = prepare(network, network.search_space((2, 4, 8)), Recipe(WeightQuantizer()))
+        bench = Workbench(ready, "kl_to_float", blocks, images.load)
+        plan = Plan(ready.space, blocks, ("singles", "pairs"), ready.space.num_options)
+        tiles: dict[Any, list[Any]] = {"singles": [], "pairs": []}
+        begin = synchronised(device)
+        for tile in plan.tiles:
+            tiles[tile.kind].append(measure_tile(bench, tile))
+        seconds = synchronised(device) - begin
+        sums = {kind: np.stack(parts) for kind, parts in tiles.items()}
+        found[numeric] = estimators.estimate("pairwise", Measured(ready.space, "kl_to_float", counts, sums)), seconds
+    reference = found["float32"][0]
+    assert reference.standard_error is not None
+    lines = [
+        "| numeric | seconds | diagonal: relative change | pairs: relative change | median change / standard error | "
+        "pairs that change by more than a standard error |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    inside, diagonal = reference.in_layer_mask(), np.eye(len(reference.values), dtype=bool)
+    for numeric, (matrix, seconds) in found.items():
+        change = np.abs(matrix.values - reference.values)
+        share = [float(np.linalg.norm(change[mask]) / np.linalg.norm(reference.values[mask])) for mask in (diagonal, ~inside)]
+        ratio = change[~inside] / reference.standard_error[~inside]
+        cells = [
+            numeric,
+            f"{seconds:.1f}",
+            *(f"{value:.1e}" for value in (*share, np.median(ratio))),
+            f"{100 * (ratio > 1).mean():.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What earlier calls measured, refused where they had other settings."""
     if not path.exists():
@@ -115,7 +162,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--state", type=Path, default=Path("bench_gpu.json"))
     parser.add_argument("--tiny", action="store_true", help="four blocks at 32 pixels: to try the script out")
+    parser.add_argument("--effect", action="store_true", help="what tf32 and bfloat16 do to a matrix; needs clado installed")
     arguments = parser.parse_args()
+    if arguments.effect:
+        print(effect())
+        return
     begin = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, depths = (32, (1, 1, 1, 1)) if arguments.tiny else (224, (3, 4, 6, 3))

@@ -1,0 +1,364 @@
+"""Where do interactions help? Networks × bits × activations × sensitivity sets × draws × {plain, corrected} × methods × budgets.
+
+    python -m tests.benchmarks.study measure --data FOLDER [--jobs 2]   appends to study.jsonl; resumable, a line a cell
+    python -m tests.benchmarks.study table                             writes STUDY.md and its plots
+    python -m tests.benchmarks.study record [--uri URI]                each cell as a run of MLflow
+
+`make study` does all three. FOLDER holds Fashion-MNIST's idx files. A sensitivity set is drawn from the training images that no
+network of the zoo was trained on: its 1,024 sensitivity images and the 3,000 that chose the checkpoint. The sets of one size share
+no image (a cell fails otherwise), and the larger ones hold the smaller. Calibration images are 512 of the zoo's 1,024. Top-1 and
+loss are of the 10,000 test images, which nothing chooses on. A network's cells run in one process, which evaluates equal
+assignments once; on a GPU where there is one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clado import estimators, solvers
+from clado.candidates import Budget, Proposal, budgets_of, choose, program_of, propose, propose_variants, surrogate
+from clado.config import DataSettings, NetworkSettings
+from clado.errors import DataError
+from clado.estimators import Measured
+from clado.evaluation import count
+from clado.images import ImageSlice, MemorySlice
+from clado.interaction import InteractionMatrix
+from clado.local_search import local_search, search
+from clado.measure import Workbench, measure_tile, rows_per_tile
+from clado.network import Network
+from clado.preparation import Prepared, Recipe, calibration_batches, prepare
+from clado.probes import Kind, Plan, sample_blocks
+from clado.program import Program
+from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
+from clado.solvers import Solve
+from clado.sources import load_data, load_network
+from clado.sources.zoo import NUM_CLASSES, normalise
+from clado.space import Assignment, SearchSpace
+from clado.zoo.train import read_fashion_mnist, split_training_images
+
+HERE = Path(__file__).parent
+DATA = HERE / "study.jsonl"
+NETWORKS = ("resnet20_fashion_mnist", "mobilenetv2_fashion_mnist", "vit_fashion_mnist")
+SPACES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # candidate bits of weights, of activations
+    "w248": ((2, 4, 8), ()),
+    "w248a8": ((2, 4, 8), (8,)),
+    "w23468": ((2, 3, 4, 6, 8), ()),
+}
+ONLY = {"w23468": ("resnet20_fashion_mnist",)}  # spaces that some networks alone are studied in
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "corrected": ("equalization", "gptq", "output_statistics", "batchnorm_reestimation"),
+}
+BUDGETS = (2.25, 2.5, 3, 3.5, 4, 6)
+SIZES = {64: 5, 256: 5, 1024: 2}  # images of a sensitivity set: how many draws
+BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set are the first of a larger one
+GRADIENTS_UP_TO = 256  # images that the estimators from gradients are measured on
+ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", "hawq", "mpqco", "fisher")
+FROM_GRADIENTS = ("hawq", "mpqco", "fisher")
+THRIFTY = ("layerwise", "gauss_newton")  # what `chosen` proposes from
+SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
+NUM_CALIBRATION = 512
+BATCH_IMAGES = {"cpu": 128, "cuda": 2000}
+Case = tuple[str, str, str]  # network, space, setting
+
+
+# -- which images --------------------------------------------------------------------------------------------------------------
+
+
+def draws(pool: int, sizes: Mapping[int, int] = SIZES, seed: int = 0) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """(size, draw) -> positions in the pool. Sets of one size are disjoint; a draw's larger sets begin with its smaller ones."""
+    order = np.random.default_rng(seed).permutation(pool)
+    found: dict[tuple[int, int], NDArray[np.int64]] = {}
+    used, previous = 0, 0
+    for size in sorted(sizes):
+        further = size - previous
+        most = max(sizes.values())
+        for draw in range(most if size < max(sizes) else sizes[size]):
+            begin = used + draw * further
+            part = order[begin : begin + further]
+            if len(part) < further:
+                raise DataError(f"{pool} images are too few for {sizes[size]} disjoint sets of {size}")
+            found[size, draw] = np.concatenate([found[previous, draw], part]) if previous else part
+        used, previous = used + most * further, size
+    found = {(size, draw): part for (size, draw), part in found.items() if draw < sizes[size]}
+    check_disjoint(found)
+    return found
+
+
+def check_disjoint(found: Mapping[tuple[int, int], NDArray[np.int64]]) -> None:
+    """Raises DataError where two sets of one size share an image."""
+    for size in {size for size, _ in found}:
+        together = np.concatenate([part for (other, _), part in found.items() if other == size])
+        if len(np.unique(together)) < len(together):
+            raise DataError(f"two sensitivity sets of {size} images share an image")
+
+
+def images_not_trained_on(folder: Path) -> tuple[Tensor, Tensor]:
+    """(images, labels) of the pool: normalised training images that chose sensitivities or a checkpoint, and trained nothing."""
+    split, data = split_training_images(), read_fashion_mnist(folder)
+    where = np.sort(np.concatenate([split["sensitivity"], split["selection"]]))
+    return normalise(data["train_images"][where]), torch.from_numpy(data["train_labels"][where].astype(np.int64))
+
+
+# -- one network, space and setting ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Study:
+    """A network with its candidates prepared in one setting, and every figure known of it."""
+
+    case: Case
+    pool: tuple[Tensor, Tensor]
+    budgets: tuple[float, ...] = BUDGETS
+    num_validation: int | None = None
+    top1: dict[Assignment, tuple[float, float]] = field(default_factory=dict)
+    _shipped: dict[Assignment, Any] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """A GPU where there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def validation(self) -> ImageSlice:
+        """The test images."""
+        return load_data(DataSettings(validation_images=self.num_validation), (1, 28, 28)).validation
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Every layer at every candidate."""
+        name, space, setting = self.case
+        bits, activations = SPACES[space]
+        loaded = load_network(NetworkSettings(source="zoo", name=name))
+        network = Network(loaded.model.to(self.device), loaded.example_input.to(self.device))
+        searched = network.search_space(bits)
+        if activations:
+            searched = searched.with_activations(activations)
+        corrections = tuple(c for c in SETTINGS[setting] if c != "batchnorm_reestimation" or network.graph.norms)
+        calibration = load_data(DataSettings(calibration_images=NUM_CALIBRATION), loaded.image_shape).calibration
+        images = calibration.load(0, NUM_CALIBRATION)[0].to(self.device)
+        return prepare(network, searched, Recipe(corrections=corrections), calibration_batches(images, 256))
+
+    @property
+    def space(self) -> SearchSpace:
+        """Layers and candidates."""
+        return self.prepared.space
+
+    def shipped(self, assignment: Assignment) -> Any:
+        """The network and its layers as they ship, final corrections applied; made once."""
+        if assignment not in self._shipped:
+            changed = self.prepared.final(assignment) if self.prepared.has_final else {}
+            self._shipped[assignment] = changed
+        changed = self._shipped[assignment]
+        network = self.prepared.network.updated(changed) if changed else self.prepared.network
+        return network, self.prepared.chosen(assignment)
+
+    def evaluated(self, assignment: Assignment) -> tuple[float, float]:
+        """(top-1, cross entropy) on the test images."""
+        if assignment not in self.top1:
+            batch = BATCH_IMAGES[self.device.type]
+            found = count(*self.shipped(assignment), self.validation, 0, len(self.validation), batch).accuracy()
+            self.top1[assignment] = found.top1 or 0.0, found.loss
+        return self.top1[assignment]
+
+    def measured(self, positions: NDArray[np.int64], size: int, known: Measured | None) -> tuple[Measured, dict[str, float]]:
+        """The sums of a sensitivity set, of its first blocks where they are `known`, and the seconds of each kind."""
+        images = self.pool[0][positions]
+        blocks = blocks_of(size)
+        begin = 0 if known is None else len(known.counts)
+        wanted = ESTIMATORS if size <= GRADIENTS_UP_TO else tuple(e for e in ESTIMATORS if e not in FROM_GRADIENTS)
+        kinds = estimators.kinds_of(wanted)
+        bench = Workbench(self.prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
+        plan = Plan(self.space, blocks, kinds, rows_per_tile(self.prepared.network, self.space, bench.batching, None))
+        tiles: dict[Kind, list[Any]] = {kind: [] for kind in kinds}
+        seconds: dict[str, float] = dict.fromkeys(kinds, 0.0)
+        for tile in sorted(plan.tiles, key=lambda tile: tile.block):
+            if tile.block >= begin:
+                start = time.perf_counter()
+                tiles[tile.kind].append(measure_tile(bench, tile))
+                seconds[tile.kind] += time.perf_counter() - start
+        fresh = {k: np.concatenate(p).reshape(len(blocks) - begin, -1, *p[0].shape[1:]) for k, p in tiles.items()}
+        sums = {k: s.reshape(len(s), *plan.shape(k)) for k, s in fresh.items()}
+        if known is not None:
+            sums = {kind: np.concatenate([known.sums[kind], part]) for kind, part in sums.items()}
+        counts = np.array([stop - start for start, stop in blocks])
+        return Measured(self.space, "kl_to_float", counts, sums), seconds
+
+    def cell(self, measured: Measured, positions: NDArray[np.int64]) -> dict[str, Any]:
+        """Every method's answer to every budget, and what it is worth."""
+        size = len(positions)
+        images = MemorySlice(self.pool[0][positions])
+        names = [name for name in ESTIMATORS if set(estimators.kinds_of([name])) - {"block_pairs"} <= set(measured.sums)]
+        matrices = {name: estimators.estimate(name, measured) for name in names}
+        budgets = budgets_of(average_bits=self.budgets)
+
+        def solver(program: Program) -> Solve:
+            return solvers.prepare(program, "scip", time_limit=10)
+
+        proposals = propose(matrices, budgets, solver)
+        variants = propose_variants(matrices, budgets, solver)
+        known: dict[Assignment, float] = {}
+
+        def losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
+            found = {}
+            for assignment in assignments:
+                if assignment not in known:
+                    batch = BATCH_IMAGES[self.device.type]
+                    shipped = self.shipped(assignment)
+                    known[assignment] = count(*shipped, images, 0, size, batch, reference=self.prepared.network).accuracy().loss
+                found[assignment] = known[assignment]
+            return found
+
+        plan = Plan(self.space, blocks_of(size), ("pairs",), self.space.num_options)
+        spent = {name: list(cost) for name, cost in estimators.costs(names, plan).items()}
+        answers: dict[tuple[str, float], tuple[Assignment, float | None]] = {}
+        for name, own in (
+            ("chosen", [p for p in proposals if p.method in (*THRIFTY, UNIFORM)]),
+            ("chosen_full", proposals + variants),
+        ):
+            usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
+            rows, evaluations = self._chosen(usable, budgets, own, losses)
+            answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
+            both = [estimators.costs([k], plan)[k] for k in usable]
+            if name == "chosen_full":  # pairs and singles once, whoever reads them
+                both = [estimators.costs([k], plan)[k] for k in ("pairwise", *(k for k in FROM_GRADIENTS if k in usable))]
+                both.append((plan.num_images * (1 + self.space.num_options), 0))  # gram
+            else:  # layerwise reads the singles that gauss_newton takes
+                both = [estimators.costs(["gauss_newton"], plan)["gauss_newton"]]
+            spent[name] = [sum(f for f, _ in both) + size * evaluations, sum(b for _, b in both)]
+        for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
+            answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
+        return {
+            "forward_images": {name: forward for name, (forward, _) in spent.items()},
+            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward},
+            "rows": [
+                [
+                    method,
+                    bound,
+                    digits(assignment),
+                    *_rounded((*self.evaluated(assignment), *losses([assignment]).values(), predicted)),
+                ]
+                for (method, bound), (assignment, predicted) in answers.items()
+            ],
+        }
+
+    def _chosen(
+        self, matrices: Mapping[str, InteractionMatrix], budgets: Sequence[Budget], proposals: Sequence[Proposal], losses: Any
+    ) -> tuple[dict[float, Assignment], int]:
+        """(budget -> the assignment of least measured loss after a local search, how many assignments were measured for it)."""
+        found = losses(dict.fromkeys(p.assignment for p in proposals))
+        matrix = matrices[surrogate(matrices, found)]
+        programs = {b: program_of(matrix, [b.constraint(self.space)]) for b in budgets}
+        searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
+        everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, s.best, listed=False) for b, s in searched.items() if s.gain > 0)]
+        tried = {a: loss for s in searched.values() for a, loss in s.tried.items()}
+        results = choose(self.space, everything, found | tried | losses([p.assignment for p in everything]))
+        chosen = {r.budget: r.assignment for r in results if r.method == CHOSEN}
+        return {b.bound: chosen[b.name] for b in budgets}, len(set(found) | set(tried))
+
+
+def blocks_of(size: int) -> tuple[tuple[int, int], ...]:
+    """Sample blocks of a sensitivity set: those of a smaller set are its first ones."""
+    blocks: tuple[tuple[int, int], ...] = ()
+    for reached in [s for s in sorted(BLOCKS) if s <= size]:
+        last = blocks[-1][1] if blocks else 0
+        blocks += tuple((last + a, last + b) for a, b in sample_blocks(reached - last, BLOCKS[reached] - len(blocks)))
+    return blocks
+
+
+def digits(assignment: Assignment) -> str:
+    """Bits of the layers, one digit each."""
+    return "".join(str(bits) for bits in assignment.bits)
+
+
+def _rounded(values: Iterable[float | None]) -> list[float | None]:
+    return [None if value is None or not np.isfinite(value) else round(value, 6) for value in values]
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path = DATA) -> list[dict[str, Any]]:
+    """The cells so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a cell is of."""
+    return tuple(row[k] for k in ("network", "space", "setting", "images", "draw"))
+
+
+def cases() -> list[Case]:
+    """Networks × spaces × settings of the study."""
+    return [(n, s, c) for s in SPACES for n in ONLY.get(s, NETWORKS) for c in SETTINGS]
+
+
+def cells(
+    study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: set[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a case that are not there yet, small sets of every draw first."""
+    name, space, setting = study.case
+    smaller = sorted(size for size in {size for size, _ in sets} if size <= GRADIENTS_UP_TO)
+    groups = [[(size, draw) for size in smaller if (size, draw) in sets] for draw in sorted({draw for _, draw in sets})]
+    groups += [[(size, draw)] for size, draw in sorted(sets) if size > GRADIENTS_UP_TO]
+    for group in groups:
+        measured = None
+        for size, draw in group:
+            if (name, space, setting, size, draw) in done:
+                continue
+            begin = time.perf_counter()
+            measured, seconds = study.measured(sets[size, draw], size, measured)
+            cell = study.cell(measured, sets[size, draw])
+            yield {
+                "network": name, "space": space, "setting": setting, "images": size, "draw": draw,
+                "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu", "torch": torch.__version__,
+                "seconds": round(time.perf_counter() - begin, 2), "measuring": {k: round(s, 2) for k, s in seconds.items()}, **cell,
+            }  # fmt: skip
+
+
+def work(job: tuple[Case, Path, Path, float]) -> None:
+    """Measures one case; each cell is appended as soon as it is known."""
+    case, folder, path, until = job
+    torch.set_num_threads(1)
+    pool = images_not_trained_on(folder)
+    done = {key(row) for row in rows(path)}
+    for row in cells(Study(case, pool), draws(len(pool[0])), done):
+        with path.open("a") as file:  # one short line at a time: appended whole
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+        print(*key(row), f"{row['seconds']:.0f} s", flush=True)
+        if time.time() > until:
+            return
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("measure",))
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST's idx files")
+    parser.add_argument("--file", type=Path, default=DATA)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e6, help="starts no cell later than this")
+    options = parser.parse_args()
+    until = time.time() + 60 * options.minutes
+    jobs = [(case, options.data, options.file, until) for case in cases()]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        asked = {pool.submit(work, job): job[0] for job in jobs}
+        wrong = [f"{case}: {error}" for running, case in asked.items() if (error := running.exception()) is not None]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""STUDY.md and its plots from study.jsonl: `python -m tests.benchmarks.study_table`. Needs no torch."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clado.records import markdown_table
+
+HERE = Path(__file__).parent
+DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"
+METHODS = (
+    *("uniform", "layerwise", "blockwise", "pairwise", "pairwise_raw", "gauss_newton", "hawq", "mpqco", "fisher"),
+    *("chosen", "chosen_full"),
+)
+LOW = (2.25, 2.5, 3, 3.5)  # the budgets of the goals
+MARGIN = 0.5  # points of top-1
+Cell = tuple[str, str, str, int, int]  # network, space, setting, images, draw
+Figures = Mapping[Cell, Mapping[tuple[str, float], Sequence[Any]]]  # -> (method, budget) -> bits, top-1, loss, measured, predicted
+
+
+def load(path: Path = DATA) -> list[dict[str, Any]]:
+    """The cells measured."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def figures(rows: Iterable[Mapping[str, Any]]) -> Figures:
+    """Every cell's answers by method and budget."""
+    return {
+        (r["network"], r["space"], r["setting"], r["images"], r["draw"]): {(m, b): rest for m, b, *rest in r["rows"]} for r in rows
+    }
+
+
+def differences(found: Figures, setting: str, one: str, other: str, budgets: Iterable[float]) -> dict[tuple[Cell, float], float]:
+    """Points of top-1 by which a method is above another, in every cell and budget where both are."""
+    return {
+        (cell, b): 100 * (answers[one, b][1] - answers[other, b][1])
+        for cell, answers in found.items()
+        if cell[2] == setting
+        for b in budgets
+        if (one, b) in answers and (other, b) in answers
+    }
+
+
+def interval(values: Mapping[tuple[Cell, float], float], resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): the 95 % bootstrap interval of the mean over networks and, within each, over draws."""
+    groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for ((network, _, _, _, draw), _), value in values.items():
+        groups[network][draw].append(value)
+    rng, means = np.random.default_rng(seed), []
+    names = sorted(groups)
+    for _ in range(resamples):
+        drawn: list[float] = []
+        for name in rng.choice(names, len(names)):
+            sets = sorted(groups[name])
+            for draw in rng.choice(sets, len(sets)):
+                drawn += groups[name][int(draw)]
+        means.append(np.mean(drawn))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(np.mean(list(values.values()))), float(low), float(high)
+
+
+def comparison(found: Figures, setting: str, method: str) -> list[list[str]]:
+    """A row for each opponent: the mean difference with its interval, the cells lost by more than the margin, the worst."""
+    lines = []
+    for other in METHODS:
+        values = differences(found, setting, method, other, LOW) if other != method else {}
+        if not values:
+            continue
+        mean, low, high = interval(values)
+        lost = [value for value in values.values() if value < -MARGIN]
+        lines.append(
+            [
+                other, str(len(values)), f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{100 * len(lost) / len(values):.0f} %",
+                f"{min(values.values()):+.2f}",
+            ]  # fmt: skip
+        )
+    return lines
+
+
+def losing(found: Figures, setting: str, method: str) -> list[list[str]]:
+    """Every cell that the method loses by more than the margin to layerwise or pairwise, the worst first."""
+    rows = [
+        (value, other, cell, budget)
+        for other in ("layerwise", "pairwise")
+        for (cell, budget), value in differences(found, setting, method, other, LOW).items()
+        if value < -MARGIN
+    ]
+    return [
+        [network, space, str(images), str(draw), f"{budget:g}", other, f"{value:+.2f}"]
+        for value, other, (network, space, _, images, draw), budget in sorted(rows)
+    ]
+
+
+def top1_table(found: Figures, network: str, space: str, setting: str, images: int) -> str:
+    """Methods × budgets: mean top-1 in percent over draws, with the standard deviation where there are several."""
+    cells = [answers for (n, s, c, k, _), answers in found.items() if (n, s, c, k) == (network, space, setting, images)]
+    budgets = sorted({b for answers in cells for _, b in answers})
+    lines = []
+    for method in METHODS:
+        values = [[100 * answers[method, b][1] for answers in cells if (method, b) in answers] for b in budgets]
+        if any(values):
+            lines.append([method, *(_figure(part) for part in values)])
+    draws = "one draw" if len(cells) == 1 else f"{len(cells)} draws"
+    return f"### {network}, {space}, {images} images, {draws}\n\n" + markdown_table(
+        ["method", *(f"{b:g} bits" for b in budgets)], lines
+    )
+
+
+def _figure(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
+
+
+def costs(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Forward images of each method as a share of pairwise's, and its backward images."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    backward: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for method, spent in row["forward_images"].items():
+            shares[method].append(spent / row["forward_images"]["pairwise"])
+            backward[method].append(row["backward_images"].get(method, 0) / row["images"])
+    return [
+        [method, f"{100 * min(part):.1f} to {100 * max(part):.1f} %", f"{np.mean(backward[method]):.0f}"]
+        for method, part in shares.items()
+    ]
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """STUDY.md."""
+    found = figures(rows)
+    parts = ["# Where interactions help\n\nWritten by `python -m tests.benchmarks.study_table` from study.jsonl, which "
+             "`python -m tests.benchmarks.study measure` appends to (`make study` does both). Top-1 on the 10,000 test images, which "
+             "nothing chose on; losses on the sensitivity set.\n"]  # fmt: skip
+    count: dict[tuple[str, int], int] = defaultdict(int)
+    for _, space, _, images, _ in found:
+        count[space, images] += 1
+    devices = sorted({f"{row['device']} (torch {row['torch']})" for row in rows})
+    parts.append(f"{len(found)} cells, on {', '.join(devices)}: " + "; ".join(
+        f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items())) + ".\n")  # fmt: skip
+    for setting in ("plain", "corrected"):
+        for method in ("chosen", "chosen_full"):
+            parts.append(f"## `{method}` against the others, {setting}\n\nMean difference of top-1 in points over all cells and the "
+                         "budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; cells lost by more "
+                         f"than {MARGIN} points.\n")  # fmt: skip
+            headers = ["against", "cells", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
+            parts.append(markdown_table(headers, comparison(found, setting, method)) + "\n")
+            lost = losing(found, setting, method)
+            if lost:
+                parts.append(f"Lost by more than {MARGIN} points to layerwise or pairwise:\n\n" + markdown_table(
+                    ["network", "space", "images", "draw", "bits", "to", "points"], lost) + "\n")  # fmt: skip
+    parts.append("## What a method costs\n\n" + markdown_table(
+        ["method", "forward images, of pairwise's", "backward passes an image"], costs(rows)) + "\n")  # fmt: skip
+    for setting in ("plain", "corrected"):
+        parts.append(f"## Top-1 in percent, {setting}\n")
+        for network, space, images in sorted({(n, s, k) for n, s, c, k, _ in found if c == setting}):
+            parts.append(top1_table(found, network, space, setting, images) + "\n")
+    return "\n".join(parts)
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """docs/study-size.png, study-forwards.png, study-predicted.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = figures(rows)
+    networks = sorted({cell[0] for cell in found})
+    shown = ("uniform", "layerwise", "pairwise", "gauss_newton", "mpqco", "chosen")
+    figure, axes = pyplot.subplots(2, len(networks), figsize=(4.6 * len(networks), 7), squeeze=False)
+    for line, setting in zip(axes, ("plain", "corrected"), strict=True):
+        for axis, network in zip(line, networks, strict=True):
+            cells = [a for (n, s, c, _, _), a in found.items() if (n, s, c) == (network, "w248", setting)]
+            for method in shown:
+                budgets = sorted({b for answers in cells for m, b in answers if m == method})
+                values: list[NDArray[np.float64]] = [np.array([100 * a[method, b][1] for a in cells if (method, b) in a]) for b in budgets]
+                if budgets:
+                    axis.errorbar(budgets, [v.mean() for v in values], [v.std() for v in values], label=method, capsize=2,
+                                  lw=2 if method == "chosen" else 1, marker="o", markersize=3)  # fmt: skip
+            top = max((100 * a[m, b][1] for a in cells for m, b in a), default=100.0)
+            axis.set(title=f"{network.split('_')[0]}, {setting}", xlabel="average bits", ylabel="top-1 %", ylim=(top - (40 if setting == "plain" else 6), top + 0.5))
+    axes[0][0].legend(fontsize=8)
+    _save(figure, "study-size")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, setting in zip(axes, ("plain", "corrected"), strict=True):
+        for method in METHODS:
+            spent, top1 = [], []
+            for row in rows:
+                if row["setting"] == setting and method in row["forward_images"]:
+                    passes = row["forward_images"][method] + 2 * row["backward_images"].get(method, 0)
+                    spent.append(passes / row["images"])
+                    top1.append(np.mean([100 * r[3] for r in row["rows"] if r[0] == method and r[1] in LOW]))
+            if spent:
+                axis.plot(np.mean(spent), np.mean(top1), "o")
+                axis.annotate(method, (float(np.mean(spent)), float(np.mean(top1))), fontsize=8, xytext=(4, 4), textcoords="offset points")
+        axis.set(xscale="log", xlabel="forwards for each image (a backward counts as two)", ylabel="mean top-1 %, 2.25 to 3.5 bits", title=setting)
+    _save(figure, "study-forwards")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, setting in zip(axes, ("plain", "corrected"), strict=True):
+        for method in ("layerwise", "pairwise", "gauss_newton"):
+            points = [(a[method, b][4], a[method, b][3]) for (_, _, c, _, _), a in found.items() if c == setting
+                      for m, b in a if m == method and a[method, b][4] and a[method, b][3]]  # fmt: skip
+            if points:
+                axis.plot(*zip(*points, strict=True), ".", label=method, markersize=4)
+        ends = axis.get_xlim()
+        axis.plot(ends, ends, color="black", lw=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="predicted loss", ylabel="measured loss, sensitivity set", title=setting)
+    axes[0].legend(fontsize=8)
+    _save(figure, "study-predicted")
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(PLOTS / f"{name}.png", dpi=100)
+
+
+def main() -> None:
+    """Writes the page and its plots."""
+    rows = load()
+    TABLE.write_text(page(rows))
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()

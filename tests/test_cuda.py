@@ -1,0 +1,149 @@
+"""On a CUDA device: the numbers of the CPU, whose own laws are in test_measure.py. Skipped where there is none.
+
+Needs pytest, torch and NumPy alone, so that it runs on a bare GPU machine: pytest --noconftest tests/test_cuda.py
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clado.measure import Workbench, measure_tile, rows_per_tile
+from clado.network import Network
+from clado.preparation import Recipe, calibration_batches, prepare
+from clado.probes import Plan, sample_blocks
+from clado.quantizers import QuantizedLayer
+from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images, labels
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NUM_IMAGES = 12
+KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Tied, Recurrent, Volume, Normed])
+SOME = pytest.mark.parametrize("kind", [Residual, Attention])
+TILES = ("singles", "pairs", "gram")
+
+
+def moved(layer: QuantizedLayer, device: str) -> QuantizedLayer:
+    return replace(layer, weight=layer.weight.to(device), bias=None if layer.bias is None else layer.bias.to(device), grid=None)
+
+
+def sums_on(device: str, kind, tiles=TILES, rows=None, batch_images=16, statistics=False, **settings) -> list[np.ndarray]:
+    """Every tile of a network on a device; layers are quantized once, on the CPU, so that both devices round alike."""
+    x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
+    plain = Network(build(kind), images(1))
+    made = prepare(plain, plain.search_space((2, 4)), Recipe())
+    model = build(kind).to(device)
+    if settings.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)
+    network = Network(model, images(1).to(device), **settings)
+    ready = replace(made, network=network, layers=tuple(moved(layer, device) for layer in made.layers))
+    blocks = sample_blocks(NUM_IMAGES, 3)
+    bench = Workbench(ready, "cross_entropy", blocks, lambda a, b: (x[a:b], y[a:b]), batch_images, batch_statistics=statistics)
+    plan = Plan(ready.space, blocks, tiles, rows or ready.space.num_options)
+    return [measure_tile(bench, tile) for tile in plan.tiles]
+
+
+def check_equal(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """Sums over four images: within 1e-5 · max(1, loss) for each of them."""
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
+        assert np.nanmax(np.abs(one - other) / np.maximum(1, np.abs(other))) <= 4e-5
+
+
+@KINDS
+def test_every_tile_has_the_numbers_of_the_cpu(kind) -> None:
+    check_equal(sums_on("cuda", kind), sums_on("cpu", kind))
+
+
+@SOME
+def test_channels_last_changes_nothing_beyond_rounding(kind) -> None:
+    check_equal(sums_on("cuda", kind, channels_last=True), sums_on("cpu", kind))
+
+
+@SOME
+def test_rows_and_batches_change_nothing_beyond_rounding(kind) -> None:
+    expected = np.concatenate(list(sums_on("cuda", kind, ("pairs",))))
+    for rows, batch in ((1, 1), (3, 7), (4, 1000)):
+        found = np.concatenate(sums_on("cuda", kind, ("pairs",), rows, batch))
+        check_equal([found], [expected])
+
+
+@SOME
+def test_equal_settings_give_equal_bits(kind) -> None:
+    for one, other in zip(sums_on("cuda", kind), sums_on("cuda", kind), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("kind", [Residual, Normed])
+def test_batch_statistics_are_those_of_the_cpu(kind) -> None:
+    check_equal(sums_on("cuda", kind, statistics=True), sums_on("cpu", kind, statistics=True))
+
+
+def test_float32_is_without_tf32_and_what_the_process_had_chosen_comes_back() -> None:
+    """TF32 keeps ten bits: large enough a network shows it."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 64, 3),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(64, 64, 3),
+            torch.nn.Flatten(),
+            torch.nn.Linear(64 * 144, 8),
+        ).cuda()
+        x = torch.randn(8, 3, 16, 16, device="cuda")
+        exact = Network(model.double(), x.double()).logits(x.double())
+        model.float()
+        far = {
+            mode: float((Network(model, x, numeric=mode).logits(x) - exact).abs().max())
+            for mode in ("float32", "tf32", "bfloat16")
+        }
+        assert far["float32"] < 1e-5
+        assert 1e-4 < far["tf32"] < far["bfloat16"]
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(
+    "corrections", [("gptq", "output_statistics"), ("adaround",), ("equalization", "batchnorm_reestimation")]
+)
+def test_corrections_are_those_of_the_cpu_beyond_ties(corrections) -> None:
+    """Codes may differ where a weight lies midway; outputs are as near to the float layer's."""
+    errors = {}
+    for device in ("cpu", "cuda"):
+        x = images(64).to(device)
+        network = Network(build(Normed).to(device), x[:1])
+        ready = prepare(
+            network, network.search_space((2, 4)), Recipe(corrections=corrections, adaround_steps=100), calibration_batches(x)
+        )
+        shipped, chosen = ready.shipped(ready.space.narrowest)
+        errors[device] = float((shipped.logits(x, chosen) - network.logits(x)).square().mean())
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
+
+
+@SOME
+def test_compiled_suffixes_have_the_numbers_of_the_loop(kind) -> None:
+    check_equal(sums_on("cuda", kind, ("pairs",), compile=True), sums_on("cuda", kind, ("pairs",)))
+
+
+def test_memory_stays_within_the_limit() -> None:
+    """The device's own peak, beyond what was there before."""
+    torch.manual_seed(0)
+    blocks = [part for _ in range(7) for part in (torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU())]
+    head = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), *blocks, *head).cuda()
+    x = torch.randn(16, 1, 64, 64)
+    network = Network(model, x[:1].cuda())
+    ready = prepare(network, network.search_space((2, 4, 8)), Recipe())
+    found = []
+    for limit in (20, 40, 80):
+        bench = Workbench(ready, "kl_to_float", ((0, 16),), lambda a, b: (x[a:b], None), memory_limit=limit * 10**6)
+        plan = Plan(ready.space, ((0, 16),), ("pairs",), rows_per_tile(network, ready.space, bench.batching, limit * 10**6))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(np.concatenate([measure_tile(bench, tile) for tile in plan.tiles]))
+        assert torch.cuda.max_memory_allocated() - before < limit * 10**6
+    for sums in found[1:]:
+        np.testing.assert_allclose(sums, found[0], rtol=1e-4, atol=1e-5)

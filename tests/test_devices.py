@@ -1,0 +1,133 @@
+"""Nothing of the CPU meets what is on another device: all is computed there as it would be on a GPU, with the same numbers."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from clado.evaluation import count, per_image
+from clado.images import as_slice
+from clado.measure import Workbench, losses, measure_tile
+from clado.network import Network
+from clado.plugins import available
+from clado.preparation import Prepared, Recipe, calibration_batches, prepare
+from clado.probes import KINDS, Plan, sample_blocks
+from clado.quantizers import QuantizedLayer, WeightQuantizer
+from tests.elsewhere import ELSEWHERE, elsewhere, moved
+from tests.networks import Attention, Normed, Residual, build, images, labels
+
+NETWORKS = pytest.mark.parametrize("kind", [Normed, Attention])
+NUM_IMAGES = 8
+
+
+def test_the_device_refuses_what_a_gpu_refuses() -> None:
+    with elsewhere():
+        x = torch.ones(3).to(ELSEWHERE)
+        assert x.device == ELSEWHERE
+        assert (2 * x + torch.tensor(1.0)).cpu().tolist() == [3, 3, 3]
+        for wrong in (lambda: x + torch.ones(3), lambda: torch.stack([x, torch.ones(3)]), lambda: x.add_(torch.ones(3))):
+            with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+                wrong()
+        with pytest.raises((RuntimeError, TypeError)):
+            x.numpy()
+        y = torch.zeros(2, device=ELSEWHERE)
+        y.copy_(torch.ones(2))
+        assert y.sum().item() == 2
+
+
+@cache
+def network_of(kind) -> Network:
+    return Network(build(kind), images(1))
+
+
+def prepared(network: Network, corrections: tuple[str, ...] = (), **settings) -> Prepared:
+    space = network.search_space((2, 4))
+    recipe = Recipe(WeightQuantizer(settings.pop("quantizer", "mse"), **settings), corrections=corrections, adaround_steps=2)
+    return prepare(network, space, recipe, calibration_batches(images(64)))
+
+
+def check_alike(here: QuantizedLayer, there: QuantizedLayer) -> None:
+    assert there.weight.device == ELSEWHERE
+    for name in ("weight", "bias"):
+        one, other = getattr(here, name), getattr(there, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", available("quantizers"))
+@pytest.mark.parametrize("settings", [{}, {"per_channel": False, "symmetric": False}], ids=["per channel", "per tensor"])
+def test_layers_are_rounded_there(quantizer, settings) -> None:
+    network = network_of(Residual)
+    with elsewhere():
+        there = prepared(moved(network), quantizer=quantizer, **settings)
+        for one, other in zip(prepared(network, quantizer=quantizer, **settings).layers, there.layers, strict=True):
+            check_alike(one, other)
+
+
+@pytest.mark.parametrize("correction", available("corrections"))
+def test_layers_are_corrected_there(correction) -> None:
+    network = network_of(Normed)
+    here = prepared(network, (correction,))
+    with elsewhere():
+        there = prepared(moved(network), (correction,))
+        if correction != "adaround":  # learned by gradients that such a device does not keep
+            for one, other in zip(here.layers, there.layers, strict=True):
+                check_alike(one, other)
+        shipped, chosen = there.shipped(there.space.narrowest)
+        logits = shipped.logits(images(4).to(ELSEWHERE), chosen).cpu()
+    plain, own = here.shipped(here.space.narrowest)
+    if correction != "adaround":
+        torch.testing.assert_close(logits, plain.logits(images(4), own), rtol=1e-4, atol=1e-5)
+
+
+def bench_of(ready: Prepared, statistics: bool = False) -> Workbench:
+    x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
+    blocks = sample_blocks(NUM_IMAGES, 2)
+    return Workbench(ready, "cross_entropy", blocks, lambda a, b: (x[a:b], y[a:b]), batch_statistics=statistics)
+
+
+@NETWORKS
+@pytest.mark.parametrize("statistics", [False, True], ids=["running", "batch"])
+def test_tiles_are_measured_there(kind, statistics) -> None:
+    network = network_of(kind)
+    kinds = tuple(name for name in KINDS if name not in ("gradients", "trace"))  # such a device keeps no gradients
+    tiles = {}
+    with elsewhere():
+        for name, place in (("here", network), ("there", moved(network))):
+            bench = bench_of(prepared(place), statistics)
+            plan = Plan(bench.space, tuple(bench.blocks), kinds, bench.space.num_options)
+            tiles[name] = [measure_tile(bench, tile) for tile in plan.tiles]
+            tiles[name].append(losses(bench, bench.space.narrowest, 0))
+    for one, other in zip(tiles["here"], tiles["there"], strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_are_fitted_and_rounded_there() -> None:
+    network = network_of(Normed)
+    space = network.search_space((2, 4)).with_activations((4, 8))
+    logits = {}
+    with elsewhere():
+        for name, place in (("here", network), ("there", moved(network))):
+            ready = prepare(place, space, Recipe(), calibration_batches(images(64)))
+            shipped, chosen = ready.shipped(space.narrowest)
+            logits[name] = shipped.logits(images(4).to(place.device), chosen).cpu()
+    torch.testing.assert_close(logits["there"], logits["here"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_accuracy_is_counted_there(labelled) -> None:
+    network = network_of(Normed)
+    x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
+    data = as_slice((x, y) if labelled else x, image_shape=(1, 8, 8))
+    with elsewhere():
+        there = prepared(moved(network))
+        found = count(*there.shipped(there.space.narrowest), data, 0, NUM_IMAGES, 4, there.network)
+        each = per_image(*there.shipped(there.space.narrowest), data, 4, there.network)
+    ready = prepared(network)
+    expected = count(*ready.shipped(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
+    assert replace(found, loss=0.0) == replace(expected, loss=0.0)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert each[0].sum() == pytest.approx(expected.loss, rel=1e-5)
