@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-system imagenet-check lint types format bench docs notebooks lock install clean
+.PHONY: run test test-system imagenet-check lint types format bench study docs notebooks lock install clean
 
 # without the local search, which takes half as long again
 run: install
@@ -45,6 +45,13 @@ format: install
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_measure
+
+# where interactions help: hours without a GPU, resumable; DATA holds Fashion-MNIST's idx files
+DATA ?= /usr/share/datasets/fashion-mnist
+study: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.study measure --data $(DATA)
+	$(BIN)/python -m tests.benchmarks.study_table
+	$(BIN)/python -m tests.benchmarks.study record
 
 # the API reference, from docstrings
 docs: install

@@ -1,14 +1,14 @@
 """Where do interactions help? Networks × bits × activations × sensitivity sets × draws × {plain, corrected} × methods × budgets.
 
     python -m tests.benchmarks.study measure --data FOLDER [--jobs 2]   appends to study.jsonl; resumable, a line a cell
-    python -m tests.benchmarks.study table                             writes STUDY.md and its plots
-    python -m tests.benchmarks.study record [--uri URI]                each cell as a run of MLflow
+    python -m tests.benchmarks.study_table                             writes STUDY.md and its plots
+    python -m tests.benchmarks.study record [--uri URI]                each cell as a run of MLflow, once
 
-`make study` does all three. FOLDER holds Fashion-MNIST's idx files. A sensitivity set is drawn from the training images that no
-network of the zoo was trained on: its 1,024 sensitivity images and the 3,000 that chose the checkpoint. The sets of one size share
-no image (a cell fails otherwise), and the larger ones hold the smaller. Calibration images are 512 of the zoo's 1,024. Top-1 and
-loss are of the 10,000 test images, which nothing chooses on. A network's cells run in one process, which evaluates equal
-assignments once; on a GPU where there is one.
+`make study DATA=FOLDER` does all three. FOLDER holds Fashion-MNIST's idx files. A sensitivity set is drawn from the training
+images that no network of the zoo was trained on: its 1,024 sensitivity images and the 3,000 that chose the checkpoint. Sets of
+one size share no image (a cell fails otherwise), and the larger ones hold the smaller. Calibration images are 512 of the zoo's
+1,024. Top-1 and loss are of the 10,000 test images, which nothing chooses on. A network's cells run in one process, which
+evaluates equal assignments once; on a GPU where there is one.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,9 @@ from clado.program import Program
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.solvers import Solve
 from clado.sources import load_data, load_network
-from clado.sources.zoo import NUM_CLASSES, normalise
+from clado.sources.zoo import normalise
 from clado.space import Assignment, SearchSpace
+from clado.tracking import set_environment
 from clado.zoo.train import read_fashion_mnist, split_training_images
 
 HERE = Path(__file__).parent
@@ -70,6 +71,7 @@ FROM_GRADIENTS = ("hawq", "mpqco", "fisher")
 THRIFTY = ("layerwise", "gauss_newton")  # what `chosen` proposes from
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
+EXPERIMENT = "clado-study"
 BATCH_IMAGES = {"cpu": 128, "cuda": 2000}
 Case = tuple[str, str, str]  # network, space, setting
 
@@ -231,13 +233,10 @@ class Study:
             usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
             rows, evaluations = self._chosen(usable, budgets, own, losses)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
-            both = [estimators.costs([k], plan)[k] for k in usable]
-            if name == "chosen_full":  # pairs and singles once, whoever reads them
-                both = [estimators.costs([k], plan)[k] for k in ("pairwise", *(k for k in FROM_GRADIENTS if k in usable))]
-                both.append((plan.num_images * (1 + self.space.num_options), 0))  # gram
-            else:  # layerwise reads the singles that gauss_newton takes
-                both = [estimators.costs(["gauss_newton"], plan)["gauss_newton"]]
-            spent[name] = [sum(f for f, _ in both) + size * evaluations, sum(b for _, b in both)]
+            kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
+            if name == "chosen":  # layerwise reads the singles that gauss_newton takes
+                kinds_once = replace(plan, kinds=estimators.kinds_of(["gauss_newton"])).tiles
+            spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
         for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
             answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
         return {
@@ -322,10 +321,13 @@ def cells(
             measured, seconds = study.measured(sets[size, draw], size, measured)
             cell = study.cell(measured, sets[size, draw])
             yield {
-                "network": name, "space": space, "setting": setting, "images": size, "draw": draw,
-                "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu", "torch": torch.__version__,
-                "seconds": round(time.perf_counter() - begin, 2), "measuring": {k: round(s, 2) for k, s in seconds.items()}, **cell,
-            }  # fmt: skip
+                **dict(zip(("network", "space", "setting", "images", "draw"), (*study.case, size, draw), strict=True)),
+                "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "seconds": round(time.perf_counter() - begin, 2),
+                "measuring": {kind: round(spent, 2) for kind, spent in seconds.items()},
+                **cell,
+            }
 
 
 def work(job: tuple[Case, Path, Path, float]) -> None:
@@ -342,15 +344,64 @@ def work(job: tuple[Case, Path, Path, float]) -> None:
             return
 
 
+# -- records ---------------------------------------------------------------------------------------------------------------------
+
+
+def record(cells: Iterable[Mapping[str, Any]], uri: str) -> int:
+    """Each cell that the experiment `clado-study` does not have yet as a run: its settings, and a metric of each method with a
+    step for each budget (in hundredths of a bit). Returns how many were new."""
+    set_environment()
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(EXPERIMENT)
+    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+    known, token = set(), None
+    while True:
+        runs = client.search_runs([experiment], "attributes.status = 'FINISHED'", max_results=1000, page_token=token)
+        known |= {run.data.tags.get("clado.cell") for run in runs}
+        if not (token := runs.token):
+            break
+    new = 0
+    for cell in cells:
+        name = " ".join(map(str, key(cell)))
+        if name in known:
+            continue
+        run = client.create_run(experiment, run_name=name, tags={"clado.cell": name}).info.run_id
+        now = int(1000 * time.time())
+        metrics = [
+            Metric(f"{method}.{what}", value, now, round(100 * bound))
+            for method, bound, _, *values in cell["rows"]
+            for what, value in zip(("top1", "loss", "loss_sensitivity", "loss_predicted"), values, strict=True)
+            if value is not None
+        ]
+        metrics += [Metric(f"{m}.forward_images", n, now, 0) for m, n in cell["forward_images"].items()]
+        metrics += [Metric(f"{m}.backward_images", n, now, 0) for m, n in cell["backward_images"].items()]
+        settings = {k: cell[k] for k in ("network", "space", "setting", "images", "draw", "device", "torch", "seconds")}
+        client.log_batch(run, params=[Param(k, str(v)) for k, v in settings.items()])
+        for first in range(0, len(metrics), 900):
+            client.log_batch(run, metrics=metrics[first : first + 900])
+        client.set_terminated(run)
+        new += 1
+    return new
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("measure",))
+    parser.add_argument("what", choices=("measure", "record"))
+    parser.add_argument("--uri", help="of MLflow; default: SQLite in runs/study")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST's idx files")
     parser.add_argument("--file", type=Path, default=DATA)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="starts no cell later than this")
     options = parser.parse_args()
+    if options.what == "record":
+        Path("runs/study").mkdir(parents=True, exist_ok=True)
+        uri = options.uri or "sqlite:///runs/study/mlflow.db"
+        print(f"{record(rows(options.file), uri)} new runs in {uri}, experiment {EXPERIMENT}")
+        return
     until = time.time() + 60 * options.minutes
     jobs = [(case, options.data, options.file, until) for case in cases()]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:

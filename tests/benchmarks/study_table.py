@@ -3,11 +3,11 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clado.records import markdown_table
 
@@ -17,10 +17,13 @@ METHODS = (
     *("uniform", "layerwise", "blockwise", "pairwise", "pairwise_raw", "gauss_newton", "hawq", "mpqco", "fisher"),
     *("chosen", "chosen_full"),
 )
+SETTINGS = ("plain", "corrected")
+SHOWN = ("uniform", "layerwise", "pairwise", "gauss_newton", "mpqco", "chosen")
 LOW = (2.25, 2.5, 3, 3.5)  # the budgets of the goals
 MARGIN = 0.5  # points of top-1
 Cell = tuple[str, str, str, int, int]  # network, space, setting, images, draw
-Figures = Mapping[Cell, Mapping[tuple[str, float], Sequence[Any]]]  # -> (method, budget) -> bits, top-1, loss, measured, predicted
+Figures = Mapping[Cell, Mapping[tuple[str, float], Sequence[Any]]]  # what each method answers to each budget: values in order of
+BITS, TOP1, LOSS, MEASURED, PREDICTED = range(5)  # top-1 and loss on the test images, losses on the sensitivity set
 
 
 def load(path: Path = DATA) -> list[dict[str, Any]]:
@@ -31,14 +34,15 @@ def load(path: Path = DATA) -> list[dict[str, Any]]:
 def figures(rows: Iterable[Mapping[str, Any]]) -> Figures:
     """Every cell's answers by method and budget."""
     return {
-        (r["network"], r["space"], r["setting"], r["images"], r["draw"]): {(m, b): rest for m, b, *rest in r["rows"]} for r in rows
+        (r["network"], r["space"], r["setting"], r["images"], r["draw"]): {(m, b): rest for m, b, *rest in r["rows"]}
+        for r in rows
     }
 
 
 def differences(found: Figures, setting: str, one: str, other: str, budgets: Iterable[float]) -> dict[tuple[Cell, float], float]:
     """Points of top-1 by which a method is above another, in every cell and budget where both are."""
     return {
-        (cell, b): 100 * (answers[one, b][1] - answers[other, b][1])
+        (cell, b): 100 * (answers[one, b][TOP1] - answers[other, b][TOP1])
         for cell, answers in found.items()
         if cell[2] == setting
         for b in budgets
@@ -73,12 +77,8 @@ def comparison(found: Figures, setting: str, method: str) -> list[list[str]]:
             continue
         mean, low, high = interval(values)
         lost = [value for value in values.values() if value < -MARGIN]
-        lines.append(
-            [
-                other, str(len(values)), f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{100 * len(lost) / len(values):.0f} %",
-                f"{min(values.values()):+.2f}",
-            ]  # fmt: skip
-        )
+        share, worst = f"{100 * len(lost) / len(values):.0f} %", f"{min(values.values()):+.2f}"
+        lines.append([other, str(len(values)), f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", share, worst])
     return lines
 
 
@@ -102,7 +102,7 @@ def top1_table(found: Figures, network: str, space: str, setting: str, images: i
     budgets = sorted({b for answers in cells for _, b in answers})
     lines = []
     for method in METHODS:
-        values = [[100 * answers[method, b][1] for answers in cells if (method, b) in answers] for b in budgets]
+        values = [[100 * answers[method, b][TOP1] for answers in cells if (method, b) in answers] for b in budgets]
         if any(values):
             lines.append([method, *(_figure(part) for part in values)])
     draws = "one draw" if len(cells) == 1 else f"{len(cells)} draws"
@@ -131,23 +131,29 @@ def costs(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+INTRODUCTION = f"""# The study's figures
+
+Written by `python -m tests.benchmarks.study_table` from study.jsonl, which `python -m tests.benchmarks.study measure` appends to
+(`make study` does both). What they say: docs/where-interactions-help.md.
+
+Top-1 on the 10,000 test images, which nothing chose on. Comparisons: mean difference of top-1 in points over all cells and the
+budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; cells lost by more than {MARGIN} points.
+"""
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """STUDY.md."""
     found = figures(rows)
-    parts = ["# Where interactions help\n\nWritten by `python -m tests.benchmarks.study_table` from study.jsonl, which "
-             "`python -m tests.benchmarks.study measure` appends to (`make study` does both). Top-1 on the 10,000 test images, which "
-             "nothing chose on; losses on the sensitivity set.\n"]  # fmt: skip
+    parts = [INTRODUCTION]
     count: dict[tuple[str, int], int] = defaultdict(int)
     for _, space, _, images, _ in found:
         count[space, images] += 1
     devices = sorted({f"{row['device']} (torch {row['torch']})" for row in rows})
     parts.append(f"{len(found)} cells, on {', '.join(devices)}: " + "; ".join(
         f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items())) + ".\n")  # fmt: skip
-    for setting in ("plain", "corrected"):
+    for setting in SETTINGS:
         for method in ("chosen", "chosen_full"):
-            parts.append(f"## `{method}` against the others, {setting}\n\nMean difference of top-1 in points over all cells and the "
-                         "budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; cells lost by more "
-                         f"than {MARGIN} points.\n")  # fmt: skip
+            parts.append(f"## `{method}` against the others, {setting}\n")
             headers = ["against", "cells", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
             parts.append(markdown_table(headers, comparison(found, setting, method)) + "\n")
             lost = losing(found, setting, method)
@@ -156,7 +162,7 @@ def page(rows: list[dict[str, Any]]) -> str:
                     ["network", "space", "images", "draw", "bits", "to", "points"], lost) + "\n")  # fmt: skip
     parts.append("## What a method costs\n\n" + markdown_table(
         ["method", "forward images, of pairwise's", "backward passes an image"], costs(rows)) + "\n")  # fmt: skip
-    for setting in ("plain", "corrected"):
+    for setting in SETTINGS:
         parts.append(f"## Top-1 in percent, {setting}\n")
         for network, space, images in sorted({(n, s, k) for n, s, c, k, _ in found if c == setting}):
             parts.append(top1_table(found, network, space, setting, images) + "\n")
@@ -168,44 +174,59 @@ def plot(rows: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    found = figures(rows)
+    _plot_size(found)
+    _plot_forwards(rows)
+    _plot_predicted(found)
+
+
+def _plot_size(found: Figures) -> None:
     from matplotlib import pyplot
 
-    found = figures(rows)
     networks = sorted({cell[0] for cell in found})
-    shown = ("uniform", "layerwise", "pairwise", "gauss_newton", "mpqco", "chosen")
     figure, axes = pyplot.subplots(2, len(networks), figsize=(4.6 * len(networks), 7), squeeze=False)
-    for line, setting in zip(axes, ("plain", "corrected"), strict=True):
-        for axis, network in zip(line, networks, strict=True):
-            cells = [a for (n, s, c, _, _), a in found.items() if (n, s, c) == (network, "w248", setting)]
-            for method in shown:
-                budgets = sorted({b for answers in cells for m, b in answers if m == method})
-                values: list[NDArray[np.float64]] = [np.array([100 * a[method, b][1] for a in cells if (method, b) in a]) for b in budgets]
-                if budgets:
-                    axis.errorbar(budgets, [v.mean() for v in values], [v.std() for v in values], label=method, capsize=2,
-                                  lw=2 if method == "chosen" else 1, marker="o", markersize=3)  # fmt: skip
-            top = max((100 * a[m, b][1] for a in cells for m, b in a), default=100.0)
-            axis.set(title=f"{network.split('_')[0]}, {setting}", xlabel="average bits", ylabel="top-1 %", ylim=(top - (40 if setting == "plain" else 6), top + 0.5))
+    for (row, setting), (column, network) in product(enumerate(SETTINGS), enumerate(networks)):
+        axis = axes[row][column]
+        cells = [answers for (n, s, c, _, _), answers in found.items() if (n, s, c) == (network, "w248", setting)]
+        for method in SHOWN:
+            budgets = sorted({b for answers in cells for m, b in answers if m == method})
+            values = [[100 * answers[method, b][TOP1] for answers in cells if (method, b) in answers] for b in budgets]
+            width = 2 if method == "chosen" else 1
+            means, spreads = [np.mean(v) for v in values], [np.std(v) for v in values]
+            axis.errorbar(budgets, means, spreads, label=method, capsize=2, lw=width, marker="o", markersize=3)
+        top = max((100 * rest[TOP1] for answers in cells for rest in answers.values()), default=100.0)
+        axis.set(title=f"{network.split('_')[0]}, {setting}", xlabel="average bits", ylabel="top-1 %")
+        axis.set_ylim(top - (40 if setting == "plain" else 6), top + 0.5)
     axes[0][0].legend(fontsize=8)
     _save(figure, "study-size")
+
+
+def _plot_forwards(rows: list[dict[str, Any]]) -> None:
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, setting in zip(axes, ("plain", "corrected"), strict=True):
+    for axis, setting in zip(axes, SETTINGS, strict=True):
         for method in METHODS:
-            spent, top1 = [], []
-            for row in rows:
-                if row["setting"] == setting and method in row["forward_images"]:
-                    passes = row["forward_images"][method] + 2 * row["backward_images"].get(method, 0)
-                    spent.append(passes / row["images"])
-                    top1.append(np.mean([100 * r[3] for r in row["rows"] if r[0] == method and r[1] in LOW]))
-            if spent:
-                axis.plot(np.mean(spent), np.mean(top1), "o")
-                axis.annotate(method, (float(np.mean(spent)), float(np.mean(top1))), fontsize=8, xytext=(4, 4), textcoords="offset points")
-        axis.set(xscale="log", xlabel="forwards for each image (a backward counts as two)", ylabel="mean top-1 %, 2.25 to 3.5 bits", title=setting)
+            mine = [row for row in rows if row["setting"] == setting and method in row["forward_images"]]
+            spent = [(r["forward_images"][method] + 2 * r["backward_images"].get(method, 0)) / r["images"] for r in mine]
+            top1 = [100 * answer[2 + TOP1] for r in mine for answer in r["rows"] if answer[0] == method and answer[1] in LOW]
+            if mine:
+                x, y = float(np.mean(spent)), float(np.mean(top1))
+                axis.plot(x, y, "o")
+                axis.annotate(method, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
+        axis.set(xscale="log", xlabel="forwards for each image (a backward counts as two)", title=setting)
+        axis.set_ylabel("mean top-1 %, 2.25 to 3.5 bits")
     _save(figure, "study-forwards")
+
+
+def _plot_predicted(found: Figures) -> None:
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, setting in zip(axes, ("plain", "corrected"), strict=True):
+    for axis, setting in zip(axes, SETTINGS, strict=True):
         for method in ("layerwise", "pairwise", "gauss_newton"):
-            points = [(a[method, b][4], a[method, b][3]) for (_, _, c, _, _), a in found.items() if c == setting
-                      for m, b in a if m == method and a[method, b][4] and a[method, b][3]]  # fmt: skip
+            answers = [rest for cell, a in found.items() if cell[2] == setting for (m, _), rest in a.items() if m == method]
+            points = [(rest[PREDICTED], rest[MEASURED]) for rest in answers if rest[PREDICTED] and rest[MEASURED]]
             if points:
                 axis.plot(*zip(*points, strict=True), ".", label=method, markersize=4)
         ends = axis.get_xlim()

@@ -1,0 +1,136 @@
+"""The study: which images, what a cell holds, that it resumes, what its page says, and that each cell becomes one MLflow run."""
+
+import json
+from itertools import combinations
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from clado.config import DataSettings
+from clado.errors import DataError
+from clado.sources import load_data
+from tests.benchmarks import study, study_table
+from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, key, record
+
+
+def test_sets_of_one_size_share_no_image_and_larger_ones_hold_the_smaller() -> None:
+    found = draws(4024)
+    assert {size: sum(s == size for s, _ in found) for size in study.SIZES} == study.SIZES
+    for (size, _), part in found.items():
+        assert len(set(part.tolist())) == size
+        assert 0 <= part.min() <= part.max() < 4024
+    for (size, one), (other, two) in combinations(found, 2):
+        if size == other:
+            assert not set(found[size, one].tolist()) & set(found[size, two].tolist())
+        if one == two:
+            small, large = sorted((size, other))
+            assert found[large, one][:small].tolist() == found[small, one].tolist()
+
+
+def test_too_few_images_and_shared_ones_are_refused() -> None:
+    with pytest.raises(DataError, match="100 images are too few"):
+        draws(100)
+    with pytest.raises(DataError, match="two sensitivity sets of 4 images share an image"):
+        check_disjoint({(4, 0): np.arange(4), (4, 1): np.arange(3, 7)})
+
+
+@pytest.mark.parametrize("size", study.SIZES)
+def test_blocks_cover_a_set_and_begin_with_those_of_smaller_ones(size) -> None:
+    blocks = blocks_of(size)
+    assert len(blocks) == study.BLOCKS[size] >= 16
+    assert [stop for _, stop in blocks[:-1]] == [start for start, _ in blocks[1:]]
+    assert (blocks[0][0], blocks[-1][1]) == (0, size)
+    for smaller in study.SIZES:
+        if smaller < size:
+            assert blocks[: study.BLOCKS[smaller]] == blocks_of(smaller)
+
+
+def test_every_case_is_of_the_zoo_and_the_data_hold_no_cell_twice() -> None:
+    assert len(set(study.cases())) == len(study.cases()) == 14
+    keys = [key(row) for row in study.rows()]
+    assert len(set(keys)) == len(keys) > 0
+    known = draws(4024)
+    assert all(tuple(k[:3]) in study.cases() and tuple(k[3:]) in known for k in keys)
+
+
+@pytest.fixture(scope="module")
+def small() -> list[dict]:
+    """One case on eight images."""
+    images = load_data(DataSettings(sensitivity_images=16), (1, 28, 28)).sensitivity.load(0, 8)
+    case = Study(("vit_fashion_mnist", "w248", "plain"), images, (2.5, 4), num_validation=60)
+    sets = draws(8, {4: 1, 8: 1})
+    with patch.object(study, "BLOCKS", {4: 2, 8: 4}):
+        found = list(cells(case, sets, set()))
+        assert list(cells(case, sets, {key(row) for row in found})) == []
+    return found
+
+
+@pytest.mark.system
+def test_a_cell_has_every_method_at_every_budget_and_the_chosen_is_never_worse_than_what_it_chose_from(small) -> None:
+    assert [row["images"] for row in small] == [4, 8]
+    for row in small:
+        answers = {(method, bound): rest for method, bound, *rest in row["rows"]}
+        assert {method for method, _ in answers} == set(study_table.METHODS)
+        for bound in (2.5, 4):
+            for chosen, others in (("chosen", ("uniform", *study.THRIFTY)), ("chosen_full", ("uniform", *study.ESTIMATORS))):
+                assert answers[chosen, bound][3] <= min(answers[other, bound][3] for other in others)
+        assert row["forward_images"]["chosen"] < 0.15 * row["forward_images"]["pairwise"]
+        assert row["forward_images"]["chosen_full"] > row["forward_images"]["pairwise"]
+
+
+@pytest.mark.system
+def test_each_cell_becomes_one_run(small, tmp_path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert record(small[:1], uri) == 1
+    assert record(small, uri) == 1
+    assert record(small, uri) == 0
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name(study.EXPERIMENT).experiment_id])
+    assert {run.data.params["images"] for run in runs} == {"4", "8"}
+    best = {m.step: m.value for m in client.get_metric_history(runs[0].info.run_id, "chosen.top1")}
+    assert set(best) == {250, 400}
+
+
+def made(gain: float, networks=("a", "b", "c"), num_draws=5) -> study_table.Figures:
+    """Cells in which `chosen` is `gain` points above layerwise, give or take."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for network in networks:
+        for draw in range(num_draws):
+            answers = []
+            for bound in study_table.LOW:
+                base = float(rng.uniform(0.5, 0.9))
+                answers += [["layerwise", bound, "24", base, 1.0, 0.1, 0.1]]
+                answers += [["chosen", bound, "42", base + (gain + rng.normal(0, 0.3)) / 100, 1.0, 0.1, None]]
+            rows.append({"network": network, "space": "s", "setting": "plain", "images": 64, "draw": draw, "rows": answers})
+    return study_table.figures(rows)
+
+
+@pytest.mark.parametrize(("gain", "above"), [(1.0, True), (0.0, False), (-1.0, False)])
+def test_the_interval_excludes_zero_where_there_is_a_gain_and_only_there(gain, above) -> None:
+    mean, low, high = study_table.interval(study_table.differences(made(gain), "plain", "chosen", "layerwise", study_table.LOW))
+    assert low <= mean <= high
+    assert mean == pytest.approx(gain, abs=0.2)
+    assert (low > 0) == above
+
+
+def test_cells_that_are_lost_are_listed_worst_first() -> None:
+    lost = study_table.losing(made(-1.0), "plain", "chosen")
+    points = [float(row[-1]) for row in lost]
+    values = study_table.differences(made(-1.0), "plain", "chosen", "layerwise", study_table.LOW).values()
+    assert points == sorted(points)
+    assert len(points) == sum(value < -study_table.MARGIN for value in values) > 0
+
+
+def test_the_page_is_what_the_data_give() -> None:
+    assert study_table.TABLE.read_text() == study_table.page(study_table.load())
+
+
+def test_assignments_are_kept_as_digits() -> None:
+    row = study.rows()[0]
+    assert all(set(bits) <= set("23468") for _, _, bits, *_ in row["rows"])
+    assert json.dumps(row)  # plain data
+    assert digits(type("A", (), {"bits": (2, 8, 4)})()) == "284"
