@@ -70,8 +70,9 @@ class Session:
         _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
         _refuse_unmatched(config.network.split, [name for name, _ in loaded.model.named_parameters()], "split")
         device = _device(config.cluster.device)
+        layout = torch.channels_last if config.network.channels_last else torch.preserve_format
         network = Network(
-            loaded.model.to(device),
+            loaded.model.to(device, memory_format=layout),
             loaded.example_input.to(device),
             config.network.fixed,
             split=config.network.split,

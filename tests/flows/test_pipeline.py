@@ -20,7 +20,7 @@ from clado.sources import load_data, load_network
 from clado.space import Assignment
 from flows.session import Session
 from tests.networks import replaced_logits
-from tests.running import BUDGETS, ESTIMATORS, PHASES, run_pipeline
+from tests.running import BUDGETS, ESTIMATORS, PHASES, config, run_pipeline
 
 METHODS = ("uniform", *ESTIMATORS, CHOSEN)
 
@@ -311,6 +311,16 @@ def test_the_folder_holds_what_the_readme_says(finished):
     }
     assert {path.stem for path in (finished.folder / "matrices").iterdir()} == set(ESTIMATORS)
     assert not list(finished.folder.rglob("*.part*"))
+
+
+def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_path, slices, model):
+    document = config(tmp_path / "turned", network={"source": "zoo", "name": "resnet20_fashion_mnist", "channels_last": True})
+    network = Session.open(parse_config(document)).float_network
+    kernels = [weight for weight in network.weights if weight.ndim == 4 and weight[0, 0].numel() > 1 and weight.shape[1] > 1]
+    assert kernels
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    images = slices.validation.load(0, 4)[0]
+    assert float((network.logits(images) - replaced_logits(model, {}, images)).abs().max()) < 1e-4
 
 
 def test_the_phases_that_the_test_calls_are_the_flows_own():
