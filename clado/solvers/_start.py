@@ -145,7 +145,7 @@ def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = 
     best = min(found, key=descent.value)
     rng = np.random.default_rng(SEED)
     free = np.flatnonzero(np.diff(program.starts) > 1)
-    for _ in range(kicks if len(free) > 1 else 0):
+    for _ in range(min(kicks, len(free) // 2)):  # a small program is proven sooner than it is kicked
         if time.perf_counter() > deadline:
             break
         kicked = best.copy()

@@ -39,6 +39,7 @@ INSTANCES: dict[str, tuple[str, tuple[int, ...], float, str]] = {
 }
 GOALS = [family for family in FAMILIES if family != "lowrank"]
 LOWRANK_SECONDS, LOWRANK_SEEDS = 10.0, (0,)  # without a goal: many are out of reach
+AGAIN = 2  # more solves of a program that took less than a second
 FIRST_LOOK = 30.0  # seconds; a program still open then shows its gap, and is solved anew with all that is allowed
 SEEDS, BUDGETS = (0, 1, 2), (3.0, 4.0, 5.0)
 MEASURED_BUDGETS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
@@ -78,10 +79,16 @@ def measure(key: Key) -> dict[str, Any]:
     if solution.gap > 2e-6 and allowed > FIRST_LOOK:
         more, begin = {"gap_30": solution.gap}, time.process_time()
         solution = solvers.solve(program, time_limit=allowed)
+    cpu = time.process_time() - begin
+    for _ in range(AGAIN if cpu < 1 else 0):  # imports and what else the machine does are the most of so short a time
+        begin = time.process_time()
+        again = solvers.solve(program, time_limit=allowed)
+        cpu = min(cpu, time.process_time() - begin)
+        solution = min(solution, again, key=lambda s: s.seconds)
     return {
         "key": list(key),
         "seconds": solution.seconds,
-        "cpu": time.process_time() - begin,
+        "cpu": cpu,
         "gap": solution.gap,
         "nodes": solution.nodes,
         "status": str(solution.status),
@@ -134,7 +141,10 @@ def naive_seconds(program: Program, limit: float) -> tuple[float, bool]:
 
 def naive(key: Key, ours: float) -> dict[str, Any]:
     """The naive formulation, given as much more time as ours is to be faster, and a little."""
-    seconds, finished = naive_seconds(program_of(key), float(np.clip(NAIVE_TIMES * ours, *NAIVE_SECONDS)))
+    limit = float(np.clip(NAIVE_TIMES * ours, *NAIVE_SECONDS))
+    seconds, finished = naive_seconds(program_of(key), limit)
+    if finished and seconds < 1:  # the shortest of as many as ours
+        seconds = min([seconds, *(naive_seconds(program_of(key), limit)[0] for _ in range(AGAIN))])
     return {"naive": list(key), "seconds": seconds, "finished": finished}
 
 

@@ -32,7 +32,7 @@ from clado import zoo
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "peer_mct.jsonl", HERE / "PEERS.md"
 NETWORK, BITS, BUDGETS = "resnet20_fashion_mnist", (2, 4, 8), (2.25, 2.5, 3.0, 3.5, 4.0, 5.0)
-CALIBRATION_IMAGES, BATCH, SEED = 256, 32, 0
+CALIBRATION_IMAGES, BATCH, SEED = 1024, 32, 0
 GPTQ_EPOCHS = 50
 KERNEL = "weight"
 
@@ -53,7 +53,9 @@ SETTINGS: dict[str, Setting] = {
     "power_of_two": Setting("POWER_OF_TWO", "symmetric, thresholds that are powers of two"),
     "uniform": Setting("UNIFORM", "affine"),
     "lookup_table": Setting("LUT_SYM_QUANTIZER", "2 and 4 bits index a table of clustered values (8 bits symmetric)"),
-    "all_images": Setting("SYMMETRIC", "symmetric, bits searched on all 256 images, not on 32", search=(("num_of_images", 256),)),
+    "all_images": Setting(
+        "SYMMETRIC", "symmetric, bits searched on all 1,024 images, not on 32", search=(("num_of_images", 1024),)
+    ),
     "second_moment": Setting(
         "SYMMETRIC", "symmetric, and second-moment correction, an option", (("weights_second_moment_correction", True),)
     ),
@@ -64,7 +66,7 @@ GRIDS = ("symmetric", "power_of_two", "uniform")
 
 
 def calibration_images() -> Tensor:
-    """The images that `clado` draws with data.seed 0 (256, 1, 28, 28)."""
+    """The images that `clado` draws with data.seed 0 (1024, 1, 28, 28)."""
     with np.load(zoo.ZOO / "fashion_mnist_train_slices.npz") as file:
         images = file["calibration_images"]
     return normalise(images[np.random.default_rng(SEED).permutation(len(images))[:CALIBRATION_IMAGES]])

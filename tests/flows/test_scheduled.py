@@ -103,3 +103,47 @@ def test_a_faulty_setting_is_explained_without_its_credentials():
         )
     assert "criterion" in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def prefect_client():
+    from prefect.client.orchestration import get_client
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("end", ["Completed", "Failed", "Crashed", "Cancelled"])
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_run_whose_time_comes_while_one_is_active_skips_or_waits_and_an_end_of_any_kind_makes_room(prefect_client, name, end):
+    """On a real server, in the place of a worker: it asks for the state in which it would start a run."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+    from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
+
+    limit = DEPLOYMENTS[name]["concurrency_limit"]
+    flow = prefect_client.create_flow_from_name("clado-scheduled")
+    options = {"collision_strategy": ConcurrencyLimitConfig(**limit).collision_strategy}
+    deployment = prefect_client.create_deployment(
+        flow, f"{name} {end}", concurrency_limit=limit["limit"], concurrency_options=options
+    )
+
+    def run() -> str:
+        return prefect_client.create_flow_run_from_deployment(deployment).id
+
+    def state_after(run, state) -> str:
+        prefect_client.set_flow_run_state(run, state)
+        return prefect_client.read_flow_run(run).state.name
+
+    first, second, third = run(), run(), run()
+    assert state_after(first, Pending()) == "Pending"
+    assert state_after(first, Running()) == "Running"
+    waits = limit["collision_strategy"] == "ENQUEUE"
+    for other in (second, third):
+        assert state_after(other, Pending()) == ("AwaitingConcurrencySlot" if waits else "Cancelled")
+    ends = {"Completed": Completed, "Failed": Failed, "Crashed": Crashed, "Cancelled": Cancelled}
+    assert state_after(first, ends[end]()) == end
+    following = second if waits else run()
+    assert state_after(following, Pending()) == "Pending"
+    assert state_after(third if waits else run(), Pending()) == ("AwaitingConcurrencySlot" if waits else "Cancelled")
