@@ -9,6 +9,7 @@ from clado.config import parse_config
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
 from clado.shards import Store, exists
 from tests.running import config
+from tests.test_growing import measure, session_of
 from tests.test_shards import COVERAGE, IDENTITY, PLAN, PROVENANCE, full_store, sums_of
 
 BUCKET = "s3://measured"
@@ -80,6 +81,19 @@ def test_a_damaged_or_deleted_chunk_is_found(bucket, harm):
     assert again.missing(PLAN) == [tile]
     again.write(tile, sums_of(tile))
     assert np.array_equal(again.read(tile), sums_of(tile), equal_nan=True)
+
+
+def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucket, tmp_path):
+    first = session_of(tmp_path / "run", bucket)
+    assert measure(first) == list(first.plan.tiles)
+    grown = session_of(tmp_path / "run", bucket, sensitivity_images=32)
+    grown.check()
+    assert measure(grown) == [tile for tile in grown.plan.tiles if tile.block >= 2]
+    assert not (tmp_path / "run" / "store.zarr").exists()
+    at_once = session_of(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
+    measure(at_once)
+    found, expected = (session.open_store().gather(session.plan) for session in (grown, at_once))
+    assert {kind: sums.tobytes() for kind, sums in found.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}
 
 
 def test_other_settings_are_refused(bucket):

@@ -15,8 +15,8 @@ from flows.session import Session
 FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]
 
 
-def session_of(folder: Path, **data) -> Session:
-    """Four layers of the shipped network, without corrections."""
+def session_of(folder: Path, store: str | None = None, **data) -> Session:
+    """Four layers of the shipped network, without corrections; its store in the folder, or at a URL."""
     settings = {"sensitivity_images": 16, "sample_blocks": 2, "calibration_images": 0, "validation_images": 20, **data}
     return Session.open(
         parse_config(
@@ -27,6 +27,7 @@ def session_of(folder: Path, **data) -> Session:
                 "corrections": [],
                 "cluster": {"kind": "inline"},
                 "folder": str(folder),
+                **({"store": store} if store else {}),
             }
         )
     )
