@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import clado
 from clado.config import DataSettings, NetworkSettings, parse_config
 from clado.probes import KINDS
 from clado.quantizers import WeightQuantizer
@@ -18,6 +20,7 @@ from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, RunRecord
 from clado.shards import Store
 from clado.sources import load_data, load_network
 from clado.space import Assignment
+from flows.record import git_revision
 from flows.session import Session
 from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, config, run_pipeline
@@ -294,6 +297,37 @@ def test_mlflow_has_a_parent_run_and_a_child_for_each_result(finished, record):
     assert [run.info.run_id for run in parents] == [receipt.parent_run_id]
     assert len(children) == len(record.results) == len(runs) - 1
     assert all(run.info.status == "FINISHED" for run in runs)
+
+
+def test_the_parent_run_says_what_it_was_made_with(finished, record):
+    """The revision of the code, versions, device, and hashes of network and settings."""
+    from mlflow import MlflowClient
+
+    tags = MlflowClient(finished.receipt.uri).get_run(finished.receipt.parent_run_id).data.tags
+    root = Path(clado.__file__).parents[1]
+    known = git_revision(root)
+    assert tags["git_revision"].split("-")[0] == known.split("-")[0]
+    assert {"python", "torch", "device", "weights_sha256", "fingerprint"} <= {name for name, value in tags.items() if value}
+    assert tags["weights_sha256"] == record.provenance["weights_sha256"]
+
+
+def test_the_revision_is_that_of_the_checkout_and_says_where_files_differ(tmp_path):
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert git_revision(tmp_path) == ""
+    (tmp_path / "file").write_text("one")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "first")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("two")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+    (tmp_path / "inside").mkdir()
+    assert git_revision(tmp_path / "inside") == ""
 
 
 def test_the_folder_holds_what_the_readme_says(finished):
