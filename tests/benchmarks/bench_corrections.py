@@ -11,9 +11,8 @@ cross entropy are of the 10,000 test images, which nothing chooses on.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -191,9 +190,8 @@ def table() -> str:
                 lines.append([f"{budget:g} bits", measured, method, *[_figure(values) for values in found.values()]])
         parts.append(markdown_table(["budget", "measured", "method", *variants], lines) + "\n")
         parts.append(_verdicts(mine, top1))
-    parts.append(
-        f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU, torch {torch.__version__}.\n"
-    )
+    machines = Counter((row.get("device", "cpu"), row["torch"]) for row in data)
+    parts.append("Cells by machine: " + "; ".join(f"{n:,} on {d}, torch {t}" for (d, t), n in machines.most_common()) + ".\n")
     return "\n".join(parts)
 
 
