@@ -55,6 +55,7 @@ SHIPPED: dict[str, tuple[str, ...]] = {
 BITS = (2, 4, 8)
 NUM_SENSITIVITY, NUM_CALIBRATION, NUM_BLOCKS = 256, 1024, 16
 ADAROUND_STEPS = 500
+NOTICEABLE = 0.2  # points of top-1: about one standard error of a difference
 BATCH_IMAGES = {"cpu": 128, "cuda": 1000}
 FOLDER = Path("runs/corrections")  # prepared layers, kept between runs
 
@@ -210,14 +211,17 @@ def _verdicts(mine: list[dict[str, Any]], float_top1: float) -> str:
     ]
     at_least = sum(a["top1"] >= b["top1"] for a, b in pairs)
     lower = sum(a["loss"] <= b["loss"] for a, b in pairs)
-    gain = 100 * float(np.mean([a["top1"] - b["top1"] for a, b in pairs])) if pairs else 0.0
+    gains = [100 * (a["top1"] - b["top1"]) for a, b in pairs] or [0.0]
+    noticeable = sum(value < -NOTICEABLE for value in gains)
     drops = {b: [float_top1 - r["top1"] for (d, x, m, k), r in by.items() if x == b and m == "gauss_newton" and k == "corrected"]
              for b in BUDGETS}  # fmt: skip
     text = ", ".join(f"{b:g} bits {100 * float(np.mean(v)):.2f}" for b, v in drops.items() if v)
     return (
-        f"With all corrections shipped, measuring under them is at least as good as measuring plain in {at_least} of "
-        f"{len(pairs)} cells by top-1 and in {lower} by loss; mean gain {gain:.2f} points. Points of top-1 below float "
-        f"(gauss_newton, measured corrected, all): {text}.\n"
+        "With all corrections shipped, measuring under them is at least as good as measuring plain in "
+        f"{at_least} of {len(pairs)} cells by top-1 and in {lower} by loss; mean gain {np.mean(gains):.2f} points. "
+        f"In {noticeable} cells it is worse by more than {NOTICEABLE} points, at most by {-min(gains):.2f}; the other losses are "
+        "within the noise of 10,000 test images: with all corrections shipped, what the methods choose differs by little more. "
+        f"Points of top-1 below float (gauss_newton, measured corrected, all): {text}.\n"
     )
 
 
