@@ -65,9 +65,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 BUDGETS = (2.25, 2.5, 3, 3.5, 4, 6)
 SIZES = {64: 5, 256: 5, 1024: 2}  # images of a sensitivity set: how many draws
 BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set are the first of a larger one
-GRADIENTS_UP_TO = 256  # images that the estimators from gradients are measured on
+# images that estimators from gradients are measured on, at most: hawq's traces take longer than pairs on a GPU
+UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
 ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", "hawq", "mpqco", "fisher")
-FROM_GRADIENTS = ("hawq", "mpqco", "fisher")
 THRIFTY = ("layerwise", "gauss_newton")  # what `chosen` proposes from
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
@@ -180,8 +180,7 @@ class Study:
         images = self.pool[0][positions]
         blocks = blocks_of(size)
         begin = 0 if known is None else len(known.counts)
-        wanted = ESTIMATORS if size <= GRADIENTS_UP_TO else tuple(e for e in ESTIMATORS if e not in FROM_GRADIENTS)
-        kinds = estimators.kinds_of(wanted)
+        kinds = estimators.kinds_of(name for name in ESTIMATORS if size <= UP_TO.get(name, size))
         bench = Workbench(self.prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
         plan = Plan(self.space, blocks, kinds, rows_per_tile(self.prepared.network, self.space, bench.batching, None))
         tiles: dict[Kind, list[Any]] = {kind: [] for kind in kinds}
@@ -309,9 +308,9 @@ def cells(
 ) -> Iterator[dict[str, Any]]:
     """Yields the lines of a case that are not there yet, small sets of every draw first."""
     name, space, setting = study.case
-    smaller = sorted(size for size in {size for size, _ in sets} if size <= GRADIENTS_UP_TO)
+    smaller = sorted(size for size in {size for size, _ in sets} if size < max(SIZES))
     groups = [[(size, draw) for size in smaller if (size, draw) in sets] for draw in sorted({draw for _, draw in sets})]
-    groups += [[(size, draw)] for size, draw in sorted(sets) if size > GRADIENTS_UP_TO]
+    groups += [[(size, draw)] for size, draw in sorted(sets) if size >= max(SIZES)]
     for group in groups:
         measured = None
         for size, draw in group:
