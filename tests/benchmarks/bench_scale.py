@@ -41,7 +41,7 @@ DEMO = HERE.parents[1] / "demo.yaml"
 HOSTS, WORKERS = 2, 16
 ROWS, BLOCKS = 3, 870  # of the demo's 66 options: 22 tiles of pairs and one of singles in each block, 20,010 in all
 MARKS = (2_000, 10_000, 20_000)  # receipts after which memory is looked at
-IMAGES = 128  # of the network's own tiles
+IMAGES = 64  # of the network's own tiles
 ROUNDS = 3
 
 
