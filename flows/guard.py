@@ -81,6 +81,34 @@ def interruptible() -> Iterator[list[int]]:
 
 
 @contextmanager
+def insistent(seconds: float = 5.0) -> Iterator[None]:
+    """Within a flow: SIGTERM comes again after some seconds, until it has ended what is inside.
+
+    Prefect's handler raises, and Python drops what is raised while it collects garbage or deletes an object: the run would go on.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waiting: list[threading.Timer] = []
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        waiting.append(threading.Timer(seconds, os.kill, (os.getpid(), number)))
+        waiting[-1].daemon = True
+        waiting[-1].start()
+        handler(number, frame)
+
+    signal.signal(signal.SIGTERM, heed)
+    try:
+        yield
+    finally:
+        for timer in waiting:
+            timer.cancel()
+        if signal.getsignal(signal.SIGTERM) is heed:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
 def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Around the call of a flow: a failure of Prefect itself (`outside` the flow's phases) is one message, an interrupt is one.
     Where the flow is `complete` and only Prefect could not be told, that is said and the run stands.

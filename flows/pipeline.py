@@ -11,7 +11,7 @@ from clado.tracking import Receipt
 from flows import clusters
 from flows.allocate import allocate, measure_candidates, search
 from flows.evaluate import evaluate
-from flows.guard import locked
+from flows.guard import insistent, locked
 from flows.measure import gather, measure
 from flows.prepare import prepare
 from flows.record import failure_recorded, record, track
@@ -32,7 +32,7 @@ def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None 
     with locked(session.folder):
         session.open_store()  # refused where it holds other numbers, before anything is written
         write_text(session.folder / "config.yaml", settings.to_yaml())
-        with failure_recorded(session), ExitStack() as cluster:
+        with failure_recorded(session), ExitStack() as cluster, insistent():
             with phases.phase("start-up"):
                 workers = cluster.enter_context(clusters.start(settings))
                 workers.open_session(settings)

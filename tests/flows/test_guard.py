@@ -4,12 +4,13 @@ import logging
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from clado.errors import ServerError
 from flows import guard
-from flows.guard import Terminated, end_in_peace, farewell, orchestrated
+from flows.guard import Terminated, end_in_peace, farewell, insistent, orchestrated
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,57 @@ def test_the_first_signal_ends_a_run_and_those_behind_it_do_not_disturb_its_end(
     assert ended
     text, code = farewell(told.type)
     assert (text.startswith(said[0]), code) == (True, said[1])
+
+
+class Dropped:
+    """Takes a signal where Python drops what its handler raises: in a destructor."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass  # the handler runs here
+
+
+def terminate(number, frame):
+    raise Terminated
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_termination_that_python_drops_comes_again(kept):
+    signal.signal(signal.SIGTERM, terminate)
+    reached = False
+    with pytest.raises(Terminated) if kept else nullcontext(), insistent(0.2) if kept else nullcontext():
+        thing = Dropped()
+        del thing
+        time.sleep(2)
+        reached = True
+    assert reached != kept
+    assert signal.getsignal(signal.SIGTERM) is terminate
+
+
+def test_one_that_gets_through_does_not_come_again_while_things_are_tidied():
+    tidied = []
+
+    def ended_and_tidied():
+        try:
+            with insistent(0.2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2)
+        finally:
+            time.sleep(0.6)
+            tidied.append(True)
+
+    signal.signal(signal.SIGTERM, terminate)
+    with pytest.raises(Terminated):
+        ended_and_tidied()
+    assert tidied
+
+
+def test_where_nobody_handles_it_nothing_changes():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with insistent(0.2):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_an_end_that_takes_long_can_be_cut_short(monkeypatch, capfd):
