@@ -8,7 +8,12 @@ import pytest
 from tests.running import Finished, config, run_pipeline
 
 # tests write nothing into the home folder; processes that they start inherit this
-os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parents[1] / ".cache" / "matplotlib"))
+CACHE = Path(__file__).parents[1] / ".cache"
+os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
+os.environ.setdefault("DASK_CONFIG", str(CACHE / "dask"))  # dask-jobqueue and dask-kubernetes put their settings there
+os.environ.setdefault("XDG_CACHE_HOME", str(CACHE / "xdg"))  # ONNX Runtime numbers the machine there
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # as every command of ours sets it
+os.environ.setdefault("DO_NOT_TRACK", "true")
 
 
 @pytest.fixture(scope="session")
