@@ -62,7 +62,7 @@ def test_channels_last_changes_nothing_beyond_rounding(kind) -> None:
 
 @SOME
 def test_rows_and_batches_change_nothing_beyond_rounding(kind) -> None:
-    expected = np.concatenate(list(sums_on("cuda", kind, ("pairs",))))
+    expected = np.concatenate(sums_on("cuda", kind, ("pairs",)))
     for rows, batch in ((1, 1), (3, 7), (4, 1000)):
         found = np.concatenate(sums_on("cuda", kind, ("pairs",), rows, batch))
         check_equal([found], [expected])

@@ -57,7 +57,7 @@ def test_every_case_is_of_the_zoo_and_the_data_hold_no_cell_twice() -> None:
 @pytest.fixture(scope="module")
 def small() -> list[dict]:
     """One case on eight images."""
-    images = load_data(DataSettings(sensitivity_images=16), (1, 28, 28)).sensitivity.load(0, 8)
+    images = load_data(DataSettings(sensitivity_images=16), (1, 28, 28)).sensitivity.load(0, 8)[0]
     case = Study(("vit_fashion_mnist", "w248", "plain"), images, (2.5, 4), num_validation=60)
     sets = draws(8, {4: 1, 8: 1})
     with patch.object(study, "BLOCKS", {4: 2, 8: 4}):

@@ -56,7 +56,6 @@ BITS = (2, 4, 8)
 NUM_SENSITIVITY, NUM_CALIBRATION, NUM_BLOCKS = 256, 1024, 16
 ADAROUND_STEPS = 500
 NOTICEABLE = 0.2  # points of top-1: about one standard error of a difference
-BATCH_IMAGES = {"cpu": 128, "cuda": 1000}
 FOLDER = Path("runs/corrections")  # prepared layers, kept between runs
 
 
@@ -124,7 +123,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
             if key not in seen:
                 begin = time.perf_counter()
                 shipped = ready[variant].shipped(assignment)
-                accuracy = count(*shipped, slices.validation, 0, len(slices.validation), BATCH_IMAGES[device.type]).accuracy()
+                accuracy = count(*shipped, slices.validation, 0, len(slices.validation)).accuracy()
                 seen[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
             row = {k: seen[key][k] for k in ("top1", "loss", "seconds")}
             yield {

@@ -72,7 +72,6 @@ THRIFTY = ("layerwise", "gauss_newton")  # what `chosen` proposes from
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
 EXPERIMENT = "clado-study"
-BATCH_IMAGES = {"cpu": 128, "cuda": 2000}
 Case = tuple[str, str, str]  # network, space, setting
 
 
@@ -107,11 +106,11 @@ def check_disjoint(found: Mapping[tuple[int, int], NDArray[np.int64]]) -> None:
             raise DataError(f"two sensitivity sets of {size} images share an image")
 
 
-def images_not_trained_on(folder: Path) -> tuple[Tensor, Tensor]:
-    """(images, labels) of the pool: normalised training images that chose sensitivities or a checkpoint, and trained nothing."""
+def images_not_trained_on(folder: Path) -> Tensor:
+    """The pool: normalised training images that chose sensitivities or a checkpoint, and trained nothing."""
     split, data = split_training_images(), read_fashion_mnist(folder)
     where = np.sort(np.concatenate([split["sensitivity"], split["selection"]]))
-    return normalise(data["train_images"][where]), torch.from_numpy(data["train_labels"][where].astype(np.int64))
+    return normalise(data["train_images"][where])
 
 
 # -- one network, space and setting ----------------------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ class Study:
     """A network with its candidates prepared in one setting, and every figure known of it."""
 
     case: Case
-    pool: tuple[Tensor, Tensor]
+    pool: Tensor
     budgets: tuple[float, ...] = BUDGETS
     num_validation: int | None = None
     top1: dict[Assignment, tuple[float, float]] = field(default_factory=dict)
@@ -170,14 +169,13 @@ class Study:
     def evaluated(self, assignment: Assignment) -> tuple[float, float]:
         """(top-1, cross entropy) on the test images."""
         if assignment not in self.top1:
-            batch = BATCH_IMAGES[self.device.type]
-            found = count(*self.shipped(assignment), self.validation, 0, len(self.validation), batch).accuracy()
+            found = count(*self.shipped(assignment), self.validation, 0, len(self.validation)).accuracy()
             self.top1[assignment] = found.top1 or 0.0, found.loss
         return self.top1[assignment]
 
     def measured(self, positions: NDArray[np.int64], size: int, known: Measured | None) -> tuple[Measured, dict[str, float]]:
         """The sums of a sensitivity set, of its first blocks where they are `known`, and the seconds of each kind."""
-        images = self.pool[0][positions]
+        images = self.pool[positions]
         blocks = blocks_of(size)
         begin = 0 if known is None else len(known.counts)
         kinds = estimators.kinds_of(name for name in ESTIMATORS if size <= UP_TO.get(name, size))
@@ -190,8 +188,7 @@ class Study:
                 start = time.perf_counter()
                 tiles[tile.kind].append(measure_tile(bench, tile))
                 seconds[tile.kind] += time.perf_counter() - start
-        fresh = {k: np.concatenate(p).reshape(len(blocks) - begin, -1, *p[0].shape[1:]) for k, p in tiles.items()}
-        sums = {k: s.reshape(len(s), *plan.shape(k)) for k, s in fresh.items()}
+        sums = {k: np.concatenate(parts).reshape(-1, *plan.shape(k)) for k, parts in tiles.items()}
         if known is not None:
             sums = {kind: np.concatenate([known.sums[kind], part]) for kind, part in sums.items()}
         counts = np.array([stop - start for start, stop in blocks])
@@ -200,7 +197,7 @@ class Study:
     def cell(self, measured: Measured, positions: NDArray[np.int64]) -> dict[str, Any]:
         """Every method's answer to every budget, and what it is worth."""
         size = len(positions)
-        images = MemorySlice(self.pool[0][positions])
+        images = MemorySlice(self.pool[positions])
         names = [name for name in ESTIMATORS if set(estimators.kinds_of([name])) - {"block_pairs"} <= set(measured.sums)]
         matrices = {name: estimators.estimate(name, measured) for name in names}
         budgets = budgets_of(average_bits=self.budgets)
@@ -216,9 +213,8 @@ class Study:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    batch = BATCH_IMAGES[self.device.type]
-                    shipped = self.shipped(assignment)
-                    known[assignment] = count(*shipped, images, 0, size, batch, reference=self.prepared.network).accuracy().loss
+                    counts = count(*self.shipped(assignment), images, 0, size, reference=self.prepared.network)
+                    known[assignment] = counts.accuracy().loss
                 found[assignment] = known[assignment]
             return found
 
@@ -335,7 +331,7 @@ def work(job: tuple[Case, Path, Path, float]) -> None:
     torch.set_num_threads(1)
     pool = images_not_trained_on(folder)
     done = {key(row) for row in rows(path)}
-    for row in cells(Study(case, pool), draws(len(pool[0])), done):
+    for row in cells(Study(case, pool), draws(len(pool)), done):
         with path.open("a") as file:  # one short line at a time: appended whole
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
         print(*key(row), f"{row['seconds']:.0f} s", flush=True)
