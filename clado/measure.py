@@ -172,18 +172,23 @@ def _singles(bench: Workbench, tile: Tile) -> Array:
 
 
 def _gram(bench: Workbench, tile: Tile) -> Array:
-    """Row 0: Σ_n (p − y)ᵀ u (zero for KL). Rows 1..: Σ_n u_kᵀ F_n u_l, where F = diag(p) − p pᵀ, so that with
-    v = √p (u − pᵀu) it is the Gram matrix of v: positive semidefinite as computed. Only one pass of u is held at a time."""
+    """Row 0: what `_singles` gives, of the same forwards. Row 1: 0 and Σ_n (p − y)ᵀ u (zero for KL). Rows 2..: 0 and
+    Σ_n u_kᵀ F_n u_l, where F = diag(p) − p pᵀ, so that with v = √p (u − pᵀu) it is the Gram matrix of v: positive semidefinite
+    as computed. Only one pass of u is held at a time."""
     k = bench.space.num_options
     device = bench.network.device
+    sums = np.zeros((2 + k, 1 + k))
     first = torch.zeros(k, dtype=torch.float64, device=device)
     gram = torch.zeros((k, k), dtype=torch.float64, device=device)
     for part in bench.passes(tile.block):
+        criterion = part.criterion(bench.criterion)
+        sums[0, 0] += _numpy(criterion(part.float_logits)).sum()
         reference = part.float_logits.double()
         p = reference.softmax(-1)
         slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
         rooted = torch.empty((k, reference.numel()), dtype=torch.float64, device=device)
         for rows, logits in _finished_rows(bench, part):
+            sums[0, [1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
             u = logits.double().sub_(reference)
             where = torch.tensor(rows, device=device)
             if slope is not None:
@@ -191,7 +196,8 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
             u -= (p * u).sum(-1, keepdim=True)
             rooted[where] = u.mul_(p.sqrt()).reshape(len(rows), -1)
         gram.addmm_(rooted, rooted.T)
-    return np.concatenate([_numpy(first)[None], _numpy((gram + gram.T) / 2)])
+    sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy((gram + gram.T) / 2)
+    return sums
 
 
 def _pairs(bench: Workbench, tile: Tile) -> Array:

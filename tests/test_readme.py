@@ -134,5 +134,8 @@ def test_the_readme_links_every_guide_and_every_lesson():
         assert f"({page(path)})" in README, path
 
 
-def test_the_demo_is_what_init_writes():
-    assert (ROOT / "demo.yaml").read_text(encoding="utf-8") == render()
+def test_the_demo_is_what_init_writes_and_shows_pairs_too():
+    shown = (
+        render().replace("[layerwise, gauss_newton]", "[layerwise, pairwise, gauss_newton]").replace("also pairwise, ", "also ")
+    )
+    assert (ROOT / "demo.yaml").read_text(encoding="utf-8") == shown != render()

@@ -69,7 +69,7 @@ def test_gather_puts_every_tile_in_its_place_whatever_the_order_of_writing(tmp_p
     assert gathered.keys() == set(KINDS)
     k = SPACE.num_options
     assert {kind: array.shape for kind, array in gathered.items()} == {
-        "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 1 + k, k), "block_pairs": (3, k, k),
+        "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 2 + k, 1 + k), "block_pairs": (3, k, k),
         "gradients": (3, 2, 1 + k), "trace": (3, 1 + k)
     }  # fmt: skip
     for tile in PLAN.tiles:

@@ -37,8 +37,8 @@ def measured(noise: float, seed: int = 0, blocks: int = 16, images: int = 16, of
     scatter = noise * 0.3 * SCALE[:, None] * SCALE[None, :] * rng.normal(size=(blocks, K, K)) / images**0.5
     base = 5 + rng.normal(size=(blocks, 1))
     pairs = base[:, :, None] + single[:, :, None] + single[:, None, :] + cross + scatter
-    gram = np.zeros((blocks, 1 + K, K))
-    gram[:, 1:] = (cross + cross.T + np.diag(2 * alone)) + (scatter + scatter.transpose(0, 2, 1)) / 2
+    gram = np.zeros((blocks, 2 + K, 1 + K))
+    gram[:, 2:, 1:] = (cross + cross.T + np.diag(2 * alone)) + (scatter + scatter.transpose(0, 2, 1)) / 2
     sums = {"singles": np.concatenate([base, base + single], 1), "pairs": np.where(CROSS, pairs, np.nan), "gram": gram}
     return Measured(SPACE, "kl_to_float", np.full(blocks, images), {kind: images * values for kind, values in sums.items()})
 

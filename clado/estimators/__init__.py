@@ -30,13 +30,17 @@ class Measured:
     """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
 
     `counts` (blocks,) are images per block. Shapes behind the first axis: singles and trace (1 + K,), pairs and
-    block_pairs (K, K), gram (1 + K, K), gradients (2, 1 + K).
+    block_pairs (K, K), gram (2 + K, 1 + K), gradients (2, 1 + K). Singles are the first row of gram, where that was measured.
     """
 
     space: SearchSpace
     criterion: str
     counts: NDArray[np.int64]
     sums: Mapping[Kind, Array]
+
+    def __post_init__(self) -> None:
+        if "gram" in self.sums and "singles" not in self.sums:
+            object.__setattr__(self, "sums", {**self.sums, "singles": self.sums["gram"][:, 0]})
 
     @property
     def num_images(self) -> int:
@@ -84,6 +88,8 @@ def kinds_of(estimators: Iterable[str]) -> tuple[Kind, ...]:
     needed = {kind for name in estimators for kind in _module(name).KINDS}
     if "pairs" in needed:
         needed.discard("block_pairs")  # they are among all pairs
+    if "gram" in needed:
+        needed.discard("singles")  # its first row
     return tuple(kind for kind in KINDS if kind in needed)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 from clado.estimators import Measured, quarantine
 from clado.interaction import InteractionMatrix
 
-KINDS = ("singles", "gram")
+KINDS = ("gram",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix, positive semidefinite under `kl_to_float`."""
-    per_block = measured.block_means("gram")
+    per_block = measured.block_means("gram")[:, 1:, 1:]
     values = per_block[:, 1:] + 2 * per_block[:, 0, :, None] * np.eye(measured.space.num_options)
     mean = measured.mean(values)
     quarantined, _ = quarantine(measured, np.diag(mean))

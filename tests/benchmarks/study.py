@@ -229,8 +229,6 @@ class Study:
             rows, evaluations = self._chosen(usable, budgets, own, losses)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
             kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
-            if name == "chosen":  # layerwise reads the singles that gauss_newton takes
-                kinds_once = replace(plan, kinds=estimators.kinds_of(["gauss_newton"])).tiles
             spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
         for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
             answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted

@@ -89,7 +89,7 @@ class EstimatorContract:
         _, measured = measured_network()
         sums = {kind: array.copy() for kind, array in measured.sums.items()}
         sums["singles"][1, 3] = np.inf
-        sums["gram"][1, :, 2] = sums["gram"][1, 3, :] = np.nan
+        sums["gram"][1, :, 3] = sums["gram"][1, 4, :] = np.nan
         sums["gradients"][1, :, 3] = sums["trace"][1, 3] = np.nan
         matrix = estimate(self.name, Measured(measured.space, measured.criterion, measured.counts, sums))
         assert matrix.quarantined == (2,)

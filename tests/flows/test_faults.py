@@ -98,7 +98,7 @@ def finished_phase(undisturbed, tmp_path) -> Phase:
 
 
 def test_a_tile_that_fails_twice_and_then_succeeds_costs_two_attempts(phase, undisturbed):
-    bad = Tile("singles", 1)
+    bad = Tile("gram", 1)
 
     def fault(tile: Tile, attempt: int) -> None:
         if tile == bad and attempt <= 2:
@@ -152,15 +152,15 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(array
 
     def setitem(self: zarr.Array, *arguments: Any) -> None:
         writes[self.name] += 1
-        if self.name == f"/singles/{array}" and writes[self.name] > 1:
+        if self.name == f"/gram/{array}" and writes[self.name] > 1:
             no_room()
         whole(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(zarr.Array, "__setitem__", setitem)
-        with pytest.raises(StoreError, match=r"singles, block 1 could not be written .*No space left.* make room"):
+        with pytest.raises(StoreError, match=r"gram, block 1 could not be written .*No space left.* make room"):
             phase.run()
-    assert phase.attempts == {Tile("singles", 0): 1, Tile("singles", 1): ATTEMPTS}
+    assert phase.attempts == {Tile("gram", 0): 1, Tile("gram", 1): ATTEMPTS}
     phase.run()
     assert phase.attempts == dict.fromkeys(phase.tiles()[1:], 1)
     assert phase.matrices() == undisturbed.matrices()
@@ -181,11 +181,10 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind"), [(flip, "pairs"), (truncate, "gram"), (empty, "singles"), (Path.unlink, "pairs"), (Path.unlink, "gram")]
+    ("damage", "kind"), [(flip, "pairs"), (truncate, "gram"), (empty, "gram"), (Path.unlink, "pairs"), (Path.unlink, "gram")]
 )
 def test_a_chunk_that_is_damaged_is_the_only_one_measured_again(damage, kind, finished_phase, undisturbed):
-    rank = {"singles": 2, "pairs": 3, "gram": 3}[kind]
-    damage(finished_phase.store / kind / "sums" / "c" / Path("1", *"0" * (rank - 1)))
+    damage(finished_phase.store / kind / "sums" / "c" / "1" / "0" / "0")
     run = finished_phase.run()
     assert finished_phase.attempts == {next(t for t in finished_phase.tiles() if (t.kind, t.block) == (kind, 1)): 1}
     assert any("1 damaged" in note for note in run.notes)
@@ -195,7 +194,7 @@ def test_a_chunk_that_is_damaged_is_the_only_one_measured_again(damage, kind, fi
 @pytest.mark.parametrize(
     ("path", "damage", "again"),
     [
-        ("singles/done/c/1/0", flip, [("singles", 1)]),
+        ("gram/done/c/1/0", flip, [("gram", 1)]),
         ("gram/sums", shutil.rmtree, [("gram", 0), ("gram", 1)]),
         ("counts", shutil.rmtree, []),
     ],

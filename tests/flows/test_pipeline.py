@@ -237,13 +237,13 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
     document = copy_of(finished, tmp_path)
     plan = Session.open(parse_config(document)).plan
-    damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.block == 2) for kind in ("gram", "singles"))
+    damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.block == 2) for kind in ("gram", "pairs"))
     chunks = tmp_path / "run" / "store.zarr"
     file = chunks / "gram" / "sums" / "c" / "2" / "0" / "0"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    (chunks / "singles" / "sums" / "c" / "2" / "0").unlink()
+    (chunks / "pairs" / "sums" / "c" / "2" / "0" / "0").unlink()
     calls, _ = run_pipeline(document, tracked=False)
     assert sorted(calls.made) == sorted([("run_tile", damaged), ("run_tile", lost)])
     assert arrays(tmp_path / "run") == arrays(finished.folder)
