@@ -225,9 +225,8 @@ def finetune(
         typer.Option(help="Training set: a folder of idx files (Fashion-MNIST's) or of images; default: the run's own images."),
     ] = None,
     criterion: Annotated[
-        str | None,
-        typer.Option(help="cross_entropy or kl_to_float; default: cross_entropy for labelled --data, else kl_to_float."),
-    ] = None,
+        str, typer.Option(help="kl_to_float distils from the float network; cross_entropy learns from labels.")
+    ] = "kl_to_float",
     epochs: Annotated[int, typer.Option(help="At most; fewer where held-out images get no better.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Adam's at first; it falls to zero.")] = 1e-3,
     batch_images: Annotated[int, typer.Option(help="Images of one step.")] = 64,
@@ -242,14 +241,12 @@ def finetune(
     from flows.stored import StoredRun, chosen_for
 
     wanted = _budget(budget, size_bytes)
-    training = Training(epochs, criterion or "kl_to_float", learning_rate, batch_images, patience, learned_scales, augment, seed)
+    training = Training(epochs, criterion, learning_rate, batch_images, patience, learned_scales, augment, seed)
     stored = StoredRun.open(folder)
     session = _session(stored.config)
-    from flows.finetune import images_of, train, with_criterion
+    from flows.finetune import images_of, train
 
     chosen_images = images_of(session, data, seed, images)
-    if criterion is None and data is not None:
-        training = with_criterion(training, chosen_images)
     text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
     typer.echo(f"{text}\nMLflow run {receipt.parent_run_id or 'not delivered'}")
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ def images_of(session: Session, folder: Path | None, seed: int, most: int | None
     held = max(2, min(MOST_HELD_OUT, int(HELD_OUT * len(order))))
     end = None if most is None else held + most
     return Images(PickedSlice([everything], order[held:end]), PickedSlice([everything], order[:held]), origin)
-
-
-def with_criterion(training: Training, images: Images) -> Training:
-    """Cross entropy where the images have labels, else as it is."""
-    return replace(training, criterion="cross_entropy") if images.training.load(0, 1)[1] is not None else training
 
 
 def folder_of(stored: StoredRun, budget: str) -> Path:
