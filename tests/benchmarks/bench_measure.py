@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clado import criteria
 from clado.graph import Graph, State, compile_graph
 from clado.measure import Workbench, measure_tile
 from clado.network import Network
@@ -31,6 +33,7 @@ from clado.shards import Store
 HERE = Path(__file__).parent
 SIZE, IMAGES, MANY, BITS = 64, 16, 64, (2, 4, 8)
 BATCHES = (8, 16, 32, 64, 128, 256, 512)
+PARTS = ("forwards", "loop over instructions", "stacking", "criterion", "write", "rest")
 
 
 def transformer() -> nn.Module:
@@ -70,7 +73,7 @@ class Result:
     inference_rate: float
     swapping: float
     whole_over_suffix: float
-    outside: dict[str, float]
+    profile: dict[str, float]
     sweep: list[tuple[str, float, list[float]]]
 
 
@@ -159,20 +162,37 @@ def originals(bench: Workbench) -> tuple[Tensor, ...]:
     return _ORIGINALS[id(bench)]
 
 
-class Stopwatch:
-    """Accumulates the seconds and instructions of a graph's runs, so that what is left is work outside the forwards."""
+class Profile:
+    """Accumulates the seconds of what measuring calls, part by part, and the instructions that forwards execute."""
 
     def __init__(self, graph: Graph) -> None:
-        self.seconds, self.instructions, run = 0.0, 0, graph.run
+        self.seconds: dict[str, float] = {}
+        self.instructions, run, bind = 0, graph.run, criteria.bind
 
-        def timed(state: State, stop: int, replaced: Any) -> State:
-            begin = time.process_time()
-            result = run(state, stop, replaced)
-            self.seconds += time.process_time() - begin
+        def counted(state: State, stop: int, replaced: Any) -> State:
             self.instructions += stop - state.position
+            return run(state, stop, replaced)
+
+        graph.run = self.timed("forwards", counted)  # type: ignore[method-assign]
+        graph.stack = self.timed("stacking", graph.stack)  # type: ignore[method-assign]
+        self.bind = lambda *arguments: self.timed("criterion", bind(*arguments))
+
+    def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, its seconds added to a part."""
+
+        def call(*arguments: Any) -> Any:
+            begin = time.process_time()
+            result = work(*arguments)
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.process_time() - begin
             return result
 
-        graph.run = timed  # type: ignore[method-assign]
+        return call
+
+    def parts(self, total: float, per_instruction: float) -> dict[str, float]:
+        """Share of each part in `total` seconds; the interpreter's loop is taken out of the forwards."""
+        loop = self.instructions * per_instruction
+        parts = {**self.seconds, "forwards": self.seconds["forwards"] - loop, "loop over instructions": loop}
+        return {name: spent / total for name, spent in parts.items()} | {"rest": 1 - sum(self.seconds.values()) / total}
 
 
 def loop_seconds(model: nn.Module) -> float:
@@ -233,23 +253,25 @@ def measure(name: str, folder: Path) -> Result:
     sweep = batch_sweep(bench.network)
     per_instruction = loop_seconds(model)
 
-    def as_the_flow_does(bench: Workbench, tile: Tile) -> None:
-        Store.open(folder / f"{name}.zarr").write(tile, measure_tile(bench, tile))
+    def as_the_flow_does(bench: Workbench, tile: Tile, profile: Profile) -> None:
+        sums = measure_tile(bench, tile)
+        profile.timed("write", lambda: Store.open(folder / f"{name}.zarr").write(tile, sums))()
 
-    measured, outside = {}, {}
+    measured, shares = {}, {}
     for tile, count in [*((tile, IMAGES) for tile in plan.tiles), (Tile("singles", 0), MANY), (Tile("gram", 0), MANY)]:
         bench = workbench(count)
-        watch = Stopwatch(bench.network.graph)
-        as_the_flow_does(bench, Tile("singles", 0))
+        assert isinstance(bench.network.graph, Graph)
+        profile = Profile(bench.network.graph)
+        as_the_flow_does(bench, Tile("singles", 0), profile)
         took = []
         for _ in range(1 if tile.kind == "pairs" else 3):
-            watch.seconds, watch.instructions = 0.0, 0
+            profile.seconds, profile.instructions = {}, 0
             begin = time.process_time()
-            as_the_flow_does(bench, tile)
+            with patch.object(criteria, "bind", profile.bind):
+                as_the_flow_does(bench, tile, profile)
             took.append(time.process_time() - begin)
-            share = (took[-1] - watch.seconds + watch.instructions * per_instruction) / took[-1]
         kind = tile.kind if count == IMAGES else f"{tile.kind} of {count}"
-        measured[kind], outside[kind] = min(took), share
+        measured[kind], shares[kind] = min(took), profile.parts(took[-1], per_instruction)
     return Result(
         name,
         space.num_layers,
@@ -262,7 +284,7 @@ def measure(name: str, folder: Path) -> Result:
         2 * graph.macs / inference / 1e9,
         sum(pairs) * IMAGES * swapping,
         sum(pairs) * IMAGES * float(operators.sum()) / floor["pairs"],
-        outside,
+        shares["pairs"],
         sweep,
     )
 
@@ -308,7 +330,7 @@ def report(results: Sequence[Result]) -> str:
             f"**{ratio['pairs']:.2f}**",
             f"{r.measured['pairs'] / r.suffixes['pairs']:.2f}",
             *(f"{r.floor_rate:.0f}", f"{r.inference_rate:.0f}", f"{gain:.1f}", f"{r.whole_over_suffix:.1f}"),
-            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * r.outside['pairs']:.1f} %"),
+            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * (1 - r.profile['forwards']):.1f} %"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -318,7 +340,18 @@ def report(results: Sequence[Result]) -> str:
         "- *suffix forwards*: Σ over pairs of one run of everything behind the cut, at its best batch size.",
         "- *inference*: the module itself, batch norm folded, in inference mode at its best batch size.",
         "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
-        "- *outside forwards*: criterion, stacking, bookkeeping, the loop over instructions and the write, of the pairs' time.",
+        "- *outside forwards*: everything but operators, of the pairs' time; the profile below.",
+        "",
+        "## Profile of the pairs",
+        "",
+        "Share of CPU time in percent.",
+        "",
+        "| network | " + " | ".join(PARTS) + " |",
+        "|---|" + "--:|" * len(PARTS),
+    ]
+    for r in results:
+        lines.append(f"| {r.name} | " + " | ".join(f"{100 * r.profile.get(part, 0.0):.2f}" for part in PARTS) + " |")
+    lines += [
         "",
         "## Estimators of single options",
         "",
@@ -362,7 +395,7 @@ def main() -> None:
         for name in arguments.networks:
             results.append(measure(name, Path(folder)))
             r = results[-1]
-            print(name, {kind: round(r.measured[kind] / r.floor[kind], 3) for kind in r.measured}, r.outside, flush=True)
+            print(name, {kind: round(r.measured[kind] / r.floor[kind], 3) for kind in r.measured}, r.profile, flush=True)
     arguments.output.write_text(report(results), encoding="utf-8")
     print(report(results))
 
