@@ -84,6 +84,12 @@ class Engine(Protocol):
         """Logits (images, classes) of a finished run."""
 
 
+def is_depthwise(model: nn.Module) -> bool:
+    """Whether a module has a 2-d convolution with one channel a group."""
+    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv2d))
+    return any(1 < part.groups == part.in_channels for part in convolutions)
+
+
 class Network:
     """Wraps a `torch.nn.Module` that `torch.export` accepts; the module itself is never changed.
 

@@ -23,7 +23,7 @@ from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, losses, network_batching, rows_per_tile
-from clado.network import Network
+from clado.network import Network, is_depthwise
 from clado.preparation import Prepared, Recipe, calibration_batches, check_calibration, equalized, prepare_layer
 from clado.probes import Plan, Tile, Workload, grown_blocks, sample_blocks
 from clado.quantized import Shelf
@@ -70,7 +70,10 @@ class Session:
         _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
         _refuse_unmatched(config.network.split, [name for name, _ in loaded.model.named_parameters()], "split")
         device = _device(config.cluster.device)
-        layout = torch.channels_last if config.network.channels_last else torch.preserve_format
+        channels_last = config.network.channels_last
+        if channels_last is None:
+            channels_last = device.type == "cpu" and is_depthwise(loaded.model)
+        layout = torch.channels_last if channels_last else torch.preserve_format
         network = Network(
             loaded.model.to(device, memory_format=layout),
             loaded.example_input.to(device),
@@ -79,7 +82,7 @@ class Session:
             graph=config.network.graph,
             numeric=config.network.numeric,
             compile=config.network.compile,
-            channels_last=config.network.channels_last,
+            channels_last=channels_last,
         )
         space = network.search_space(config.bits).restricted(config.layers.bits).tied(config.layers.ties)
         space = space.blocked(config.layers.blocks)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from clado import criteria
 from clado.graph import Graph, State, compile_graph
 from clado.measure import Workbench, measure_tile
-from clado.network import Network
+from clado.network import Network, is_depthwise
 from clado.preparation import Recipe, prepare
 from clado.probes import Plan, Tile
 from clado.quantizers import WeightQuantizer
@@ -77,6 +77,12 @@ class Result:
     sweep: list[tuple[str, float, list[float]]]
 
 
+def noise(batch: int, channels_last: bool) -> Tensor:
+    """Images in the layout that the network is measured in."""
+    images = torch.randn(batch, 3, SIZE, SIZE)
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+
 def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
     """Least CPU seconds of a call, after one to warm up."""
     work()
@@ -89,11 +95,11 @@ def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
 
 
 @torch.inference_mode()
-def operator_seconds(graph: Graph) -> np.ndarray:
+def operator_seconds(graph: Graph, channels_last: bool) -> np.ndarray:
     """Seconds for one image of each instruction, at its best batch size."""
     best = np.full(len(graph.instructions), np.inf)
     for batch in BATCHES:
-        images = torch.randn(batch, 3, SIZE, SIZE)
+        images = noise(batch, channels_last)
         for _ in range(4 if batch <= 128 else 3):
             state = State({graph.input_slot: images}, 0, batch, batch)
             for k in range(len(graph.instructions)):
@@ -104,9 +110,9 @@ def operator_seconds(graph: Graph) -> np.ndarray:
 
 
 @torch.inference_mode()
-def inference_seconds(model: nn.Module) -> float:
+def inference_seconds(model: nn.Module, channels_last: bool) -> float:
     """Seconds for one image of the module itself at its best batch size."""
-    batches = [torch.randn(batch, 3, SIZE, SIZE) for batch in BATCHES]
+    batches = [noise(batch, channels_last) for batch in BATCHES]
     return min(seconds(lambda x=images: model(x)) / len(images) for images in batches)
 
 
@@ -138,7 +144,7 @@ def swapping_seconds(model: nn.Module, bench: Workbench, trials: int = 6) -> flo
     draw, space = random.Random(0), bench.space
     best = np.inf
     for batch in BATCHES:
-        images = torch.randn(batch, 3, SIZE, SIZE)
+        images = noise(batch, bench.network.channels_last)
         begin = time.process_time()
         for _ in range(trials if batch < 128 else 2):
             chosen = draw.sample(range(space.num_options), 2)
@@ -223,8 +229,10 @@ def measure(name: str, folder: Path) -> Result:
     """Everything about one network."""
     torch.manual_seed(0)
     model = NETWORKS[name]().eval()
+    channels_last = is_depthwise(model)  # as `clado run` lays it out
+    model = model.to(memory_format=torch.channels_last) if channels_last else model
     images = torch.randn(MANY, 3, SIZE, SIZE)
-    network = Network(model, images[:1])
+    network = Network(model, images[:1], channels_last=channels_last)
     space = network.search_space(BITS)
 
     def workbench(count: int) -> Workbench:
@@ -237,7 +245,7 @@ def measure(name: str, folder: Path) -> Result:
     plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
     Store.create(folder / f"{name}.zarr", plan, {}, {}, {})
 
-    operators = operator_seconds(graph)
+    operators = operator_seconds(graph, channels_last)
     suffix = [float(operators[cut.position :].sum()) for cut in graph.cuts]
     offsets = space.offsets
     pairs = [(offsets[j + 1] - offsets[j]) * offsets[j] for j in range(space.num_layers)]
@@ -248,7 +256,7 @@ def measure(name: str, folder: Path) -> Result:
         return found | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
 
     floor, suffixes = summed(suffix), summed(suffix_seconds(bench.network))
-    inference = inference_seconds(fused(model))
+    inference = inference_seconds(fused(model), channels_last)
     swapping = swapping_seconds(model, bench)
     sweep = batch_sweep(bench.network)
     per_instruction = loop_seconds(model)
@@ -315,7 +323,8 @@ def report(results: Sequence[Result]) -> str:
         f"Machine: {machine()}.",
         "",
         f"Setting: {SIZE} × {SIZE} pixels, bits {BITS}, all layers, all pairs, a sample block of {IMAGES} images ({MANY} in the "
-        "columns that say so), `kl_to_float`, one worker; a tile as the flow executes it, the checksummed Zarr write included.",
+        "columns that say so), `kl_to_float`, one worker; a tile as the flow executes it, the checksummed Zarr write included. "
+        "mobilenet_v2, which is depthwise, in channels_last, as `clado run` lays it out; the other two as they are.",
         "",
         "| network | layers | pairs | floor s | pairs s | **pairs ÷ floor** (goal 1.25) | pairs ÷ suffix forwards | "
         "GFLOP/s of the floor's operators, whole network | of the module's inference | gain over swapping | whole ÷ suffix | "

@@ -357,6 +357,20 @@ def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_p
     assert float((network.logits(images) - replaced_logits(model, {}, images)).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen", "turned"),
+    [
+        ("mobilenetv2_fashion_mnist", None, True),  # depthwise
+        ("mobilenetv2_fashion_mnist", False, False),
+        ("resnet20_fashion_mnist", None, False),
+    ],
+)
+def test_channels_last_is_the_default_for_depthwise_convolutions_on_a_cpu(name, chosen, turned, tmp_path):
+    settings = {"source": "zoo", "name": name} | ({} if chosen is None else {"channels_last": chosen})
+    document = config(tmp_path / "run", network=settings, cluster={"kind": "inline", "device": "cpu"})
+    assert Session.open(parse_config(document)).float_network.channels_last is turned
+
+
 def test_the_phases_that_the_test_calls_are_the_flows_own():
     """The fixture calls the phases without Prefect: a phase that it forgets would need a server."""
     from flows import pipeline
