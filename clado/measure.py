@@ -18,7 +18,18 @@ from clado import criteria, gradients
 from clado.errors import ConfigurationError
 from clado.network import Network, State
 from clado.preparation import Prepared
-from clado.probes import NUM_VECTORS, OF_PAIRS, Batching, Tile, batching, later_layers, rows_within_memory, sample_blocks
+from clado.probes import (
+    BY_ENTRY,
+    NUM_VECTORS,
+    OF_PAIRS,
+    Batching,
+    Kind,
+    Plan,
+    Tile,
+    batching,
+    rows_within_memory,
+    sample_blocks,
+)
 from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, SearchSpace
 
@@ -67,6 +78,10 @@ class Workbench:
     def space(self) -> SearchSpace:
         """Layers and their candidates."""
         return self.prepared.space
+
+    def plan(self, kinds: tuple[Kind, ...]) -> Plan:
+        """What these kinds of tiles measure."""
+        return Plan(self.space, tuple(self.blocks), kinds, self.space.num_options, self.num_vectors, self.seed)
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> what stands in its place in `network`, for the layers that an assignment quantizes."""
@@ -142,15 +157,21 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
     return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
 
 
-def measure_tile(bench: Workbench, tile: Tile) -> Array:
-    """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of pairs that are none are NaN."""
+def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None) -> Array:
+    """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of pairs that are none are NaN.
+
+    `known` is an earlier measurement of the tile, NaN where there is none: what it has is kept, and not measured. Raises
+    ConfigurationError for kinds whose numbers do not stand alone (`probes.BY_ENTRY`).
+    """
+    if known is not None and tile.kind not in BY_ENTRY:
+        raise ConfigurationError(f"{tile} cannot be measured in part; expected a kind of {', '.join(BY_ENTRY)}")
     if tile.kind in OF_PAIRS:
-        return _pairs(bench, tile)
+        return _pairs(bench, tile, known)
     if tile.kind == "gradients":
         return _gradients(bench, tile)
     if tile.kind == "trace":
         return _trace(bench, tile)
-    return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile)
+    return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile, known)
 
 
 def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Array:
@@ -161,12 +182,15 @@ def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Networ
     return np.concatenate([_numpy(part.criterion(bench.criterion)(network.logits(part.images, chosen))) for part in parts])
 
 
-def _singles(bench: Workbench, tile: Tile) -> Array:
-    sums = np.zeros(1 + bench.space.num_options)
+def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:
+    lacking = bench.plan((tile.kind,)).lacking(tile, known)
+    sums = np.zeros(lacking.shape) if known is None else np.where(lacking, 0.0, known)
+    wanted = np.flatnonzero(lacking[1:]).tolist()
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
-        sums[0] += _numpy(criterion(part.float_logits)).sum()
-        for rows, logits in _finished_rows(bench, part):
+        if lacking[0]:
+            sums[0] += _numpy(criterion(part.float_logits)).sum()
+        for rows, logits in _finished_rows(bench, part, wanted):
             sums[[1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
     return sums
 
@@ -187,7 +211,7 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
         p = reference.softmax(-1)
         slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
         rooted = torch.empty((k, reference.numel()), dtype=torch.float64, device=device)
-        for rows, logits in _finished_rows(bench, part):
+        for rows, logits in _finished_rows(bench, part, range(k)):
             sums[0, [1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
             u = logits.double().sub_(reference)
             where = torch.tensor(rows, device=device)
@@ -200,34 +224,43 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
     return sums
 
 
-def _pairs(bench: Workbench, tile: Tile) -> Array:
-    space, network = bench.space, bench.network
-    rows = range(tile.first, tile.stop)
-    later = {row: later_layers(space, tile.kind, space.options[row].layer) for row in rows}
-    sums = np.full((len(rows), space.num_options), np.nan)
-    for row, layers in later.items():
-        for layer in layers:
-            sums[row - tile.first, space.offsets[layer] : space.offsets[layer + 1]] = 0.0
+def _pairs(bench: Workbench, tile: Tile, known: Array | None) -> Array:
+    space, network, plan = bench.space, bench.network, bench.plan((tile.kind,))
+    lacking = plan.lacking(tile, known)
+    sums = np.where(lacking, 0.0, np.nan if known is None else known)
+    asked = [row for row in range(tile.first, tile.stop) if lacking[row - tile.first].any()]
+    # rows of which nothing is known lack more columns than the others, so that they travel in stacks of their own
+    fresh = [np.array_equal(row, whole) for row, whole in zip(lacking, plan.lacking(tile), strict=True)]
     groups = space.blocks if tile.kind == "block_pairs" else (tuple(range(space.num_layers)),)
     for part in bench.passes(tile.block):
-        criterion = part.criterion(bench.criterion)
         float_state = network.begin(part.images)
         for group in groups:
-            own = [row for row in rows if space.options[row].layer in group and later[row]]
-            if not own:
+            rows = [row for row in asked if space.options[row].layer in group]
+            if not rows:
                 continue
             # blocks are in order of their first layer, so that one float run serves them all
-            float_state = network.advance(float_state, space.options[own[0]].layer)
-            for layer, stacks in _sweep(bench, part, own, float_state, group[-1]):
-                if layer not in group:
-                    continue
-                for stack in stacks:
-                    where = [row - tile.first for row in stack.rows]
-                    for option in range(space.offsets[layer], space.offsets[layer + 1]):
-                        logits = network.finish(stack.state, {layer: bench.quantized[option]})
-                        loss = criterion(logits.reshape(len(stack.rows), *part.float_logits.shape))
-                        sums[where, option] += _numpy(loss).sum(1)
+            float_state = network.advance(float_state, space.options[rows[0]].layer)
+            for alike in (True, False):
+                if own := [row for row in rows if fresh[row - tile.first] == alike]:
+                    _add_pairs(bench, part, own, float_state, lacking, sums, tile.first)
     return sums
+
+
+def _add_pairs(
+    bench: Workbench, part: Pass, rows: Sequence[int], float_state: State, lacking: NDArray[np.bool_], sums: Array, first: int
+) -> None:
+    """Adds the losses of one pass to `sums` (rows of the tile, K), which begin with row `first`, where they are lacking."""
+    space = bench.space
+    criterion = part.criterion(bench.criterion)
+    columns = np.flatnonzero(lacking[[row - first for row in rows]].any(axis=0)).tolist()
+    for layer, stacks in _sweep(bench, part, rows, float_state, space.options[columns[-1]].layer):
+        for stack in stacks:
+            where = np.array(stack.rows) - first
+            for option in (k for k in columns if space.options[k].layer == layer):
+                logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
+                loss = _numpy(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape))).sum(1)
+                taken = lacking[where, option]
+                sums[where[taken], option] += loss[taken]
 
 
 def _gradients(bench: Workbench, tile: Tile) -> Array:
@@ -258,9 +291,11 @@ def _random(bench: Workbench, tile: Tile) -> np.random.Generator:
     return np.random.default_rng([bench.seed, tile.block])
 
 
-def _finished_rows(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tensor]]:
-    """(rows, logits (rows, n, classes)) of every option alone, stack by stack."""
-    rows, begin = range(bench.space.num_options), bench.network.begin(part.images)
+def _finished_rows(bench: Workbench, part: Pass, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """(rows, logits (rows, n, classes)) of these options alone, stack by stack."""
+    if not rows:
+        return
+    begin = bench.network.begin(part.images)
     for _, stacks in _sweep(bench, part, rows, begin, bench.space.num_layers):
         for stack in stacks:
             logits = bench.network.graph.output(stack.state)

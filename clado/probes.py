@@ -16,13 +16,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
+Array = NDArray[np.float64]
 Kind = Literal["singles", "pairs", "gram", "block_pairs", "gradients", "trace"]
 KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram", "block_pairs", "gradients", "trace")
 OF_PAIRS: tuple[Kind, ...] = ("pairs", "block_pairs")
 OF_GRADIENTS: tuple[Kind, ...] = ("gradients", "trace")
+# kinds whose every number stands alone, so that those of a narrower space serve a wider one
+BY_ENTRY: tuple[Kind, ...] = ("singles", "pairs", "block_pairs")
 MIN_BATCH, MAX_BATCH = 8, 512
 NUM_VECTORS = 8  # of Hutchinson's estimate, in each sample block
 
@@ -107,18 +113,23 @@ class Plan:
             return {"seed": self.seed}
         return {"seed": self.seed, "num_vectors": self.num_vectors} if kind == "trace" else {}
 
-    def evaluations(self, tile: Tile) -> int:
-        """Probes that a tile measures on its sample block (a forward of the float network counts as one)."""
+    def lacking(self, tile: Tile, known: Array | None = None) -> NDArray[np.bool_]:
+        """True for each probe of a tile of `BY_ENTRY` that is not `known` (NaN there): (1 + K,), the float network's first, or
+        (rows, K)."""
+        rows = range(tile.first, tile.stop) if tile.kind in OF_PAIRS else ()
+        wanted: NDArray[np.bool_] = np.zeros((len(rows), self.space.num_options), dtype=bool)
+        for row in rows:
+            for j in later_layers(self.space, tile.kind, self.space.options[row].layer):
+                wanted[row - tile.first, self.space.offsets[j] : self.space.offsets[j + 1]] = True
+        if tile.kind not in OF_PAIRS:
+            wanted = np.ones(1 + self.space.num_options, dtype=bool)
+        return wanted if known is None else wanted & np.isnan(known)
+
+    def evaluations(self, tile: Tile, known: Array | None = None) -> int:
+        """Probes that a tile measures on its sample block beside those `known`; a forward of the float network counts as one."""
         if tile.kind in OF_GRADIENTS:
             return 1
-        if tile.kind not in OF_PAIRS:
-            return 1 + self.space.num_options
-        offsets = self.space.offsets
-        return sum(
-            offsets[j + 1] - offsets[j]
-            for row in range(tile.first, tile.stop)
-            for j in later_layers(self.space, tile.kind, self.space.options[row].layer)
-        )
+        return int(self.lacking(tile, known).sum()) if tile.kind in BY_ENTRY else 1 + self.space.num_options
 
     def forward_images(self, tiles: Iterable[Tile]) -> int:
         """Σ over tiles of probes × images: what whole forwards would push through the network."""
@@ -137,28 +148,27 @@ class Plan:
         start, stop = self.blocks[block]
         return stop - start
 
-    def macs(self, tile: Tile, workload: Workload) -> int:
-        """Multiply-accumulates that suffix execution of a tile needs, its stored prefixes included."""
+    def macs(self, tile: Tile, workload: Workload, known: Array | None = None) -> int:
+        """Multiply-accumulates that suffix execution of a tile needs beside what is `known`, its stored prefixes included."""
         if tile.kind in OF_GRADIENTS:
             # a backward pass multiplies twice as much as a forward pass, one through both of them twice as much again
             passes = 1 + (2 if tile.kind == "gradients" else 2 + 4 * self.num_vectors)
             return passes * workload.macs * self.block_images(tile.block)
-        offsets, num_layers = self.space.offsets, self.space.num_layers
         suffix = (*workload.suffix_macs, 0)
+        behind = np.array([suffix[option.layer] for option in self.space.options], dtype=object)  # integers of any size
         if tile.kind not in OF_PAIRS:
-            per_image = workload.macs + sum(suffix[option.layer] for option in self.space.options)
-            return per_image * self.block_images(tile.block)
-        per_image = 0
-        later = [later_layers(self.space, tile.kind, option.layer) for option in self.space.options[tile.first : tile.stop]]
-        for row, layers in enumerate(later, tile.first):
-            layer = self.space.options[row].layer
-            if layers:
-                per_image += suffix[layer] - suffix[layers[-1]]  # the stored prefix, carried to the last cut
-            per_image += sum((offsets[j + 1] - offsets[j]) * suffix[j] for j in layers)
-        reached = [row for row, layers in enumerate(later, tile.first) if layers or tile.kind == "pairs"]
-        if reached:  # the float run as far as the last row's layer
-            per_image += workload.macs - suffix[min(self.space.options[reached[-1]].layer + 1, num_layers)]
-        return per_image * self.block_images(tile.block)
+            alone = self.lacking(tile, known)[1:] if tile.kind in BY_ENTRY else np.ones(self.space.num_options, dtype=bool)
+            return int(workload.macs + behind[alone].sum()) * self.block_images(tile.block)
+        per_image, lacking = 0, self.lacking(tile, known)
+        for row, wanted in enumerate(lacking, tile.first):
+            if wanted.any():
+                columns = np.flatnonzero(wanted)
+                per_image += behind[row] - behind[columns[-1]]  # the stored prefix, carried to the last cut
+                per_image += behind[columns].sum()
+        reached = np.flatnonzero(lacking.any(axis=1)) if known is not None or tile.kind != "pairs" else range(len(lacking))
+        if len(reached):  # the float run as far as the last row's layer
+            per_image += workload.macs - suffix[self.space.options[tile.first + int(reached[-1])].layer + 1]
+        return int(per_image) * self.block_images(tile.block)
 
     def stored_bytes(self) -> int:
         """Bytes of all chunks before compression."""

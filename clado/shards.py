@@ -13,6 +13,10 @@ holds one cell per tile, written after the tile: a tile of NaNs is not a missing
 A kind whose numbers depend on more than the identity keeps that as the attribute `terms` of its group; under other terms its
 tiles count as missing.
 
+More sample blocks lengthen the arrays. More options (a bit-width, a layer) make them wider, chunks and all: the kinds are written
+anew below `wider-1/`, `wider-2/`, … with what is known in its place, and the attribute `at` says where they are now. A tile that
+is known in part has 2 in `done`, and NaN where it is to be measured.
+
 A store is a folder, or a prefix of a bucket named by URL (s3://BUCKET/PREFIX): Zarr's own store on obstore, which takes keys and
 the endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP).
 """
@@ -20,7 +24,9 @@ the endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +39,8 @@ from zarr.core.sync import sync
 
 from clado.config import fingerprint, redact
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
-from clado.probes import KINDS, OF_PAIRS, Kind, Plan, Tile
+from clado.probes import BY_ENTRY, KINDS, OF_PAIRS, Kind, Plan, Tile
+from clado.space import Layer, SearchSpace
 
 FORMAT = "clado-store/1"
 NAMES: dict[Kind, tuple[str, ...]] = {
@@ -46,6 +53,7 @@ NAMES: dict[Kind, tuple[str, ...]] = {
 }
 Array = NDArray[np.float64]
 DTYPES: dict[str, np.dtype[Any]] = {"sums": np.dtype("f8"), "done": np.dtype("u1")}
+DONE, IN_PART = 1, 2
 RESTORE = "restore the store from a copy"
 
 
@@ -55,6 +63,8 @@ class Store:
     def __init__(self, path: Path | str, group: zarr.Group) -> None:
         self.path = path
         self.group = group
+        at = group.attrs.get("at", "")
+        self._kinds = _subgroup(path, group, str(at)) if at else group  # where the kinds are
         self._arrays: dict[str, zarr.Array[Any]] = {}  # opened: to open one takes as long as to write a chunk
 
     @classmethod
@@ -125,6 +135,67 @@ class Store:
         _write_counts(self.group, plan)
         self.group.attrs["coverage"] = dict(coverage)
 
+    def widen(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
+        """Makes room for the options that the plan has beside this store's, its sample blocks being those of the store. What is
+        known of singles and pairs is carried over, entry by entry; of other kinds a tile is measured anew.
+
+        The attributes are written last and at once: a process that dies before leaves the store as it was, and widening again
+        is harmless.
+        """
+        old = str(self.group.attrs.get("at", ""))
+        at = f"wider-{int(old.rpartition('-')[2] or 0) + 1}"
+        wider = Store(self.path, self.group)
+        wider._kinds = self.group.create_group(at, overwrite=True)
+        for kind in KINDS:
+            _create_kind(wider._kinds, plan, kind)
+        for tile in replace(plan, kinds=BY_ENTRY).tiles:
+            if (known := self.known(plan, tile)) is not None:
+                wider._put(tile, known, IN_PART if plan.lacking(tile, known).any() else DONE)
+        self.group.attrs.update(coverage=dict(coverage), rows_per_tile=plan.rows_per_tile, at=at)
+        left = [old] if old else [kind for kind in KINDS if kind in self.group]
+        for name in left:
+            del self.group[name]
+        self._kinds = wider._kinds
+        self._arrays.clear()
+        self.__dict__.pop("space")
+
+    def known(self, plan: Plan, tile: Tile) -> Array | None:
+        """What is held of a tile that is not done: NaN where it is not measured; None where there is nothing, or nothing that can
+        be read. The plan may have more options than this store."""
+        if tile.kind not in BY_ENTRY or tile.block >= len(self.counts):
+            return None
+        if plan.space.layers == self.space.layers and plan.space.options == self.space.options:
+            return self._read_marked(tile, {IN_PART}) if self.group.attrs.get("at") else None
+        places = self.space.places_in(plan.space)
+        if places is None or not self._is_there(tile.kind):
+            return None
+        narrow = replace(plan, space=self.space, kinds=(tile.kind,), rows_per_tile=self.rows_per_tile)
+        wide, columns = np.full(plan.shape(tile.kind), np.nan), np.array(places)
+        for held in narrow.tiles:
+            if held.block == tile.block and (sums := self._read_marked(held, {DONE, IN_PART})) is not None:
+                if tile.kind in OF_PAIRS:
+                    wide[np.ix_(columns[held.first : held.stop], columns)] = sums
+                else:
+                    wide[[0, *(1 + columns)]] = sums
+        if tile.kind in OF_PAIRS:
+            wide = wide[tile.first : tile.stop]
+        return None if np.isnan(wide).all() else wide
+
+    def _read_marked(self, tile: Tile, marks: set[int]) -> Array | None:
+        """The sums of a tile with one of these marks in `done`, None where it has another or cannot be read."""
+        with suppress(Exception):  # as `_marks` does: a mark that cannot be read is none
+            if int(np.asarray(self._array(f"{tile.kind}/done")[tile.block, tile.number])) in marks:
+                return self.read(tile)
+        return None
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """Layers and candidates that were measured; ties and blocks are the configuration's."""
+        coverage = self.coverage
+        layers = tuple(Layer(**{**row, "shape": tuple(row["shape"])}) for row in coverage["layers"])
+        found = SearchSpace(layers, tuple(tuple(bits) for bits in coverage["bits"]))
+        return found.with_activations(coverage.get("activation_bits", ()))
+
     def provenance_differences(self, provenance: Mapping[str, Any]) -> list[str]:
         """How code, libraries and device differ from those that began the store: a warning, not an error."""
         return differences(self._attribute("provenance"), provenance)
@@ -162,7 +233,7 @@ class Store:
         """Makes room for the plan's kinds: those that the store has not, or holds under other terms, begin empty."""
         for kind in plan.kinds:
             if not self._holds(plan, kind):
-                _create_kind(self.group, plan, kind)
+                _create_kind(self._kinds, plan, kind)
                 self._arrays.clear()
 
     def _holds(self, plan: Plan, kind: Kind) -> bool:
@@ -175,8 +246,8 @@ class Store:
             found, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
             if found != expected or array.shape[0] < shape[0]:
                 raise StoreError(
-                    f"{self.path}/{kind}/{part} is damaged: it is {array.shape} in chunks of {array.chunks}, {array.dtype}, "
-                    f"expected {shape} in chunks of {chunks}, {DTYPES[part]}; {_remedy(self.path, kind)}"
+                    f"{self._where_kinds(f'{kind}/{part}')} is damaged: it is {array.shape} in chunks of {array.chunks}, "
+                    f"{array.dtype}, expected {shape} in chunks of {chunks}, {DTYPES[part]}; {self._remedy(kind)}"
                 )
         return True
 
@@ -185,21 +256,28 @@ class Store:
         return all(self._opened(name) is not None for name in (kind, f"{kind}/sums", f"{kind}/done"))
 
     def _opened(self, name: str) -> Any:
-        """A group or an array, None where there is none; StoreError where what describes it cannot be read."""
+        """A group or an array of the kinds, None where there is none; StoreError where what describes it cannot be read."""
         try:
-            return self.group[name]
+            return self._kinds[name]
         except KeyError:
             return None
         except Exception as error:  # whatever damaged metadata leads to
-            raise StoreError(
-                f"{self.path}/{name}/zarr.json is damaged ({type(error).__name__}: {error}); {_remedy(self.path, name)}"
-            ) from error
+            where = self._where_kinds(name)
+            raise StoreError(f"{where}/zarr.json is damaged ({type(error).__name__}: {error}); {self._remedy(name)}") from error
+
+    def _where_kinds(self, name: str) -> str:
+        """Path of a group or an array of the kinds, for messages."""
+        return "/".join(filter(None, (str(self.path), self._kinds.path, name)))
+
+    def _remedy(self, name: str) -> str:
+        kind = self._where_kinds(name.partition("/")[0])
+        return f"{RESTORE}, or delete {kind}: that kind of tiles is then measured again"
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             found = self._opened(name)
             if not isinstance(found, zarr.Array):
-                raise StoreError(f"{self.path}/{name} is gone; run `clado run` again to measure what it held")
+                raise StoreError(f"{self._where_kinds(name)} is gone; run `clado run` again to measure what it held")
             # not kept in the store, and a tile of NaNs must be written
             self._arrays[name] = found.with_config({"write_empty_chunks": True})
         return self._arrays[name]
@@ -209,9 +287,12 @@ class Store:
 
     def write(self, tile: Tile, sums: Array) -> None:
         """Writes one tile whole, then marks it done; StoreError where the disk takes neither."""
+        self._put(tile, sums, DONE)
+
+    def _put(self, tile: Tile, sums: Array, mark: int) -> None:
         try:
             self._array(f"{tile.kind}/sums")[self._where(tile)] = sums
-            self._array(f"{tile.kind}/done")[tile.block, tile.number] = 1
+            self._array(f"{tile.kind}/done")[tile.block, tile.number] = mark
         except OSError as error:
             raise StoreError(
                 f"{tile} could not be written to {self.path} ({error.strerror or error}); expected a disk with room that may be "
@@ -235,12 +316,12 @@ class Store:
             if tile.kind in OF_PAIRS
             else [tile.block] + [0] * (self._array(f"{tile.kind}/sums").ndim - 1)
         )
-        return "/".join([tile.kind, "sums", "c", *map(str, key)])
+        return "/".join([*filter(None, [self._kinds.path]), tile.kind, "sums", "c", *map(str, key)])
 
     def missing(self, plan: Plan) -> list[Tile]:
         """Tiles of the plan that are not done, in the plan's order; a mark that cannot be read is none."""
         done = {kind: self._marks(kind) for kind in plan.kinds if self._holds(plan, kind)}
-        return [tile for tile in plan.tiles if tile.kind not in done or not done[tile.kind][tile.block, tile.number]]
+        return [tile for tile in plan.tiles if tile.kind not in done or done[tile.kind][tile.block, tile.number] != DONE]
 
     def _marks(self, kind: Kind) -> NDArray[np.uint8]:
         array = self._array(f"{kind}/done")
@@ -340,8 +421,15 @@ def _write_counts(group: zarr.Group, plan: Plan) -> None:
     group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=True)
 
 
-def _remedy(path: Path | str, name: str) -> str:
-    return f"{RESTORE}, or delete {path}/{name.partition('/')[0]}: that kind of tiles is then measured again"
+def _subgroup(path: Path | str, group: zarr.Group, at: str) -> zarr.Group:
+    """The group below which the kinds are; StoreError where it is gone."""
+    try:
+        found = group[at]
+    except Exception as error:  # whatever damaged metadata leads to
+        raise StoreError(f"{path}/{at} is gone or damaged ({type(error).__name__}: {error}); {RESTORE}") from error
+    if not isinstance(found, zarr.Group):
+        raise StoreError(f"{path}/{at} is no group; {RESTORE}")
+    return found
 
 
 def exists(path: Path | str) -> bool:

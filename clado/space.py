@@ -280,6 +280,20 @@ class SearchSpace:
         place = self.bit_widths[layer].index(bits) * len(self.activation_widths) + self.activation_widths.index(width)
         return self.offsets[layer] + place
 
+    def places_in(self, wider: "SearchSpace") -> tuple[int, ...] | None:
+        """The number of each option in a space that has all of them and more; None where it lacks one, or has a layer of
+        another shape, or layers in another order."""
+        places = []
+        for i, layer in enumerate(self.layers):
+            if layer not in wider.layers:
+                return None
+            found = wider.candidates(there := wider.layers.index(layer))
+            for candidate in self.candidates(i):
+                if candidate not in found:
+                    return None
+                places.append(wider.offsets[there] + found.index(candidate))
+        return tuple(places) if places == sorted(places) else None
+
     def label(self, option: int) -> str:
         """Layer and bits of an option, for messages and axes."""
         layer, bits, activation_bits = self.options[option]

@@ -26,11 +26,11 @@ def measure(run: Run) -> None:
     if drift and len(todo) < len(plan.tiles):
         run.notes.append("the store was begun with other versions or on another device: " + "; ".join(drift))
     evaluations: dict[str, int] = {}
-    total = sum(plan.macs(tile, session.workload) for tile in todo)
-    with progress("measuring", total) as advance:
+    cost = {tile: plan.macs(tile, session.workload, store.known(plan, tile)) for tile in todo}
+    with progress("measuring", sum(cost.values())) as advance:
         for receipt in run.workers.map(worker.run_tile, session.config, todo):
             evaluations[receipt.tile.kind] = evaluations.get(receipt.tile.kind, 0) + receipt.evaluations
-            advance(plan.macs(receipt.tile, session.workload))
+            advance(cost[receipt.tile])
     run.measuring = Measuring(len(todo), len(plan.tiles), evaluations)
 
 

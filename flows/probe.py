@@ -64,8 +64,7 @@ def probe(session: Session, own_start: float) -> Eta:
         # of the two warm-ups the second counts: the first loads images and compiles kernels
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
-    todo = set(session.store_todo())
-    measuring = sum(plan.macs(tile, work) for tile in todo) * rate / workers
+    measuring = sum(plan.macs(tile, work, known) for tile, known in session.store_todo().items()) * rate / workers
     networks = _num_networks(session)
     variants = 2 if session.config.corrections else 1
     validation = variants * networks * len(session.slices.validation)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import clado
@@ -18,14 +19,14 @@ from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import RunConfig, fingerprint
 from clado.constraints import Constraint, size
 from clado.corrections import at_stage
-from clado.errors import ConfigurationError, DataError
+from clado.errors import ConfigurationError, DataError, IdentityMismatch
 from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, losses, network_batching, rows_per_tile
 from clado.network import Network, is_depthwise
-from clado.preparation import Prepared, Recipe, calibration_batches, check_calibration, equalized, prepare_layer
-from clado.probes import Plan, Tile, Workload, grown_blocks, sample_blocks
+from clado.preparation import Prepared, Recipe, calibration_batches, check_calibration, equalized, names_of, prepare_layer
+from clado.probes import BY_ENTRY, Plan, Tile, Workload, grown_blocks, sample_blocks
 from clado.quantized import Shelf
 from clado.quantizers import QuantizedLayer, WeightQuantizer
 from clado.records import IMAGENET_VALIDATION_IMAGES
@@ -142,7 +143,7 @@ class Session:
             return found
         check_budgets(self.space, self.budgets, self.limits)
         if exists(self.store_path):
-            self.extends(Store.open(self.store_path))
+            self.additions(Store.open(self.store_path))
         return []
 
     @property
@@ -299,8 +300,9 @@ class Session:
     def plan(self) -> Plan:
         """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
         kinds = estimators.kinds_of(self.config.estimators)
-        if exists(self.store_path):
-            rows = Store.open(self.store_path).rows_per_tile
+        store = Store.open(self.store_path) if exists(self.store_path) else None
+        if store is not None and store.space.options == self.space.options:
+            rows = store.rows_per_tile
         else:
             widest = max(stop - start for start, stop in self.blocks)
             measuring = self.config.measure
@@ -311,9 +313,15 @@ class Session:
         drawn = self.config.gradients
         return Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed)
 
-    def store_todo(self) -> list[Tile]:
-        """Tiles that are not measured yet."""
-        return Store.open(self.store_path).missing(self.plan) if exists(self.store_path) else list(self.plan.tiles)
+    def store_todo(self) -> dict[Tile, NDArray[np.float64] | None]:
+        """Tiles that are not measured yet, and what is known of them."""
+        if not exists(self.store_path):
+            return dict.fromkeys(self.plan.tiles)
+        store = Store.open(self.store_path)
+        held = {tile: store.known(self.plan, tile) for tile in self.plan.tiles}
+        if store.space.options == self.space.options:
+            return {tile: held[tile] for tile in store.missing(self.plan)}
+        return {t: known for t, known in held.items() if t.kind not in BY_ENTRY or self.plan.lacking(t, known).any()}
 
     @property
     def configured_limit(self) -> int | None:
@@ -401,13 +409,17 @@ class Session:
         }
 
     def open_store(self) -> Store:
-        """The run's store, made where there is none and grown where images were added; IdentityMismatch where it holds other
-        numbers."""
+        """The run's store, made where there is none and grown where images, bit-widths or layers were added; IdentityMismatch
+        where it holds other numbers."""
         if not exists(self.store_path):
             return Store.create(self.store_path, self.plan, self.identity, self.coverage, self.provenance)
-        store = Store.open(self.store_path)
-        if self.extends(store):
-            store.grow(self.plan, self.coverage)
+        store, plan, coverage = Store.open(self.store_path), self.plan, self.coverage
+        images, options = self.additions(store)
+        if options:
+            old = {key: store.coverage[key] for key in ("sensitivity_set", "blocks")}
+            store.widen(replace(plan, blocks=tuple((a, b) for a, b in old["blocks"])), {**coverage, **old})
+        if images:
+            store.grow(plan, coverage)
         return store
 
     @cached_property
@@ -415,17 +427,27 @@ class Session:
         """The run's store as a worker keeps it open, to write tiles one after another."""
         return Store.open(self.store_path)
 
-    def extends(self, store: Store) -> bool:
-        """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
-        old, mine = store.coverage, self.coverage
+    def additions(self, store: Store) -> tuple[bool, bool]:
+        """Whether this run adds (images, options) to those of a store; IdentityMismatch where anything else differs. Writes
+        nothing."""
+        old, mine = store.coverage, dict(self.coverage)
         kept = len(old["blocks"])
-        grows = len(mine["blocks"]) > kept and mine["blocks"][:kept] == old["blocks"]
-        if grows and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]:
-            mine = {**mine, "blocks": old["blocks"], "sensitivity_set": old["sensitivity_set"]}
-        else:
-            grows = False
+        images = len(mine["blocks"]) > kept and mine["blocks"][:kept] == old["blocks"]
+        images = images and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]
+        if images:
+            mine |= {"blocks": old["blocks"], "sensitivity_set": old["sensitivity_set"]}
+        narrow = store.space
+        options = narrow.options != self.space.options and narrow.places_in(self.space) is not None
+        if options:
+            mine |= {key: old[key] for key in ("layers", "bits", "activation_bits") if key in old}
         store.check(self.identity, mine)
-        return grows
+        if options and narrow.layers != self.space.layers and (changing := at_stage(self.config.corrections, "network")):
+            raise IdentityMismatch(
+                f"{self.store_path} was measured without {', '.join(sorted({*self.space.names} - {*narrow.names}))}, and "
+                f"{names_of([module.__name__.rpartition('.')[2] for module in changing])} changes the other layers together with "
+                "these, so that its numbers mean something else now; expected the old layers, or another folder for this run"
+            )
+        return images, options
 
     def _first_images(self, count: int) -> str:
         """Hash of the sensitivity set that the same settings draw with fewer images."""

@@ -17,7 +17,7 @@ from clado.probes import Plan
 from clado.program import Solution
 from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Result, RunRecord, markdown_table, percent, write_text
 from clado.shards import Store
-from clado.space import Assignment, Layer, SearchSpace
+from clado.space import Assignment
 from flows.export import file_name
 from flows.session import EVALUATION_SHARD, Session, limits_of
 
@@ -35,11 +35,8 @@ class StoredRun:
         """Reads a run's folder; StoreError where it holds no complete measurement."""
         config = load_run_config(folder)
         store = Store.open(config.store or folder / "store.zarr")
-        coverage = store.coverage
-        layers = [Layer(**{**row, "shape": tuple(row["shape"])}) for row in coverage["layers"]]
-        space = SearchSpace(tuple(layers), tuple(tuple(bits) for bits in coverage["bits"])).tied(config.layers.ties)
-        space = space.blocked(config.layers.blocks).with_activations(coverage.get("activation_bits", ()))
-        blocks = tuple((start, stop) for start, stop in coverage["blocks"])
+        space = store.space.tied(config.layers.ties).blocked(config.layers.blocks)
+        blocks = tuple((start, stop) for start, stop in store.coverage["blocks"])
         kinds, drawn = estimators.kinds_of(config.estimators), config.gradients
         plan = Plan(space, blocks, kinds, store.rows_per_tile, drawn.vectors, drawn.seed)
         return cls(folder, config, Measured(space, config.criterion, store.counts, store.gather(plan)))
@@ -146,6 +143,8 @@ def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
         return []
     budgets = {budget.name: budget for budget in session.budgets}
     record = RunRecord.load(stored.folder / "record.json")
+    if record.layer_names != session.space.names:  # of before a layer was added, and not written anew since
+        return []
     rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
     proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
     known = {(p.budget.name, p.assignment) for p in proposals}

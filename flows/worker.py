@@ -54,8 +54,9 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     """Measures one tile and writes its chunk."""
     session = open_session(document)
     begin = time.perf_counter()
-    session.store.write(tile, measure_tile(session.bench, tile))
-    return Receipt(tile, session.plan.evaluations(tile), time.perf_counter() - begin)
+    known = session.store.known(session.plan, tile)
+    session.store.write(tile, measure_tile(session.bench, tile, known))
+    return Receipt(tile, session.plan.evaluations(tile, known), time.perf_counter() - begin)
 
 
 def prepare_layer(document: dict[str, Any], item: tuple[bool, int]) -> tuple[bool, int]:

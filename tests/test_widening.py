@@ -1,0 +1,228 @@
+"""A store widens: a further bit-width or layer measures its own probes and nothing else, and the numbers are those of one go."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clado.config import parse_config
+from clado.errors import ConfigurationError, IdentityMismatch
+from clado.measure import measure_tile
+from clado.network import Network
+from clado.shards import Store
+from flows import worker
+from flows.session import Session
+from tests.test_growing import files
+
+LATE = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]  # three layers are left
+FIRST = {"network": {"fixed": LATE}, "bits": [2, 8]}
+MORE_BITS = {"bits": [2, 4, 8]}
+ADDITIONS = {
+    "a bit-width in the middle": MORE_BITS,
+    "bit-widths at both ends": {"bits": [2, 8, 16], "layers": {"bits": {"fc.weight": [1, 2, 8]}}},
+    "a bit-width of one layer": {"layers": {"bits": {"layer3.2.conv2.weight": [2, 3, 8]}}},
+    "layers in front and between": {"network": {"fixed": ["conv1.weight", "layer1.*", "layer2.*", "layer3.0.*"]}},
+    "a bit-width and layers": {**MORE_BITS, "network": {"fixed": ["conv1.weight", "layer1.*", "layer2.*", "layer3.0.*"]}},
+    "a bit-width and images": {**MORE_BITS, "data": {"sensitivity_images": 24}},
+    "an activation width": {"activations": {"bits": [4, 8]}},
+}
+
+
+def settings(folder: Path, **changed) -> dict:
+    data = {"sensitivity_images": 16, "sample_blocks": 2, "calibration_images": 8, "validation_images": 20}
+    network = {"name": "resnet20_fashion_mnist", "graph": False}
+    return {
+        "corrections": [],
+        "cluster": {"kind": "inline"},
+        "estimators": ["pairwise", "blockwise"],
+        "budgets": {"average_bits": [8]},
+        "folder": str(folder),
+        **{key: value for key, value in {**FIRST, **changed}.items() if key not in ("data", "network")},
+        "data": {**data, **changed.get("data", {})},
+        "network": {**network, **FIRST["network"], **changed.get("network", {})},
+    }
+
+
+def session_of(folder: Path, **changed) -> Session:
+    Session.open.cache_clear()
+    return Session.open(parse_config(settings(folder, **changed)))
+
+
+def measure(session: Session) -> int:
+    """Measures what the store lacks, as workers do; returns how many probes (forwards of a sample block) that took."""
+    store, document = session.open_store(), session.config.model_dump(mode="json")
+    return sum(worker.run_tile(document, tile).evaluations for tile in store.missing(session.plan))
+
+
+def work(session: Session) -> int:
+    """Probes of a whole measurement."""
+    return sum(session.plan.evaluations(tile) for tile in session.plan.tiles)
+
+
+def gathered(session: Session) -> dict[str, np.ndarray]:
+    return Store.open(session.store_path).gather(session.plan)
+
+
+class CountedProbes:
+    """Runs of the network with two layers quantized, in sample blocks."""
+
+    def __init__(self, monkeypatch):
+        self.count, finish = 0, Network.finish
+
+        def counted(network, state, quantized):
+            logits = finish(network, state, quantized)
+            if quantized:  # else the float run of a block
+                self.count += len(logits) // 8  # images of a block
+            return logits
+
+        monkeypatch.setattr(Network, "finish", counted)
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert set(found) == set(expected)
+    for kind, sums in expected.items():
+        assert np.isfinite(sums).any()
+        np.testing.assert_allclose(found[kind], sums, rtol=1e-5, atol=1e-5, err_msg=kind)
+
+
+@pytest.mark.parametrize("first", ["pairwise", "blockwise"])
+@pytest.mark.parametrize("addition", ADDITIONS)
+def test_a_wider_store_has_the_numbers_of_one_go_for_the_work_that_is_new_and_keeps_the_old_bit_for_bit(
+    tmp_path, monkeypatch, addition, first
+):
+    base = {"estimators": [first], **({"activations": {"bits": [8]}} if "activation" in addition else {})}
+    narrow = session_of(tmp_path / "grown", **base)
+    assert measure(narrow) == work(narrow)
+    before = gathered(narrow)
+    wide = session_of(tmp_path / "grown", **{**base, **ADDITIONS[addition]})
+    wide.check()
+    places = np.array(narrow.space.places_in(wide.space))
+    assert len(places) == narrow.space.num_options < wide.space.num_options
+    predicted = sum(wide.plan.evaluations(tile, known) for tile, known in wide.store_todo().items())
+    probes = CountedProbes(monkeypatch)
+    assert measure(wide) == predicted == work(wide) - work(narrow)
+    after = gathered(wide)
+    blocks, kind = len(narrow.plan.blocks), narrow.plan.kinds[-1]
+    assert probes.count == (np.isfinite(after[kind]).sum() - np.isfinite(before[kind]).sum())
+    assert after["singles"][:blocks, [0, *(1 + places)]].tobytes() == before["singles"].tobytes()
+    known = np.isfinite(before[kind])
+    assert np.array_equal(after[kind][:blocks][:, places[:, None], places][known], before[kind][known])
+    assert measure(session_of(tmp_path / "grown", **{**base, **ADDITIONS[addition]})) == 0
+    data = {**ADDITIONS[addition].get("data", {}), "sample_blocks": len(wide.blocks)}
+    once = session_of(tmp_path / "once", **{**base, **ADDITIONS[addition], "data": data})
+    assert measure(once) == work(wide)
+    assert_same(after, gathered(once))
+
+
+def test_widening_again_before_the_first_is_measured_keeps_whatever_is_known(tmp_path):
+    narrow = session_of(tmp_path / "run")
+    measure(narrow)
+    wide = session_of(tmp_path / "run", **MORE_BITS)
+    tiles = wide.open_store().missing(wide.plan)
+    document = wide.config.model_dump(mode="json")
+    spent = sum(worker.run_tile(document, tile).evaluations for tile in tiles[::2])
+    assert 0 < spent < work(wide) - work(narrow)
+    widest = session_of(tmp_path / "run", bits=[2, 4, 6, 8])
+    assert spent + measure(widest) == work(widest) - work(narrow)
+    once = session_of(tmp_path / "once", bits=[2, 4, 6, 8])
+    measure(once)
+    assert_same(gathered(widest), gathered(once))
+    assert {part.name for part in widest.store_path.iterdir() if part.is_dir()} == {"wider-2", "counts"}
+
+
+def test_a_carried_chunk_that_is_damaged_is_measured_whole(tmp_path):
+    measure(session_of(tmp_path / "run"))
+    wide = session_of(tmp_path / "run", **MORE_BITS)
+    store = wide.open_store()
+    (tile,) = (tile for tile in store.missing(wide.plan) if tile.kind == "pairs" and tile.block == 1)
+    chunk = store.path / "wider-1" / "pairs" / "sums" / "c" / "1" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    whole, part = wide.plan.evaluations(tile), wide.plan.evaluations(tile, np.zeros(wide.plan.shape("pairs")))
+    assert (Store.open(store.path).known(wide.plan, tile), part) == (None, 0)
+    receipt = worker.run_tile(wide.config.model_dump(mode="json"), tile)
+    assert receipt.evaluations == whole
+    measure(wide)
+    once = session_of(tmp_path / "once", **MORE_BITS)
+    measure(once)
+    assert_same(gathered(wide), gathered(once))
+
+
+def test_a_tile_of_the_narrow_store_that_was_never_measured_or_is_damaged_is_measured_in_the_wide_one(tmp_path):
+    narrow = session_of(tmp_path / "run")
+    store, document = narrow.open_store(), narrow.config.model_dump(mode="json")
+    for tile in narrow.plan.tiles:
+        if (tile.kind, tile.block) != ("pairs", 1):
+            worker.run_tile(document, tile)
+    chunk = store.path / "singles" / "sums" / "c" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    wide = session_of(tmp_path / "run", **MORE_BITS)
+    assert measure(wide) > work(wide) - work(narrow)
+    once = session_of(tmp_path / "once", **MORE_BITS)
+    measure(once)
+    assert_same(gathered(wide), gathered(once))
+
+
+def test_a_widening_that_dies_half_way_leaves_a_store_that_works_and_can_widen(tmp_path, monkeypatch):
+    narrow = session_of(tmp_path / "run")
+    measure(narrow)
+    before = gathered(narrow)
+    wide = session_of(tmp_path / "run", **MORE_BITS)
+    store, plan, coverage = Store.open(narrow.store_path), wide.plan, wide.coverage
+
+    class Broken(dict):
+        def update(self, *args, **kwargs):
+            raise OSError("No space left on device")
+
+    attributes = dict(store.group.attrs)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(store.group), "attrs", property(lambda group: Broken(attributes)))
+        with pytest.raises(OSError, match="No space"):
+            store.widen(plan, coverage)
+    again = session_of(tmp_path / "run")
+    assert again.open_store().missing(again.plan) == []
+    assert {kind: sums.tobytes() for kind, sums in gathered(again).items()} == {k: sums.tobytes() for k, sums in before.items()}
+    wide = session_of(tmp_path / "run", **MORE_BITS)
+    assert measure(wide) == work(wide) - work(narrow)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"bits": [2]}, "bits"),  # fewer
+        ({"bits": [4, 8]}, "bits"),  # others
+        ({"network": {"fixed": ["conv1.weight", "layer[12].*", "layer3.*"]}}, "layers"),  # fewer layers
+        ({"bits": [2, 4, 8], "criterion": "cross_entropy"}, "criterion"),  # another identity beside more bits
+        ({"bits": [2, 4, 8], "data": {"seed": 1}}, "sensitivity_set"),  # other images beside more bits
+        ({"activations": {"bits": [8]}}, "activation"),
+    ],
+)
+def test_what_is_not_the_same_options_and_more_is_refused_and_nothing_changes(tmp_path, changed, said):
+    session_of(tmp_path / "run").open_store()
+    before = files(tmp_path)
+    for attempt in (Session.check, Session.open_store):
+        with pytest.raises(IdentityMismatch, match=said):
+            attempt(session_of(tmp_path / "run", **changed))
+    assert files(tmp_path) == before
+
+
+def test_equalization_allows_more_bits_and_refuses_more_layers_which_it_would_scale_too(tmp_path):
+    base = {"corrections": ["equalization"]}
+    narrow = session_of(tmp_path / "run", **base)
+    measure(narrow)
+    fewer_fixed = {"network": {"fixed": ["conv1.weight", "layer1.*", "layer2.*", "layer3.0.*"]}}
+    with pytest.raises(IdentityMismatch, match=r"layer3\.1\.conv1\.weight.*equalization changes the other layers"):
+        session_of(tmp_path / "run", **base, **fewer_fixed).open_store()
+    wide = session_of(tmp_path / "run", **base, **MORE_BITS)
+    assert measure(wide) == work(wide) - work(narrow)
+
+
+def test_kinds_whose_numbers_do_not_stand_alone_are_measured_whole(tmp_path):
+    base = {"estimators": ["gauss_newton", "mpqco"]}
+    measure(session_of(tmp_path / "run", **base))
+    wide = session_of(tmp_path / "run", **base, **MORE_BITS)
+    assert measure(wide) == work(wide)
+    with pytest.raises(ConfigurationError, match=r"gram.*in part.*singles, pairs, block_pairs"):
+        measure_tile(wide.bench, wide.plan.tiles[0], np.zeros(wide.plan.shape("gram")))
+    once = session_of(tmp_path / "once", **base, **MORE_BITS)
+    measure(once)
+    assert_same(gathered(wide), gathered(once))
