@@ -530,6 +530,9 @@ def _plan_text(session: "Session") -> str:
             f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
             + (f", {backwards:,} backward images" if (backwards := plan.backward_images(tiles)) else "")
         )
+    todo = session.store_todo()
+    if known := sum(map(plan.evaluations, plan.tiles)) - sum(plan.evaluations(tile, sums) for tile, sums in todo.items()):
+        lines.append(f"  in the store already: {known:,} of {sum(map(plan.evaluations, plan.tiles)):,} evaluations")
     from clado.estimators import costs
 
     for name, (forwards, backwards) in costs(config.estimators, plan).items():

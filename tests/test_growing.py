@@ -1,5 +1,6 @@
 """A store grows: further sensitivity images measure their own blocks and nothing else, and the numbers are those of one go."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from flows.session import Session
 FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]
 
 
-def session_of(folder: Path, store: str | None = None, **data) -> Session:
+def session_of(folder: Path, store: str | None = None, bits: Sequence[int] = (2, 4), **data) -> Session:
     """Four layers of the shipped network, without corrections; its store in the folder, or at a URL."""
     settings = {"sensitivity_images": 16, "sample_blocks": 2, "calibration_images": 0, "validation_images": 20, **data}
     return Session.open(
@@ -23,7 +24,8 @@ def session_of(folder: Path, store: str | None = None, **data) -> Session:
             {
                 "network": {"name": "resnet20_fashion_mnist", "graph": False, "fixed": FIXED},
                 "data": settings,
-                "bits": [2, 4],
+                "bits": list(bits),
+                "estimators": ["pairwise", "gauss_newton"],
                 "corrections": [],
                 "cluster": {"kind": "inline"},
                 "folder": str(folder),
@@ -38,7 +40,7 @@ def measure(session: Session) -> list[Tile]:
     store = session.open_store()
     todo = store.missing(session.plan)
     for tile in todo:
-        store.write(tile, measure_tile(session.bench, tile))
+        store.write(tile, measure_tile(session.bench, tile, store.known(session.plan, tile)))
     return todo
 
 
