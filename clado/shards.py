@@ -65,6 +65,7 @@ class Store:
         self.group = group
         at = group.attrs.get("at", "")
         self._kinds = _subgroup(path, group, str(at)) if at else group  # where the kinds are
+        self._compared: tuple[SearchSpace | None, tuple[int, ...] | None] = None, None  # with a plan's space, and found so
         self._arrays: dict[str, zarr.Array[Any]] = {}  # opened: to open one takes as long as to write a chunk
 
     @classmethod
@@ -142,8 +143,7 @@ class Store:
         The attributes are written last and at once: a process that dies before leaves the store as it was, and widening again
         is harmless.
         """
-        old = str(self.group.attrs.get("at", ""))
-        at = f"wider-{int(old.rpartition('-')[2] or 0) + 1}"
+        at = f"wider-{int(str(self.group.attrs.get('at', '')).rpartition('-')[2] or 0) + 1}"
         wider = Store(self.path, self.group)
         wider._kinds = self.group.create_group(at, overwrite=True)
         for kind in KINDS:
@@ -152,21 +152,22 @@ class Store:
             if (known := self.known(plan, tile)) is not None:
                 wider._put(tile, known, IN_PART if plan.lacking(tile, known).any() else DONE)
         self.group.attrs.update(coverage=dict(coverage), rows_per_tile=plan.rows_per_tile, at=at)
-        left = [old] if old else [kind for kind in KINDS if kind in self.group]
-        for name in left:
+        for name in {*self.group.keys()} - {"counts", at}:  # the narrow kinds, and what a process that died left
             del self.group[name]
-        self._kinds = wider._kinds
+        self._kinds, self._compared = wider._kinds, (None, None)
         self._arrays.clear()
         self.__dict__.pop("space")
 
     def known(self, plan: Plan, tile: Tile) -> Array | None:
         """What is held of a tile that is not done: NaN where it is not measured; None where there is nothing, or nothing that can
         be read. The plan may have more options than this store."""
-        if tile.kind not in BY_ENTRY or tile.block >= len(self.counts):
+        if tile.kind not in BY_ENTRY:
             return None
-        if plan.space.layers == self.space.layers and plan.space.options == self.space.options:
-            return self._read_marked(tile, {IN_PART}) if self.group.attrs.get("at") else None
-        places = self.space.places_in(plan.space)
+        if self._compared[0] is not plan.space:  # a run asks with one plan for every tile
+            self._compared = plan.space, self.space.places_in(plan.space)
+        places = self._compared[1]
+        if places == tuple(range(plan.space.num_options)):
+            return self._read_marked(tile, {IN_PART}) if self._kinds.path else None
         if places is None or not self._is_there(tile.kind):
             return None
         narrow = replace(plan, space=self.space, kinds=(tile.kind,), rows_per_tile=self.rows_per_tile)
