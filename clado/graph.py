@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from clado.attention import images_first
 from clado.compiled import Tables, compiled_suffix
 from clado.errors import NetworkError
 from clado.quantizers import ActivationGrid, QuantizedLayer
@@ -52,6 +53,7 @@ _IN_PLACE = {
     torch.ops.aten.hardtanh.default: torch.ops.aten.hardtanh_.default,
     torch.ops.aten.hardswish.default: torch.ops.aten.hardswish_.default,
     torch.ops.aten.silu.default: torch.ops.aten.silu_.default,
+    torch.ops.aten.gelu.default: torch.ops.aten.gelu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
 # of one run: cuDNN's batch norm takes no more, and torch.export refuses a range on CUDA that another kernel would serve in part
@@ -495,7 +497,9 @@ def compile_graph(
 
     A linear weight that `split` names becomes three layers, its rows for queries, keys and values: name.q, name.k, name.v.
     """
-    return _Compiler(model, export(model, example), fixed, split).compile(example)
+    program = export(model, example)
+    images_first(program)
+    return _Compiler(model, program, fixed, split).compile(example)
 
 
 @dataclass(frozen=True)
