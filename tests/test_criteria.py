@@ -1,0 +1,76 @@
+"""The bound KL criterion against float64 as a textbook has it: digits of small losses, laws, and what is not finite."""
+
+import pytest
+import torch
+
+from clado import criteria
+
+
+def logits(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def textbook(z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    p, q = f.double().log_softmax(-1), z.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -40.0])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_losses_have_their_digits_whatever_their_size(classes, scale, sharpness, shift):
+    f = logits(6, classes, scale=sharpness)
+    z = f + logits(5, 6, classes, scale=scale, seed=1) + shift
+    found, expected = criteria.bind("kl_to_float", f, None)(z), textbook(z, f)
+    assert found.dtype == torch.float64
+    # a difference of 40 is a float32 with steps of 4e-6
+    assert float((found - expected).abs().max()) < 1e-7 * (1 + abs(shift)) * max(1.0, 10 * float(expected.max()))
+    significant = expected > 1e-7 * (1 + abs(shift)) ** 2
+    assert float(((found - expected).abs() / expected)[significant].max() if significant.any() else 0.0) < 1e-3
+
+
+def test_equal_logits_have_no_loss_and_no_loss_is_negative():
+    f = logits(7, 100, scale=4.0)
+    criterion = criteria.bind("kl_to_float", f, None)
+    assert torch.equal(criterion(f), torch.zeros(7, dtype=torch.float64))
+    for scale in (1e-8, 1e-6, 1e-4):
+        assert bool((criterion(f + logits(3, 7, 100, scale=scale, seed=2)) >= 0).all())
+
+
+def test_rows_have_the_losses_they_have_alone_and_again():
+    f = logits(16, 1000)
+    z = f + logits(40, 16, 1000, scale=0.1, seed=3)
+    criterion = criteria.bind("kl_to_float", f, None)
+    found = criterion(z)
+    assert torch.equal(found, criterion(z))
+    assert torch.equal(found, torch.stack([criterion(row) for row in z]))
+
+
+def test_gaps_that_overflow_are_computed_and_what_is_not_finite_stays_so():
+    f = logits(4, 10)
+    z = f.expand(6, 4, 10).clone()
+    z[0, 0, 3] += 500.0
+    z[1, 1] *= 1e4
+    z[2, 2, 0] = torch.nan
+    z[3, 3, 1] = torch.inf
+    z[4, 0, 1] = -torch.inf
+    found, expected = criteria.bind("kl_to_float", f, None)(z), textbook(z, f)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert [int((~row.isfinite()).sum()) for row in found] == [0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_of_logits_count_as_they_are(dtype):
+    f, z = logits(3, 10).to(dtype), logits(2, 3, 10, seed=4).to(dtype)
+    torch.testing.assert_close(criteria.bind("kl_to_float", f, None)(z), textbook(z, f), atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_are_those_of_the_textbook():
+    f = logits(3, 10)
+    z = logits(3, 10, seed=5).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(loss(z).sum(), z)[0] for loss in (criteria.bind("kl_to_float", f, None), lambda x: textbook(x, f))
+    )
+    torch.testing.assert_close(found, expected)
