@@ -207,21 +207,31 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
         sums[0, 0] += _numpy(criterion(part.float_logits)).sum()
-        reference = part.float_logits.double()
-        p = reference.softmax(-1)
+        kind = torch.promote_types(part.float_logits.dtype, torch.float32)
+        reference, p = part.float_logits.to(kind), part.float_logits.double().softmax(-1)
+        p, root = p.to(kind), p.sqrt().to(kind)
         slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
-        rooted = torch.empty((k, reference.numel()), dtype=torch.float64, device=device)
+        rooted = torch.empty((k, reference.numel()), dtype=kind, device=device)
         for rows, logits in _finished_rows(bench, part, range(k)):
             sums[0, [1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
-            u = logits.double().sub_(reference)
+            u = logits - reference  # exact but for its own last digit; sums over samples are float64
             where = torch.tensor(rows, device=device)
             if slope is not None:
                 first[where] += (u * slope).sum((1, 2))
             u -= (p * u).sum(-1, keepdim=True)
-            rooted[where] = u.mul_(p.sqrt()).reshape(len(rows), -1)
-        gram.addmm_(rooted, rooted.T)
-    sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy((gram + gram.T) / 2)
+            rooted[where] = u.mul_(root).reshape(len(rows), -1)
+        _add_products(gram, rooted)
+    sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy(gram.tril() + gram.tril(-1).T)
     return sums
+
+
+def _add_products(gram: Tensor, rows: Tensor, at_once: int = 64, columns: int = 4096) -> None:
+    """Adds the float64 products of all rows with all earlier ones and themselves: on and below the diagonal, and a bit above."""
+    for part in torch.split(rows, columns, 1):
+        wide = part.double()
+        for first in range(0, len(wide), at_once):
+            stop = min(first + at_once, len(wide))
+            gram[first:stop, :stop].addmm_(wide[first:stop], wide[:stop].T)
 
 
 def _pairs(bench: Workbench, tile: Tile, known: Array | None) -> Array:
@@ -325,8 +335,9 @@ def _sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State
         for stack in stacks:
             stack.state = network.advance(stack.state, layer + 1)
         batch = bench.batching.batch_images[min(layer + 1, num_layers - 1)]
-        # powers of two, so that full stacks still fill the larger ones of later layers
-        capacity = 1 << (max(1, batch // len(part.images)).bit_length() - 1)
+        capacity = max(1, batch // len(part.images))
+        if not to_the_end:  # powers of two, so that full stacks still fill the larger ones of later layers
+            capacity = 1 << (capacity.bit_length() - 1)
         stacks = _packed(network, stacks + born, capacity, layer + 1)
         if layer < last:
             float_state = network.advance(float_state, layer + 1)

@@ -235,9 +235,9 @@ def batching(
     """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
 
     A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what `cache_bytes` hold
-    (32 MB: measured, tests/benchmarks/MEASURE.md), within 8 and `most`. A run takes a quarter of `limit_bytes` at most:
-    operators' own buffers are as large as their values again, and stored prefixes need the rest. ConfigurationError where one
-    image does not fit.
+    (32 MB: measured, tests/benchmarks/MEASURE.md), within 8 and `most`, and a pass at least. A run takes a quarter of
+    `limit_bytes` at most: operators' own buffers are as large as their values again, and stored prefixes need the rest.
+    ConfigurationError where one image does not fit.
     """
     sizes = [max(1, alive + peak) for alive, peak in zip(alive_bytes, peak_bytes, strict=True)]
     fits = [most if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
@@ -248,6 +248,9 @@ def batching(
         )
     if batch_images is None:
         wanted = [min(max(cache_bytes // max(1, peak), MIN_BATCH), most) for peak in peak_bytes]
+        # a pass rather up to twice as large than half as small: its runs of one row cannot be stacked
+        passes = max(1, images_per_block // min(wanted))
+        wanted = [max(want, -(-images_per_block // passes)) for want in wanted]
     else:
         wanted = [batch_images] * len(sizes)
     batches = tuple(min(want, fit) for want, fit in zip(wanted, fits, strict=True))

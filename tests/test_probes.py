@@ -72,7 +72,15 @@ def test_a_batch_and_its_buffers_stay_within_the_limit_and_the_cache(limit):
     assert chosen.working_bytes <= limit // 2
     assert list(chosen.batch_images) == sorted(chosen.batch_images)
     assert 1 <= chosen.images_per_pass <= chosen.batch_images[0]
-    assert all(batch * peak <= 10_000 for batch, peak in zip(chosen.batch_images, [400, 200, 50], strict=True))
+    batches = zip(chosen.batch_images, [400, 200, 50], strict=True)
+    assert all(batch * peak <= 10_000 or batch == chosen.images_per_pass for batch, peak in batches)
+
+
+@pytest.mark.parametrize(("images", "passes"), [(8, 1), (25, 1), (40, 1), (49, 1), (50, 2), (64, 2), (120, 4)])
+def test_a_pass_is_what_the_cache_holds_and_less_than_twice_that_rather_than_two_halves(images, passes):
+    chosen = batching([100, 50, 20], [400, 200, 50], images, cache_bytes=10_000)
+    assert chosen.images_per_pass == -(-images // passes)
+    assert chosen.batch_images == tuple(max(batch, chosen.images_per_pass) for batch in (25, 50, 200))
 
 
 def test_a_batch_is_as_asked_for_where_it_fits():
