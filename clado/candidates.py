@@ -20,6 +20,7 @@ from clado.space import FLOAT_BITS, Assignment, SearchSpace
 
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
 CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
+SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured
 
 
 @dataclass(frozen=True)
@@ -200,24 +201,68 @@ def rank_correlation(one: Array, other: Array) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """Decides between assignments that the images cannot tell apart: `losses` has the measured loss of each image (n,), and of
+    those within one standard error of the least mean the one that `matrix` predicts least for is taken.
+
+    The one-standard-error rule (Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees", 1984, section
+    3.4.3), with paired errors. The matrix is to be the plainest: `layerwise`, whose sum of singles has the least noise. The least
+    of many measured losses is too low by chance (a winner's curse), all the more the fewer images and the more candidates.
+    """
+
+    losses: Mapping[Assignment, Array]
+    matrix: InteractionMatrix
+
+    def settled(self, best: Assignment, others: Iterable[Assignment]) -> Assignment:
+        """Of `best` and those of `others` within one standard error of it, the one predicted best; `best` among equals."""
+        near = [best, *(a for a in others if self._near(a, best))]
+        return min(near, key=lambda a: (self.matrix.predicted_increase(a), float(np.mean(self.losses[a]))))
+
+    def _near(self, one: Assignment, best: Assignment) -> bool:
+        difference = self.losses[one] - self.losses[best]
+        n = len(difference)
+        return n > 1 and bool(difference.mean() <= difference.std(ddof=1) / np.sqrt(n))
+
+
 def choose(
-    space: SearchSpace, proposals: Sequence[Proposal], losses: Mapping[Assignment, float], limits: Sequence[Constraint] = ()
+    space: SearchSpace,
+    proposals: Sequence[Proposal],
+    losses: Mapping[Assignment, float],
+    limits: Sequence[Constraint] = (),
+    doubt: Doubt | None = None,
 ) -> list[Result]:
     """One Result for each listed proposal, and one `chosen` for each budget: of all proposals that fit the budget, made for it or
     for a smaller one, the one of least measured loss (of the smaller on a tie). So `chosen` is never worse than uniform or
-    layerwise on the images that it was measured on, nor than what a smaller budget got."""
+    layerwise on the images that it was measured on, nor than what a smaller budget got.
+
+    With `doubt` it is one that the images cannot tell from the least, and both laws still hold."""
+    budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
+    fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
+
+    def order(proposal: Proposal) -> tuple[float, int]:
+        return losses[proposal.assignment], space.size_bits(proposal.assignment)
+
+    best: dict[Budget, Proposal] = {}
+    for budget in budgets:
+        # of equal assignments the one made for this budget comes first, so that it gets the credit
+        fitting = [p for p in proposals if p.budget == budget]
+        fitting += [p for p in proposals if p.budget != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
+        best[budget] = min(fitting, key=order)
+        if doubt:
+            most = min((losses[p.assignment] for p in fitting if p.method in SAFE), default=float("inf"))
+            taken = doubt.settled(best[budget].assignment, [p.assignment for p in fitting if losses[p.assignment] <= most])
+            best[budget] = next(p for p in fitting if p.assignment == taken)
     results = []
-    for budget in dict.fromkeys(proposal.budget for proposal in proposals):
-        fit = together(budget.constraint(space), limits)
+    for budget in budgets:
         own = [proposal for proposal in proposals if proposal.budget == budget]
         results += [_result(space, proposal, losses) for proposal in own if proposal.listed]
-        # of equal assignments the one made for this budget comes first, so that it gets the credit
-        fitting = own + [p for p in proposals if p.budget != budget and all(limit.holds(space, p.assignment) for limit in fit)]
-        best = min(fitting, key=lambda p: (losses[p.assignment], space.size_bits(p.assignment)))
-        others = [losses[p.assignment] for p in own if p.assignment != best.assignment]
-        winner = best.method if best.budget == budget else f"{best.method} for {best.budget.name}"
-        row = _result(space, Proposal(budget, CHOSEN, best.assignment, best.loss_predicted, best.solution), losses)
-        gain = min(others) - losses[best.assignment] if others else 0.0
+        lent = [p for b, p in best.items() if b != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
+        chosen = min([best[budget], *lent], key=order)
+        others = [losses[p.assignment] for p in own if p.assignment != chosen.assignment]
+        winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
+        row = _result(space, Proposal(budget, CHOSEN, chosen.assignment, chosen.loss_predicted, chosen.solution), losses)
+        gain = min(others) - losses[chosen.assignment] if others else 0.0
         results.append(Result(**{**row.__dict__, "winner": winner, "gain": gain}))
     return results
 

@@ -22,6 +22,7 @@ from clado.probes import (
     BY_ENTRY,
     NUM_VECTORS,
     OF_PAIRS,
+    TEMPERATURES,
     Batching,
     Kind,
     Plan,
@@ -196,32 +197,33 @@ def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:
 
 
 def _gram(bench: Workbench, tile: Tile) -> Array:
-    """Row 0: what `_singles` gives, of the same forwards. Row 1: 0 and Σ_n (p − y)ᵀ u (zero for KL). Rows 2..: 0 and
-    Σ_n u_kᵀ F_n u_l, where F = diag(p) − p pᵀ, so that with v = √p (u − pᵀu) it is the Gram matrix of v: positive semidefinite
-    as computed. Only one pass of u is held at a time."""
+    """Row 0: what `_singles` gives, of the same forwards. Row 1: 0 and Σ_n (p − y)ᵀ u (zero for KL). Then K rows for each of
+    TEMPERATURES: 0 and Σ_n u_kᵀ F_n u_l, where F = diag(q) − q qᵀ of q = softmax(z / temperature), so that with
+    v = √q (u − qᵀu) it is the Gram matrix of v: positive semidefinite as computed. Only one pass of u is held at a time."""
     k = bench.space.num_options
     device = bench.network.device
-    sums = np.zeros((2 + k, 1 + k))
+    sums = np.zeros((2 + len(TEMPERATURES) * k, 1 + k))
     first = torch.zeros(k, dtype=torch.float64, device=device)
-    gram = torch.zeros((k, k), dtype=torch.float64, device=device)
+    grams = torch.zeros((len(TEMPERATURES), k, k), dtype=torch.float64, device=device)
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
         sums[0, 0] += _numpy(criterion(part.float_logits)).sum()
         kind = torch.promote_types(part.float_logits.dtype, torch.float32)
-        reference, p = part.float_logits.to(kind), part.float_logits.double().softmax(-1)
-        p, root = p.to(kind), p.sqrt().to(kind)
+        reference = part.float_logits.to(kind)
         slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
-        rooted = torch.empty((k, reference.numel()), dtype=kind, device=device)
+        u = torch.empty((k, *reference.shape), dtype=kind, device=device)
         for rows, logits in _finished_rows(bench, part, range(k)):
             sums[0, [1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
-            u = logits - reference  # exact but for its own last digit; sums over samples are float64
             where = torch.tensor(rows, device=device)
+            u[where] = logits - reference  # exact but for its own last digit; sums over samples are float64
             if slope is not None:
-                first[where] += (u * slope).sum((1, 2))
-            u -= (p * u).sum(-1, keepdim=True)
-            rooted[where] = u.mul_(root).reshape(len(rows), -1)
-        _add_products(gram, rooted)
-    sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy(gram.tril() + gram.tril(-1).T)
+                first[where] += (u[where] * slope).sum((1, 2))
+        for gram, temperature in zip(grams, TEMPERATURES, strict=True):
+            q = (part.float_logits.double() / temperature).softmax(-1)
+            v = u - torch.einsum("knc,nc->kn", u, q.to(kind))[..., None]
+            _add_products(gram, v.mul_(q.sqrt().to(kind)).reshape(k, -1))
+    whole = grams.tril() + grams.tril(-1).mT
+    sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy(whole).reshape(-1, k)
     return sums
 
 

@@ -6,7 +6,7 @@ range of rows (first options of the pairs).
     singles   loss of the float network and of every option alone                              1 + K values a block
     pairs     loss of every option of the tile's rows with every option of a later layer       rows × K values
     block_pairs   the same, of options of one block of layers only (`SearchSpace.blocks`)      rows × K values, most NaN
-    gram      the same losses, and the Gram matrix of the logits' changes (Gauss–Newton)       (2 + K) × (1 + K) values a block
+    gram      the same losses, and Gram matrices of the logits' changes, T of them             (2 + TK) × (1 + K) values a block
     gradients     squared first-order changes of each sample's log-likelihood (`gradients.py`) 2 × (1 + K) values a block
     trace         Hessian traces times squared errors of every option (`gradients.py`)         1 + K values a block
 """
@@ -31,6 +31,7 @@ OF_GRADIENTS: tuple[Kind, ...] = ("gradients", "trace")
 BY_ENTRY: tuple[Kind, ...] = ("singles", "pairs", "block_pairs")
 MIN_BATCH, MAX_BATCH = 8, 512
 NUM_VECTORS = 8  # of Hutchinson's estimate, in each sample block
+TEMPERATURES = (1, 2, 4, 8)  # of the softmax that a Gram matrix is taken at; 1 is the float network's own
 
 
 @dataclass(frozen=True, order=True)
@@ -101,14 +102,14 @@ class Plan:
         k = self.space.num_options
         if kind in OF_PAIRS:
             return k, k
-        return {"gram": (2 + k, 1 + k), "gradients": (2, 1 + k)}.get(kind, (1 + k,))
+        return {"gram": (2 + len(TEMPERATURES) * k, 1 + k), "gradients": (2, 1 + k)}.get(kind, (1 + k,))
 
     def terms(self, kind: Kind) -> dict[str, Any]:
         """What the numbers of a kind depend on beside the store's identity: plain data, kept beside them."""
         if kind == "block_pairs":
             return {"layer_blocks": [list(block) for block in self.space.blocks]}
         if kind == "gram":
-            return {"rows": ["losses", "first order", "gram"]}
+            return {"rows": ["losses", "first order", *(f"gram at {t:g}" for t in TEMPERATURES)]}
         if kind == "gradients":
             return {"seed": self.seed}
         return {"seed": self.seed, "num_vectors": self.num_vectors} if kind == "trace" else {}

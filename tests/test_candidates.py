@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 
 from clado import solvers
-from clado.candidates import Budget, Proposal, budgets_of, check_budgets, choose, program_of, propose, together, widest_uniform
+from clado.candidates import (
+    SAFE,
+    Budget,
+    Doubt,
+    Proposal,
+    budgets_of,
+    check_budgets,
+    choose,
+    program_of,
+    propose,
+    together,
+    widest_uniform,
+)
 from clado.constraints import constraint
 from clado.errors import InfeasibleError
 from clado.interaction import InteractionMatrix
@@ -93,6 +105,48 @@ def test_the_order_of_budgets_does_not_matter(seed):
         for p in (proposals, proposals[::-1])
     ]
     assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_with_doubt_chosen_is_never_worse_than_what_is_safe_and_never_worsens_with_budget(seed):
+    losses, proposals = random_losses(seed), random_proposals(seed)
+    noise = np.random.default_rng(seed).normal(size=(len(ALL), 16))
+    images = {a: losses[a] + row - row.mean() for a, row in zip(ALL, noise, strict=True)}
+    doubt = Doubt(images, matrix_of(seed, "layerwise").diagonal_only())
+    rows = choose(SPACE, proposals, losses, doubt=doubt)
+    plain = {row.budget: row for row in choose(SPACE, proposals, losses) if row.method == CHOSEN}
+    chosen = [row for row in rows if row.method == CHOSEN]
+    for row in chosen:
+        safe = [r.loss_shipped for r in rows if r.budget == row.budget and r.method in SAFE]
+        assert plain[row.budget].loss_shipped <= row.loss_shipped <= min(safe)
+        difference = images[row.assignment] - images[plain[row.budget].assignment]
+        assert difference.mean() <= difference.std(ddof=1) / 4 + 1e-12
+    assert [row.loss_shipped for row in chosen] == sorted((row.loss_shipped for row in chosen), reverse=True)
+
+
+def test_doubt_takes_the_plainest_of_what_the_images_cannot_tell_apart():
+    budget = BUDGETS[-1]
+    matrix = matrix_of(0, "layerwise").diagonal_only()
+    fitting = [a for a in ALL if budget.constraint(SPACE).holds(SPACE, a)]
+    ranked = sorted(fitting, key=matrix.predicted_increase)
+    plain, lucky, ruinous = ranked[0], ranked[len(ranked) // 2], ranked[-1]
+    images = {
+        lucky: np.array([1.0, 2.0, 3.0, 4.0]),
+        plain: np.array([2.0, 2.1, 2.0, 4.1]),  # 0.05 above, its standard error 0.39
+        ruinous: np.array([3.0, 4.1, 5.0, 6.1]),
+    }
+    losses = {a: float(values.mean()) for a, values in images.items()}
+    proposals = [Proposal(budget, "gauss_newton", a) for a in (lucky, plain, ruinous)]
+
+    def chosen(given, doubt):
+        return next(row.assignment for row in choose(SPACE, given, losses, doubt=doubt) if row.method == CHOSEN)
+
+    assert chosen(proposals, None) == lucky
+    assert chosen(proposals, Doubt(images, matrix)) == plain
+    assert chosen(proposals, Doubt({**images, plain: images[lucky] + 0.05}, matrix)) == lucky  # worse on every image
+    safe = [*proposals, Proposal(budget, UNIFORM, lucky)]
+    assert chosen(safe, Doubt(images, matrix)) == lucky  # never worse than uniform as measured
+    assert chosen(proposals, Doubt({a: values[:1] for a, values in images.items()}, matrix)) == lucky  # no error of one image
 
 
 def test_the_winner_is_named_and_of_equal_ones_the_first_of_this_budget():

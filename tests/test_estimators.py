@@ -9,12 +9,13 @@ from clado.errors import ConfigurationError, MeasurementError
 from clado.estimators import Measured, costs, estimate, kinds_of, non_finite
 from clado.interaction import InteractionMatrix
 from clado.plugins import available
-from clado.probes import Plan
+from clado.probes import TEMPERATURES, Plan
 from clado.space import Assignment, Layer, SearchSpace
 from tests.contracts.estimator import BLOCKS, EstimatorContract, measured_network, true_increase
 from tests.networks import all_assignments
 
 WIDTHS = (2, 4, 8)
+TEMPERED = {f"tempered{t}": t for t in TEMPERATURES if t != 1}
 
 
 def quadratic_measurements(seed=0, num_layers=4, blocks=3):
@@ -195,6 +196,60 @@ class TestGaussNewton(EstimatorContract):
             assert matrix.predicted_increase(assignment) == pytest.approx(increase, rel=0.1, abs=2e-6)
 
 
+class TestTempered2(EstimatorContract):
+    name = "tempered2"
+
+    @pytest.mark.parametrize("name", TEMPERED)
+    def test_is_positive_semidefinite_under_kl_and_orders_only(self, name):
+        matrix = estimate(name, measured_network()[1])
+        assert np.linalg.eigvalsh(matrix.values)[0] >= -1e-12 * np.abs(matrix.values).max()
+        assert matrix.ranking_only
+
+    def test_costs_nothing_beside_gauss_newton(self):
+        assert kinds_of(["gauss_newton", *TEMPERED]) == kinds_of(["gauss_newton"])
+
+    @pytest.mark.parametrize(("name", "temperature"), TEMPERED.items())
+    def test_is_the_form_of_the_tempered_softmax(self, name, temperature):
+        bench, measured = measured_network()
+        z, u = logits_and_changes(bench)
+        q = np.exp(z / temperature) / np.exp(z / temperature).sum(-1, keepdims=True)
+        centred = (u - (q * u).sum(-1, keepdims=True)) * np.sqrt(q)
+        expected = np.einsum("knc,lnc->kl", centred, centred) / len(z)
+        np.testing.assert_allclose(estimate(name, measured).values, expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+    def test_sees_what_a_sure_network_hides(self):
+        """Where the float network is sure of an image, a change of its logits costs nothing until it is large: the form at
+        temperature 1 says nothing there, and ranks the ruinous assignment first; the tempered one does not."""
+        sure, change = np.array([12.0, 0.0]), np.array([[-40.0, 0.0], [-1.0, 0.0]])
+        forms = {}
+        for temperature in (1, 2, 4):
+            q = np.exp(sure / temperature) / np.exp(sure / temperature).sum()
+            forms[temperature] = [0.5 * float(u @ (np.diag(q) - np.outer(q, q)) @ u) for u in change]
+        p = np.exp(sure) / np.exp(sure).sum()
+        true = [float((p * (np.log(p) - (sure + u) + np.log(np.exp(sure + u).sum()))).sum()) for u in change]
+        assert true[0] > 20
+        assert 100 * forms[1][0] < 1 < forms[2][0] < forms[4][0]
+        assert forms[4][1] < 0.1
+
+
+class TestTempered4(EstimatorContract):
+    name = "tempered4"
+
+
+class TestTempered8(EstimatorContract):
+    name = "tempered8"
+
+
+def logits_and_changes(bench):
+    """The float network's logits (n, classes) of all images, and how each option alone changes them (K, n, classes)."""
+    images, space = bench.load(0, bench.blocks[-1][1])[0], bench.space
+    z, *changed = (
+        bench.network.logits(images, bench.chosen(assignment)).double().numpy()
+        for assignment in (space.nothing, *(space.assignment([k]) for k in range(space.num_options)))
+    )
+    return z, np.stack(changed) - z
+
+
 def test_what_is_not_finite_is_named_with_layer_bits_and_sample_block_and_stays_out_of_the_matrix():
     _, measured = measured_network()
     assert non_finite(measured) == []
@@ -221,7 +276,7 @@ def test_kinds_are_the_union_and_an_unknown_name_lists_the_valid_ones():
     assert kinds_of(["layerwise"]) == ("singles",)
     assert kinds_of(["layerwise", "pairwise"]) == ("singles", "pairs")
     assert kinds_of(["layerwise", "gauss_newton", "pairwise"]) == ("pairs", "gram")  # a tile of gram holds the singles
-    with pytest.raises(ConfigurationError, match=r"mpqco, pairwise \(did you mean 'pairwise'\?\)"):
+    with pytest.raises(ConfigurationError, match=r"mpqco, pairwise, tempered2, .* \(did you mean 'pairwise'\?\)"):
         kinds_of(["pairwize"])
 
 

@@ -13,7 +13,7 @@ from clado.graph import Graph
 from clado.measure import Workbench, losses, measure_tile, network_batching
 from clado.network import Network
 from clado.preparation import Prepared, Recipe, prepare
-from clado.probes import Plan, Tile, sample_blocks
+from clado.probes import TEMPERATURES, Plan, Tile, sample_blocks
 from clado.quantizers import ActivationGrid, QuantizedLayer, WeightQuantizer
 from clado.space import Assignment
 from tests.networks import (
@@ -180,17 +180,23 @@ def test_singles_are_the_losses_of_whole_runs(kind, criterion):
 
 
 def check_gram(b: Workbench, sums: np.ndarray, block: int) -> None:
-    """The law for `gram`: Σ uᵀ F u of the reference's changes of the logits, Σ (p − y)ᵀ u before it, the losses before that."""
+    """The law for `gram`: Σ uᵀ F u of the reference's changes of the logits, F at each temperature, Σ (p − y)ᵀ u before that,
+    the losses before."""
     assert sums[0].tobytes() == measure_tile(b, Tile("singles", block)).tobytes()
     assert (sums[1:, 0] == 0).all()
     z = reference_logits(b, b.space.nothing, block).double()
     u = torch.stack([reference_logits(b, b.space.assignment([k]), block).double() - z for k in range(b.space.num_options)])
     p = z.softmax(-1)
-    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    expected = torch.einsum("knc,ncd,lnd->kl", u, fisher, u)
-    scale = float(expected.diagonal().max().sqrt())
-    np.testing.assert_allclose(sums[2:, 1:], expected, rtol=1e-3, atol=1e-5 * scale)
-    assert np.linalg.eigvalsh(sums[2:, 1:])[0] > -1e-9
+    k = b.space.num_options
+    assert len(sums) == 2 + k * len(TEMPERATURES)
+    for number, temperature in enumerate(TEMPERATURES):
+        q = (z / temperature).softmax(-1)
+        fisher = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
+        expected = torch.einsum("knc,ncd,lnd->kl", u, fisher, u)
+        scale = float(expected.diagonal().max().sqrt())
+        gram = sums[2 + number * k : 2 + (number + 1) * k, 1:]
+        np.testing.assert_allclose(gram, expected, rtol=1e-3, atol=1e-5 * scale)
+        assert np.linalg.eigvalsh(gram)[0] > -1e-9
     y = torch.nn.functional.one_hot(b.load(*b.blocks[block])[1], 4)
     slope = p - y if b.criterion == "cross_entropy" else torch.zeros_like(p)
     np.testing.assert_allclose(sums[1, 1:], torch.einsum("knc,nc->k", u, slope), rtol=1e-3, atol=1e-5)
@@ -203,7 +209,7 @@ def test_gram_is_the_gauss_newton_form_of_the_logits_changes(kind, criterion):
     plan = Plan(b.space, tuple(b.blocks), ("gram",), b.space.num_options)
     sums = measure_tile(b, plan.tiles[1])
     check_gram(b, sums, 1)
-    for row in (0, 1, 3):
+    for row in (0, 1, 3, 3 + b.space.num_options, -1):
         wrong = sums.copy()
         wrong[row, 3] += 1e-2 * abs(sums[2:]).max()
         with pytest.raises(AssertionError):

@@ -10,7 +10,7 @@ import pytest
 import zarr
 
 from clado.errors import IdentityMismatch, StoreError
-from clado.probes import KINDS, OF_PAIRS, Plan, Tile, sample_blocks
+from clado.probes import KINDS, OF_PAIRS, TEMPERATURES, Plan, Tile, sample_blocks
 from clado.shards import Store, differences
 from clado.space import Layer, SearchSpace
 
@@ -69,7 +69,7 @@ def test_gather_puts_every_tile_in_its_place_whatever_the_order_of_writing(tmp_p
     assert gathered.keys() == set(KINDS)
     k = SPACE.num_options
     assert {kind: array.shape for kind, array in gathered.items()} == {
-        "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 2 + k, 1 + k), "block_pairs": (3, k, k),
+        "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 2 + len(TEMPERATURES) * k, 1 + k), "block_pairs": (3, k, k),
         "gradients": (3, 2, 1 + k), "trace": (3, 1 + k)
     }  # fmt: skip
     for tile in PLAN.tiles:

@@ -11,7 +11,7 @@ from clado.config import DataSettings
 from clado.errors import DataError
 from clado.sources import load_data
 from tests.benchmarks import study, study_table
-from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, key, record
+from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, key, merged, methods, record
 
 
 def test_sets_of_one_size_share_no_image_and_larger_ones_hold_the_smaller() -> None:
@@ -61,8 +61,15 @@ def small() -> list[dict]:
     case = Study(("vit_fashion_mnist", "w248", "plain"), images, (2.5, 4), num_validation=60)
     sets = draws(8, {4: 1, 8: 1})
     with patch.object(study, "BLOCKS", {4: 2, 8: 4}):
-        found = list(cells(case, sets, set()))
-        assert list(cells(case, sets, {key(row) for row in found})) == []
+        found = list(cells(case, sets, {}))
+        assert list(cells(case, sets, {key(row): methods(row) for row in found})) == []
+        later = {*study.TEMPERED, "chosen_tempered"}
+        without = [{**row, "rows": [r for r in row["rows"] if r[0] not in later]} for row in found]
+        added = list(cells(case, sets, {key(row): methods(row) for row in without}))
+    assert [methods(row) for row in added] == [later, later]
+    for whole, part in zip(found, merged([*without, *added]), strict=True):
+        answers, again = ({(m, bound): bits for m, bound, bits, *_ in row["rows"]} for row in (whole, part))
+        assert answers == again
     return found
 
 
@@ -73,8 +80,9 @@ def test_a_cell_has_every_method_at_every_budget_and_the_chosen_is_never_worse_t
         answers = {(method, bound): rest for method, bound, *rest in row["rows"]}
         assert {method for method, _ in answers} == set(study_table.METHODS)
         for bound in (2.5, 4):
-            for chosen, others in (("chosen", ("uniform", *study.THRIFTY)), ("chosen_full", ("uniform", *study.ESTIMATORS))):
-                assert answers[chosen, bound][3] <= min(answers[other, bound][3] for other in others)
+            everything = [name for name in study.ESTIMATORS if name not in study.TEMPERED]
+            for chosen, others in (("chosen", study.THRIFTY), ("chosen_tempered", ["layerwise"]), ("chosen_full", everything)):
+                assert answers[chosen, bound][3] <= min(answers[other, bound][3] for other in ("uniform", *others))
         assert row["forward_images"]["chosen"] < 0.15 * row["forward_images"]["pairwise"]
         assert row["forward_images"]["chosen_full"] > row["forward_images"]["pairwise"]
 

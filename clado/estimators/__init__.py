@@ -30,7 +30,8 @@ class Measured:
     """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
 
     `counts` (blocks,) are images per block. Shapes behind the first axis: singles and trace (1 + K,), pairs and
-    block_pairs (K, K), gram (2 + K, 1 + K), gradients (2, 1 + K). Singles are the first row of gram, where that was measured.
+    block_pairs (K, K), gram (2 + TK, 1 + K) of T temperatures, gradients (2, 1 + K). Singles are the first row of gram, where
+    that was measured.
     """
 
     space: SearchSpace

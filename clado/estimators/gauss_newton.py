@@ -12,24 +12,33 @@ import numpy as np
 
 from clado.estimators import Measured, quarantine
 from clado.interaction import InteractionMatrix
+from clado.probes import TEMPERATURES
 
 KINDS = ("gram",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix, positive semidefinite under `kl_to_float`."""
-    per_block = measured.block_means("gram")[:, 1:, 1:]
-    values = per_block[:, 1:] + 2 * per_block[:, 0, :, None] * np.eye(measured.space.num_options)
+    return at_temperature("gauss_newton", measured, 1)
+
+
+def at_temperature(estimator: str, measured: Measured, temperature: float) -> InteractionMatrix:
+    """The matrix of the Gram matrices that were measured at one temperature; any but 1 makes it `ranking_only`."""
+    k = measured.space.num_options
+    rows = measured.block_means("gram")[:, 1:, 1:]
+    first = 1 + k * TEMPERATURES.index(temperature)
+    values = rows[:, first : first + k] + 2 * rows[:, 0, :, None] * np.eye(k)
     mean = measured.mean(values)
     quarantined, _ = quarantine(measured, np.diag(mean))
     mean = np.where(np.isfinite(mean), mean, 0.0)
     return InteractionMatrix(
         space=measured.space,
         values=(mean + mean.T) / 2,
-        estimator="gauss_newton",
+        estimator=estimator,
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,
         standard_error=measured.standard_error(np.where(np.isfinite(values), values, 0.0)),
+        ranking_only=temperature != 1,
         quarantined=quarantined,
     )

@@ -15,7 +15,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clado import estimators, solvers
-from clado.candidates import Budget, Proposal, budgets_of, choose, program_of, propose, propose_variants, surrogate
+from clado.candidates import Budget, Doubt, Proposal, budgets_of, choose, program_of, propose, propose_variants, surrogate
 from clado.config import DataSettings, NetworkSettings
 from clado.errors import DataError
 from clado.estimators import Measured
-from clado.evaluation import count
+from clado.evaluation import count, per_image
 from clado.images import ImageSlice, MemorySlice
 from clado.interaction import InteractionMatrix
 from clado.local_search import local_search, search
@@ -67,8 +67,10 @@ SIZES = {64: 5, 256: 5, 1024: 2}  # images of a sensitivity set: how many draws
 BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set are the first of a larger one
 # images that estimators from gradients are measured on, at most: hawq's traces take longer than pairs on a GPU
 UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
-ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", "hawq", "mpqco", "fisher")
-THRIFTY = ("layerwise", "gauss_newton")  # what `chosen` proposes from
+TEMPERED = ("tempered2", "tempered4", "tempered8")
+ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "hawq", "mpqco", "fisher")
+# what `chosen` proposes from; `chosen_tempered` adds TEMPERED, and doubts differences within a standard error
+THRIFTY = ("layerwise", "gauss_newton")
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
 EXPERIMENT = "clado-study"
@@ -176,12 +178,14 @@ class Study:
             self.top1[assignment] = found.top1 or 0.0, found.loss
         return self.top1[assignment]
 
-    def measured(self, positions: NDArray[np.int64], size: int, known: Measured | None) -> tuple[Measured, dict[str, float]]:
+    def measured(
+        self, positions: NDArray[np.int64], size: int, known: Measured | None, names: Sequence[str] = ESTIMATORS
+    ) -> tuple[Measured, dict[str, float]]:
         """The sums of a sensitivity set, of its first blocks where they are `known`, and the seconds of each kind."""
         images = self.pool[positions]
         blocks = blocks_of(size)
         begin = 0 if known is None else len(known.counts)
-        kinds = estimators.kinds_of(name for name in ESTIMATORS if size <= UP_TO.get(name, size))
+        kinds = estimators.kinds_of(name for name in names if size <= UP_TO.get(name, size))
         bench = Workbench(self.prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
         plan = Plan(self.space, blocks, kinds, rows_per_tile(self.prepared.network, self.space, bench.batching, None))
         tiles: dict[Kind, list[Any]] = {kind: [] for kind in kinds}
@@ -197,11 +201,17 @@ class Study:
         counts = np.array([stop - start for start, stop in blocks])
         return Measured(self.space, "kl_to_float", counts, sums), seconds
 
-    def cell(self, measured: Measured, positions: NDArray[np.int64]) -> dict[str, Any]:
-        """Every method's answer to every budget, and what it is worth."""
+    def cell(
+        self,
+        measured: Measured,
+        positions: NDArray[np.int64],
+        names: Sequence[str] = ESTIMATORS,
+        present: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """Every method's answer to every budget, and what it is worth; without the methods that are `present` already."""
         size = len(positions)
         images = MemorySlice(self.pool[positions])
-        names = [name for name in ESTIMATORS if set(estimators.kinds_of([name])) - {"block_pairs"} <= set(measured.sums)]
+        names = [name for name in names if size <= UP_TO.get(name, size)]
         matrices = {name: estimators.estimate(name, measured) for name in names}
         budgets = budgets_of(average_bits=self.budgets)
 
@@ -210,34 +220,40 @@ class Study:
 
         proposals = propose(matrices, budgets, solver)
         variants = propose_variants(matrices, budgets, solver)
-        known: dict[Assignment, float] = {}
+        known: dict[Assignment, NDArray[np.float64]] = {}
 
         def losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    counts = count(*self.shipped(assignment), images, 0, size, reference=self.prepared.network)
-                    known[assignment] = counts.accuracy().loss
-                found[assignment] = known[assignment]
+                    each, _ = per_image(*self.shipped(assignment), images, reference=self.prepared.network)
+                    known[assignment] = each.astype(np.float64)
+                found[assignment] = float(known[assignment].mean())
             return found
 
         plan = Plan(self.space, blocks_of(size), ("pairs",), self.space.num_options)
         spent = {name: list(cost) for name, cost in estimators.costs(names, plan).items()}
         answers: dict[tuple[str, float], tuple[Assignment, float | None]] = {}
-        for name, own in (
-            ("chosen", [p for p in proposals if p.method in (*THRIFTY, UNIFORM)]),
-            ("chosen_full", proposals + variants),
+        thrifty = [p for p in proposals if p.method in (UNIFORM, *THRIFTY)]
+        tempered = [p for p in proposals if p.method in TEMPERED]
+        for name, own, doubt in (
+            ("chosen", thrifty, None),
+            ("chosen_tempered", thrifty + tempered, Doubt(known, matrices["layerwise"])),
+            ("chosen_full", [p for p in proposals + variants if p not in tempered], None),
         ):
+            if name in present:
+                continue
             usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
-            rows, evaluations = self._chosen(usable, budgets, own, losses)
+            rows, evaluations = self._chosen(usable, budgets, own, losses, doubt)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
             kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
             spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
         for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
-            answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
+            if proposal.method not in present:
+                answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
         return {
-            "forward_images": {name: forward for name, (forward, _) in spent.items()},
-            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward},
+            "forward_images": {name: forward for name, (forward, _) in spent.items() if name not in present},
+            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward and name not in present},
             "rows": [
                 [
                     method,
@@ -250,18 +266,24 @@ class Study:
         }
 
     def _chosen(
-        self, matrices: Mapping[str, InteractionMatrix], budgets: Sequence[Budget], proposals: Sequence[Proposal], losses: Any
+        self,
+        matrices: Mapping[str, InteractionMatrix],
+        budgets: Sequence[Budget],
+        proposals: Sequence[Proposal],
+        losses: Any,
+        doubt: Doubt | None,
     ) -> tuple[dict[float, Assignment], int]:
-        """(budget -> the assignment of least measured loss after a local search, how many assignments were measured for it)."""
+        """(budget -> of all assignments measured after a local search the one of least loss, or with `doubt` one that the images
+        cannot tell from it, how many assignments were measured for that)."""
         found = losses(dict.fromkeys(p.assignment for p in proposals))
         matrix = matrices[surrogate(matrices, found)]
         programs = {b: program_of(matrix, [b.constraint(self.space)]) for b in budgets}
         searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
-        everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, s.best, listed=False) for b, s in searched.items() if s.gain > 0)]
-        tried = {a: loss for s in searched.values() for a, loss in s.tried.items()}
-        results = choose(self.space, everything, found | tried | losses([p.assignment for p in everything]))
+        everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, listed=False) for b, s in searched.items() for a in s.tried)]
+        measured = losses(dict.fromkeys(p.assignment for p in everything))
+        results = choose(self.space, everything, measured, doubt=doubt)
         chosen = {r.budget: r.assignment for r in results if r.method == CHOSEN}
-        return {b.bound: chosen[b.name] for b in budgets}, len(set(found) | set(tried))
+        return {b.bound: chosen[b.name] for b in budgets}, len(measured)
 
 
 def blocks_of(size: int) -> tuple[tuple[int, int], ...]:
@@ -285,9 +307,31 @@ def _rounded(values: Iterable[float | None]) -> list[float | None]:
 # -- measuring -------------------------------------------------------------------------------------------------------------------
 
 
-def rows(path: Path = DATA) -> list[dict[str, Any]]:
-    """The cells so far."""
+def lines(path: Path = DATA) -> list[dict[str, Any]]:
+    """What was measured so far: a line a cell, and a further one for methods that came later."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rows(path: Path = DATA) -> list[dict[str, Any]]:
+    """The cells so far, each with all of its methods."""
+    return merged(lines(path))
+
+
+def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each cell, with the methods of all of its lines."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        if (cell := cells.get(key(line))) is None:
+            cells[key(line)] = line
+        else:
+            more = {cost: cell[cost] | line[cost] for cost in ("forward_images", "backward_images")}
+            cells[key(line)] = {**cell, **more, "rows": cell["rows"] + line["rows"]}
+    return list(cells.values())
+
+
+def methods(row: Mapping[str, Any]) -> frozenset[str]:
+    """Methods of a cell."""
+    return frozenset(method for method, *_ in row["rows"])
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -301,21 +345,25 @@ def cases() -> list[Case]:
 
 
 def cells(
-    study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: set[tuple[Any, ...]]
+    study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: Mapping[tuple[Any, ...], frozenset[str]]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a case that are not there yet, small sets of every draw first."""
+    """Yields the lines of a case that are not there yet, small sets of every draw first. `done` has the methods of each cell: one
+    without `chosen_tempered`, which came later, gets a further line with that and with what it proposes from.
+    """
     name, space, setting = study.case
     smaller = sorted(size for size in {size for size, _ in sets} if size < max(SIZES))
     groups = [[(size, draw) for size in smaller if (size, draw) in sets] for draw in sorted({draw for _, draw in sets})]
     groups += [[(size, draw)] for size, draw in sorted(sets) if size >= max(SIZES)]
     for group in groups:
-        measured = None
+        measured, before = None, None
         for size, draw in group:
-            if (name, space, setting, size, draw) in done:
+            present = done.get((name, space, setting, size, draw), frozenset())
+            if "chosen_tempered" in present:
                 continue
+            names = (*THRIFTY, *TEMPERED) if present else ESTIMATORS
             begin = time.perf_counter()
-            measured, seconds = study.measured(sets[size, draw], size, measured)
-            cell = study.cell(measured, sets[size, draw])
+            measured, seconds = study.measured(sets[size, draw], size, measured if before == names else None, names)
+            before, cell = names, study.cell(measured, sets[size, draw], names, present)
             yield {
                 **dict(zip(("network", "space", "setting", "images", "draw"), (*study.case, size, draw), strict=True)),
                 "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu",
@@ -331,7 +379,7 @@ def work(job: tuple[Case, Path, Path, float]) -> None:
     case, folder, path, until = job
     torch.set_num_threads(1)
     pool = images_not_trained_on(folder)
-    done = {key(row) for row in rows(path)}
+    done = {key(row): methods(row) for row in rows(path)}
     for row in cells(Study(case, pool), draws(len(pool)), done):
         with path.open("a") as file:  # one short line at a time: appended whole
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
@@ -361,7 +409,7 @@ def record(cells: Iterable[Mapping[str, Any]], uri: str) -> int:
             break
     new = 0
     for cell in cells:
-        name = " ".join(map(str, key(cell)))
+        name = " ".join(map(str, key(cell))) + ("" if "uniform" in methods(cell) else " (methods that came later)")
         if name in known:
             continue
         run = client.create_run(experiment, run_name=name, tags={"clado.cell": name}).info.run_id
@@ -396,7 +444,7 @@ def main() -> None:
     if options.what == "record":
         Path("runs/study").mkdir(parents=True, exist_ok=True)
         uri = options.uri or "sqlite:///runs/study/mlflow.db"
-        print(f"{record(rows(options.file), uri)} new runs in {uri}, experiment {EXPERIMENT}")
+        print(f"{record(lines(options.file), uri)} new runs in {uri}, experiment {EXPERIMENT}")
         return
     until = time.time() + 60 * options.minutes
     jobs = [(case, options.data, options.file, until) for case in cases()]

@@ -14,8 +14,9 @@ from clado.records import markdown_table
 HERE = Path(__file__).parent
 DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"
 METHODS = (
-    *("uniform", "layerwise", "blockwise", "pairwise", "pairwise_raw", "gauss_newton", "hawq", "mpqco", "fisher"),
-    *("chosen", "chosen_full"),
+    *("uniform", "layerwise", "blockwise", "pairwise", "pairwise_raw", "gauss_newton"),
+    *("tempered2", "tempered4", "tempered8", "hawq", "mpqco", "fisher"),
+    *("chosen", "chosen_tempered", "chosen_full"),
 )
 SETTINGS = ("plain", "corrected")
 SHOWN = ("uniform", "layerwise", "pairwise", "gauss_newton", "mpqco", "chosen")
