@@ -1,5 +1,6 @@
 """A store widens: a further bit-width or layer measures its own probes and nothing else, and the numbers are those of one go."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ from clado.config import parse_config
 from clado.errors import ConfigurationError, IdentityMismatch
 from clado.measure import measure_tile
 from clado.network import Network
+from clado.records import RunRecord
 from clado.shards import Store
 from flows import worker
 from flows.session import Session
+from flows.stored import StoredRun
+from tests.running import run_pipeline
 from tests.test_growing import files
 
 LATE = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]  # three layers are left
@@ -226,3 +230,26 @@ def test_kinds_whose_numbers_do_not_stand_alone_are_measured_whole(tmp_path):
     once = session_of(tmp_path / "once", **base, **MORE_BITS)
     measure(once)
     assert_same(gathered(wide), gathered(once))
+
+
+def test_a_run_in_the_folder_of_a_narrower_one_says_what_it_measured_and_its_record_is_of_the_wider_space(tmp_path):
+    def run(**changed):
+        document = {
+            **settings(tmp_path / "run", **changed),
+            "search": {"evaluations": 0},
+            "estimators": ["layerwise", "pairwise"],
+        }
+        run_pipeline(document, tracked=False)
+        return RunRecord.load(tmp_path / "run" / "record.json")
+
+    narrow = run()
+    assert not any("grew" in note for note in narrow.notes)
+    fixed = {"network": {"fixed": ["conv1.weight", "layer1.*", "layer2.*", "layer3.0.*"]}}
+    wide = run(**MORE_BITS, **fixed)
+    (note,) = (note for note in wide.notes if "grew" in note)
+    new, whole = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= (?:of|evaluations))", note))
+    session = session_of(tmp_path / "run", **MORE_BITS, **fixed, estimators=["layerwise", "pairwise"])
+    assert (new, whole) == (work(session) - 2 * (1 + 6 + 12), work(session))
+    assert set(narrow.layer_names) < set(wide.layer_names) == set(session.space.names)
+    assert StoredRun.open(tmp_path / "run").measured.space.options == session.space.options
+    assert {len(row.assignment.bits) for row in wide.results} == {len(wide.layer_names)}
