@@ -278,7 +278,7 @@ def measure(name: str, folder: Path) -> Result:
         profile = Profile(bench.network.graph)
         as_the_flow_does(bench, Tile("singles", 0), profile)
         took = []
-        for _ in range(1 if tile.kind == "pairs" else 3):
+        for _ in range(1 if tile.kind == "pairs" else 6):
             profile.seconds, profile.instructions = {}, 0
             begin = time.process_time()
             with patch.object(criteria, "bind", profile.bind):
