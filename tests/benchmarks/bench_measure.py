@@ -70,6 +70,7 @@ class Result:
     least: float
     suffixes: dict[str, float]
     measured: dict[str, float]
+    drift: float
     floor_rate: float
     inference_rate: float
     swapping: float
@@ -106,7 +107,7 @@ def forward_seconds(graph: Graph, model: nn.Module, channels_last: bool) -> tupl
     for batch in BATCHES:
         images = noise(batch, channels_last)
         steps, runs = [], []
-        for _ in range(8 if batch <= 128 else 6):
+        for _ in range(5):
             begin = time.process_time()
             model(images)
             runs.append(time.process_time() - begin)
@@ -251,8 +252,11 @@ def measure(name: str, folder: Path) -> Result:
     plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
     Store.create(folder / f"{name}.zarr", plan, {}, {}, {})
 
-    operators, least, inference = forward_seconds(graph, fused(model), channels_last)
-    suffix = [float(operators[cut.position :].sum()) for cut in graph.cuts]
+    def ordinary() -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+        return *forward_seconds(graph, fused(model), channels_last), np.array(suffix_seconds(unwatched))
+
+    unwatched = bench.network
+    before = ordinary()
     offsets = space.offsets
     pairs = [(offsets[j + 1] - offsets[j]) * offsets[j] for j in range(space.num_layers)]
 
@@ -261,8 +265,6 @@ def measure(name: str, folder: Path) -> Result:
         found = {"pairs": IMAGES * sum(n * s for n, s in zip(pairs, behind, strict=True)), "singles": singles, "gram": singles}
         return found | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
 
-    floor, suffixes = summed(suffix), summed(suffix_seconds(bench.network))
-    least_suffix = [float(least[cut.position :].sum()) for cut in graph.cuts]
     swapping = swapping_seconds(model, bench)
     sweep = batch_sweep(bench.network)
     per_instruction = loop_seconds(model)
@@ -286,17 +288,22 @@ def measure(name: str, folder: Path) -> Result:
             took.append(time.process_time() - begin)
         kind = tile.kind if count == IMAGES else f"{tile.kind} of {count}"
         measured[kind], shares[kind] = min(took), profile.parts(took[-1], per_instruction)
+    # the machine's speed drifts: what is compared with is timed before and after, and the mean taken
+    after = ordinary()
+    operators, least, inference, resumed = ((np.asarray(a) + np.asarray(b)) / 2 for a, b in zip(before, after, strict=True))
+    floor, least_floor = (summed([float(times[cut.position :].sum()) for cut in graph.cuts]) for times in (operators, least))
     return Result(
         name,
         space.num_layers,
         sum(pairs),
         graph.macs,
         floor,
-        summed(least_suffix)["pairs"],
-        suffixes,
+        least_floor["pairs"],
+        summed(resumed.tolist()),
         measured,
+        float(after[0].sum() / before[0].sum()),
         2 * graph.macs / float(operators.sum()) / 1e9,
-        2 * graph.macs / inference / 1e9,
+        2 * graph.macs / float(inference) / 1e9,
         sum(pairs) * IMAGES * swapping,
         sum(pairs) * IMAGES * float(operators.sum()) / floor["pairs"],
         shares["pairs"],
@@ -336,8 +343,8 @@ def report(results: Sequence[Result]) -> str:
         "| network | layers | pairs | floor s | pairs s | **pairs ÷ floor** (goal 1.25) | pairs ÷ least times | "
         "pairs ÷ suffix forwards | "
         "GFLOP/s of the floor's operators, whole network | of the module's inference | gain over swapping | whole ÷ suffix | "
-        "gain ÷ that (goal 0.8) | outside forwards (goal 2 %) |",
-        "|---|" + "--:|" * 13,
+        "gain ÷ that (goal 0.8) | outside forwards (goal 2 %) | floor after ÷ before |",
+        "|---|" + "--:|" * 14,
     ]
     for r in results:
         gain = r.swapping / r.measured["pairs"]
@@ -348,7 +355,7 @@ def report(results: Sequence[Result]) -> str:
             f"{r.measured['pairs'] / r.least:.2f}",
             f"{r.measured['pairs'] / r.suffixes['pairs']:.2f}",
             *(f"{r.floor_rate:.0f}", f"{r.inference_rate:.0f}", f"{gain:.1f}", f"{r.whole_over_suffix:.1f}"),
-            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * (1 - r.profile['forwards']):.1f} %"),
+            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * (1 - r.profile['forwards']):.1f} %", f"{r.drift:.2f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -361,6 +368,8 @@ def report(results: Sequence[Result]) -> str:
         "forwards that take turns with the floor's.",
         "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
         "- *outside forwards*: everything but operators, of the pairs' time; the profile below.",
+        "- *floor after ÷ before*: the machine's speed drifts, so floor, suffix forwards and inference are timed before and "
+        "after what is compared with them, and the mean is taken; this is how far the two are apart.",
         "",
         "## Profile of the pairs",
         "",
