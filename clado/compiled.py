@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from clado.attention import Movement
+
 Tables = Mapping[type, Mapping[int, Any]]  # kind of argument -> slot -> what is read there
 
 
@@ -41,8 +43,12 @@ def compiled_suffix(steps: Sequence[Any], output_slot: int, tables: Tables, back
         return made[argument.slot] if argument.slot not in table else inputs.get(argument, table[argument.slot])
 
     for step in steps:
+        given = tuple(placed(argument) for argument in step.arguments)
         keywords = {name: placed(argument) for name, argument in step.keywords.items()}
-        made[step.slot] = graph.call_function(step.function, tuple(placed(argument) for argument in step.arguments), keywords)
+        if isinstance(step.function, Movement):
+            made[step.slot] = step.function.written(graph, *given)
+        else:
+            made[step.slot] = graph.call_function(step.function, given, keywords)
     graph.output(made[output_slot])
     program = torch.compile(fx.GraphModule({}, graph), backend=backend)
 

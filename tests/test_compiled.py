@@ -31,7 +31,7 @@ def check(network: Network, own: Network) -> None:
                 assert float((stacked - torch.cat([expected, expected])).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", [Residual, pytest.param(Attention, marks=pytest.mark.system), Recurrent])
+@pytest.mark.parametrize("kind", [Residual, Attention, Recurrent])
 def test_runs_to_the_end_are_those_of_the_loop(kind) -> None:
     network = Network(build(kind), images(1))
     check(network, compiled(network))

@@ -11,7 +11,8 @@ from clado.config import DataSettings
 from clado.errors import DataError
 from clado.sources import load_data
 from tests.benchmarks import study, study_table
-from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, key, merged, methods, record
+from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, record
+from tests.benchmarks.study_table import key, merged, methods
 
 
 def test_sets_of_one_size_share_no_image_and_larger_ones_hold_the_smaller() -> None:
@@ -48,7 +49,7 @@ def test_blocks_cover_a_set_and_begin_with_those_of_smaller_ones(size) -> None:
 
 def test_every_case_is_of_the_zoo_and_the_data_hold_no_cell_twice() -> None:
     assert len(set(study.cases())) == len(study.cases()) == 14
-    keys = [key(row) for row in study.rows()]
+    keys = [key(row) for row in study_table.rows()]
     assert len(set(keys)) == len(keys) > 0
     known = draws(4024)
     assert all(tuple(k[:3]) in study.cases() and tuple(k[3:]) in known for k in keys)
@@ -134,11 +135,11 @@ def test_cells_that_are_lost_are_listed_worst_first() -> None:
 
 
 def test_the_page_is_what_the_data_give() -> None:
-    assert study_table.TABLE.read_text() == study_table.page(study_table.load())
+    assert study_table.TABLE.read_text() == study_table.page(study_table.rows())
 
 
 def test_assignments_are_kept_as_digits() -> None:
-    row = study.rows()[0]
+    row = study_table.rows()[0]
     assert all(set(bits) <= set("23468") for _, _, bits, *_ in row["rows"])
     assert json.dumps(row)  # plain data
     assert digits(type("A", (), {"bits": (2, 8, 4)})()) == "284"

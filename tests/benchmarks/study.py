@@ -48,9 +48,8 @@ from clado.sources.zoo import normalise
 from clado.space import Assignment, SearchSpace
 from clado.tracking import set_environment
 from clado.zoo.train import read_fashion_mnist, split_training_images
+from tests.benchmarks.study_table import DATA, key, lines, methods, rows
 
-HERE = Path(__file__).parent
-DATA = HERE / "study.jsonl"
 NETWORKS = ("resnet20_fashion_mnist", "mobilenetv2_fashion_mnist", "vit_fashion_mnist")
 SPACES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # candidate bits of weights, of activations
     "w248": ((2, 4, 8), ()),
@@ -305,38 +304,6 @@ def _rounded(values: Iterable[float | None]) -> list[float | None]:
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------------------
-
-
-def lines(path: Path = DATA) -> list[dict[str, Any]]:
-    """What was measured so far: a line a cell, and a further one for methods that came later."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def rows(path: Path = DATA) -> list[dict[str, Any]]:
-    """The cells so far, each with all of its methods."""
-    return merged(lines(path))
-
-
-def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each cell, with the methods of all of its lines."""
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in lines:
-        if (cell := cells.get(key(line))) is None:
-            cells[key(line)] = line
-        else:
-            more = {cost: cell[cost] | line[cost] for cost in ("forward_images", "backward_images")}
-            cells[key(line)] = {**cell, **more, "rows": cell["rows"] + line["rows"]}
-    return list(cells.values())
-
-
-def methods(row: Mapping[str, Any]) -> frozenset[str]:
-    """Methods of a cell."""
-    return frozenset(method for method, *_ in row["rows"])
-
-
-def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a cell is of."""
-    return tuple(row[k] for k in ("network", "space", "setting", "images", "draw"))
 
 
 def cases() -> list[Case]:

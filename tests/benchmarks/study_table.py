@@ -27,9 +27,35 @@ Figures = Mapping[Cell, Mapping[tuple[str, float], Sequence[Any]]]  # what each 
 BITS, TOP1, LOSS, MEASURED, PREDICTED = range(5)  # top-1 and loss on the test images, losses on the sensitivity set
 
 
-def load(path: Path = DATA) -> list[dict[str, Any]]:
-    """The cells measured."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a cell is of."""
+    return tuple(row[k] for k in ("network", "space", "setting", "images", "draw"))
+
+
+def lines(path: Path = DATA) -> list[dict[str, Any]]:
+    """What was measured so far: a line a cell, and a further one for methods that came later."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rows(path: Path = DATA) -> list[dict[str, Any]]:
+    """The cells so far, each with all of its methods."""
+    return merged(lines(path))
+
+
+def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each cell, with the methods of all of its lines."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        device = f"{line['device']} (torch {line['torch']})"
+        cell = cells.get(key(line), {**line, "rows": [], "devices": []})
+        costs = {cost: cell[cost] | line[cost] for cost in ("forward_images", "backward_images")}
+        cells[key(line)] = {**cell, **costs, "rows": cell["rows"] + line["rows"], "devices": [*cell["devices"], device]}
+    return list(cells.values())
+
+
+def methods(row: Mapping[str, Any]) -> frozenset[str]:
+    """Methods of a cell."""
+    return frozenset(method for method, *_ in row["rows"])
 
 
 def figures(rows: Iterable[Mapping[str, Any]]) -> Figures:
@@ -149,14 +175,16 @@ def page(rows: list[dict[str, Any]]) -> str:
     count: dict[tuple[str, int], int] = defaultdict(int)
     for _, space, _, images, _ in found:
         count[space, images] += 1
-    devices = sorted({f"{row['device']} (torch {row['torch']})" for row in rows})
+    devices = sorted({device for row in rows for device in row["devices"]})
     parts.append(f"{len(found)} cells, on {', '.join(devices)}: " + "; ".join(
         f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items())) + ".\n")  # fmt: skip
     for setting in SETTINGS:
-        for method in ("chosen", "chosen_full"):
+        for method in ("chosen", "chosen_tempered", "chosen_full"):
+            if not (compared := comparison(found, setting, method)):
+                continue
             parts.append(f"## `{method}` against the others, {setting}\n")
             headers = ["against", "cells", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
-            parts.append(markdown_table(headers, comparison(found, setting, method)) + "\n")
+            parts.append(markdown_table(headers, compared) + "\n")
             lost = losing(found, setting, method)
             if lost:
                 parts.append(f"Lost by more than {MARGIN} points to layerwise or pairwise:\n\n" + markdown_table(
@@ -244,9 +272,9 @@ def _save(figure: Any, name: str) -> None:
 
 def main() -> None:
     """Writes the page and its plots."""
-    rows = load()
-    TABLE.write_text(page(rows))
-    plot(rows)
+    found = rows()
+    TABLE.write_text(page(found))
+    plot(found)
 
 
 if __name__ == "__main__":
