@@ -185,7 +185,7 @@ def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Networ
 
 def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:
     lacking = bench.plan((tile.kind,)).lacking(tile, known)
-    sums = np.zeros(lacking.shape) if known is None else np.where(lacking, 0.0, known)
+    sums = np.where(lacking, 0.0, np.nan if known is None else known)
     wanted = np.flatnonzero(lacking[1:]).tolist()
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)

@@ -117,13 +117,9 @@ class Plan:
     def lacking(self, tile: Tile, known: Array | None = None) -> NDArray[np.bool_]:
         """True for each probe of a tile of `BY_ENTRY` that is not `known` (NaN there): (1 + K,), the float network's first, or
         (rows, K)."""
-        rows = range(tile.first, tile.stop) if tile.kind in OF_PAIRS else ()
-        wanted: NDArray[np.bool_] = np.zeros((len(rows), self.space.num_options), dtype=bool)
-        for row in rows:
-            for j in later_layers(self.space, tile.kind, self.space.options[row].layer):
-                wanted[row - tile.first, self.space.offsets[j] : self.space.offsets[j + 1]] = True
-        if tile.kind not in OF_PAIRS:
-            wanted = np.ones(1 + self.space.num_options, dtype=bool)
+        wanted: NDArray[np.bool_] = np.ones(1 + self.space.num_options, dtype=bool)
+        if tile.kind in OF_PAIRS:
+            wanted = pair_mask(self.space, tile.kind, range(tile.first, tile.stop))
         return wanted if known is None else wanted & np.isnan(known)
 
     def evaluations(self, tile: Tile, known: Array | None = None) -> int:
@@ -182,6 +178,16 @@ def later_layers(space: SearchSpace, kind: Kind, layer: int) -> Sequence[int]:
         return range(layer + 1, space.num_layers)
     block = next(block for block in space.blocks if layer in block)
     return [j for j in block if j > layer]
+
+
+def pair_mask(space: SearchSpace, kind: Kind, rows: range | None = None) -> NDArray[np.bool_]:
+    """(rows, K): True where row and column are options that a kind of pairs combines, the row's layer first; default all rows."""
+    rows = range(space.num_options) if rows is None else rows
+    mask = np.zeros((len(rows), space.num_options), dtype=bool)
+    for place, row in enumerate(rows):
+        for layer in later_layers(space, kind, space.options[row].layer):
+            mask[place, space.offsets[layer] : space.offsets[layer + 1]] = True
+    return mask
 
 
 def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:

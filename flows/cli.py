@@ -531,8 +531,9 @@ def _plan_text(session: "Session") -> str:
             + (f", {backwards:,} backward images" if (backwards := plan.backward_images(tiles)) else "")
         )
     todo = session.store_todo()
-    if known := sum(map(plan.evaluations, plan.tiles)) - sum(plan.evaluations(tile, sums) for tile, sums in todo.items()):
-        lines.append(f"  in the store already: {known:,} of {sum(map(plan.evaluations, plan.tiles)):,} evaluations")
+    whole = sum(map(plan.evaluations, plan.tiles))
+    if known := whole - sum(plan.evaluations(tile, sums) for tile, sums in todo.items()):
+        lines.append(f"  in the store already: {known:,} of {whole:,} evaluations")
     from clado.estimators import costs
 
     for name, (forwards, backwards) in costs(config.estimators, plan).items():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from clado.errors import ConfigurationError, MeasurementError
 from clado.interaction import InteractionMatrix
 from clado.plugins import available, nearest
-from clado.probes import KINDS, OF_PAIRS, Kind, Plan, later_layers
+from clado.probes import KINDS, OF_PAIRS, Kind, Plan, pair_mask
 from clado.space import SearchSpace
 
 Array = NDArray[np.float64]
@@ -141,15 +141,6 @@ def non_finite(measured: Measured) -> list[str]:
             for k, m in np.argwhere(pairs.any(axis=0))
         ]
     return lines
-
-
-def pair_mask(space: SearchSpace, kind: Kind) -> NDArray[np.bool_]:
-    """(K, K): True where row and column are options that a kind of pairs combines, the row's layer first."""
-    mask = np.zeros((space.num_options,) * 2, dtype=bool)
-    for row, option in enumerate(space.options):
-        for layer in later_layers(space, kind, option.layer):
-            mask[row, space.offsets[layer] : space.offsets[layer + 1]] = True
-    return mask
 
 
 def _module(name: str) -> ModuleType:

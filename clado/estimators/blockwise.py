@@ -7,10 +7,10 @@ Costs 1 + K forwards of the sensitivity set and one for every pair of options of
 `pairwise`, among whose pairs they are.
 """
 
-from clado.estimators import Measured, pair_mask
+from clado.estimators import Measured
 from clado.estimators.pairwise import of_pairs
 from clado.interaction import InteractionMatrix
-from clado.probes import Kind
+from clado.probes import Kind, pair_mask
 
 KINDS = ("singles", "block_pairs")
 

@@ -11,9 +11,9 @@ for every pair of options of different layers.
 import numpy as np
 from numpy.typing import NDArray
 
-from clado.estimators import Measured, pair_mask, quarantine
+from clado.estimators import Measured, quarantine
 from clado.interaction import InteractionMatrix
-from clado.probes import Kind
+from clado.probes import Kind, pair_mask
 
 KINDS = ("singles", "pairs")
 
