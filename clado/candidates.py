@@ -9,9 +9,10 @@ from math import isfinite
 
 import numpy as np
 
-from clado import constraints
+from clado import constraints, estimators
 from clado.constraints import Constraint
 from clado.errors import InfeasibleError
+from clado.estimators import Measured
 from clado.interaction import Array, InteractionMatrix
 from clado.program import Convexity, Program, Solution
 from clado.records import CHOSEN, UNIFORM, Result
@@ -21,6 +22,7 @@ from clado.space import FLOAT_BITS, Assignment, SearchSpace
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
 CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
 SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured
+TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose for no forward beside what gauss_newton measures
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,38 @@ def propose(
     return proposals
 
 
+def beside(measured: Measured, named: Iterable[str]) -> dict[str, InteractionMatrix]:
+    """Matrices that compete beside those of the `named` estimators, for solver time only: TEMPERED, where Gram tiles were
+    measured. They order assignments of large losses better (tests/benchmarks/STUDY.md)."""
+    further = set(TEMPERED) - set(named) if "gram" in measured.sums else ()
+    return {name: estimators.estimate(name, measured) for name in sorted(further)}
+
+
 def propose_variants(
     matrices: Mapping[str, InteractionMatrix],
     budgets: Sequence[Budget],
     prepare: Callable[[Program], Solve],
     limits: Sequence[Constraint] = (),
+    further: Mapping[str, InteractionMatrix] | None = None,
 ) -> list[Proposal]:
-    """Further answers of the matrices that are solved clipped, for solver time only: unclipped, and with noisy terms shrunk.
+    """Unlisted answers, for solver time only: of the matrices that are solved clipped also unclipped, and with noisy terms
+    shrunk; and those of `further` matrices, as of `beside`.
 
     `shift_psd` is not one of them: it minimises the same function as the raw matrix.
     """
-    clipped = {method: matrix for method, matrix in matrices.items() if CONVEXITY.get(method) == "clip_psd"}
     proposals: list[Proposal] = []
-    for method, matrix in clipped.items():
+
+    def add(method: str, matrix: InteractionMatrix, convexity: Convexity | None = None) -> None:
         fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
-        proposals += _optima(f"{method}_raw", matrix, fit, prepare, "raw")
-        if matrix.standard_error is not None:
-            proposals += _optima(f"{method}_shrunk", matrix.shrink(), fit, prepare)
+        proposals.extend(_optima(method, matrix, fit, prepare, convexity))
+
+    for method, matrix in matrices.items():
+        if CONVEXITY.get(method) == "clip_psd":
+            add(f"{method}_raw", matrix, "raw")
+            if matrix.standard_error is not None:
+                add(f"{method}_shrunk", matrix.shrink())
+    for method, matrix in (further or {}).items():
+        add(method, matrix)
     return [replace(proposal, listed=False) for proposal in proposals]
 
 
@@ -214,15 +231,21 @@ class Doubt:
     losses: Mapping[Assignment, Array]
     matrix: InteractionMatrix
 
+    @classmethod
+    def of(cls, measured: Measured, losses: Mapping[Assignment, Array]) -> "Doubt | None":
+        """With the sums of singles that were measured; None where none were, as for estimators from gradients alone."""
+        return cls(losses, estimators.estimate("layerwise", measured)) if "singles" in measured.sums else None
+
     def settled(self, best: Assignment, others: Iterable[Assignment]) -> Assignment:
         """Of `best` and those of `others` within one standard error of it, the one predicted best; `best` among equals."""
         near = [best, *(a for a in others if self._near(a, best))]
         return min(near, key=lambda a: (self.matrix.predicted_increase(a), float(np.mean(self.losses[a]))))
 
     def _near(self, one: Assignment, best: Assignment) -> bool:
-        difference = self.losses[one] - self.losses[best]
-        n = len(difference)
-        return n > 1 and bool(difference.mean() <= difference.std(ddof=1) / np.sqrt(n))
+        with np.errstate(invalid="ignore"):  # infinity minus infinity: not near
+            difference = self.losses[one] - self.losses[best]
+            n = len(difference)
+            return n > 1 and bool(difference.mean() <= difference.std(ddof=1) / np.sqrt(n))
 
 
 def choose(
@@ -259,7 +282,8 @@ def choose(
         results += [_result(space, proposal, losses) for proposal in own if proposal.listed]
         lent = [p for b, p in best.items() if b != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
         chosen = min([best[budget], *lent], key=order)
-        others = [losses[p.assignment] for p in own if p.assignment != chosen.assignment]
+        siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
+        others = [losses[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
         winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
         row = _result(space, Proposal(budget, CHOSEN, chosen.assignment, chosen.loss_predicted, chosen.solution), losses)
         gain = min(others) - losses[chosen.assignment] if others else 0.0

@@ -1,14 +1,18 @@
 """Per-sample losses of logits, float64, so that differences of nearly equal losses keep their digits."""
 
+import sys
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clado.errors import ConfigurationError, DataError
 
 CACHED = 2**17  # elements that are taken at a time on a CPU, whose cache then holds them from step to step
+# where NumPy's eᶜ − 1 is vectorized, it takes a third of torch's time; elsewhere it is the slower one
+NUMPY_IS_FASTER = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 CriterionName = Literal["kl_to_float", "cross_entropy"]
 Criterion = Callable[[Tensor], Tensor]
 
@@ -29,6 +33,14 @@ def kl_to_float(logits: Tensor, float_logits: Tensor) -> Tensor:
     return gap.mul_(log_p.exp()).sum(-1)
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """eˣ − 1, float32, within two units in the last place."""
+    if not NUMPY_IS_FASTER or x.device.type != "cpu":
+        return x.expm1()
+    with np.errstate(over="ignore", invalid="ignore"):  # as torch does
+        return torch.from_numpy(np.expm1(x.numpy()))
+
+
 def _kl_of_differences(float_logits: Tensor) -> Criterion:
     """`kl_to_float` as log(1 + Σ p (eᶜ − 1 − c)), where c = d − Σ p d and d is the difference of the logits: float32 elements
     that keep the digits of small losses, at half the time and less. Samples that are not finite this way (eᶜ may overflow), and
@@ -41,16 +53,17 @@ def _kl_of_differences(float_logits: Tensor) -> Criterion:
     def losses(logits: Tensor) -> Tensor:
         c = logits - reference
         c -= (p * c).sum(-1, keepdim=True)
-        return c.expm1().sub_(c).mul_(p).sum(-1).double().log1p_().clamp_(min=0.0)
+        return _expm1(c).sub_(c).mul_(p).sum(-1).double().log1p_().clamp_(min=0.0)
 
     def criterion(logits: Tensor) -> Tensor:
         if logits.requires_grad:
             return kl_to_float(logits, float_logits)
         rows = logits.reshape(-1, *reference.shape)
         at_once = len(rows) if rows.is_cuda else max(1, CACHED // reference.numel())
-        found = torch.cat([losses(part) for part in torch.split(rows, at_once)]).reshape(logits.shape[:-1])
-        finite = found.isfinite()
-        return found if bool(finite.all()) else torch.where(finite, found, kl_to_float(logits, float_logits))
+        found = torch.cat([losses(rows[k : k + at_once]) for k in range(0, len(rows), at_once)]).reshape(logits.shape[:-1])
+        if bool(found.sum().isfinite()):  # and so is each of them
+            return found
+        return torch.where(found.isfinite(), found, kl_to_float(logits, float_logits))
 
     return criterion
 

@@ -20,16 +20,19 @@ from clado.records import Accuracy
 @dataclass(frozen=True)
 class Counts:
     """Sums over a shard of images: `loss` is the sum of losses; `top1` and `top5` count hits, None without labels. `classes` has
-    (class, images, top-1 hits) of each class that was met, in order of the classes."""
+    (class, images, top-1 hits) of each class that was met, in order of the classes. `losses` are those of the images, where
+    assignments are compared image by image; else it is empty."""
 
     num_images: int = 0
     loss: float = 0.0
     top1: int | None = None
     top5: int | None = None
     classes: tuple[tuple[int, int, int], ...] = ()
+    losses: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))  # from JSON
+        object.__setattr__(self, "losses", tuple(self.losses))
 
     def __add__(self, other: "Counts") -> "Counts":
         if not self.num_images:
@@ -40,6 +43,7 @@ class Counts:
             _added(self.top1, other.top1),
             _added(self.top5, other.top5),
             _merged(self.classes, other.classes),
+            self.losses + other.losses,
         )
 
     def accuracy(self) -> Accuracy:

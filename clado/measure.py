@@ -218,22 +218,29 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
             u[where] = logits - reference  # exact but for its own last digit; sums over samples are float64
             if slope is not None:
                 first[where] += (u[where] * slope).sum((1, 2))
-        for gram, temperature in zip(grams, TEMPERATURES, strict=True):
-            q = (part.float_logits.double() / temperature).softmax(-1)
-            v = u - torch.einsum("knc,nc->kn", u, q.to(kind))[..., None]
-            _add_products(gram, v.mul_(q.sqrt().to(kind)).reshape(k, -1))
+        _add_products(grams, u, torch.stack([(part.float_logits.double() / t).softmax(-1) for t in TEMPERATURES]))
     whole = grams.tril() + grams.tril(-1).mT
     sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy(whole).reshape(-1, k)
     return sums
 
 
-def _add_products(gram: Tensor, rows: Tensor, at_once: int = 64, columns: int = 4096) -> None:
-    """Adds the float64 products of all rows with all earlier ones and themselves: on and below the diagonal, and a bit above."""
-    for part in torch.split(rows, columns, 1):
-        wide = part.double()
-        for first in range(0, len(wide), at_once):
-            stop = min(first + at_once, len(wide))
-            gram[first:stop, :stop].addmm_(wide[first:stop], wide[:stop].T)
+def _add_products(grams: Tensor, u: Tensor, q: Tensor) -> None:
+    """Adds the products v vᵀ of v = √q (u − qᵀu) to grams (T, K, K): on and below the diagonal, and a bit above; in float64.
+
+    u (K, N, C), q (T, N, C). On a CPU a few samples at a time, which its cache holds from step to step.
+    """
+    elements, rows = (1024, 32) if u.device.type == "cpu" else (2**16, 1024)
+    roots = q.sqrt()
+    at_once = max(1, elements // u.shape[-1])
+    for first in range(0, u.shape[1], at_once):
+        samples = slice(first, first + at_once)
+        wide = u[:, samples].double()
+        means = torch.matmul(wide.transpose(0, 1), q[:, samples].permute(1, 2, 0))  # (n, K, T)
+        for t, gram in enumerate(grams):
+            v = ((wide - means[..., t].T[..., None]) * roots[t, samples]).flatten(1)
+            for start in range(0, len(v), rows):
+                stop = min(start + rows, len(v))
+                gram[start:stop, :stop].addmm_(v[start:stop], v[:stop].T)
 
 
 def _pairs(bench: Workbench, tile: Tile, known: Array | None) -> Array:

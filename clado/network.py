@@ -1,7 +1,7 @@
 """A torch network whose weights can be replaced by name, run whole or resumed from any searched layer."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, get_args
@@ -337,19 +337,19 @@ def _quantized_layers(replaced: Replaced | None) -> dict[int, QuantizedLayer]:
 @contextmanager
 def _computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
     """Products in a numeric mode while the context lasts; what the process had chosen comes back."""
+    autocast = torch.autocast(device.type, torch.bfloat16) if numeric == "bfloat16" else nullcontext()
+    if device.type != "cuda":
+        with autocast:
+            yield
+        return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     try:
-        if device.type == "cuda":
-            cudnn.allow_tf32 = matmul.allow_tf32 = numeric == "tf32"
-        if numeric == "bfloat16":
-            with torch.autocast(device.type, torch.bfloat16):
-                yield
-        else:
+        cudnn.allow_tf32 = matmul.allow_tf32 = numeric == "tf32"
+        with autocast:
             yield
     finally:
-        if device.type == "cuda":
-            cudnn.allow_tf32, matmul.allow_tf32 = before
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _refuse_bad_weights(model: nn.Module) -> None:

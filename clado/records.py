@@ -50,7 +50,8 @@ class Result:
     set with the network that probes measure; `loss_shipped`: with the one that would ship, final corrections applied (the same
     where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
     rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
-    took, and `gain` how much lower its measured loss is than the best of the others.
+    took, and `gain` how much lower its measured loss is than the best of the other methods'; where that is negative, the images
+    cannot tell the two apart (`candidates.Doubt`).
     """
 
     budget: str

@@ -142,8 +142,10 @@ def _lead(result: Result) -> str:
     """How far a chosen assignment is ahead of what the other methods proposed."""
     if result.gain is None:
         return ""
-    if result.gain <= 0:
+    if result.gain == 0:
         return ", as low as the best of the others"
+    if result.gain < 0:
+        return f", {loss_text(-result.gain)} above the best of the others: within the noise of the images, and the plainer"
     others = result.loss_shipped + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"

@@ -14,6 +14,7 @@ from clado import candidates, estimators, solvers
 from clado.candidates import CONVEXITY, Budget, Proposal, program_of, together
 from clado.errors import CladoError
 from clado.evaluation import Counts
+from clado.interaction import InteractionMatrix
 from clado.ledger import Ledger
 from clado.local_search import Searched, local_search
 from clado.local_search import search as search_around
@@ -60,7 +61,7 @@ def allocate(run: Run) -> None:
 
     with progress("solving", len(run.matrices) * len(budgets)) as advance:
         run.proposals = candidates.propose(run.matrices, budgets, prepare, limits, lambda budget, method: advance(1))
-    run.proposals += candidates.propose_variants(run.matrices, budgets, prepare_variant, limits)
+    run.proposals += candidates.propose_variants(run.matrices, budgets, prepare_variant, limits, run.beside)
     incumbent.unlink(missing_ok=True)
     for name in run.matrices:
         if CONVEXITY.get(name) == "clip_psd":
@@ -89,9 +90,9 @@ def search(run: Run) -> None:
     """Searches around the best candidate of every budget, all budgets side by side; what is found competes as a proposal."""
     session, settings = run.session, run.session.config.search
     losses = {assignment: counts.accuracy().loss for assignment, counts in run.losses.items()}
-    run.surrogate = candidates.surrogate(run.matrices, losses)
+    run.surrogate = candidates.surrogate({**run.matrices, **run.beside}, losses)
     run.stability = _stability(run)
-    matrix = run.matrices[run.surrogate]
+    matrix = _surrogate(run)
     fit = {budget: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
     searches = {
         budget: search_around(program_of(matrix, limits), losses, settings.evaluations, settings.batch)
@@ -107,9 +108,9 @@ def search(run: Run) -> None:
 
         run.searched = local_search(searches, measure_losses)
     run.proposals += [
-        Proposal(budget, LOCAL_SEARCH, searched.best, _predicted(run, searched.best), listed=False)
+        Proposal(budget, LOCAL_SEARCH, assignment, _predicted(run, assignment), listed=False)
         for budget, searched in run.searched.items()
-        if searched.gain > 0
+        for assignment in searched.tried
     ]
     run.probe_losses = run.losses
     if session.has_probe_model:  # of what is reported
@@ -177,9 +178,14 @@ def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched)
     return own or f"{makers[0].method} for {makers[0].budget.name}"
 
 
+def _surrogate(run: Run) -> InteractionMatrix:
+    """The matrix that ranks moves."""
+    return {**run.matrices, **run.beside}[run.surrogate]
+
+
 def _predicted(run: Run, assignment: Assignment) -> float | None:
     """The surrogate's prediction of an assignment's loss, where it predicts one."""
-    matrix = run.matrices[run.surrogate]
+    matrix = _surrogate(run)
     return matrix.loss_of(matrix.predicted_increase(assignment))
 
 

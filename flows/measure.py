@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from clado import estimators
+from clado import candidates, estimators
 from clado.errors import StoreError
 from clado.estimators import Measured
 from clado.shards import Store
@@ -49,5 +49,6 @@ def gather(run: Run) -> None:
     for name in session.config.estimators:
         run.matrices[name] = estimators.estimate(name, measured)
         run.matrices[name].save(session.folder / "matrices" / f"{name}.npz")
+    run.beside = candidates.beside(measured, run.matrices)
     if not run.matrices:
         raise StoreError(f"{session.store_path} gave no matrix")

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from clado.candidates import together, widest_uniform
+from clado.candidates import CONVEXITY, TEMPERED, together, widest_uniform
 from clado.evaluation import images_at_once
 from clado.measure import Workbench, measure_tile
 from clado.preparation import Recipe, equalized, prepare, prepare_layer
@@ -68,10 +68,10 @@ def probe(session: Session, own_start: float) -> Eta:
     networks = _num_networks(session)
     variants = 2 if session.config.corrections else 1
     validation = variants * networks * len(session.slices.validation)
-    searched = session.config.search.evaluations * len(session.budgets)
-    sensitivity = (variants * networks + searched) * len(session.slices.sensitivity)
+    competing = _num_competing(session)
+    sensitivity = (variants * networks + competing) * len(session.slices.sensitivity)
     # a final correction is a pass over the calibration images
-    calibration = (networks + searched) * len(session.slices.calibration) if session.has_probe_model else 0
+    calibration = (networks + competing) * len(session.slices.calibration) if session.has_probe_model else 0
     evaluation = (validation + sensitivity + calibration) * forward / workers
     return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, networks)
 
@@ -92,6 +92,14 @@ def _num_networks(session: Session) -> int:
     budgets, limits, space = session.budgets, session.limits, session.space
     uniform = {widest_uniform(space, together(budget.constraint(space), limits)) for budget in budgets}
     return 1 + len(uniform) + len(budgets) * (1 + len(session.config.estimators))
+
+
+def _num_competing(session: Session) -> int:
+    """Assignments at most that are measured on the sensitivity set and have no row of their own."""
+    named = session.config.estimators
+    variants = 2 * sum(CONVEXITY.get(name) == "clip_psd" for name in named)
+    beside = len(set(TEMPERED) - set(named)) if "gram" in session.plan.kinds else 0
+    return len(session.budgets) * (variants + beside + session.config.search.evaluations)
 
 
 def _preparing(session: Session) -> float:

@@ -1,11 +1,13 @@
 """A run in progress: its session, its workers, and what the phases hand to one another."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from clado.candidates import Budget, Proposal, choose
+import numpy as np
+
+from clado.candidates import Budget, Doubt, Proposal, choose
 from clado.estimators import Measured
 from clado.evaluation import Counts
 from clado.interaction import InteractionMatrix
@@ -32,6 +34,7 @@ class Run:
         self.session = session
         self.workers = workers
         self.matrices: dict[str, InteractionMatrix] = {}
+        self.beside: dict[str, InteractionMatrix] = {}
         self.proposals: list[Proposal] = []
         self.measured: Measured | None = None
         self.stability: tuple[Stability, ...] = ()
@@ -47,8 +50,16 @@ class Run:
 
     def results(self) -> list[Result]:
         """One row for each budget and method, and the chosen ones, as far as losses decide."""
-        losses = {assignment: counts.accuracy().loss for assignment, counts in self.losses.items()}
-        return choose(self.session.space, self.proposals, losses, self.session.limits)
+        return chosen_of(self.session, self.proposals, self.losses, self.measured)
+
+
+def chosen_of(
+    session: Session, proposals: Sequence[Proposal], counts: Mapping[Assignment, Counts], measured: Measured | None
+) -> list[Result]:
+    """`choose` by measured losses, with doubt where singles were measured."""
+    losses = {assignment: found.accuracy().loss for assignment, found in counts.items()}
+    each = {assignment: np.array(found.losses) for assignment, found in counts.items()}
+    return choose(session.space, proposals, losses, session.limits, Doubt.of(measured, each) if measured else None)
 
 
 @dataclass

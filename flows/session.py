@@ -266,7 +266,7 @@ class Session:
         return prepared.network.updated(changed), chosen
 
     def loss(self, assignment: Assignment) -> Counts:
-        """Sum of the loss of the network that ships over the sensitivity set, block by block."""
+        """Loss of the network that ships on the sensitivity set: of each image, and their sum, block by block."""
         return self._loss(assignment, self.shipped(assignment)[0] if self.has_probe_model else None)
 
     def probe_loss(self, assignment: Assignment) -> Counts:
@@ -280,7 +280,8 @@ class Session:
 
     def _loss(self, assignment: Assignment, shipped: Network | None) -> Counts:
         sums = [losses(self.bench, assignment, block, shipped) for block in range(len(self.blocks))]
-        return Counts(sum(map(len, sums)), float(sum(part.sum() for part in sums)))
+        each = tuple(np.concatenate(sums).tolist())
+        return Counts(len(each), float(sum(part.sum() for part in sums)), losses=each)
 
     def accuracies(self, asked: Sequence[tuple[Assignment, bool]], start: int, stop: int) -> list[Counts]:
         """Counts on images start..stop−1 of the validation set, each decoded once, for each (assignment, plain): of the network
@@ -460,6 +461,8 @@ class Session:
         if variant == "probe_model":
             identity["variant"] = variant
         identity |= {"slice": getattr(self.slices, which).sha256, "layers": self.space.names}
+        if which == "sensitivity":
+            identity["losses"] = "of each image"  # which evaluations of earlier versions lack
         return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
 
 

@@ -1,12 +1,12 @@
 """A finished run, read back from its folder: new budgets from stored shards, without measuring."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clado import estimators, pareto, solvers, tracking
-from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
+from clado.candidates import Budget, Proposal, beside, program_of, together, widest_uniform
 from clado.config import RunConfig, load_run_config
 from clado.constraints import Constraint
 from clado.errors import ConfigurationError, DataError
@@ -19,6 +19,7 @@ from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Result, RunRecord, m
 from clado.shards import Store
 from clado.space import Assignment
 from flows.export import file_name
+from flows.run import chosen_of
 from flows.session import EVALUATION_SHARD, Session, limits_of
 
 
@@ -50,11 +51,18 @@ class StoredRun:
         """One matrix for each estimator of the configuration."""
         return {name: estimators.estimate(name, self.measured) for name in self.config.estimators}
 
-    def solve(self, budget: Budget, further: Sequence[str] = ()) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
-        """(estimator, its matrix, its optimum) for a budget and further limits, each KIND=BOUND or KIND=BOUND:CSV."""
+    def beside(self) -> dict[str, InteractionMatrix]:
+        """Matrices that propose beside those."""
+        return beside(self.measured, self.config.estimators)
+
+    def solve(
+        self, budget: Budget, further: Sequence[str] = (), matrices: Mapping[str, InteractionMatrix] | None = None
+    ) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
+        """(estimator, its matrix, its optimum) for a budget and further limits, each KIND=BOUND or KIND=BOUND:CSV; of the
+        configuration's estimators unless `matrices` are given."""
         settings = self.config.solver
         extra = [parse_limit(limit).constraint(self.measured.space) for limit in further]
-        for name, matrix in self.matrices().items():
+        for name, matrix in (self.matrices() if matrices is None else matrices).items():
             program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
@@ -163,28 +171,30 @@ def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget])
         if budget not in known:
             uniform = widest_uniform(space, together(budget.constraint(space), stored.limits))
             proposals.append(Proposal(budget, UNIFORM, uniform))
-            for name, matrix, solution in stored.solve(budget):
-                proposals.append(Proposal(budget, name, solution.assignment, matrix.loss_of(solution.objective), solution))
+            named = stored.matrices()
+            for name, matrix, solution in stored.solve(budget, matrices={**named, **stored.beside()}):
+                predicted = matrix.loss_of(solution.objective)
+                proposals.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
     return proposals
 
 
-def measured_losses(session: Session, proposals: list[Proposal]) -> dict[Assignment, float]:
-    """Loss of each distinct proposal on the sensitivity set: read where it is known, else measured here."""
+def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Proposal]) -> list[Result]:
+    """One result for each listed proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
+    where it is known, else measured here."""
     ledger = session.ledger("sensitivity")
-    found: dict[Assignment, float] = {}
+    found: dict[Assignment, Counts] = {}
     for assignment in dict.fromkeys(proposal.assignment for proposal in proposals):
         counts = ledger.get(assignment)
         if counts is None:
             counts = session.loss(assignment)
             ledger.put(assignment, counts)
-        found[assignment] = counts.accuracy().loss
-    return found
+        found[assignment] = counts
+    return chosen_of(session, proposals, found, stored.measured)
 
 
 def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignment:
-    """The proposal of least measured loss for a budget."""
-    proposals = candidates_of(stored, session, [budget])
-    rows = choose(session.space, proposals, measured_losses(session, proposals), stored.limits)
+    """What is chosen for a budget."""
+    rows = chosen_among(stored, session, candidates_of(stored, session, [budget]))
     return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
@@ -213,8 +223,7 @@ def evaluated(stored: StoredRun, session: Session, budget: Budget | None) -> lis
     """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
     wanted = [budget] if budget else list(session.budgets)
     names = {asked.name for asked in wanted}
-    proposals = candidates_of(stored, session, wanted)
-    rows = choose(session.space, proposals, measured_losses(session, proposals), stored.limits)
+    rows = chosen_among(stored, session, candidates_of(stored, session, wanted))
     return [replace(row, validation=accuracy_of(session, row.assignment)) for row in rows if row.budget in names]
 
 

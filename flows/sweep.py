@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from clado import pareto, plots, report, solvers, tracking
-from clado.candidates import Budget, Proposal, choose, program_of, together, widest_uniform
+from clado.candidates import Budget, Proposal, program_of, together, widest_uniform
 from clado.records import CHOSEN, UNIFORM, Result, RunRecord, markdown_table, write_text
 from clado.space import Assignment
 from flows.progress import progress
 from flows.session import Session
-from flows.stored import StoredRun, measured_losses
+from flows.stored import StoredRun, chosen_among
 
 
 def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
-    """Uniform and each estimator's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
+    """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
     space, settings = stored.measured.space, stored.config.solver
     smallest, largest = (_bound(stored, kind, a) for a in (space.narrowest, space.widest))
     bounds = [smallest + (largest - smallest) * k / (count - 1) for k in range(count)]
@@ -23,18 +23,23 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
         Budget(kind, math.ceil(b * 1e4) / 1e4 if kind in ("average_bits", "relative_size") else math.ceil(b)) for b in bounds
     ]
     proposals = []
-    with progress("solving", len(stored.config.estimators)) as advance:
+    named = stored.matrices()
+    matrices = {**named, **stored.beside()}
+    with progress("solving", len(matrices)) as advance:
         for budget in budgets:
             fit = together(budget.constraint(space), stored.limits)
             proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
-        for name, matrix in stored.matrices().items():
+        for name, matrix in matrices.items():
             limits = [together(budget.constraint(space), stored.limits) for budget in budgets]
             program = program_of(matrix, limits[-1])
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             by_bound = {limit[0].bound: budget for limit, budget in zip(limits, budgets, strict=True)}
             for point in pareto.sweep(program, limits[-1][0].name, list(by_bound), solve).points:
                 predicted = matrix.loss_of(point.solution.objective)
-                proposals.append(Proposal(by_bound[point.bound], name, point.solution.assignment, predicted, point.solution))
+                solution = point.solution
+                proposals.append(
+                    Proposal(by_bound[point.bound], name, solution.assignment, predicted, solution, listed=name in named)
+                )
             advance(1)
     return proposals
 
@@ -54,7 +59,7 @@ def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[s
     """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
     folder = stored.folder / "sweep"
     proposals = propose_front(stored, kind, count)
-    rows = choose(session.space, proposals, measured_losses(session, proposals), stored.limits)
+    rows = chosen_among(stored, session, proposals)
     finished = RunRecord.load(stored.folder / "record.json")
     ledger = session.ledger("validation")
     known = {row.assignment: counts.accuracy() for row in rows if (counts := ledger.get(row.assignment)) is not None}

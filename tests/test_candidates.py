@@ -1,4 +1,5 @@
-"""Laws of proposing and choosing: the answer is the best measured one, and a larger budget never gets a worse answer."""
+"""Laws of proposing and choosing: the answer is the best measured one, or with doubt one that the images cannot tell from it, and
+a larger budget never gets a worse answer."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,22 +10,27 @@ import pytest
 from clado import solvers
 from clado.candidates import (
     SAFE,
+    TEMPERED,
     Budget,
     Doubt,
     Proposal,
+    beside,
     budgets_of,
     check_budgets,
     choose,
     program_of,
     propose,
+    propose_variants,
     together,
     widest_uniform,
 )
 from clado.constraints import constraint
 from clado.errors import InfeasibleError
+from clado.estimators import Measured, estimate
 from clado.interaction import InteractionMatrix
+from clado.probes import TEMPERATURES
 from clado.program import Solution, Status
-from clado.records import CHOSEN, UNIFORM
+from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.space import Assignment, Layer, SearchSpace
 
 SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 4 + 3 * i), "linear") for i in range(4)], (2, 4, 8))
@@ -147,6 +153,69 @@ def test_doubt_takes_the_plainest_of_what_the_images_cannot_tell_apart():
     safe = [*proposals, Proposal(budget, UNIFORM, lucky)]
     assert chosen(safe, Doubt(images, matrix)) == lucky  # never worse than uniform as measured
     assert chosen(proposals, Doubt({a: values[:1] for a, values in images.items()}, matrix)) == lucky  # no error of one image
+
+
+def test_doubt_needs_singles_and_takes_their_sum_for_the_plainest():
+    measured = measured_of(0)
+    images = {a: np.arange(3.0) for a in ALL}
+    doubt = Doubt.of(measured, images)
+    assert doubt is not None
+    assert np.array_equal(doubt.matrix.values, estimate("layerwise", measured).values)
+    assert Doubt.of(Measured(SPACE, "kl_to_float", measured.counts, {"gradients": np.ones((2, 2, 13))}), images) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_is_not_finite_is_near_to_nothing():
+    matrix = matrix_of(0, "layerwise").diagonal_only()
+    plain, best = sorted(ALL, key=matrix.predicted_increase)[:2]
+    for bad in (np.inf, np.nan):
+        doubt = Doubt({best: np.array([1.0, 2.0]), plain: np.array([1.0, bad])}, matrix)
+        assert doubt.settled(best, [plain]) == best
+        assert Doubt({a: np.full(2, bad) for a in (best, plain)}, matrix).settled(best, [plain]) == best
+
+
+def test_what_a_search_tried_beside_the_chosen_one_is_no_rival_of_it():
+    budget = BUDGETS[-1]
+    uniform, found, tried = Assignment((2, 2, 2, 2)), Assignment((4, 2, 2, 2)), Assignment((2, 4, 2, 2))
+    proposals = [Proposal(budget, UNIFORM, uniform), *(Proposal(budget, LOCAL_SEARCH, a, listed=False) for a in (found, tried))]
+    (chosen,) = [r for r in choose(SPACE, proposals, {uniform: 0.4, found: 0.1, tried: 0.2}) if r.method == CHOSEN]
+    assert (chosen.winner, chosen.gain) == (LOCAL_SEARCH, pytest.approx(0.3))
+
+
+def measured_of(seed: int) -> Measured:
+    """Two blocks of Gram tiles, positive semidefinite at each temperature."""
+    rng, k = np.random.default_rng(seed), SPACE.num_options
+    sums = np.zeros((2, 2 + len(TEMPERATURES) * k, 1 + k))
+    sums[:, 0] = rng.exponential(size=(2, 1 + k))
+    for block in sums:
+        for t in range(len(TEMPERATURES)):
+            rows = rng.normal(size=(k, 20))
+            block[2 + t * k : 2 + (t + 1) * k, 1:] = rows @ rows.T
+    return Measured(SPACE, "kl_to_float", np.array([4, 4]), {"gram": sums})
+
+
+@pytest.mark.parametrize("named", [(), ("layerwise", "gauss_newton"), ("tempered4",), TEMPERED])
+def test_matrices_beside_those_named_are_made_of_what_is_measured_anyway(named):
+    measured = measured_of(0)
+    found = beside(measured, named)
+    assert set(found) == set(TEMPERED) - set(named)
+    for name, matrix in found.items():
+        assert np.array_equal(matrix.values, estimate(name, measured).values)
+    assert beside(Measured(SPACE, "kl_to_float", measured.counts, {"singles": measured.sums["singles"]}), named) == {}
+
+
+def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():
+    matrices = {name: matrix_of(1, name) for name in ("layerwise", "pairwise", "gauss_newton")}
+    further = {"tempered2": matrix_of(2, "tempered2")}
+    proposals = propose_variants(matrices, BUDGETS, FakeSolver().prepare, further=further)
+    assert [(p.budget, p.method) for p in proposals] == [(b, m) for m in ("pairwise_raw", "tempered2") for b in BUDGETS]
+    for proposal in proposals:
+        limit = proposal.budget.constraint(SPACE)
+        assert not proposal.listed
+        assert limit.holds(SPACE, proposal.assignment)
+        fitting = [a for a in ALL if limit.holds(SPACE, a)]
+        matrix = further.get(proposal.method, matrices["pairwise"])
+        assert matrix.predicted_increase(proposal.assignment) == min(map(matrix.predicted_increase, fitting))
 
 
 def test_the_winner_is_named_and_of_equal_ones_the_first_of_this_budget():

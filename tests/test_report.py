@@ -115,6 +115,8 @@ def test_winners_name_the_gain() -> None:
     assert " ".join(lines[1].split()) == "2.5 bits pairwise loss 0.0900, 0.0100 (10.0 %) below the best of the others"
     assert lines[2].split()[2] == "uniform"
     assert lines[2].endswith("as low as the best of the others")
+    doubted = report.winners(replace(record, results=(replace(first, gain=-0.01, winner="layerwise"),)))
+    assert doubted.endswith("0.0100 above the best of the others: within the noise of the images, and the plainer")
     assert report.winners(make_record(budgets=())) == "Nothing was chosen."
 
 
