@@ -365,7 +365,8 @@ def report(results: Sequence[Result]) -> str:
         "- *least times*: the same with the least time of each operator, which no forward attains for all of them.",
         "- *suffix forwards*: Σ over pairs of one run of everything behind the cut, at its best batch size.",
         "- *inference*: the module itself, batch norm folded, in inference mode at its best batch size: medians of "
-        "forwards that take turns with the floor's. Its one batch does not suit every operator, so the floor's rate is the higher one.",
+        "forwards that take turns with the floor's. Its one batch does not suit every operator, so the floor's rate is the "
+        "higher one.",
         "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
         "- *outside forwards*: everything but operators, of the pairs' time; the profile below.",
         "- *floor after ÷ before*: the machine's speed drifts, so floor, suffix forwards and inference are timed before and "
