@@ -64,7 +64,7 @@ def small() -> list[dict]:
     with patch.object(study, "BLOCKS", {4: 2, 8: 4}):
         found = list(cells(case, sets, {}))
         assert list(cells(case, sets, {key(row): methods(row) for row in found})) == []
-        later = {*study.TEMPERED, "chosen_tempered"}
+        later = {*study.TEMPERED, "chosen"}
         without = [{**row, "rows": [r for r in row["rows"] if r[0] not in later]} for row in found]
         added = list(cells(case, sets, {key(row): methods(row) for row in without}))
     assert [methods(row) for row in added] == [later, later]
@@ -82,7 +82,7 @@ def test_a_cell_has_every_method_at_every_budget_and_the_chosen_is_never_worse_t
         assert {method for method, _ in answers} == set(study_table.METHODS)
         for bound in (2.5, 4):
             everything = [name for name in study.ESTIMATORS if name not in study.TEMPERED]
-            for chosen, others in (("chosen", study.THRIFTY), ("chosen_tempered", ["layerwise"]), ("chosen_full", everything)):
+            for chosen, others in (("chosen_least", study.THRIFTY), ("chosen", ["layerwise"]), ("chosen_full", everything)):
                 assert answers[chosen, bound][3] <= min(answers[other, bound][3] for other in ("uniform", *others))
         assert row["forward_images"]["chosen"] < 0.15 * row["forward_images"]["pairwise"]
         assert row["forward_images"]["chosen_full"] > row["forward_images"]["pairwise"]

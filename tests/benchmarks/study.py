@@ -14,6 +14,7 @@ evaluates equal assignments once; on a GPU where there is one.
 import argparse
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +29,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clado import estimators, solvers
-from clado.candidates import Budget, Doubt, Proposal, budgets_of, choose, program_of, propose, propose_variants, surrogate
+from clado.candidates import (
+    TEMPERED,
+    Budget,
+    Doubt,
+    Proposal,
+    budgets_of,
+    choose,
+    program_of,
+    propose,
+    propose_variants,
+    surrogate,
+)
 from clado.config import DataSettings, NetworkSettings
 from clado.errors import DataError
 from clado.estimators import Measured
@@ -66,9 +78,9 @@ SIZES = {64: 5, 256: 5, 1024: 2}  # images of a sensitivity set: how many draws
 BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set are the first of a larger one
 # images that estimators from gradients are measured on, at most: hawq's traces take longer than pairs on a GPU
 UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
-TEMPERED = ("tempered2", "tempered4", "tempered8")
 ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "hawq", "mpqco", "fisher")
-# what `chosen` proposes from; `chosen_tempered` adds TEMPERED, and doubts differences within a standard error
+# The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the one-standard-error rule.
+# `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: the same of every estimator but TEMPERED.
 THRIFTY = ("layerwise", "gauss_newton")
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
@@ -165,7 +177,8 @@ class Study:
         """The network and its layers as they ship, final corrections applied; made once."""
         if assignment not in self._shipped:
             changed = self.prepared.final(assignment) if self.prepared.has_final else {}
-            self._shipped[assignment] = changed
+            # copies: what was made between large tensors would keep the heap from closing, 0.1 GB a time
+            self._shipped[assignment] = {name: tensor.clone() for name, tensor in changed.items()}
         changed = self._shipped[assignment]
         network = self.prepared.network.updated(changed) if changed else self.prepared.network
         return network, self.prepared.chosen(assignment)
@@ -236,8 +249,8 @@ class Study:
         thrifty = [p for p in proposals if p.method in (UNIFORM, *THRIFTY)]
         tempered = [p for p in proposals if p.method in TEMPERED]
         for name, own, doubt in (
-            ("chosen", thrifty, None),
-            ("chosen_tempered", thrifty + tempered, Doubt(known, matrices["layerwise"])),
+            ("chosen", thrifty + tempered, Doubt(known, matrices["layerwise"])),
+            ("chosen_least", thrifty, None),
             ("chosen_full", [p for p in proposals + variants if p not in tempered], None),
         ):
             if name in present:
@@ -315,7 +328,7 @@ def cells(
     study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: Mapping[tuple[Any, ...], frozenset[str]]
 ) -> Iterator[dict[str, Any]]:
     """Yields the lines of a case that are not there yet, small sets of every draw first. `done` has the methods of each cell: one
-    without `chosen_tempered`, which came later, gets a further line with that and with what it proposes from.
+    without `chosen`, which came later as it is now, gets a further line with that and with what it proposes from.
     """
     name, space, setting = study.case
     smaller = sorted(size for size in {size for size, _ in sets} if size < max(SIZES))
@@ -325,7 +338,7 @@ def cells(
         measured, before = None, None
         for size, draw in group:
             present = done.get((name, space, setting, size, draw), frozenset())
-            if "chosen_tempered" in present:
+            if CHOSEN in present:
                 continue
             names = (*THRIFTY, *TEMPERED) if present else ESTIMATORS
             begin = time.perf_counter()
@@ -415,6 +428,8 @@ def main() -> None:
         return
     until = time.time() + 60 * options.minutes
     jobs = [(case, options.data, options.file, until) for case in cases()]
+    # as the workers of a run
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         asked = {pool.submit(work, job): job[0] for job in jobs}
         wrong = [f"{case}: {error}" for running, case in asked.items() if (error := running.exception()) is not None]
