@@ -67,7 +67,7 @@ def figures(rows: Iterable[Mapping[str, Any]]) -> Figures:
 
 
 def chose_the_defaults(cell: Cell) -> bool:
-    """Whether temperatures and rule of `chosen` were picked on a cell (notebooks/LOG.md); what the others say is a confirmation."""
+    """Whether temperatures and rule of `chosen` were picked on a cell (notebooks/LOG.md); the others confirm them."""
     network, space, setting, images, draw = cell
     seen = {64: range(4), 256: range(4)} if network.startswith("resnet20") else {64: range(2), 256: range(1)}
     return (space, setting) == ("w248", "plain") and draw in seen.get(images, ())
