@@ -65,7 +65,8 @@ def probe(session: Session, own_start: float) -> Eta:
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
     measuring = sum(plan.macs(tile, work, known) for tile, known in session.store_todo().items()) * rate / workers
-    networks = _num_networks(session)
+    least, most = _num_networks(session)
+    networks = (least + most) // 2  # estimators agree on some budgets
     variants = 2 if session.config.corrections else 1
     validation = variants * networks * len(session.slices.validation)
     competing = _num_competing(session)
@@ -73,7 +74,7 @@ def probe(session: Session, own_start: float) -> Eta:
     # a final correction is a pass over the calibration images
     calibration = (networks + competing) * len(session.slices.calibration) if session.has_probe_model else 0
     evaluation = (validation + sensitivity + calibration) * forward / workers
-    return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, networks)
+    return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, most)
 
 
 def eta_text(session: Session, own_start: float) -> str:
@@ -86,12 +87,13 @@ def eta_text(session: Session, own_start: float) -> str:
     )
 
 
-def _num_networks(session: Session) -> int:
-    """Networks that a run evaluates where no two estimators agree: float, uniform, for each budget one of each
+def _num_networks(session: Session) -> tuple[int, int]:
+    """Networks that a run evaluates where all estimators agree, and where no two do: float, uniform, for each budget one of each
     estimator and the one chosen."""
     budgets, limits, space = session.budgets, session.limits, session.space
     uniform = {widest_uniform(space, together(budget.constraint(space), limits)) for budget in budgets}
-    return 1 + len(uniform) + len(budgets) * (1 + len(session.config.estimators))
+    least = 1 + len(uniform) + len(budgets)
+    return least, least + len(budgets) * len(session.config.estimators)
 
 
 def _num_competing(session: Session) -> int:
