@@ -35,11 +35,9 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             by_bound = {limit[0].bound: budget for limit, budget in zip(limits, budgets, strict=True)}
             for point in pareto.sweep(program, limits[-1][0].name, list(by_bound), solve).points:
-                predicted = matrix.loss_of(point.solution.objective)
-                solution = point.solution
-                proposals.append(
-                    Proposal(by_bound[point.bound], name, solution.assignment, predicted, solution, listed=name in named)
-                )
+                budget, solution = by_bound[point.bound], point.solution
+                predicted = matrix.loss_of(solution.objective)
+                proposals.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
             advance(1)
     return proposals
 
