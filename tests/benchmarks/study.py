@@ -80,7 +80,7 @@ BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set ar
 UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
 ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "hawq", "mpqco", "fisher")
 # The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the one-standard-error rule.
-# `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: the same of every estimator but TEMPERED.
+# `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: `clado run` with every estimator.
 THRIFTY = ("layerwise", "gauss_newton")
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
@@ -190,14 +190,12 @@ class Study:
             self.top1[assignment] = found.top1 or 0.0, found.loss
         return self.top1[assignment]
 
-    def measured(
-        self, positions: NDArray[np.int64], size: int, known: Measured | None, names: Sequence[str] = ESTIMATORS
-    ) -> tuple[Measured, dict[str, float]]:
+    def measured(self, positions: NDArray[np.int64], size: int, known: Measured | None) -> tuple[Measured, dict[str, float]]:
         """The sums of a sensitivity set, of its first blocks where they are `known`, and the seconds of each kind."""
         images = self.pool[positions]
         blocks = blocks_of(size)
         begin = 0 if known is None else len(known.counts)
-        kinds = estimators.kinds_of(name for name in names if size <= UP_TO.get(name, size))
+        kinds = estimators.kinds_of(name for name in ESTIMATORS if size <= UP_TO.get(name, size))
         bench = Workbench(self.prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
         plan = Plan(self.space, blocks, kinds, rows_per_tile(self.prepared.network, self.space, bench.batching, None))
         tiles: dict[Kind, list[Any]] = {kind: [] for kind in kinds}
@@ -213,17 +211,11 @@ class Study:
         counts = np.array([stop - start for start, stop in blocks])
         return Measured(self.space, "kl_to_float", counts, sums), seconds
 
-    def cell(
-        self,
-        measured: Measured,
-        positions: NDArray[np.int64],
-        names: Sequence[str] = ESTIMATORS,
-        present: Collection[str] = (),
-    ) -> dict[str, Any]:
-        """Every method's answer to every budget, and what it is worth; without the methods that are `present` already."""
+    def cell(self, measured: Measured, positions: NDArray[np.int64]) -> dict[str, Any]:
+        """Every method's answer to every budget, and what it is worth."""
         size = len(positions)
         images = MemorySlice(self.pool[positions])
-        names = [name for name in names if size <= UP_TO.get(name, size)]
+        names = [name for name in ESTIMATORS if size <= UP_TO.get(name, size)]
         matrices = {name: estimators.estimate(name, measured) for name in names}
         budgets = budgets_of(average_bits=self.budgets)
 
@@ -248,24 +240,22 @@ class Study:
         answers: dict[tuple[str, float], tuple[Assignment, float | None]] = {}
         thrifty = [p for p in proposals if p.method in (UNIFORM, *THRIFTY)]
         tempered = [p for p in proposals if p.method in TEMPERED]
+        one_standard_error = Doubt(known, matrices["layerwise"])
         for name, own, doubt in (
-            ("chosen", thrifty + tempered, Doubt(known, matrices["layerwise"])),
+            ("chosen", thrifty + tempered, one_standard_error),
             ("chosen_least", thrifty, None),
-            ("chosen_full", [p for p in proposals + variants if p not in tempered], None),
+            ("chosen_full", proposals + variants, one_standard_error),
         ):
-            if name in present:
-                continue
             usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
             rows, evaluations = self._chosen(usable, budgets, own, losses, doubt)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
             kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
             spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
         for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
-            if proposal.method not in present:
-                answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
+            answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
         return {
-            "forward_images": {name: forward for name, (forward, _) in spent.items() if name not in present},
-            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward and name not in present},
+            "forward_images": {name: forward for name, (forward, _) in spent.items()},
+            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward},
             "rows": [
                 [
                     method,
@@ -325,25 +315,21 @@ def cases() -> list[Case]:
 
 
 def cells(
-    study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: Mapping[tuple[Any, ...], frozenset[str]]
+    study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: Collection[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a case that are not there yet, small sets of every draw first. `done` has the methods of each cell: one
-    without `chosen`, which came later as it is now, gets a further line with that and with what it proposes from.
-    """
+    """Yields the cells of a case that are not `done` yet, small sets of every draw first."""
     name, space, setting = study.case
     smaller = sorted(size for size in {size for size, _ in sets} if size < max(SIZES))
     groups = [[(size, draw) for size in smaller if (size, draw) in sets] for draw in sorted({draw for _, draw in sets})]
     groups += [[(size, draw)] for size, draw in sorted(sets) if size >= max(SIZES)]
     for group in groups:
-        measured, before = None, None
+        measured = None
         for size, draw in group:
-            present = done.get((name, space, setting, size, draw), frozenset())
-            if CHOSEN in present:
+            if (name, space, setting, size, draw) in done:
                 continue
-            names = (*THRIFTY, *TEMPERED) if present else ESTIMATORS
             begin = time.perf_counter()
-            measured, seconds = study.measured(sets[size, draw], size, measured if before == names else None, names)
-            before, cell = names, study.cell(measured, sets[size, draw], names, present)
+            measured, seconds = study.measured(sets[size, draw], size, measured)
+            cell = study.cell(measured, sets[size, draw])
             yield {
                 **dict(zip(("network", "space", "setting", "images", "draw"), (*study.case, size, draw), strict=True)),
                 "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu",
@@ -360,7 +346,7 @@ def work(job: tuple[Case, int, Path, Path, float]) -> None:
     torch.set_num_threads(1)
     pool = images_not_trained_on(folder)
     sets = {(size, draw): positions for (size, draw), positions in draws(len(pool)).items() if draw < num_draws}
-    done = {key(row): methods(row) for row in rows(path)}
+    done = {key(row) for row in rows(path)}
     for row in cells(Study(case, pool), sets, done):
         with path.open("a") as file:  # one short line at a time: appended whole
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
