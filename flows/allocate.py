@@ -40,14 +40,14 @@ def allocate(run: Run) -> None:
     """
     settings, budgets, limits = run.session.config.solver, run.session.budgets, run.session.limits
     incumbent = run.session.folder / "solutions" / "incumbent.json"
-    starts = _read_incumbent(incumbent, run.session.space)
+    incumbents = _read_incumbent(incumbent, run.session.space)
 
     def prepare(program: Program) -> Solve:
         solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
 
-        def kept(program: Program, further: Sequence[Assignment] = ()) -> Solution:
+        def kept(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
             with interruptible() as signals:
-                solution = solve(program, [*starts, *further])
+                solution = solve(program, [*incumbents, *starts])
             if solution.status is Status.INTERRUPTED:
                 write_text(incumbent, json.dumps(run.session.space.to_json(solution.assignment), indent=1))
                 signal.raise_signal(signals[0] if signals else signal.SIGINT)

@@ -105,5 +105,6 @@ def _timm_options(session: Session) -> str:
     import timm
 
     channels, *size = session.config.network.image_shape
-    fixed = timm.get_pretrained_cfg(session.config.network.name).fixed_input_size
+    pretrained = timm.get_pretrained_cfg(session.config.network.name)
+    fixed = pretrained is not None and pretrained.fixed_input_size
     return f", in_chans={channels}" + (f", img_size={tuple(size)}" if fixed else "")

@@ -76,7 +76,7 @@ class Session:
             channels_last = device.type == "cpu" and is_depthwise(loaded.model)
         layout = torch.channels_last if channels_last else torch.preserve_format
         network = Network(
-            loaded.model.to(device, memory_format=layout),
+            loaded.model.to(device).to(memory_format=layout),
             loaded.example_input.to(device),
             config.network.fixed,
             split=config.network.split,
@@ -359,15 +359,16 @@ class Session:
     def plain_identity(self) -> dict[str, Any]:
         """What changes the meaning of one number that is measured without corrections."""
         config = self.config
-        identity = {
+        numeric: dict[str, Any] = {"dtype": config.network.numeric, "tf32": config.network.numeric == "tf32"}
+        if config.network.compile:
+            numeric["compiled"] = True
+        identity: dict[str, Any] = {
             "weights": self.loaded.weights_sha256,
             "image_shape": list(self.loaded.image_shape),
             "quantizer": config.quantizer.model_dump(mode="json"),
             "criterion": config.criterion,
-            "numeric": {"dtype": config.network.numeric, "tf32": config.network.numeric == "tf32"},
+            "numeric": numeric,
         }
-        if config.network.compile:
-            identity["numeric"] |= {"compiled": True}
         if config.activations.bits:
             identity["activations"] = {"range": config.activations.range, "calibration_set": self.slices.calibration.sha256}
         return identity

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from distributed.client import ClosedClientError
-from distributed.comm import CommClosedError
+from distributed.comm.core import CommClosedError
 
 from clado.config import ClusterSettings, RunConfig
 from clado.errors import CladoError, MeasurementError, ServerError
@@ -65,7 +65,7 @@ class DaskWorkers:
         document = located(config).model_dump(mode="json")
         left, name = enumerate(items), f"{function.__name__}-{uuid4().hex}"
         running = as_completed(loop=self.client.loop)
-        asked: dict[Future, Any] = {}
+        asked: dict[Future[Any], Any] = {}
         try:
             while True:
                 if len(asked) <= WINDOW // 2 and (batch := list(islice(left, WINDOW // 2))):
@@ -84,7 +84,7 @@ class DaskWorkers:
 
     def _submit(
         self, function: Callable[[dict[str, Any], Any], Any], document: dict[str, Any], batch: list[tuple[int, Any]], name: str
-    ) -> list[Future]:
+    ) -> list[Future[Any]]:
         """Asks for a batch of (number, item), behind all batches before it.
 
         All keys begin with one name: Dask then counts the tasks of all batches, sees more of them than workers, and keeps those
@@ -97,7 +97,7 @@ class DaskWorkers:
         except ClosedClientError:
             raise ServerError(f"the Dask scheduler was lost; {KEPT}") from None
 
-    def _ended(self, running: "as_completed") -> list[Future]:
+    def _ended(self, running: "as_completed") -> list[Future[Any]]:
         """The futures that have ended, at least one. While none does, the workers are counted now and then: nobody waits for
         nobody."""
         look = self._watch()
@@ -127,7 +127,7 @@ class DaskWorkers:
         except (CommClosedError, OSError):
             return 0
 
-    def _result(self, future: Future, item: Any) -> Any:
+    def _result(self, future: Future[Any], item: Any) -> Any:
         if future.cancelled():
             raise ServerError(f"the Dask scheduler was lost; {KEPT}")
         look = self._watch()
@@ -172,8 +172,9 @@ def connected(target: Any, settings: ClusterSettings) -> Iterator[DaskWorkers]:
         try:
             client.wait_for_workers(1, timeout=settings.start_timeout)
         except TimeoutError:
+            address = getattr(target, "scheduler_address", target)
             raise ServerError(
-                f"the scheduler at {client.scheduler.address} has no worker after {settings.start_timeout:.0f} s; expected some, "
+                f"the scheduler at {address} has no worker after {settings.start_timeout:.0f} s; expected some, "
                 "such as `dask worker ADDRESS --nthreads 1` starts, or a longer cluster.start_timeout"
             ) from None
         workers = DaskWorkers(client, settings.start_timeout)

@@ -27,7 +27,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     quiet()
     configure()
     connection = {"connect_options": _connect_options(ssh), "remote_python": ssh.python}
-    common = {"protocol": protocol(settings), "security": tls_options(settings), "interface": ssh.interface}
+    common: dict[str, Any] = {"protocol": protocol(settings), "security": tls_options(settings), "interface": ssh.interface}
     common = {key: value for key, value in common.items() if value is not None} | LOOPBACK
     scheduler = {"address": ssh.hosts[0], "kwargs": {**common, "port": 0, "idle_timeout": ORPHANED}, **connection}
     workers = {
