@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clado.errors import ConfigurationError, DataError, NetworkError
-from clado.graph import Call, Cut, Fold, Norm, compile_graph
+from clado.graph import Call, Cut, Fold, Norm
 from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, Layer, SearchSpace
+from clado.tracing import compile_graph
 from clado.whole import WholeForwards
 
 Numeric = Literal["float32", "tf32", "bfloat16"]

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clado.errors import NetworkError
-from clado.graph import Call, Cut, Fold, Norm, eval_mode, logits_of, outside_inference, pooled_moments, why_unsearched
+from clado.graph import Call, Cut, Fold, Norm, logits_of, outside_inference, pooled_moments
 from clado.quantizers import ActivationGrid, QuantizedLayer
 from clado.space import Layer
+from clado.tracing import eval_mode, why_unsearched
 
 # Functions that consume a weight as their second argument `weight`, and the weight's axis of output channels.
 _CONSUMERS: dict[Any, tuple[str, int]] = {

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clado.attention import Movement, images_first
-from clado.graph import export
 from clado.network import Network
+from clado.tracing import export
 
 ORDERS = {"aten.transpose.int", "aten.permute.default"}
 

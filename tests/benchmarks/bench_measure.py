@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from clado import criteria
-from clado.graph import Graph, State, compile_graph
+from clado.graph import Graph, State
 from clado.measure import Workbench, measure_tile
 from clado.network import Network, is_depthwise
 from clado.preparation import Recipe, prepare
 from clado.probes import Plan, Tile
 from clado.quantizers import WeightQuantizer
 from clado.shards import Store
+from clado.tracing import compile_graph
 
 HERE = Path(__file__).parent
 SIZE, IMAGES, MANY, BITS = 64, 16, 64, (2, 4, 8)
