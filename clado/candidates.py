@@ -3,7 +3,7 @@
 The quadratic model only proposes; what is returned was measured. NumPy only: the solver and the measured losses are given.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -139,11 +139,15 @@ def propose(
     return proposals
 
 
-def beside(measured: Measured, named: Iterable[str]) -> dict[str, InteractionMatrix]:
-    """Matrices that compete beside those of the `named` estimators, for solver time only: TEMPERED, where Gram tiles were
-    measured. They order assignments of large losses better (tests/benchmarks/STUDY.md)."""
-    further = set(TEMPERED) - set(named) if "gram" in measured.sums else ()
-    return {name: estimators.estimate(name, measured) for name in sorted(further)}
+def unlisted(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
+    """Estimators that compete beside the `named` ones, for solver time only: TEMPERED, where `kinds` of tiles hold Gram tiles.
+    They order assignments of large losses better (tests/benchmarks/STUDY.md)."""
+    return tuple(name for name in TEMPERED if name not in named) if "gram" in kinds else ()
+
+
+def beside(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
+    """The matrices of the `unlisted` estimators."""
+    return {name: estimators.estimate(name, measured) for name in unlisted(named, measured.sums)}
 
 
 def propose_variants(

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from clado.candidates import CONVEXITY, TEMPERED, together, widest_uniform
+from clado.candidates import CONVEXITY, together, unlisted, widest_uniform
 from clado.evaluation import images_at_once
 from clado.measure import Workbench, measure_tile
 from clado.preparation import Recipe, equalized, prepare, prepare_layer
@@ -100,8 +100,8 @@ def _num_competing(session: Session) -> int:
     """Assignments at most that are measured on the sensitivity set and have no row of their own."""
     named = session.config.estimators
     variants = 2 * sum(CONVEXITY.get(name) == "clip_psd" for name in named)
-    beside = len(set(TEMPERED) - set(named)) if "gram" in session.plan.kinds else 0
-    return len(session.budgets) * (variants + beside + session.config.search.evaluations)
+    further = len(unlisted(named, session.plan.kinds))
+    return len(session.budgets) * (variants + further + session.config.search.evaluations)
 
 
 def _preparing(session: Session) -> float:
