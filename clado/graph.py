@@ -384,13 +384,21 @@ def _resolve(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
 
 
 def pooled_moments(batches: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and variance (unbiased, as batch norm keeps it) of each channel over batches (n, channels, ...), in a type."""
-    first = batches[0]
-    around = [0, *range(2, first.ndim)]
+    """Mean and variance (unbiased, as batch norm keeps it) of each channel over batches (n, channels, ...), in a type.
+
+    Sums over one image are taken in float32 at least, which is several times as fast, those over images in float64.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return (values.sum(list(range(2, values.ndim))) if values.ndim > 2 else values).double().sum(0)
+
     count = sum(batch.numel() // batch.shape[1] for batch in batches)
-    mean = torch.stack([batch.double().sum(around) for batch in batches]).sum(0) / count
-    centre = mean.reshape([1, -1, *[1] * (first.ndim - 2)])
-    squares = torch.stack([(batch.double() - centre).square().sum(around) for batch in batches]).sum(0)
+    inner = torch.promote_types(batches[0].dtype, torch.float32)
+    mean = torch.stack([total(batch.to(inner)) for batch in batches]).sum(0) / count
+    centre = mean.to(inner)
+    around = centre.reshape([1, -1, *[1] * (batches[0].ndim - 2)])
+    squares = torch.stack([total((batch.to(inner) - around).square_()) for batch in batches]).sum(0)
+    squares -= count * (mean - centre.double()).square()  # the squares are around a rounded mean
     return mean.to(dtype), (squares / max(1, count - 1)).to(dtype)
 
 
