@@ -310,8 +310,8 @@ def _rounded(values: Iterable[float | None]) -> list[float | None]:
 
 
 def cases() -> list[Case]:
-    """Networks × spaces × settings of the study."""
-    return [(n, s, c) for s in SPACES for n in ONLY.get(s, NETWORKS) for c in SETTINGS]
+    """Networks × spaces × settings of the study, plain ones first: that is where methods differ."""
+    return [(n, s, c) for c in SETTINGS for s in SPACES for n in ONLY.get(s, NETWORKS)]
 
 
 def cells(
