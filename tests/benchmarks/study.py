@@ -340,12 +340,12 @@ def cells(
             }
 
 
-def work(job: tuple[Case, int, Path, Path, float]) -> None:
-    """Measures the first draws of one case; each cell is appended as soon as it is known."""
-    case, num_draws, folder, path, until = job
+def work(job: tuple[Case, Collection[int], int, Path, Path, float]) -> None:
+    """Measures the first draws of some sizes of one case; each cell is appended as soon as it is known."""
+    case, sizes, num_draws, folder, path, until = job
     torch.set_num_threads(1)
     pool = images_not_trained_on(folder)
-    sets = {(size, draw): positions for (size, draw), positions in draws(len(pool)).items() if draw < num_draws}
+    sets = {(n, draw): positions for (n, draw), positions in draws(len(pool)).items() if n in sizes and draw < num_draws}
     done = {key(row) for row in rows(path)}
     for row in cells(Study(case, pool), sets, done):
         with path.open("a") as file:  # one short line at a time: appended whole
@@ -406,6 +406,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST's idx files")
     parser.add_argument("--file", type=Path, default=DATA)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--images", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="sizes of sensitivity sets")
     parser.add_argument("--draws", type=int, default=max(SIZES.values()), help="the first ones of each size")
     parser.add_argument("--minutes", type=float, default=1e6, help="starts no cell later than this")
     options = parser.parse_args()
@@ -415,7 +416,7 @@ def main() -> None:
         print(f"{record(lines(options.file), uri)} new runs in {uri}, experiment {EXPERIMENT}")
         return
     until = time.time() + 60 * options.minutes
-    jobs = [(case, options.draws, options.data, options.file, until) for case in cases()]
+    jobs = [(case, options.images, options.draws, options.data, options.file, until) for case in cases()]
     # as the workers of a run
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
