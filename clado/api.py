@@ -21,7 +21,7 @@ from clado.probes import Kind, Plan, sample_blocks
 from clado.program import Solution
 from clado.quantizers import WeightQuantizer
 from clado.records import Accuracy
-from clado.space import Assignment, SearchSpace
+from clado.space import Assignment, SearchSpace, check_bits
 
 
 def prepare(
@@ -68,12 +68,13 @@ def measure(
     does. `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to nearest by `quantizer`.
     `batch_images` is how many images one run takes (default: as many as are fast), `memory_limit_mb` bounds what stored prefixes
     and a run take together. `progress(done, total)` is called after every tile. Raises DataError for images that do not fit,
-    ConfigurationError where the limit is too small, MeasurementError where a layer has no finite loss.
+    ConfigurationError where the limit is too small or `prepared` is of another network or space, MeasurementError where a layer
+    has no finite loss.
     """
     images = _checked(network, data)
     blocks = sample_blocks(len(images), min(num_blocks, len(images)))
     limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
-    ready = prepared or prepare(network, space, quantizer=quantizer)
+    ready = _matching(network, space, prepared, quantizer) or prepare(network, space, quantizer=quantizer)
     bench = Workbench(ready, criterion, blocks, images.load, batch_images, limit)
     plan = Plan(space, blocks, estimators.kinds_of([estimator]), rows_per_tile(network, space, bench.batching, limit))
     tiles: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
@@ -123,11 +124,14 @@ def evaluate(
     assignment of another network, ConfigurationError for one with activation bits where there is no `prepared`.
     """
     network.check_assignment(assignment)
+    _matching(network, None, prepared, quantizer)
     images = _checked(network, data)
     if prepared is not None:
         return count(*prepared.shipped(assignment), images, 0, len(images), reference=network).accuracy()
     if assignment.activation_bits:
         raise ConfigurationError("the assignment has activation bits; expected prepared=clado.prepare(...), with their grids")
+    for bits in {bits for bits in assignment.bits if bits is not None}:
+        check_bits((bits,), "the assignment")
     chosen = quantizer or WeightQuantizer()
     weights = {
         i: chosen.fake_quantize(network.weights[i], bits, network.layers[i].channel_axis)
@@ -137,9 +141,23 @@ def evaluate(
     return evaluate_weights(network, weights, images)
 
 
+def _matching(
+    network: Network, space: SearchSpace | None, prepared: Prepared | None, quantizer: WeightQuantizer | None
+) -> Prepared | None:
+    """`prepared` as it is; refused where it is of another network or space, or a quantizer stands beside it."""
+    if prepared is None:
+        return None
+    if prepared.network.model is not network.model:
+        raise ConfigurationError("prepared is of another network; expected clado.prepare(network, ...) with this network")
+    if space is not None and prepared.space != space:
+        raise ConfigurationError("prepared is of another space; expected clado.prepare(network, space, ...) with this space")
+    if quantizer is not None:
+        raise ConfigurationError("prepared has its quantizer; expected clado.prepare(..., quantizer=...) instead of another here")
+    return prepared
+
+
 def _checked(network: Network, data: Any) -> ImageSlice:
     """The data as a slice that fits the network: image shape, and labels within its classes."""
-    channels, height, width = network.image_shape
-    images = as_slice(data, image_shape=(channels, height, width))
-    check_slice(images, (channels, height, width), int(network.logits(network.example).shape[1]))
+    images = as_slice(data, image_shape=network.image_shape)
+    check_slice(images, network.image_shape, int(network.logits(network.example).shape[1]))
     return images

@@ -5,7 +5,8 @@ The quadratic model only proposes; what is returned was measured. NumPy only: th
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from itertools import chain, count
+from math import inf, isfinite
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from clado.constraints import Constraint
 from clado.errors import InfeasibleError
 from clado.estimators import Measured
 from clado.interaction import Array, InteractionMatrix
+from clado.local_search import ordered
 from clado.program import Convexity, Program, Solution
 from clado.records import CHOSEN, UNIFORM, Result
 from clado.solvers import Solve
@@ -94,9 +96,14 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
 
 
 def together(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
-    """A budget and the standing limits; of two on the same cost the tighter."""
-    others = [limit for limit in limits if limit.name != budget.name]
-    return [min([budget, *(limit for limit in limits if limit.name == budget.name)], key=lambda c: c.bound), *others]
+    """A budget, first, and the standing limits; of several on the same cost the tightest. Other costs of one name, as of two
+    tables, are told apart by a number."""
+    found: dict[str, Constraint] = {}
+    for limit in (budget, *limits):
+        names = chain([limit.name], (f"{limit.name} {k}" for k in count(2)))
+        name = next(name for name in names if name not in found or found[name].costs == limit.costs)
+        found[name] = min(found.get(name, limit), limit, key=lambda c: c.bound)
+    return [replace(limit, name=name) for name, limit in found.items()]
 
 
 def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint], convexity: Convexity | None = None) -> Program:
@@ -263,12 +270,15 @@ def choose(
     for a smaller one, the one of least measured loss (of the smaller on a tie). So `chosen` is never worse than uniform or
     layerwise on the images that it was measured on, nor than what a smaller budget got.
 
-    With `doubt` it is one that the images cannot tell from the least, and both laws still hold."""
+    With `doubt` it is one that the images cannot tell from the least, and both laws still hold. A loss of NaN is as bad as an
+    infinite one."""
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
 
+    worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
+
     def order(proposal: Proposal) -> tuple[float, int]:
-        return losses[proposal.assignment], space.size_bits(proposal.assignment)
+        return worth[proposal.assignment], space.size_bits(proposal.assignment)
 
     best: dict[Budget, Proposal] = {}
     for budget in budgets:
@@ -277,8 +287,8 @@ def choose(
         fitting += [p for p in proposals if p.budget != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
         best[budget] = min(fitting, key=order)
         if doubt:
-            most = min((losses[p.assignment] for p in fitting if p.method in SAFE), default=float("inf"))
-            taken = doubt.settled(best[budget].assignment, [p.assignment for p in fitting if losses[p.assignment] <= most])
+            most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)
+            taken = doubt.settled(best[budget].assignment, [p.assignment for p in fitting if worth[p.assignment] <= most])
             best[budget] = next(p for p in fitting if p.assignment == taken)
     results = []
     for budget in budgets:
@@ -287,10 +297,10 @@ def choose(
         lent = [p for b, p in best.items() if b != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
         chosen = min([best[budget], *lent], key=order)
         siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
-        others = [losses[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
+        others = [worth[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
         winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
         row = _result(space, Proposal(budget, CHOSEN, chosen.assignment, chosen.loss_predicted, chosen.solution), losses)
-        gain = min(others) - losses[chosen.assignment] if others else 0.0
+        gain = min(others) - worth[chosen.assignment] if others and isfinite(worth[chosen.assignment]) else 0.0
         results.append(Result(**{**row.__dict__, "winner": winner, "gain": gain}))
     return results
 
@@ -314,4 +324,4 @@ def _result(space: SearchSpace, proposal: Proposal, losses: Mapping[Assignment, 
 
 
 def _finite(value: float) -> float | None:
-    return value if abs(value) != float("inf") else None
+    return value if abs(value) != inf else None

@@ -612,6 +612,19 @@ def parse_config(document: dict[str, Any], whence: str = "configuration") -> Run
         raise ConfigurationError(redact(f"{whence}: " + "\n  ".join(lines))) from None
 
 
+def parse_limit(text: str) -> ConstraintSettings:
+    """KIND=BOUND or KIND=BOUND:CSV, such as a command line takes."""
+    kind, _, rest = text.partition("=")
+    bound, _, path = rest.partition(":")
+    expected = "expected KIND=BOUND or KIND=BOUND:CSV, such as bops=4e9 or latency=0.002:times.csv"
+    try:
+        return ConstraintSettings(kind=kind, bound=float(bound), path=Path(path) if path else None)
+    except ValidationError as error:
+        raise ConfigurationError(f"--limit {text!r}: {'; '.join(map(_explain, error.errors()))}; {expected}") from None
+    except ValueError:
+        raise ConfigurationError(f"--limit {text!r} has no number as its bound; {expected}") from None
+
+
 def _apply(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

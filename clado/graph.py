@@ -25,7 +25,7 @@ IN_PLACE = {
     torch.ops.aten.gelu.default: torch.ops.aten.gelu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
-PROBE_IMAGES = -1  # the scalar slot that holds how many images one probe has
+NUM_PROBES = -1  # the scalar slot that holds how many probes are stacked
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Graph:
         for norm in self.norms:
             step = steps[norm.position]
             x, weight, bias, *_ = step.arguments
-            arguments = (x, weight, bias, norm.eps, Scalar(PROBE_IMAGES))
+            arguments = (x, weight, bias, norm.eps, Scalar(NUM_PROBES))
             steps[norm.position] = replace(step, function=_batch_norm_of_probes, arguments=arguments)
         return replace(self, instructions=tuple(steps), _suffixes={})
 
@@ -284,6 +284,8 @@ class Graph:
 
     def run(self, state: State, stop: int, replaced: Mapping[int, QuantizedLayer]) -> State:
         """Runs instructions up to `stop` with these layers replaced; `state` is left as it is."""
+        if stop < state.position:
+            raise ValueError(f"a run at instruction {state.position} cannot go back to {stop}")
         values = dict(state.values)
         constants = self.constants
         replaced = {**state.pending, **replaced} if state.pending else replaced
@@ -295,8 +297,9 @@ class Graph:
         if scalars is None:
             scalars = {slot: rule(state.num_images) for slot, rule in self.scalars.items()}
             self._scalars_of[state.num_images] = scalars
-        if state.probe_images != scalars.get(PROBE_IMAGES):
-            scalars = {**scalars, PROBE_IMAGES: state.probe_images}
+        num_probes = state.num_images // state.probe_images
+        if num_probes != scalars.get(NUM_PROBES):
+            scalars = {**scalars, NUM_PROBES: num_probes}
         tables: dict[type, Mapping[int, Any]] = {Value: values, Constant: constants, Scalar: scalars}
         if self.backend is not None and state.position < stop == len(self.instructions) and not inputs:
             given = tuple(slot for slot in sorted(constants) if constants[slot] is not None and self.constants[slot] is None)
@@ -418,9 +421,9 @@ def batch_norm(
     return (torch.ops.aten.batch_norm.default(x, weight, bias, mean, var, False, momentum, eps, False),)
 
 
-def _batch_norm_of_probes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, images: int) -> tuple[Tensor]:
-    """Batch norm on the statistics of every `images` consecutive images: x (probes · images, channels, ...)."""
-    probes = x.reshape(-1, images, *x.shape[1:])
+def _batch_norm_of_probes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, num_probes: int) -> tuple[Tensor]:
+    """Batch norm on the statistics of each probe: x (probes · n, channels, ...), n images, or their tokens one after another."""
+    probes = x.reshape(num_probes, -1, *x.shape[1:])
     around = [1, *range(3, probes.ndim)]
     variance, mean = torch.var_mean(probes, around, correction=0, keepdim=True)
     scale = (variance + eps).rsqrt()

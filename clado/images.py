@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clado.errors import DataError, UnreadableImage
 
-ImageShape = tuple[int, int, int]
+ImageShape = tuple[int, int, int]  # of what sources give; the Python path takes vectors and volumes too
 """Channels, height, width."""
 
 
@@ -151,23 +151,27 @@ class AbsentSlice:
 def check_batch(
     images: object,
     labels: object,
-    image_shape: ImageShape | None = None,
+    image_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     whose: str = "the batch",
 ) -> None:
-    """Refuses (DataError) all but float32 images (N, C, H, W), finite, with integer labels (N,) in range or None."""
+    """Refuses (DataError) all but float32 images (N, C, H, W), or (N, *image_shape), finite, with integer labels (N,) in range
+    or None."""
+    usual = image_shape is None or len(image_shape) == 3
+    axes = "(N, C, H, W)" if image_shape is None or usual else f"(N, {', '.join(map(str, image_shape))})"
     if not isinstance(images, Tensor):
-        raise DataError(f"{whose} holds images of type {type(images).__name__}; expected a torch tensor (N, C, H, W) of float32")
+        raise DataError(f"{whose} holds images of type {type(images).__name__}; expected a torch tensor {axes} of float32")
     shape = tuple(images.shape)
-    if images.ndim != 4:
+    if images.ndim != _axes(image_shape):
         hint = "; a single image becomes a batch with image.unsqueeze(0), a dataset with torch.utils.data.DataLoader"
-        raise DataError(
-            f"{whose} holds images of shape {shape}; expected four axes (N, C, H, W)" + (hint if images.ndim == 3 else "")
-        )
+        number = {4: "four axes "}.get(_axes(image_shape), "")
+        one_less = images.ndim == _axes(image_shape) - 1
+        raise DataError(f"{whose} holds images of shape {shape}; expected {number}{axes}" + (hint if one_less else ""))
     if 0 in shape:
-        raise DataError(f"{whose} is empty: its images have shape {shape}; expected at least one image (N, C, H, W)")
+        raise DataError(f"{whose} is empty: its images have shape {shape}; expected at least one image {axes}")
     if image_shape is not None and shape[1:] != tuple(image_shape):
-        raise DataError(f"{whose} holds images of shape {shape[1:]}; expected {tuple(image_shape)} (channels, height, width)")
+        named = " (channels, height, width)" if usual else ""
+        raise DataError(f"{whose} holds images of shape {shape[1:]}; expected {tuple(image_shape)}{named}")
     if images.dtype != torch.float32:
         hint = "images.float() / 255, then normalise" if not images.dtype.is_floating_point else "images.float()"
         raise DataError(f"{whose} holds images of {images.dtype}; expected torch.float32: {hint}")
@@ -196,7 +200,7 @@ def _check_labels(labels: object, num_images: int, num_classes: int | None, whos
 
 def check_slice(
     images: ImageSlice,
-    image_shape: ImageShape | None = None,
+    image_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     batch: int = 256,
     unreadable: list[str] | None = None,
@@ -228,7 +232,7 @@ def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[str]:
             yield error.image
 
 
-def as_slice(data: Any, image_shape: ImageShape | None = None, num_classes: int | None = None) -> ImageSlice:
+def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes: int | None = None) -> ImageSlice:
     """Any of the usual forms of data as one slice, in memory and checked.
 
     `data`: images (N, C, H, W); a pair (images, labels); an iterable (list, DataLoader, generator) of such batches, all of one
@@ -236,7 +240,7 @@ def as_slice(data: Any, image_shape: ImageShape | None = None, num_classes: int 
     """
     if isinstance(data, ImageSlice):
         return data
-    if isinstance(data, Tensor) or _is_pair(data):
+    if isinstance(data, Tensor) or _is_pair(data, _axes(image_shape)):
         data = [data]
     elif not isinstance(data, Iterable):
         raise DataError(
@@ -265,11 +269,16 @@ def as_slice(data: Any, image_shape: ImageShape | None = None, num_classes: int 
     return MemorySlice(torch.cat(batches), torch.cat(labels) if labels else None, num_classes)
 
 
-def _is_pair(data: object) -> bool:
+def _axes(image_shape: tuple[int, ...] | None) -> int:
+    """Number of axes of a batch."""
+    return 4 if image_shape is None else 1 + len(image_shape)
+
+
+def _is_pair(data: object, axes: int) -> bool:
     # A tuple of two image batches is an iterable of batches; of images and anything else, one labelled batch.
     if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
         return False
-    return bool(data[0].ndim == 4 and data[1].ndim != 4)
+    return bool(data[0].ndim == axes and data[1].ndim != axes)
 
 
 def _split(batch: Any, number: int) -> tuple[Any, Any]:

@@ -100,10 +100,10 @@ def search(program: Program, losses: Mapping[Assignment, float], evaluations: in
             feasible[assignment] = choices
     if not feasible:
         raise ConfigurationError("a local search needs a measured assignment that meets every limit to start from; there is none")
-    start = min(feasible, key=lambda a: _ordered(losses[a]))
+    start = min(feasible, key=lambda a: ordered(losses[a]))
     tried: dict[Assignment, float] = {}
     # assignments that moves are taken from: loss and the moves left
-    open_: dict[Assignment, tuple[float, Iterator[Choices]]] = {start: (_ordered(losses[start]), moves(program, feasible[start]))}
+    open_: dict[Assignment, tuple[float, Iterator[Choices]]] = {start: (ordered(losses[start]), moves(program, feasible[start]))}
     while len(tried) < evaluations and open_:
         asked: dict[Assignment, Choices] = {}
         source = min(open_, key=lambda a: open_[a][0])  # of equal ones the first measured
@@ -119,9 +119,9 @@ def search(program: Program, losses: Mapping[Assignment, float], evaluations: in
             found = yield list(asked)
             for assignment, choices in asked.items():
                 tried[assignment] = found[assignment]
-                open_[assignment] = _ordered(found[assignment]), moves(program, choices)
+                open_[assignment] = ordered(found[assignment]), moves(program, choices)
     every = {start: losses[start], **tried}
-    best = min(every, key=lambda a: _ordered(every[a]))
+    best = min(every, key=lambda a: ordered(every[a]))
     return Searched(start, losses[start], best, every[best], tried)
 
 
@@ -148,6 +148,6 @@ def local_search(
     return found
 
 
-def _ordered(loss: float) -> float:
+def ordered(loss: float) -> float:
     """A loss to sort by: NaN is as bad as infinity."""
     return math.inf if math.isnan(loss) else loss

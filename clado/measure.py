@@ -6,8 +6,8 @@ stacked in the batch dimension, the more the later the layer. A sample block goe
 stored at a time is one pass of every row.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -99,6 +99,12 @@ class Workbench:
             self._block = number, tuple(Pass(x, y, self.network.logits(x)) for x, y in parts)
         return self._block[1]
 
+    def shipped_passes(self, number: int) -> "Iterator[Pass]":
+        """The same with the logits of the float network as it ships, which differ where probes are on batch statistics."""
+        for part in self.passes(number):
+            ships = self.prepared.network.logits(part.images) if self.batch_statistics else part.float_logits
+            yield replace(part, float_logits=ships)
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -178,8 +184,11 @@ def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None) -> Ar
 def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Array:
     """Per-sample losses (n,) of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of
     the network that ships where one is given."""
-    network, chosen = (shipped, bench.prepared.chosen(assignment)) if shipped else (bench.network, bench.chosen(assignment))
-    parts = bench.passes(block)
+    parts: Iterable[Pass]
+    if shipped is None:
+        network, chosen, parts = bench.network, bench.chosen(assignment), bench.passes(block)
+    else:
+        network, chosen, parts = shipped, bench.prepared.chosen(assignment), bench.shipped_passes(block)
     return np.concatenate([_numpy(part.criterion(bench.criterion)(network.logits(part.images, chosen))) for part in parts])
 
 
@@ -253,11 +262,8 @@ def _pairs(bench: Workbench, tile: Tile, known: Array | None) -> Array:
     groups = space.blocks if tile.kind == "block_pairs" else (tuple(range(space.num_layers)),)
     for part in bench.passes(tile.block):
         float_state = network.begin(part.images)
-        for group in groups:
-            rows = [row for row in asked if space.options[row].layer in group]
-            if not rows:
-                continue
-            # blocks are in order of their first layer, so that one float run serves them all
+        # in order of their first row, so that one float run serves them all
+        for rows in sorted(rows for group in groups if (rows := [row for row in asked if space.options[row].layer in group])):
             float_state = network.advance(float_state, space.options[rows[0]].layer)
             for alike in (True, False):
                 if own := [row for row in rows if fresh[row - tile.first] == alike]:

@@ -48,6 +48,13 @@ def even_bounds(program: Program, constraint: str, count: int) -> list[float]:
     return [float(b) for b in (np.floor(bounds) if program.constraints[index].is_integral else bounds)]
 
 
+def within_reach(program: Program, constraint: str, bounds: Sequence[float]) -> list[float]:
+    """The bounds that some assignment meets, the other constraints aside."""
+    index = _index(program, constraint)
+    smallest = program.reachable(index)[0]
+    return [bound for bound in bounds if smallest <= program.constraints[index].with_bound(bound).limit]
+
+
 def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Solve) -> ParetoFront:
     """Solves the program at each bound of one constraint, the others as they are.
 

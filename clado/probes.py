@@ -246,6 +246,8 @@ def batching(
     `limit_bytes` at most: operators' own buffers are as large as their values again, and stored prefixes need the rest.
     ConfigurationError where one image does not fit.
     """
+    if batch_images is not None and batch_images < 1:
+        raise ConfigurationError(f"batch_images is {batch_images}; expected at least 1")
     sizes = [max(1, alive + peak) for alive, peak in zip(alive_bytes, peak_bytes, strict=True)]
     fits = [most if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
     if min(fits) < 1:

@@ -17,7 +17,7 @@ from clado.space import Assignment, SearchSpace
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over paired per-image differences with its 95 % confidence interval (normal approximation)."""
+    """A mean over paired per-image differences with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -26,11 +26,24 @@ class Interval:
 
     @classmethod
     def of(cls, differences: NDArray[np.float64]) -> "Interval":
-        """The interval of per-image differences (n,): quantized minus float, on the same images."""
+        """The interval of per-image differences (n,): quantized minus float, on the same images (normal approximation)."""
         n = len(differences)
         mean = float(differences.mean())
         reach = Z95 * float(differences.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
         return cls(mean, mean - reach, mean + reach, n)
+
+    @classmethod
+    def of_hits(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> "Interval":
+        """The interval of a drop of top-1, from which images (n,) were right before and after.
+
+        Half an image more is counted in each of the four cells, so that agreement on all of a few images proves little
+        (Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005).
+        """
+        n = len(before)
+        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        drop = (lost - won) / (n + 2)
+        reach = Z95 * ((lost + won + 1) / (n + 2) - drop**2) ** 0.5 / (n + 2) ** 0.5
+        return cls((lost - won) / n, drop - reach, drop + reach, n)
 
 
 @dataclass(frozen=True)

@@ -246,9 +246,10 @@ class _Compiler:
         return tuple(norms)
 
     def _norm_mean(self, found: "_Found") -> str | None:
-        """Name of the mean of the batch norm that alone reads what the one consumer of a layer gives."""
+        """Name of the mean of the batch norm that alone reads what the one consumer of a layer gives, over its channels."""
         readers = list(found.consumer.users)
-        if len(found.consumers) > 1 or len(readers) != 1:
+        channels_last = found.operator == "linear" and found.consumer.meta["val"].ndim != 2  # batch norm's are on axis 1
+        if len(found.consumers) > 1 or len(readers) != 1 or channels_last:
             return None
         slot = self.number[found.consumer]
         return next((norm.mean for norm in self._norms() if norm.input_slot == slot), None)

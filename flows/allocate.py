@@ -19,7 +19,7 @@ from clado.ledger import Ledger
 from clado.local_search import Searched, local_search
 from clado.local_search import search as search_around
 from clado.program import Program, Solution, Status
-from clado.records import LOCAL_SEARCH, Candidate, SearchSummary, Stability, write_text
+from clado.records import CHOSEN, LOCAL_SEARCH, Candidate, SearchSummary, Stability, write_text
 from clado.solvers import Solve
 from clado.space import Assignment, SearchSpace
 from clado.stability import stability
@@ -111,6 +111,11 @@ def search(run: Run) -> None:
         Proposal(budget, LOCAL_SEARCH, assignment, _predicted(run, assignment), listed=False)
         for budget, searched in run.searched.items()
         for assignment in searched.tried
+    ]
+    run.notes += [
+        f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
+        for row in run.results()
+        if row.method == CHOSEN and not isfinite(row.loss_shipped)
     ]
     run.probe_losses = run.losses
     if session.has_probe_model:  # of what is reported

@@ -295,7 +295,7 @@ def smallest(
         for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
             typer.echo(solution_text(name, matrix, solution))
         return
-    session = _session(stored.config)
+    session = _session(stored.config).with_readable_selection()
     from flows.smallest import find, text
 
     top1 = max_top1_drop is not None

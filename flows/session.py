@@ -1,7 +1,7 @@
 """A configuration opened: network, data, search space, plan and identity. The flow's process and every worker hold one each."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
@@ -16,12 +16,12 @@ from torch import Tensor
 import clado
 from clado import estimators
 from clado.candidates import Budget, budgets_of, check_budgets
-from clado.config import RunConfig, fingerprint
+from clado.config import ConstraintSettings, RunConfig, fingerprint
 from clado.constraints import Constraint, size
 from clado.corrections import at_stage
 from clado.errors import ConfigurationError, DataError, IdentityMismatch
 from clado.evaluation import Counts, count_each
-from clado.images import DataSlices, MemorySlice, check_slice
+from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, losses, network_batching, rows_per_tile
 from clado.network import Network, is_depthwise
@@ -98,8 +98,15 @@ class Session:
 
     def checked(self) -> "Session":
         """This session, or one of the same settings without the images that cannot be read: `data.skip` then names them."""
+        return self._without_unreadable(Session.check)
+
+    def with_readable_selection(self) -> "Session":
+        """The same for the images that are left to choose on, which only some commands read."""
+        return self._without_unreadable(lambda session: session._unreadable(session.slices.selection))
+
+    def _without_unreadable(self, find: Callable[["Session"], list[str]]) -> "Session":
         session = self
-        while unreadable := session.check():
+        while unreadable := find(session):
             data, skip = session.config.data, (*session.config.data.skip, *unreadable)
             if len(skip) > data.max_corrupt_images:
                 shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
@@ -133,18 +140,23 @@ class Session:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(f"{self.folder} is a file; expected a folder for the run, or a free name (folder: runs/…)")
-        classes = int(self.float_network.logits(self.float_network.example).shape[1])
-        found: list[str] = []
-        for images in (self.slices.sensitivity, self.slices.calibration, self.slices.validation):
-            if len(images) or images is not self.slices.calibration:
-                allowed = found if self.config.data.max_corrupt_images else None
-                check_slice(images, self.loaded.image_shape, classes, unreadable=allowed)
-        if found:
+        slices = self.slices
+        calibration = [slices.calibration] if len(slices.calibration) else []
+        if found := self._unreadable(slices.sensitivity, *calibration, slices.validation):
             return found
         check_budgets(self.space, self.budgets, self.limits)
         if exists(self.store_path):
             self.additions(Store.open(self.store_path))
         return []
+
+    def _unreadable(self, *slices: ImageSlice) -> list[str]:
+        """Names of images that cannot be read, where some are allowed; refuses what else is wrong with an image."""
+        classes = int(self.float_network.logits(self.float_network.example).shape[1])
+        found: list[str] = []
+        for images in slices:
+            allowed = found if self.config.data.max_corrupt_images else None
+            check_slice(images, self.loaded.image_shape, classes, unreadable=allowed)
+        return found
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -454,7 +466,7 @@ class Session:
     def _first_images(self, count: int) -> str:
         """Hash of the sensitivity set that the same settings draw with fewer images."""
         fewer = self.config.data.model_copy(update={"sensitivity_images": count})
-        return load_data(fewer, self.loaded.image_shape).sensitivity.sha256
+        return load_data(fewer, self.loaded.image_shape, self.loaded.preprocessing).sensitivity.sha256
 
     def ledger(self, which: str, variant: Variant = "shipped") -> Ledger:
         """Evaluations on the `sensitivity` or the `validation` set: of networks that ship, as probes see them, or plain."""
@@ -481,14 +493,15 @@ def store_of(config: RunConfig) -> Path | str:
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
     """The configuration's constraints on a space; a size that counts scales is another cost than the budget's size."""
-    limits = []
-    for c in config.constraints:
-        if c.scales:
-            counted = size.constraint(space, c.bound, scale_bytes(config, space))
-            limits.append(replace(counted, name="size_with_scales"))
-        else:
-            limits.append(Budget(c.kind, c.bound, None if c.path is None else str(c.path)).constraint(space))
-    return limits
+    return [limit_of(settings, config, space) for settings in config.constraints]
+
+
+def limit_of(settings: ConstraintSettings, config: RunConfig, space: SearchSpace) -> Constraint:
+    """One constraint of a configuration, or of a command line."""
+    if settings.scales:
+        counted = size.constraint(space, settings.bound, scale_bytes(config, space))
+        return replace(counted, name="size_with_scales")
+    return Budget(settings.kind, settings.bound, None if settings.path is None else str(settings.path)).constraint(space)
 
 
 def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:

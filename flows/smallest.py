@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from clado import solvers
+from clado import pareto, solvers
 from clado.candidates import Budget, program_of, together
 from clado.errors import DataError
 from clado.evaluation import per_image
@@ -44,10 +44,10 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
         losses, hits = per_image(*session.shipped(assignment), images, reference=session.float_network)
         measured += 1
         advance(1)
-        return Interval.of(float_hits.astype(np.float64) - hits if top1 else losses - float_losses)
+        return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
 
-    solve = _solver(stored)
-    low, high = space.size_bytes(space.narrowest), space.size_bytes(space.widest)
+    low, solve = solver_of(stored)
+    high = space.size_bytes(space.widest)
     most = (FIRST + ROUNDS * FILL) * len(stored.config.estimators)  # fewer where estimators agree
     with progress("measuring", most) as advance:
         front = solve(np.linspace(low, high, FIRST).astype(int).tolist())
@@ -63,8 +63,9 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
         )
 
 
-def _solver(stored: StoredRun) -> Callable[[Sequence[int]], list[Assignment]]:
-    """Every estimator's optimum at each size: programs and convexification are made once."""
+def solver_of(stored: StoredRun) -> tuple[int, Callable[[Sequence[int]], list[Assignment]]]:
+    """The least size that an estimator reaches, and what solves for every estimator's optimum at each size: programs and
+    convexification are made once."""
     space, settings = stored.measured.space, stored.config.solver
     prepared: list[tuple[Program, Solve]] = []
     largest = Budget("size", space.size_bytes(space.widest)).constraint(space)
@@ -73,9 +74,13 @@ def _solver(stored: StoredRun) -> Callable[[Sequence[int]], list[Assignment]]:
         prepared.append((program, solvers.prepare(program, settings.name, time_limit=settings.time_limit)))
 
     def solve(sizes: Sequence[int]) -> list[Assignment]:
-        return [solve(program.with_bounds({"size": size})).assignment for size in sizes for program, solve in prepared]
+        return [
+            solve(program.with_bounds({"size": size})).assignment
+            for program, solve in prepared
+            for size in pareto.within_reach(program, "size", sizes)
+        ]
 
-    return solve
+    return min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared), solve
 
 
 def text(found: Smallest, session: Session, top1: bool) -> str:

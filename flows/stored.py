@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clado import estimators, pareto, solvers, tracking
 from clado.candidates import Budget, Proposal, beside, program_of, together, widest_uniform
-from clado.config import RunConfig, load_run_config
+from clado.config import RunConfig, load_run_config, parse_limit
 from clado.constraints import Constraint
 from clado.errors import ConfigurationError, DataError
 from clado.estimators import Measured
@@ -20,7 +20,7 @@ from clado.shards import Store
 from clado.space import Assignment
 from flows.export import file_name
 from flows.run import chosen_of
-from flows.session import EVALUATION_SHARD, Session, limits_of
+from flows.session import EVALUATION_SHARD, Session, limit_of, limits_of
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,21 @@ class StoredRun:
         """(estimator, its matrix, its optimum) for a budget and further limits, each KIND=BOUND or KIND=BOUND:CSV; of the
         configuration's estimators unless `matrices` are given."""
         settings = self.config.solver
-        extra = [parse_limit(limit).constraint(self.measured.space) for limit in further]
+        extra = self._further(further)
         for name, matrix in (self.matrices() if matrices is None else matrices).items():
             program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
     def rivals(self, matrix: InteractionMatrix, budget: Budget, further: Sequence[str] = ()) -> dict[str, Solution]:
         """What layerwise and greedy answer under the same limits, scored on the same matrix."""
-        extra = [parse_limit(limit).constraint(self.measured.space) for limit in further]
-        program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
+        program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *self._further(further)]))
         return {
             "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
             "greedy": solvers.solve(program, "greedy"),
         }
+
+    def _further(self, limits: Sequence[str]) -> list[Constraint]:
+        return [limit_of(parse_limit(limit), self.config, self.measured.space) for limit in limits]
 
     def smallest_predicted(self, increase: float) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
         """(estimator, its matrix, its smallest assignment in bytes whose predicted increase stays under a bound)."""
@@ -99,17 +101,6 @@ class StoredRun:
             "status": str(solution.status),
         }
         return json.dumps(document, indent=1)
-
-
-def parse_limit(text: str) -> Budget:
-    """KIND=BOUND or KIND=BOUND:CSV as a budget."""
-    kind, _, rest = text.partition("=")
-    bound, _, path = rest.partition(":")
-    try:
-        return Budget(kind, float(bound), path or None)
-    except ValueError:
-        expected = "KIND=BOUND or KIND=BOUND:CSV, such as bops=4e9 or latency=0.002:times.csv"
-        raise ConfigurationError(f"--limit {text!r} is not {expected}") from None
 
 
 def score_text(stored: StoredRun, assignment: Assignment) -> str:

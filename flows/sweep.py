@@ -16,15 +16,18 @@ from flows.stored import StoredRun, chosen_among
 def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
     space, settings = stored.measured.space, stored.config.solver
-    smallest, largest = (_bound(stored, kind, a) for a in (space.narrowest, space.widest))
+    named = stored.matrices()
+    matrices = {**named, **stored.beside()}
+    # without what is quarantined; every matrix knows of that
+    narrowest = [program.assignment(program.narrowest) for program in (program_of(m, []) for m in matrices.values())]
+    smallest = min(_bound(stored, kind, assignment) for assignment in narrowest)
+    largest = _bound(stored, kind, space.widest)
     bounds = [smallest + (largest - smallest) * k / (count - 1) for k in range(count)]
     # rounded up, so that the narrowest bits meet the first
     budgets = [
         Budget(kind, math.ceil(b * 1e4) / 1e4 if kind in ("average_bits", "relative_size") else math.ceil(b)) for b in bounds
     ]
     proposals = []
-    named = stored.matrices()
-    matrices = {**named, **stored.beside()}
     with progress("solving", len(matrices)) as advance:
         for budget in budgets:
             fit = together(budget.constraint(space), stored.limits)
@@ -34,7 +37,8 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
             program = program_of(matrix, limits[-1])
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             by_bound = {limit[0].bound: budget for limit, budget in zip(limits, budgets, strict=True)}
-            for point in pareto.sweep(program, limits[-1][0].name, list(by_bound), solve).points:
+            swept = limits[-1][0].name
+            for point in pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve).points:
                 budget, solution = by_bound[point.bound], point.solution
                 predicted = matrix.loss_of(solution.objective)
                 proposals.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))

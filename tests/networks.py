@@ -110,6 +110,25 @@ class Normed(nn.Module):
         return self.head(F.relu(self.fourth(self.hidden(x.mean((2, 3))))))
 
 
+class Tokens(nn.Module):
+    """Linear layers on tokens; batch norm over as many tokens as there are channels, then over channels with the tokens of all
+    images in one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.over_tokens = nn.BatchNorm1d(8)
+        self.mix = nn.Linear(8, 6, bias=False)
+        self.over_channels = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.over_tokens(self.embed(x.flatten(1, 2))))
+        x = self.mix(x)
+        x = F.relu(self.over_channels(x.flatten(0, 1)).reshape_as(x))
+        return self.head(x.mean(1))
+
+
 class Branching(nn.Module):
     """Runs one of two layers as the images have it: torch.export refuses it."""
 

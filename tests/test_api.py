@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clado
@@ -216,6 +217,20 @@ NETWORK_ERRORS = {
     "bits": (lambda n, s: n.search_space((4, 2)), ConfigurationError, "ascending"),
     "wide bits": (lambda n, s: n.search_space((2, 17)), ConfigurationError, "16"),
     "another network's": (lambda n, s: clado.evaluate(n, clado.Assignment((2, 4)), images(4)), NetworkError, "2 layers"),
+    "bits of nothing": (lambda n, s: clado.evaluate(n, clado.Assignment((0,) * 5), images(4)), ConfigurationError, "holds 0"),
+    "no images at once": (lambda n, s: clado.measure(n, s, images(4), batch_images=0), ConfigurationError, "at least 1"),
+    "prepared for other bits": (
+        lambda n, s: clado.measure(n, n.search_space((3, 5)), images(4), prepared=clado.prepare(n, s)),
+        ConfigurationError, "prepared is of another space"
+    ),
+    "prepared of another network": (
+        lambda n, s: clado.measure(n, s, images(4), prepared=clado.prepare(clado.Network(build(Residual), images(2)), s)),
+        ConfigurationError, "prepared is of another network"
+    ),
+    "a quantizer beside what is prepared": (
+        lambda n, s: clado.evaluate(n, s.widest, images(4), prepared=clado.prepare(n, s), quantizer=clado.WeightQuantizer()),
+        ConfigurationError, "prepared has its quantizer"
+    ),
     "an unknown correction": (
         lambda n, s: clado.prepare(n, s, images(4), corrections=("bias",)), ConfigurationError, "expected one of .*gptq"
     ),
@@ -244,6 +259,24 @@ def test_errors_say_what_is_wrong(network, space, call, kind, message):
     with pytest.raises(kind, match=message) as caught:
         call(network, space)
     assert isinstance(caught.value, CladoError)
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(6, 10)),
+        (nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 4)), torch.randn(6, 1, 3, 3, 3)),
+    ],
+    ids=["features", "volumes"],
+)
+def test_images_may_be_vectors_or_volumes(model, example):
+    network = clado.Network(model.eval(), example[:2])
+    space = network.search_space((2, 8))
+    for data in (example, (example, labels(6)), [(example[:3], labels(3)), (example[3:], labels(3))]):
+        solution = clado.solve(clado.measure(network, space, data), average_bits=4)
+        assert clado.evaluate(network, solution.assignment, data).num_images == 6
+    with pytest.raises(DataError, match=r"expected .*\(N, "):
+        clado.measure(network, space, example[0, 0])
 
 
 def test_names_are_loaded_when_they_are_used():

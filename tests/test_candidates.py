@@ -29,7 +29,7 @@ from clado.errors import InfeasibleError
 from clado.estimators import Measured, estimate
 from clado.interaction import InteractionMatrix
 from clado.probes import TEMPERATURES
-from clado.program import Solution, Status
+from clado.program import Program, Solution, Status
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.space import Assignment, Layer, SearchSpace
 
@@ -172,6 +172,23 @@ def test_a_loss_that_is_not_finite_is_near_to_nothing():
         doubt = Doubt({best: np.array([1.0, 2.0]), plain: np.array([1.0, bad])}, matrix)
         assert doubt.settled(best, [plain]) == best
         assert Doubt({a: np.full(2, bad) for a in (best, plain)}, matrix).settled(best, [plain]) == best
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("doubting", [False, True])
+def test_a_network_without_a_finite_loss_is_chosen_only_where_there_is_no_other(bad, doubting):
+    """Uniform stands first among the proposals, and may be of a candidate that is quarantined."""
+    budget, better = BUDGETS[0], Assignment((4, 2, 2, 2))
+    proposals = [Proposal(budget, UNIFORM, SPACE.narrowest), Proposal(budget, "layerwise", better)]
+    doubt = None
+    if doubting:
+        each = {SPACE.narrowest: np.full(3, bad), better: np.array([0.1, 0.2, 0.3])}
+        doubt = Doubt(each, matrix_of(0, "layerwise").diagonal_only())
+    *listed, chosen = choose(SPACE, proposals, {SPACE.narrowest: bad, better: 0.2}, doubt=doubt)
+    assert (chosen.assignment, chosen.winner, chosen.loss_shipped) == (better, "layerwise", 0.2)
+    assert str(listed[0].loss_shipped) == str(bad)
+    (_, alone) = choose(SPACE, proposals[:1], {SPACE.narrowest: bad})
+    assert (alone.assignment, alone.gain) == (SPACE.narrowest, 0.0)
 
 
 def test_what_a_search_tried_beside_the_chosen_one_is_no_rival_of_it():
@@ -334,3 +351,13 @@ def test_of_two_limits_on_one_cost_the_tighter_holds():
     size = Budget("size", 70).constraint(SPACE)
     assert [limit.bound for limit in together(three, [four])] == [three.bound]
     assert [limit.bound for limit in together(four, [three, size])] == [three.bound, size.bound]
+
+
+def test_limits_of_one_name_are_the_tightest_of_one_cost_and_stand_side_by_side_where_costs_differ():
+    budget = constraint("average_bits", SPACE, 3.0)
+    size, less = (constraint("size", SPACE, bound) for bound in (90, 80))
+    counted = constraint("size", SPACE, 95, overhead_bytes={"layer0.weight": 4})
+    merged = together(budget, [size, counted, less])
+    assert [(limit.name, limit.bound) for limit in merged] == [("average_bits", budget.bound), ("size", 80), ("size 2", 95)]
+    taken = Program.build(matrix_of(0), merged)
+    assert all(limit.holds(SPACE, taken.assignment(taken.narrowest)) for limit in merged)

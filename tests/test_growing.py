@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
+from PIL import Image
 
 from clado.config import parse_config
 from clado.errors import IdentityMismatch
@@ -71,6 +74,33 @@ def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only
     for kind in both[0]:
         assert np.isfinite(both[0][kind]).any()
         assert both[0][kind].tobytes() == both[1][kind].tobytes()
+
+
+def test_a_store_grows_for_weights_that_bring_their_preprocessing(tmp_path):
+    save_images(tmp_path / "photos")
+    weights = tmp_path / "squeezenet.pth"
+    torch.save(torchvision.models.get_model("squeezenet1_1", weights=None).state_dict(), weights)
+
+    def of(images: int) -> Session:
+        network = {"source": "torchvision", "name": "squeezenet1_1", "weights": str(weights), "weights_name": "IMAGENET1K_V1"}
+        data = {"source": "folder", "path": str(tmp_path / "photos"), "sensitivity_images": images, "sample_blocks": 2}
+        document = {"network": {**network, "fixed": ["features.*"]}, "data": {**data, "calibration_images": 0}, "corrections": []}
+        return Session.open(parse_config({**document, "estimators": ["layerwise"], "folder": str(tmp_path / "run")}))
+
+    first = of(4)
+    assert first.loaded.preprocessing
+    first.folder.mkdir()
+    first.open_store()
+    assert of(8).additions(Store.open(first.store_path)) == (True, False)
+
+
+def save_images(folder: Path) -> None:
+    """Twenty images of two classes."""
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        path = folder / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,21 @@ def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: d
     assert all(name in note for name in DAMAGED)
 
 
+def test_a_damaged_image_to_choose_on_is_left_out_where_that_is_asked_for(small_run: dict[str, Any]) -> None:
+    from flows.session import Session
+
+    small_run["data"] |= {"max_corrupt_images": 4, "validation_images": 5}
+    session = Session.open(parse_config(small_run)).checked()
+    before = [names(images) for images in parts_of(session.slices)[:3]]
+    other = next(name for name in names(session.slices.selection) if name not in DAMAGED)
+    (session.config.data.path / other).write_bytes(b"")  # type: ignore[operator]
+    Session.open.cache_clear()
+    found = Session.open(session.config).checked().with_readable_selection()
+    assert set(found.config.data.skip) == {*DAMAGED, other}
+    assert [names(images) for images in parts_of(found.slices)[:3]] == before
+    check_slice(found.slices.selection)
+
+
 def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
     from flows.cli import _plan_text
     from flows.session import Session

@@ -23,6 +23,7 @@ from tests.networks import (
     Recurrent,
     Residual,
     Tied,
+    Tokens,
     Volume,
     build,
     images,
@@ -34,7 +35,7 @@ from tests.networks import (
 
 KINDS = (Residual, Attention, Tied, Recurrent, Volume, Normed)
 NETWORKS = pytest.mark.parametrize("kind", KINDS)
-NORMED = pytest.mark.parametrize("kind", [Residual, Normed])
+NORMED = pytest.mark.parametrize("kind", [Residual, Normed, Tokens])
 CRITERIA = pytest.mark.parametrize("criterion", ["kl_to_float", "cross_entropy"])
 NUM_IMAGES = 12
 
@@ -259,6 +260,30 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     logits = replaced_logits(rebuilt(b.prepared.network.model, layers), changed, x)
     expected = criteria.kl_to_float(logits, replaced_logits(build(Normed), {}, x))
     np.testing.assert_allclose(losses(b, b.space.narrowest, 1, shipped), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
+    b = bench(Normed, batch_statistics=statistics)
+    shipped = b.prepared.network
+    assert losses(b, b.space.nothing, 1, shipped) == pytest.approx(0, abs=1e-9)
+    x, _ = b.load(*b.blocks[1])
+    layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
+    expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
+    np.testing.assert_allclose(losses(b, b.space.narrowest, 1, shipped), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", range(1, 11))
+def test_blocks_that_interleave_are_measured_as_any_others(rows):
+    """As those of a network that comes back to its first module."""
+    b = bench(Residual)
+    given = replace(b.space, given_blocks=((0,), (1, 4), (2, 3)))
+    b.prepared = replace(b.prepared, space=given)
+    whole = measure_tile(b, Tile("block_pairs", 0, 0, 0, given.num_options))
+    plan = Plan(given, tuple(b.blocks), ("block_pairs",), rows)
+    found = np.concatenate([measure_tile(b, tile) for tile in plan.tiles if tile.block == 0])
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(found).sum() == 2 * 2 * 2
 
 
 @NORMED

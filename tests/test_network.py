@@ -19,6 +19,7 @@ from tests.networks import (
     Recurrent,
     Residual,
     Tied,
+    Tokens,
     Volume,
     build,
     images,
@@ -612,7 +613,7 @@ def test_biases_that_the_module_has_no_place_for_have_names_of_their_own():
 
 # -- batch norm -----------------------------------------------------------------------------------------------------------------
 
-NORMED = pytest.mark.parametrize("kind", [Residual, Normed])
+NORMED = pytest.mark.parametrize("kind", [Residual, Normed, Tokens])
 
 
 @NORMED
@@ -733,8 +734,8 @@ def test_a_batch_norm_with_two_readers_is_left_alone(two_names):
     assert torch.equal(state["second.bias"], layers[1].bias)
 
 
-@KINDS
 @PATHS
+@pytest.mark.parametrize("kind", [*ALL, Tokens])
 def test_folded_networks_compute_the_same(kind, graph):
     network, x = network_of(kind, graph), images(3)
     folded, fold = network.folded()
@@ -754,6 +755,22 @@ def test_every_batch_norm_behind_a_layer_is_folded():
     _, fold = network.folded()
     layers = [QuantizedLayer(weight) for weight in network.weights]
     assert [fold(i, layer) is not layer for i, layer in enumerate(layers)] == [True, True, True, True, False]
+
+
+def test_a_batch_norm_over_tokens_is_not_that_of_the_layer_before_it():
+    network = network_of(Tokens)
+    assert network.graph.norm_means == (None, None, None)
+    bias = torch.linspace(-1, 1, 8)
+    state = network.state_dict({0: QuantizedLayer(network.weights[0], bias)})
+    assert torch.equal(state["embed.bias"], bias)
+    assert torch.equal(state["over_tokens.running_mean"], network.model.over_tokens.running_mean)
+
+
+def test_a_run_does_not_go_back():
+    network = network_of(Residual)
+    state = network.advance(network.begin(images(2)), 2)
+    with pytest.raises(ValueError, match="cannot go back"):
+        network.advance(state, 1)
 
 
 @NORMED

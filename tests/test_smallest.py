@@ -59,6 +59,26 @@ def test_a_bound_that_nothing_keeps_is_refused_with_the_closest():
         smallest(SPACE, EVERY, lambda a: exact(0.5), between, 0.1)
 
 
+@pytest.mark.parametrize("n", [20, 200, 3000])
+def test_agreement_on_every_image_proves_less_the_fewer_they_are(n):
+    same = np.ones(n, dtype=bool)
+    interval = Interval.of_hits(same, same)
+    assert interval.mean == 0
+    assert 1 / n < interval.high < 3 / n
+    assert interval.low == pytest.approx(-interval.high)
+
+
+def test_the_interval_of_hits_covers_the_true_drop_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    inside = []
+    for _ in range(2000):
+        kind = rng.choice(4, 200, p=(0.85, 0.06, 0.02, 0.07))  # right both times, lost, won, wrong both times
+        interval = Interval.of_hits(kind < 2, (kind == 0) | (kind == 2))
+        inside.append(interval.low <= 0.04 <= interval.high)
+        assert interval.mean == pytest.approx(((kind == 1).sum() - (kind == 2).sum()) / 200)
+    assert 0.93 < np.mean(inside) < 0.98
+
+
 def test_the_interval_covers_the_true_mean_about_95_times_in_100():
     rng = np.random.default_rng(1)
     inside = [(i := Interval.of(rng.normal(0.3, 2.0, 400))).low <= 0.3 <= i.high for _ in range(1000)]

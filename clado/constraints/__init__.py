@@ -6,9 +6,10 @@ To add a constraint, add a file to this folder with a function `constraint(space
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from importlib import import_module
-from math import fsum, isfinite
+from math import floor, fsum, isfinite
 from pkgutil import iter_modules
 from typing import Any
 
@@ -63,6 +64,12 @@ class Constraint:
     def with_bound(self, bound: float) -> "Constraint":
         """The same costs under another bound."""
         return Constraint(self.name, self.unit, self.costs, bound)
+
+
+def whole(bound: float, times: Fraction | int = 1) -> float:
+    """The largest whole number within a bound, times a factor. 2.3 means the decimal 2.3, not its binary neighbour; an infinite
+    bound, or NaN, stays."""
+    return float(floor(Fraction(repr(float(bound))) * times)) if isfinite(bound) else float(bound)
 
 
 def names() -> list[str]:

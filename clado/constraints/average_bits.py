@@ -1,9 +1,6 @@
 """Bits per searched weight, exact in bits: Σ n b ≤ floor(average · Σ n), so uniform b bits always fit an average of b."""
 
-from fractions import Fraction
-from math import floor
-
-from clado.constraints import Constraint
+from clado.constraints import Constraint, whole
 from clado.space import SearchSpace
 
 
@@ -12,4 +9,4 @@ def constraint(space: SearchSpace, average: float) -> Constraint:
     neighbour.
     """
     costs = tuple(float(space.layers[i].num_weights * b) for i, b, _ in space.options)
-    return Constraint("average_bits", "bits in all", costs, float(floor(Fraction(repr(float(average))) * space.num_weights)))
+    return Constraint("average_bits", "bits in all", costs, whole(average, space.num_weights))

@@ -1,9 +1,8 @@
 """Bytes of the searched weights, each tensor packed as one bit stream: Σ ceil(n b / 8), the integer of `Layer.weight_bytes`."""
 
 from collections.abc import Mapping
-from math import floor
 
-from clado.constraints import Constraint
+from clado.constraints import Constraint, whole
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
@@ -17,4 +16,4 @@ def constraint(space: SearchSpace, budget_bytes: float, overhead_bytes: Mapping[
     if unknown:
         raise ConfigurationError(f"constraint size: overhead_bytes names {unknown}, which are not searched layers")
     costs = tuple(float(space.layers[i].weight_bytes(b) + overhead.get(space.layers[i].name, 0)) for i, b, _ in space.options)
-    return Constraint("size", "bytes", costs, float(floor(budget_bytes)))
+    return Constraint("size", "bytes", costs, whole(budget_bytes))

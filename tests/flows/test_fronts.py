@@ -1,18 +1,20 @@
 """New budgets, fronts and bounds from a stored run: feasible, measured, and never worse than what they are compared with."""
 
 import json
+from dataclasses import replace
+from math import inf, nan
 
 import pytest
 
 from clado.candidates import SAFE, Budget
-from clado.config import parse_config
+from clado.config import parse_config, parse_limit
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.records import CHOSEN, RunRecord
 from clado.space import Layer, SearchSpace
-from flows.session import Session, limits_of, scale_bytes
-from flows.smallest import find, text
-from flows.stored import StoredRun, parse_limit, solution_text
-from flows.sweep import dominated_by, sweep
+from flows.session import Session, limit_of, limits_of, scale_bytes
+from flows.smallest import FIRST, find, solver_of, text
+from flows.stored import StoredRun, solution_text
+from flows.sweep import dominated_by, propose_front, sweep
 from tests.flows.test_pipeline import copy_of
 
 
@@ -33,7 +35,7 @@ def stored(finished) -> StoredRun:
 )
 def test_an_answer_keeps_every_limit_and_beats_its_rivals_on_the_same_matrix(stored, budget, limits):
     space = stored.measured.space
-    every = [budget.constraint(space), *(parse_limit(limit).constraint(space) for limit in limits)]
+    every = [budget.constraint(space), *(limit_of(parse_limit(limit), stored.config, space) for limit in limits)]
     for name, matrix, solution in stored.solve(budget, limits):
         assert str(solution.status) == "optimal"
         assert all(constraint.holds(space, solution.assignment) for constraint in every)
@@ -51,10 +53,50 @@ def test_two_limits_on_one_cost_are_the_tighter_one(stored):
     assert tight == both
 
 
-@pytest.mark.parametrize("limit", ["bops", "bops=", "bops=x", "=3"])
-def test_a_limit_that_is_none_is_refused(limit, stored):
-    with pytest.raises(ConfigurationError, match=r"KIND=BOUND|unknown constraint"):
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        *((limit, "no number as its bound; expected KIND=BOUND") for limit in ("bops", "bops=", "bops=x", "=3x")),
+        *((limit, "unknown name") for limit in ("=3", "bop=3")),
+        *((limit, "finite number") for limit in ("size=inf", "bops=nan")),
+        ("size=-1", "greater than 0"),
+        *((limit, "needs path") for limit in ("latency=0.002", "table=5")),
+        *((limit, "takes no path") for limit in ("bops=4e9:times.csv", "size=1000:times.csv")),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(limit, said, stored):
+    with pytest.raises(ConfigurationError, match=said):
         list(stored.solve(Budget("average_bits", 3.0), [limit]))
+
+
+@pytest.mark.parametrize("kind", ["average_bits", "size", "relative_size"])
+def test_a_budget_that_is_no_number_is_refused_and_none_at_all_gives_the_widest(kind, stored):
+    with pytest.raises(ConfigurationError, match="the bound is NaN"):
+        Budget(kind, nan).constraint(stored.measured.space)
+    assert Budget(kind, inf).constraint(stored.measured.space).holds(stored.measured.space, stored.measured.space.widest)
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["all finite", "one candidate without a finite loss"])
+@pytest.mark.parametrize("kind", ["average_bits", "size", "relative_size", "bops"])
+def test_a_front_of_every_kind_reaches_from_the_narrowest_that_works_to_the_widest(kind, damaged, finished):
+    stored = StoredRun.open(finished.folder)
+    space = stored.measured.space
+    if damaged:  # the first layer at 2 bits
+        sums = {name: found.copy() for name, found in stored.measured.sums.items()}
+        sums["singles"][0, 1] = sums["gram"][0, 0, 1] = nan
+        sums["gram"][0, 2 :: space.num_options, 1] = nan
+        stored = replace(stored, measured=replace(stored.measured, sums=sums))
+    proposals = propose_front(stored, kind, 5)
+    answers = [p for p in proposals if p.solution is not None]
+    assert all(p.budget.constraint(space).holds(space, p.assignment) for p in answers)
+    assert len({p.budget for p in proposals}) == 5
+    for name in {p.method for p in answers}:
+        assert any(p.assignment == space.widest or p.budget == answers[-1].budget for p in answers if p.method == name)
+    assert all((p.assignment.bits[0] != 2) or not damaged for p in answers)
+    least, solve = solver_of(stored)
+    sizes = [least + k * (space.size_bytes(space.widest) - least) // (FIRST - 1) for k in range(FIRST)]
+    assert min(space.size_bytes(a) for a in solve(sizes)) == least
+    assert (least > space.size_bytes(space.narrowest)) == damaged
 
 
 def test_an_impossible_limit_says_what_is_reachable(stored):
