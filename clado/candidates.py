@@ -274,7 +274,6 @@ def choose(
     infinite one."""
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
-
     worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
 
     def order(proposal: Proposal) -> tuple[float, int]:
@@ -283,8 +282,9 @@ def choose(
     best: dict[Budget, Proposal] = {}
     for budget in budgets:
         # of equal assignments the one made for this budget comes first, so that it gets the credit
-        fitting = [p for p in proposals if p.budget == budget]
-        fitting += [p for p in proposals if p.budget != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
+        own_first = sorted(proposals, key=lambda p: p.budget != budget)
+        fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
+        fitting = fitting or [p for p in proposals if p.budget == budget]  # uniform, where nothing fits
         best[budget] = min(fitting, key=order)
         if doubt:
             most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)

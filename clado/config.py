@@ -344,7 +344,9 @@ class SshSettings(Settings):
 class SlurmSettings(Settings):
     """A batch job for each worker."""
 
-    memory: Word = Field(description="of one job, such as 16GB")
+    memory: Annotated[str, _matching(r"\d+(\.\d+)?([kKMGT]i?)?B?", "an amount of memory, such as 16GB")] = Field(
+        description="of one job, such as 16GB"
+    )
     partition: Word | None = None
     account: Word | None = None
     walltime: Word = Field(default="04:00:00", description="of one job; a job that ends is submitted again")
@@ -667,6 +669,8 @@ def _explain(fault: Any) -> str:
         case "value_error":
             message = str(fault["msg"]).removeprefix("Value error, ")
             said = message if not where or message.startswith(f"{where} ") else f"{where}: {message}"
+        case "float_type" if isinstance(given, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\d+", given):
+            said = f"{where} is the text {shown} to YAML; expected a point and a sign, such as {float(given):.1e}"
         case _:
             said = f"{where}: {fault['msg']}, got {shown}"
     return said

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -240,7 +241,7 @@ def heat_map(path: Path) -> dict[str, Any]:
     diagonal.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             values: NDArray[np.float64] = file["values"]
             errors: NDArray[np.float64] = file["standard_error"]
             options = [str(option).rpartition(":") for option in file["options"]]
@@ -248,7 +249,7 @@ def heat_map(path: Path) -> dict[str, Any]:
         counts = Counter(names)
         between = np.array([[one != other for other in names] for one in names])
         magnitudes = np.abs(values[between] if values[between].any() else np.diag(values))
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile) as error:
         raise StoreError(
             f"{path} is damaged ({error}); delete it and run `clado run` again: nothing is measured twice"
         ) from error

@@ -457,7 +457,8 @@ def _bucket(url: str) -> Backend:
     except Exception as error:  # of obstore, by kind of server and fault
         told = redact(" ".join(str(error).split()))[:300]
         raise StoreError(
-            f"{url} cannot be used ({told}); expected a bucket that exists, its keys and AWS_ENDPOINT_URL in the environment"
+            f"{url} cannot be used ({told}); expected a bucket that exists, its keys and AWS_ENDPOINT_URL "
+            "in the environment, and AWS_ALLOW_HTTP=true for a server without TLS"
         ) from None
     return ObjectStore(bucket)
 

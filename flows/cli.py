@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -180,7 +181,7 @@ def evaluate(
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
-    session = _session(stored.config)
+    session = _session(stored.config).as_measured()
     rows = evaluated(stored, session, wanted)
     typer.echo(evaluation_text(rows))
     if per_class is not None:
@@ -206,7 +207,7 @@ def export(
 
     check_format(kind)
     stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
-    session = _session(stored.config)
+    session = _session(stored.config).as_measured()
     assignment = chosen_for(stored, session, wanted)
     target, told = export_as(kind, session, assignment, output or budget_folder(session, wanted.name))
     typer.echo(
@@ -234,7 +235,7 @@ def finetune(
     images: Annotated[int | None, typer.Option(help="At most so many training images; default: all.")] = None,
     learned_scales: Annotated[bool, typer.Option("--learned-scales", help="Train the grids' scales too (LSQ).")] = False,
     augment: Annotated[bool, typer.Option(help="Shift and mirror images at random.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the held-out images, the batches and the augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out images, the batches and the augmentation.")] = 0,
 ) -> None:
     """Train the network chosen for a budget on its grids for a few epochs; evaluate it, write it packed, record it."""
     from clado.finetuning import Training
@@ -243,8 +244,11 @@ def finetune(
     wanted = _budget(budget, size_bytes)
     training = Training(epochs, criterion, learning_rate, batch_images, patience, learned_scales, augment, seed)
     stored = StoredRun.open(folder)
-    session = _session(stored.config)
+    session = _session(stored.config).as_measured()
     from flows.finetune import images_of, train
+
+    if data is None:
+        session = session.with_readable_selection()
 
     chosen_images = images_of(session, data, seed, images)
     text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
@@ -266,7 +270,7 @@ def sweep(
     if kind not in SWEPT:
         raise ConfigurationError(f"--kind {kind!r} cannot be swept; expected one of {', '.join(SWEPT)}")
     stored = StoredRun.open(folder)
-    session = _session(stored.config)
+    session = _session(stored.config).as_measured()
     from flows.sweep import sweep as sweep_budgets
 
     text, receipt = sweep_budgets(stored, session, kind, budgets)
@@ -286,16 +290,18 @@ def smallest(
     from clado.errors import ConfigurationError
     from flows.stored import StoredRun, solution_text
 
-    if sum(bound is not None for bound in (max_loss_increase, max_top1_drop, max_predicted_increase)) != 1:
+    bounds = [bound for bound in (max_loss_increase, max_top1_drop, max_predicted_increase) if bound is not None]
+    if len(bounds) != 1 or not math.isfinite(bounds[0]):
         raise ConfigurationError(
-            "name one bound: --max-loss-increase X, --max-top1-drop POINTS, or --max-predicted-increase X (measures nothing)"
+            "name one bound, a number: --max-loss-increase X, --max-top1-drop POINTS, or --max-predicted-increase X (measures "
+            "nothing)"
         )
     stored = StoredRun.open(folder)
     if max_predicted_increase is not None:
         for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
             typer.echo(solution_text(name, matrix, solution))
         return
-    session = _session(stored.config).with_readable_selection()
+    session = _session(stored.config).as_measured().with_readable_selection()
     from flows.smallest import find, text
 
     top1 = max_top1_drop is not None
@@ -503,6 +509,8 @@ def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
 
     if (average_bits is None) == (size_bytes is None):
         raise ConfigurationError("name one budget: --budget BITS (average bits a weight) or --size-bytes BYTES")
+    if average_bits is not None and not (math.isfinite(average_bits) and average_bits > 0):
+        raise ConfigurationError(f"--budget is {average_bits}; expected a number of bits above 0, such as 3 or 2.75")
     return budgets_of([] if average_bits is None else [average_bits], [] if size_bytes is None else [size_bytes])[0]
 
 

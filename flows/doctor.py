@@ -2,9 +2,11 @@
 
 import os
 import platform
-import urllib.error
 import urllib.request
+from base64 import b64encode
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
+from urllib.parse import unquote, urlsplit
 
 PACKAGES = ("clado", "torch", "torchvision", "numpy", "zarr", "dask", "distributed", "prefect", "mlflow", "pyscipopt")
 SERVERS = {"PREFECT_API_URL": "/health", "MLFLOW_TRACKING_URI": "/health"}
@@ -27,11 +29,14 @@ def report() -> tuple[str, bool]:
     lines.append(f"{'GPUs':<12} {count}{': ' + names if count else ' (measuring runs on the processor)'}")
     for variable, path in SERVERS.items():
         uri = os.environ.get(variable, "")
-        if not uri.startswith("http"):
+        if not uri:
             lines.append(
                 f"{variable:<12} not set: "
                 + ("an embedded server is started" if "PREFECT" in variable else "SQLite in the run's folder")
             )
+            continue
+        if not uri.startswith("http"):
+            lines.append(f"{variable:<12} {_redacted(uri)}: no server to ask")
             continue
         reachable, said = _answers(uri.rstrip("/") + path)
         lines.append(f"{variable:<12} {_redacted(uri)}: {said}")
@@ -41,10 +46,16 @@ def report() -> tuple[str, bool]:
 
 def _answers(url: str) -> tuple[bool, str]:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        parts = urlsplit(url)
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        request = urllib.request.Request(bare)
+        if parts.username is not None:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            request.add_header("Authorization", f"Basic {b64encode(pair.encode()).decode()}")
+        with urllib.request.urlopen(request, timeout=5) as response:
             return response.status == 200, f"answers ({response.status})"
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        return False, f"does not answer ({error}); start it, or unset the variable"
+    except (OSError, ValueError, HTTPException) as error:
+        return False, f"does not answer ({_redacted(str(error))}); start it, or unset the variable"
 
 
 def _redacted(uri: str) -> str:

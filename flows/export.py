@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from clado.errors import ConfigurationError, StoreError
 from clado.export.safetensors import ASSIGNMENT, export_network
@@ -76,18 +78,34 @@ def _put_assignment(folder: Path, session: Session, assignment: Assignment) -> N
 def export(session: Session, assignment: Assignment, folder: Path) -> Path:
     """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
     network, layers = session.shipped(assignment)
-    state = network.state_dict(layers)
-    return export_network(folder, state, session.space.to_json(assignment), loading_snippet(session))
+    state, document = network.state_dict(layers), session.space.to_json(assignment)
+    _remove_others(folder, document)
+    return export_network(folder, state, document, loading_snippet(session))
+
+
+def _remove_others(folder: Path, document: Mapping[str, Any]) -> None:
+    """Removes what lies beside the export that is about to be replaced, where that is of another assignment."""
+    try:
+        same = json.loads((folder / ASSIGNMENT).read_text(encoding="utf-8")) == document
+    except FileNotFoundError:
+        return
+    except ValueError:
+        same = False
+    if not same:
+        for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in PEERS)):
+            (folder / name).unlink(missing_ok=True)
 
 
 def loading_snippet(session: Session) -> str:
     """Three lines that build the network and load the exported weights."""
     network = session.config.network
+    name, (module, _, function) = repr(network.name), network.name.partition(":")
     build = {
-        "zoo": f"from clado.zoo import NETWORKS; network = NETWORKS[{network.name!r}]()",
-        "torchvision": f"import torchvision; network = torchvision.models.get_model({network.name!r}, weights=None)",
-        "timm": f"import timm; network = timm.create_model({network.name!r}, pretrained=False{_timm_options(session)})",
-        "factory": "from {} import {} as factory; network = factory()".format(*network.name.partition(":")[::2]),
+        "zoo": f"from clado.zoo import NETWORKS; network = NETWORKS[{name}]()",
+        "torchvision": f"from torchvision.models import get_model; network = get_model({name}, weights=None{_size(session)})",
+        "timm": f"import timm; network = timm.create_model({name}, pretrained=False{_timm_options(session)})",
+        "factory": f"from {module} import {function} as factory; made = factory()\n"
+        "network = made[0] if isinstance(made, tuple) else made  # a factory may give an example input as well",
     }[network.source]
     return "\n".join(
         (
@@ -96,6 +114,12 @@ def loading_snippet(session: Session) -> str:
             'network.load_state_dict(load_file("weights.safetensors"), strict=False)',
         )
     )
+
+
+def _size(session: Session) -> str:
+    """The image size of a vision transformer of torchvision that is not built for 224 pixels, as a further argument."""
+    size = session.loaded.image_shape[1]
+    return f", image_size={size}" if session.config.network.name.startswith("vit_") and size != 224 else ""
 
 
 def _timm_options(session: Session) -> str:

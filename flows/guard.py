@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clado.errors import CladoError, FolderBusy, ServerError
+from clado.errors import CladoError, FolderBusy, ServerError, StoreError
 
 GRACE = 10.0  # seconds in which what was started is ended, before a further signal ends the command at once
 
@@ -30,6 +30,11 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise FolderBusy(
                 f"another run is writing to {folder}; wait for it, or name another folder (folder: runs/…)"
+            ) from None
+        except OSError as error:
+            raise StoreError(
+                f"{folder} is on a file system that offers no locks ({error.strerror}); expected another folder for the "
+                "run (folder: runs/…)"
             ) from None
         yield
 

@@ -27,7 +27,8 @@ def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None 
     by phase, to which the flow adds its own.
     """
     settings = config if isinstance(config, RunConfig) else parse_config(config)
-    session = Session.open(settings)
+    session = Session.open(settings).checked()
+    settings = session.config
     phases = Clock({} if clock is None else clock)
     with locked(session.folder):
         session.open_store()  # refused where it holds other numbers, before anything is written

@@ -126,10 +126,19 @@ def record(run: Run) -> None:
     found = record_of(run)
     found.save(session.folder / "record.json")
     write_text(session.folder / "table.md", report.markdown(found))
-    plots.save_all(found, run.matrices, session.folder / "plots")
+    drawn = plots.save_all(found, run.matrices, session.folder / "plots")
+    _remove_others(session.folder / "plots", drawn)
+    _remove_others(session.folder / "matrices", [session.folder / "matrices" / f"{name}.npz" for name in run.matrices])
     page.write(session.folder)
     for row in chosen:
         export(session, row.assignment, budget_folder(session, row.budget))
+
+
+def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
+    """Removes what an earlier run of other estimators left in a folder; all of it can be made again from the store."""
+    for file in folder.iterdir():
+        if file not in kept and file.suffix in {path.suffix for path in kept}:
+            file.unlink()
 
 
 def write_models(session: Session, chosen: Sequence[Result]) -> list[str]:

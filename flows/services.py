@@ -24,10 +24,11 @@ from typing import Any
 import psutil
 
 from clado.config import ClusterSettings, redact
-from clado.errors import ConfigurationError, ServerError
+from clado.errors import ConfigurationError, ServerError, StoreError
 from clado.records import write_text
 
 HOST, POOL, LIST = "127.0.0.1", "clado", "services.json"
+NAMES = ("prefect", "mlflow", "scheduler", "workers", "runner")  # in the order in which they start
 DATABASES = ("prefect", "mlflow")  # on PostgreSQL
 GRACE = 20.0  # seconds between the request to end and the end
 
@@ -114,10 +115,11 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
     folder = folder.resolve()
     known = _read(folder)
     if known:
-        gone = [name for name, process in known.items() if process is None]
+        gone = [name for name in NAMES if known.get(name) is None]  # also what an `up` that was killed did not start
         if gone:
             raise ServerError(
-                f"of the services in {folder}, {', '.join(gone)} ended ({_log(folder, gone[0])}); clado down, then up"
+                f"of the services in {folder}, {', '.join(gone)} ended or never began ({_log(folder, gone[0])}); "
+                "clado down, then up"
             )
         return False
     _refuse_taken(ports)
@@ -128,7 +130,7 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
     started: dict[str, Popen[bytes]] = {}
     try:
         # workers of either kind connect to servers that answer
-        for names in (("prefect", "mlflow", "scheduler"), ("workers", "runner")):
+        for names in (NAMES[:3], NAMES[3:]):
             for name in names:
                 started[name] = _start(folder, name, services[name])
                 _write(folder, ports, started)
@@ -246,8 +248,13 @@ def _read(folder: Path) -> dict[str, psutil.Process | None]:
     """The services that a folder lists, None for one that has ended."""
     if not (folder / LIST).is_file():
         return {}
-    document = json.loads((folder / LIST).read_text(encoding="utf-8"))
-    return {name: _process(**entry) for name, entry in document["processes"].items()}
+    try:
+        document = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        return {name: _process(**entry) for name, entry in document["processes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{folder / LIST} is damaged ({error}), so that it does not say what runs; end the services by hand and remove it"
+        ) from None
 
 
 def _process(pid: int, began: float) -> psutil.Process | None:

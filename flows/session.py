@@ -48,6 +48,7 @@ class Session:
     float_network: Network
     slices: DataSlices
     space: SearchSpace
+    _is_checked: bool = False
 
     @staticmethod
     @lru_cache(maxsize=1)
@@ -98,7 +99,9 @@ class Session:
 
     def checked(self) -> "Session":
         """This session, or one of the same settings without the images that cannot be read: `data.skip` then names them."""
-        return self._without_unreadable(Session.check)
+        session = self if self._is_checked else self._without_unreadable(Session.check)
+        session._is_checked = True  # the command checks before it starts anything, and the flow asks again
+        return session
 
     def with_readable_selection(self) -> "Session":
         """The same for the images that are left to choose on, which only some commands read."""
@@ -440,6 +443,15 @@ class Session:
     def store(self) -> Store:
         """The run's store as a worker keeps it open, to write tiles one after another."""
         return Store.open(self.store_path)
+
+    def as_measured(self) -> "Session":
+        """This session, refused (IdentityMismatch) where network, images or settings are no longer those of the run's store."""
+        if any(self.additions(Store.open(self.store_path))):
+            raise IdentityMismatch(
+                f"the settings of {self.folder} ask for more images, bit-widths or layers than were measured; expected "
+                "`clado run` with them first"
+            )
+        return self
 
     def additions(self, store: Store) -> tuple[bool, bool]:
         """Whether this run adds (images, options) to those of a store; IdentityMismatch where anything else differs. Writes

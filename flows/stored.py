@@ -147,11 +147,20 @@ def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
     rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
     proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
     known = {(p.budget.name, p.assignment) for p in proposals}
-    return proposals + [
+    proposals += [
         Proposal(budgets[c.budget], c.origin, c.assignment, c.loss_predicted, listed=False)
         for c in record.candidates
         if c.budget in budgets and (c.budget, c.assignment) not in known
     ]
+    # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
+    # solved anew
+    fit = {budget: together(budget.constraint(session.space), stored.limits) for budget in session.budgets}
+    unfit = {
+        p.budget
+        for p in proposals
+        if p.method != UNIFORM and not all(limit.holds(session.space, p.assignment) for limit in fit[p.budget])
+    }
+    return [p for p in proposals if p.budget not in unfit]
 
 
 def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Proposal]:

@@ -6,9 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -401,6 +407,84 @@ def test_doctor_names_versions_and_a_server_that_does_not_answer(monkeypatch):
     text = call("doctor", ends=1)
     assert "does not answer" in text
     assert "secret" not in text
+
+
+@contextmanager
+def server(password: str | None) -> Iterator[int]:
+    """Answers 200 to who knows the password, else 401; its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = password is None or self.headers.get("Authorization") == f"Basic {b64encode(password.encode()).decode()}"
+            self.send_response(200 if known else 401)
+            self.end_headers()
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield running.server_port
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("uri", "ends", "said"),
+    [
+        ("http://127.0.0.1:PORT", 1, "does not answer (HTTP Error 401"),
+        ("http://user:hunter2@127.0.0.1:PORT", 0, "answers (200)"),
+        ("http://user:hunter3@127.0.0.1:PORT", 1, "does not answer (HTTP Error 401"),
+        ("http://user:hunter2@127.0.0.1:none", 1, "does not answer"),
+        ("sqlite:////tmp/some.db", 0, "sqlite:////tmp/some.db: no server to ask"),
+    ],
+)
+def test_doctor_asks_servers_as_they_want_to_be_asked_and_shows_no_password(monkeypatch, uri, ends, said):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with server("user:hunter2") as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("PORT", str(port)))
+        text = call("doctor", ends=ends)
+    assert said in text
+    assert "hunter" not in text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "finetune", "sweep", "smallest"])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 5}, "was measured under other settings"),
+        ({"sensitivity_images": 40}, "ask for more images, bit-widths or layers than were measured"),
+    ],
+)
+def test_a_finished_run_whose_settings_changed_since_is_not_mixed_with_its_old_measurements(
+    command, changed, said, finished, tmp_path
+):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    document = {**finished.document, "folder": str(tmp_path / "run"), "data": {**finished.document["data"], **changed}}
+    (tmp_path / "run" / "config.yaml").write_text(parse_config(document).to_yaml())
+    before = listing(tmp_path / "run")
+    wanted = {"sweep": ["--budgets", "3"], "smallest": ["--max-loss-increase", "1"]}.get(command, ["--budget", "3"])
+    assert said in " ".join(call(command, tmp_path / "run", *wanted, ends=2).split())
+    assert listing(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["solve", "--budget", "nan"], "--budget is nan; expected a number"),
+        (["export", "--budget", "inf"], "--budget is inf; expected a number"),
+        (["evaluate", "--budget", "-3"], "--budget is -3.0; expected a number"),
+        (["solve", "--budget", "3", "--limit", "latency=0.002"], "needs path"),
+        (["smallest", "--max-top1-drop", "nan"], "name one bound, a number"),
+        (["finetune", "--budget", "3", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_with_what_was_expected(arguments, said, finished):
+    command, *rest = arguments
+    assert said in " ".join(call(command, finished.folder, *rest, ends=2).replace("│", "").split())
 
 
 SPIED = """

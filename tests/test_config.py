@@ -94,6 +94,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"budgets": {"average_bits": [float("nan")]}}, ["budgets.average_bits.0", "finite"]),
     ({"budgets": {"average_bits": [3, 3]}}, ["budgets", "twice"]),
     ({"budgets": {"size_bytes": [1.5]}}, ["budgets.size_bytes.0", "integer"]),
+    ({"budgets": {"bops": ["4e9"]}}, ["budgets.bops.0", "'4e9'", "text", "4.0e+09"]),
     ({"budgets": {"bops": [-1]}}, ["budgets.bops.0", "greater than 0"]),
     ({"layers": {"bits": {"fc*": [4, 2]}}}, ["layers.bits.fc*", "ascending"]),
     ({"layers": {"ties": ["a"]}}, ["layers.ties.0", "list"]),

@@ -83,6 +83,18 @@ def test_a_later_export_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert torch.equal(other[0].weight, network[0].weight)
 
 
+def test_another_projects_readme_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(StoreError, match=r"holds a README\.md and no weights\.safetensors"):
+        export(tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("README.md", "# My project")]
+
+
+def test_every_file_is_readable_by_all_who_may_read_the_folder(tmp_path: Path) -> None:
+    export(tmp_path / "out")
+    assert {file.stat().st_mode & 0o444 for file in (tmp_path / "out").iterdir()} == {0o444}
+
+
 def test_a_failed_write_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(tmp_path)
     before = contents(tmp_path)

@@ -305,6 +305,18 @@ def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: d
     assert all(name in note for name in DAMAGED)
 
 
+def test_a_flow_that_no_command_started_checks_images_and_budgets_itself(small_run: dict[str, Any], tmp_path: Path) -> None:
+    from clado.config import load_run_config
+    from clado.errors import InfeasibleError
+
+    small_run["data"]["max_corrupt_images"] = 3
+    with pytest.raises(InfeasibleError, match="budget 1 bits"):
+        run_pipeline({**small_run, "budgets": {"average_bits": [1.0]}}, tracked=False)
+    assert not (tmp_path / "run" / "store.zarr").exists()
+    run_pipeline(small_run, tracked=False)
+    assert sorted(load_run_config(tmp_path / "run").data.skip) == DAMAGED
+
+
 def test_a_damaged_image_to_choose_on_is_left_out_where_that_is_asked_for(small_run: dict[str, Any]) -> None:
     from flows.session import Session
 

@@ -193,5 +193,14 @@ def test_the_image_has_what_its_commands_need():
         assert all((INFRA.parent / word).exists() for word in source.split())
     project = (INFRA.parent / "pyproject.toml").read_text()
     assert "\nUSER clado" in text
-    (extra,) = re.findall(r"/src\[(\w+)\]", text)
-    assert re.search(rf"^{extra} = \[", project, flags=re.M), f"pyproject.toml has no extra {extra}"
+    (extras,) = re.findall(r"/src\[([\w,]+)\]", text)
+    for extra in extras.split(","):
+        assert re.search(rf"^{extra} = \[", project, flags=re.M), f"pyproject.toml has no extra {extra}"
+    kinds = re.findall(r"^ +kind: (slurm|ssh|kubernetes)", (INFRA / "kubernetes" / "clado-run.yaml").read_text(), flags=re.M)
+    assert set(kinds) <= set(extras.split(",")), "a run that is started in the image needs what starts its workers"
+
+
+def test_a_run_reaches_the_bucket_that_compose_makes():
+    given = COMPOSE["x-s3"]
+    assert given["AWS_ENDPOINT_URL"] == given["AWS_ENDPOINT_URL_S3"]
+    assert given["AWS_ENDPOINT_URL"].startswith("https://") or given["AWS_ALLOW_HTTP"] == "true"

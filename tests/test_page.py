@@ -186,9 +186,11 @@ def test_a_damaged_or_unfinished_run_is_refused_and_nothing_is_written(tmp_path:
     with pytest.raises(StoreError, match="not the record of a finished run"):
         page.write(tmp_path)
     make_run(tmp_path)
-    (tmp_path / "matrices" / "pairwise.npz").write_bytes(b"PK nothing")
-    with pytest.raises(StoreError, match=r"pairwise\.npz is damaged"):
-        page.write(tmp_path)
+    whole = (tmp_path / "matrices" / "pairwise.npz").read_bytes()
+    for content in (b"PK nothing", b"", whole[: len(whole) // 2]):
+        (tmp_path / "matrices" / "pairwise.npz").write_bytes(content)
+        with pytest.raises(StoreError, match=r"pairwise\.npz is damaged"):
+            page.write(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 

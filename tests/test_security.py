@@ -1,14 +1,17 @@
 """What a run reads runs no code of the data's, and what a configuration names stays where it belongs. Each check can fail."""
 
 import ast
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from clado.config import parse_config
+from clado.errors import ServerError, StoreError
 from flows.export import budget_folder
-from flows.services import HOST, Ports, declare
+from flows.services import HOST, LIST, NAMES, Ports, declare, down, up
 from tests.running import config
 from tests.test_architecture import SOURCES, imports_of
 
@@ -65,6 +68,23 @@ def test_the_networks_name_makes_one_folder_below_runs(name):
     network, data = {"source": "factory", "name": name}, {"source": "folder", "path": "images"}
     settings = parse_config({**config(Path("unused")), "folder": None, "network": network, "data": data})
     assert settings.run_folder.resolve().parent == Path("runs").resolve()
+
+
+def test_services_that_were_started_in_part_are_not_up(tmp_path):
+    mine = psutil.Process()
+    known = {"processes": {"prefect": {"pid": mine.pid, "began": mine.create_time()}}, "environment": {}}
+    (tmp_path / LIST).write_text(json.dumps(known))
+    with pytest.raises(ServerError, match=r"mlflow, scheduler, workers, runner ended or never began .* clado down, then up"):
+        up(tmp_path, Ports(), 1, None, 1.0)
+    for damaged in ("{", "[]", '{"processes": {"prefect": 7}}'):
+        (tmp_path / LIST).write_text(damaged)
+        for call in (lambda: up(tmp_path, Ports(), 1, None, 1.0), lambda: down(tmp_path)):
+            with pytest.raises(StoreError, match="is damaged"):
+                call()
+
+
+def test_every_service_is_named_in_the_order_in_which_they_start(tmp_path):
+    assert set(declare(tmp_path, Ports(), 1, None)) == set(NAMES)
 
 
 @pytest.mark.parametrize("database", [None, "postgresql://me:hunter2@db:5432"])

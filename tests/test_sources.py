@@ -453,6 +453,18 @@ def test_a_folder_reads_as_torchvision_does(tmp_path: Path) -> None:
             assert int(label) == by_file[file][1]
 
 
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        draw_images(tmp_path / name, 4)
+    before = load_data(folder_settings(tmp_path), SHAPE)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    draw_images(tmp_path / ".cache", 2)
+    after = load_data(folder_settings(tmp_path), SHAPE)
+    for name in ("sensitivity", "calibration", "validation"):
+        assert getattr(after, name).sha256 == getattr(before, name).sha256
+        assert getattr(after, name).num_classes == 2
+
+
 @pytest.mark.parametrize(
     ("sensitivity", "calibration", "validation", "seed"), [(4, 3, None, 0), (1, 0, 5, 1), (9, 9, 2, 2), (10, 9, 1, 3)]
 )

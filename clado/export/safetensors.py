@@ -27,11 +27,13 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
 
     `state` is the network's whole state dict, its searched weights already fake-quantized; `assignment_document` is what
     `SearchSpace.to_json` makes; `snippet` is the Python that loads the folder again. NetworkError where a searched layer is not
-    in the state or a tensor holds a NaN or an infinity; nothing is written then.
+    in the state or a tensor holds a NaN or an infinity, StoreError where the folder has another's README: nothing is written.
     """
     bits = assignment_document.get("bits")
     if assignment_document.get("format") != "clado-assignment/1" or not isinstance(bits, Mapping):
         raise StoreError("not an assignment; expected the JSON object that SearchSpace.to_json makes")
+    if (folder / README).exists() and not (folder / WEIGHTS).exists():
+        raise StoreError(f"{folder} holds a {README} and no {WEIGHTS}: it is no export's; name another folder, or a new one")
     absent = sorted(set(bits) - set(state))
     if absent:
         raise NetworkError(
@@ -48,6 +50,7 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
     try:
         # the weights carry the assignment too, so that a reader sees when the two files are of different exports
         save_file(tensors, str(part), metadata={"format": FORMAT, "assignment": document})
+        part.chmod(0o644)  # safetensors makes it readable for its owner alone
         part.replace(folder / WEIGHTS)
     finally:
         part.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """A training set that a command names: Fashion-MNIST's idx files (or others of that form), or a folder of images."""
 
 import gzip
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,5 +74,5 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             raise ValueError("its first bytes are not those of an idx file of unsigned bytes")
         shape = [int.from_bytes(raw[4 + 4 * k : 8 + 4 * k], "big") for k in range(raw[3])]
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); expected an idx file, plain or .gz") from error

@@ -4,6 +4,7 @@ Three layouts: FOLDER/train and FOLDER/val (validation comes from val, the other
 sub-folders; FOLDER with images only, which is unlabelled.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +58,13 @@ def training_slice(root: Path, settings: DataSettings, image_shape: ImageShape) 
 def _list(top: Path, root: Path) -> Listing:
     from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
+    class VisibleFolders(ImageFolder):  # type: ignore[misc]
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            names = sorted(child.name for child in _folders(Path(directory)))
+            return names, {name: number for number, name in enumerate(names)}
+
     if _has_folders(root):
-        found = ImageFolder(str(root), allow_empty=True)
+        found = VisibleFolders(str(root), allow_empty=True)
         images = tuple(ImageFile(top, Path(file)) for file, _ in found.samples)
         listing = Listing(root, images, tuple(label for _, label in found.samples), tuple(found.classes))
     else:
@@ -72,4 +78,9 @@ def _list(top: Path, root: Path) -> Listing:
 
 
 def _has_folders(root: Path) -> bool:
-    return any(child.is_dir() and not child.name.startswith(".") for child in root.iterdir())
+    return any(True for _ in _folders(root))
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Sub-folders that may be classes: not those that tools hide, such as .ipynb_checkpoints."""
+    return (child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))

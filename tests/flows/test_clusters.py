@@ -60,6 +60,7 @@ def test_every_kind_of_cluster_keeps_the_contract():
         ({"kind": "ssh", "workers": 1, "ssh": {"hosts": ["a", "b"]}}, ["1 workers", "2 hosts"]),
         ({"kind": "slurm"}, ["kind slurm needs slurm", "memory"]),
         ({"kind": "slurm", "slurm": {}}, ["'cluster.slurm.memory' is missing"]),
+        ({"kind": "slurm", "slurm": {"memory": "lots"}}, ["cluster.slurm.memory", "'lots'", "such as 16GB"]),
         ({"kind": "kubernetes"}, ["kind kubernetes needs kubernetes", "image"]),
         ({"kind": "kubernetes", "kubernetes": {"image": "a", "name": "A_b"}}, ["cluster.kubernetes.name", "lower-case"]),
         ({**KUBERNETES, "tls": {"ca_file": "a", "cert": "b", "key": "c"}}, ["kubernetes takes no tls", "kind address"]),

@@ -1,5 +1,7 @@
 """Signals while a command ends, and a Prefect that cannot be told how a run ended."""
 
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -8,9 +10,9 @@ from contextlib import nullcontext
 
 import pytest
 
-from clado.errors import ServerError
+from clado.errors import ServerError, StoreError
 from flows import guard
-from flows.guard import Terminated, end_in_peace, farewell, insistent, orchestrated
+from flows.guard import Terminated, end_in_peace, farewell, insistent, locked, orchestrated
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,15 @@ def handlers_are_given_back(monkeypatch):
     logging.disable(logging.NOTSET)
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StoreError, match="offers no locks"), locked(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.parametrize(

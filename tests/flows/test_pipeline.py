@@ -6,14 +6,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import clado
-from clado.candidates import SAFE, TEMPERED
+from clado.candidates import SAFE, TEMPERED, Budget
 from clado.config import DataSettings, NetworkSettings, parse_config
 from clado.probes import KINDS
 from clado.quantizers import WeightQuantizer
@@ -21,8 +23,10 @@ from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, RunRecord
 from clado.shards import Store
 from clado.sources import load_data, load_network
 from clado.space import Assignment
+from flows.export import loading_snippet
 from flows.record import git_revision
 from flows.session import Session
+from flows.stored import StoredRun, chosen_for
 from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, config, run_pipeline
 
@@ -277,6 +281,48 @@ def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, t
     calls, _ = run_pipeline(document, tracked=False)
     assert calls.of("run_tile") == absent
     assert arrays(tmp_path / "run") == arrays(finished.folder)
+
+
+def test_what_an_earlier_run_of_other_settings_left_is_not_shown_as_of_this_one(finished, tmp_path):
+    document = copy_of(finished, tmp_path)
+    run = tmp_path / "run"
+    exported = run / "exports" / "3_bits"
+    other = json.loads((exported / "assignment.json").read_text()) | {"bits": {}}
+    (exported / "assignment.json").write_text(json.dumps(other))
+    for name in ("network.onnx", "packed.safetensors", "assignment_mct.py", "mine.txt"):
+        (exported / name).write_text("of another assignment")
+    run_pipeline({**document, "estimators": ["layerwise", "gauss_newton"]}, tracked=False)
+    assert {file.stem for file in (run / "matrices").iterdir()} == {"layerwise", "gauss_newton"}
+    assert not (run / "plots" / "heat_map_pairwise.png").exists()
+    assert {file.name for file in exported.iterdir()} == {"README.md", "assignment.json", "weights.safetensors", "mine.txt"}
+
+
+def test_a_run_of_other_constraints_that_died_early_leaves_no_answer_that_breaks_them(finished, tmp_path):
+    """Its settings are new then, and the record of before."""
+    document = copy_of(finished, tmp_path)
+    row = RunRecord.load(finished.folder / "record.json").find("3 bits", CHOSEN)
+    bound = row.size_bytes - 2000
+    config = parse_config({**document, "constraints": [{"kind": "size", "bound": bound}]})
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    stored, session = StoredRun.open(tmp_path / "run"), Session.open(config)
+    assert session.space.size_bytes(chosen_for(stored, session, Budget("average_bits", 3.0))) <= bound
+
+
+@pytest.mark.parametrize("made", ["network", "(network, example)"])
+def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"factory_{len(made)}.py").write_text(
+        "import torch\ndef make():\n    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))\n"
+        f"    example = torch.zeros(1, 1, 2, 2)\n    return {made}\n"
+    )
+    network = NetworkSettings(source="factory", name=f"factory_{len(made)}:make")
+    scope: dict = {}
+    monkeypatch.syspath_prepend(tmp_path)
+    snippet = loading_snippet(SimpleNamespace(config=SimpleNamespace(network=network), loaded=SimpleNamespace(image_shape=(1, 2, 2))))
+    state = {"1.weight": torch.ones(3, 4), "1.bias": torch.zeros(3)}
+    save_file(state, tmp_path / "weights.safetensors")
+    exec(snippet, scope)
+    assert torch.equal(scope["network"][1].weight, state["1.weight"])
 
 
 def test_an_export_loads_back_with_its_snippet_and_has_the_recorded_accuracy(finished, record, slices, monkeypatch):

@@ -71,6 +71,14 @@ def test_the_folder_is_named_after_the_scheduled_start_and_overrides_apply(tmp_p
     assert "MLflow run 7" in state.message
 
 
+def test_a_folder_that_yaml_would_read_as_a_date_is_a_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "pipeline", SimpleNamespace(fn=lambda s: asked.append(s) or SimpleNamespace(parent_run_id="7")))
+    monkeypatch.chdir(tmp_path)
+    scheduled.fn(file_of(tmp_path), folder="2026-02-03")
+    assert asked[0].folder == Path("2026-02-03")
+
+
 def test_an_override_with_a_password_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         scheduled.fn(file_of(tmp_path), ["tracking.uri=https://me:hunter2@host/"])
