@@ -318,7 +318,8 @@ def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, tmp_path, 
     network = NetworkSettings(source="factory", name=f"factory_{len(made)}:make")
     scope: dict = {}
     monkeypatch.syspath_prepend(tmp_path)
-    snippet = loading_snippet(SimpleNamespace(config=SimpleNamespace(network=network), loaded=SimpleNamespace(image_shape=(1, 2, 2))))
+    session = SimpleNamespace(config=SimpleNamespace(network=network), loaded=SimpleNamespace(image_shape=(1, 2, 2)))
+    snippet = loading_snippet(session)
     state = {"1.weight": torch.ones(3, 4), "1.bias": torch.zeros(3)}
     save_file(state, tmp_path / "weights.safetensors")
     exec(snippet, scope)
