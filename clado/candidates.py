@@ -293,13 +293,13 @@ def choose(
     results = []
     for budget in budgets:
         own = [proposal for proposal in proposals if proposal.budget == budget]
-        results += [_result(space, proposal, losses) for proposal in own if proposal.listed]
+        results += [_result(space, proposal, worth) for proposal in own if proposal.listed]
         lent = [p for b, p in best.items() if b != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
         chosen = min([best[budget], *lent], key=order)
         siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
         others = [worth[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
         winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
-        row = _result(space, Proposal(budget, CHOSEN, chosen.assignment, chosen.loss_predicted, chosen.solution), losses)
+        row = _result(space, Proposal(budget, CHOSEN, chosen.assignment, chosen.loss_predicted, chosen.solution), worth)
         gain = min(others) - worth[chosen.assignment] if others and isfinite(worth[chosen.assignment]) else 0.0
         results.append(Result(**{**row.__dict__, "winner": winner, "gain": gain}))
     return results

@@ -51,11 +51,13 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a layer's weight: its input, the operator, and the operator's arguments behind the bias."""
+    """One use of a layer's weight: its input, the operator, the operator's arguments behind the bias, and the shape in which it
+    reads the weight, which a view may have changed."""
 
     input: Tensor
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    weight_shape: tuple[int, ...]
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the operator makes of an input, a weight and a bias."""
@@ -359,7 +361,8 @@ class Graph:
             state = self.run(state, position, {})
             tables: dict[type, Mapping[int, Any]] = {Value: state.values, Constant: self.constants, Scalar: {}}
             rest = tuple(_resolve(argument, tables) for argument in step.arguments[3:])
-            calls.append(Call(_resolve(step.arguments[0], tables), step.function, rest))
+            x, weight = (_resolve(argument, tables) for argument in step.arguments[:2])
+            calls.append(Call(x, step.function, rest, tuple(weight.shape)))
         return calls
 
     def stack(self, states: Sequence[State], layer: int) -> State:

@@ -4,6 +4,7 @@ Row and column k is option k of the space (`space.py`). For a one-hot choice α 
 (CLADO, arXiv 2307.05657, equation 8), so every estimator stores numbers on the scale of twice a loss.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class InteractionMatrix:
         "layer:4/8" with activation bits.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.stem}.part.npz")
+        part = path.with_name(f".{path.stem}.{os.getpid()}.part.npz")
         errors = np.empty(0) if self.standard_error is None else self.standard_error
         options = np.array([f"{self.space.layers[i].name}:{bits_text(*bits)}" for i, *bits in self.space.options])
         np.savez_compressed(part, values=self.values, standard_error=errors, options=options)

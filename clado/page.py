@@ -111,7 +111,7 @@ def render(folder: Path) -> str:
 def charts(record: RunRecord) -> list[Chart]:
     """Top-1 (where there are labels) and measured loss against size."""
     top1 = {r: 100 * r.validation.top1 for r in record.results if r.validation is not None and r.validation.top1 is not None}
-    loss = {r: r.loss_shipped for r in record.results}
+    loss = {r: r.loss_shipped for r in record.results if math.isfinite(r.loss_shipped)}
     found = []
     if top1:
         images = record.float_accuracy.num_images
@@ -127,7 +127,9 @@ def charts(record: RunRecord) -> list[Chart]:
         )
     if loss:
         title = f"Measured loss ({record.criterion}), lower is better"
-        found.append(_chart(record, title, "loss", loss, record.baseline if record.baseline > 0 else None, logarithmic=True))
+        found.append(
+            _chart(record, title, "loss", loss, record.baseline if 0 < record.baseline < math.inf else None, logarithmic=True)
+        )
     return found
 
 

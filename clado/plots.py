@@ -4,6 +4,8 @@ Figures are made without pyplot, so nothing global changes and any thread may dr
 Okabe and Ito's for methods, pale to dark for bit-widths, blue to red through white for signed numbers.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def save_all(record: RunRecord, matrices: Mapping[str, InteractionMatrix], folde
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(part, format="png", dpi=DOTS_PER_INCH, facecolor="white")
         part.replace(path)
@@ -199,7 +201,7 @@ def _points(record: RunRecord, value: Callable[[Result], float | None]) -> dict[
     """(bytes, value) of each method's results, by size, each size once."""
     found: dict[str, dict[float, float]] = {method: {} for method in record.methods}
     for result in record.results:
-        if (number := value(result)) is not None:
+        if (number := value(result)) is not None and math.isfinite(number):
             found[result.method][result.size_bytes] = number
     return {method: sorted(line.items()) for method, line in found.items()}
 

@@ -158,8 +158,11 @@ def prepare_layer(
 
 
 def layer_sample(network: Network, layer: int, images: Sequence[Tensor]) -> LayerSample | None:
-    """A layer and its inputs on calibration batches; of a weight that is used twice the first use. None where none is seen."""
+    """A layer and its inputs on calibration batches; of a weight that is used twice the first use. None where none is seen, or
+    where its operator reads the weight in another shape."""
     if not images or not (calls := network.observe(images[0][:1], layer)):
+        return None
+    if calls[0].weight_shape[1:] != tuple(network.weights[layer].shape[1:]):  # rows may be those of a weight that is split
         return None
 
     def inputs() -> Iterator[Tensor]:

@@ -196,7 +196,7 @@ class RunRecord:
 
     def save(self, path: Path) -> None:
         """Writes the record as JSON, whole or not at all."""
-        write_text(path, json.dumps(asdict(self), indent=1, allow_nan=False, default=str))
+        write_text(path, json.dumps(_plain(asdict(self)), indent=1, allow_nan=False, default=str))
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
@@ -205,22 +205,47 @@ class RunRecord:
             document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 **{
-                    **document,
+                    **_measured(document, "baseline"),
                     "layer_names": tuple(document["layer_names"]),
                     "layer_weights": tuple(document["layer_weights"]),
                     "notes": tuple(document["notes"]),
                     "unsearched": tuple((name, size, why) for name, size, why in document.get("unsearched", ())),
-                    "float_accuracy": Accuracy(**document["float_accuracy"]),
+                    "float_accuracy": _accuracy(document["float_accuracy"]),
                     "results": tuple(_result(row) for row in document["results"]),
                     "candidates": tuple(_candidate(row) for row in document.get("candidates", ())),
                     "stability": tuple(_stability(row) for row in document.get("stability", ())),
-                    "searches": tuple(SearchSummary(**row) for row in document.get("searches", ())),
+                    "searches": tuple(_search(row) for row in document.get("searches", ())),
                 }
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"{path} is not the record of a finished run ({error}); run `clado run` on its configuration first"
             ) from error
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for numbers that JSON has not: NaN and infinities."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+    return value
+
+
+def _measured(row: dict[str, Any], *losses: str) -> dict[str, Any]:
+    """The row with infinity for measured losses that were not finite."""
+    return {**row, **{key: math.inf for key in losses if row[key] is None}}
+
+
+def _accuracy(row: dict[str, Any]) -> Accuracy:
+    return Accuracy(**_measured(row, "loss"))
+
+
+def _search(row: dict[str, Any]) -> SearchSummary:
+    return SearchSummary(**_measured({**row, "gain": row["gain"] or 0.0}, "start_loss", "best_loss"))
 
 
 def _assignment(document: dict[str, Any]) -> Assignment:
@@ -239,10 +264,10 @@ def _result(row: dict[str, Any]) -> Result:
     accuracy, plain = row["validation"], row.get("validation_plain")
     return Result(
         **{
-            **row,
+            **_measured(row, "loss_shipped"),
             "assignment": _assignment(row["assignment"]),
-            "validation": Accuracy(**accuracy) if accuracy else None,
-            "validation_plain": Accuracy(**plain) if plain else None,
+            "validation": _accuracy(accuracy) if accuracy else None,
+            "validation_plain": _accuracy(plain) if plain else None,
         }
     )
 

@@ -4,6 +4,7 @@ Sizes are those of the searched weights. Losses are measured on the sensitivity 
 on the validation set, which no choice has seen. Percent exist only here, in print.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def verdict(record: RunRecord) -> str:
         (budget, base, other)
         for budget in record.budgets
         if (base := record.find(budget, BASE)) is not None and (other := record.find(budget, rival)) is not None
+        if math.isfinite(base.loss_shipped) and math.isfinite(other.loss_shipped)
     ]
     changed = [_num_changed(base, other) for _, base, other in pairs]
     of = f"of {len(record.layer_names)} layers"

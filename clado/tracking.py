@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATABASE, ARTIFACTS, UNDELIVERED = "mlflow.db", "mlflow-artifacts", "mlflow-undelivered.json"
+UNDELIVERED_FAILURE = "mlflow-undelivered-failure.json"  # of its own, so that a failure never takes a finished run's place
 RECORD, FAILURE = "record.json", "failure.txt"  # beside a note
 VALIDATION = "validation_set"
 FORMAT, TAG = "clado-undelivered/2", "clado_delivery"
@@ -177,7 +178,8 @@ def _attempt(attempt: "_Attempt") -> Receipt:
         problem = _one_line(error) if error is not None else f"not found: {', '.join(attempt.pending)}"
         spool = _note(attempt, problem)
     else:
-        (attempt.beside / UNDELIVERED).unlink(missing_ok=True)
+        for note in attempt.superseded:
+            note.unlink(missing_ok=True)
     return Receipt(
         uri=redact(attempt.uri),
         experiment=attempt.experiment,
@@ -263,12 +265,24 @@ class _Attempt:
     delivery: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     earlier: list[dict[str, str]] = field(default_factory=list, init=False)
 
+    @property
+    def note(self) -> Path:
+        """Where what is undelivered is noted."""
+        return self.beside / UNDELIVERED
+
+    @property
+    def superseded(self) -> tuple[Path, ...]:
+        """Notes that say nothing more once this has arrived."""
+        return (self.note,)
+
     def supersede(self) -> None:
-        """Takes over the attempts of the note that is there: what they left behind is to be replaced."""
-        try:
-            self.earlier = _read_note(self.beside / UNDELIVERED)["attempts"] if (self.beside / UNDELIVERED).exists() else []
-        except StoreError as fault:  # it will be written over
-            log.debug("%s", fault)
+        """Takes over the attempts of the notes that are there: what they left behind is to be replaced."""
+        self.earlier = []
+        for note in self.superseded:
+            try:
+                self.earlier += _read_note(note)["attempts"] if note.exists() else []
+            except StoreError as fault:  # it will be written over
+                log.debug("%s", fault)
 
     def connect(self) -> None:
         """Replaces what earlier attempts left behind, and sends."""
@@ -387,6 +401,11 @@ class _Failure(_Attempt):
 
     def __post_init__(self) -> None:
         self.pending = ["failed run"]
+
+    @property
+    def note(self) -> Path:
+        """A file of its own."""
+        return self.beside / UNDELIVERED_FAILURE
 
     def contents(self) -> dict[str, Any]:
         """The name of the traceback's file, and of the network."""
@@ -606,7 +625,8 @@ class _Delivery(_Attempt):
 
 def _notes(folder: Path) -> list[Path]:
     """Notes of a run's folder: of its record first, then of fronts, and of evaluations and fine-tunings, which go below it."""
-    return [note for depth in ("", "*/", "*/*/") for note in sorted(folder.glob(f"{depth}{UNDELIVERED}"))]
+    names = [UNDELIVERED, UNDELIVERED_FAILURE]
+    return [note for depth in ("", "*/", "*/*/") for name in names for note in sorted(folder.glob(f"{depth}{name}"))]
 
 
 def _note(attempt: _Attempt, problem: str) -> Path | None:
@@ -624,7 +644,7 @@ def _note(attempt: _Attempt, problem: str) -> Path | None:
         **attempt.contents(),
         "what_to_do": f"clado sync {shlex.quote(str(attempt.folder))}",
     }
-    path = attempt.beside / UNDELIVERED
+    path = attempt.note
     try:
         write_text(path, json.dumps(document, indent=1, ensure_ascii=False))
     except OSError as error:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +29,9 @@ _CONSUMERS: dict[Any, tuple[str, int]] = {
     **{getattr(torch, f"conv{n}d"): (f"conv{n}d", 0) for n in (1, 2, 3)},
     **{getattr(torch, f"conv_transpose{n}d"): (f"conv_transpose{n}d", 1) for n in (1, 2, 3)},
 }
+# The arguments behind weight and bias, in order, with their defaults.
+_CONVOLUTION = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 # Attention calls linear where no mode sees it; these of its arguments (with their positions) are its weights, in order of use.
 _ATTENTION = {"in_proj_weight": 5, "q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None, "out_proj_weight": 11}
 _UNSEEN = "no convolution, linear function or attention that the example met"
@@ -206,6 +208,14 @@ def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
     return candidate if candidate != weight and candidate in parameters else None
 
 
+def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(input, weight, bias, and what is behind them) of a call of a consumer, however it was written."""
+    operator, axis = _CONSUMERS[func]
+    rest = {} if operator == "linear" else _TRANSPOSED if axis else _CONVOLUTION
+    given = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
+    return (given["input"], given["weight"], given.get("bias"), *(given.get(name, default) for name, default in rest.items()))
+
+
 class _Seen(TorchFunctionMode):
     """Keeps the calls of convolutions and linear functions that read one weight."""
 
@@ -217,10 +227,9 @@ class _Seen(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _CONSUMERS:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            x, weight, _, *rest = _positional(func, args, kwargs)
             if weight.data_ptr() == self.weight:
-                rest = {key: value for key, value in kwargs.items() if key not in ("weight", "bias")}
-                self.calls.append(Call(args[0], partial(func, **rest) if rest else func, tuple(args[3:])))
+                self.calls.append(Call(x, func, tuple(rest), tuple(weight.shape)))
         return func(*args, **kwargs)
 
 
@@ -235,10 +244,10 @@ class _QuantizedInputs(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _CONSUMERS:
-            address = (args[1] if len(args) > 1 else kwargs["weight"]).data_ptr()
-            if address in self.grids:
+            x, weight, *rest = _positional(func, args, kwargs)
+            if (address := weight.data_ptr()) in self.grids:
                 self.met.add(address)
-                args = (self.grids[address].fake_quantize(args[0]), *args[1:])
+                args, kwargs = (self.grids[address].fake_quantize(x), weight, *rest), {}
         return func(*args, **kwargs)
 
 
@@ -258,9 +267,9 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _CONSUMERS:
             operator, axis = _CONSUMERS[func]
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            positions = args[0] if axis else result
-            self.peak_bytes = max(self.peak_bytes, (args[0].nbytes + result.nbytes) // self.num_images)
+            x, weight, *_ = _positional(func, args, kwargs)
+            positions = x if axis else result
+            self.peak_bytes = max(self.peak_bytes, (x.nbytes + result.nbytes) // self.num_images)
             self._note(weight, operator, axis, positions.numel() * weight[0].numel())
         elif func is F.multi_head_attention_forward:
             for name, position in _ATTENTION.items():

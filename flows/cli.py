@@ -177,18 +177,20 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
     from clado.records import write_text
+    from flows.guard import locked
     from flows.stored import StoredRun, evaluated, evaluation_text, per_class_csv, track_evaluation
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
     session = _session(stored.config).as_measured()
-    rows = evaluated(stored, session, wanted)
-    typer.echo(evaluation_text(rows))
-    if per_class is not None:
-        write_text(per_class, per_class_csv(session, rows))
-        typer.echo(f"written to {per_class}")
-    if receipt := track_evaluation(stored, rows, wanted):
-        typer.echo(f"MLflow run {receipt.parent_run_id or 'not delivered'}")
+    with locked(folder):
+        rows = evaluated(stored, session, wanted)
+        typer.echo(evaluation_text(rows))
+        if per_class is not None:
+            write_text(per_class, per_class_csv(session, rows))
+            typer.echo(f"written to {per_class}")
+        if receipt := track_evaluation(stored, rows, wanted):
+            typer.echo(f"MLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
 @command
@@ -246,12 +248,14 @@ def finetune(
     stored = StoredRun.open(folder)
     session = _session(stored.config).as_measured()
     from flows.finetune import images_of, train
+    from flows.guard import locked
 
     if data is None:
         session = session.with_readable_selection()
 
     chosen_images = images_of(session, data, seed, images)
-    text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
+    with locked(folder):
+        text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
     typer.echo(f"{text}\nMLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
@@ -271,9 +275,11 @@ def sweep(
         raise ConfigurationError(f"--kind {kind!r} cannot be swept; expected one of {', '.join(SWEPT)}")
     stored = StoredRun.open(folder)
     session = _session(stored.config).as_measured()
+    from flows.guard import locked
     from flows.sweep import sweep as sweep_budgets
 
-    text, receipt = sweep_budgets(stored, session, kind, budgets)
+    with locked(folder):
+        text, receipt = sweep_budgets(stored, session, kind, budgets)
     typer.echo(f"{text}\nwritten to {folder / 'sweep'}; MLflow run {receipt.parent_run_id or 'not delivered'}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clado.errors import ConfigurationError, StoreError
+from clado.export.packed import bias_place
 from clado.export.safetensors import ASSIGNMENT, export_network
 from clado.export.snippets import PEERS, write_snippet
 from clado.records import write_text
@@ -79,8 +80,11 @@ def export(session: Session, assignment: Assignment, folder: Path) -> Path:
     """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
     network, layers = session.shipped(assignment)
     state, document = network.state_dict(layers), session.space.to_json(assignment)
+    added = [name for name in state if name not in network.model.state_dict()]
+    for name in added:
+        bias_place(network.model, name)  # refused where a module takes none
     _remove_others(folder, document)
-    return export_network(folder, state, document, loading_snippet(session))
+    return export_network(folder, state, document, loading_snippet(session, bool(added)))
 
 
 def _remove_others(folder: Path, document: Mapping[str, Any]) -> None:
@@ -96,8 +100,13 @@ def _remove_others(folder: Path, document: Mapping[str, Any]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def loading_snippet(session: Session) -> str:
-    """Three lines that build the network and load the exported weights."""
+ADDING = """for name in state.keys() - network.state_dict().keys():  # biases that corrections gave to layers without one
+    module, _, attribute = name.rpartition(".")
+    network.get_submodule(module).register_parameter(attribute, torch.nn.Parameter(state[name]))"""
+
+
+def loading_snippet(session: Session, adds_biases: bool = False) -> str:
+    """Lines that build the network and load the exported weights."""
     network = session.config.network
     name, (module, _, function) = repr(network.name), network.name.partition(":")
     build = {
@@ -109,9 +118,12 @@ def loading_snippet(session: Session) -> str:
     }[network.source]
     return "\n".join(
         (
+            *(["import torch"] if adds_biases else []),
             "from safetensors.torch import load_file",
             build,
-            'network.load_state_dict(load_file("weights.safetensors"), strict=False)',
+            'state = load_file("weights.safetensors")',
+            *([ADDING] if adds_biases else []),
+            "network.load_state_dict(state)",
         )
     )
 

@@ -55,6 +55,11 @@ def images_of(session: Session, folder: Path | None, seed: int, most: int | None
         settings = settings.model_copy(update={key: value for key, value in own.items() if getattr(settings, key) is None})
         everything = load_training(folder, settings, session.loaded.image_shape, session.slices.validation)
         origin = str(folder)
+    outputs = int(session.float_network.logits(session.float_network.example).shape[1])
+    if everything.num_classes is not None and everything.num_classes > outputs:
+        raise DataError(
+            f"{origin} has labels of {everything.num_classes} classes, the network {outputs} outputs; expected labels that fit"
+        )
     if len(everything) < 10:
         raise DataError(f"{origin}: {len(everything)} images; expected ten or more to train on")
     order = np.random.default_rng(seed).permutation(len(everything)).tolist()

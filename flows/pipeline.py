@@ -36,7 +36,7 @@ def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None 
         with failure_recorded(session), ExitStack() as cluster, insistent():
             with phases.phase("start-up"):
                 workers = cluster.enter_context(clusters.start(settings))
-                workers.open_session(settings)
+                workers.open_session(settings, session.contents)
             run = Run(session, workers, phases)
             with phases.phase("preparing"):
                 prepare(run)

@@ -43,8 +43,9 @@ def progress(what: str, total: float) -> Iterator[Progress]:
         now = time.monotonic()
         if now - shown >= EVERY_SECONDS or done >= total:
             shown = now
-            left = (now - begin) * (total - done) / done if done else float("inf")
-            line = f"{what}: {100 * done / total:5.1f} %, {now - begin:.0f} s, ETA {max(0.0, left):.0f} s"
+            left = (now - begin) * max(0.0, total - done) / done if done else 0.0
+            share = done / total if total else 1.0  # blocks without a pair cost nothing
+            line = f"{what}: {100 * share:5.1f} %, {now - begin:.0f} s, ETA {left:.0f} s"
             print(line, file=sys.stderr, flush=True)
 
     yield advance

@@ -123,6 +123,7 @@ def record(run: Run) -> None:
     chosen = [row for row in run.results() if row.method == CHOSEN]
     if session.config.tracking.models:
         run.notes += write_models(session, chosen)
+    run.notes += write_exports(session, chosen)
     found = record_of(run)
     found.save(session.folder / "record.json")
     write_text(session.folder / "table.md", report.markdown(found))
@@ -130,8 +131,6 @@ def record(run: Run) -> None:
     _remove_others(session.folder / "plots", drawn)
     _remove_others(session.folder / "matrices", [session.folder / "matrices" / f"{name}.npz" for name in run.matrices])
     page.write(session.folder)
-    for row in chosen:
-        export(session, row.assignment, budget_folder(session, row.budget))
 
 
 def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
@@ -139,6 +138,19 @@ def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
     for file in folder.iterdir():
         if file not in kept and file.suffix in {path.suffix for path in kept}:
             file.unlink()
+
+
+def write_exports(session: Session, chosen: Sequence[Result]) -> list[str]:
+    """The chosen networks as safetensors, and a note of those that a torch module cannot hold."""
+    refused: dict[str, list[str]] = {}
+    for row in chosen:
+        folder = budget_folder(session, row.budget)
+        try:
+            export(session, row.assignment, folder)
+        except NetworkError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # of other bits
+            refused.setdefault(str(error), []).append(row.budget)
+    return [f"there is no export of {', '.join(budgets)}: {reason}" for reason, budgets in refused.items()]
 
 
 def write_models(session: Session, chosen: Sequence[Result]) -> list[str]:
@@ -199,7 +211,7 @@ def track(run: Run) -> tracking.Receipt:
         tags=_tags(session),
         matrices={name: session.folder / "matrices" / f"{name}.npz" for name in run.matrices},
         plots=sorted((session.folder / "plots").glob("*.png")),
-        exports={budget: budget_folder(session, budget) for budget in found.budgets},
+        exports={b: folder for b in found.budgets if (folder := budget_folder(session, b)).is_dir()},
         models=models_of(session, found) if config.tracking.models else {},
         description=report.markdown(found),
     )

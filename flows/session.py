@@ -371,6 +371,11 @@ class Session:
         return store_of(self.config)
 
     @cached_property
+    def contents(self) -> str:
+        """Hash of what this process read under the settings, so far as it shapes a number: a worker's is to be the flow's."""
+        return fingerprint([self.identity, self.slices.sensitivity.sha256, len(self.slices.validation)])
+
+    @cached_property
     def plain_identity(self) -> dict[str, Any]:
         """What changes the meaning of one number that is measured without corrections."""
         config = self.config

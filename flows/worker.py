@@ -9,6 +9,7 @@ from typing import Any
 from distributed import Worker, WorkerPlugin
 
 from clado.config import RunConfig, parse_config
+from clado.errors import ServerError
 from clado.evaluation import Counts, shards
 from clado.measure import measure_tile
 from clado.probes import Tile
@@ -30,14 +31,24 @@ class SessionPlugin(WorkerPlugin):
 
     name = "clado-session"
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, contents: str | None = None) -> None:
         self.document: dict[str, Any] = config.model_dump(mode="json")
+        self.contents = contents  # what the flow's session holds
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask when the worker starts."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: it is the flow's to heed
-        open_session(self.document)
+        if self.contents in (None, open_session(self.document).contents):
+            return
+        # a worker that outlives a run may hold the network or the images of before
+        _last.clear()
+        Session.open.cache_clear()
+        if open_session(self.document).contents != self.contents:
+            raise ServerError(
+                f"worker {worker.address} holds another network or other images than the flow, under the same settings; expected "
+                "the same files there, and a worker that was started after the last change to the network's code: restart it"
+            )
 
 
 _last: list[tuple[dict[str, Any], RunConfig]] = []  # what the last task was given: to validate it again takes a millisecond

@@ -95,6 +95,19 @@ def test_every_file_is_readable_by_all_who_may_read_the_folder(tmp_path: Path) -
     assert {file.stat().st_mode & 0o444 for file in (tmp_path / "out").iterdir()} == {0o444}
 
 
+def test_a_bias_that_corrections_added_is_loaded_into_a_layer_without_one(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
+    layers = [Layer("1.weight", (3, 4), "linear")]
+    document = SearchSpace.uniform(layers, (2, 4)).to_json(Assignment((2,)))
+    state = {"1.weight": torch.ones(3, 4), "1.bias": torch.full((3,), 2.0)}
+    export_network(tmp_path, state, document, SNIPPET)
+    load_network(tmp_path, network)
+    assert torch.equal(network(torch.zeros(1, 4)), torch.full((1, 3), 2.0))
+    taken = nn.Sequential(nn.Flatten(), nn.Bilinear(4, 4, 3))
+    with pytest.raises(NetworkError, match=r"tensors differ|has no"):
+        load_network(tmp_path, taken)
+
+
 def test_a_failed_write_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(tmp_path)
     before = contents(tmp_path)

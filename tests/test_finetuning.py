@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clado.config import DataSettings
@@ -18,6 +19,7 @@ from clado.images import MemorySlice, PickedSlice
 from clado.network import Network
 from clado.preparation import Recipe, prepare
 from clado.quantizers import Grid, QuantizedLayer, WeightQuantizer
+from clado.sources import load_data
 from clado.sources._training import IMAGES, LABELS, load_training, read_idx
 from tests.networks import Attention, Branching, Normed, Recurrent, Residual, build, images, labels
 
@@ -244,6 +246,25 @@ def test_a_damaged_idx_file_is_named(tmp_path, content):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=str(path)):
             read_idx(path)
+
+
+def test_classes_of_a_training_folder_have_the_numbers_of_the_run(tmp_path):
+    def draw(folder, names):
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            for k in range(6):
+                Image.new("L", (8, 8), 20 * k).save(folder / name / f"{k}.png")
+
+    draw(tmp_path / "run", ("cat", "dog", "horse"))
+    draw(tmp_path / "more", ("dog", "horse"))
+    draw(tmp_path / "other", ("cow", "dog"))
+    data = {"source": "folder", "path": tmp_path / "run", "mean": (0.0,), "std": (1.0,), "resize": 8}
+    settings = DataSettings(**data, sensitivity_images=3, calibration_images=3, sample_blocks=1, validation_images=6)
+    validation = load_data(settings, (1, 8, 8)).validation
+    found = load_training(tmp_path / "more", settings, (1, 8, 8), validation)
+    assert sorted(found.load(0, 12)[1].tolist()) == [1] * 6 + [2] * 6
+    with pytest.raises(DataError, match="classes that the run lacks: cow"):
+        load_training(tmp_path / "other", settings, (1, 8, 8), validation)
 
 
 def test_a_folder_that_is_no_training_set_is_refused(tmp_path):

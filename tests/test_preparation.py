@@ -8,6 +8,7 @@ from itertools import permutations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clado import preparation
 from clado.corrections import STAGES, module_of
@@ -464,3 +465,41 @@ def test_a_second_write_takes_the_place_of_the_first(written):
     assert all(same_bits(a, b) for a, b in zip(made, ready.layers[6:12], strict=True))
     files = {path.name for path in written.folder.rglob("*.*")}
     assert files == {"0000.safetensors", "network.safetensors", written.final_file(ready.space.narrowest).name}
+
+
+class Written(nn.Module):
+    """Functions called with keywords, and weights that reach their operators through views."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.keywords = nn.Conv2d(8, 8, 3, groups=groups)
+        self.up = nn.ConvTranspose2d(8, 4, 3, stride=2)
+        self.pointwise = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(
+            F.conv2d(x, bias=self.keywords.bias, weight=self.keywords.weight, padding=1, stride=2, groups=self.keywords.groups)
+        )
+        x = F.relu(F.conv_transpose2d(x, self.up.weight, self.up.bias, output_padding=1, stride=2, dilation=1))
+        x = F.relu(F.conv2d(x, self.pointwise.weight[:, :, None, None], self.pointwise.bias))
+        return F.linear(input=x.mean((2, 3)), weight=self.head.weight, bias=self.head.bias)
+
+
+@pytest.mark.parametrize("correction", ["gptq", "adaround", "output_statistics"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_call_is_corrected_alike_however_it_is_written_and_by_whole_forwards(correction, groups):
+    torch.manual_seed(0)
+    model, x = Written(groups).eval(), images(64)
+    found = []
+    for graph in (True, False):
+        network = Network(model, x[:2], graph=graph)
+        recipe = Recipe(corrections=(correction,), adaround_steps=20)
+        found.append(prepare(network, network.search_space((2,)), recipe, [x]))
+    for one, other in zip(found[0].layers, found[1].layers, strict=True):
+        torch.testing.assert_close(one.weight, other.weight)
+    for prepared in found:
+        (note,) = [note for note in prepared.notes if "pointwise" in note]
+        assert "no run of it can be observed" in note

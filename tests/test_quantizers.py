@@ -168,3 +168,14 @@ def test_a_range_of_activations_is_the_quantizers_own_for_one_row(name):
     assert found.scale == pytest.approx(float(grid.scale))
     assert found.zero_point == int(grid.zero_point)
     torch.testing.assert_close(found.fake_quantize(x[None]), grid.fake_quantize(x[None]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mse", "minmax"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 8, 16])
+def test_a_channel_of_vanishing_weights_stays_finite(name, symmetric, bits):
+    """As weight decay leaves them: the step between two codes is less than the least float."""
+    weight = torch.tensor([[0.0, 1e-44, 3e-44], [1.0, 2.0, -1.0]])
+    found = WeightQuantizer(name, True, symmetric).fake_quantize(weight, bits)
+    assert torch.isfinite(found).all()
+    assert found[0].abs().max() < 1e-37

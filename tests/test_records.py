@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clado import page, plots, report
 from clado.errors import StoreError
 from clado.records import RunRecord, markdown_table, percent, size_text, write_text
 from tests.synthetic import make_record, make_space, with_activations
@@ -47,6 +48,21 @@ def test_optional_numbers_may_be_absent(tmp_path: Path) -> None:
     assert RunRecord.load(tmp_path / "record.json") == bare
 
 
+def test_losses_that_are_not_finite_are_null_in_the_file_and_infinite_again_when_it_is_read(tmp_path: Path) -> None:
+    record = make_record()
+    first, *rest = record.results
+    accuracy = replace(first.validation, loss=math.inf)
+    bad = replace(first, loss_shipped=math.inf, loss_probe_model=math.nan, gain=math.inf, validation=accuracy)
+    replace(record, results=(bad, *rest)).save(tmp_path / "record.json")
+    assert "Infinity" not in (tmp_path / "record.json").read_text()
+    found = RunRecord.load(tmp_path / "record.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    assert found.results == (replace(bad, loss_probe_model=None, gain=None), *rest)
+    assert report.markdown(found)
+    assert [chart.title for chart in page.charts(found)] == [chart.title for chart in page.charts(record)]
+    plots.save_all(found, {}, tmp_path / "plots")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"network": "a"}'])
 def test_a_broken_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "record.json"
@@ -58,15 +74,6 @@ def test_a_broken_record_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="clado run"):
         RunRecord.load(tmp_path / "record.json")
-
-
-def test_a_nan_is_refused_and_the_old_record_stays(tmp_path: Path) -> None:
-    record = make_record()
-    record.save(tmp_path / "record.json")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        replace(record, baseline=math.nan).save(tmp_path / "record.json")
-    assert RunRecord.load(tmp_path / "record.json") == record
-    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_assignment_document_is_that_of_the_space() -> None:

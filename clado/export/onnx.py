@@ -1,10 +1,10 @@
 """The network that ships as ONNX: DequantizeLinear behind the codes of each weight, QuantizeLinear and DequantizeLinear before
 each use of a quantized input.
 
-Codes are kept in the narrowest integer type of the operator set that holds them: int4, int8 or int16, unsigned for affine grids,
-and from operator set 25 on two bits. So weights of 1, 2 and 3 bits take four in a file of the default operator set, which more
-runtimes read; the packed format has none of that. Inputs narrower than their type are clipped first. Batch norm stays an
-operator of its own.
+Codes of weights are kept in the narrowest integer type of the operator set that holds them: int4, int8 or int16, unsigned for
+affine grids, and from operator set 25 on two bits. So weights of 1, 2 and 3 bits take four in a file of the default operator
+set, which more runtimes read; the packed format has none of that. Inputs are of eight bits or sixteen, clipped first where they
+are narrower. Batch norm stays an operator of its own.
 
 Sources: the operators QuantizeLinear and DequantizeLinear at onnx.ai; torch.onnx.export with `dynamo=True` and a translation of
 our own for an operator that marks inputs. Needs the packages of the extra `onnx`: pip install 'clado[onnx]'.
@@ -53,7 +53,8 @@ class Agreement:
     `max_difference` of any logit and `disagreements` (images whose first class differs though torch's first two lie further
     apart than 1e-3) are with graph optimisation off. Where inputs are quantized, a difference in the last place moves a code by
     one now and then, and logits by more than rounding: torch in float64 differs from torch in float32 as much. `top1_optimised`
-    is a fraction, with ONNX Runtime's usual optimisation: of labels met, beside `top1_torch`, or without labels of torch's first
+    is a fraction, with ONNX Runtime's usual optimisation, which where inputs are quantized rounds biases too, unless its
+    `WeightBiasQuantization` is switched off: of labels met, beside `top1_torch`, or without labels of torch's first
     classes met, and `top1_torch` is None.
     """
 
@@ -199,7 +200,8 @@ def _translated(opset: int) -> Callable[..., Any]:
     ir, op = _library("onnx_ir"), _library("onnxscript").opset21
 
     def on_grid(x: Any, scale: float, zero_point: int, bits: int) -> Any:
-        codes, kind = Codes.of(bits, False), _kind(ir, Codes.of(bits, False), opset)
+        # ONNX Runtime's optimisation takes no four-bit inputs behind a Clip
+        codes, kind = Codes.of(bits, False), _kind(ir, Codes.of(max(bits, 8), False), opset)
         step = op.Constant(value=ir.tensor(np.float32(scale)))
         zero = op.Constant(value=ir.tensor(np.array(zero_point, kind.numpy()), dtype=kind))
         if kind.bitwidth > bits:  # the type would saturate beyond the grid

@@ -339,6 +339,16 @@ def _note_input(inputs: dict[str, ActivationGrid], parameter: str, grid: Activat
         inputs[parameter] = grid
 
 
+def bias_place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(module, its attribute) that an added bias goes to; NetworkError where a module takes none."""
+    place = name.rpartition(".")[0]
+    module = model.get_submodule(place)
+    attribute = "in_proj_bias" if isinstance(module, nn.MultiheadAttention) else "bias"
+    if not isinstance(module, (*_CALLED, nn.MultiheadAttention)) or getattr(module, attribute) is not None:
+        raise NetworkError(f"{place or 'the network'} ({type(module).__name__}) takes no added bias; correct it without biases")
+    return module, attribute
+
+
 def _assembled(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -351,12 +361,7 @@ def _assembled(
     state = dict(state)
     for name in added:
         place = name.rpartition(".")[0]
-        module = model.get_submodule(place)
-        attribute = "in_proj_bias" if isinstance(module, nn.MultiheadAttention) else "bias"
-        if not isinstance(module, (*_CALLED, nn.MultiheadAttention)) or getattr(module, attribute) is not None:
-            raise NetworkError(
-                f"{place or 'the network'} ({type(module).__name__}) takes no added bias; correct it without biases"
-            )
+        module, attribute = bias_place(model, name)
         bias = state.pop(name)
         setattr(module, attribute, nn.Parameter(torch.empty_like(bias, device=next(module.parameters()).device)))
         state[f"{place}.{attribute}".lstrip(".")] = bias

@@ -8,6 +8,7 @@ network, and `size_bytes` in the assignment is what the codes need once packed.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clado.errors import NetworkError, StoreError
+from clado.export.packed import bias_place
 from clado.records import write_text
 
 WEIGHTS, ASSIGNMENT, README = "weights.safetensors", "assignment.json", "README.md"
@@ -60,7 +62,8 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
 
 
 def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
-    """Loads exported weights into `network`, in place, and returns the assignment's JSON object.
+    """Loads exported weights into `network`, in place, and returns the assignment's JSON object. Layers without a bias get those
+    that corrections added.
 
     NetworkError where names, shapes or dtypes differ from the network's, StoreError where the folder is no whole export; the
     network is untouched then.
@@ -77,10 +80,14 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
     if metadata.get("format") != FORMAT or json.loads(metadata.get("assignment", "null")) != document:
         raise StoreError(f"{WEIGHTS} and {ASSIGNMENT} in {folder} are not of one export; export again")
     own = network.state_dict()
+    added: dict[str, tuple[torch.nn.Module, str]] = {}
+    for name in set(state) - set(own):
+        with suppress(NetworkError, AttributeError):  # what is no bias that corrections added is unknown
+            added[name] = bias_place(network, name)
     faults = []
     if missing := sorted(set(own) - set(state)):
         faults.append(f"the file lacks {_some(missing)}")
-    if unknown := sorted(set(state) - set(own)):
+    if unknown := sorted(set(state) - set(own) - set(added)):
         faults.append(f"the network has no {_some(unknown)}")
     if unlike := [
         f"{name} ({_kind(state[name])} in the file, {_kind(own[name])} in the network)"
@@ -90,6 +97,8 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
         faults.append(f"tensors differ: {_some(unlike)}")
     if faults:
         raise NetworkError(f"{folder / WEIGHTS} does not fit: {'; '.join(faults)}; expected the network that was exported")
+    for name, (module, attribute) in added.items():
+        module.register_parameter(attribute, torch.nn.Parameter(state[name].clone()))
     network.load_state_dict(state)
     return dict(document)
 

@@ -96,15 +96,18 @@ class QuantizedLayer:
 
 
 def grid_of_range(low: Tensor, high: Tensor, codes: Codes, symmetric: bool) -> Grid:
-    """The grid whose codes span low..high. An empty range (an all-zero channel) gets scale 1, so that zeros stay zeros."""
+    """The grid whose codes span low..high. An empty range (an all-zero channel, or one whose step is too small for a float) gets
+    scale 1, so that zeros stay zeros."""
     one = torch.ones_like(high)
     if symmetric:
         reach = torch.maximum(low.abs(), high.abs())
         # a one-bit grid has no zero: an all-zero channel keeps the least positive scale instead of becoming ±1
         empty = torch.full_like(reach, torch.finfo(reach.dtype).tiny) if codes.step == 2 else one
-        return Grid(torch.where(reach > 0, reach / codes.high, empty), torch.zeros_like(reach), codes)
+        scale = reach / codes.high
+        return Grid(torch.where(scale > 0, scale, empty), torch.zeros_like(reach), codes)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is always on an affine grid
-    scale = torch.where(high > low, (high - low) / codes.high, one)
+    scale = (high - low) / codes.high
+    scale = torch.where(scale > 0, scale, one)
     return Grid(scale, (-low / scale).round().clamp(codes.low, codes.high), codes)
 
 

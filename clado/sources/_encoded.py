@@ -141,6 +141,17 @@ class Listing:
         labels = None if self.labels is None else [self.labels[k] for k in chosen]
         return EncodedSlice([self.images[k] for k in chosen], labels, self.classes, preprocessing)
 
+    def with_classes(self, classes: tuple[str, ...]) -> "Listing":
+        """With the class numbers of another listing; images without classes stay without."""
+        if self.classes is None or self.labels is None:
+            return self
+        if unknown := [name for name in self.classes if name not in classes]:
+            raise DataError(
+                f"{self.root} has classes that the run lacks: {', '.join(unknown[:5])}; expected the same sub-folders, or some"
+            )
+        number = [classes.index(name) for name in self.classes]
+        return replace(self, labels=tuple(number[label] for label in self.labels), classes=classes)
+
     def numbered(self, class_numbers: str) -> "Listing":
         """With ImageNet's class numbers (0..999, of sorted synsets) where synsets name every class, or where they must.
 

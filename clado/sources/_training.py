@@ -31,7 +31,8 @@ def load_training(folder: Path, settings: DataSettings, image_shape: ImageShape,
     if (images := _idx(folder, IMAGES)) is not None:
         return _from_idx(images, _idx(folder, LABELS), settings, image_shape)
     try:
-        training = training_slice(folder, settings, image_shape)
+        known = validation.classes if isinstance(validation, EncodedSlice) else None
+        training = training_slice(folder, settings, image_shape, known)
     except DataError as error:
         raise DataError(f"{error}; or idx files named {IMAGES}.gz and {LABELS}.gz") from None
     if not isinstance(validation, EncodedSlice):

@@ -48,9 +48,14 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
     return cut(settings, image_shape, training, _list(root, root / "val") if train_and_val else None)
 
 
-def training_slice(root: Path, settings: DataSettings, image_shape: ImageShape) -> EncodedSlice:
-    """Every image of root/train, or of root where there is no such folder, but those to skip, prepared as the settings say."""
+def training_slice(
+    root: Path, settings: DataSettings, image_shape: ImageShape, classes: tuple[str, ...] | None = None
+) -> EncodedSlice:
+    """Every image of root/train, or of root where there is no such folder, but those to skip, prepared as the settings say; with
+    the numbers that `classes` (their names) have where they are known."""
     listing = _list(root, root / "train" if (root / "train").is_dir() else root).numbered(settings.class_numbers)
+    if classes is not None:
+        listing = listing.with_classes(classes)
     chosen = [k for k, image in enumerate(listing.images) if image.name not in settings.skip]
     return listing.slice(chosen, Preprocessing.of(settings, image_shape))
 

@@ -24,7 +24,7 @@ RETRIES = 2  # of one task, on errors that its worker survives
 class Workers(Protocol):
     """Processes that hold the run's session and compute tasks."""
 
-    def open_session(self, config: RunConfig) -> None:
+    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
         """Makes every worker, present and future, load the run's network and data."""
 
     def map(

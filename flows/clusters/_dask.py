@@ -42,13 +42,13 @@ class DaskWorkers:
         self.patience = patience  # seconds without any worker
         self.plugins: list[str] = []
 
-    def open_session(self, config: RunConfig) -> None:
+    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
         """Registers plugins: each worker is inspected and loads network and data, also one that comes later or is restarted."""
         from flows.worker import SessionPlugin
 
         config = located(config)
         try:
-            for plugin in (Inspection(config), SessionPlugin(config)):
+            for plugin in (Inspection(config), SessionPlugin(config, contents)):
                 self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has its own
                 self.client.register_plugin(plugin, self.plugins[-1])
         except ImportError as error:

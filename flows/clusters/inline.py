@@ -12,7 +12,7 @@ from flows.clusters import RETRIES, given_up
 class InlineWorkers:
     """The interface of workers, without any."""
 
-    def open_session(self, config: RunConfig) -> None:
+    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
         """Nothing to do: the session opens with the first task."""
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:

@@ -8,16 +8,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
 
-from clado.errors import MeasurementError
+from clado.config import parse_config
+from clado.errors import MeasurementError, ServerError
 from clado.probes import KINDS, OF_PAIRS, Plan, sample_blocks
+from flows import worker
 from flows.clusters import _dask
 from flows.clusters._dask import DaskWorkers, configure, quiet
+from flows.session import Session
+from flows.worker import SessionPlugin
 from tests.contracts.cluster import configuration
+from tests.running import config
 from tests.synthetic import make_space
 
 CONFIG = configuration({"kind": "local"})
@@ -114,3 +120,21 @@ def test_an_error_takes_back_what_has_not_begun(cluster):
         assert begun[:30] == list(range(30))
         assert len(begun) < 30 + 2 * WINDOW
         assert list(started.map(begin, CONFIG, ["next"])) == ["next"]
+
+
+def test_a_worker_that_holds_the_network_of_before_opens_it_anew_or_is_refused(tmp_path):
+    """As one that outlives a run does when the weights' file has changed, or the code of a factory that it has imported."""
+    settings = parse_config(config(tmp_path / "run"))
+    here = SimpleNamespace(address="tcp://127.0.0.1:1")
+    try:
+        stale = worker.open_session(settings.model_dump(mode="json"))
+        fresh = stale.contents
+        stale.__dict__["contents"] = "of before"
+        SessionPlugin(settings, fresh).setup(here)
+        assert worker.open_session(settings.model_dump(mode="json")) is not stale
+        SessionPlugin(settings).setup(here)
+        with pytest.raises(ServerError, match=r"holds another network or other images than the flow.* restart it"):
+            SessionPlugin(settings, "another").setup(here)
+    finally:
+        worker._last.clear()
+        Session.open.cache_clear()

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 import clado
 from clado.candidates import SAFE, TEMPERED, Budget
 from clado.config import DataSettings, NetworkSettings, parse_config
+from clado.evaluation import Counts
 from clado.probes import KINDS
 from clado.quantizers import WeightQuantizer
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, RunRecord
@@ -308,21 +311,43 @@ def test_a_run_of_other_constraints_that_died_early_leaves_no_answer_that_breaks
     assert session.space.size_bytes(chosen_for(stored, session, Budget("average_bits", 3.0))) <= bound
 
 
+def test_a_run_in_which_uniform_bits_have_no_finite_loss_is_recorded(finished, tmp_path, monkeypatch):
+    document = copy_of(finished, tmp_path)
+    shutil.rmtree(tmp_path / "run" / "evaluations")
+    plain = Session.loss
+
+    def broken(self: Session, assignment: Assignment) -> Counts:
+        counts = plain(self, assignment)
+        nowhere = replace(counts, loss=math.nan, losses=(math.nan,) * len(counts.losses))
+        return nowhere if set(assignment.bits) == {2} else counts
+
+    monkeypatch.setattr(Session, "loss", broken)
+    run_pipeline(document, tracked=False)
+    found = RunRecord.load(tmp_path / "run" / "record.json")
+    for budget in found.budgets:
+        assert found.find(budget, UNIFORM).loss_shipped == math.inf
+        assert math.isfinite(found.find(budget, CHOSEN).loss_shipped)
+    assert "inf" in (tmp_path / "run" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("added", ["", ", bias=False"], ids=["own bias", "a bias that corrections added"])
 @pytest.mark.parametrize("made", ["network", "(network, example)"])
-def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, tmp_path, monkeypatch):
+def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, added, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / f"factory_{len(made)}.py").write_text(
-        "import torch\ndef make():\n    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))\n"
+    module = f"factory_{len(made)}_{len(added)}"
+    (tmp_path / f"{module}.py").write_text(
+        f"import torch\ndef make():\n    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3{added}))\n"
         f"    example = torch.zeros(1, 1, 2, 2)\n    return {made}\n"
     )
-    network = NetworkSettings(source="factory", name=f"factory_{len(made)}:make")
+    network = NetworkSettings(source="factory", name=f"{module}:make")
     scope: dict = {}
     monkeypatch.syspath_prepend(tmp_path)
     session = SimpleNamespace(config=SimpleNamespace(network=network), loaded=SimpleNamespace(image_shape=(1, 2, 2)))
-    snippet = loading_snippet(session)
-    state = {"1.weight": torch.ones(3, 4), "1.bias": torch.zeros(3)}
+    snippet = loading_snippet(session, bool(added))
+    state = {"1.weight": torch.ones(3, 4), "1.bias": torch.full((3,), 2.0)}
     save_file(state, tmp_path / "weights.safetensors")
     exec(snippet, scope)
+    assert torch.equal(scope["network"](torch.zeros(1, 1, 2, 2)), torch.full((1, 3), 2.0))
     assert torch.equal(scope["network"][1].weight, state["1.weight"])
 
 

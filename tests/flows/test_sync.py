@@ -117,6 +117,28 @@ def check_registered(document: dict[str, Any], parent: Any) -> None:
     assert {alias: budgets[number] for alias, number in aliases.items()} == {"2_5_bits": "2.5 bits", "4_bits": "4 bits"}
 
 
+def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delivered(unsent, monkeypatch):
+    folder = Path(unsent["folder"])
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking._Delivery, "send", gone)
+        assert not track(unsent).delivered
+    with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
+        raise MeasurementError("a later run fails")
+    assert (folder / NOTE).exists()
+    assert "1 new" not in sync(folder)
+    statuses = Counter(run.info.status for run in runs_of(unsent))
+    assert statuses == {"FAILED": 1, "FINISHED": 1 + CHILDREN}
+    assert "Nothing to deliver" in sync(folder)
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--budget", "3"], ["sweep"], ["finetune", "--budget", "3"]])
+def test_what_writes_into_a_runs_folder_waits_for_nobody_and_disturbs_nobody(command, finished):
+    with locked(finished.folder):
+        result = CliRunner().invoke(app, [command[0], str(finished.folder), *command[1:]])
+    assert result.exit_code == 2
+    assert "another run is writing" in " ".join(result.output.split())
+
+
 def gone(*arguments: Any, **named: Any) -> None:
     raise ConnectionError("no answer from http://me:hunter2@host/")
 
