@@ -167,7 +167,10 @@ def _attempt(attempt: "_Attempt") -> Receipt:
     """Sends, with a note on disk for as long as anything is missing."""
     start = time.monotonic()
     attempt.supersede()
-    _note(attempt, "its sending was cut short")  # what the note says should this process be killed
+    if _note(attempt, "its sending was cut short") is not None:  # what the note says should this process be killed
+        for note in attempt.superseded:
+            if note != attempt.note:
+                note.unlink(missing_ok=True)  # it is in this one
     error: Exception | None = None
     try:
         attempt.connect()
@@ -178,8 +181,7 @@ def _attempt(attempt: "_Attempt") -> Receipt:
         problem = _one_line(error) if error is not None else f"not found: {', '.join(attempt.pending)}"
         spool = _note(attempt, problem)
     else:
-        for note in attempt.superseded:
-            note.unlink(missing_ok=True)
+        attempt.note.unlink(missing_ok=True)
     return Receipt(
         uri=redact(attempt.uri),
         experiment=attempt.experiment,
@@ -272,7 +274,7 @@ class _Attempt:
 
     @property
     def superseded(self) -> tuple[Path, ...]:
-        """Notes that say nothing more once this has arrived."""
+        """Notes whose attempts this one replaces."""
         return (self.note,)
 
     def supersede(self) -> None:
@@ -486,6 +488,11 @@ class _Delivery(_Attempt):
         self.pending += [_child_name(result) for result in self.record.results]
         self.pending += [f"export of {budget}" for budget in self.exports]
         self.pending += [f"model of {budget}" for budget in self.models]
+
+    @property
+    def superseded(self) -> tuple[Path, ...]:
+        """Also that of a failure before: its traceback is no more."""
+        return self.note, self.beside / UNDELIVERED_FAILURE
 
     def contents(self) -> dict[str, Any]:
         """Places of files, relative to the run's folder."""

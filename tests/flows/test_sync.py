@@ -131,6 +131,21 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
     assert "Nothing to deliver" in sync(folder)
 
 
+def test_a_failure_that_was_not_delivered_goes_with_the_run_that_came_to_its_end(unsent, monkeypatch):
+    folder = Path(unsent["folder"])
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking._Failure, "send", gone)
+        with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
+            raise MeasurementError("a run fails")
+        assert (folder / "mlflow-undelivered-failure.json").exists()
+        patch.setattr(tracking._Delivery, "send", gone)
+        assert not track(unsent).delivered  # and takes its traceback away
+    assert [path.name for path in folder.glob("mlflow-undelivered*")] == [NOTE]
+    sync(folder)
+    check_delivered(unsent)
+    assert "Nothing to deliver" in sync(folder)
+
+
 @pytest.mark.parametrize("command", [["evaluate", "--budget", "3"], ["sweep"], ["finetune", "--budget", "3"]])
 def test_what_writes_into_a_runs_folder_waits_for_nobody_and_disturbs_nobody(command, finished):
     with locked(finished.folder):
