@@ -158,15 +158,14 @@ def check_batch(
     """Refuses (DataError) all but float32 images (N, C, H, W), or (N, *image_shape), finite, with integer labels (N,) in range
     or None."""
     usual = image_shape is None or len(image_shape) == 3
-    axes = "(N, C, H, W)" if image_shape is None or usual else f"(N, {', '.join(map(str, image_shape))})"
+    axes = "(N, C, H, W)" if usual else f"(N, {', '.join(map(str, image_shape or ()))})"
     if not isinstance(images, Tensor):
         raise DataError(f"{whose} holds images of type {type(images).__name__}; expected a torch tensor {axes} of float32")
     shape = tuple(images.shape)
     if images.ndim != _axes(image_shape):
         hint = "; a single image becomes a batch with image.unsqueeze(0), a dataset with torch.utils.data.DataLoader"
-        number = {4: "four axes "}.get(_axes(image_shape), "")
-        one_less = images.ndim == _axes(image_shape) - 1
-        raise DataError(f"{whose} holds images of shape {shape}; expected {number}{axes}" + (hint if one_less else ""))
+        expected, one_less = f"four axes {axes}" if usual else axes, images.ndim == _axes(image_shape) - 1
+        raise DataError(f"{whose} holds images of shape {shape}; expected {expected}" + (hint if one_less else ""))
     if 0 in shape:
         raise DataError(f"{whose} is empty: its images have shape {shape}; expected at least one image {axes}")
     if image_shape is not None and shape[1:] != tuple(image_shape):

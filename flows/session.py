@@ -104,8 +104,12 @@ class Session:
         return session
 
     def with_readable_selection(self) -> "Session":
-        """The same for the images that are left to choose on, which only some commands read."""
-        return self._without_unreadable(lambda session: session._unreadable(session.slices.selection))
+        """The same for the images that are left to choose on, which only some commands read; there may be none."""
+
+        def find(session: "Session") -> list[str]:
+            return session._unreadable(session.slices.selection) if len(session.slices.selection) else []
+
+        return self._without_unreadable(find)
 
     def _without_unreadable(self, find: Callable[["Session"], list[str]]) -> "Session":
         session = self

@@ -332,6 +332,15 @@ def test_a_damaged_image_to_choose_on_is_left_out_where_that_is_asked_for(small_
     check_slice(found.slices.selection)
 
 
+def test_there_may_be_no_images_to_choose_on(small_run: dict[str, Any]) -> None:
+    from flows.session import Session
+
+    small_run["data"] |= {"max_corrupt_images": 3, "validation_images": 9}
+    found = Session.open(parse_config(small_run)).checked().with_readable_selection()  # the last one left was damaged
+    assert len(found.slices.selection) == 0
+    assert found.with_readable_selection() is found
+
+
 def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
     from flows.cli import _plan_text
     from flows.session import Session

@@ -25,7 +25,8 @@ class Workers(Protocol):
     """Processes that hold the run's session and compute tasks."""
 
     def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Makes every worker, present and future, load the run's network and data."""
+        """Makes every worker, present and future, load the run's network and data. One that does not hold the flow's own
+        (`Session.contents`) loads them anew or is refused."""
 
     def map(
         self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]

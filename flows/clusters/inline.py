@@ -13,7 +13,7 @@ class InlineWorkers:
     """The interface of workers, without any."""
 
     def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Nothing to do: the session opens with the first task."""
+        """Nothing to do: the session is the flow's own."""
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
         """Calls the function for each item in turn."""
