@@ -35,7 +35,7 @@ def kl_to_float(logits: Tensor, float_logits: Tensor) -> Tensor:
 
 def _expm1(x: Tensor) -> Tensor:
     """eˣ − 1, float32, within two units in the last place."""
-    if not NUMPY_IS_FASTER or x.device.type != "cpu":
+    if not NUMPY_IS_FASTER:
         return x.expm1()
     with np.errstate(over="ignore", invalid="ignore"):  # as torch does
         return torch.from_numpy(np.expm1(x.numpy()))
@@ -44,7 +44,7 @@ def _expm1(x: Tensor) -> Tensor:
 def _kl_of_differences(float_logits: Tensor) -> Criterion:
     """`kl_to_float` as log(1 + Σ p (eᶜ − 1 − c)), where c = d − Σ p d and d is the difference of the logits: float32 elements
     that keep the digits of small losses, at half the time and less. Samples that are not finite this way (eᶜ may overflow), and
-    logits with a gradient, go through `kl_to_float`.
+    logits with a gradient, go through `kl_to_float`. For a CPU: a GPU would wait for the check, and is fast in float64.
     """
     kind = torch.promote_types(float_logits.dtype, torch.float32)
     reference = float_logits.to(kind)
@@ -58,8 +58,7 @@ def _kl_of_differences(float_logits: Tensor) -> Criterion:
     def criterion(logits: Tensor) -> Tensor:
         if logits.requires_grad:
             return kl_to_float(logits, float_logits)
-        rows = logits.reshape(-1, *reference.shape)
-        at_once = len(rows) if rows.is_cuda else max(1, CACHED // reference.numel())
+        rows, at_once = logits.reshape(-1, *reference.shape), max(1, CACHED // reference.numel())
         found = torch.cat([losses(rows[k : k + at_once]) for k in range(0, len(rows), at_once)]).reshape(logits.shape[:-1])
         if bool(found.sum().isfinite()):  # and so is each of them
             return found
@@ -71,7 +70,9 @@ def _kl_of_differences(float_logits: Tensor) -> Criterion:
 def bind(name: str, float_logits: Tensor, labels: Tensor | None) -> Criterion:
     """The criterion as a function of logits alone, for one batch whose float logits and labels are known."""
     if name == "kl_to_float":
-        return _kl_of_differences(float_logits)
+        if float_logits.device.type == "cpu":
+            return _kl_of_differences(float_logits)
+        return lambda logits: kl_to_float(logits, float_logits)
     if name == "cross_entropy":
         if labels is None:
             raise DataError(

@@ -114,12 +114,12 @@ def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Co
         if floats is None:
             raise DataError("the images have no labels and no float network to compare with; expected one of them")
         return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
-    labels = labels.to(logits.device)
-    best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+    loss = criteria.cross_entropy(logits, labels.to(logits.device)).sum()
+    labels = labels.cpu()
+    best = logits.topk(min(5, logits.shape[1]), 1).indices.cpu() == labels[:, None]
     images, hits = Counter(labels.tolist()), Counter(labels[best[:, 0]].tolist())
     classes = tuple((label, images[label], hits[label]) for label in sorted(images))
-    loss = float(criteria.cross_entropy(logits, labels).sum())
-    return Counts(len(logits), loss, int(best[:, 0].sum()), int(best.sum()), classes)
+    return Counts(len(logits), float(loss), int(best[:, 0].sum()), int(best.sum()), classes)
 
 
 def per_image(

@@ -83,11 +83,13 @@ def average_traces(
     ]
     replaced = {i: QuantizedLayer(weight) for i, weight in enumerate(weights)}
     differentiable = (network.with_batch_statistics() if batch_statistics else network).differentiable()
-    loss, traces = 0.0, np.zeros(space.num_layers)
+    # numbers stay on the device until all of it is asked: reading one back would wait for the device each time
+    loss = torch.zeros((), dtype=torch.float64, device=network.device)
+    traces = torch.zeros(space.num_layers, dtype=torch.float64, device=network.device)
     for images, labels in parts:
         logits = differentiable.recorded_logits(images, replaced)
         total = criteria.bind(criterion, logits.detach(), labels)(logits).sum()
-        loss += float(total.detach())
+        loss += total.detach()
         try:
             slopes = torch.autograd.grad(total, weights, create_graph=True, allow_unused=True, materialize_grads=True)
             used = [i for i, slope in enumerate(slopes) if slope.requires_grad]
@@ -102,21 +104,21 @@ def average_traces(
                     materialize_grads=True,
                 )
                 for i, product in zip(used, products, strict=True):
-                    traces[i] += float((vector[i] * product).sum(dtype=torch.float64)) / num_vectors
+                    traces[i] += (vector[i] * product).sum(dtype=torch.float64) / num_vectors
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
             raise NetworkError(
                 f"hawq needs second derivatives, which this network does not have ({error}); expected other estimators"
             ) from None
-    norms = np.array(
+    norms = torch.stack(
         [
-            float((made.weight - network.weights[option.layer]).double().square().sum()) * traces[option.layer]
+            (made.weight - network.weights[option.layer]).double().square().sum() * traces[option.layer]
             for option, made in zip(space.options, prepared.layers, strict=True)
         ]
     )
     sizes = np.array([space.layers[option.layer].num_weights for option in space.options])
-    return np.concatenate([[loss], norms / sizes])
+    return np.concatenate([loss.reshape(1).cpu().numpy(), norms.cpu().numpy() / sizes])
 
 
 def images_at_once(network: Network, most: int, limit_bytes: int | None) -> int:

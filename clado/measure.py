@@ -279,13 +279,16 @@ def _add_pairs(
     criterion = part.criterion(bench.criterion)
     columns = np.flatnonzero(lacking[[row - first for row in rows]].any(axis=0)).tolist()
     for layer, stacks in _sweep(bench, part, rows, float_state, space.options[columns[-1]].layer):
+        entries, found = [], []
         for stack in stacks:
-            where = np.array(stack.rows) - first
             for option in (k for k in columns if space.options[k].layer == layer):
                 logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
-                loss = _numpy(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape))).sum(1)
-                taken = lacking[where, option]
-                sums[where[taken], option] += loss[taken]
+                found.append(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape)))
+                entries += [(row - first, option) for row in stack.rows]
+        if found:  # read back at once: a GPU would wait each time
+            loss, (where, column) = _numpy(torch.cat(found)).sum(1), np.array(entries).T
+            taken = lacking[where, column]
+            sums[where[taken], column[taken]] += loss[taken]
 
 
 def _gradients(bench: Workbench, tile: Tile) -> Array:

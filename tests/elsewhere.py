@@ -22,6 +22,12 @@ ELSEWHERE = torch.device("lazy:0")
 _CROSSING = {"aten.copy_.default", "aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default"}
 
 
+class Reads:
+    """How many times numbers were read back since `elsewhere` was entered: a GPU is waited for each time."""
+
+    count = 0
+
+
 class Elsewhere(Tensor):
     """Wraps the tensor of the CPU that it stands for."""
 
@@ -45,6 +51,7 @@ class Elsewhere(Tensor):
 
     def tolist(self) -> Any:
         """Numbers may be read one by one, as on a GPU."""
+        Reads.count += 1
         return self.inner.tolist()
 
     def data_ptr(self) -> int:
@@ -81,6 +88,7 @@ def elsewhere() -> Iterator[None]:
         torch.no_grad(),
         _Placing(),
     ):
+        Reads.count = 0
         yield
 
 
@@ -90,6 +98,8 @@ def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = any(not isinstance(tensor, Elsewhere) and tensor.ndim for tensor in tensors)  # single numbers go anywhere
     if there and here and str(func) not in _CROSSING:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found two")
+    if there and (kwargs.get("device") is not None or str(func) == "aten._local_scalar_dense.default"):
+        Reads.count += 1
     if kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]) == ELSEWHERE
         kwargs = {**kwargs, "device": torch.device("cpu")}

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clado.evaluation import count, per_image
 from clado.images import as_slice
@@ -15,7 +16,7 @@ from clado.plugins import available
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.probes import KINDS, Plan, sample_blocks
 from clado.quantizers import QuantizedLayer, WeightQuantizer
-from tests.elsewhere import ELSEWHERE, elsewhere, moved
+from tests.elsewhere import ELSEWHERE, Reads, elsewhere, moved
 from tests.networks import Attention, Normed, Residual, build, images, labels
 
 NETWORKS = pytest.mark.parametrize("kind", [Normed, Attention])
@@ -105,6 +106,40 @@ def test_tiles_are_measured_there(kind, statistics) -> None:
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
 
+@NETWORKS
+def test_pairs_are_read_back_once_a_layer(kind) -> None:
+    """However many there are: a device computes on while nothing is asked of it."""
+    network = network_of(kind)
+    with elsewhere():
+        reads = {}
+        for bits in ((2, 4), (2, 3, 4, 6, 8)):
+            place = moved(network)
+            space = place.search_space(bits)
+            bench = bench_of(prepare(place, space, Recipe()))
+            plan = Plan(space, tuple(bench.blocks), ("pairs",), space.num_options)
+            measure_tile(bench, plan.tiles[0])
+            Reads.count = 0
+            measure_tile(bench, plan.tiles[0])
+            reads[bits] = Reads.count
+    assert set(reads.values()) == {space.num_layers - 1}
+
+
+@pytest.mark.parametrize("num_vectors", [1, 5])
+def test_traces_are_read_back_once(num_vectors) -> None:
+    ready = prepared(network_of(Normed))
+    bench = replace(bench_of(ready), num_vectors=num_vectors)
+    reads = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.append(str(func) == "aten._local_scalar_dense.default")
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        measure_tile(bench, Plan(bench.space, tuple(bench.blocks), ("trace",), bench.space.num_options).tiles[0])
+    assert sum(reads) == 0
+
+
 def test_activations_are_fitted_and_rounded_there() -> None:
     network = network_of(Normed)
     space = network.search_space((2, 4)).with_activations((4, 8))
@@ -119,12 +154,16 @@ def test_activations_are_fitted_and_rounded_there() -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_accuracy_is_counted_there(labelled) -> None:
+    """A batch's hits and its loss are read back, nothing else."""
     network = network_of(Normed)
     x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
     data = as_slice((x, y) if labelled else x, image_shape=(1, 8, 8))
     with elsewhere():
         there = prepared(moved(network))
-        found = count(*there.shipped(there.space.narrowest), data, 0, NUM_IMAGES, 4, there.network)
+        shipped = there.shipped(there.space.narrowest)
+        Reads.count = 0
+        found = count(*shipped, data, 0, NUM_IMAGES, 4, there.network)
+        assert Reads.count <= 2 * (NUM_IMAGES // 4)
         each = per_image(*there.shipped(there.space.narrowest), data, 4, there.network)
     ready = prepared(network)
     expected = count(*ready.shipped(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
