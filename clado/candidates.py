@@ -229,83 +229,52 @@ def rank_correlation(one: Array, other: Array) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """Decides between assignments that the images cannot tell apart: `losses` has the measured loss of each image (n,), and of
-    those within one standard error of the least mean the one that `matrix` predicts least for is taken.
-
-    The one-standard-error rule (Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees", 1984, section
-    3.4.3), with paired errors. The matrix is to be the plainest: `layerwise`, whose sum of singles has the least noise. The least
-    of many measured losses is too low by chance (a winner's curse), all the more the fewer images and the more candidates.
-    """
-
-    losses: Mapping[Assignment, Array]
-    matrix: InteractionMatrix
-
-    @classmethod
-    def of(cls, measured: Measured, losses: Mapping[Assignment, Array]) -> "Doubt | None":
-        """With the sums of singles that were measured; None where none were, as for estimators from gradients alone."""
-        return cls(losses, estimators.estimate("layerwise", measured)) if "singles" in measured.sums else None
-
-    def settled(self, best: Assignment, others: Iterable[Assignment]) -> Assignment:
-        """Of `best` and those of `others` within one standard error of it, the one predicted best; `best` among equals."""
-        near = [best, *(a for a in others if self._near(a, best))]
-        return min(near, key=lambda a: (self.matrix.predicted_increase(a), float(np.mean(self.losses[a]))))
-
-    def _near(self, one: Assignment, best: Assignment) -> bool:
-        with np.errstate(invalid="ignore"):  # infinity minus infinity: not near
-            difference = self.losses[one] - self.losses[best]
-            n = len(difference)
-            return n > 1 and bool(difference.mean() <= difference.std(ddof=1) / np.sqrt(n))
-
-
 def choose(
     space: SearchSpace,
     proposals: Sequence[Proposal],
     losses: Mapping[Assignment, float],
     limits: Sequence[Constraint] = (),
-    doubt: Doubt | None = None,
+    briers: Mapping[Assignment, float] | None = None,
 ) -> list[Result]:
     """One Result for each listed proposal, and one `chosen` for each budget: of all proposals that fit the budget, made for it or
-    for a smaller one, the one of least measured loss (of the smaller on a tie). So `chosen` is never worse than uniform or
-    layerwise on the images that it was measured on, nor than what a smaller budget got.
+    for a smaller one, and that are not worse than SAFE as measured, the one of the least Brier score (of the less loss on a tie,
+    then of the smaller). Without `briers` the loss alone decides.
 
-    With `doubt` it is one that the images cannot tell from the least, and both laws still hold. A loss of NaN is as bad as an
-    infinite one."""
+    So `chosen` is never worse than uniform or layerwise on the images that it was measured on, nor worse in both loss and Brier
+    score than what a smaller budget got. A loss, or a score, of NaN is as bad as an infinite one.
+    """
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
     worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
+    scores = worth if briers is None else {assignment: ordered(brier) for assignment, brier in briers.items()}
 
-    def order(proposal: Proposal) -> tuple[float, int]:
-        return worth[proposal.assignment], space.size_bits(proposal.assignment)
+    def order(proposal: Proposal) -> tuple[float, float, int]:
+        a = proposal.assignment
+        return scores[a], worth[a], space.size_bits(a)
 
-    best: dict[Budget, Proposal] = {}
-    for budget in budgets:
-        # of equal assignments the one made for this budget comes first, so that it gets the credit
-        own_first = sorted(proposals, key=lambda p: p.budget != budget)
-        fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
-        fitting = fitting or [p for p in proposals if p.budget == budget]  # uniform, where nothing fits
-        best[budget] = min(fitting, key=order)
-        if doubt:
-            most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)
-            taken = doubt.settled(best[budget].assignment, [p.assignment for p in fitting if worth[p.assignment] <= most])
-            best[budget] = next(p for p in fitting if p.assignment == taken)
+    def result(proposal: Proposal) -> Result:
+        a = proposal.assignment
+        return _result(space, proposal, worth[a], None if briers is None else scores[a])
+
     results = []
     for budget in budgets:
         own = [proposal for proposal in proposals if proposal.budget == budget]
-        results += [_result(space, proposal, worth) for proposal in own if proposal.listed]
-        lent = [p for b, p in best.items() if b != budget and all(c.holds(space, p.assignment) for c in fit[budget])]
-        chosen = min([best[budget], *lent], key=order)
+        results += [result(proposal) for proposal in own if proposal.listed]
+        # of equal assignments the one made for this budget comes first, so that it gets the credit
+        own_first = [*own, *(proposal for proposal in proposals if proposal.budget != budget)]
+        fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
+        fitting = fitting or own  # uniform, where nothing fits
+        most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)
+        chosen = min([p for p in fitting if worth[p.assignment] <= most], key=order)
         siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
         others = [worth[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
         winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
-        row = _result(space, Proposal(budget, CHOSEN, chosen.assignment, chosen.loss_predicted, chosen.solution), worth)
         gain = min(others) - worth[chosen.assignment] if others and isfinite(worth[chosen.assignment]) else 0.0
-        results.append(Result(**{**row.__dict__, "winner": winner, "gain": gain}))
+        results.append(replace(result(replace(chosen, budget=budget, method=CHOSEN)), winner=winner, gain=gain))
     return results
 
 
-def _result(space: SearchSpace, proposal: Proposal, losses: Mapping[Assignment, float]) -> Result:
+def _result(space: SearchSpace, proposal: Proposal, loss: float, brier: float | None) -> Result:
     solution, assignment = proposal.solution, proposal.assignment
     return Result(
         budget=proposal.budget.name,
@@ -313,7 +282,8 @@ def _result(space: SearchSpace, proposal: Proposal, losses: Mapping[Assignment, 
         assignment=assignment,
         size_bytes=space.size_bytes(assignment),
         average_bits=space.average_bits(assignment),
-        loss_shipped=losses[assignment],
+        loss_shipped=loss,
+        brier_shipped=brier,
         loss_predicted=proposal.loss_predicted,
         status=None if solution is None else str(solution.status),
         objective=None if solution is None else solution.objective,

@@ -13,6 +13,7 @@ from clado.errors import ConfigurationError, DataError
 CACHED = 2**17  # elements that are taken at a time on a CPU, whose cache then holds them from step to step
 # where NumPy's eᶜ − 1 is vectorized, it takes a third of torch's time; elsewhere it is the slower one
 NUMPY_IS_FASTER = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+NEEDS_LABELS = "cross_entropy needs labels and the images have none; use the criterion kl_to_float, which needs none"
 CriterionName = Literal["kl_to_float", "cross_entropy"]
 Criterion = Callable[[Tensor], Tensor]
 
@@ -75,12 +76,24 @@ def bind(name: str, float_logits: Tensor, labels: Tensor | None) -> Criterion:
         return lambda logits: kl_to_float(logits, float_logits)
     if name == "cross_entropy":
         if labels is None:
-            raise DataError(
-                "cross_entropy needs labels and the images have none; use the criterion kl_to_float, which needs none"
-            )
+            raise DataError(NEEDS_LABELS)
         known = labels
         return lambda logits: cross_entropy(logits, known)
     raise ConfigurationError(f"unknown criterion {name!r}; expected kl_to_float or cross_entropy")
+
+
+def brier(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Squared distance between the softmax and what the criterion compares it with: the float network's, or that of the labels.
+
+    Σ_c (q_c − p_c)² of each sample, float64 (..., N), between 0 and 2 (Brier, "Verification of forecasts expressed in terms of
+    probability", 1950). Least where the criterion is least, and bounded where that is not: a few confident errors do not decide.
+    """
+    p = float_logits.double().softmax(-1)
+    if name == "cross_entropy":
+        if labels is None:
+            raise DataError(NEEDS_LABELS)
+        p = torch.nn.functional.one_hot(labels, p.shape[-1]).double()
+    return (logits.double().softmax(-1) - p).square().sum(-1)
 
 
 def residual(name: str, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -88,6 +101,6 @@ def residual(name: str, float_logits: Tensor, labels: Tensor | None) -> Tensor |
     if name == "kl_to_float":
         return None
     if labels is None:
-        raise DataError("cross_entropy needs labels and the images have none; use the criterion kl_to_float, which needs none")
+        raise DataError(NEEDS_LABELS)
     p = float_logits.double().softmax(-1)
     return p - torch.nn.functional.one_hot(labels, p.shape[-1]).double()

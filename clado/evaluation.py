@@ -1,8 +1,10 @@
 """What an assignment is worth: top-1, top-5 and loss, as counts and sums that add up over shards of the images."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,23 +18,24 @@ from clado.measure import GPU_BYTES
 from clado.network import Network, Replaced
 from clado.records import Accuracy
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass(frozen=True)
 class Counts:
     """Sums over a shard of images: `loss` is the sum of losses; `top1` and `top5` count hits, None without labels. `classes` has
-    (class, images, top-1 hits) of each class that was met, in order of the classes. `losses` are those of the images, where
-    assignments are compared image by image; else it is empty."""
+    (class, images, top-1 hits) of each class that was met, in order of the classes. `brier` is the sum of Brier scores, of
+    sensitivity images (`criteria.brier`); else None."""
 
     num_images: int = 0
     loss: float = 0.0
     top1: int | None = None
     top5: int | None = None
     classes: tuple[tuple[int, int, int], ...] = ()
-    losses: tuple[float, ...] = ()
+    brier: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))  # from JSON
-        object.__setattr__(self, "losses", tuple(self.losses))
 
     def __add__(self, other: "Counts") -> "Counts":
         if not self.num_images:
@@ -43,7 +46,7 @@ class Counts:
             _added(self.top1, other.top1),
             _added(self.top5, other.top5),
             _merged(self.classes, other.classes),
-            self.losses + other.losses,
+            _added(self.brier, other.brier),
         )
 
     def accuracy(self) -> Accuracy:
@@ -53,8 +56,13 @@ class Counts:
             n, self.loss / n, None if self.top1 is None else self.top1 / n, None if self.top5 is None else self.top5 / n
         )
 
+    @property
+    def mean_brier(self) -> float:
+        """NaN where it was not measured, as by an earlier version."""
+        return math.nan if self.brier is None else self.brier / self.num_images
 
-def _added(a: int | None, b: int | None) -> int | None:
+
+def _added(a: Number | None, b: Number | None) -> Number | None:
     return None if a is None or b is None else a + b
 
 

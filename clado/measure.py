@@ -184,12 +184,24 @@ def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None) -> Ar
 def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Array:
     """Per-sample losses (n,) of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of
     the network that ships where one is given."""
+    return losses_and_briers(bench, assignment, block, shipped)[0]
+
+
+def losses_and_briers(
+    bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None
+) -> tuple[Array, Array]:
+    """`losses`, and of the same forwards the Brier score of each sample (n,) (`criteria.brier`)."""
     parts: Iterable[Pass]
     if shipped is None:
         network, chosen, parts = bench.network, bench.chosen(assignment), bench.passes(block)
     else:
         network, chosen, parts = shipped, bench.prepared.chosen(assignment), bench.shipped_passes(block)
-    return np.concatenate([_numpy(part.criterion(bench.criterion)(network.logits(part.images, chosen))) for part in parts])
+    found, briers = [], []
+    for part in parts:
+        logits = network.logits(part.images, chosen)
+        found.append(_numpy(part.criterion(bench.criterion)(logits)))
+        briers.append(_numpy(criteria.brier(bench.criterion, logits, part.float_logits, part.labels)))
+    return np.concatenate(found), np.concatenate(briers)
 
 
 def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:

@@ -180,7 +180,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
 
 
 def loss_against_size(record: RunRecord) -> Figure:
-    """Measured loss on the sensitivity set, by which the choice is made, against the size of the searched weights."""
+    """Measured loss on the sensitivity set against the size of the searched weights."""
     points = _points(record, lambda result: result.loss_shipped)
     positive = all(y > 0 for line in points.values() for _, y in line)
     reference = record.baseline if record.baseline > 0 or not positive else None

@@ -50,8 +50,8 @@ class Result:
     set with the network that probes measure; `loss_shipped`: with the one that would ship, final corrections applied (the same
     where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
     rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
-    took, and `gain` how much lower its measured loss is than the best of the other methods'; where that is negative, the images
-    cannot tell the two apart (`candidates.Doubt`).
+    took, and `gain` how much lower its measured loss is than the least of the other methods'; where that is negative, its Brier
+    score is lower. `brier_shipped` is that score's mean, beside `loss_shipped` (`criteria.brier`; None: by an earlier version).
     """
 
     budget: str
@@ -60,6 +60,7 @@ class Result:
     size_bytes: int
     average_bits: float
     loss_shipped: float
+    brier_shipped: float | None = None
     loss_predicted: float | None = None
     loss_probe_model: float | None = None
     status: str | None = None
@@ -76,7 +77,7 @@ class Result:
 @dataclass(frozen=True)
 class Candidate:
     """One assignment that was measured for a budget: who proposed it (a method, a variant of one, or the local search), what was
-    predicted and what was measured (None: NaN or infinite)."""
+    predicted and what was measured (None: NaN or infinite; no `brier_shipped` in the records of earlier versions)."""
 
     budget: str
     origin: str
@@ -84,6 +85,7 @@ class Candidate:
     size_bytes: int
     loss_shipped: float | None
     loss_predicted: float | None = None
+    brier_shipped: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from clado.records import CHOSEN, Result, RunRecord, markdown_table, percent, size_text
+from clado.records import CHOSEN, Candidate, Result, RunRecord, markdown_table, percent, size_text
 from clado.tracking import Receipt
 
 BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", CHOSEN)
@@ -127,17 +127,24 @@ def stability_text(record: RunRecord) -> str:
 
 
 def candidates_table(record: RunRecord) -> str:
-    """Every candidate that was measured, by budget and measured loss, as Markdown."""
+    """Every candidate that was measured, by budget and Brier score, as Markdown."""
     rows = []
     for budget in record.budgets:
         own = [c for c in record.candidates if c.budget == budget]
-        for c in sorted(own, key=lambda c: float("inf") if c.loss_shipped is None else c.loss_shipped):
+        for c in sorted(own, key=_by_what_is_measured):
             predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
             measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)
-            rows.append([budget, c.origin, f"{c.size_bytes:,}", predicted, measured, str(c.assignment)])
+            brier = "–" if c.brier_shipped is None else loss_text(c.brier_shipped)
+            rows.append([budget, c.origin, f"{c.size_bytes:,}", predicted, measured, brier, str(c.assignment)])
     if not rows:
         return "No candidates are recorded: the run was made by an earlier version, or for no budget."
-    return markdown_table(["budget", "proposed by", "bytes", "predicted loss", "measured loss", "bits"], rows)
+    return markdown_table(["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "bits"], rows)
+
+
+def _by_what_is_measured(candidate: Candidate) -> tuple[float, float]:
+    """The order that `chosen` goes by; what has not been measured comes last."""
+    brier, loss = candidate.brier_shipped, candidate.loss_shipped
+    return math.inf if brier is None else brier, math.inf if loss is None else loss
 
 
 def _lead(result: Result) -> str:
@@ -147,7 +154,7 @@ def _lead(result: Result) -> str:
     if result.gain == 0:
         return ", as low as the best of the others"
     if result.gain < 0:
-        return f", {loss_text(-result.gain)} above the best of the others: within the noise of the images, and the plainer"
+        return f", {loss_text(-result.gain)} above the least of the others, with a lower Brier score"
     others = result.loss_shipped + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from clado.candidates import Budget, Doubt, Proposal, choose
+from clado.candidates import Budget, Proposal, choose
 from clado.estimators import Measured
 from clado.evaluation import Counts
 from clado.interaction import InteractionMatrix
@@ -50,16 +48,14 @@ class Run:
 
     def results(self) -> list[Result]:
         """One row for each budget and method, and the chosen ones, as far as losses decide."""
-        return chosen_of(self.session, self.proposals, self.losses, self.measured)
+        return chosen_of(self.session, self.proposals, self.losses)
 
 
-def chosen_of(
-    session: Session, proposals: Sequence[Proposal], counts: Mapping[Assignment, Counts], measured: Measured | None
-) -> list[Result]:
-    """`choose` by measured losses, with doubt where singles were measured."""
+def chosen_of(session: Session, proposals: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
+    """`choose` by what was measured on the sensitivity set."""
     losses = {assignment: found.accuracy().loss for assignment, found in counts.items()}
-    each = {assignment: np.array(found.losses) for assignment, found in counts.items()}
-    return choose(session.space, proposals, losses, session.limits, Doubt.of(measured, each) if measured else None)
+    briers = {assignment: found.mean_brier for assignment, found in counts.items()}
+    return choose(session.space, proposals, losses, session.limits, briers)
 
 
 @dataclass

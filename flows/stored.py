@@ -189,7 +189,7 @@ def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Propos
             counts = session.loss(assignment)
             ledger.put(assignment, counts)
         found[assignment] = counts
-    return chosen_of(session, proposals, found, stored.measured)
+    return chosen_of(session, proposals, found)
 
 
 def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignment:

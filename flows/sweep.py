@@ -87,7 +87,7 @@ def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[s
 
 
 def front_table(record: RunRecord) -> str:
-    """The chosen assignment of every budget; `dominated` marks those that another beats in bytes or loss and in neither loses."""
+    """The chosen assignment of every budget; `dominated` marks those that another is nowhere worse than (`dominated_by`)."""
     chosen = [row for row in record.results if row.method == CHOSEN]
     dominated = dominated_by(chosen)
     rows = [
@@ -109,6 +109,6 @@ def front_table(record: RunRecord) -> str:
 
 
 def dominated_by(rows: Sequence[Result]) -> list[bool]:
-    """For each result whether another has no more bytes and no larger measured loss, and less of one."""
-    points = [(row.size_bytes, row.loss_shipped) for row in rows]
-    return [any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
+    """For each result whether another has no more of bytes, measured loss and Brier score, and less of one."""
+    points = [(row.size_bytes, row.loss_shipped, row.brier_shipped or 0.0) for row in rows]
+    return [any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points) for own in points]

@@ -1,5 +1,5 @@
-"""Laws of proposing and choosing: the answer is the best measured one, or with doubt one that the images cannot tell from it, and
-a larger budget never gets a worse answer."""
+"""Laws of proposing and choosing: the answer is the best measured one, never worse than what is safe, and a larger budget never
+gets a worse answer."""
 
 import itertools
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from clado.candidates import (
     SAFE,
     TEMPERED,
     Budget,
-    Doubt,
     Proposal,
     beside,
     budgets_of,
@@ -114,77 +113,41 @@ def test_the_order_of_budgets_does_not_matter(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_with_doubt_chosen_is_never_worse_than_what_is_safe_and_never_worsens_with_budget(seed):
-    losses, proposals = random_losses(seed), random_proposals(seed)
-    noise = np.random.default_rng(seed).normal(size=(len(ALL), 16))
-    images = {a: losses[a] + row - row.mean() for a, row in zip(ALL, noise, strict=True)}
-    doubt = Doubt(images, matrix_of(seed, "layerwise").diagonal_only())
-    rows = choose(SPACE, proposals, losses, doubt=doubt)
-    plain = {row.budget: row for row in choose(SPACE, proposals, losses) if row.method == CHOSEN}
+def test_chosen_has_the_least_brier_score_of_what_is_not_worse_than_the_safe_methods(seed):
+    losses, briers, proposals = random_losses(seed), random_losses(seed + 100), random_proposals(seed)
+    rows = choose(SPACE, proposals, losses, briers=briers)
     chosen = [row for row in rows if row.method == CHOSEN]
-    for row in chosen:
-        safe = [r.loss_shipped for r in rows if r.budget == row.budget and r.method in SAFE]
-        assert plain[row.budget].loss_shipped <= row.loss_shipped <= min(safe)
-        difference = images[row.assignment] - images[plain[row.budget].assignment]
-        assert difference.mean() <= difference.std(ddof=1) / 4 + 1e-12
-    assert [row.loss_shipped for row in chosen] == sorted((row.loss_shipped for row in chosen), reverse=True)
+    for budget, row in zip(BUDGETS, chosen, strict=True):
+        limit = budget.constraint(SPACE)
+        fitting = [p for p in proposals if limit.holds(SPACE, p.assignment)]
+        safe = min(losses[p.assignment] for p in fitting if p.method in SAFE)
+        assert (row.loss_shipped, row.brier_shipped) == (losses[row.assignment], briers[row.assignment])
+        assert row.loss_shipped <= safe
+        assert row.brier_shipped == min(briers[p.assignment] for p in fitting if losses[p.assignment] <= safe)
+        own = [r for r in rows if r.budget == row.budget and r.assignment != row.assignment]
+        assert row.gain == (min(r.loss_shipped for r in own) - row.loss_shipped if own else 0.0)
+    for smaller, larger in itertools.pairwise(chosen):
+        worse = (smaller.loss_shipped < larger.loss_shipped, smaller.brier_shipped < larger.brier_shipped)
+        assert not all(worse)
 
 
-def test_doubt_takes_the_plainest_of_what_the_images_cannot_tell_apart():
-    budget = BUDGETS[-1]
-    matrix = matrix_of(0, "layerwise").diagonal_only()
-    fitting = [a for a in ALL if budget.constraint(SPACE).holds(SPACE, a)]
-    ranked = sorted(fitting, key=matrix.predicted_increase)
-    plain, lucky, ruinous = ranked[0], ranked[len(ranked) // 2], ranked[-1]
-    images = {
-        lucky: np.array([1.0, 2.0, 3.0, 4.0]),
-        plain: np.array([2.0, 2.1, 2.0, 4.1]),  # 0.05 above, its standard error 0.39
-        ruinous: np.array([3.0, 4.1, 5.0, 6.1]),
-    }
-    losses = {a: float(values.mean()) for a, values in images.items()}
-    proposals = [Proposal(budget, "gauss_newton", a) for a in (lucky, plain, ruinous)]
-
-    def chosen(given, doubt):
-        return next(row.assignment for row in choose(SPACE, given, losses, doubt=doubt) if row.method == CHOSEN)
-
-    assert chosen(proposals, None) == lucky
-    assert chosen(proposals, Doubt(images, matrix)) == plain
-    assert chosen(proposals, Doubt({**images, plain: images[lucky] + 0.05}, matrix)) == lucky  # worse on every image
-    safe = [*proposals, Proposal(budget, UNIFORM, lucky)]
-    assert chosen(safe, Doubt(images, matrix)) == lucky  # never worse than uniform as measured
-    assert chosen(proposals, Doubt({a: values[:1] for a, values in images.items()}, matrix)) == lucky  # no error of one image
-
-
-def test_doubt_needs_singles_and_takes_their_sum_for_the_plainest():
-    measured = measured_of(0)
-    images = {a: np.arange(3.0) for a in ALL}
-    doubt = Doubt.of(measured, images)
-    assert doubt is not None
-    assert np.array_equal(doubt.matrix.values, estimate("layerwise", measured).values)
-    assert Doubt.of(Measured(SPACE, "kl_to_float", measured.counts, {"gradients": np.ones((2, 2, 13))}), images) is None
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_loss_that_is_not_finite_is_near_to_nothing():
-    matrix = matrix_of(0, "layerwise").diagonal_only()
-    plain, best = sorted(ALL, key=matrix.predicted_increase)[:2]
-    for bad in (np.inf, np.nan):
-        doubt = Doubt({best: np.array([1.0, 2.0]), plain: np.array([1.0, bad])}, matrix)
-        assert doubt.settled(best, [plain]) == best
-        assert Doubt({a: np.full(2, bad) for a in (best, plain)}, matrix).settled(best, [plain]) == best
+def test_of_equal_brier_scores_the_less_loss_and_then_the_smaller_is_chosen():
+    budget = budgets_of([8])[0]
+    a, b, c = Assignment((8, 8, 8, 8)), Assignment((8, 8, 8, 4)), Assignment((4, 8, 8, 4))
+    proposals = [Proposal(budget, "gauss_newton", x) for x in (a, b, c)]
+    for losses, expected in (({a: 0.1, b: 0.2, c: 0.2}, a), ({a: 0.2, b: 0.1, c: 0.1}, c)):
+        rows = choose(SPACE, proposals, losses, briers=dict.fromkeys((a, b, c), 0.5))
+        assert next(row.assignment for row in rows if row.method == CHOSEN) == expected
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("doubting", [False, True])
-def test_a_network_without_a_finite_loss_is_chosen_only_where_there_is_no_other(bad, doubting):
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_network_without_a_finite_loss_is_chosen_only_where_there_is_no_other(bad, scored):
     """Uniform stands first among the proposals, and may be of a candidate that is quarantined."""
     budget, better = BUDGETS[0], Assignment((4, 2, 2, 2))
     proposals = [Proposal(budget, UNIFORM, SPACE.narrowest), Proposal(budget, "layerwise", better)]
-    doubt = None
-    if doubting:
-        each = {SPACE.narrowest: np.full(3, bad), better: np.array([0.1, 0.2, 0.3])}
-        doubt = Doubt(each, matrix_of(0, "layerwise").diagonal_only())
-    *listed, chosen = choose(SPACE, proposals, {SPACE.narrowest: bad, better: 0.2}, doubt=doubt)
+    briers = {SPACE.narrowest: bad, better: 0.3} if scored else None
+    *listed, chosen = choose(SPACE, proposals, {SPACE.narrowest: bad, better: 0.2}, briers=briers)
     assert (chosen.assignment, chosen.winner, chosen.loss_shipped) == (better, "layerwise", 0.2)
     assert listed[0].loss_shipped == np.inf  # NaN is as bad, and has an order
     (_, alone) = choose(SPACE, proposals[:1], {SPACE.narrowest: bad})

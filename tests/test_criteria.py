@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clado import criteria
+from clado.errors import DataError
 
 
 @pytest.fixture(autouse=True, params=["numpy", "torch"])
@@ -80,3 +81,23 @@ def test_gradients_are_those_of_the_textbook():
         torch.autograd.grad(loss(z).sum(), z)[0] for loss in (criteria.bind("kl_to_float", f, None), lambda x: textbook(x, f))
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["kl_to_float", "cross_entropy"])
+def test_the_brier_score_is_least_where_the_criterion_is_and_bounded_where_that_is_not(name):
+    f, labels = logits(50, 10, scale=3.0), torch.arange(50) % 10
+    certain = 1e4 * torch.nn.functional.one_hot(labels, 10).double()
+    ideal = f if name == "kl_to_float" else certain
+    assert float(criteria.brier(name, ideal, f, labels).max()) == 0.0
+    wrong = certain.roll(1, dims=-1)
+    for z in (logits(50, 10, seed=1), 50 * logits(50, 10, seed=2), wrong):
+        found = criteria.brier(name, z, f, labels)
+        p = f.double().softmax(-1) if name == "kl_to_float" else torch.nn.functional.one_hot(labels, 10)
+        assert torch.equal(found, ((z.double().softmax(-1) - p) ** 2).sum(-1))
+        assert 0 < float(found.min()) <= float(found.max()) <= 2
+    assert float(criteria.bind(name, f, labels)(wrong).max()) > 1000
+
+
+def test_the_brier_score_of_labels_needs_labels():
+    with pytest.raises(DataError, match="cross_entropy needs labels"):
+        criteria.brier("cross_entropy", logits(2, 3), logits(2, 3), None)

@@ -14,9 +14,7 @@ COUNTS = Counts(7, 0.1 + 0.2, 5, 6, ((0, 3, 2), (9, 4, 3)))
 
 
 @pytest.mark.parametrize("assignment", [ONE, ACTIVATED, PARTIAL, Assignment((None, None, None))])
-@pytest.mark.parametrize(
-    "counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(3, 0.6, losses=(0.1, 0.2, 1 / 3))]
-)
+@pytest.mark.parametrize("counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(3, 0.6, brier=1 / 3)])
 def test_what_is_put_is_got_bit_for_bit(tmp_path, assignment, counts):
     Ledger(tmp_path / "evaluations", "abc").put(assignment, counts)
     assert Ledger(tmp_path / "evaluations", "abc").get(assignment) == counts

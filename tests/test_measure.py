@@ -10,7 +10,7 @@ import torch
 from clado import criteria
 from clado.errors import ConfigurationError
 from clado.graph import Graph
-from clado.measure import Workbench, losses, measure_tile, network_batching
+from clado.measure import Workbench, losses, losses_and_briers, measure_tile, network_batching
 from clado.network import Network
 from clado.preparation import Prepared, Recipe, prepare
 from clado.probes import TEMPERATURES, Plan, Tile, sample_blocks
@@ -249,6 +249,17 @@ def test_losses_of_an_assignment_are_those_of_the_module(kind):
     b = bench(kind)
     for assignment in (b.space.widest, b.space.narrowest, b.space.nothing.replace(2, 4)):
         np.testing.assert_allclose(losses(b, assignment, 1), reference(b, assignment, 1), rtol=1e-5, atol=1e-6)
+
+
+@NETWORKS
+def test_brier_scores_come_with_the_losses(kind):
+    b = bench(kind)
+    x, y = b.load(*b.blocks[1])
+    found, briers = losses_and_briers(b, b.space.narrowest, 1)
+    assert np.array_equal(found, losses(b, b.space.narrowest, 1))
+    logits = b.network.logits(x, b.chosen(b.space.narrowest))
+    expected = criteria.brier(b.criterion, logits, b.network.logits(x), y)
+    np.testing.assert_allclose(briers, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_losses_of_what_ships_are_against_the_float_network_too():

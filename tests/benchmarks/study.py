@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,7 +32,6 @@ from clado import estimators, solvers
 from clado.candidates import (
     TEMPERED,
     Budget,
-    Doubt,
     Proposal,
     budgets_of,
     choose,
@@ -44,11 +43,11 @@ from clado.candidates import (
 from clado.config import DataSettings, NetworkSettings
 from clado.errors import DataError
 from clado.estimators import Measured
-from clado.evaluation import count, per_image
-from clado.images import ImageSlice, MemorySlice
+from clado.evaluation import count
+from clado.images import ImageSlice
 from clado.interaction import InteractionMatrix
 from clado.local_search import local_search, search
-from clado.measure import Workbench, measure_tile, rows_per_tile
+from clado.measure import Workbench, losses_and_briers, measure_tile, rows_per_tile
 from clado.network import Network, is_depthwise
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.probes import Kind, Plan, sample_blocks
@@ -79,7 +78,7 @@ BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set ar
 # images that estimators from gradients are measured on, at most: hawq's traces take longer than pairs on a GPU
 UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
 ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "hawq", "mpqco", "fisher")
-# The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the one-standard-error rule.
+# The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the least Brier score.
 # `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: `clado run` with every estimator.
 THRIFTY = ("layerwise", "gauss_newton")
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
@@ -214,7 +213,8 @@ class Study:
     def cell(self, measured: Measured, positions: NDArray[np.int64]) -> dict[str, Any]:
         """Every method's answer to every budget, and what it is worth."""
         size = len(positions)
-        images = MemorySlice(self.pool[positions])
+        images = self.pool[positions]
+        bench = Workbench(self.prepared, "kl_to_float", ((0, size),), lambda a, b: (images[a:b], None))
         names = [name for name in ESTIMATORS if size <= UP_TO.get(name, size)]
         matrices = {name: estimators.estimate(name, measured) for name in names}
         budgets = budgets_of(average_bits=self.budgets)
@@ -224,15 +224,15 @@ class Study:
 
         proposals = propose(matrices, budgets, solver)
         variants = propose_variants(matrices, budgets, solver)
-        known: dict[Assignment, NDArray[np.float64]] = {}
+        known: dict[Assignment, tuple[float, float]] = {}
 
-        def losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
+        def measure(assignments: Iterable[Assignment]) -> dict[Assignment, tuple[float, float]]:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    each, _ = per_image(*self.shipped(assignment), images, reference=self.prepared.network)
-                    known[assignment] = each.astype(np.float64)
-                found[assignment] = float(known[assignment].mean())
+                    losses, briers = losses_and_briers(bench, assignment, 0, self.shipped(assignment)[0])
+                    known[assignment] = float(losses.mean()), float(briers.mean())
+                found[assignment] = known[assignment]
             return found
 
         plan = Plan(self.space, blocks_of(size), ("pairs",), self.space.num_options)
@@ -240,14 +240,13 @@ class Study:
         answers: dict[tuple[str, float], tuple[Assignment, float | None]] = {}
         thrifty = [p for p in proposals if p.method in (UNIFORM, *THRIFTY)]
         tempered = [p for p in proposals if p.method in TEMPERED]
-        one_standard_error = Doubt(known, matrices["layerwise"])
-        for name, own, doubt in (
-            ("chosen", thrifty + tempered, one_standard_error),
-            ("chosen_least", thrifty, None),
-            ("chosen_full", proposals + variants, one_standard_error),
+        for name, own, by_brier in (
+            ("chosen", thrifty + tempered, True),
+            ("chosen_least", thrifty, False),
+            ("chosen_full", proposals + variants, True),
         ):
             usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
-            rows, evaluations = self._chosen(usable, budgets, own, losses, doubt)
+            rows, evaluations = self._chosen(usable, budgets, own, measure, by_brier)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
             kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
             spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
@@ -261,7 +260,7 @@ class Study:
                     method,
                     bound,
                     digits(assignment),
-                    *_rounded((*self.evaluated(assignment), *losses([assignment]).values(), predicted)),
+                    *_rounded((*self.evaluated(assignment), measure([assignment])[assignment][0], predicted)),
                 ]
                 for (method, bound), (assignment, predicted) in answers.items()
             ],
@@ -272,18 +271,22 @@ class Study:
         matrices: Mapping[str, InteractionMatrix],
         budgets: Sequence[Budget],
         proposals: Sequence[Proposal],
-        losses: Any,
-        doubt: Doubt | None,
+        measure: Callable[[Iterable[Assignment]], dict[Assignment, tuple[float, float]]],
+        by_brier: bool,
     ) -> tuple[dict[float, Assignment], int]:
-        """(budget -> of all assignments measured after a local search the one of least loss, or with `doubt` one that the images
-        cannot tell from it, how many assignments were measured for that)."""
+        """(budget -> of all assignments measured after a local search what `choose` takes, how many were measured for that)."""
+
+        def losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
+            return {assignment: loss for assignment, (loss, _) in measure(assignments).items()}
+
         found = losses(dict.fromkeys(p.assignment for p in proposals))
         matrix = matrices[surrogate(matrices, found)]
         programs = {b: program_of(matrix, [b.constraint(self.space)]) for b in budgets}
         searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
         everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, listed=False) for b, s in searched.items() for a in s.tried)]
-        measured = losses(dict.fromkeys(p.assignment for p in everything))
-        results = choose(self.space, everything, measured, doubt=doubt)
+        measured = measure(dict.fromkeys(p.assignment for p in everything))
+        briers = {assignment: brier for assignment, (_, brier) in measured.items()} if by_brier else None
+        results = choose(self.space, everything, losses(measured), briers=briers)
         chosen = {r.budget: r.assignment for r in results if r.method == CHOSEN}
         return {b.bound: chosen[b.name] for b in budgets}, len(measured)
 

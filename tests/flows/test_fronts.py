@@ -134,8 +134,6 @@ def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_pat
         assert chosen is not None
         assert all(chosen.loss_shipped <= r.loss_shipped for r in record.results if r.budget == budget and r.method in SAFE)
     chosen_rows = [r for r in record.results if r.method == CHOSEN]
-    losses = [r.loss_shipped for r in chosen_rows]
-    assert losses == sorted(losses, reverse=True)
     assert not any(dominated_by(chosen_rows)) or "dominated" in said
     assert receipt.delivered
     assert receipt.num_children == len(record.results)
@@ -144,9 +142,9 @@ def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_pat
 
 def test_domination_needs_less_of_one_and_no_more_of_the_other(finished):
     row = RunRecord.load(finished.folder / "record.json").results[0]
-    points = [(10, 1.0), (10, 1.0), (11, 1.0), (9, 2.0), (12, 0.5), (12, 0.6)]
-    rows = [type(row)(**{**row.__dict__, "size_bytes": size, "loss_shipped": loss}) for size, loss in points]
-    assert dominated_by(rows) == [False, False, True, False, False, True]
+    points = [(10, 1.0, 0.5), (10, 1.0, 0.5), (11, 1.0, 0.5), (9, 2.0, 0.6), (12, 0.5, 0.4), (12, 0.6, 0.4), (12, 0.6, 0.3)]
+    rows = [replace(row, size_bytes=size, loss_shipped=loss, brier_shipped=brier) for size, loss, brier in points]
+    assert dominated_by(rows) == [False, False, True, False, False, True, False]
 
 
 @pytest.mark.parametrize("top1", [True, False])
