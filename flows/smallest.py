@@ -46,8 +46,7 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
         advance(1)
         return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
 
-    low, solve = solver_of(stored)
-    high = space.size_bytes(space.widest)
+    low, high, solve = solver_of(stored)
     most = (FIRST + ROUNDS * FILL) * len(stored.config.estimators)  # fewer where estimators agree
     with progress("measuring", most) as advance:
         front = solve(np.linspace(low, high, FIRST).astype(int).tolist())
@@ -63,9 +62,9 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
         )
 
 
-def solver_of(stored: StoredRun) -> tuple[int, Callable[[Sequence[int]], list[Assignment]]]:
-    """The least size that an estimator reaches, and what solves for every estimator's optimum at each size: programs and
-    convexification are made once."""
+def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
+    """The least size that an estimator reaches, the largest that the run's limits allow, and what solves for every estimator's
+    optimum at each size between: programs and convexification are made once."""
     space, settings = stored.measured.space, stored.config.solver
     prepared: list[tuple[Program, Solve]] = []
     largest = Budget("size", space.size_bytes(space.widest)).constraint(space)
@@ -80,7 +79,9 @@ def solver_of(stored: StoredRun) -> tuple[int, Callable[[Sequence[int]], list[As
             for size in pareto.within_reach(program, "size", sizes)
         ]
 
-    return min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared), solve
+    least = min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared)
+    (most,) = {limit.bound for program, _ in prepared for limit in program.constraints if limit.name == "size"}
+    return least, int(most), solve
 
 
 def text(found: Smallest, session: Session, top1: bool) -> str:

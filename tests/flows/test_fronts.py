@@ -93,10 +93,20 @@ def test_a_front_of_every_kind_reaches_from_the_narrowest_that_works_to_the_wide
     for name in {p.method for p in answers}:
         assert any(p.assignment == space.widest or p.budget == answers[-1].budget for p in answers if p.method == name)
     assert all((p.assignment.bits[0] != 2) or not damaged for p in answers)
-    least, solve = solver_of(stored)
-    sizes = [least + k * (space.size_bytes(space.widest) - least) // (FIRST - 1) for k in range(FIRST)]
+    least, most, solve = solver_of(stored)
+    sizes = [least + k * (most - least) // (FIRST - 1) for k in range(FIRST)]
     assert min(space.size_bytes(a) for a in solve(sizes)) == least
     assert (least > space.size_bytes(space.narrowest)) == damaged
+
+
+def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_path):
+    document = {**copy_of(finished, tmp_path), "constraints": [{"kind": "size", "bound": 90_000}]}
+    (tmp_path / "run" / "config.yaml").write_text(parse_config(document).to_yaml())
+    stored = StoredRun.open(tmp_path / "run")
+    space, (least, most, _) = stored.measured.space, solver_of(stored)
+    assert (least, most) == (space.size_bytes(space.narrowest), 90_000)
+    found = find(stored, Session.open(parse_config(document)), 100.0, top1=False)
+    assert max(c.size_bytes for c in found.candidates) <= most < space.size_bytes(space.widest)
 
 
 def test_an_impossible_limit_says_what_is_reachable(stored):
