@@ -91,8 +91,8 @@ def finetune(
     """Trains `layers` (by index, as `Prepared.shipped` gives them with `network`) against the float network `reference`.
 
     The result's loss on `held_out` is never above the start's; nothing given is changed. `progress(batches, of)` is called after
-    every batch, `told` after every epoch. NetworkError for a layer without a grid, DataError for images that are too few or lack
-    labels, MeasurementError where the loss is no longer finite.
+    every batch, `told` after every epoch. NetworkError for a layer without a grid, DataError for images that are too few or whose
+    labels are none or too large, MeasurementError where the loss is no longer finite.
     """
     training = training or Training()
     _check(network, layers, training_set, held_out, training)
@@ -142,7 +142,9 @@ def held_out_loss(network: Network, layers: Layers, reference: Network, images: 
     folded, replaced = network.folded_with(layers)
     for start in range(0, len(images), 128):
         x, labels = _on_device(images.load(start, min(start + 128, len(images))), network)
-        loss = criteria.bind(training.criterion, reference.logits(x), labels)
+        floats = reference.logits(x)
+        _check_labels(labels, floats, training)
+        loss = criteria.bind(training.criterion, floats, labels)
         total += float(loss(folded.logits(x, replaced)).sum())
     return total / len(images)
 
@@ -190,6 +192,7 @@ class _Pupil:
         # cloned: what is made under inference mode cannot be saved for the way back
         floats = reference.logits(x).clone() if self.training.criterion == "kl_to_float" else x.new_zeros(())
         logits = self.training_network.updated(self.others).differentiable_logits(x, running)
+        _check_labels(labels, logits, self.training)
         return criteria.bind(self.training.criterion, floats, known)(logits).mean()
 
     def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
@@ -236,6 +239,14 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _on_device(batch: tuple[Tensor, Tensor | None], network: Network) -> tuple[Tensor, Tensor | None]:
     images, labels = batch
     return images.to(network.device), None if labels is None else labels.to(network.device)
+
+
+def _check_labels(labels: Tensor | None, logits: Tensor, training: Training) -> None:
+    """Raises DataError for labels beyond the network's outputs."""
+    if training.criterion == "cross_entropy" and labels is not None:
+        low, high, classes = int(labels.min()), int(labels.max()), logits.shape[-1]
+        if low < 0 or high >= classes:
+            raise DataError(f"labels reach from {low} to {high}; expected 0 to {classes - 1}, one for each output of the network")
 
 
 def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out: ImageSlice, training: Training) -> None:

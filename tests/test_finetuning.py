@@ -191,12 +191,15 @@ def test_what_cannot_be_trained_is_refused():
     few, unlabelled = MemorySlice(images(1)), MemorySlice(images(24, seed=2))
     bare = {i: QuantizedLayer(layer.weight) for i, layer in layers.items()}
     labelled = Training(criterion="cross_entropy")
+    beyond = MemorySlice(images(24), torch.tensor([0, 99] * 12))
     refused: list[tuple[type[CladoError], str, tuple]] = [
         (ConfigurationError, "no layer is quantized", (shipped, {}, network, TRAINING, HELD_OUT)),
         (NetworkError, "no grid", (shipped, bare, network, TRAINING, HELD_OUT)),
         (DataError, "1 training images", (shipped, layers, network, few, HELD_OUT)),
         (DataError, "1 held-out images", (shipped, layers, network, TRAINING, few)),
         (DataError, "labels", (shipped, layers, network, TRAINING, unlabelled, labelled)),
+        (DataError, "labels reach from 0 to 99; expected 0 to", (shipped, layers, network, TRAINING, beyond, labelled)),
+        (DataError, "labels reach from 0 to 99; expected 0 to", (shipped, layers, network, beyond, HELD_OUT, labelled)),
         (MeasurementError, "diverged", (shipped, layers, network, MemorySlice(images(24) * torch.inf), HELD_OUT)),
     ]
     for error, words, given in refused:
