@@ -73,7 +73,10 @@ def _matched(sample: LayerSample, layer: QuantizedLayer, floats: "_Moments", our
 
 
 class _Moments:
-    """Count, mean and deviation (channels,) over batches, in float64 about a fixed first guess of the mean."""
+    """Count, mean and deviation (channels,) over batches, about a fixed first guess of the mean.
+
+    Sums over one batch are taken in float32 at least and where its values are, those over batches in float64.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -81,24 +84,24 @@ class _Moments:
 
     def add(self, values: Tensor) -> None:
         """Adds observations (channels, n)."""
-        values = values.double().cpu()
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         if not self.count:
             self.centre = values.mean(1)
-            self.total, self.squares = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
+            self.total = self.squares = torch.zeros_like(self.centre, dtype=torch.float64)
         values = values - self.centre[:, None]
         self.count += values.shape[1]
         self.total = self.total + values.sum(1)
-        self.squares = self.squares + values.square().sum(1)
+        self.squares = self.squares + values.square_().sum(1)
 
     @property
     def mean(self) -> Tensor:
         """Mean of each channel."""
-        return self.centre + self.total / self.count
+        return (self.centre.double() + self.total / self.count).cpu()
 
     @property
     def deviation(self) -> Tensor:
         """Standard deviation of each channel."""
-        return (self.squares / self.count - (self.total / self.count).square()).clamp(min=0.0).sqrt()
+        return (self.squares / self.count - (self.total / self.count).square()).clamp(min=0.0).sqrt().cpu()
 
     @property
     def varies(self) -> Tensor:
