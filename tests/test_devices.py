@@ -84,20 +84,20 @@ def test_layers_are_corrected_there(correction) -> None:
         torch.testing.assert_close(logits, plain.logits(images(4), own), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_images", [64, 512])
-def test_output_statistics_read_back_their_sums_alone(num_images) -> None:
-    """Not the outputs, whatever the number of batches that they come in."""
+def test_output_statistics_read_back_sums_alone() -> None:
+    """Not the outputs: as often, however many batches they come in."""
     network = network_of(Residual)
     with elsewhere():
         place = moved(network)
-        space = place.search_space((2, 4))
-        reads = {}
-        for corrections in ((), ("output_statistics",)):
-            Reads.count = 0
-            prepare(place, space, Recipe(corrections=corrections), calibration_batches(images(num_images), 64))
-            reads[corrections] = Reads.count
-    a_layer = 1 + space.num_options // space.num_layers  # the float layer's, and each option's
-    assert reads["output_statistics",] - reads[()] <= 8 * a_layer * space.num_layers
+        space, reads = place.search_space((2, 4)), {}
+        for size in (64, 8):
+            counts = []
+            for corrections in ((), ("output_statistics",)):
+                Reads.count = 0
+                prepare(place, space, Recipe(corrections=corrections), calibration_batches(images(64), size))
+                counts.append(Reads.count)
+            reads[size] = counts[1] - counts[0]
+    assert reads[8] == reads[64] > 0
 
 
 def bench_of(ready: Prepared, statistics: bool = False) -> Workbench:
