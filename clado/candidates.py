@@ -1,4 +1,4 @@
-"""From matrices to an answer: propose with several estimators, measure the true loss of every proposal, return the best.
+"""From matrices to an answer: propose with several estimators, measure every proposal, return the one nearest to the float one.
 
 The quadratic model only proposes; what is returned was measured. NumPy only: the solver and the measured losses are given.
 """

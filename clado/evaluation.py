@@ -58,7 +58,7 @@ class Counts:
 
     @property
     def mean_brier(self) -> float:
-        """NaN where it was not measured, as by an earlier version."""
+        """NaN where it was not measured."""
         return math.nan if self.brier is None else self.brier / self.num_images
 
 

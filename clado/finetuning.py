@@ -141,9 +141,10 @@ def held_out_loss(network: Network, layers: Layers, reference: Network, images: 
     total = 0.0
     folded, replaced = network.folded_with(layers)
     for start in range(0, len(images), 128):
-        x, labels = _on_device(images.load(start, min(start + 128, len(images))), network)
+        batch = images.load(start, min(start + 128, len(images)))
+        x, labels = _on_device(batch, network)
         floats = reference.logits(x)
-        _check_labels(labels, floats, training)
+        _check_labels(batch[1], floats, training)
         loss = criteria.bind(training.criterion, floats, labels)
         total += float(loss(folded.logits(x, replaced)).sum())
     return total / len(images)

@@ -33,7 +33,9 @@ class Ledger:
             wanted = list(assignment.bits), list(assignment.activation_bits), self.identity, None if part is None else list(part)
             if stored != wanted:
                 return None
-            return Counts(**document["counts"])
+            counts = {**document["counts"]}
+            counts.pop("losses", None)  # those of the single images, which earlier versions kept
+            return Counts(**counts)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -181,16 +181,11 @@ def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None) -> Ar
     return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile, known)
 
 
-def losses(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Array:
-    """Per-sample losses (n,) of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of
-    the network that ships where one is given."""
-    return losses_and_briers(bench, assignment, block, shipped)[0]
-
-
 def losses_and_briers(
     bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None
 ) -> tuple[Array, Array]:
-    """`losses`, and of the same forwards the Brier score of each sample (n,) (`criteria.brier`)."""
+    """Per-sample losses (n,) and Brier scores (n,) of one assignment, partial or full, on one sample block, by whole forwards: as
+    probes see it, or of the network that ships where one is given."""
     parts: Iterable[Pass]
     if shipped is None:
         network, chosen, parts = bench.network, bench.chosen(assignment), bench.passes(block)

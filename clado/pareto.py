@@ -95,14 +95,16 @@ def smallest_bound(program: Program, constraint: str, largest_increase: float, s
     """The other direction: the smallest value of one constraint whose minimised function stays at or under `largest_increase`.
 
     Bisection, since the optimum does not rise with the bound; exact to `resolution` (in the constraint's unit) as far as the
-    solver's answers are proven. Raises InfeasibleError when even the loosest bound predicts a larger increase.
+    solver's answers are proven. Raises InfeasibleError when even the program's own bound predicts a larger increase.
     """
     index = _index(program, constraint)
-    low, high = program.reachable(index)
+    low, most = program.reachable(index)
+    high = min(most, program.constraints[index].bound)
     best = solve(program.with_bounds({constraint: high}))
     if best.minimised > largest_increase:
+        within = f"whatever the {constraint}" if high == most else f"within a {constraint} of {high:g}"
         raise InfeasibleError(
-            f"the predicted increase is at least {best.bound:.6g} (found: {best.minimised:.6g}) whatever the {constraint}; "
+            f"the predicted increase is at least {best.bound:.6g} (found: {best.minimised:.6g}) {within}; "
             f"asked for was at most {largest_increase:.6g}"
         )
     below = low - resolution  # nothing is that small

@@ -51,7 +51,8 @@ class Result:
     where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
     rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
     took, and `gain` how much lower its measured loss is than the least of the other methods'; where that is negative, its Brier
-    score is lower. `brier_shipped` is that score's mean, beside `loss_shipped` (`criteria.brier`; None: by an earlier version).
+    score is lower, or the run is of an earlier version. `brier_shipped` is the mean of that score, beside `loss_shipped`
+    (`criteria.brier`; None where it is not finite, and in earlier versions).
     """
 
     budget: str
@@ -77,7 +78,7 @@ class Result:
 @dataclass(frozen=True)
 class Candidate:
     """One assignment that was measured for a budget: who proposed it (a method, a variant of one, or the local search), what was
-    predicted and what was measured (None: NaN or infinite; no `brier_shipped` in the records of earlier versions)."""
+    predicted and what was measured (None: NaN or infinite; earlier versions had no Brier score)."""
 
     budget: str
     origin: str

@@ -77,7 +77,7 @@ def verdict(record: RunRecord) -> str:
 
 
 def winners(record: RunRecord) -> str:
-    """One line a budget: whose assignment was chosen, and how far its measured loss is below the best of the others."""
+    """One line a budget: whose assignment was chosen, and how far its measured loss is from the least of the others."""
     chosen = [result for result in record.results if result.method == CHOSEN]
     width = max((len(result.budget) for result in chosen), default=0)
     name_width = max((len(result.winner or "") for result in chosen), default=0)
@@ -85,7 +85,7 @@ def winners(record: RunRecord) -> str:
     for result in chosen:
         name = (result.winner or "unknown").ljust(name_width)
         lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_shipped)}{_lead(result)}")
-    return "\n".join(["Chosen by measured loss, and who proposed it:", *lines]) if lines else "Nothing was chosen."
+    return "\n".join(["Chosen, and who proposed it:", *lines]) if lines else "Nothing was chosen."
 
 
 def search_text(record: RunRecord) -> str:
@@ -127,22 +127,24 @@ def stability_text(record: RunRecord) -> str:
 
 
 def candidates_table(record: RunRecord) -> str:
-    """Every candidate that was measured, by budget and Brier score, as Markdown."""
+    """Every candidate that was measured, by budget and Brier score, as Markdown; the chosen one is marked."""
     rows = []
     for budget in record.budgets:
+        best = record.find(budget, CHOSEN)
         own = [c for c in record.candidates if c.budget == budget]
         for c in sorted(own, key=_by_what_is_measured):
             predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
             measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)
             brier = "–" if c.brier_shipped is None else loss_text(c.brier_shipped)
-            rows.append([budget, c.origin, f"{c.size_bytes:,}", predicted, measured, brier, str(c.assignment)])
+            origin = f"{c.origin} (chosen)" if best and c.assignment == best.assignment else c.origin
+            rows.append([budget, origin, f"{c.size_bytes:,}", predicted, measured, brier, str(c.assignment)])
     if not rows:
         return "No candidates are recorded: the run was made by an earlier version, or for no budget."
     return markdown_table(["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "bits"], rows)
 
 
 def _by_what_is_measured(candidate: Candidate) -> tuple[float, float]:
-    """The order that `chosen` goes by; what has not been measured comes last."""
+    """Brier score, then loss; what has not been measured comes last."""
     brier, loss = candidate.brier_shipped, candidate.loss_shipped
     return math.inf if brier is None else brier, math.inf if loss is None else loss
 
@@ -154,7 +156,8 @@ def _lead(result: Result) -> str:
     if result.gain == 0:
         return ", as low as the best of the others"
     if result.gain < 0:
-        return f", {loss_text(-result.gain)} above the least of the others, with a lower Brier score"
+        why = "" if result.brier_shipped is None else ", with a lower Brier score"
+        return f", {loss_text(-result.gain)} above the least of the others{why}"
     others = result.loss_shipped + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"

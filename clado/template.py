@@ -62,7 +62,7 @@ corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # 
 # adaround:                          # where it is among the corrections
 #   steps: 1000                      # of its optimiser, for one layer at one width
 criterion: kl_to_float               # what must not grow: kl_to_float, or cross_entropy (needs labels)
-estimators: [layerwise, gauss_newton]  # compared, by measured loss; also pairwise, blockwise, tempered2, hawq, mpqco, …
+estimators: [layerwise, gauss_newton]  # compared as measured; also pairwise, blockwise, tempered2, hawq, mpqco, …
 # gradients:                         # what hawq, mpqco and fisher draw at random
 #   vectors: 8                       # of hawq's trace, in each sample block
 #   seed: 0

@@ -63,8 +63,8 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
 
 
 def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
-    """The least size that an estimator reaches, the largest that the run's limits allow, and what solves for every estimator's
-    optimum at each size between: programs and convexification are made once."""
+    """The least size that an estimator reaches, the largest that the run's limit on it allows, and what solves for every
+    estimator's optimum at each size between: programs and convexification are made once."""
     space, settings = stored.measured.space, stored.config.solver
     prepared: list[tuple[Program, Solve]] = []
     largest = Budget("size", space.size_bytes(space.widest)).constraint(space)

@@ -1,6 +1,7 @@
 """A finished run, read back from its folder: new budgets from stored shards, without measuring."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,9 +193,23 @@ def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Propos
     return chosen_of(session, proposals, found)
 
 
+def answers(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Result]:
+    """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, by whatever rule its version had,
+    as long as it is measured to be what it was."""
+    rows = chosen_among(stored, session, candidates_of(stored, session, wanted))
+    before: dict[str, Result] = {}
+    if own := {proposal.budget.name for proposal in recorded(stored, session)}:
+        ledger = session.ledger("sensitivity")
+        for row in RunRecord.load(stored.folder / "record.json").results:
+            counts = ledger.get(row.assignment) if row.method == CHOSEN and row.budget in own else None
+            if counts is not None and math.isclose(counts.accuracy().loss, row.loss_shipped):
+                before[row.budget] = row
+    return [before.get(row.budget, row) if row.method == CHOSEN else row for row in rows]
+
+
 def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignment:
     """What is chosen for a budget."""
-    rows = chosen_among(stored, session, candidates_of(stored, session, [budget]))
+    rows = answers(stored, session, [budget])
     return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
@@ -223,7 +238,7 @@ def evaluated(stored: StoredRun, session: Session, budget: Budget | None) -> lis
     """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
     wanted = [budget] if budget else list(session.budgets)
     names = {asked.name for asked in wanted}
-    rows = chosen_among(stored, session, candidates_of(stored, session, wanted))
+    rows = answers(stored, session, wanted)
     return [replace(row, validation=accuracy_of(session, row.assignment)) for row in rows if row.budget in names]
 
 

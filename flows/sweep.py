@@ -98,17 +98,18 @@ def front_table(record: RunRecord) -> str:
             row.winner or "",
             "" if row.loss_predicted is None else f"{row.loss_predicted:.5f}",
             f"{row.loss_shipped:.5f}",
+            "" if row.brier_shipped is None else f"{row.brier_shipped:.5f}",
             "" if row.validation is None or row.validation.top1 is None else f"{100 * row.validation.top1:.2f}",
             row.status or "",
             "dominated" if worse else "",
         ]
         for row, worse in zip(chosen, dominated, strict=True)
     ]
-    header = ["budget", "bytes", "bits", "proposed by", "predicted loss", "measured loss", "top-1 %", "solver", ""]
+    header = ["budget", "bytes", "bits", "proposed by", "predicted loss", "measured loss", "Brier score", "top-1 %", "solver", ""]
     return markdown_table(header, rows)
 
 
 def dominated_by(rows: Sequence[Result]) -> list[bool]:
     """For each result whether another has no more of bytes, measured loss and Brier score, and less of one."""
-    points = [(row.size_bytes, row.loss_shipped, row.brier_shipped or 0.0) for row in rows]
+    points = [(row.size_bytes, row.loss_shipped, math.inf if row.brier_shipped is None else row.brier_shipped) for row in rows]
     return [any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points) for own in points]

@@ -82,6 +82,7 @@ def make_record(
                     size_bytes=space.size_bytes(assignment),
                     average_bits=average,
                     loss_shipped=loss,
+                    brier_shipped=0.3 * loss,
                     loss_predicted=0.9 * loss if solved else None,
                     status="optimal" if solved else None,
                     objective=0.9 * loss if solved else None,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clado.evaluation import count, per_image
 from clado.images import as_slice
-from clado.measure import Workbench, losses, measure_tile
+from clado.measure import Workbench, losses_and_briers, measure_tile
 from clado.network import Network
 from clado.plugins import available
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
@@ -117,7 +117,7 @@ def test_tiles_are_measured_there(kind, statistics) -> None:
             bench = bench_of(prepared(place), statistics)
             plan = Plan(bench.space, tuple(bench.blocks), kinds, bench.space.num_options)
             tiles[name] = [measure_tile(bench, tile) for tile in plan.tiles]
-            tiles[name].append(losses(bench, bench.space.narrowest, 0))
+            tiles[name].append(losses_and_briers(bench, bench.space.narrowest, 0)[0])
     for one, other in zip(tiles["here"], tiles["there"], strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
@@ -141,7 +141,7 @@ def test_pairs_are_read_back_once_a_layer(kind) -> None:
 
 
 @pytest.mark.parametrize("num_vectors", [1, 5])
-def test_traces_are_read_back_once(num_vectors) -> None:
+def test_no_number_of_a_trace_is_read_back_by_itself(num_vectors) -> None:
     ready = prepared(network_of(Normed))
     bench = replace(bench_of(ready), num_vectors=num_vectors)
     reads = []

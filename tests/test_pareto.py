@@ -78,6 +78,10 @@ def test_smallest_bound_inverts(seed: int) -> None:
             assert below.minimised > middle.minimised
     with pytest.raises(InfeasibleError, match="whatever the size"):
         pareto.smallest_bound(program, "size", -1e9, exhaustive)
+    tight = program.with_bounds({"size": low})
+    assert pareto.smallest_bound(tight, "size", 1e9, exhaustive).values["size"] == low
+    with pytest.raises(InfeasibleError, match=f"within a size of {low:g}"):
+        pareto.smallest_bound(tight, "size", exhaustive(tight).minimised - 1e-6, exhaustive)
 
 
 def test_what_is_refused() -> None:

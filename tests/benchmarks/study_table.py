@@ -13,8 +13,9 @@ from clado.records import markdown_table
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"
-# `_plainest`: as `chosen` and `chosen_full` were before the Brier score, the least sum of singles within a standard error of the
-# least loss; `chosen_full_least`: everything but the tempered estimators, and the least loss. In the first cells only.
+# In the first cells only. `_plainest`: as `chosen` and `chosen_full` were before the Brier score, the least sum of singles within
+# a standard error of the least loss; `chosen_full_least`: everything but the tempered estimators, and the least loss.
+EARLIER = {"chosen_plainest", "chosen_full_plainest", "chosen_full_least"}
 METHODS = (
     *("uniform", "layerwise", "blockwise", "pairwise", "pairwise_raw", "gauss_newton"),
     *("tempered2", "tempered4", "tempered8", "hawq", "mpqco", "fisher"),

@@ -1,5 +1,6 @@
 """New budgets, fronts and bounds from a stored run: feasible, measured, and never worse than what they are compared with."""
 
+import itertools
 import json
 from dataclasses import replace
 from math import inf, nan
@@ -107,6 +108,9 @@ def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_p
     assert (least, most) == (space.size_bytes(space.narrowest), 90_000)
     found = find(stored, Session.open(parse_config(document)), 100.0, top1=False)
     assert max(c.size_bytes for c in found.candidates) <= most < space.size_bytes(space.widest)
+    reachable = max(solution.minimised for _, _, solution in stored.solve(Budget("size", most)))
+    for _, _, solution in stored.smallest_predicted(reachable + 1e-3):
+        assert space.size_bytes(solution.assignment) <= most
 
 
 def test_an_impossible_limit_says_what_is_reachable(stored):
@@ -144,6 +148,8 @@ def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_pat
         assert chosen is not None
         assert all(chosen.loss_shipped <= r.loss_shipped for r in record.results if r.budget == budget and r.method in SAFE)
     chosen_rows = [r for r in record.results if r.method == CHOSEN]
+    for smaller, larger in itertools.pairwise(chosen_rows):
+        assert larger.loss_shipped <= smaller.loss_shipped or larger.brier_shipped <= smaller.brier_shipped
     assert not any(dominated_by(chosen_rows)) or "dominated" in said
     assert receipt.delivered
     assert receipt.num_children == len(record.results)

@@ -204,7 +204,15 @@ def test_show_prints_every_candidate(finished, record):
     from flows.cli import app
 
     printed = CliRunner().invoke(app, ["show", str(finished.folder), "--candidates"]).output
-    assert sum(line.startswith("| ") for line in printed.splitlines()) == 1 + len(record.candidates)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(record.candidates)
+    for budget in record.budgets:
+        own = [line for line in lines if line[0] == budget]
+        scores = [float(line[5]) for line in own]
+        assert scores == sorted(scores)
+        marked = {line[-1] for line in own if line[1].endswith("(chosen)")}
+        assert marked <= {str(record.find(budget, CHOSEN).assignment)}
+        assert marked or record.find(budget, CHOSEN).winner.endswith("bits")  # measured for a smaller budget
     assert f"Local search on the measured loss ({5 * len(record.budgets)} evaluations" in printed
 
 
