@@ -216,6 +216,19 @@ def test_show_prints_every_candidate(finished, record):
     assert f"Local search on the measured loss ({5 * len(record.budgets)} evaluations" in printed
 
 
+def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_path, record):
+    """An earlier version chose by another rule; a run of other settings that was killed leaves a record of before."""
+    session = Session.open(parse_config(copy_of(finished, tmp_path)))
+    stored, budget = StoredRun.open(tmp_path / "run"), session.budgets[0]
+    row = record.find(budget.name, CHOSEN)
+    other = next(c for c in record.candidates if c.budget == budget.name and c.assignment != row.assignment)
+    for loss, expected in ((other.loss_shipped, other.assignment), (2 * other.loss_shipped, row.assignment)):
+        earlier = replace(row, assignment=other.assignment, loss_shipped=loss, brier_shipped=None)
+        results = tuple(earlier if r == row else r for r in record.results)
+        replace(record, results=results).save(tmp_path / "run" / "record.json")
+        assert chosen_for(stored, session, budget) == expected
+
+
 def test_the_best_of_a_search_is_what_is_exported_and_evaluated_later(finished, record):
     from flows.stored import StoredRun, chosen_for
 
