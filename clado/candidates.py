@@ -24,6 +24,7 @@ from clado.space import FLOAT_BITS, Assignment, SearchSpace
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
 CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
 SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured
+SIGNIFICANT = 2.0  # standard errors
 TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose for no forward beside what gauss_newton measures
 
 
@@ -229,32 +230,54 @@ def rank_correlation(one: Array, other: Array) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
+@dataclass(frozen=True)
+class Score:
+    """What decides between assignments beside their loss: the mean Brier score, and the hits of each image (n,), 0 or 1."""
+
+    brier: float
+    hits: Array
+
+    def misses_significantly(self, other: "Score") -> bool:
+        """Whether fewer images hit than with the other, by more than two standard errors of the paired difference."""
+        difference = other.hits - self.hits
+        n = len(difference)
+        return n > 1 and bool(difference.mean() > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(n))
+
+
 def choose(
     space: SearchSpace,
     proposals: Sequence[Proposal],
     losses: Mapping[Assignment, float],
     limits: Sequence[Constraint] = (),
-    briers: Mapping[Assignment, float] | None = None,
+    scores: Mapping[Assignment, Score] | None = None,
 ) -> list[Result]:
-    """One Result for each listed proposal, and one `chosen` for each budget: of all proposals that fit the budget, made for it or
-    for a smaller one, and that are not worse than SAFE as measured, the one of the least Brier score (of the less loss on a tie,
-    then of the smaller). Without `briers` the loss alone decides.
+    """One Result for each listed proposal, and one `chosen` for each budget, of all proposals that fit it, made for it or for a
+    smaller one. Without `scores` it is the one of least measured loss, the smaller on a tie.
 
-    So `chosen` is never worse than uniform or layerwise on the images that it was measured on, nor worse in both loss and Brier
-    score than what a smaller budget got. A loss, or a score, of NaN is as bad as an infinite one.
+    With them: of those whose loss is not above that of SAFE, and whose hits are not significantly fewer than the most, the one of
+    least Brier score (then of least loss). So `chosen` is never worse than uniform or layerwise on the images that it was
+    measured on. A loss, or a Brier score, of NaN is as bad as an infinite one.
     """
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
     worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
-    scores = worth if briers is None else {assignment: ordered(brier) for assignment, brier in briers.items()}
+    briers = worth if scores is None else {assignment: ordered(score.brier) for assignment, score in scores.items()}
 
     def order(proposal: Proposal) -> tuple[float, float, int]:
         a = proposal.assignment
-        return scores[a], worth[a], space.size_bits(a)
+        return briers[a], worth[a], space.size_bits(a)
+
+    def taken(fitting: Sequence[Proposal]) -> Proposal:
+        if scores is None:
+            return min(fitting, key=order)
+        most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)
+        safe = sorted((p for p in fitting if worth[p.assignment] <= most), key=order)
+        best = scores[max(safe, key=lambda p: scores[p.assignment].hits.sum()).assignment]
+        return next(p for p in safe if not scores[p.assignment].misses_significantly(best))
 
     def result(proposal: Proposal) -> Result:
         a = proposal.assignment
-        return _result(space, proposal, worth[a], None if briers is None else scores[a])
+        return _result(space, proposal, worth[a], None if scores is None else scores[a])
 
     results = []
     for budget in budgets:
@@ -263,9 +286,7 @@ def choose(
         # of equal assignments the one made for this budget comes first, so that it gets the credit
         own_first = [*own, *(proposal for proposal in proposals if proposal.budget != budget)]
         fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
-        fitting = fitting or own  # uniform, where nothing fits
-        most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)
-        chosen = min([p for p in fitting if worth[p.assignment] <= most], key=order)
+        chosen = taken(fitting or own)  # uniform, where nothing fits
         siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
         others = [worth[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
         winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
@@ -274,7 +295,7 @@ def choose(
     return results
 
 
-def _result(space: SearchSpace, proposal: Proposal, loss: float, brier: float | None) -> Result:
+def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | None) -> Result:
     solution, assignment = proposal.solution, proposal.assignment
     return Result(
         budget=proposal.budget.name,
@@ -283,7 +304,8 @@ def _result(space: SearchSpace, proposal: Proposal, loss: float, brier: float | 
         size_bytes=space.size_bytes(assignment),
         average_bits=space.average_bits(assignment),
         loss_shipped=loss,
-        brier_shipped=brier,
+        brier_shipped=None if score is None else score.brier,
+        agreement_shipped=None if score is None else float(score.hits.mean()),
         loss_predicted=proposal.loss_predicted,
         status=None if solution is None else str(solution.status),
         objective=None if solution is None else solution.objective,

@@ -96,6 +96,17 @@ def brier(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None
     return (logits.double().softmax(-1) - p).square().sum(-1)
 
 
+def hits(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Whether the class of the largest logit is the float network's, or with `cross_entropy` the label: bool (..., N). Logits
+    that are not finite hit nothing."""
+    expected = float_logits.argmax(-1)
+    if name == "cross_entropy":
+        if labels is None:
+            raise DataError(NEEDS_LABELS)
+        expected = labels
+    return (logits.argmax(-1) == expected) & logits.isfinite().all(-1)
+
+
 def residual(name: str, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Gradient of the criterion at the float logits, float64 (N, C): p − onehot(y), None where it is zero (KL)."""
     if name == "kl_to_float":

@@ -24,8 +24,8 @@ Number = TypeVar("Number", int, float)
 @dataclass(frozen=True)
 class Counts:
     """Sums over a shard of images: `loss` is the sum of losses; `top1` and `top5` count hits, None without labels. `classes` has
-    (class, images, top-1 hits) of each class that was met, in order of the classes. `brier` is the sum of Brier scores, of
-    sensitivity images (`criteria.brier`); else None."""
+    (class, images, top-1 hits) of each class that was met, in order of the classes. Of
+    sensitivity images `brier` is the sum of Brier scores, and `hits` has a 1 or 0 for each (`measure.Scores`)."""
 
     num_images: int = 0
     loss: float = 0.0
@@ -33,6 +33,7 @@ class Counts:
     top5: int | None = None
     classes: tuple[tuple[int, int, int], ...] = ()
     brier: float | None = None
+    hits: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))  # from JSON
@@ -47,6 +48,7 @@ class Counts:
             _added(self.top5, other.top5),
             _merged(self.classes, other.classes),
             _added(self.brier, other.brier),
+            self.hits + other.hits,
         )
 
     def accuracy(self) -> Accuracy:
@@ -60,6 +62,11 @@ class Counts:
     def mean_brier(self) -> float:
         """NaN where it was not measured."""
         return math.nan if self.brier is None else self.brier / self.num_images
+
+    @property
+    def each_hit(self) -> NDArray[np.float64]:
+        """`hits` as numbers (n,)."""
+        return np.array([float(hit) for hit in self.hits])
 
 
 def _added(a: Number | None, b: Number | None) -> Number | None:

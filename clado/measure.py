@@ -8,6 +8,7 @@ stored at a time is one pass of every row.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -181,22 +182,28 @@ def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None) -> Ar
     return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile, known)
 
 
-def losses_and_briers(
-    bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None
-) -> tuple[Array, Array]:
-    """Per-sample losses (n,) and Brier scores (n,) of one assignment, partial or full, on one sample block, by whole forwards: as
-    probes see it, or of the network that ships where one is given."""
+class Scores(NamedTuple):
+    """What an assignment does to each sample (n,): the criterion, the Brier score, and whether the top class stays right."""
+
+    losses: Array
+    briers: Array
+    hits: Array
+
+
+def scores(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Scores:
+    """Of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of the network that ships
+    where one is given."""
     parts: Iterable[Pass]
     if shipped is None:
         network, chosen, parts = bench.network, bench.chosen(assignment), bench.passes(block)
     else:
         network, chosen, parts = shipped, bench.prepared.chosen(assignment), bench.shipped_passes(block)
-    found, briers = [], []
+    found = []
     for part in parts:
         logits = network.logits(part.images, chosen)
-        found.append(_numpy(part.criterion(bench.criterion)(logits)))
-        briers.append(_numpy(criteria.brier(bench.criterion, logits, part.float_logits, part.labels)))
-    return np.concatenate(found), np.concatenate(briers)
+        given = bench.criterion, logits, part.float_logits, part.labels
+        found.append((part.criterion(bench.criterion)(logits), criteria.brier(*given), criteria.hits(*given)))
+    return Scores(*(np.concatenate([_numpy(value) for value in column]) for column in zip(*found, strict=True)))
 
 
 def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:

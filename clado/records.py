@@ -50,9 +50,10 @@ class Result:
     set with the network that probes measure; `loss_shipped`: with the one that would ship, final corrections applied (the same
     where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
     rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
-    took, and `gain` how much lower its measured loss is than the least of the other methods'; where that is negative, its Brier
-    score is lower, or the run is of an earlier version. `brier_shipped` is the mean of that score, beside `loss_shipped`
-    (`criteria.brier`; None where it is not finite, and in earlier versions).
+    took, and `gain` how much lower its measured loss is than the least of the other methods'; where that is negative,
+    Brier score and agreement decided (`candidates.choose`), or an earlier version. `brier_shipped` and `agreement_shipped` are
+    those two, measured with `loss_shipped`: the mean score (None: not finite), and the share of images whose top class is the
+    float network's, or with cross entropy the label. None in earlier versions.
     """
 
     budget: str
@@ -62,6 +63,7 @@ class Result:
     average_bits: float
     loss_shipped: float
     brier_shipped: float | None = None
+    agreement_shipped: float | None = None
     loss_predicted: float | None = None
     loss_probe_model: float | None = None
     status: str | None = None
@@ -87,6 +89,7 @@ class Candidate:
     loss_shipped: float | None
     loss_predicted: float | None = None
     brier_shipped: float | None = None
+    agreement_shipped: float | None = None
 
 
 @dataclass(frozen=True)

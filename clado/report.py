@@ -137,10 +137,12 @@ def candidates_table(record: RunRecord) -> str:
             measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)
             brier = "–" if c.brier_shipped is None else loss_text(c.brier_shipped)
             origin = f"{c.origin} (chosen)" if best and c.assignment == best.assignment else c.origin
-            rows.append([budget, origin, f"{c.size_bytes:,}", predicted, measured, brier, str(c.assignment)])
+            agreement = "–" if c.agreement_shipped is None else percent(c.agreement_shipped)
+            rows.append([budget, origin, f"{c.size_bytes:,}", predicted, measured, brier, agreement, str(c.assignment)])
     if not rows:
         return "No candidates are recorded: the run was made by an earlier version, or for no budget."
-    return markdown_table(["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "bits"], rows)
+    header = ["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "agreement %", "bits"]
+    return markdown_table(header, rows)
 
 
 def _by_what_is_measured(candidate: Candidate) -> tuple[float, float]:
@@ -156,7 +158,7 @@ def _lead(result: Result) -> str:
     if result.gain == 0:
         return ", as low as the best of the others"
     if result.gain < 0:
-        why = "" if result.brier_shipped is None else ", with a lower Brier score"
+        why = "" if result.brier_shipped is None else ": Brier score and agreement decided"
         return f", {loss_text(-result.gain)} above the least of the others{why}"
     others = result.loss_shipped + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""

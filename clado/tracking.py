@@ -590,6 +590,7 @@ class _Delivery(_Attempt):
             "loss_predicted": result.loss_predicted,
             "loss_shipped": result.loss_shipped,
             "brier_shipped": result.brier_shipped,
+            "agreement_shipped": result.agreement_shipped,
             self.record.top1_name: accuracy.top1 if accuracy else None,
             **(self._interval(accuracy) if accuracy else {}),
             "top5": accuracy.top5 if accuracy else None,
@@ -625,7 +626,7 @@ class _Delivery(_Attempt):
             self.logged.append(model)
             own = {"model_id": model.model_id}
         found = {name: {**own, **images} for name in (self.record.top1_name, "top5", "validation_loss")}
-        return found | dict.fromkeys(("size_bytes", "average_bits", "loss_shipped", "brier_shipped"), own)
+        return found | dict.fromkeys(("size_bytes", "average_bits", "loss_shipped", "brier_shipped", "agreement_shipped"), own)
 
     def _model_tags(self) -> dict[str, str]:
         return _trim({TAG: self.delivery, "fingerprint": self.record.fingerprint, "network": self.record.network})

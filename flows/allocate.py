@@ -164,8 +164,16 @@ def measured_candidates(run: Run) -> tuple[Candidate, ...]:
     def candidate(budget: Budget, origin: str, assignment: Assignment, predicted: float | None) -> Candidate:
         counts = run.losses[assignment]
         loss, brier = counts.accuracy().loss, counts.mean_brier
-        measured = (loss, brier) if isfinite(loss) and isfinite(brier) else (None, None)
-        return Candidate(budget.name, origin, assignment, space.size_bytes(assignment), measured[0], predicted, measured[1])
+        return Candidate(
+            budget.name,
+            origin,
+            assignment,
+            space.size_bytes(assignment),
+            loss if isfinite(loss) else None,
+            predicted,
+            brier if isfinite(brier) else None,
+            float(counts.each_hit.mean()),
+        )
 
     found: list[Candidate] = []
     for budget in dict.fromkeys(proposal.budget for proposal in run.proposals):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from clado.candidates import Budget, Proposal, choose
+from clado.candidates import Budget, Proposal, Score, choose
 from clado.estimators import Measured
 from clado.evaluation import Counts
 from clado.interaction import InteractionMatrix
@@ -54,8 +54,8 @@ class Run:
 def chosen_of(session: Session, proposals: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
     """`choose` by what was measured on the sensitivity set."""
     losses = {assignment: found.accuracy().loss for assignment, found in counts.items()}
-    briers = {assignment: found.mean_brier for assignment, found in counts.items()}
-    return choose(session.space, proposals, losses, session.limits, briers)
+    scores = {assignment: Score(found.mean_brier, found.each_hit) for assignment, found in counts.items()}
+    return choose(session.space, proposals, losses, session.limits, scores)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from clado.errors import ConfigurationError, DataError, IdentityMismatch
 from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
-from clado.measure import Workbench, losses_and_briers, network_batching, rows_per_tile
+from clado.measure import Workbench, network_batching, rows_per_tile, scores
 from clado.network import Network, is_depthwise
 from clado.preparation import Prepared, Recipe, calibration_batches, check_calibration, equalized, names_of, prepare_layer
 from clado.probes import BY_ENTRY, Plan, Tile, Workload, grown_blocks, sample_blocks
@@ -285,7 +285,7 @@ class Session:
         return prepared.network.updated(changed), chosen
 
     def loss(self, assignment: Assignment) -> Counts:
-        """Sums of loss and Brier score of the network that ships over the sensitivity set."""
+        """Sums of loss and Brier score of the network that ships over the sensitivity set, and its hits."""
         return self._loss(assignment, self.shipped(assignment)[0] if self.has_probe_model else None)
 
     def probe_loss(self, assignment: Assignment) -> Counts:
@@ -298,9 +298,10 @@ class Session:
         return bool(at_stage(self.config.corrections, "final")) or self.config.measure.batch_statistics
 
     def _loss(self, assignment: Assignment, shipped: Network | None) -> Counts:
-        sums = [losses_and_briers(self.bench, assignment, block, shipped) for block in range(len(self.blocks))]
-        loss, brier = (float(sum(part.sum() for part in parts)) for parts in zip(*sums, strict=True))
-        return Counts(sum(stop - start for start, stop in self.blocks), loss, brier=brier)
+        found = [scores(self.bench, assignment, block, shipped) for block in range(len(self.blocks))]
+        loss, brier = (float(sum(getattr(block, name).sum() for block in found)) for name in ("losses", "briers"))
+        hits = "".join("01"[int(hit)] for block in found for hit in block.hits)
+        return Counts(len(hits), loss, brier=brier, hits=hits)
 
     def accuracies(self, asked: Sequence[tuple[Assignment, bool]], start: int, stop: int) -> list[Counts]:
         """Counts on images start..stop−1 of the validation set, each decoded once, for each (assignment, plain): of the network
@@ -496,7 +497,7 @@ class Session:
             identity["variant"] = variant
         identity |= {"slice": getattr(self.slices, which).sha256, "layers": self.space.names}
         if which == "sensitivity":
-            identity["measured"] = "loss and Brier score"  # earlier versions had the loss alone
+            identity["measured"] = "loss, Brier score, hits"  # earlier versions had the loss alone
         return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
 
 

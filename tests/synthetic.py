@@ -83,6 +83,7 @@ def make_record(
                     average_bits=average,
                     loss_shipped=loss,
                     brier_shipped=0.3 * loss,
+                    agreement_shipped=float(np.exp(-loss)),
                     loss_predicted=0.9 * loss if solved else None,
                     status="optimal" if solved else None,
                     objective=0.9 * loss if solved else None,

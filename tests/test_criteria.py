@@ -98,6 +98,14 @@ def test_the_brier_score_is_least_where_the_criterion_is_and_bounded_where_that_
     assert float(criteria.bind(name, f, labels)(wrong).max()) > 1000
 
 
-def test_the_brier_score_of_labels_needs_labels():
+def test_hits_are_of_the_float_networks_class_or_the_label_and_none_where_logits_are_not_finite():
+    z = torch.tensor([[1.0, 2.0], [2.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0]])
+    f, labels = torch.tensor([[0.0, 1.0]] * 2 + [[1.0, 0.0]] * 2), torch.tensor([0, 0, 0, 0])
+    assert criteria.hits("kl_to_float", z, f, None).tolist() == [True, False, False, False]
+    assert criteria.hits("cross_entropy", z, f, labels).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("score", [criteria.brier, criteria.hits])
+def test_scores_of_labels_need_labels(score):
     with pytest.raises(DataError, match="cross_entropy needs labels"):
-        criteria.brier("cross_entropy", logits(2, 3), logits(2, 3), None)
+        score("cross_entropy", logits(2, 3), logits(2, 3), None)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clado.evaluation import count, per_image
 from clado.images import as_slice
-from clado.measure import Workbench, losses_and_briers, measure_tile
+from clado.measure import Workbench, measure_tile, scores
 from clado.network import Network
 from clado.plugins import available
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
@@ -117,7 +117,7 @@ def test_tiles_are_measured_there(kind, statistics) -> None:
             bench = bench_of(prepared(place), statistics)
             plan = Plan(bench.space, tuple(bench.blocks), kinds, bench.space.num_options)
             tiles[name] = [measure_tile(bench, tile) for tile in plan.tiles]
-            tiles[name].append(losses_and_briers(bench, bench.space.narrowest, 0)[0])
+            tiles[name].append(scores(bench, bench.space.narrowest, 0).losses)
     for one, other in zip(tiles["here"], tiles["there"], strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 

@@ -14,7 +14,9 @@ COUNTS = Counts(7, 0.1 + 0.2, 5, 6, ((0, 3, 2), (9, 4, 3)))
 
 
 @pytest.mark.parametrize("assignment", [ONE, ACTIVATED, PARTIAL, Assignment((None, None, None))])
-@pytest.mark.parametrize("counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(3, 0.6, brier=1 / 3)])
+@pytest.mark.parametrize(
+    "counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(2, 0.6, brier=1 / 3, hits="01")]
+)
 def test_what_is_put_is_got_bit_for_bit(tmp_path, assignment, counts):
     Ledger(tmp_path / "evaluations", "abc").put(assignment, counts)
     assert Ledger(tmp_path / "evaluations", "abc").get(assignment) == counts
@@ -54,7 +56,7 @@ def test_what_an_earlier_version_kept_beside_is_left_out(tmp_path):
     ledger.put(ONE, COUNTS)
     (file,) = tmp_path.iterdir()
     document = json.loads(file.read_text())
-    del document["counts"]["brier"]
+    del document["counts"]["brier"], document["counts"]["hits"]
     file.write_text(json.dumps({**document, "counts": {**document["counts"], "losses": []}}))
     assert ledger.get(ONE) == COUNTS
 
@@ -70,7 +72,7 @@ def test_activation_bits_are_told_apart_even_in_one_file_and_named_only_where_th
     assert ledger.get(ACTIVATED) is None
 
 
-@pytest.mark.parametrize("counts", [{"num_images": 1, "hits": 3}, [], None])
+@pytest.mark.parametrize("counts", [{"num_images": 1, "right": 3}, [], None])
 def test_counts_of_another_shape_are_evaluated_again(tmp_path, counts):
     ledger = Ledger(tmp_path, "abc")
     ledger.put(ONE, COUNTS)

@@ -10,7 +10,7 @@ import torch
 from clado import criteria
 from clado.errors import ConfigurationError
 from clado.graph import Graph
-from clado.measure import Workbench, losses_and_briers, measure_tile, network_batching
+from clado.measure import Workbench, measure_tile, network_batching, scores
 from clado.network import Network
 from clado.preparation import Prepared, Recipe, prepare
 from clado.probes import TEMPERATURES, Plan, Tile, sample_blocks
@@ -248,17 +248,17 @@ def test_equal_settings_give_equal_bits(kind):
 def test_losses_of_an_assignment_are_those_of_the_module(kind):
     b = bench(kind)
     for assignment in (b.space.widest, b.space.narrowest, b.space.nothing.replace(2, 4)):
-        np.testing.assert_allclose(losses_and_briers(b, assignment, 1)[0], reference(b, assignment, 1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(scores(b, assignment, 1).losses, reference(b, assignment, 1), rtol=1e-5, atol=1e-6)
 
 
 @NETWORKS
-def test_brier_scores_of_an_assignment_are_those_of_its_logits(kind):
+def test_scores_of_an_assignment_are_those_of_its_logits(kind):
     b = bench(kind)
     x, y = b.load(*b.blocks[1])
-    _, briers = losses_and_briers(b, b.space.narrowest, 1)
-    logits = b.network.logits(x, b.chosen(b.space.narrowest))
-    expected = criteria.brier(b.criterion, logits, b.network.logits(x), y)
-    np.testing.assert_allclose(briers, expected, rtol=1e-5, atol=1e-6)
+    found = scores(b, b.space.narrowest, 1)
+    given = b.criterion, b.network.logits(x, b.chosen(b.space.narrowest)), b.network.logits(x), y
+    np.testing.assert_allclose(found.briers, criteria.brier(*given), rtol=1e-5, atol=1e-6)
+    assert found.hits.tolist() == criteria.hits(*given).tolist()
 
 
 def test_losses_of_what_ships_are_against_the_float_network_too():
@@ -269,18 +269,18 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     layers = {b.space.layers[i].name: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     logits = replaced_logits(rebuilt(b.prepared.network.model, layers), changed, x)
     expected = criteria.kl_to_float(logits, replaced_logits(build(Normed), {}, x))
-    np.testing.assert_allclose(losses_and_briers(b, b.space.narrowest, 1, shipped)[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores(b, b.space.narrowest, 1, shipped).losses, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     b = bench(Normed, batch_statistics=statistics)
     shipped = b.prepared.network
-    assert losses_and_briers(b, b.space.nothing, 1, shipped)[0] == pytest.approx(0, abs=1e-9)
+    assert scores(b, b.space.nothing, 1, shipped).losses == pytest.approx(0, abs=1e-9)
     x, _ = b.load(*b.blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
-    np.testing.assert_allclose(losses_and_briers(b, b.space.narrowest, 1, shipped)[0], expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(scores(b, b.space.narrowest, 1, shipped).losses, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", range(1, 11))
@@ -307,9 +307,7 @@ def test_on_batch_statistics_a_probe_is_the_module_with_its_batch_norms_in_train
     expected += [reference(b, b.space.assignment([option]), 1).sum() for option in range(b.space.num_options)]
     np.testing.assert_allclose(singles, expected, rtol=1e-5, atol=1e-5)
     check_gram(b, measure_tile(b, plan.tiles[4]), 1)
-    np.testing.assert_allclose(
-        losses_and_briers(b, b.space.narrowest, 1)[0], reference(b, b.space.narrowest, 1), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(scores(b, b.space.narrowest, 1).losses, reference(b, b.space.narrowest, 1), rtol=1e-5, atol=1e-6)
     before = build(kind).state_dict()  # momentum has moved nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in b.prepared.network.model.state_dict().items())
     running = bench(kind, criterion)

@@ -153,6 +153,7 @@ def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) 
             "average_bits": result.average_bits,
             "loss_shipped": result.loss_shipped,
             "brier_shipped": result.brier_shipped,
+            "agreement_shipped": result.agreement_shipped,
             "loss_predicted": result.loss_predicted,
             "top1": result.validation.top1,
             "top1_low": (result.validation.top1_interval or (None, None))[0],

@@ -33,6 +33,7 @@ from clado.candidates import (
     TEMPERED,
     Budget,
     Proposal,
+    Score,
     budgets_of,
     choose,
     program_of,
@@ -47,7 +48,7 @@ from clado.evaluation import count
 from clado.images import ImageSlice
 from clado.interaction import InteractionMatrix
 from clado.local_search import local_search, search
-from clado.measure import Workbench, losses_and_briers, measure_tile, rows_per_tile
+from clado.measure import Workbench, measure_tile, rows_per_tile, scores
 from clado.network import Network, is_depthwise
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.probes import Kind, Plan, sample_blocks
@@ -78,7 +79,7 @@ BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set ar
 # images that estimators from gradients are measured on, at most: hawq's traces take longer than pairs on a GPU
 UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
 ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "hawq", "mpqco", "fisher")
-# The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the least Brier score.
+# The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the least Brier score (`choose`).
 # `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: `clado run` with every estimator.
 THRIFTY = ("layerwise", "gauss_newton")
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
@@ -224,14 +225,14 @@ class Study:
 
         proposals = propose(matrices, budgets, solver)
         variants = propose_variants(matrices, budgets, solver)
-        known: dict[Assignment, tuple[float, float]] = {}
+        known: dict[Assignment, tuple[float, Score]] = {}
 
-        def measure(assignments: Iterable[Assignment]) -> dict[Assignment, tuple[float, float]]:
+        def measure(assignments: Iterable[Assignment]) -> dict[Assignment, tuple[float, Score]]:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    losses, briers = losses_and_briers(bench, assignment, 0, self.shipped(assignment)[0])
-                    known[assignment] = float(losses.mean()), float(briers.mean())
+                    each = scores(bench, assignment, 0, self.shipped(assignment)[0])
+                    known[assignment] = float(each.losses.mean()), Score(float(each.briers.mean()), each.hits)
                 found[assignment] = known[assignment]
             return found
 
@@ -240,13 +241,13 @@ class Study:
         answers: dict[tuple[str, float], tuple[Assignment, float | None]] = {}
         thrifty = [p for p in proposals if p.method in (UNIFORM, *THRIFTY)]
         tempered = [p for p in proposals if p.method in TEMPERED]
-        for name, own, by_brier in (
-            ("chosen", thrifty + tempered, True),
-            ("chosen_least", thrifty, False),
-            ("chosen_full", proposals + variants, True),
+        for name, own, by_loss in (
+            ("chosen", thrifty + tempered, False),
+            ("chosen_least", thrifty, True),
+            ("chosen_full", proposals + variants, False),
         ):
             usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
-            rows, evaluations = self._chosen(usable, budgets, own, measure, by_brier)
+            rows, evaluations = self._chosen(usable, budgets, own, measure, by_loss)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
             kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
             spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
@@ -271,8 +272,8 @@ class Study:
         matrices: Mapping[str, InteractionMatrix],
         budgets: Sequence[Budget],
         proposals: Sequence[Proposal],
-        measure: Callable[[Iterable[Assignment]], dict[Assignment, tuple[float, float]]],
-        by_brier: bool,
+        measure: Callable[[Iterable[Assignment]], dict[Assignment, tuple[float, Score]]],
+        by_loss: bool,
     ) -> tuple[dict[float, Assignment], int]:
         """(budget -> of all assignments measured after a local search what `choose` takes, how many were measured for that)."""
 
@@ -285,8 +286,8 @@ class Study:
         searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
         everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, listed=False) for b, s in searched.items() for a in s.tried)]
         measured = measure(dict.fromkeys(p.assignment for p in everything))
-        briers = {assignment: brier for assignment, (_, brier) in measured.items()} if by_brier else None
-        results = choose(self.space, everything, losses(measured), briers=briers)
+        judged = None if by_loss else {assignment: score for assignment, (_, score) in measured.items()}
+        results = choose(self.space, everything, losses(measured), scores=judged)
         chosen = {r.budget: r.assignment for r in results if r.method == CHOSEN}
         return {b.bound: chosen[b.name] for b in budgets}, len(measured)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clado.estimators import Measured, estimate, kinds_of
-from clado.measure import Workbench, losses_and_briers, measure_tile
+from clado.measure import Workbench, measure_tile, scores
 from clado.network import Network
 from clado.preparation import Recipe, prepare
 from clado.probes import KINDS, Plan, sample_blocks
@@ -36,8 +36,7 @@ def measured_network(
 def true_increase(bench: Workbench, assignment: Assignment) -> float:
     """The increase of the mean loss, by whole forwards."""
     sums = [
-        [losses_and_briers(bench, a, block)[0].sum() for block in range(len(bench.blocks))]
-        for a in (assignment, bench.space.nothing)
+        [scores(bench, a, block).losses.sum() for block in range(len(bench.blocks))] for a in (assignment, bench.space.nothing)
     ]
     return float((sum(sums[0]) - sum(sums[1])) / bench.blocks[-1][1])
 
