@@ -110,6 +110,11 @@ def front_table(record: RunRecord) -> str:
 
 
 def dominated_by(rows: Sequence[Result]) -> list[bool]:
-    """For each result whether another has no more of bytes, measured loss and Brier score, and less of one."""
-    points = [(row.size_bytes, row.loss_shipped, math.inf if row.brier_shipped is None else row.brier_shipped) for row in rows]
+    """For each result whether another has no more of bytes, measured loss, Brier score and disagreement, and less of one."""
+
+    def point(row: Result) -> tuple[float, ...]:
+        brier = math.inf if row.brier_shipped is None else row.brier_shipped
+        return row.size_bytes, row.loss_shipped, brier, -(row.agreement_shipped or 0.0)
+
+    points = [point(row) for row in rows]
     return [any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points) for own in points]

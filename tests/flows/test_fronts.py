@@ -156,8 +156,13 @@ def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_pat
 def test_domination_needs_less_of_one_and_no_more_of_the_other(finished):
     row = RunRecord.load(finished.folder / "record.json").results[0]
     points = [(10, 1.0, 0.5), (10, 1.0, 0.5), (11, 1.0, 0.5), (9, 2.0, 0.6), (12, 0.5, 0.4), (12, 0.6, 0.4), (12, 0.6, 0.3)]
-    rows = [replace(row, size_bytes=size, loss_shipped=loss, brier_shipped=brier) for size, loss, brier in points]
+    rows = [
+        replace(row, size_bytes=size, loss_shipped=loss, brier_shipped=brier, agreement_shipped=0.9)
+        for size, loss, brier in points
+    ]
     assert dominated_by(rows) == [False, False, True, False, False, True, False]
+    assert not any(dominated_by([*rows[:2], replace(rows[2], agreement_shipped=0.91)]))
+    assert dominated_by([replace(row, brier_shipped=None, agreement_shipped=None) for row in rows[:3]]) == [False, False, True]
 
 
 @pytest.mark.parametrize("top1", [True, False])
