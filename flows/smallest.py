@@ -68,8 +68,9 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     space, settings = stored.measured.space, stored.config.solver
     prepared: list[tuple[Program, Solve]] = []
     largest = Budget("size", space.size_bytes(space.widest)).constraint(space)
+    limits = together(largest, stored.limits)  # that on the size is the first
     for matrix in stored.matrices().values():
-        program = program_of(matrix, together(largest, stored.limits))
+        program = program_of(matrix, limits)
         prepared.append((program, solvers.prepare(program, settings.name, time_limit=settings.time_limit)))
 
     def solve(sizes: Sequence[int]) -> list[Assignment]:
@@ -80,8 +81,7 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
         ]
 
     least = min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared)
-    (most,) = {limit.bound for program, _ in prepared for limit in program.constraints if limit.name == "size"}
-    return least, int(most), solve
+    return least, int(limits[0].bound), solve
 
 
 def text(found: Smallest, session: Session, top1: bool) -> str:
