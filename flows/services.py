@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
@@ -91,17 +92,17 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
         "scheduler": Service(
             ("dask", "scheduler", "--host", HOST, "--port", str(ports.dask), "--no-dashboard", "--dashboard-address", http),
             {**quiet, **scheduler_environment()},
-            lambda: isinstance(_get(counts), dict),
+            lambda: _member(_get(counts), "workers") is not None,
         ),
         "workers": Service(
             ("dask", "worker", scheduler, "--host", HOST, "--nworkers", str(workers), "--nthreads", "1", *ON_LOOPBACK),
             {**quiet, **threads(ClusterSettings())},
-            lambda: (_get(counts) or {}).get("workers") == workers,
+            lambda: _member(_get(counts), "workers") == workers,
         ),
         "runner": Service(
             ("prefect", "worker", "start", "--pool", POOL, "--type", "process"),
             {**home, **url},
-            lambda: any(one["status"] == "ONLINE" for one in _get(f"{prefect}/work_pools/{POOL}/workers/filter", {}) or []),
+            lambda: "ONLINE" in [_member(one, "status") for one in _get(f"{prefect}/work_pools/{POOL}/workers/filter", {}) or []],
         ),
     }  # fmt: skip
 
@@ -286,10 +287,15 @@ def _get(url: str, question: dict[str, Any] | None = None) -> Any:
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10) as response:
-            text = response.read().decode()
-    except OSError:
+            text = response.read().decode(errors="replace")
+    except (OSError, HTTPException):  # not there yet, or what listens there does not speak HTTP
         return None
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _member(answer: Any, key: str) -> Any:
+    """A member of an answer, None where the answer is no object: a stranger may have taken the port."""
+    return answer.get(key) if isinstance(answer, dict) else None

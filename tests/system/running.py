@@ -1,6 +1,7 @@
 """The command in a process of its own, watched: whatever it or its children look up or connect to beyond loopback is noted."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -60,9 +61,12 @@ def wait_for(condition: Callable[[], object], what: str, process: subprocess.Pop
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port to listen on later: below those that a system gives away by itself, so that no process beside us gets it first."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass

@@ -28,7 +28,7 @@ def free_ports() -> dict[str, int]:
     """Free ports; the one after Dask's is free too."""
     while True:
         dask = free_port()
-        if dask < 65000 and not any(one.laddr.port == dask + 1 for one in psutil.net_connections("tcp") if one.laddr):
+        if not any(one.laddr.port == dask + 1 for one in psutil.net_connections("tcp") if one.laddr):
             return {"prefect": free_port(), "mlflow": free_port(), "dask": dask}
 
 
