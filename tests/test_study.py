@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from clado.config import DataSettings
 from clado.errors import DataError
@@ -55,16 +56,39 @@ def test_every_case_is_of_the_zoo_and_the_data_hold_no_cell_twice() -> None:
     assert all(tuple(k[:3]) in study.cases() and tuple(k[3:]) in known for k in keys)
 
 
+def pool() -> Tensor:
+    """Eight images."""
+    return load_data(DataSettings(sensitivity_images=16), (1, 28, 28)).sensitivity.load(0, 8)[0]
+
+
 @pytest.fixture(scope="module")
 def small() -> list[dict]:
     """One case on eight images."""
-    images = load_data(DataSettings(sensitivity_images=16), (1, 28, 28)).sensitivity.load(0, 8)[0]
-    case = Study(("vit_fashion_mnist", "w248", "plain"), images, (2.5, 4), num_validation=60)
+    case = Study(("vit_fashion_mnist", "w248", "plain"), pool(), (2.5, 4), num_validation=60)
     sets = draws(8, {4: 1, 8: 1})
     with patch.object(study, "BLOCKS", {4: 2, 8: 4}):
-        found = list(cells(case, sets, ()))
-        assert list(cells(case, sets, {key(row) for row in found})) == []
-    return found
+        return list(cells(case, sets, {}))
+
+
+def without(row: dict, names: set[str]) -> frozenset[str]:
+    """A cell's methods but for some."""
+    return study_table.methods(row) - names
+
+
+@pytest.mark.system
+def test_only_the_methods_that_a_cell_lacks_are_measured_and_nothing_is_evaluated_twice(small) -> None:
+    case = Study(("vit_fashion_mnist", "w248", "plain"), pool(), (2.5, 4), num_validation=60)
+    case.top1 |= study.evaluations(small, case.case)
+    sets = draws(8, {4: 1, 8: 1})
+    with patch.object(study, "BLOCKS", {4: 2, 8: 4}), patch.object(study, "count", side_effect=AssertionError("evaluated")):
+        assert list(cells(case, sets, {key(row): study_table.methods(row) for row in small})) == []
+        lacking = {key(row): without(row, {"chosen", "fisher"}) for row in small}
+        [*again] = cells(case, sets, lacking, only=["chosen", "pairwise"])
+    assert [study_table.methods(row) for row in again] == [{"chosen"}] * 2
+    for row, whole in zip(again, small, strict=True):
+        assert set(row["measuring"]) == {"gram"}
+        assert row["rows"] == [answer for answer in whole["rows"] if answer[0] == "chosen"]
+        assert row["forward_images"] == {"chosen": whole["forward_images"]["chosen"]}
 
 
 @pytest.mark.system

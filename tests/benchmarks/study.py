@@ -7,8 +7,9 @@
 `make study DATA=FOLDER` does all three. FOLDER holds Fashion-MNIST's idx files. A sensitivity set is drawn from the training
 images that no network of the zoo was trained on: its 1,024 sensitivity images and the 3,000 that chose the checkpoint. Sets of
 one size share no image (a cell fails otherwise), and the larger ones hold the smaller. Calibration images are 512 of the zoo's
-1,024. Top-1 and loss are of the 10,000 test images, which nothing chooses on. A network's cells run in one process, which
-evaluates equal assignments once; on a GPU where there is one.
+1,024. Top-1 and loss are of the 10,000 test images, which nothing chooses on. A network's cells run in one process, on
+a GPU where there is one; an assignment that the file holds for the same case is not evaluated again. A cell that lacks methods,
+as where one came later, gets a further line of them.
 """
 
 import argparse
@@ -82,6 +83,10 @@ ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "
 # The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the least Brier score (`choose`).
 # `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: `clado run` with every estimator.
 THRIFTY = ("layerwise", "gauss_newton")
+READS: dict[str, tuple[str, ...]] = {  # the estimators of a method that is not one itself
+    **{"uniform": ("layerwise",), "pairwise_raw": ("pairwise",)},  # uniform needs none, but a space comes with a matrix
+    **{"chosen": (*THRIFTY, *TEMPERED), "chosen_least": THRIFTY, "chosen_full": ESTIMATORS},
+}
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
 NUM_CALIBRATION = 512
 EXPERIMENT = "clado-study"
@@ -137,7 +142,7 @@ class Study:
     pool: Tensor
     budgets: tuple[float, ...] = BUDGETS
     num_validation: int | None = None
-    top1: dict[Assignment, tuple[float, float]] = field(default_factory=dict)
+    top1: dict[str, tuple[float, float]] = field(default_factory=dict)
     _shipped: dict[Assignment, Any] = field(default_factory=dict)
 
     @cached_property
@@ -185,17 +190,22 @@ class Study:
 
     def evaluated(self, assignment: Assignment) -> tuple[float, float]:
         """(top-1, cross entropy) on the test images."""
-        if assignment not in self.top1:
+        if (name := digits(assignment)) not in self.top1:
             found = count(*self.shipped(assignment), self.validation, 0, len(self.validation)).accuracy()
-            self.top1[assignment] = found.top1 or 0.0, found.loss
-        return self.top1[assignment]
+            self.top1[name] = found.top1 or 0.0, found.loss
+        return self.top1[name]
 
-    def measured(self, positions: NDArray[np.int64], size: int, known: Measured | None) -> tuple[Measured, dict[str, float]]:
-        """The sums of a sensitivity set, of its first blocks where they are `known`, and the seconds of each kind."""
-        images = self.pool[positions]
+    def measured(
+        self, positions: NDArray[np.int64], names: Sequence[str], known: Measured | None
+    ) -> tuple[Measured, dict[str, float]]:
+        """The sums that estimators read of a sensitivity set, of its first blocks where they are `known`, and the seconds of each
+        kind."""
+        images, size = self.pool[positions], len(positions)
         blocks = blocks_of(size)
+        kinds = estimators.kinds_of(names)
+        if known is not None and not set(kinds) <= set(known.sums):
+            known = None
         begin = 0 if known is None else len(known.counts)
-        kinds = estimators.kinds_of(name for name in ESTIMATORS if size <= UP_TO.get(name, size))
         bench = Workbench(self.prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
         plan = Plan(self.space, blocks, kinds, rows_per_tile(self.prepared.network, self.space, bench.batching, None))
         tiles: dict[Kind, list[Any]] = {kind: [] for kind in kinds}
@@ -211,12 +221,11 @@ class Study:
         counts = np.array([stop - start for start, stop in blocks])
         return Measured(self.space, "kl_to_float", counts, sums), seconds
 
-    def cell(self, measured: Measured, positions: NDArray[np.int64]) -> dict[str, Any]:
-        """Every method's answer to every budget, and what it is worth."""
-        size = len(positions)
+    def cell(self, measured: Measured, positions: NDArray[np.int64], wanted: Collection[str]) -> dict[str, Any]:
+        """The answer of each method that is wanted to every budget, and what it is worth."""
+        size, names = len(positions), estimators_of(wanted, len(positions))
         images = self.pool[positions]
         bench = Workbench(self.prepared, "kl_to_float", ((0, size),), lambda a, b: (images[a:b], None))
-        names = [name for name in ESTIMATORS if size <= UP_TO.get(name, size)]
         matrices = {name: estimators.estimate(name, measured) for name in names}
         budgets = budgets_of(average_bits=self.budgets)
 
@@ -224,7 +233,7 @@ class Study:
             return solvers.prepare(program, "scip", time_limit=10)
 
         proposals = propose(matrices, budgets, solver)
-        variants = propose_variants(matrices, budgets, solver)
+        variants = propose_variants(matrices, budgets, solver) if {"chosen_full", "pairwise_raw"} & set(wanted) else []
         known: dict[Assignment, tuple[float, Score]] = {}
 
         def measure(assignments: Iterable[Assignment]) -> dict[Assignment, tuple[float, Score]]:
@@ -246,6 +255,8 @@ class Study:
             ("chosen_least", thrifty, True),
             ("chosen_full", proposals + variants, False),
         ):
+            if name not in wanted:
+                continue
             usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
             rows, evaluations = self._chosen(usable, budgets, own, measure, by_loss)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
@@ -254,8 +265,8 @@ class Study:
         for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
             answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
         return {
-            "forward_images": {name: forward for name, (forward, _) in spent.items()},
-            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward},
+            "forward_images": {name: forward for name, (forward, _) in spent.items() if name in wanted},
+            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward and name in wanted},
             "rows": [
                 [
                     method,
@@ -264,6 +275,7 @@ class Study:
                     *_rounded((*self.evaluated(assignment), measure([assignment])[assignment][0], predicted)),
                 ]
                 for (method, bound), (assignment, predicted) in answers.items()
+                if method in wanted
             ],
         }
 
@@ -301,6 +313,17 @@ def blocks_of(size: int) -> tuple[tuple[int, int], ...]:
     return blocks
 
 
+def methods_of(size: int) -> tuple[str, ...]:
+    """The methods of a cell with so many images."""
+    return ("chosen", "chosen_least", "chosen_full", "uniform", *estimators_of(("chosen_full",), size), "pairwise_raw")
+
+
+def estimators_of(methods: Iterable[str], size: int) -> list[str]:
+    """The estimators that methods read, of those that are measured on so many images."""
+    read = {name for method in methods for name in READS.get(method, (method,))}
+    return [name for name in ESTIMATORS if name in read and size <= UP_TO.get(name, size)]
+
+
 def digits(assignment: Assignment) -> str:
     """Bits of the layers, one digit each."""
     return "".join(str(bits) for bits in assignment.bits)
@@ -319,21 +342,26 @@ def cases() -> list[Case]:
 
 
 def cells(
-    study: Study, sets: Mapping[tuple[int, int], NDArray[np.int64]], done: Collection[tuple[Any, ...]]
+    study: Study,
+    sets: Mapping[tuple[int, int], NDArray[np.int64]],
+    done: Mapping[tuple[Any, ...], Collection[str]],
+    only: Collection[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the cells of a case that are not `done` yet, small sets of every draw first."""
-    name, space, setting = study.case
+    """Yields what the cells of a case lack: small sets of every draw first; `done` are methods by cell, `only` the methods of
+    interest (all)."""
     smaller = sorted(size for size in {size for size, _ in sets} if size < max(SIZES))
     groups = [[(size, draw) for size in smaller if (size, draw) in sets] for draw in sorted({draw for _, draw in sets})]
     groups += [[(size, draw)] for size, draw in sorted(sets) if size >= max(SIZES)]
     for group in groups:
         measured = None
         for size, draw in group:
-            if (name, space, setting, size, draw) in done:
+            there = done.get((*study.case, size, draw), ())
+            wanted = [method for method in methods_of(size) if method not in there and (only is None or method in only)]
+            if not wanted:
                 continue
             begin = time.perf_counter()
-            measured, seconds = study.measured(sets[size, draw], size, measured)
-            cell = study.cell(measured, sets[size, draw])
+            measured, seconds = study.measured(sets[size, draw], estimators_of(wanted, size), measured)
+            cell = study.cell(measured, sets[size, draw], wanted)
             yield {
                 **dict(zip(("network", "space", "setting", "images", "draw"), (*study.case, size, draw), strict=True)),
                 "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu",
@@ -344,19 +372,42 @@ def cells(
             }
 
 
-def work(job: tuple[Case, Collection[int], int, Path, Path, float]) -> None:
-    """Measures the first draws of some sizes of one case; each cell is appended as soon as it is known."""
-    case, sizes, num_draws, folder, path, until = job
+@dataclass(frozen=True)
+class Job:
+    """Cells of one case that a process measures: the first draws of some sizes, appended to `path` as soon as they are known."""
+
+    case: Case
+    sizes: Collection[int]
+    num_draws: int
+    folder: Path
+    path: Path
+    until: float
+    only: Collection[str] | None
+
+
+def work(job: Job) -> None:
+    """Measures what a job's cells lack."""
     torch.set_num_threads(1)
-    pool = images_not_trained_on(folder)
-    sets = {(n, draw): positions for (n, draw), positions in draws(len(pool)).items() if n in sizes and draw < num_draws}
-    done = {key(row) for row in rows(path)}
-    for row in cells(Study(case, pool), sets, done):
-        with path.open("a") as file:  # one short line at a time: appended whole
+    pool = images_not_trained_on(job.folder)
+    sets = {(n, d): positions for (n, d), positions in draws(len(pool)).items() if n in job.sizes and d < job.num_draws}
+    there = rows(job.path)
+    study = Study(job.case, pool, top1=evaluations(there, job.case))
+    for row in cells(study, sets, {key(row): methods(row) for row in there}, job.only):
+        with job.path.open("a") as file:  # one short line at a time: appended whole
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
         print(*key(row), f"{row['seconds']:.0f} s", flush=True)
-        if time.time() > until:
+        if time.time() > job.until:
             return
+
+
+def evaluations(cells: Iterable[Mapping[str, Any]], case: Case) -> dict[str, tuple[float, float]]:
+    """Bits of the layers -> (top-1, cross entropy) on the test images, of a case's assignments so far."""
+    return {
+        bits: (top1, np.inf if loss is None else loss)
+        for cell in cells
+        if key(cell)[:3] == case
+        for _, _, bits, top1, loss, *_ in cell["rows"]
+    }
 
 
 # -- records ---------------------------------------------------------------------------------------------------------------------
@@ -412,6 +463,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--images", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="sizes of sensitivity sets")
     parser.add_argument("--draws", type=int, default=max(SIZES.values()), help="the first ones of each size")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--spaces", nargs="+", choices=SPACES, default=list(SPACES), help="candidate bits")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=methods_of(0), help="which alone; default: all")
     parser.add_argument("--minutes", type=float, default=1e6, help="starts no cell later than this")
     options = parser.parse_args()
     if options.what == "record":
@@ -420,11 +475,15 @@ def main() -> None:
         print(f"{record(lines(options.file), uri)} new runs in {uri}, experiment {EXPERIMENT}")
         return
     until = time.time() + 60 * options.minutes
-    jobs = [(case, options.images, options.draws, options.data, options.file, until) for case in cases()]
+    jobs = [
+        Job(case, options.images, options.draws, options.data, options.file, until, options.methods)
+        for case in cases()
+        if case[0] in options.networks and case[1] in options.spaces and case[2] in options.settings
+    ]
     # as the workers of a run
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        asked = {pool.submit(work, job): job[0] for job in jobs}
+        asked = {pool.submit(work, job): job.case for job in jobs}
         wrong = [f"{case}: {error}" for running, case in asked.items() if (error := running.exception()) is not None]
     if wrong:
         raise SystemExit("\n".join(wrong))
