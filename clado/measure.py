@@ -291,16 +291,13 @@ def _add_pairs(
     """Adds the losses of one pass to `sums` (rows of the tile, K), which begin with row `first`, where they are lacking."""
     space = bench.space
     criterion = part.criterion(bench.criterion)
-    wanted = lacking[[row - first for row in rows]].any(axis=0)
-    columns = [
-        (np.flatnonzero(wanted[begin:end]) + begin).tolist()
-        for begin, end in zip(space.offsets, space.offsets[1:], strict=False)
-    ]
-    last = max(layer for layer, own in enumerate(columns) if own)
-    for layer, stacks in _sweep(bench, part, rows, float_state, last):
+    columns: dict[int, list[int]] = {}
+    for option in np.flatnonzero(lacking[[row - first for row in rows]].any(axis=0)).tolist():
+        columns.setdefault(space.options[option].layer, []).append(option)
+    for layer, stacks in _sweep(bench, part, rows, float_state, max(columns)):
         entries, found = [], []
         for stack in stacks:
-            for option in columns[layer]:
+            for option in columns.get(layer, ()):
                 logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
                 found.append(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape)))
                 entries += [(row - first, option) for row in stack.rows]
