@@ -131,7 +131,7 @@ def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Co
         return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
     loss = criteria.cross_entropy(logits, labels.to(logits.device)).sum()
     labels = labels.cpu()
-    best = logits.topk(min(5, logits.shape[1]), 1).indices.cpu() == labels[:, None]
+    best = (logits.topk(min(5, logits.shape[1]), 1).indices.cpu() == labels[:, None]) & _finite(logits).cpu()[:, None]
     images, hits = Counter(labels.tolist()), Counter(labels[best[:, 0]].tolist())
     classes = tuple((label, images[label], hits[label]) for label in sorted(images))
     return Counts(len(logits), float(loss), int(best[:, 0].sum()), int(best.sum()), classes)
@@ -154,8 +154,13 @@ def per_image(
             expected = labels.to(network.device)
             loss = criteria.cross_entropy(logits, expected)
         losses.append(loss.cpu().numpy())
-        hits.append((logits.argmax(1) == expected).cpu().numpy())
+        hits.append(((logits.argmax(1) == expected) & _finite(logits)).cpu().numpy())
     return np.concatenate(losses), np.concatenate(hits)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Rows that may hit: of NaN any class may be called the largest."""
+    return logits.isfinite().all(1)
 
 
 def images_at_once(network: Network) -> int:

@@ -58,7 +58,7 @@ def squared_slopes(
             if of_bias is not None:
                 first = first + of_bias @ bias_slopes[layer].reshape(-1)
             sums[0, where] += first.double().square()
-            sums[1, where] += (of_weight.square() @ slope.square()).double()
+            sums[1, where] += (of_weight.float().square() @ slope.float().square()).double()  # squares leave float16's range
     return sums.cpu().numpy()
 
 

@@ -53,7 +53,8 @@ class DataSlices:
 
 
 class MemorySlice:
-    """Images (N, C, H, W) float32 and labels (N,) int64 or None, held in memory. The hash covers every pixel and label."""
+    """Images (N, C, H, W) float32, or vectors, signals or volumes, and labels (N,) int64 or None, held in memory. The hash covers
+    every pixel and label."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
         self._images, self._labels, self._num_classes = images, labels, num_classes
@@ -61,8 +62,7 @@ class MemorySlice:
     @property
     def image_shape(self) -> ImageShape:
         """Channels, height, width."""
-        channels, height, width = self._images.shape[1:]
-        return channels, height, width
+        return tuple(self._images.shape[1:])  # type: ignore[return-value]
 
     @property
     def num_classes(self) -> int | None:

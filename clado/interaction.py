@@ -52,8 +52,11 @@ class InteractionMatrix:
         return self.space.label(option)
 
     def predicted_increase(self, assignment: Assignment) -> float:
-        """½ αᵀ Ĝ α: the predicted increase of the mean loss; exact for at most two layers under `pairwise`."""
+        """½ αᵀ Ĝ α: the predicted increase of the mean loss; exact for at most two layers under `pairwise`. Infinite with an
+        option that is quarantined, or a pair that is forbidden."""
         chosen = self.space.chosen_options(assignment)
+        if not {*chosen}.isdisjoint(self.quarantined) or any({*pair} <= {*chosen} for pair in self.forbidden):
+            return float("inf")
         return 0.5 * float(self.values[np.ix_(chosen, chosen)].sum())
 
     def in_layer_mask(self) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.graph import Call, Cut, Fold, Norm
 from clado.quantizers import QuantizedLayer
-from clado.space import Assignment, Layer, SearchSpace
+from clado.space import Assignment, Layer, SearchSpace, check_patterns
 from clado.tracing import compile_graph
 from clado.whole import WholeForwards
 
@@ -94,7 +94,8 @@ def is_depthwise(model: nn.Module) -> bool:
 class Network:
     """Wraps a `torch.nn.Module` that `torch.export` accepts; the module itself is never changed.
 
-    `example_input` is one batch (N, C, H, W) or a single image (C, H, W); it gives shapes, its values do not matter. `fixed`
+    `example_input` is one batch (N, C, H, W) or a single image (C, H, W); it gives shapes and the type that images are cast to,
+    its values do not matter. Three axes that the network does not take as one image are a batch of signals (N, C, L). `fixed`
     holds name patterns of layers that stay in float. All runs are in inference mode and in eval mode, on the device where the
     module lies.
 
@@ -126,7 +127,9 @@ class Network:
         if not isinstance(example_input, Tensor) or example_input.ndim < 2:
             raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")
         self.model = model
-        self.example = example_input[:1] if example_input.ndim != 3 else example_input.unsqueeze(0)
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        for key, patterns in (("fixed", fixed), ("split", split)):
+            _refuse_unmatched(check_patterns(patterns, key), names, key)
         if numeric not in get_args(Numeric):
             raise ConfigurationError(f"unknown numeric mode {numeric!r}; expected one of {', '.join(get_args(Numeric))}")
         self.numeric: Numeric = numeric
@@ -136,13 +139,22 @@ class Network:
             raise NetworkError("a weight can be split in a graph only; expected graph=True, or no split")
         if compile and not graph:
             raise NetworkError("only a graph can be compiled; expected graph=True, or no compile")
-        self.graph: Engine
-        with _computing("float32", self.example.device):
-            if graph:
-                flat = compile_graph(model, self.example, _matching(fixed), _matching(split))
-                self.graph = flat.compiled() if compile else flat
-            else:
-                self.graph = WholeForwards(model, self.example, _matching(fixed))
+
+        def engine(example: Tensor) -> Engine:
+            if not graph:
+                return WholeForwards(model, example, _matching(fixed))
+            flat = compile_graph(model, example, _matching(fixed), _matching(split))
+            return flat.compiled() if compile else flat
+
+        self.example = example_input[:1] if example_input.ndim != 3 else example_input.unsqueeze(0)
+        with _computing("float32", example_input.device):
+            try:
+                self.graph = engine(self.example)
+            except (NetworkError, RuntimeError):
+                if example_input.ndim != 3:
+                    raise
+                self.example = example_input[:1]
+                self.graph = engine(self.example)
         if not self.graph.layers:
             raise NetworkError("no convolution or linear weight is left to search; is every layer named in fixed?")
         self.weights: tuple[Tensor, ...] = self.graph.weights
@@ -201,6 +213,7 @@ class Network:
             return self.graph.begin(self._laid_out(images))
 
     def _laid_out(self, images: Tensor) -> Tensor:
+        images = images.to(self.example.dtype)
         if self.channels_last and images.ndim == 4:
             return images.contiguous(memory_format=torch.channels_last)
         return images
@@ -320,6 +333,13 @@ class Network:
             raise NetworkError(f"the assignment has {len(assignment.bits)} layers, the network {len(self.layers)}")
 
 
+def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
+    """A pattern that matches nothing is a typing error, and would search a layer that should stay."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigurationError(f"{key}: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")
+
+
 def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -354,8 +374,16 @@ def _computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
 
 
 def _refuse_bad_weights(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NetworkError(
-                f"{name} holds a NaN or an infinity; expected finite weights: was the training that made them finished?"
-            )
+    if bad := unfit(model.state_dict()):
+        raise NetworkError(
+            f"{bad[0]} holds a NaN or an infinity; expected finite weights: was the training that made them finished?"
+        )
+
+
+def unfit(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold a NaN or an infinity; an attention mask, of nothing but 0 and −∞, is none of them."""
+    return [
+        name
+        for name, tensor in state.items()
+        if not bool(torch.isfinite(tensor).all()) and not bool(((tensor == 0) | (tensor == -torch.inf)).all())
+    ]

@@ -17,7 +17,7 @@ from clado.graph import laid_out_like
 from clado.network import Network
 from clado.plugins import available
 from clado.quantizers import ActivationGrid, QuantizedLayer, WeightQuantizer, range_of
-from clado.space import Assignment, SearchSpace
+from clado.space import Assignment, Layer, SearchSpace
 
 SAMPLED_VALUES = 2**20  # of a layer's input: what a range of activations is fitted on, beside the exact extremes
 BATCH_IMAGES = 128
@@ -88,9 +88,11 @@ class Prepared:
 def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, images: Sequence[Tensor] = ()) -> Prepared:
     """Every layer at every candidate, in this process. `images` are calibration batches (n, C, H, W).
 
-    Raises DataError where corrections or activations need images and there are none, or too few.
+    Raises DataError where corrections or activations need images and there are none, or too few; ConfigurationError for a space
+    of another network.
     """
     recipe = recipe or Recipe()
+    check_space(network, space)
     check_calibration(space, recipe, images)
     images = [batch.to(network.device) for batch in images if len(batch)]
     tensors, notes = equalized(network, recipe, images)
@@ -101,6 +103,25 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
         layers += quantized
         notes += further
     return Prepared(network, space, recipe, tuple(layers), images, tuple(notes))
+
+
+def check_space(network: Network, space: SearchSpace) -> None:
+    """Refuses a space of other layers, and candidates that the network cannot run."""
+
+    def shapes(layers: Sequence[Layer]) -> list[tuple[object, ...]]:
+        return [(layer.name, layer.shape, layer.channel_axis) for layer in layers]
+
+    if shapes(network.layers) != shapes(space.layers):
+        odd = sorted({layer.name for layer in space.layers} ^ {layer.name for layer in network.layers})
+        raise ConfigurationError(
+            f"the space is of another network: they differ in {', '.join(odd[:3]) or 'the shapes or the order of layers'}; "
+            "expected network.search_space(...) of this network"
+        )
+    if len(space.activation_widths) > 1 and any(rows is not None for _, rows in network.graph.parameters):
+        raise ConfigurationError(
+            f"activations of {list(space.activation_widths)} bits where a weight is split: queries, keys and values read one "
+            "input, which has one width; expected a single width, or no split"
+        )
 
 
 def check_calibration(space: SearchSpace, recipe: Recipe, images: Sequence[Tensor]) -> None:

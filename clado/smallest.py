@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clado.errors import InfeasibleError
+from clado.local_search import ordered
 from clado.records import Z95
 from clado.space import Assignment, SearchSpace
 
@@ -86,12 +87,12 @@ def smallest(
             if assignment not in found:
                 found[assignment] = Candidate(assignment, space.size_bytes(assignment), measure(assignment))
 
-    def ordered() -> list[Candidate]:
-        return sorted(found.values(), key=lambda c: (c.size_bytes, c.measured.high))
+    def in_order() -> list[Candidate]:
+        return sorted(found.values(), key=lambda c: (c.size_bytes, ordered(c.measured.high)))
 
     add(front)
     for _ in range(rounds):
-        order = ordered()
+        order = in_order()
         first = _first_within(order, bound)
         if first is None or first == 0:
             break
@@ -100,10 +101,10 @@ def smallest(
         if not fresh:
             break
         add(fresh)
-    order = ordered()
+    order = in_order()
     first = _first_within(order, bound)
     if first is None:
-        best = min(order, key=lambda c: c.measured.high)
+        best = min(order, key=lambda c: ordered(c.measured.high))
         raise InfeasibleError(
             f"no candidate is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
             f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} "

@@ -8,11 +8,12 @@ option means.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from clado.blocks import module_blocks
@@ -121,17 +122,27 @@ def label(name: str, bits: int, activation_bits: int | None = None) -> str:
     return text if activation_bits is None else f"{text}, activations at {activation_bits}"
 
 
+def check_patterns(patterns: Sequence[str], whose: str) -> tuple[str, ...]:
+    """Name patterns (`fnmatch`) as a tuple, refused where they are one string, which is a sequence of one-letter patterns too."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigurationError(f"{whose} is {patterns!r}; expected a list of name patterns, such as ['head.*']")
+    return tuple(patterns)
+
+
 def check_bits(bits: Sequence[int | None], whose: str = "bits") -> tuple[int, ...]:
     """The bit-widths as a tuple, refused unless ascending integers within 1..16."""
+    if isinstance(bits, str | bytes) or not isinstance(bits, Iterable):
+        raise ConfigurationError(f"{whose} is {bits!r}; expected a list of integers, such as [2, 4, 8]")
+    bits = tuple(bits)
     if not bits:
         raise ConfigurationError(
             f"{whose} is empty; expected ascending integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]"
         )
     checked: list[int] = []
     for b in bits:
-        if isinstance(b, bool) or not isinstance(b, int) or not MIN_BITS <= b <= MAX_BITS:
+        if isinstance(b, bool) or not isinstance(b, Integral) or not MIN_BITS <= b <= MAX_BITS:
             raise ConfigurationError(f"{whose} holds {b!r}; expected integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]")
-        checked.append(b)
+        checked.append(int(b))
     if checked != sorted(set(checked)):
         raise ConfigurationError(f"{whose} is {checked}; expected ascending and distinct, so {sorted(set(checked))}")
     return tuple(checked)
@@ -165,6 +176,10 @@ class SearchSpace:
             check_bits(self.activation_widths, "activation_widths")
         seen: set[int] = set()
         for group in self.ties:
+            if len(set(group)) < max(2, len(group)) or not all(0 <= i < len(self.layers) for i in group):
+                raise ConfigurationError(
+                    f"the tie {group} is not of two or more different layers; expected numbers within 0..{len(self.layers) - 1}"
+                )
             names = [self.layers[i].name for i in group]
             if seen & set(group):
                 raise ConfigurationError(f"a layer of the tie {names} is in another tie as well; join the two ties into one")
@@ -191,7 +206,7 @@ class SearchSpace:
     def tied(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
         """The same space with groups of layers, given by name patterns, that must share a bit-width."""
         ties = []
-        for patterns in groups:
+        for patterns in (check_patterns(group, "a tie") for group in groups):
             matched = [i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns)]
             if len(matched) < 2:
                 found = ", ".join(self.layers[i].name for i in matched) or "no layer"
@@ -204,7 +219,7 @@ class SearchSpace:
     def blocked(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
         """The same space with blocks of layers given by name patterns, instead of the module tree's; other layers are alone."""
         blocks: list[tuple[int, ...]] = []
-        for patterns in groups:
+        for patterns in (check_patterns(group, "a block") for group in groups):
             matched = tuple(i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns))
             if not matched:
                 raise ConfigurationError(f"the block {list(patterns)} matches no layer; layers are {', '.join(self.names)}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from clado.attention import images_first
 from clado.errors import NetworkError
@@ -148,7 +148,9 @@ class _Compiler:
         self.number = {node: k for k, node in enumerate(self.nodes)}
         self.tensors: dict[fx.Node, Any] = {}
         self.names: dict[fx.Node, str] = {}
+        self.parameters: set[fx.Node] = set()
         self.input = self._read_signature(model)
+        self.output = self._read_output()
         self.batch_symbol = self.input.meta["val"].shape[0].node.expr
         mutated = program.graph_signature.buffers_to_mutate
         if mutated:
@@ -168,6 +170,8 @@ class _Compiler:
                 inputs.append(node)
             elif spec.target is not None:
                 name = str(spec.target)
+                if spec.kind is InputKind.PARAMETER:
+                    self.parameters.add(node)
                 self.names[node] = first_names.get(id(parameters.get(name)), name)
                 source = self.program.constants.get(name) if spec.kind is InputKind.CONSTANT_TENSOR else None
                 tensor = source if source is not None else parameters.get(name, self.program.constants.get(name))
@@ -178,6 +182,18 @@ class _Compiler:
             raise NetworkError(f"the network takes {len(inputs)} inputs; expected one batch of images")
         images: fx.Node = inputs[0]
         return images
+
+    def _read_output(self) -> fx.Node:
+        """The logits: what the network returns, not what torch.export puts beside it where the images are changed in place."""
+        nodes = next(node for node in self.nodes if node.op == "output").args[0]
+        specs = self.program.graph_signature.output_specs
+        returned = [node for node, spec in zip(nodes, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+        if len(returned) != 1 or not isinstance(returned[0], fx.Node):
+            raise NetworkError(
+                f"the network returns {len(returned)} values; expected logits (images, classes) alone: wrap it in a module that "
+                "returns them"
+            )
+        return returned[0]
 
     def compile(self, example: Tensor) -> Graph:
         self.found = self._find_layers()
@@ -190,7 +206,6 @@ class _Compiler:
         macs_at = [0] * len(dynamic)
         for node in dynamic:
             macs_at[positions[node]] = self._macs(node)
-        output = next(node for node in self.nodes if node.op == "output").args[0][0]
         graph = Graph(
             layers=tuple(self._layer(found) for found in self.found),
             cuts=(),
@@ -211,7 +226,7 @@ class _Compiler:
             bias_names=tuple(None if found.bias is None else self.names[found.bias] for found in self.found),
             norm_means=tuple(self._norm_mean(found) for found in self.found),
             input_slot=self.number[self.input],
-            output_slot=self.number[output],
+            output_slot=self.number[self.output],
             macs=sum(macs_at),
             unsearched=self._unsearched(weights),
             scalars=scalars,
@@ -277,11 +292,12 @@ class _Compiler:
                 yield from self._consumed(user)
 
     def _find_layers(self) -> list["_Found"]:
-        """Every weight that is searched."""
+        """Every weight that is searched: parameters, as buffers are no weights that training made."""
         groups: dict[int, list[fx.Node]] = {}
         for node, tensor in self.tensors.items():
             if (
-                isinstance(tensor, Tensor)
+                node in self.parameters
+                and isinstance(tensor, Tensor)
                 and tensor.is_floating_point()
                 and tensor.ndim >= 2
                 and any(True for _ in self._consumed(node))

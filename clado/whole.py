@@ -58,7 +58,11 @@ class WholeForwards:
         with eval_mode(model), torch.inference_mode():
             watch = _Watch(model, len(example))
             before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-            first, second = model(example), model(example)
+            images = example.clone()
+            first = model(images)
+            if not torch.equal(images, example):
+                raise NetworkError("the network changes its images in place; expected one that leaves its input as it is")
+            second = model(example)
             with watch:  # on its own: attention leaves its fused path where it is watched
                 model(example)
         for name, tensor in model.named_buffers():
@@ -221,14 +225,14 @@ class _Seen(TorchFunctionMode):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = weight.data_ptr()
+        self.weight, self.size = weight.data_ptr(), weight.numel()
         self.calls: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _CONSUMERS:
             x, weight, _, *rest = _positional(func, args, kwargs)
-            if weight.data_ptr() == self.weight:
+            if weight.data_ptr() == self.weight and weight.numel() == self.size:  # its first rows have its address too
                 self.calls.append(Call(x, func, tuple(rest), tuple(weight.shape)))
         return func(*args, **kwargs)
 
@@ -259,6 +263,10 @@ class _Watch(TorchFunctionMode):
         self.num_images = num_images
         # of a tensor with several names the module's first is used
         self.names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
+        self.owners: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            self.owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
         self.layers: dict[str, Layer] = {}
         self.peak_bytes = 0  # of one image: most that one of these functions reads and writes, a lower bound of what a run takes
 
@@ -280,9 +288,13 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _note(self, weight: Tensor, operator: str, axis: int, macs: int) -> None:
-        name = self.names.get(weight.data_ptr())
+        owners = self.owners.get(weight.untyped_storage().data_ptr(), [])
+        name = self.names.get(weight.data_ptr()) or (owners[0] if len(owners) == 1 else None)  # or further rows of a parameter
         if name is None or not weight.is_floating_point():
             return  # a weight that is computed, or a buffer: not a parameter to choose bits for
+        whole, stride = self.parameters[name], weight.stride(axis)
+        if whole.stride(axis) != stride and stride in whole.stride():  # it is read transposed
+            axis = whole.stride().index(stride)
         seen = self.layers.get(name)
         total = macs // self.num_images + (seen.macs if seen else 0)
-        self.layers[name] = Layer(name, tuple(weight.shape), operator, total, axis)
+        self.layers[name] = Layer(name, tuple(whole.shape), operator, total, axis)

@@ -199,7 +199,8 @@ def _surrogate(run: Run) -> InteractionMatrix:
 def _predicted(run: Run, assignment: Assignment) -> float | None:
     """The surrogate's prediction of an assignment's loss, where it predicts one."""
     matrix = _surrogate(run)
-    return matrix.loss_of(matrix.predicted_increase(assignment))
+    increase = matrix.predicted_increase(assignment)
+    return matrix.loss_of(increase) if isfinite(increase) else None
 
 
 def _measured(

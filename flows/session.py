@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,16 @@ from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, network_batching, rows_per_tile, scores
 from clado.network import Network, is_depthwise
-from clado.preparation import Prepared, Recipe, calibration_batches, check_calibration, equalized, names_of, prepare_layer
+from clado.preparation import (
+    Prepared,
+    Recipe,
+    calibration_batches,
+    check_calibration,
+    check_space,
+    equalized,
+    names_of,
+    prepare_layer,
+)
 from clado.probes import BY_ENTRY, Plan, Tile, Workload, grown_blocks, sample_blocks
 from clado.quantized import Shelf
 from clado.quantizers import QuantizedLayer, WeightQuantizer
@@ -69,8 +77,6 @@ class Session:
             raise DataError(
                 "criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float"
             )
-        _refuse_unmatched(config.network.fixed, [name for name, _ in loaded.model.named_parameters()])
-        _refuse_unmatched(config.network.split, [name for name, _ in loaded.model.named_parameters()], "split")
         device = _device(config.cluster.device)
         channels_last = config.network.channels_last
         if channels_last is None:
@@ -90,11 +96,7 @@ class Session:
         space = space.blocked(config.layers.blocks)
         if config.activations.bits:
             space = space.with_activations(config.activations.bits)
-        if config.network.split and len(config.activations.bits) > 1:
-            raise ConfigurationError(
-                f"activations.bits {list(config.activations.bits)} with network.split: queries, keys and values read one input, "
-                "which has one width; expected a single one, or no split"
-            )
+        check_space(network, space)
         return Session(config, loaded, network, slices, space)
 
     def checked(self) -> "Session":
@@ -531,10 +533,3 @@ def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
     numbers = 2 if config.quantizer.scheme == "affine" else 1
     per_channel = config.quantizer.granularity == "per_channel"
     return {layer.name: 4 * numbers * (layer.num_channels if per_channel else 1) for layer in space.layers}
-
-
-def _refuse_unmatched(patterns: tuple[str, ...], names: list[str], key: str = "fixed") -> None:
-    """A pattern that matches nothing is a typing error, and would search a layer that should stay."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigurationError(f"network.{key}: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")

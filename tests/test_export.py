@@ -76,6 +76,17 @@ def test_tied_and_strided_weights_are_kept(tmp_path: Path) -> None:
     assert network[1].weight is network[0].weight
 
 
+def test_parts_of_a_split_weight_are_rows_of_the_tensor_in_the_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2)
+    layers = [Layer(f"in_proj_weight.{part}", (4, 4), "linear") for part in "qkv"]
+    document = SearchSpace.uniform(layers, (2, 4)).to_json(Assignment((2, 4, 4)))
+    export_network(tmp_path, attention.state_dict(), document, SNIPPET)
+    assert load_network(tmp_path, nn.MultiheadAttention(4, 2)) == document
+    with pytest.raises(NetworkError, match=r"lacks layers of the assignment: in_proj_weight\.k"):
+        export_network(tmp_path, nn.Linear(4, 4).state_dict(), document, SNIPPET)
+
+
 def test_a_later_export_replaces_an_earlier_one(tmp_path: Path) -> None:
     export(tmp_path, seed=0, bits=(2, 2))
     network, other = export(tmp_path, seed=3, bits=(4, 4)), make_network(seed=1)

@@ -204,6 +204,118 @@ def test_networks_that_are_no_function_of_their_images_are_refused_whole_as_well
         Network(model, torch.randn(2, 4), graph=False)
 
 
+class _Returning(nn.Module):
+    """Features and logits, in a form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.body, self.head = form, nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        features = F.relu(self.body(x))
+        return self.form(features, self.head(features))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("form", [lambda f, z: (f, z), lambda f, z: [f, z], lambda f, z: {"features": f, "logits": z}])
+def test_a_network_that_returns_more_than_logits_is_refused(form, graph):
+    with pytest.raises(NetworkError, match="expected logits"):
+        Network(_Returning(form), torch.randn(2, 4), graph=graph)
+
+
+class _InPlace(nn.Module):
+    """Changes its images."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(F.relu(x.sub_(0.5), inplace=True))))
+
+
+def test_images_that_the_module_changes_in_place_stay_as_they_are_and_the_logits_are_the_modules():
+    torch.manual_seed(0)
+    model, x = _InPlace().eval(), torch.randn(5, 4)
+    given = x.clone()
+    assert_same(Network(model, torch.randn(1, 4)).logits(given), model(x.clone()).detach())
+    assert torch.equal(given, x)
+    with pytest.raises(NetworkError, match="changes its images in place"):
+        Network(model, x, graph=False)
+
+
+class _Blur(nn.Module):
+    """A filter that nothing trains, behind a convolution; with an attention mask's −∞."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+        self.register_buffer("filter", torch.full((4, 1, 3, 3), 1 / 9), persistent=False)
+        self.register_buffer("mask", torch.triu(torch.full((3, 3), -torch.inf), 1))
+
+    def forward(self, x):
+        y = F.conv2d(F.relu(self.stem(x)), self.filter, padding=1, groups=4).mean((2, 3))
+        return self.head(y) @ self.mask.softmax(-1)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_buffers_are_no_layers_and_may_be_masks(graph):
+    network = Network(build(_Blur), images(1), graph=graph)
+    assert [layer.name for layer in network.layers] == ["stem.weight", "head.weight"]
+
+
+class _Thirds(nn.Module):
+    """Reads one parameter in three parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Parameter(torch.randn(18, 6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        q, k, v = (F.linear(x, part) for part in self.qkv.chunk(3))
+        return self.head(q * k + v)
+
+
+def test_whole_forwards_know_a_weight_that_is_read_in_parts_as_one():
+    torch.manual_seed(0)
+    network = Network(_Thirds(), torch.randn(1, 6), graph=False)
+    assert [(layer.name, layer.shape, layer.macs) for layer in network.layers] == [
+        ("qkv", (18, 6), 18 * 6),
+        ("head.weight", (3, 6), 18),
+    ]
+    assert network.observe(torch.randn(1, 6), 0) == []  # no call reads it whole
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_three_axes_are_an_image_where_the_network_takes_one_and_signals_where_it_does_not(graph):
+    signals = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    network = Network(signals, torch.randn(4, 2, 16), graph=graph)
+    assert network.image_shape == (2, 16)
+    assert network.logits(torch.randn(5, 2, 16)).shape == (5, 3)
+    assert Network(build(Residual), images(1)[0], graph=graph).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_are_cast_to_the_type_of_the_example(dtype, graph):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval().to(dtype)
+    x = images(3)
+    assert_same(Network(model, images(1).to(dtype), graph=graph).logits(x), model(x.to(dtype)).detach())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"fixed": "stem.weight"}, "fixed is 'stem.weight'; expected a list of name patterns"),
+        ({"fixed": ["stem"]}, "fixed: no parameter matches 'stem'"),
+        ({"split": ["*.in_proj_wieght"]}, r"split: no parameter matches '\*\.in_proj_wieght'"),
+    ],
+)
+def test_patterns_that_name_nothing_are_refused(given, says):
+    with pytest.raises(ConfigurationError, match=says):
+        Network(build(Residual), images(1), **given)
+
+
 def test_a_network_that_branches_on_its_images_is_sent_to_whole_forwards_and_what_the_example_never_met_is_reported():
     model = build(Branching)
     with pytest.raises(NetworkError, match=r"torch\.export cannot turn Branching .*(\n.*)*graph=False"):

@@ -29,6 +29,12 @@ def test_with_a_loss_that_falls_with_size_the_answer_is_the_smallest_of_all(boun
     assert found.smaller is None or found.smaller.measured.high > bound
 
 
+def test_where_none_stays_under_the_bound_the_closest_is_named_and_nan_is_the_farthest():
+    losses = {EVERY[0]: float("nan"), EVERY[3]: 0.7, EVERY[-1]: float("nan")}
+    with pytest.raises(InfeasibleError, match=r"the closest costs 0\.7"):
+        smallest(SPACE, list(losses), lambda a: exact(losses[a]), lambda low, high: [], 0.5)
+
+
 def test_a_loss_that_is_not_monotone_still_gives_an_answer_with_measured_neighbours():
     rng = np.random.default_rng(0)
     for _ in range(50):

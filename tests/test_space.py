@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,10 +163,42 @@ def test_restricting_by_pattern_pins_layers_and_refuses_a_pattern_without_match(
         SPACE.restricted({"z*": [8]})
 
 
-@pytest.mark.parametrize(("ties", "says"), [(((0, 1),), "different bit-widths"), (((0, 0), (0,)), "another tie")])
-def test_ties_need_equal_candidates_and_no_layer_twice(ties, says):
+SAME = ((2, 4),) * 3
+
+
+@pytest.mark.parametrize(
+    ("widths", "ties", "says"),
+    [
+        (SPACE.bit_widths, ((0, 1),), "different bit-widths"),
+        (SAME, ((0, 1), (1, 2)), "another tie"),
+        (SAME, ((0, 0),), "two or more different layers"),
+        (SAME, ((1,),), "two or more different layers"),
+        (SAME, ((0, -1),), r"numbers within 0\.\.2"),
+        (SAME, ((0, 3),), r"numbers within 0\.\.2"),
+    ],
+)
+def test_ties_need_equal_candidates_and_no_layer_twice(widths, ties, says):
     with pytest.raises(ConfigurationError, match=says):
-        SearchSpace(LAYERS, SPACE.bit_widths, ties)
+        SearchSpace(LAYERS, widths, ties)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: SPACE.tied(["a.*"]), r"a tie is 'a\.\*'; expected a list"),
+        (lambda: SPACE.blocked(["a.*"]), r"a block is 'a\.\*'; expected a list"),
+        (lambda: SPACE.restricted({"a.*": 8}), "is 8; expected a list of integers"),
+        (lambda: SearchSpace.uniform(LAYERS, 8), "bits is 8; expected a list of integers"),
+        (lambda: SearchSpace.uniform(LAYERS, "248"), "bits is '248'; expected a list of integers"),
+    ],
+)
+def test_one_value_in_the_place_of_a_list_is_refused(call, says):
+    with pytest.raises(ConfigurationError, match=says):
+        call()
+
+
+def test_bits_may_be_numpys_integers():
+    assert SearchSpace.uniform(LAYERS, np.array([2, 4])).bit_widths == ((2, 4),) * 3
 
 
 def test_a_foreign_assignment_is_refused_with_the_names():

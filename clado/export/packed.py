@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clado.errors import NetworkError, StoreError
-from clado.network import Network, Replaced
+from clado.network import Network, Replaced, unfit
 from clado.quantizers import ActivationGrid, Codes, Grid, QuantizedLayer
 
 FORMAT = "clado-packed/1"
@@ -85,9 +85,8 @@ def export_packed(path: Path, network: Network, layers: Replaced) -> PackedSize:
     """
     as_module(network, layers)  # what could not be loaded again is refused here
     document, tensors = _packed(network, layers)
-    unfit = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if unfit:
-        raise NetworkError(f"weights hold a NaN or an infinity: {', '.join(unfit[:8])}")
+    if bad := unfit(tensors):
+        raise NetworkError(f"weights hold a NaN or an infinity: {', '.join(bad[:8])}")
     owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(document, separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)

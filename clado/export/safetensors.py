@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from clado.errors import NetworkError, StoreError
 from clado.export.packed import bias_place
+from clado.network import unfit
 from clado.records import write_text
 
 WEIGHTS, ASSIGNMENT, README = "weights.safetensors", "assignment.json", "README.md"
@@ -36,14 +37,14 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
         raise StoreError("not an assignment; expected the JSON object that SearchSpace.to_json makes")
     if (folder / README).exists() and not (folder / WEIGHTS).exists():
         raise StoreError(f"{folder} holds a {README} and no {WEIGHTS}: it is no export's; name another folder, or a new one")
-    absent = sorted(set(bits) - set(state))
+    # the parts of a split weight stand in the state as the one tensor that they are rows of
+    absent = sorted(name for name in bits if name not in state and _whole(name) not in state)
     if absent:
         raise NetworkError(
             f"the state lacks layers of the assignment: {_some(absent)}; expected the state dict of the same network"
         )
-    unfit = sorted(name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all()))
-    if unfit:
-        raise NetworkError(f"weights hold a NaN or an infinity: {_some(unfit)}")
+    if bad := sorted(unfit(state)):
+        raise NetworkError(f"weights hold a NaN or an infinity: {_some(bad)}")
     # safetensors refuses tensors that share memory (tied weights): each gets its own
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,3 +137,9 @@ Packed, the searched weights take {document["size_bytes"]:,} bytes.
 {note if activations else ""}
 {table}
 """
+
+
+def _whole(name: str) -> str:
+    """The tensor that a part of a split weight is rows of."""
+    stem, _, part = name.rpartition(".")
+    return stem if part in ("q", "k", "v") else name

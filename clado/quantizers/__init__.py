@@ -76,10 +76,11 @@ class ActivationGrid:
         return cls(bits, float(grid.scale), int(grid.zero_point))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The nearest values on the grid; beyond its range they saturate. The input is not changed."""
+        """The nearest values on the grid; beyond its range they saturate, and NaN stays NaN. The input is not changed."""
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return self.fake_quantize(x.float()).to(x.dtype)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 2**self.bits - 1)
+        on_grid = torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 2**self.bits - 1)
+        return torch.where(x.isnan(), x, on_grid)  # torch's takes NaN for the lowest value
 
 
 @dataclass(frozen=True, eq=False)

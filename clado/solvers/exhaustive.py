@@ -15,6 +15,7 @@ CHUNK = 50_000
 def search(program: Program, task: Task) -> Outcome:
     """Enumerates; refuses more than 20 million assignments."""
     widths = np.diff(program.starts)
+    free = np.flatnonzero(widths > 1)  # NumPy's indices have 64 axes at most, and groups may be many more
     total = int(np.prod(widths.astype(object)))
     if total > MOST:
         raise SolverError(
@@ -25,7 +26,9 @@ def search(program: Program, task: Task) -> Outcome:
         if tried and (time.perf_counter() > task.deadline or (task.node_limit is not None and tried >= task.node_limit)):
             return Outcome(Status.LIMIT, best, -np.inf, tried)
         index = np.arange(first, min(first + CHUNK, total))
-        choices = np.stack(np.unravel_index(index, tuple(widths)), axis=1) + program.starts[:-1]
+        choices = np.tile(program.starts[:-1], (len(index), 1))
+        if len(free):
+            choices[:, free] += np.stack(np.unravel_index(index, tuple(widths[free])), axis=1)
         tried += len(choices)
         x = np.zeros((len(choices), program.num_choices))
         np.put_along_axis(x, choices, 1.0, axis=1)
