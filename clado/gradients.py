@@ -53,12 +53,12 @@ def squared_slopes(
         bias_slopes = dict(zip(given, slopes[len(weights) :], strict=True))
         for layer, (of_weight, of_bias) in enumerate(errors):
             where = slice(1 + space.offsets[layer], 1 + space.offsets[layer + 1])
-            slope = slopes[layer].reshape(-1)
+            slope = slopes[layer].reshape(-1).to(of_weight.dtype)
             first = of_weight @ slope
             if of_bias is not None:
-                first = first + of_bias @ bias_slopes[layer].reshape(-1)
+                first = first + of_bias @ bias_slopes[layer].reshape(-1).to(of_bias.dtype)
             sums[0, where] += first.double().square()
-            sums[1, where] += (of_weight.float().square() @ slope.float().square()).double()  # squares leave float16's range
+            sums[1, where] += (of_weight.square() @ slope.square()).double()
     return sums.cpu().numpy()
 
 
@@ -147,10 +147,13 @@ def _biases(prepared: Prepared) -> list[Tensor | None]:
 
 
 def _errors(prepared: Prepared, layer: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(options of a layer, weights) and (options, bias): what each option adds to the float layer."""
+    """(options of a layer, weights) and (options, bias): what each option adds to the float layer, float32 at least: squares of
+    small errors leave float16's range."""
+    kind = torch.promote_types(prepared.network.weights[layer].dtype, torch.float32)
     offsets, weight = prepared.space.offsets, prepared.network.weights[layer]
     made = prepared.layers[offsets[layer] : offsets[layer + 1]]
-    of_weight = torch.stack([(m.weight - weight).reshape(-1).detach().clone() for m in made])
+    of_weight = torch.stack([(m.weight - weight).reshape(-1).detach().clone() for m in made]).to(kind)
     if bias is None:
         return of_weight, None
-    return of_weight, torch.stack([(bias * 0 if m.bias is None else m.bias - bias).detach().reshape(-1).clone() for m in made])
+    of_bias = torch.stack([(bias * 0 if m.bias is None else m.bias - bias).detach().reshape(-1).clone() for m in made])
+    return of_weight, of_bias.to(kind)

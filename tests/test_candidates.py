@@ -31,6 +31,7 @@ from clado.probes import TEMPERATURES
 from clado.program import Program, Solution, Status
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.space import Assignment, Layer, SearchSpace
+from tests.networks import all_assignments
 
 SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 4 + 3 * i), "linear") for i in range(4)], (2, 4, 8))
 ALL = [Assignment(bits) for bits in itertools.product((2, 4, 8), repeat=4)]
@@ -316,6 +317,17 @@ def test_options_that_lose_their_loss_are_never_proposed():
     program = program_of(matrix, [limit])
     found = solvers.solve(program, "exhaustive")
     assert found.assignment.bits[0] != 8
+
+
+def test_what_must_not_be_chosen_is_predicted_to_cost_infinitely_much():
+    from dataclasses import replace
+
+    plain = matrix_of(3)
+    matrix = replace(plain, quarantined=(2,), forbidden=((0, 3),))
+    for assignment in map(Assignment, all_assignments(SPACE.bit_widths)):
+        chosen = set(SPACE.chosen_options(assignment))
+        allowed = 2 not in chosen and not {0, 3} <= chosen
+        assert matrix.predicted_increase(assignment) == (plain.predicted_increase(assignment) if allowed else np.inf)
 
 
 def test_budgets_keep_their_order_lose_duplicates_and_have_names_of_their_own():

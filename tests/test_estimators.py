@@ -4,15 +4,18 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
+import clado
 from clado.errors import ConfigurationError, MeasurementError
 from clado.estimators import Measured, costs, estimate, kinds_of, non_finite
 from clado.interaction import InteractionMatrix
+from clado.network import Network
 from clado.plugins import available
 from clado.probes import TEMPERATURES, Plan
 from clado.space import Assignment, Layer, SearchSpace
 from tests.contracts.estimator import BLOCKS, EstimatorContract, measured_network, true_increase
-from tests.networks import all_assignments
+from tests.networks import Residual, all_assignments, build, images
 
 WIDTHS = (2, 4, 8)
 TEMPERED = {f"tempered{t}": t for t in TEMPERATURES if t != 1}
@@ -178,6 +181,17 @@ class TestFisher(EstimatorContract):
     def test_shares_its_gradients_with_mpqco_and_orders_assignments(self):
         assert kinds_of(["fisher", "mpqco"]) == ("gradients",)
         assert estimate("fisher", measured_network()[1]).ranking_only
+
+    def test_of_a_half_precision_network_the_small_errors_count_as_well(self):
+        model = build(Residual)
+        with torch.no_grad():
+            model.head.weight.mul_(0.02)
+        matrices = []
+        for kind in (torch.float16, torch.float32):  # the same weights, rounded once
+            network = Network(model.to(kind), images(1).to(kind))
+            matrices.append(clado.measure(network, network.search_space((2, 8)), images(16), "fisher"))
+        half, wide = matrices
+        np.testing.assert_allclose(np.diag(half.values), np.diag(wide.values), rtol=0.25)
 
 
 class TestGaussNewton(EstimatorContract):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from clado.evaluation import Counts, count, count_each, evaluate_weights, shards
+from clado.evaluation import Counts, count, count_each, evaluate_weights, per_image, shards
 from clado.images import MemorySlice
 from clado.network import Network
 from clado.quantizers import WeightQuantizer
@@ -84,6 +84,15 @@ def test_counts_add_up_over_shards(network, weights, labelled, size, batch):
 def test_shards_cover_every_image_once(images, size):
     assert [i for start, stop in shards(images, size) for i in range(start, stop)] == list(range(images))
     assert all(0 < stop - start <= size for start, stop in shards(images, size))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_hit_nothing(network, value):
+    broken = {4: torch.full_like(network.weights[4], value)}
+    data = MemorySlice(images(6), torch.zeros(6, dtype=torch.int64), CLASSES)
+    assert count(network, broken, data, 0, 6).accuracy().top1 == 0.0
+    assert count(network, broken, data, 0, 6).top5 == 0
+    assert not per_image(network, broken, data)[1].any()
 
 
 def test_accuracy_is_the_mean_and_nothing_is_made_up():

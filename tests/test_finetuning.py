@@ -53,6 +53,15 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_images_may_be_vectors():
+    torch.manual_seed(0)
+    network = Network(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.randn(1, 6))
+    prepared = prepare(network, network.search_space((3,)))
+    training, held_out = (MemorySlice(torch.randn(n, 6), labels(n)) for n in (48, 24))
+    tuned = finetune(*prepared.shipped(prepared.space.widest), network, training, held_out, SHORT)
+    assert len(tuned.epochs) > 1
+
+
 @KINDS
 @pytest.mark.parametrize("learned_scales", [False, True])
 def test_weights_lie_on_their_grids_and_the_training_loss_falls(kind, learned_scales):

@@ -282,6 +282,14 @@ def test_activation_widths_share_a_layers_weight_and_layers_a_widths_grid():
         assert torch.equal(ready.layers[k].weight, plain.layers[plain.space.option(i, bits)].weight)
 
 
+def test_parts_of_a_split_weight_read_one_input_and_cannot_choose_its_width():
+    network = Network(build(Attention), images(1), split=("*.in_proj_weight",))
+    space = network.search_space((2, 8))
+    assert prepare(network, space.with_activations((8,)), images=[images(4)]).layers
+    with pytest.raises(ConfigurationError, match=r"activations of \[4, 8\] bits where a weight is split"):
+        prepare(network, space.with_activations((4, 8)), images=[images(4)])
+
+
 def test_inputs_that_whole_forwards_do_not_see_are_refused():
     network = Network(build(Attention), images(1), graph=False)
     space = network.search_space((2,)).with_activations((8,))

@@ -106,6 +106,15 @@ def test_an_activation_becomes_the_nearest_value_on_its_grid(span, bits):
     assert float((out - inside).abs().max()) <= grid.scale * 0.5001 + 1e-6 * max(map(abs, span))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_activations_saturate_and_nan_stays_nan(dtype):
+    grid = ActivationGrid.of_range(-1.0, 1.0, 4)
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
+    out = grid.fake_quantize(x)
+    assert out.isnan().tolist() == [True, False, False, False]
+    assert out[1:].tolist() == pytest.approx([float(grid.fake_quantize(torch.tensor([v], dtype=dtype))) for v in (9, -9, 0)])
+
+
 @WIDTHS
 @SPANS
 def test_zero_is_on_the_grid_and_the_range_to_half_a_step(span, bits):

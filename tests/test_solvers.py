@@ -270,6 +270,15 @@ def test_a_budget_of_bit_operations_narrows_activations_before_weights_where_the
     assert answers["scip"] == answers["exhaustive"]
 
 
+def test_groups_of_one_choice_may_be_many_more_than_arrays_have_axes() -> None:
+    space = SearchSpace.uniform([Layer(f"layer{i:02}", (10,), "linear") for i in range(80)], (2, 8))
+    matrix = InteractionMatrix(space, np.diag(np.tile([0.0, 1.0], 80)), "none", "none", 0.0, 1)
+    for free in ([], ["layer3?"]):
+        pins = {f"layer{i:02}": [8] for i in range(80) if not (free and i // 10 == 3)}
+        found = solvers.solve(Program.build(matrix, candidates=pins), "exhaustive")
+        assert found.assignment.bits == tuple(2 if free and i // 10 == 3 else 8 for i in range(80))
+
+
 def test_forbidden_pairs_can_make_it_infeasible() -> None:
     space = SearchSpace.uniform([Layer(f"layer{i}", (10,), "linear") for i in range(2)], (2, 8))
     matrix = InteractionMatrix(space, np.eye(4) + 0.1, "none", "none", 0.0, 1)
