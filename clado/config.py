@@ -51,12 +51,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
 class NetworkSettings(Settings):
     """Which network: of the zoo, of torchvision or timm by name, or what a Python factory `package.module:function` returns."""
 
     source: Literal["zoo", "torchvision", "timm", "factory"] = "zoo"
     name: str = Field(min_length=1)
-    weights: Literal["random"] | Path | None = Field(
+    weights: Literal["random"] | UserPath | None = Field(
         default=None, description="safetensors or .pth file with the network's state, or random; default: the source's own"
     )
     weights_name: str | None = Field(
@@ -126,7 +129,7 @@ class DataSettings(Settings):
     """Which images. Slices are disjoint: calibration, sensitivity (measuring), validation (accuracy, seen by no choice)."""
 
     source: Literal["zoo", "folder", "tar"] = "zoo"
-    path: Path | None = Field(
+    path: UserPath | None = Field(
         default=None,
         description="source folder: an image folder with one sub-folder a class, or train/ and val/ of such; source tar: a "
         "folder of shards *.tar (KEY.jpg, KEY.cls), or train/ and val/ of such",
@@ -234,7 +237,7 @@ class ConstraintSettings(Settings):
 
     kind: Annotated[str, _one_of("constraints")]
     bound: Positive
-    path: Path | None = Field(
+    path: UserPath | None = Field(
         default=None, description="kinds latency and table: CSV with the columns layer,bits[,activation_bits],UNIT"
     )
     scales: bool = Field(default=False, description="kind size: count scales and zero points as well, four bytes each")
@@ -323,9 +326,9 @@ Word = Annotated[str, _matching(r"[\w./:@%+=,-]+", "one word of letters, digits 
 class TlsSettings(Settings):
     """Certificates of Dask's connections, PEM files at the same path on every machine; `clado certificates` makes some."""
 
-    ca_file: Path
-    cert: Path
-    key: Path
+    ca_file: UserPath
+    cert: UserPath
+    key: UserPath
 
 
 class SshSettings(Settings):
@@ -355,7 +358,7 @@ class SlurmSettings(Settings):
     python: Word | None = Field(default=None, description="interpreter on the nodes that has clado; default: this one's path")
     directives: tuple[str, ...] = Field(default=(), description="more options of sbatch, such as --constraint=a100")
     prologue: tuple[str, ...] = Field(default=(), description="shell lines before the worker starts, such as module load cuda")
-    log_folder: Path | None = Field(default=None, description="what jobs print; default: where they were submitted")
+    log_folder: UserPath | None = Field(default=None, description="what jobs print; default: where they were submitted")
 
 
 class ClaimSettings(Settings):
@@ -446,6 +449,12 @@ class TrackingSettings(Settings):
     )
 
 
+def _folder(path: Path) -> Path:
+    if "?" in str(path):
+        raise ValueError(f"{path} has a ?, which ends the name of a file in the URL of MLflow's database; expected another name")
+    return path
+
+
 def _bucket(url: str) -> str:
     expected = "expected s3://BUCKET/PREFIX, with the keys in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
     if redact(url) != url:
@@ -485,7 +494,7 @@ class RunConfig(Settings):
     store: Annotated[Uri, AfterValidator(_bucket)] | None = Field(
         default=None, description="a bucket for what is measured, s3://BUCKET/PREFIX; default: store.zarr in the run's folder"
     )
-    folder: Path | None = Field(
+    folder: Annotated[UserPath, AfterValidator(_folder)] | None = Field(
         default=None, description="where the run is kept; default: runs/NETWORK-HASH of the settings that shape it"
     )
 
@@ -565,14 +574,18 @@ def fingerprint(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without its silent choice of the last of two equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [pair for pair in node.value if pair[0].tag != MERGE]  # what << brings may be given anew
+        keys = [self.construct_object(key, deep=True) for key, _ in own]
         for k, key in enumerate(keys):
             if key in keys[:k]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.value[k][0].start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", own[k][0].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -602,7 +615,7 @@ def load_run_config(folder: Path) -> RunConfig:
         raise StoreError(
             f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
         )
-    return load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder))}"])
+    return load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder), ensure_ascii=False)}"])
 
 
 def parse_config(document: dict[str, Any], whence: str = "configuration") -> RunConfig:

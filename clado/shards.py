@@ -241,7 +241,8 @@ class Store:
         """Whether the arrays of a kind are there, under the plan's terms; StoreError where they have another shape."""
         if not self._is_there(kind) or self._opened(kind).attrs.get("terms", {}) != plan.terms(kind):
             return False
-        for part, (shape, chunks) in _geometry(plan, kind).items():
+        own = replace(plan, blocks=plan.blocks[: len(self.counts)])  # the plan may be of a store that is yet to grow
+        for part, (shape, chunks) in _geometry(own, kind).items():
             array = self._array(f"{kind}/{part}")
             # a growth that was cut short leaves more blocks than the coverage has
             found, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
@@ -320,9 +321,11 @@ class Store:
         return "/".join([*filter(None, [self._kinds.path]), tile.kind, "sums", "c", *map(str, key)])
 
     def missing(self, plan: Plan) -> list[Tile]:
-        """Tiles of the plan that are not done, in the plan's order; a mark that cannot be read is none."""
-        done = {kind: self._marks(kind) for kind in plan.kinds if self._holds(plan, kind)}
-        return [tile for tile in plan.tiles if tile.kind not in done or done[tile.kind][tile.block, tile.number] != DONE]
+        """Tiles of the plan that are not done, in the plan's order: blocks that the store has no room for yet are not, and a mark
+        that cannot be read is none."""
+        marks = {kind: self._marks(kind) for kind in plan.kinds if self._holds(plan, kind)}
+        done = {(kind, *where) for kind, held in marks.items() for where in zip(*np.nonzero(held == DONE), strict=True)}
+        return [tile for tile in plan.tiles if (tile.kind, tile.block, tile.number) not in done]
 
     def _marks(self, kind: Kind) -> NDArray[np.uint8]:
         array = self._array(f"{kind}/done")

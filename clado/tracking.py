@@ -14,13 +14,14 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATABASE, ARTIFACTS, UNDELIVERED = "mlflow.db", "mlflow-artifacts", "mlflow-undelivered.json"
+PLACES = (  # tables and columns of MLflow's database that say where artifacts are
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 UNDELIVERED_FAILURE = "mlflow-undelivered-failure.json"  # of its own, so that a failure never takes a finished run's place
 RECORD, FAILURE = "record.json", "failure.txt"  # beside a note
 VALIDATION = "validation_set"
@@ -90,6 +98,30 @@ def default_uri(folder: Path) -> str:
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
     return f"sqlite:///{(folder.resolve() / DATABASE).as_posix()}"
+
+
+def _sqlite(uri: str) -> Path | None:
+    """The file of an SQLite tracker, None for any other."""
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+
+def relocate(uri: str) -> None:
+    """Lets the records in an SQLite file find their artifacts beside it where the folder was moved or copied: MLflow keeps
+    absolute places, and would write into the old one."""
+    file = _sqlite(uri)
+    if file is None or not file.is_file():
+        return
+    here = (file.parent / ARTIFACTS).as_uri()
+    with closing(sqlite3.connect(file)) as database, database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiments" not in tables:
+            return
+        places = [place for (place,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        for there in (place for place in places if place and place.endswith(f"/{ARTIFACTS}") and place != here):
+            for table, column in PLACES:
+                if table in tables:
+                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?"
+                    database.execute(moved, (here, len(there) + 1, len(there) + 1, f"{there}/"))
 
 
 def destination(uri: str | None, folder: Path) -> str:
@@ -321,6 +353,7 @@ class _Attempt:
                 return
 
     def _experiment(self, client: "MlflowClient") -> str:
+        relocate(self.uri)
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
@@ -333,9 +366,10 @@ class _Attempt:
 
     def _artifact_location(self) -> str | None:
         """Beside an SQLite file, for MLflow's own default is the working directory; a server knows its own place."""
-        if not self.uri.startswith("sqlite:///"):
+        file = _sqlite(self.uri)
+        if file is None:
             return None
-        location = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / ARTIFACTS
+        location = file.parent / ARTIFACTS
         location.mkdir(parents=True, exist_ok=True)
         return location.as_uri()
 

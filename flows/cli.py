@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -154,13 +155,15 @@ def plan(
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records import write_text
+    from flows.export import file_name
     from flows.stored import StoredRun, predicted_text, solution_text
 
     stored = StoredRun.open(folder)
     wanted = _budget(budget, size_bytes)
     for name, matrix, solution in stored.solve(wanted, limits or []):
-        file = folder / "solutions" / f"{wanted.name.replace(' ', '_')}-{name}.json"
-        write_text(file, stored.document(matrix, solution))
+        parts = [wanted.name, *(limits or []), name]
+        file = folder / "solutions" / f"{'-'.join(map(file_name, parts))}.json"
+        write_text(file, stored.document(matrix, solution, wanted, limits or []))
         rivals = stored.rivals(matrix, wanted, limits or [])
         others = ", ".join(f"{rival} {predicted_text(matrix, found.objective)}" for rival, found in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
@@ -256,7 +259,8 @@ def finetune(
     chosen_images = images_of(session, data, seed, images)
     with locked(folder):
         text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
-    typer.echo(f"{text}\nMLflow run {receipt.parent_run_id or 'not delivered'}")
+    kept = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
+    typer.echo(f"{text}\nMLflow run {kept}")
 
 
 @command
@@ -332,7 +336,7 @@ def sync(
 ) -> None:
     """Deliver to MLflow what it did not take during a run, from the run's folder alone. A second time delivers nothing."""
     from clado.config import load_run_config
-    from clado.errors import ServerError
+    from clado.errors import ServerError, StoreError
     from clado.tracking import deliver
     from flows.guard import locked
 
@@ -346,6 +350,8 @@ def sync(
                 "tracker, or name another with --uri, and sync again"
             )
         typer.echo(f"Delivered to {receipt.uri}: run {receipt.parent_run_id}, {receipt.num_children} below it")
+    if not receipts and not (folder / "record.json").is_file():
+        raise StoreError(f"{folder} has no record yet, so that there is nothing to deliver; clado run ends it")
     if not receipts:
         typer.echo(f"Nothing to deliver: MLflow has all of {folder}")
 
@@ -388,7 +394,7 @@ def runs(
 
     from clado import catalogue
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
     top = (folders or [Path("runs")])[0]
     if folders is None or len(folders) == 1:
         found = catalogue.find(top)
@@ -425,7 +431,7 @@ def cluster(config: Config, overrides: Overrides = None) -> None:
 def certificates(
     folder: Annotated[Path, typer.Argument(help="Folder to write ca.pem, cert.pem and key.pem into.")],
     hosts: Annotated[list[str] | None, typer.Option("--host", help="A machine beside this one, by name or address.")] = None,
-    days: Annotated[int, typer.Option(min=1, help="How long they hold.")] = 30,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they hold.")] = 30,
 ) -> None:
     """Make certificates to encrypt Dask's connections with, for trying it out: an authority, and one for every machine."""
     from flows.clusters._certificates import make_certificates
@@ -547,7 +553,7 @@ def _plan_text(session: "Session") -> str:
     todo = session.store_todo()
     whole = sum(map(plan.evaluations, plan.tiles))
     if known := whole - sum(plan.evaluations(tile, sums) for tile, sums in todo.items()):
-        lines.append(f"  in the store already: {known:,} of {whole:,} evaluations")
+        lines.append(f"  in the store already: {100 * known / whole:.0f} % of the evaluations")
     from clado.estimators import costs
 
     for name, (forwards, backwards) in costs(config.estimators, plan).items():
@@ -578,7 +584,7 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
         record = replace(record, seconds=dict(clock))
         record.save(folder / "record.json")
         page.write(folder)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
     console.print(report.show(record))
     typer.echo(report.locations(folder, sorted((folder / "plots").glob("*.png")), receipt))
 
@@ -592,6 +598,9 @@ def _report_end(clock: dict[str, float]) -> None:
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # else a terminal of another encoding ends the command at its first ± or –
+            stream.reconfigure(errors="replace")
     app()
 
 

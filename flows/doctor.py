@@ -6,7 +6,10 @@ import urllib.request
 from base64 import b64encode
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from flows.environment import set_defaults
 
 PACKAGES = ("clado", "torch", "torchvision", "numpy", "zarr", "dask", "distributed", "prefect", "mlflow", "pyscipopt")
 SERVERS = {"PREFECT_API_URL": "/health", "MLFLOW_TRACKING_URI": "/health"}
@@ -27,6 +30,7 @@ def report() -> tuple[str, bool]:
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(k) for k in range(count))
     lines.append(f"{'GPUs':<12} {count}{': ' + names if count else ' (measuring runs on the processor)'}")
+    set_defaults(Path("runs"))  # a profile of Prefect may name a server
     for variable, path in SERVERS.items():
         uri = os.environ.get(variable, "")
         if not uri:

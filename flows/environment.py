@@ -1,6 +1,7 @@
 """Environment variables that a run sets unless the user has: nothing phones home, nothing is written into the home folder."""
 
 import os
+import tomllib
 from pathlib import Path
 
 
@@ -18,7 +19,9 @@ def set_defaults(folder: Path) -> None:
         "PREFECT_CLI_COLORS": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    if "PREFECT_API_URL" not in os.environ:  # the embedded server is on this machine: it answers at once, or it has ended
+    if url := _profiles_server():  # what Prefect would use without a word, and nobody else would know of
+        defaults["PREFECT_API_URL"] = url
+    elif "PREFECT_API_URL" not in os.environ:  # the embedded server is on this machine: it answers at once, or it has ended
         defaults["PREFECT_CLIENT_MAX_RETRIES"] = "2"
     if not Path("~/.prefect").expanduser().exists():  # a user who has Prefect keeps its profiles and its server
         defaults["PREFECT_HOME"] = str((folder / ".prefect").resolve())
@@ -26,6 +29,17 @@ def set_defaults(folder: Path) -> None:
         defaults["MPLCONFIGDIR"] = str((folder / ".matplotlib").resolve())
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _profiles_server() -> str | None:
+    """The server that the active profile of the user's Prefect names."""
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    try:
+        document = tomllib.loads(Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).read_text("utf-8"))
+        profile = document["profiles"][os.environ.get("PREFECT_PROFILE", document.get("active"))]
+        return str(profile["PREFECT_API_URL"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that Prefect itself will speak of
+        return None
 
 
 def make_home() -> None:

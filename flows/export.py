@@ -9,7 +9,7 @@ from typing import Any
 from clado.errors import ConfigurationError, StoreError
 from clado.export.packed import bias_place
 from clado.export.safetensors import ASSIGNMENT, export_network
-from clado.export.snippets import PEERS, write_snippet
+from clado.export.snippets import PEERS, holds, write_snippet
 from clado.records import write_text
 from clado.space import Assignment
 from flows.session import Session
@@ -71,7 +71,7 @@ def export_as(kind: str, session: Session, assignment: Assignment, folder: Path)
 def _put_assignment(folder: Path, session: Session, assignment: Assignment) -> None:
     """assignment.json beside an export; refused where another assignment's is there."""
     document, beside = session.space.to_json(assignment), folder / ASSIGNMENT
-    if beside.is_file() and json.loads(beside.read_text(encoding="utf-8")) != document:
+    if beside.is_file() and not holds(beside, document):
         raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
     write_text(beside, json.dumps(document, indent=1))
 

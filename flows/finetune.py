@@ -75,8 +75,9 @@ def folder_of(stored: StoredRun, budget: str) -> Path:
 
 def train(
     stored: StoredRun, session: Session, budget: str, assignment: Assignment, training: Training, images: Images
-) -> tuple[str, tracking.Receipt]:
-    """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt)."""
+) -> tuple[str, tracking.Receipt | None]:
+    """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt, None for a run
+    without a record, below which it would stand)."""
     begin, folder = time.perf_counter(), folder_of(stored, budget)
     network, layers = session.shipped(assignment)
     with progress("training", 1.0) as advance:
@@ -111,6 +112,9 @@ def train(
         "seconds": time.perf_counter() - begin,
     }
     write_text(folder / RECORD, json.dumps(document, indent=1))
+    told = text(tuned, before, after, images, folder)
+    if not (stored.folder / "record.json").is_file():
+        return told, None
     receipt = tracking.track_nested(
         stored.folder,
         f"{budget} fine-tuned",
@@ -123,7 +127,7 @@ def train(
         | {"training_loss": [(e.number, e.training_loss) for e in tuned.epochs if e.training_loss is not None]},
         artifacts=[folder / name for name in (PACKED, ASSIGNMENT, RECORD)],
     )
-    return text(tuned, before, after, images, folder), receipt
+    return told, receipt
 
 
 def accuracy_on_validation(session: Session, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:

@@ -202,7 +202,7 @@ def _told() -> str:
 def _advice() -> str:
     url = os.environ.get("PREFECT_API_URL")
     if url:
-        return f"start the server at {url}, or unset PREFECT_API_URL to use an embedded one"
+        return f"start the server at {url}, or unset PREFECT_API_URL (or Prefect's profile) to use an embedded one"
     return (
         "its embedded server needs a free port on 127.0.0.1 and a folder to write to (PREFECT_HOME); "
         "or run `prefect server start` and set PREFECT_API_URL"

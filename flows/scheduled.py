@@ -26,7 +26,7 @@ def scheduled(config: str, overrides: list[str] | None = None, folder: str | Non
             raise ConfigurationError(
                 f"{redact(override)} has credentials, which Prefect shows; give the worker MLFLOW_TRACKING_URI"
             )
-    chosen = [] if folder is None else [f"folder={json.dumps(_started().strftime(folder))}"]
+    chosen = [] if folder is None else [f"folder={json.dumps(_started().strftime(folder), ensure_ascii=False)}"]
     settings = load_config(Path(config), [*(overrides or []), *chosen])
     set_defaults(settings.run_folder.parent)
     try:

@@ -242,7 +242,8 @@ def _write(folder: Path, ports: Ports, started: Mapping[str, Popen[bytes]]) -> N
     for name, process in started.items():
         with suppress(psutil.NoSuchProcess):
             processes[name] = {"pid": process.pid, "began": psutil.Process(process.pid).create_time()}
-    write_text(folder / LIST, json.dumps({"environment": ports.environment, "processes": processes}, indent=1))
+    environment = {**ports.environment, "PREFECT_HOME": str(folder / "prefect")}  # else its command makes one in the home folder
+    write_text(folder / LIST, json.dumps({"environment": environment, "processes": processes}, indent=1))
 
 
 def _read(folder: Path) -> dict[str, psutil.Process | None]:

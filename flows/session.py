@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import ConstraintSettings, RunConfig, fingerprint
 from clado.constraints import Constraint, size
 from clado.corrections import at_stage
-from clado.errors import ConfigurationError, DataError, IdentityMismatch
+from clado.errors import ConfigurationError, DataError, IdentityMismatch, UnreadableImage
 from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
@@ -73,7 +74,7 @@ class Session:
             if absent
             else load_data(config.data, loaded.image_shape, loaded.preprocessing)
         )
-        if not absent and config.criterion == "cross_entropy" and slices.sensitivity.load(0, 1)[1] is None:
+        if not absent and config.criterion == "cross_entropy" and not _labelled(slices.sensitivity):
             raise DataError(
                 "criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float"
             )
@@ -533,3 +534,11 @@ def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
     numbers = 2 if config.quantizer.scheme == "affine" else 1
     per_channel = config.quantizer.granularity == "per_channel"
     return {layer.name: 4 * numbers * (layer.num_channels if per_channel else 1) for layer in space.layers}
+
+
+def _labelled(images: ImageSlice) -> bool:
+    """Whether the images have labels, by the first that can be read; those that cannot are counted later."""
+    for k in range(len(images)):
+        with suppress(UnreadableImage):
+            return images.load(k, k + 1)[1] is not None
+    return True

@@ -1,5 +1,7 @@
 """A finished run, read back from its folder: new budgets from stored shards, without measuring."""
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,13 +95,15 @@ class StoredRun:
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
 
-    def document(self, matrix: InteractionMatrix, solution: Solution) -> str:
-        """A solution as JSON: the assignment, and how far it is proven."""
+    def document(self, matrix: InteractionMatrix, solution: Solution, budget: Budget, limits: Sequence[str]) -> str:
+        """A solution as JSON: the assignment, what it keeps to, and how far it is proven."""
         document = self.measured.space.to_json(solution.assignment)
         document |= {
             "estimator": matrix.estimator,
             **({} if (predicted := matrix.loss_of(solution.objective)) is None else {"loss_predicted": predicted}),
             "status": str(solution.status),
+            "budget": budget.name,
+            "limits": list(limits),
         }
         return json.dumps(document, indent=1)
 
@@ -278,12 +282,14 @@ def per_class_csv(session: Session, rows: Sequence[Result]) -> str:
     """budget,method,class,name,images,top1_hits,top1 of every class that the validation set holds; the float network first."""
     names: Sequence[str] = getattr(session.slices.validation, "classes", None) or ()
     float_row = ("", FLOAT, session.space.nothing)
-    lines = ["budget,method,class,name,images,top1_hits,top1"]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")  # names of classes may hold commas
+    table.writerow(["budget", "method", "class", "name", "images", "top1_hits", "top1"])
     for budget, method, assignment in [float_row, *((row.budget, row.method, row.assignment) for row in rows)]:
         counts = counts_of(session, assignment)
         if counts.top1 is None:
             raise DataError("the validation images have no labels; expected some for an accuracy per class")
         for label, num_images, hits in counts.classes:
             name = names[label] if label < len(names) else ""
-            lines.append(f"{budget},{method},{label},{name},{num_images},{hits},{hits / num_images:.6f}")
-    return "\n".join(lines) + "\n"
+            table.writerow([budget, method, label, name, num_images, hits, f"{hits / num_images:.6f}"])
+    return text.getvalue()

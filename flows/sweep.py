@@ -60,9 +60,9 @@ def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
 def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[str, tracking.Receipt]:
     """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
     folder = stored.folder / "sweep"
+    finished = RunRecord.load(stored.folder / "record.json")  # refused before anything is solved
     proposals = propose_front(stored, kind, count)
     rows = chosen_among(stored, session, proposals)
-    finished = RunRecord.load(stored.folder / "record.json")
     ledger = session.ledger("validation")
     known = {row.assignment: counts.accuracy() for row in rows if (counts := ledger.get(row.assignment)) is not None}
     results = tuple(replace(row, validation=known.get(row.assignment)) for row in rows)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from clado import tracking, zoo
-from clado.config import parse_config
+from clado.config import load_config, parse_config
 from clado.records import CHOSEN, RunRecord
 from clado.shards import Store
 from clado.solvers import solve as solve_program
@@ -336,6 +336,61 @@ def test_solve_equals_solving_the_stored_matrix(finished, copied):
     assert listing(copied / "store.zarr") == before
 
 
+def test_an_answer_within_further_limits_is_kept_beside_the_one_without(finished, copied):
+    call("solve", copied, "--budget", 3)
+    before = {path.name: path.read_bytes() for path in (copied / "solutions").iterdir()}
+    call("solve", copied, "--budget", 3, "--limit", "size=90000")
+    after = {path.name: path.read_bytes() for path in (copied / "solutions").iterdir()}
+    assert len(after) == 2 * len(before)
+    assert {name: after[name] for name in before} == before
+    document = json.loads(after["3_bits-size_90000-layerwise.json"])
+    assert (document["budget"], document["limits"]) == ("3 bits", ["size=90000"])
+
+
+@pytest.mark.parametrize("content", ["layer,bits,µs\n".encode("latin-1"), "layer,bits,s\n".encode("utf-16")])
+def test_a_table_that_is_not_utf8_is_refused(finished, tmp_path, content):
+    (tmp_path / "times.csv").write_bytes(content)
+    limit = f"latency=1:{tmp_path / 'times.csv'}"
+    assert "no CSV file in UTF-8" in call("solve", finished.folder, "--budget", 3, "--limit", limit, ends=2)
+
+
+def test_a_folder_may_have_any_letters_and_a_terminal_any_encoding(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "é😀" / "run")
+    assert "optimal" in call("solve", folder, "--budget", 3)
+    for encoding in ("latin-1", "ascii"):
+        command = [sys.executable, "-c", "from flows.cli import main; main()", "show", str(folder), "--candidates"]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        shown = subprocess.run(command, env=environment, capture_output=True, check=True)
+        assert b"chosen" in shown.stdout
+        assert not shown.stderr
+
+
+def test_what_was_killed_before_its_record_says_so_and_is_not_called_delivered(copied):
+    (copied / "record.json").unlink()
+    assert "has no record yet" in call("sync", copied, ends=2)
+    before = set(listing(copied))
+    assert "record.json" in call("sweep", copied, "--budgets", 2, ends=2)
+    assert set(listing(copied)) == before  # no front, and nothing measured for one
+
+
+def test_plan_says_what_of_a_grown_run_is_there_already(here, finished, copied):
+    write(here, folder=str(copied))
+    assert "in the store already: 100 % of the evaluations" in call("plan", "clado.yaml")
+    assert "in the store already: 50 % of the evaluations" in call("plan", "clado.yaml", "data.sensitivity_images=64")
+
+
+def test_paths_may_begin_at_home(here):
+    write(here, folder="~/runs/mine", network={**ZOO, "weights": "~/w.safetensors"})
+    settings = load_config(here / "clado.yaml")
+    assert settings.run_folder == here / "runs" / "mine"
+    assert settings.network.weights == here / "w.safetensors"
+
+
+def test_a_folder_that_is_not_there_is_named_with_where_it_was_looked_for(here):
+    write(here, data={"source": "folder", "path": "photos"})
+    assert f"data.path photos (in {here}) is not a folder" in call("run", "clado.yaml", ends=2)
+
+
 @pytest.mark.parametrize("budget", [[], ["--budget", 3, "--size-bytes", 90000]])
 @pytest.mark.parametrize("command", ["solve", "export"])
 def test_one_budget_has_to_be_named(finished, command, budget):
@@ -395,6 +450,17 @@ def test_export_of_a_budget_of_the_run_is_what_the_run_exported(finished, copied
     assert all(torch.equal(one[name], other[name]) for name in one)
     chosen = RunRecord.load(copied / "record.json").find(f"{bits:g} bits", CHOSEN)
     assert list(json.loads((own / "assignment.json").read_text())["bits"].values()) == list(chosen.assignment.bits)
+
+
+def test_a_server_that_prefects_profile_names_is_known(here, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    (here / ".prefect").mkdir()
+    for active, expected in (("far", "http://127.0.0.1:9/api: does not answer"), ("near", "not set: an embedded server")):
+        profiles = '[profiles.far]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n[profiles.near]\n'
+        (here / ".prefect" / "profiles.toml").write_text(f'active = "{active}"\n{profiles}')
+        monkeypatch.delenv("PREFECT_API_URL", raising=False)
+        assert expected in call("doctor", ends=int(active == "far"))
 
 
 def test_doctor_names_versions_and_a_server_that_does_not_answer(monkeypatch):
@@ -567,5 +633,7 @@ def test_certificates_are_written_once_and_nobody_else_may_read_the_key(here):
     assert "cluster: {tls: {ca_file: tls/ca.pem, cert: tls/cert.pem, key: tls/key.pem}}" in printed
     assert (here / "tls" / "key.pem").stat().st_mode & 0o077 == 0
     before = listing(here)
+    assert "'münchen' is no name of a machine" in call("certificates", "other", "--host", "münchen", ends=2)
+    call("certificates", "other", "--days", 99999999, ends=2)
     assert "exists already" in call("certificates", "tls", ends=2)
     assert listing(here) == before

@@ -144,6 +144,19 @@ def test_the_table_covers_every_section() -> None:
     assert set(RunConfig.model_fields) - {key for change, _ in BAD for key in change} == {"folder"}
 
 
+def test_a_folder_whose_name_would_end_early_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"folder: .*has a \?"):
+        parse_config(DEMO | {"folder": "runs/what?"})
+
+
+def test_sections_may_be_merged(tmp_path: Path) -> None:
+    anchored = "network: {name: resnet20_fashion_mnist}\ndata: &data {seed: 3}\ngradients:\n  <<: *data\n"
+    assert load_config(write(tmp_path / "clado.yaml", anchored)).gradients.seed == 3
+    assert load_config(write(tmp_path / "clado.yaml", anchored + "  seed: 4\n")).gradients.seed == 4
+    with pytest.raises(ConfigurationError, match="'seed' is given twice"):
+        load_config(write(tmp_path / "clado.yaml", anchored + "  seed: 4\n  seed: 5\n"))
+
+
 def test_every_fault_is_reported_at_once() -> None:
     with pytest.raises(ConfigurationError) as refusal:
         parse_config(DEMO | {"bits": [4, 2], "quantiser": {}, "cluster": {"workers": 0}})

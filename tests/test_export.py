@@ -11,6 +11,7 @@ from torch import nn
 from clado.errors import NetworkError, StoreError
 from clado.export import safetensors as exporter
 from clado.export.safetensors import export_network, load_network
+from clado.export.snippets import write_snippet
 from clado.space import Assignment, Layer, SearchSpace
 
 SNIPPET = "from clado.export.safetensors import load_network\nnetwork = make()\nload_network(folder, network)"
@@ -85,6 +86,14 @@ def test_parts_of_a_split_weight_are_rows_of_the_tensor_in_the_state(tmp_path: P
     assert load_network(tmp_path, nn.MultiheadAttention(4, 2)) == document
     with pytest.raises(NetworkError, match=r"lacks layers of the assignment: in_proj_weight\.k"):
         export_network(tmp_path, nn.Linear(4, 4).state_dict(), document, SNIPPET)
+
+
+def test_beside_a_damaged_assignment_nothing_is_written(tmp_path: Path) -> None:
+    layers = [Layer("0.weight", (4, 3, 3, 3), "conv2d")]
+    (tmp_path / "assignment.json").write_text("{")
+    with pytest.raises(StoreError, match="holds the export of another assignment"):
+        write_snippet(tmp_path, "torchao", SearchSpace.uniform(layers, (4, 8)), Assignment((8,)))
+    assert contents(tmp_path) == {"assignment.json": b"{"}
 
 
 def test_a_later_export_replaces_an_earlier_one(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only
     grown = session_of(tmp_path / "grown", sensitivity_images=32)
     grown.check()
     assert grown.blocks == sample_blocks(32, 4)
+    before = files(first.store_path)
+    assert list(grown.store_todo()) == [tile for tile in grown.plan.tiles if tile.block >= 2]  # what `clado plan` says
+    assert files(first.store_path) == before
     new = measure(grown)
     assert new == [tile for tile in grown.plan.tiles if tile.block >= 2]
     assert measure(session_of(tmp_path / "grown", sensitivity_images=32)) == []

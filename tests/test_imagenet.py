@@ -285,6 +285,47 @@ def test_a_damaged_image_is_refused_by_name(small_run: dict[str, Any]) -> None:
     assert not session.folder.exists()
 
 
+def test_labels_are_known_where_the_first_image_is_one_of_them(small_run: dict[str, Any]) -> None:
+    from flows.session import Session
+
+    small_run["data"]["max_corrupt_images"] = 3
+    small_run["criterion"] = "cross_entropy"
+    images = Session.open(parse_config(small_run)).slices.sensitivity
+    first = images.images[0].path
+    for name in DAMAGED:
+        (first.parents[1] / name).write_bytes(jpeg(1))
+    first.write_bytes(b"not a picture")
+    session = Session.open(parse_config({**small_run, "bits": [2, 8]})).checked()  # other settings: one session is kept
+    assert list(session.config.data.skip) == [images.images[0].name]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_sixteen_bits_are_scaled_and_wider_ones_refused(tmp_path: Path, channels: int) -> None:
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    for synset, image in zip(SYNSETS, (ramp, ramp.astype(np.int32), ramp.astype(np.float32)), strict=False):
+        (tmp_path / synset).mkdir()
+        for k in range(4):
+            Image.fromarray(image).save(tmp_path / synset / f"{k}.tiff")
+    asked = DataSettings(
+        source="folder", path=tmp_path, sensitivity_images=4, calibration_images=0, mean=(0.0,) * channels, std=(1.0,) * channels,
+        validation_images=4, sample_blocks=2,
+    )  # fmt: skip
+    everything = load_data(asked, (channels, 8, 8))
+    read = 0
+    for part in parts_of(everything):
+        for k, image in enumerate(part.images):
+            if SYNSETS[0] in image.name:
+                pixels = part.load(k, k + 1)[0][0]
+                np.testing.assert_allclose(pixels.numpy(), np.broadcast_to(ramp / 65535, (channels, 8, 8)), atol=0.5 / 255 + 1e-6)
+                read += 1
+            else:
+                with pytest.raises(DataError, match="values of 32 bits"):
+                    part.load(k, k + 1)
+    assert read == 4
+
+
 def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: dict[str, Any]) -> None:
     from clado.records import RunRecord
     from flows.session import Session

@@ -302,6 +302,25 @@ def test_the_same_record_again_is_a_second_parent(record: RunRecord, tmp_path: P
     assert (tmp_path / "mlflow-artifacts").is_dir()
 
 
+@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+def test_a_folder_that_was_moved_or_copied_has_its_artifacts_with_it_and_the_old_place_is_left_alone(
+    move: Any, record: RunRecord, tmp_path: Path, template: Path
+) -> None:
+    old, new = tmp_path / "an_old one", tmp_path / "new%20one"
+    files = make_files(old, small := replace(record, results=record.results[:1]))
+    shutil.copy(template, old / "mlflow.db")
+    assert track(small, old, {}, plots=files.plots).delivered
+    move(old, new)
+    left = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}  # nothing where it was moved
+    receipt = track(small, new, {}, plots=[new / "plots" / "loss.png"])
+    assert receipt.delivered
+    runs = runs_of(receipt.uri)
+    assert len(runs) == 4
+    assert all(artifacts(run).is_relative_to(new) for run in runs)
+    assert all(any(artifacts(run).iterdir()) for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert left == {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("place", ["parent", "child"])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_a_fault_in_the_middle_leaves_no_run_open(

@@ -19,7 +19,9 @@ def constraint(space: SearchSpace, bound: float, path: str | Path, name: str = "
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except OSError as error:
-        raise ConfigurationError(f"{where} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(f"{where} ({Path(path).absolute()}) cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigurationError(f"{where} is no CSV file in UTF-8 ({error}); save it as one") from error
     header = rows[0] if rows else []
     with_activations = header[:3] == ["layer", "bits", "activation_bits"]
     num_keys = 3 if with_activations else 2

@@ -7,7 +7,7 @@ and torchao do not, and their snippets say so. What a peer cannot express is ref
 """
 
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -36,11 +36,19 @@ def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assig
     document, beside = space.to_json(assignment), folder / ASSIGNMENT
     if not beside.is_file():
         write_text(beside, json.dumps(document, indent=1))
-    elif json.loads(beside.read_text(encoding="utf-8")) != document:
+    elif not holds(beside, document):
         raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
     file = folder / f"assignment_{peer}.py"
     write_text(file, text)
     return file
+
+
+def holds(file: Path, document: Mapping[str, object]) -> bool:
+    """Whether a file is this JSON document; one that is damaged is not."""
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")) == document)
+    except ValueError:
+        return False
 
 
 def known(peer: str) -> str:

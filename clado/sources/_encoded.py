@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from clado.config import IMAGENET_MEAN, IMAGENET_STD, DataSettings
 from clado.errors import DataError, UnreadableImage
 from clado.images import DataSlices, ImageShape
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -73,7 +76,7 @@ class Preprocessing:
         channels, height, width = self.image_shape
         try:
             with Image.open(io.BytesIO(encoded.read())) as file:
-                image = file.convert(MODES[channels])
+                image = _eight_bits(file, encoded).convert(MODES[channels])
         except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadableImage(
                 f"image {encoded} cannot be read ({error}); repair or remove it, or allow some with data.max_corrupt_images",
@@ -82,6 +85,23 @@ class Preprocessing:
         resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
         pixels: Tensor = F.pil_to_tensor(F.center_crop(resized, [height, width])).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
+    """The image with eight bits a channel: Pillow's own conversion takes wider values for white."""
+    if image.mode in ("I", "F"):
+        raise DataError(f"image {encoded} has values of 32 bits, whose range is not known; expected 8 or 16 bits a channel")
+    if not image.mode.startswith("I;16"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+
+
+def no_folder(path: Path | None, expected: str) -> DataError:
+    """What to say of a path that is none: settings keep a relative one as it was given, and commands may be called anywhere."""
+    where = "" if path is None or path.is_absolute() else f" (in {Path.cwd()})"
+    return DataError(f"data.path {path}{where} is not a folder; expected {expected}")
 
 
 class EncodedSlice:

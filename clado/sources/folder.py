@@ -11,7 +11,7 @@ from pathlib import Path
 from clado.config import DataSettings
 from clado.errors import DataError
 from clado.images import DataSlices, ImageShape
-from clado.sources._encoded import EncodedSlice, Listing, Preprocessing, cut
+from clado.sources._encoded import EncodedSlice, Listing, Preprocessing, cut, no_folder
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
     """The slices of the folder `settings.path`; file names only are read here, images when they are loaded."""
     root = settings.path
     if root is None or not root.is_dir():
-        raise DataError(f"data.path {root} is not a folder; expected one with a sub-folder of images for each class")
+        raise no_folder(root, "one with a sub-folder of images for each class")
     train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
     if not train_and_val and any((root / part).is_dir() and _has_folders(root / part) for part in ("train", "val", "test")):
         raise DataError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from clado.config import DataSettings
 from clado.errors import DataError
 from clado.images import DataSlices, ImageShape
-from clado.sources._encoded import Listing, cut, imagenet_numbers
+from clado.sources._encoded import Listing, cut, imagenet_numbers, no_folder
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
     """The slices of the shards below `settings.path`; headers and labels are read here, images when they are loaded."""
     root = settings.path
     if root is None or not root.is_dir():
-        raise DataError(f"data.path {root} is not a folder; expected one of tar shards, or with train/ and val/ of such")
+        raise no_folder(root, "one of tar shards, or with train/ and val/ of such")
     train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
     training = _list(root, root / "train" if train_and_val else root)
     return cut(settings, image_shape, training, _list(root, root / "val") if train_and_val else None)

@@ -53,7 +53,10 @@ def _alternative(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
-        return x509.DNSName(name)
+        try:
+            return x509.DNSName(name)
+        except ValueError as error:
+            raise ConfigurationError(f"--host {name!r} is no name of a machine ({error}); expected one in ASCII") from None
 
 
 def _write(path: Path, content: bytes) -> None:
