@@ -190,6 +190,22 @@ def test_budgets_in_large_numbers_are_exact() -> None:
         )
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_linear_programs_are_solved_to_the_same_relative_precision_whatever_their_spread(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layers = [Layer(f"layer{i}", (int(rng.integers(1, 2000)),), "linear") for i in range(5)]
+    space = SearchSpace.uniform(layers, (2, 4, 8, 16))
+    spread = np.array([4.0 ** (-2 * option.bits) for option in space.options])
+    losses = spread * 10 ** rng.uniform(-16, 0, space.num_options)
+    matrix = InteractionMatrix(space, np.diag(losses), "wide", "none", 0.0, 1)
+    bound = rng.uniform(9.6, 15.7)  # so generous that the best answer is many orders of magnitude below the worst option
+    program = Program.build(matrix, [constraints.constraint("average_bits", space, bound)])
+    exact, found = solvers.solve(program, "exhaustive"), solvers.solve(program)
+    assert found.status == Status.OPTIMAL
+    assert found.minimised == pytest.approx(exact.minimised, rel=3e-6, abs=0)
+    assert found.bound <= exact.minimised * (1 + 3e-6)
+
+
 def test_layerwise_is_an_integer_linear_program() -> None:
     program = program_of("medium", network="resnet50").layerwise()
     solution = solvers.solve(program)

@@ -519,19 +519,32 @@ def _plain(
         if best is None:
             return Outcome(Status.DOUBTFUL, None, -np.inf, nodes, "SCIP calls the program solved but has no solution.")
         value = program.minimised(best)
-        slack = 10 * TOLERANCE * abs(value) + 1e-8 * float(np.abs(program.quadratic).max(initial=0.0))
+        slack = 10 * TOLERANCE * abs(value) + 1e-8 * OBJECTIVE / unit
         return Outcome(Status.DOUBTFUL if abs(value - bound) > slack else Status.OPTIMAL, best, bound, nodes)
 
 
 def _linear(program: Program, task: Task, first: Choices | None) -> Outcome:
-    """Without interactions: the diagonal is a linear objective."""
+    """Without interactions: the diagonal is a linear objective.
+
+    Counted from each group's least, and on the scale of the best answer so far, beyond which a choice is as bad as any: widths
+    differ by many orders of magnitude, of which SCIP's absolute tolerances see a few.
+    """
     worth = 0.5 * np.diag(program.quadratic)
-    unit = OBJECTIVE / max(float(np.abs(worth).max(initial=0.0)), 1e-300)
+    least = np.minimum.reduceat(worth, program.starts[:-1])
+    worth = worth - least[program.owner]
+    while True:
+        scale = max(float((worth if first is None else worth[first]).sum()), 1e-300)
+        unit = OBJECTIVE / scale
 
-    def build(model: Model, x: list[Any]) -> None:
-        model.setObjective(quicksum(float(w * unit) * v for w, v in zip(worth, x, strict=True)))
+        def build(model: Model, x: list[Any], unit: float = unit, most: float = 2 * scale) -> None:
+            model.setObjective(quicksum(float(min(w, most) * unit) * v for w, v in zip(worth, x, strict=True)))
 
-    return _plain(program, task, first, unit, program.offset, build)
+        outcome = _plain(program, task, first, unit, program.offset + float(least.sum()), build)
+        if outcome.choices is None or outcome.status != Status.OPTIMAL or float(worth[outcome.choices].sum()) >= 1e-3 * scale:
+            return outcome
+        if first is not None and np.array_equal(outcome.choices, first):
+            return outcome
+        first = outcome.choices
 
 
 def _factored(program: Program, form: Form, task: Task, first: Choices | None) -> Outcome:
