@@ -106,6 +106,20 @@ def test_an_activation_becomes_the_nearest_value_on_its_grid(span, bits):
     assert float((out - inside).abs().max()) <= grid.scale * 0.5001 + 1e-6 * max(map(abs, span))
 
 
+@WIDTHS
+@SPANS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_activations_become_what_torch_makes_of_them(span, bits, dtype):
+    grid = ActivationGrid.of_range(*span, bits)
+    halves = (torch.arange(-4, 2 ** min(bits, 10) + 4) + 0.5 - grid.zero_point) * grid.scale  # between two values
+    x = torch.cat([values(span).flatten(), 3 * values(span).flatten(), halves]).to(dtype)
+    expected = torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero_point, 0, 2**bits - 1)
+    assert torch.equal(grid.fake_quantize(x), expected)
+    learning = x.clone().requires_grad_()
+    grid.fake_quantize(learning).float().sum().backward()
+    assert 0 < float(learning.grad.float().mean()) < 1  # straight through within the range, nothing beyond
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_activations_saturate_and_nan_stays_nan(dtype):
     grid = ActivationGrid.of_range(-1.0, 1.0, 4)
