@@ -10,7 +10,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from clado import constraints, estimators
+from clado import constraints, estimators, solvers
 from clado.constraints import Constraint
 from clado.errors import InfeasibleError
 from clado.estimators import Measured
@@ -87,7 +87,9 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
     least, most = space.narrowest, space.widest
     for budget in budgets:
         try:
-            Program.build(nothing, together(budget.constraint(space), limits))
+            program = Program.build(nothing, together(budget.constraint(space), limits))
+            if len(program.limits) > 1:  # each can be kept alone; whether all can is for a solver to say
+                solvers.solve(program, "scip", time_limit=10)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"budget {budget.name}: {error}. The space reaches from {space.size_bytes(least):,} to "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clado import criteria
 from clado.errors import NetworkError
+from clado.graph import outside_inference
 from clado.network import Network
 from clado.preparation import Prepared
 from clado.quantizers import QuantizedLayer
@@ -20,6 +21,8 @@ from clado.quantizers import QuantizedLayer
 Array = NDArray[np.float64]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def squared_slopes(
     prepared: Prepared, criterion: str, images: Tensor, labels: Tensor | None, random: np.random.Generator
 ) -> Array:
@@ -39,7 +42,7 @@ def squared_slopes(
     differentiable = network.differentiable()
     sums = torch.zeros((2, 1 + space.num_options), dtype=torch.float64, device=network.device)
     for n in range(len(images)):
-        logits = differentiable.recorded_logits(images[n : n + 1], replaced)
+        logits = differentiable.recorded_logits(outside_inference(images[n : n + 1]), replaced)
         log_p = logits[0].double().log_softmax(-1)
         if criterion == "kl_to_float":
             total = log_p.detach().exp().cumsum(0).cpu().numpy()
@@ -62,6 +65,8 @@ def squared_slopes(
     return sums.cpu().numpy()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def average_traces(
     prepared: Prepared,
     criterion: str,
@@ -87,7 +92,7 @@ def average_traces(
     loss = torch.zeros((), dtype=torch.float64, device=network.device)
     traces = torch.zeros(space.num_layers, dtype=torch.float64, device=network.device)
     for images, labels in parts:
-        logits = differentiable.recorded_logits(images, replaced)
+        logits = differentiable.recorded_logits(outside_inference(images), replaced)
         total = criteria.bind(criterion, logits.detach(), labels)(logits).sum()
         loss += total.detach()
         try:

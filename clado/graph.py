@@ -225,7 +225,8 @@ class Graph:
     def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
         """Statistics that batch norms see with layers replaced, by buffer name, pooled over batches, in execution order."""
         graph, found = self, dict[str, Tensor]()
-        states = [graph.begin(batch) for batch in batches]
+        # from the images on: a layer before the first batch norm may be none that is searched
+        states = [State({self.input_slot: batch}, 0, len(batch), len(batch)) for batch in batches]
         for norm in self.norms:
             states = [graph.run(state, norm.position, replaced) for state in states]
             seen = [state.values[norm.input_slot] for state in states]

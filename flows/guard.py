@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 from clado.errors import CladoError, FolderBusy, ServerError, StoreError
@@ -166,19 +167,21 @@ def _is_not_the_users(record: logging.LogRecord) -> bool:
 
 def _watch_embedded_server() -> None:
     """Makes Prefect's embedded server end with this process, also where that is killed with -9, and not before: Ctrl-C in a
-    terminal reaches every process, and the server would print its own traceback.
+    terminal reaches every process, and so does what ends a batch job; the server would be gone before the run has ended.
 
     A shell holds the other end of a pipe that only this process keeps open: it reads the end of it when this process is no more.
     """
-    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.server.api import server as prefects
 
-    class Watched(SubprocessASGIServer):
+    class Watched(prefects.SubprocessASGIServer):
         def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits what is blocked
+            # in a session of its own, which signals to this one do not reach; Prefect offers no way to ask for that
+            names = vars(prefects)
+            names["subprocess"] = SimpleNamespace(Popen=partial(subprocess.Popen, start_new_session=True))
             try:
                 server = super()._run_uvicorn_command()
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                names["subprocess"] = subprocess
             watch = ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "clado-watch", str(server.pid)]
             self.watcher = subprocess.Popen(
                 watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

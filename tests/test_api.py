@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import clado
 from clado import criteria
 from clado.errors import CladoError, ConfigurationError, DataError, InfeasibleError, NetworkError
+from clado.plugins import available
 from tests.networks import Residual, build, images, labels, rebuilt, renormalised, replaced_logits
 
 NUM_IMAGES = 12
@@ -92,6 +93,15 @@ def test_every_estimator_and_criterion_measures(network, space, estimator, crite
     total = told[0][1]
     assert told == [(k + 1, total) for k in range(total)]
     assert total % 4 == 0
+
+
+@pytest.mark.parametrize("estimator", available("estimators"))
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_changes_no_number(network, space, estimator, mode):
+    expected = clado.measure(network, space, images(6), estimator)
+    with mode():
+        found = clado.measure(network, space, images(6), estimator)
+    assert found.values.tobytes() == expected.values.tobytes()
 
 
 def test_the_blocks_change_a_matrix_by_rounding_only(network, space):

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from clado.candidates import (
     together,
     widest_uniform,
 )
-from clado.constraints import constraint
+from clado.constraints import Constraint, constraint
 from clado.errors import InfeasibleError
 from clado.estimators import Measured, estimate
 from clado.interaction import InteractionMatrix
@@ -345,6 +346,14 @@ def test_an_impossible_budget_is_refused_with_the_smallest_and_the_range():
     with pytest.raises(InfeasibleError, match="2"):
         check_budgets(SPACE, budgets_of([4, 1.99]))
     check_budgets(SPACE, budgets_of([2, 32], [smallest]))
+
+
+def test_limits_that_can_only_be_kept_one_by_one_are_refused_without_a_measurement():
+    costs = tuple(1.0 / option.bits for option in SPACE.options)  # a table where few bits are slow
+    fast = sum(min(costs[a:b]) for a, b in pairwise(SPACE.offsets))
+    with pytest.raises(InfeasibleError, match=r"budget 2\.5 bits: .*alone"):
+        check_budgets(SPACE, budgets_of([2.5]), [Constraint("latency", "s", costs, 1.01 * fast)])
+    check_budgets(SPACE, budgets_of([2.5]), [Constraint("latency", "s", costs, 10 * fast)])
 
 
 def test_of_two_limits_on_one_cost_the_tighter_holds():

@@ -776,6 +776,17 @@ def test_normalisation_is_that_of_the_module_whatever_the_batches(kind, graph, s
         assert_same(network.updated(found).logits(x, chosen), replaced_logits(reference, found, x))
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_batch_norms_before_the_first_searched_layer_are_normalised_too(graph):
+    model, x = build(Normed), images(24)
+    first = Network(model, images(1)).layers[0].name
+    found = Network(model, images(1), [first], graph=graph).normalisation(x.split((10, 14)))
+    expected = renormalised(model, x)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 def test_later_batch_norms_see_what_earlier_ones_have_become():
     network, x = network_of(Normed), images(24)
     found = network.normalisation([x])

@@ -126,7 +126,7 @@ class SolverContract:
     """Laws of a solver."""
 
     solver: str
-    exact: bool
+    exact: bool = False
     num_cases = 40
     num_activation_cases = 20
 

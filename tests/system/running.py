@@ -121,6 +121,17 @@ class Bench:
     def session(self) -> Session:
         return Session.open(parse_config(yaml.safe_load((self.folder / "clado.yaml").read_text())))
 
+    def living(self) -> list[str]:
+        """Command lines of the living processes that were started in its folder, of whatever group."""
+        import psutil
+
+        found = []
+        for other in psutil.process_iter():
+            with suppress(psutil.Error):
+                if other.status() != psutil.STATUS_ZOMBIE and Path(other.cwd()) == self.folder:
+                    found.append(" ".join(other.cmdline()))
+        return found
+
     def done(self) -> list[Tile]:
         """Tiles that the store has so far."""
         if not (self.run_folder / "store.zarr").exists():
@@ -134,20 +145,6 @@ def end_group(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
-
-
-def group_members(process: subprocess.Popen) -> list[str]:
-    """Command lines of the living processes of a command's group."""
-    import psutil
-
-    found = []
-    for other in psutil.process_iter():
-        try:
-            if os.getpgid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(other.cmdline()))
-        except (psutil.Error, ProcessLookupError):
-            continue
-    return found
 
 
 def measured(store: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from flows.measure import measure
 from flows.run import Clock, Run
 from flows.session import Session
 from tests.running import config
-from tests.system.running import PATIENCE, Bench, chunk_times, end_group, group_members, measured, wait_for
+from tests.system.running import PATIENCE, Bench, chunk_times, end_group, measured, wait_for
 from tests.system.test_clusters import machines
 from tests.system.test_deployments import ask, prefect_server
 
@@ -136,9 +136,10 @@ def check_resumed(bench: Bench, finished, done: list, times: dict[str, int]) -> 
 
 def test_a_run_killed_half_way_goes_on_from_there(half_way, finished):
     bench, process = half_way
+    assert len(bench.living()) >= 5  # itself, its workers, Prefect's server and what watches that
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
-    wait_for(lambda: not group_members(process), "the end of its workers and of Prefect's server")
+    wait_for(lambda: not bench.living(), "the end of its workers and of Prefect's server")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
     assert 3 <= len(done) < TILES
     assert not (bench.run_folder / "record.json").exists()
@@ -154,24 +155,32 @@ def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(half_way, fini
     text = bench.printed("first")
     assert text.count("clado: interrupted") == 1
     assert [word for word in ("Traceback", "ERROR", "terminate called") if word in text] == []
-    wait_for(lambda: not group_members(process), "the end of every process")
+    wait_for(lambda: not bench.living(), "the end of every process")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
     assert 3 <= len(done) < TILES
     check_resumed(bench, finished, done, times)
 
 
-def test_a_second_run_is_refused_and_a_terminated_one_leaves_no_process_and_goes_on(half_way, finished):
+@pytest.mark.parametrize(
+    "terminate",
+    [
+        lambda process: process.send_signal(signal.SIGTERM),  # as a service manager does: the command alone
+        lambda process: os.killpg(process.pid, signal.SIGTERM),  # as what ends a batch job does: the whole group
+    ],
+    ids=["command", "group"],
+)
+def test_a_second_run_is_refused_and_a_terminated_one_leaves_no_process_and_goes_on(half_way, finished, terminate):
     bench, process = half_way
     second = bench.start("run", "clado.yaml", name="refused")
     assert second.wait(PATIENCE) == 2
     assert "another run is writing to" in bench.printed("refused")
     assert "Traceback" not in bench.printed("refused")
-    process.send_signal(signal.SIGTERM)  # as a service manager does: to the command alone
+    terminate(process)
     assert process.wait(180) == 143, bench.printed("first")
     text = bench.printed("first")
     assert "clado: terminated; what was measured is kept" in text
     assert "Traceback" not in text
-    wait_for(lambda: not group_members(process), "the end of every process")
+    wait_for(lambda: not bench.living(), "the end of every process")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
     assert 3 <= len(done) <= TILES
     check_resumed(bench, finished, done, times)
