@@ -1,5 +1,6 @@
 """What lives on a Dask worker: the network, the sensitivity set and the store, loaded once, and the functions that tasks call."""
 
+import os
 import signal
 import threading
 import time
@@ -37,8 +38,11 @@ class SessionPlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask when the worker starts."""
+        # Ctrl-C in a terminal, and what ends a batch job, reach every process of a group: they are the flow's to heed
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: it is the flow's to heed
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if self.document["cluster"]["kind"] in ("local", "local_gpus") and os.name == "posix":
+                os.setpgid(0, 0)
         if self.contents in (None, open_session(self.document).contents):
             return
         # a worker that outlives a run may hold the network or the images of before
