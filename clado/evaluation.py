@@ -129,9 +129,10 @@ def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Co
         if floats is None:
             raise DataError("the images have no labels and no float network to compare with; expected one of them")
         return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
-    loss = criteria.cross_entropy(logits, labels.to(logits.device)).sum()
-    labels = labels.cpu()
-    best = (logits.topk(min(5, logits.shape[1]), 1).indices.cpu() == labels[:, None]) & _finite(logits).cpu()[:, None]
+    there = labels.to(logits.device)
+    loss = criteria.cross_entropy(logits, there).sum()
+    top5 = logits.topk(min(5, logits.shape[1]), 1).indices == there[:, None]
+    best, labels = (top5 & _finite(logits)[:, None]).cpu(), labels.cpu()
     images, hits = Counter(labels.tolist()), Counter(labels[best[:, 0]].tolist())
     classes = tuple((label, images[label], hits[label]) for label in sorted(images))
     return Counts(len(logits), float(loss), int(best[:, 0].sum()), int(best.sum()), classes)

@@ -188,7 +188,9 @@ def test_the_smallest_by_prediction_keeps_its_bound_and_one_byte_less_does_not(s
 
 
 def test_solutions_are_written_as_assignments_that_load(stored):
-    name, matrix, solution = next(stored.solve(Budget("average_bits", 2.6)))
-    document = json.loads(stored.document(matrix, solution))
+    budget = Budget("average_bits", 2.6)
+    name, matrix, solution = next(stored.solve(budget))
+    document = json.loads(stored.document(matrix, solution, budget, ["size=90000"]))
+    assert (document["budget"], document["limits"]) == ("2.6 bits", ["size=90000"])
     assert stored.measured.space.from_json(document) == solution.assignment
     assert document["estimator"] == name
