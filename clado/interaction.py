@@ -55,7 +55,8 @@ class InteractionMatrix:
         """½ αᵀ Ĝ α: the predicted increase of the mean loss; exact for at most two layers under `pairwise`. Infinite with an
         option that is quarantined, or a pair that is forbidden."""
         chosen = self.space.chosen_options(assignment)
-        if not {*chosen}.isdisjoint(self.quarantined) or any({*pair} <= {*chosen} for pair in self.forbidden):
+        taken = set(chosen)
+        if not taken.isdisjoint(self.quarantined) or any(taken.issuperset(pair) for pair in self.forbidden):
             return float("inf")
         return 0.5 * float(self.values[np.ix_(chosen, chosen)].sum())
 

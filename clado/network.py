@@ -1,7 +1,7 @@
 """A torch network whose weights can be replaced by name, run whole or resumed from any searched layer."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, get_args
@@ -14,7 +14,7 @@ from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.graph import Call, Cut, Fold, Norm
 from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, Layer, SearchSpace, check_patterns
-from clado.tracing import compile_graph
+from clado.tracing import compile_graph, eval_mode
 from clado.whole import WholeForwards
 
 Numeric = Literal["float32", "tf32", "bfloat16"]
@@ -139,22 +139,14 @@ class Network:
             raise NetworkError("a weight can be split in a graph only; expected graph=True, or no split")
         if compile and not graph:
             raise NetworkError("only a graph can be compiled; expected graph=True, or no compile")
-
-        def engine(example: Tensor) -> Engine:
-            if not graph:
-                return WholeForwards(model, example, _matching(fixed))
-            flat = compile_graph(model, example, _matching(fixed), _matching(split))
-            return flat.compiled() if compile else flat
-
-        self.example = example_input[:1] if example_input.ndim != 3 else example_input.unsqueeze(0)
+        self.graph: Engine
         with _computing("float32", example_input.device):
-            try:
-                self.graph = engine(self.example)
-            except (NetworkError, RuntimeError):
-                if example_input.ndim != 3:
-                    raise
-                self.example = example_input[:1]
-                self.graph = engine(self.example)
+            self.example = _one_image(model, example_input)
+            if graph:
+                flat = compile_graph(model, self.example, _matching(fixed), _matching(split))
+                self.graph = flat.compiled() if compile else flat
+            else:
+                self.graph = WholeForwards(model, self.example, _matching(fixed))
         if not self.graph.layers:
             raise NetworkError("no convolution or linear weight is left to search; is every layer named in fixed?")
         self.weights: tuple[Tensor, ...] = self.graph.weights
@@ -331,6 +323,19 @@ class Network:
         """Refuses an assignment of another network."""
         if len(assignment.bits) != len(self.layers):
             raise NetworkError(f"the assignment has {len(assignment.bits)} layers, the network {len(self.layers)}")
+
+
+def _one_image(model: nn.Module, example: Tensor) -> Tensor:
+    """A batch of one. Three axes are an image where the module runs on it so, and signals where it runs on those alone."""
+    if example.ndim != 3:
+        return example[:1]
+    image, signals = example.unsqueeze(0), example[:1]
+    with eval_mode(model), torch.no_grad():
+        for batch in (image, signals):
+            with suppress(Exception):  # modules raise many kinds
+                model(batch.clone())
+                return batch
+    return image
 
 
 def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str], key: str) -> None:

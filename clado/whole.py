@@ -290,8 +290,8 @@ class _Watch(TorchFunctionMode):
     def _note(self, weight: Tensor, operator: str, axis: int, macs: int) -> None:
         owners = self.owners.get(weight.untyped_storage().data_ptr(), [])
         name = self.names.get(weight.data_ptr()) or (owners[0] if len(owners) == 1 else None)  # or further rows of a parameter
-        if name is None or not weight.is_floating_point():
-            return  # a weight that is computed, or a buffer: not a parameter to choose bits for
+        if name is None or not weight.is_floating_point() or self.parameters[name].ndim < 2:
+            return  # a weight that is computed, a buffer, or a vector: not a parameter to choose bits for
         whole, stride = self.parameters[name], weight.stride(axis)
         if whole.stride(axis) != stride and stride in whole.stride():  # it is read transposed
             axis = whole.stride().index(stride)

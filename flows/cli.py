@@ -351,7 +351,7 @@ def sync(
             )
         typer.echo(f"Delivered to {receipt.uri}: run {receipt.parent_run_id}, {receipt.num_children} below it")
     if not receipts and not (folder / "record.json").is_file():
-        raise StoreError(f"{folder} has no record yet, so that there is nothing to deliver; clado run ends it")
+        raise StoreError(f"{folder} has no record yet to deliver; clado run {folder / 'config.yaml'} goes on with it")
     if not receipts:
         typer.echo(f"Nothing to deliver: MLflow has all of {folder}")
 

@@ -89,13 +89,8 @@ def export(session: Session, assignment: Assignment, folder: Path) -> Path:
 
 def _remove_others(folder: Path, document: Mapping[str, Any]) -> None:
     """Removes what lies beside the export that is about to be replaced, where that is of another assignment."""
-    try:
-        same = json.loads((folder / ASSIGNMENT).read_text(encoding="utf-8")) == document
-    except FileNotFoundError:
-        return
-    except ValueError:
-        same = False
-    if not same:
+    beside = folder / ASSIGNMENT
+    if beside.is_file() and not holds(beside, document):
         for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in PEERS)):
             (folder / name).unlink(missing_ok=True)
 

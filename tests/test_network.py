@@ -295,6 +295,30 @@ def test_three_axes_are_an_image_where_the_network_takes_one_and_signals_where_i
     assert Network(build(Residual), images(1)[0], graph=graph).image_shape == (1, 8, 8)
 
 
+def test_a_single_image_is_refused_for_what_the_network_does_with_an_image():
+    said = []
+    for example in (images(1), images(1)[0]):
+        with pytest.raises(NetworkError) as refusal:
+            Network(build(Branching), example)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_vector_that_is_read_as_a_matrix_is_no_layer(graph):
+    class Scorer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.direction = nn.Linear(4, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return F.linear(self.body(x), self.direction.view(1, 6))
+
+    network = Network(Scorer(), torch.randn(1, 4), graph=graph)
+    assert [layer.name for layer in network.layers] == ["body.weight"]
+    assert "direction" in {name for name, *_ in network.coverage()}
+
+
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_images_are_cast_to_the_type_of_the_example(dtype, graph):
