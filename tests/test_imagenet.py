@@ -394,7 +394,7 @@ def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
     assert _plan_text(absent) == expected
     with pytest.raises(DataError, match="nowhere is not a folder; without images a run can be planned, not measured"):
         absent.slices.sensitivity.load(0, 1)
-    with pytest.raises(DataError, match="nowhere is not a folder"):
+    with pytest.raises(DataError, match=r"data.path nowhere \(in .*\) is not a folder"):
         Session.open(parse_config(small_run))
 
 
