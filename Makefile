@@ -12,8 +12,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: install
 	$(BIN)/clado run demo.yaml search.evaluations=0
 
+# a worker has whole files, so that a file's fixtures are made once
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 test-system: install tools
 	$(BIN)/pytest -m system --numprocesses 2 --dist loadfile

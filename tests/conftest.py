@@ -1,7 +1,10 @@
 """Fixtures that several tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -24,8 +27,22 @@ def finished(tmp_path_factory) -> Finished:
     return Finished(Path(document["folder"]), document, calls, receipt)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that read the finished run go to one worker of pytest-xdist, so that it is made once."""
-    for item in items:
-        if "finished" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("finished"))
+@pytest.fixture(scope="session", autouse=True)
+def shipped_networks_are_exported_once() -> Iterator[None]:
+    """In a process: `torch.export` takes seconds, and its program depends on a shipped network's architecture alone."""
+    exported: dict[Any, Any] = {}
+
+    def remembered(model: Any, example: Any) -> Any:
+        if not type(model).__module__.startswith("clado.zoo"):
+            return plain(model, example)
+        tensors = ((name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items())
+        key = (type(model), example.shape, example.dtype, example.device, *tensors)
+        if key not in exported:
+            exported[key] = plain(model, example)
+        return exported[key]
+
+    from clado import tracing
+
+    plain = tracing.export
+    with patch.object(tracing, "export", remembered):
+        yield

@@ -16,7 +16,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     """A reduced configuration of the shipped network, as plain data: what the file would hold."""
     return {
         "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
-        "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 64, "validation_images": 200},
+        "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 64, "validation_images": 100},
         "bits": [2, 4],
         "corrections": ["output_statistics", "batchnorm_reestimation"],
         "estimators": list(ESTIMATORS),

@@ -91,16 +91,16 @@ def interval(values: Mapping[tuple[Cell, float], float], resamples: int = 2000, 
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for ((network, _, _, _, draw), _), value in values.items():
         groups[network][draw].append(value)
-    rng, means = np.random.default_rng(seed), []
-    names = sorted(groups)
-    for _ in range(resamples):
-        drawn: list[float] = []
-        for name in rng.choice(names, len(names)):
-            sets = sorted(groups[name])
-            for draw in rng.choice(sets, len(sets)):
-                drawn += groups[name][int(draw)]
-        means.append(np.mean(drawn))
-    low, high = np.quantile(means, (0.025, 0.975))
+    rng = np.random.default_rng(seed)
+    networks = [np.array([[sum(part), len(part)] for _, part in sorted(draws.items())]) for _, draws in sorted(groups.items())]
+    totals = np.zeros((resamples, 2))  # sum and number of the values drawn
+    chosen = rng.integers(len(networks), size=(resamples, len(networks)))
+    for number, draws in enumerate(networks):
+        for column in chosen.T:
+            here = column == number
+            again = rng.integers(len(draws), size=(int(here.sum()), len(draws)))
+            totals[here] += draws[again].sum(axis=1)
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], (0.025, 0.975))
     return float(np.mean(list(values.values()))), float(low), float(high)
 
 

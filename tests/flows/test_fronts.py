@@ -101,6 +101,7 @@ def test_a_front_of_every_kind_reaches_from_the_narrowest_that_works_to_the_wide
 
 def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_path):
     document = {**copy_of(finished, tmp_path), "constraints": [{"kind": "size", "bound": 90_000}]}
+    document["data"] = {**document["data"], "selection_images": 64}
     (tmp_path / "run" / "config.yaml").write_text(parse_config(document).to_yaml())
     stored = StoredRun.open(tmp_path / "run")
     space, (least, most, _) = stored.measured.space, solver_of(stored)

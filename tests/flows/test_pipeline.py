@@ -110,16 +110,16 @@ def test_the_results_of_a_budget_are_those_of_an_independent_computation(record,
     shipped = corrected(session, row.assignment, final=True)
     assert row.loss_shipped == pytest.approx(kl(model(x), shipped(x)), rel=1e-4, abs=1e-5)
     assert row.loss_probe_model == pytest.approx(kl(model(x), corrected(session, row.assignment, final=False)(x)), rel=1e-4)
-    x, y = slices.validation.load(0, 200)
+    x, y = slices.validation.load(0, 100)
     for accuracy, z in ((row.validation, shipped(x)), (row.validation_plain, logits(model, names, bits, x))):
-        assert accuracy.num_images == 200
+        assert accuracy.num_images == 100
         assert accuracy.top1 == float((z.argmax(1) == y).double().mean())
         assert accuracy.top5 == float((z.topk(5).indices == y[:, None]).any(1).double().mean())
         assert accuracy.loss == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-4)
 
 
 def test_the_float_accuracy_is_that_of_the_module(record, model, slices):
-    x, y = slices.validation.load(0, 200)
+    x, y = slices.validation.load(0, 100)
     z = logits(model, record.layer_names, [None] * 22, x)
     assert record.float_accuracy.top1 == float((z.argmax(1) == y).double().mean())
     assert record.baseline == 0.0
@@ -184,7 +184,7 @@ def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, recor
     assert len(as_probed) == len(set(as_probed))
     assert set(as_probed) == distinct
     evaluated = [key for _, group in finished.calls.of("evaluate_shard") for key in group]
-    assert len(evaluated) == len(set(evaluated))  # 200 images are one shard
+    assert len(evaluated) == len(set(evaluated))  # 100 images are one shard
     assert {assignment for assignment, _ in evaluated} == distinct | {session.space.nothing}
     assert {plain for _, plain in evaluated} == {False, True}
     assert len(list((finished.folder / "evaluations" / "sensitivity").iterdir())) == len(candidates) + len(distinct)
@@ -383,7 +383,7 @@ def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, added, tmp
 
 
 def test_an_export_loads_back_with_its_snippet_and_has_the_recorded_accuracy(finished, record, slices, monkeypatch):
-    x, y = slices.validation.load(0, 200)
+    x, y = slices.validation.load(0, 100)
     for budget in record.budgets:
         folder = finished.folder / "exports" / budget.replace(" ", "_")
         snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
