@@ -202,11 +202,12 @@ def check_slice(
     image_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     batch: int = 256,
-    unreadable: list[str] | None = None,
+    unreadable: dict[int, str] | None = None,
 ) -> None:
     """Reads every image once, `batch` at a time, and refuses (DataError) what `check_batch` refuses, or an empty slice.
 
-    Names of images that cannot be read are added to `unreadable` where it is given; what is read beside them is not checked.
+    Images that cannot be read are added to `unreadable` where it is given, names by position; what is read beside them is not
+    checked.
     """
     if len(images) == 0:
         raise DataError("the data is empty; expected at least one image")
@@ -217,18 +218,18 @@ def check_slice(
         except UnreadableImage:
             if unreadable is None:
                 raise
-            unreadable += _unreadable(images, start, stop)
+            unreadable.update(_unreadable(images, start, stop))
             continue
         check_batch(x, y, image_shape, num_classes, f"images {start} to {stop - 1}")
 
 
-def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[str]:
-    """Names of the images start..stop−1 that cannot be read."""
+def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[tuple[int, str]]:
+    """Those of the images start..stop−1 that cannot be read: (position, name)."""
     for k in range(start, stop):
         try:
             images.load(k, k + 1)
         except UnreadableImage as error:
-            yield error.image
+            yield k, error.image
 
 
 def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes: int | None = None) -> ImageSlice:

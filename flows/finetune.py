@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from clado.evaluation import Counts, count, shards
 from clado.export.packed import export_packed
 from clado.export.safetensors import ASSIGNMENT
 from clado.finetuning import Epoch, FineTuned, Training, finetune
-from clado.images import ImageSlice, PickedSlice
+from clado.images import ImageSlice, PickedSlice, check_slice
 from clado.network import Network
 from clado.quantizers import QuantizedLayer
 from clado.records import Accuracy, markdown_table, percent, write_text
@@ -64,8 +65,27 @@ def images_of(session: Session, folder: Path | None, seed: int, most: int | None
         raise DataError(f"{origin}: {len(everything)} images; expected ten or more to train on")
     order = np.random.default_rng(seed).permutation(len(everything)).tolist()
     held = max(2, min(MOST_HELD_OUT, int(HELD_OUT * len(order))))
-    end = None if most is None else held + most
-    return Images(PickedSlice([everything], order[held:end]), PickedSlice([everything], order[:held]), origin)
+    picked = order if most is None else order[: held + most]
+    # the run's own were read before it measured
+    lost = () if folder is None else _unreadable(session, PickedSlice([everything], picked), outputs, origin)
+    training, held_out = ([n for k, n in enumerate(picked) if k not in lost and (k < held) == out] for out in (False, True))
+    if not training or not held_out:
+        raise DataError(f"{origin}: of {len(picked)} images {len(lost)} cannot be read, too many to train and to hold out some")
+    return Images(PickedSlice([everything], training), PickedSlice([everything], held_out), origin)
+
+
+def _unreadable(session: Session, images: ImageSlice, outputs: int, origin: str) -> Collection[int]:
+    """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
+    or where one does not fit the network."""
+    allowed, found = session.config.data.max_corrupt_images, dict[int, str]()
+    check_slice(images, session.loaded.image_shape, outputs, unreadable=found if allowed else None)
+    if len(found) > allowed:
+        shown = ", ".join(list(found.values())[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise DataError(
+            f"more images below {origin} cannot be read than data.max_corrupt_images: {allowed} of the run allows: {shown}; "
+            "repair or remove them, or allow more"
+        )
+    return found
 
 
 def folder_of(stored: StoredRun, budget: str) -> Path:

@@ -162,11 +162,13 @@ class Session:
     def _unreadable(self, *slices: ImageSlice) -> list[str]:
         """Names of images that cannot be read, where some are allowed; refuses what else is wrong with an image."""
         classes = int(self.float_network.logits(self.float_network.example).shape[1])
-        found: list[str] = []
+        names: list[str] = []
         for images in slices:
+            found: dict[int, str] = {}
             allowed = found if self.config.data.max_corrupt_images else None
             check_slice(images, self.loaded.image_shape, classes, unreadable=allowed)
-        return found
+            names += found.values()
+        return names
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

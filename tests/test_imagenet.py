@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,34 @@ def test_there_may_be_no_images_to_choose_on(small_run: dict[str, Any]) -> None:
     found = Session.open(parse_config(small_run)).checked().with_readable_selection()  # the last one left was damaged
     assert len(found.slices.selection) == 0
     assert found.with_readable_selection() is found
+
+
+def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_are_allowed(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """A training set of its own is read before anything is trained."""
+    from flows.finetune import images_of
+    from flows.session import Session
+
+    more = tmp_path / "more"
+    for synset in SYNSETS[:2]:
+        (more / synset).mkdir(parents=True)
+        for k in range(10):
+            (more / synset / f"{k}.JPEG").write_bytes(jpeg(k))
+    (more / SYNSETS[0] / "4.JPEG").write_bytes(b"")
+    small_run["data"]["max_corrupt_images"] = 3
+    session = Session.open(parse_config(small_run)).checked()
+    images = images_of(session, more, seed=0)
+    assert len(images.training) + len(images.held_out) == 19
+    check_slice(images.training)
+    check_slice(images.held_out)
+    strict = session.config.model_copy(update={"data": session.config.data.model_copy(update={"max_corrupt_images": 0})})
+    with pytest.raises(UnreadableImage, match=r"4\.JPEG cannot be read"):
+        images_of(replace(session, config=strict), more, seed=0)
+    for k in range(3):
+        (more / SYNSETS[1] / f"{k}.JPEG").write_bytes(b"")
+    with pytest.raises(DataError, match=r"max_corrupt_images: 3 of the run allows: "):
+        images_of(session, more, seed=0)
 
 
 def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
