@@ -136,16 +136,27 @@ def propose(
     prepare: Callable[[Program], Solve],
     limits: Sequence[Constraint] = (),
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
+    unreached: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
 ) -> list[Proposal]:
     """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
 
-    Convexification is shared over the budgets of one kind.
+    Convexification is shared over the budgets of one kind. Without what is quarantined or forbidden a matrix may have no
+    assignment for a budget, which `unreached` is told; InfeasibleError where no matrix has one for any budget, or where a layer
+    has no candidate left.
     """
     space = next(iter(matrices.values())).space
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
+    errors: list[InfeasibleError] = []
+
+    def lacking(budget: Budget, method: str, error: InfeasibleError) -> None:
+        errors.append(error)
+        unreached(budget, method, error)
+
     for method, matrix in matrices.items():
-        proposals += _optima(method, matrix, fit, prepare, solved=solved)
+        proposals += _optima(method, matrix, fit, prepare, solved=solved, unreached=lacking)
+    if errors and len(errors) == len(matrices) * len(budgets):
+        raise errors[0]
     return proposals
 
 
@@ -195,17 +206,23 @@ def _optima(
     prepare: Callable[[Program], Solve],
     convexity: Convexity | None = None,
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
+    unreached: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
 ) -> list[Proposal]:
-    """A matrix's optimum for every budget; what the budgets of one kind share is computed once."""
+    """A matrix's optimum for every budget that it reaches; what the budgets of one kind share is computed once."""
     proposals: list[Proposal] = []
     solvers: dict[str, tuple[Program, Solve]] = {}
+    if matrix.quarantined or matrix.forbidden:
+        program_of(matrix, [], "raw")  # refuses a layer without candidates, whatever the budget
     for budget, limits in fit.items():
-        if budget.kind not in solvers:
-            program = program_of(matrix, limits, convexity)
-            solvers[budget.kind] = program, prepare(program)
-        program, solve = solvers[budget.kind]
-        solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
-        proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
+        try:
+            if budget.kind not in solvers:
+                program = program_of(matrix, limits, convexity)
+                solvers[budget.kind] = program, prepare(program)
+            program, solve = solvers[budget.kind]
+            solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
+            proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
+        except InfeasibleError as error:
+            unreached(budget, method, error)
         solved(budget, method)
     return proposals
 
@@ -290,7 +307,7 @@ def choose(
         fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
         chosen = taken(fitting or own)  # uniform, where nothing fits
         siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
-        others = [worth[p.assignment] for p in own if p.assignment != chosen.assignment and p.method not in siblings]
+        others = [worth[p.assignment] for p in own if p.method not in siblings]
         winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
         gain = min(others) - worth[chosen.assignment] if others and isfinite(worth[chosen.assignment]) else 0.0
         results.append(replace(result(replace(chosen, budget=budget, method=CHOSEN)), winner=winner, gain=gain))

@@ -107,12 +107,20 @@ class InteractionMatrix:
         return replace(self, values=self.values * factor, standard_error=self.standard_error * factor)
 
     def save(self, path: Path) -> None:
-        """Keeps the matrix as .npz: `values`, `standard_error` (empty where there is none) and `options`: "layer:4", or
-        "layer:4/8" with activation bits.
+        """Keeps the matrix as .npz: `values`, `standard_error` (empty where there is none), `options`: "layer:4", or "layer:4/8"
+        with activation bits, numbers of those that are `quarantined`, `forbidden` pairs (n, 2), and `ranking_only`.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.{os.getpid()}.part.npz")
         errors = np.empty(0) if self.standard_error is None else self.standard_error
         options = np.array([f"{self.space.layers[i].name}:{bits_text(*bits)}" for i, *bits in self.space.options])
-        np.savez_compressed(part, values=self.values, standard_error=errors, options=options)
+        np.savez_compressed(
+            part,
+            values=self.values,
+            standard_error=errors,
+            options=options,
+            quarantined=np.array(self.quarantined, dtype=np.int64),
+            forbidden=np.array(self.forbidden, dtype=np.int64).reshape(-1, 2),
+            ranking_only=np.array(self.ranking_only),
+        )
         part.replace(path)

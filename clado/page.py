@@ -237,7 +237,7 @@ def _bits_table(record: RunRecord, chosen: Sequence[Result]) -> list[dict[str, A
 
 
 def heat_map(path: Path) -> dict[str, Any]:
-    """A saved matrix as the page's script reads it; StoreError where the file is damaged.
+    """A saved matrix as the page's script reads it, without what no choice may have; StoreError where the file is damaged.
 
     `limit` is the value of full colour: a high percentile of the magnitudes between layers that are not zero, or else of the
     diagonal.
@@ -247,6 +247,8 @@ def heat_map(path: Path) -> dict[str, Any]:
             values: NDArray[np.float64] = file["values"]
             errors: NDArray[np.float64] = file["standard_error"]
             options = [str(option).rpartition(":") for option in file["options"]]
+            # earlier versions kept none of these
+            quarantined, forbidden, ranking_only = (file.get(name, ()) for name in ("quarantined", "forbidden", "ranking_only"))
         names = [name for name, _, _ in options]
         counts = Counter(names)
         between = np.array([[one != other for other in names] for one in names])
@@ -257,8 +259,12 @@ def heat_map(path: Path) -> dict[str, Any]:
         ) from error
     magnitudes = magnitudes[magnitudes > 0]
     allowed = between | np.eye(len(values), dtype=bool)
+    allowed[list(quarantined), :] = allowed[:, list(quarantined)] = False
+    for one, other in forbidden:
+        allowed[one, other] = allowed[other, one] = False
     return {
         "name": path.stem,
+        "ranking_only": bool(ranking_only),
         "layers": [[name, count] for name, count in zip(short_names(list(counts)), counts.values(), strict=True)],
         "bits": [bits for _, _, bits in options],
         "limit": float(np.percentile(magnitudes, ROBUST_PERCENTILE)) if len(magnitudes) else 1.0,

@@ -59,7 +59,8 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
     """Solves the program at each bound of one constraint, the others as they are.
 
     From the largest bound down: an answer that fits the next bound is proven there as well, and starts the search where it does
-    not. A bound that is out of reach raises InfeasibleError before anything is solved.
+    not. A bound that is out of reach raises InfeasibleError before anything is solved. Where limits or forbidden pairs together
+    leave nothing at a bound, it and those below it have no point; InfeasibleError where none has.
     """
     index = _index(program, constraint)
     if not bounds:
@@ -73,7 +74,12 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
             slack = {**before.slack, constraint: bound - before.values[constraint]}
             solution = replace(before, slack=slack, seconds=0.0, nodes=0)
         else:
-            solution = solve(bounded, () if before is None else (before.assignment,))
+            try:
+                solution = solve(bounded, () if before is None else (before.assignment,))
+            except InfeasibleError:
+                if not points:
+                    raise
+                break
         points.append(ParetoPoint(bound, solution.values[constraint], solution))
     points.reverse()
     return ParetoFront(constraint, program.constraints[index].unit, mark_dominated(points))

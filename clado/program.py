@@ -253,6 +253,14 @@ class Program:
             )
         return np.array(found, dtype=np.intp)
 
+    def offers(self, assignment: Assignment) -> bool:
+        """Whether an assignment is one of choices: it keeps the ties and takes no excluded candidate."""
+        try:
+            self.choices(assignment)
+        except ConfigurationError:
+            return False
+        return True
+
     def minimised(self, choices: Choices) -> float:
         """Value of the minimised function, ½ xᵀ Q x + offset."""
         return 0.5 * float(self.quadratic[np.ix_(choices, choices)].sum()) + self.offset
@@ -292,7 +300,10 @@ class Program:
             heaviest = _listed(self.space, self.groups[int(least.argmax())])
             return f"every layer is at its least there, {heaviest} with {least.max():.9g} the largest"
         heaviest = _listed(self.space, self.groups[pinned[least[pinned].argmax()]])
-        return f"{len(pinned)} pinned groups hold {least[pinned].sum():.9g} of it, {heaviest} the most"
+        return (
+            f"{len(pinned)} groups have one candidate (pinned, or the others are quarantined) and hold {least[pinned].sum():.9g} "
+            f"of it, {heaviest} the most"
+        )
 
     def with_bounds(self, bounds: Mapping[str, float]) -> "Program":
         """The same program with other bounds, by the constraints' names; raises InfeasibleError as `build` does."""

@@ -7,16 +7,18 @@ on the validation set, which no choice has seen. Percent exist only here, in pri
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from clado.candidates import TEMPERED
 from clado.records import CHOSEN, Candidate, Result, RunRecord, markdown_table, percent, size_text
 from clado.tracking import Receipt
 
-BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", CHOSEN)
+BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
 QUANTITIES = ("size", "loss", "top-1 %", "plain %")  # the last only where a run corrects: the same bits without corrections
 
 
@@ -46,7 +48,7 @@ def markdown(record: RunRecord) -> str:
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what the interactions changed, from `layerwise` to `pairwise` (or else `gauss_newton`, or `chosen`)."""
+    """One sentence: what the interactions changed, from `layerwise` to `pairwise` (or else the first of INTERACTING)."""
     rival = next((method for method in INTERACTING if method in record.methods), None)
     if BASE not in record.methods or rival is None:
         methods = ", ".join(record.methods) or "no results"
@@ -57,10 +59,13 @@ def verdict(record: RunRecord) -> str:
         if (base := record.find(budget, BASE)) is not None and (other := record.find(budget, rival)) is not None
         if math.isfinite(base.loss_shipped) and math.isfinite(other.loss_shipped)
     ]
+    if not pairs:
+        return f"Interactions: no verdict, for at no budget both {BASE} and {rival} have a finite loss."
     changed = [_num_changed(base, other) for _, base, other in pairs]
     of = f"of {len(record.layer_names)} layers"
     if not any(changed):
-        return f"Interactions change nothing: {rival} and {BASE} agree on all {len(record.layer_names)} layers at every budget."
+        where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
+        return f"Interactions change nothing: {rival} and {BASE} agree on all {len(record.layer_names)} layers at {where}."
     lower = [(budget, base, other) for budget, base, other in pairs if other.loss_shipped < base.loss_shipped]
     higher = [(budget, base, other) for budget, base, other in pairs if other.loss_shipped > base.loss_shipped]
     layers = f"{min(changed)} to {max(changed)}" if min(changed) < max(changed) else str(max(changed))
@@ -132,6 +137,12 @@ def candidates_table(record: RunRecord) -> str:
     for budget in record.budgets:
         best = record.find(budget, CHOSEN)
         own = [c for c in record.candidates if c.budget == budget]
+        if own and best and all(c.assignment != best.assignment for c in own):  # proposed for another budget
+            own += [
+                replace(c, budget=budget, origin=best.winner or CHOSEN)
+                for c in record.candidates
+                if c.assignment == best.assignment
+            ][:1]
         for c in sorted(own, key=_by_what_is_measured):
             predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
             measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)

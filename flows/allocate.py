@@ -1,8 +1,8 @@
 """Allocate: matrices become proposals, proposals are measured, the best are searched around."""
 
 import json
-import signal
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from prefect.cache_policies import NO_CACHE
 
 from clado import candidates, estimators, solvers
 from clado.candidates import CONVEXITY, Budget, Proposal, program_of, together
-from clado.errors import CladoError
+from clado.constraints import Constraint
+from clado.errors import CladoError, InfeasibleError
 from clado.evaluation import Counts
 from clado.interaction import InteractionMatrix
 from clado.ledger import Ledger
 from clado.local_search import Searched, local_search
 from clado.local_search import search as search_around
-from clado.program import Program, Solution, Status
+from clado.program import Program, Solution
 from clado.records import CHOSEN, LOCAL_SEARCH, Candidate, SearchSummary, Stability, write_text
 from clado.solvers import Solve
 from clado.space import Assignment, SearchSpace
 from clado.stability import stability
 from flows import worker
-from flows.guard import interruptible
+from flows.guard import uninterrupted
 from flows.progress import progress
 from flows.run import Run
 
@@ -42,25 +43,25 @@ def allocate(run: Run) -> None:
     incumbent = run.session.folder / "solutions" / "incumbent.json"
     incumbents = _read_incumbent(incumbent, run.session.space)
 
+    def keep(best: Solution) -> None:
+        write_text(incumbent, json.dumps(run.session.space.to_json(best.assignment), indent=1))
+
     def prepare(program: Program) -> Solve:
         solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
 
-        def kept(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
-            with interruptible() as signals:
-                solution = solve(program, [*incumbents, *starts])
-            if solution.status is Status.INTERRUPTED:
-                write_text(incumbent, json.dumps(run.session.space.to_json(solution.assignment), indent=1))
-                signal.raise_signal(signals[0] if signals else signal.SIGINT)
-                raise KeyboardInterrupt
-            return solution
+        def started(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+            return solve(program, [*filter(program.offers, incumbents), *starts])
 
-        return kept
+        return uninterrupted(started, keep)
 
     def prepare_variant(program: Program) -> Solve:
-        return solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS))
+        return uninterrupted(solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS)))
+
+    def unreached(budget: Budget, method: str, error: InfeasibleError) -> None:
+        run.notes.append(f"{budget.name}: {method} has no answer without what has no finite loss ({error})")
 
     with progress("solving", len(run.matrices) * len(budgets)) as advance:
-        run.proposals = candidates.propose(run.matrices, budgets, prepare, limits, lambda budget, method: advance(1))
+        run.proposals = candidates.propose(run.matrices, budgets, prepare, limits, lambda budget, method: advance(1), unreached)
     run.proposals += candidates.propose_variants(run.matrices, budgets, prepare_variant, limits, run.beside)
     incumbent.unlink(missing_ok=True)
     for name in run.matrices:
@@ -95,9 +96,9 @@ def search(run: Run) -> None:
     matrix = _surrogate(run)
     fit = {budget: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
     searches = {
-        budget: search_around(program_of(matrix, limits), losses, settings.evaluations, settings.batch)
+        budget: search_around(program, losses, settings.evaluations, settings.batch)
         for budget, limits in fit.items()
-        if settings.evaluations
+        if settings.evaluations and (program := _searchable(matrix, limits, losses)) is not None
     }
     with progress("searching", len(searches) * settings.evaluations or 1) as advance:
 
@@ -125,6 +126,15 @@ def search(run: Run) -> None:
             run.probe_losses = _measured(run, ledger, worker.measure_probe_loss, reported, advance)
 
 
+def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses: Iterable[Assignment]) -> Program | None:
+    """The program whose moves are ranked; None where what has no finite loss leaves nothing measured to start from."""
+    try:
+        program = program_of(matrix, limits)
+    except InfeasibleError:
+        return None
+    return program if any(program.offers(a) and program.is_feasible(program.choices(a)) for a in losses) else None
+
+
 def _stability(run: Run) -> tuple[Stability, ...]:
     """How far the images decide the surrogate's answer to each budget."""
     if run.measured is None:
@@ -132,9 +142,15 @@ def _stability(run: Run) -> tuple[Stability, ...]:
     name, session = run.surrogate, run.session
     fit = {budget.name: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
     answers = {p.budget.name: p.assignment for p in run.proposals if p.method == name}
+    full = _surrogate(run)
+
+    def estimate(resample: estimators.Measured) -> InteractionMatrix:
+        # a block whose loss is not finite may not be drawn: what the run may not choose, no resample may
+        return replace(estimators.estimate(name, resample), quarantined=full.quarantined, forbidden=full.forbidden)
+
     return stability(
         run.measured,
-        lambda resample: estimators.estimate(name, resample),
+        estimate,
         lambda matrix, budget: program_of(matrix, fit[budget]),
         answers,
         seed=run.session.config.data.seed,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from clado.errors import CladoError, FolderBusy, ServerError, StoreError
+from clado.program import Program, Solution, Solve, Status
+from clado.space import Assignment
 
 GRACE = 10.0  # seconds in which what was started is ended, before a further signal ends the command at once
 
@@ -84,6 +86,21 @@ def interruptible() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def uninterrupted(solve: Solve, keep: Callable[[Solution], None] = lambda best: None) -> Solve:
+    """The solver, but Ctrl-C or SIGTERM ends what it is part of, as anywhere else; `keep` is given its best until then."""
+
+    def heeding(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+        with interruptible() as signals:
+            solution = solve(program, starts)
+        if solution.status is Status.INTERRUPTED:
+            keep(solution)
+            signal.raise_signal(signals[0] if signals else signal.SIGINT)
+            raise KeyboardInterrupt
+        return solution
+
+    return heeding
 
 
 @contextmanager

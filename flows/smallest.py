@@ -1,18 +1,20 @@
 """Smallest: the least bytes whose measured loss increase or top-1 drop stays under a bound, on images kept for this choice."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from clado import pareto, solvers
 from clado.candidates import Budget, program_of, together
-from clado.errors import DataError
+from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
 from clado.program import Program
 from clado.records import markdown_table
 from clado.smallest import Candidate, Interval, Smallest, smallest
 from clado.solvers import Solve
 from clado.space import Assignment
+from flows.guard import uninterrupted
 from flows.progress import progress
 from flows.session import Session
 from flows.stored import StoredRun
@@ -71,14 +73,15 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     limits = together(largest, stored.limits)  # that on the size is the first
     for matrix in stored.matrices().values():
         program = program_of(matrix, limits)
-        prepared.append((program, solvers.prepare(program, settings.name, time_limit=settings.time_limit)))
+        prepared.append((program, uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))))
 
     def solve(sizes: Sequence[int]) -> list[Assignment]:
-        return [
-            solve(program.with_bounds({"size": size})).assignment
-            for program, solve in prepared
-            for size in pareto.within_reach(program, "size", sizes)
-        ]
+        found: list[Assignment] = []
+        for program, solve in prepared:
+            for size in pareto.within_reach(program, "size", sizes):
+                with suppress(InfeasibleError):  # forbidden pairs or other limits leave nothing there
+                    found.append(solve(program.with_bounds({"size": size})).assignment)
+        return found
 
     least = min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared)
     return least, int(limits[0].bound), solve

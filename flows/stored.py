@@ -12,7 +12,7 @@ from clado import estimators, pareto, solvers, tracking
 from clado.candidates import Budget, Proposal, beside, program_of, together, widest_uniform
 from clado.config import RunConfig, load_run_config, parse_limit
 from clado.constraints import Constraint
-from clado.errors import ConfigurationError, DataError
+from clado.errors import ConfigurationError, DataError, InfeasibleError
 from clado.estimators import Measured
 from clado.evaluation import Counts, shards
 from clado.interaction import InteractionMatrix
@@ -91,7 +91,7 @@ class StoredRun:
             )
         for name, matrix in matrices.items():
             widest = Budget("size", space.size_bytes(space.widest)).constraint(space)
-            program = program_of(matrix, together(widest, self.limits))
+            program = program_of(matrix, together(widest, self.limits), "raw")  # clipped it would bound another function
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
 
@@ -176,11 +176,25 @@ def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget])
         if budget not in known:
             uniform = widest_uniform(space, together(budget.constraint(space), stored.limits))
             proposals.append(Proposal(budget, UNIFORM, uniform))
-            named = stored.matrices()
-            for name, matrix, solution in stored.solve(budget, matrices={**named, **stored.beside()}):
-                predicted = matrix.loss_of(solution.objective)
-                proposals.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
+            proposals += _solved(stored, budget)
     return proposals
+
+
+def _solved(stored: StoredRun, budget: Budget) -> list[Proposal]:
+    """Every estimator's proposal for a budget, of those that reach it without what is quarantined or forbidden."""
+    named, found = stored.matrices(), list[Proposal]()
+    unreached: list[InfeasibleError] = []
+    for name, matrix in {**named, **stored.beside()}.items():
+        try:
+            ((_, _, solution),) = stored.solve(budget, matrices={name: matrix})
+        except InfeasibleError as error:
+            unreached.append(error)
+            continue
+        predicted = matrix.loss_of(solution.objective)
+        found.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
+    if not found:
+        raise unreached[0]
+    return found
 
 
 def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Proposal]) -> list[Result]:

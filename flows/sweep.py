@@ -6,8 +6,12 @@ from dataclasses import replace
 
 from clado import pareto, plots, report, solvers, tracking
 from clado.candidates import Budget, Proposal, program_of, together, widest_uniform
+from clado.errors import InfeasibleError
+from clado.interaction import InteractionMatrix
+from clado.program import Solution
 from clado.records import CHOSEN, UNIFORM, Result, RunRecord, markdown_table, write_text
 from clado.space import Assignment
+from flows.guard import uninterrupted
 from flows.progress import progress
 from flows.session import Session
 from flows.stored import StoredRun, chosen_among
@@ -15,7 +19,7 @@ from flows.stored import StoredRun, chosen_among
 
 def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
-    space, settings = stored.measured.space, stored.config.solver
+    space = stored.measured.space
     named = stored.matrices()
     matrices = {**named, **stored.beside()}
     # without what is quarantined; every matrix knows of that
@@ -32,18 +36,33 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
         for budget in budgets:
             fit = together(budget.constraint(space), stored.limits)
             proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
+        unreached: list[InfeasibleError] = []  # of a matrix that what has no finite loss leaves no answer
         for name, matrix in matrices.items():
-            limits = [together(budget.constraint(space), stored.limits) for budget in budgets]
-            program = program_of(matrix, limits[-1])
-            solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
-            by_bound = {limit[0].bound: budget for limit, budget in zip(limits, budgets, strict=True)}
-            swept = limits[-1][0].name
-            for point in pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve).points:
-                budget, solution = by_bound[point.bound], point.solution
-                predicted = matrix.loss_of(solution.objective)
-                proposals.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
+            try:
+                front = _front(stored, matrix, budgets)
+            except InfeasibleError as error:
+                unreached.append(error)
+                front = []
+            proposals += [
+                Proposal(budget, name, s.assignment, matrix.loss_of(s.objective), s, listed=name in named) for budget, s in front
+            ]
             advance(1)
+        if len(unreached) == len(matrices):
+            raise unreached[0]
     return proposals
+
+
+def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budget]) -> list[tuple[Budget, Solution]]:
+    """A matrix's optimum at each of the budgets, in ascending order, that it reaches; InfeasibleError where it reaches none."""
+    settings = stored.config.solver
+    limits = [together(budget.constraint(matrix.space), stored.limits) for budget in budgets]
+    program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
+    solve = uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
+    by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
+    for limit, budget in zip(limits, budgets, strict=True):
+        by_bound.setdefault(limit[0].bound, []).append(budget)
+    points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve).points
+    return [(budget, point.solution) for point in points for budget in by_bound[point.bound]]
 
 
 def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:

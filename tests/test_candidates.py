@@ -1,7 +1,7 @@
 """Laws of proposing and choosing: the answer is the best measured one, and never worse than what is safe."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -97,8 +97,8 @@ def test_chosen_is_never_worse_than_any_proposal_and_never_worsens_with_budget(s
         assert budget.constraint(SPACE).holds(SPACE, best.assignment)
         assert best.loss_shipped == losses[best.assignment]
         assert all(best.loss_shipped <= row.loss_shipped for row in own.values())
-        others = [row.loss_shipped for row in own.values() if row.assignment != best.assignment]
-        assert best.gain == (min(others) - best.loss_shipped if others else 0.0)
+        others = [row.loss_shipped for row in own.values() if row.method != best.winner]
+        assert best.gain == min(others) - best.loss_shipped
         assert best.gain >= 0
         chosen.append(best.loss_shipped)
     assert chosen == sorted(chosen, reverse=True)
@@ -112,6 +112,31 @@ def test_the_order_of_budgets_does_not_matter(seed):
         for p in (proposals, proposals[::-1])
     ]
     assert best[0] == best[1]
+
+
+def test_what_no_program_may_choose_costs_the_budgets_that_need_it_and_no_others():
+    """A pair of options whose loss is not finite: at 2 bits everywhere nothing is left, above that everything is answered."""
+    whole = matrix_of(0, "gauss_newton")
+    forbidden = replace(whole, forbidden=((SPACE.option(0, 2), SPACE.option(1, 2)),))
+    budgets, unreached = budgets_of([2, 3, 8]), []
+    found = propose(
+        {"layerwise": replace(whole, estimator="layerwise"), "gauss_newton": forbidden},
+        budgets,
+        solvers.prepare,
+        unreached=lambda budget, method, error: unreached.append((budget.name, method, str(error))),
+    )
+    assert {(p.budget.name, p.method) for p in found} == {
+        *((f"{bits} bits", method) for bits in (2, 3, 8) for method in (UNIFORM, "layerwise")),
+        *((f"{bits} bits", "gauss_newton") for bits in (3, 8)),
+    }
+    ((budget, method, why),) = unreached
+    assert (budget, method) == ("2 bits", "gauss_newton")
+    assert "1 forbidden pairs" in why
+    with pytest.raises(InfeasibleError, match="forbidden pairs"):
+        propose({"gauss_newton": forbidden}, budgets[:1], solvers.prepare)
+    lost = replace(whole, quarantined=tuple(SPACE.option(2, bits) for bits in (2, 4, 8)))
+    with pytest.raises(InfeasibleError, match="no bit-width is left for layer2"):
+        propose({"layerwise": whole, "gauss_newton": lost}, budgets, solvers.prepare)
 
 
 def random_scores(seed: int, num_images: int = 40) -> dict[Assignment, Score]:
@@ -136,8 +161,8 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
         assert difference.mean() <= 2 * difference.std(ddof=1) / 40**0.5
         lower = [a for a in rivals if scores[a].brier < score.brier]
         assert all(scores[a].misses_significantly(scores[most]) for a in lower)
-        own = [r for r in rows if r.budget == row.budget and r.assignment != row.assignment]
-        assert row.gain == (min(r.loss_shipped for r in own) - row.loss_shipped if own else 0.0)
+        own = [r for r in rows if r.budget == row.budget and r.method not in (CHOSEN, row.winner)]
+        assert row.gain == min(r.loss_shipped for r in own) - row.loss_shipped
 
 
 def test_hits_decide_where_the_difference_is_significant_and_brier_scores_where_it_is_not():
@@ -240,6 +265,8 @@ def test_the_winner_is_named_and_of_equal_ones_the_first_of_this_budget():
     assert found["5 bits"].gain == pytest.approx(0.1)
     tied = choose(SPACE, [*proposals, Proposal(large, "pairwise", b)], losses)
     assert next(row.winner for row in tied if row.budget == "5 bits" and row.method == CHOSEN) == "pairwise"
+    shared = choose(SPACE, [*proposals, Proposal(small, "gauss_newton", b)], losses)  # ahead of nobody who found the same
+    assert next(row.gain for row in shared if row.budget == "3 bits" and row.method == CHOSEN) == 0.0
 
 
 def test_of_equal_losses_the_smaller_assignment_is_chosen():

@@ -153,6 +153,7 @@ class TestHawq(EstimatorContract):
         assert matrix.values[1, 1] == 0
         means = measured.mean(measured.block_means("trace"))[2:]
         assert np.array_equal(np.diag(matrix.values)[2:] > 0, means[1:] > 0)
+        assert matrix.standard_error[1, 1] > 0  # as noisy as it was
 
 
 class TestMpqco(EstimatorContract):

@@ -171,6 +171,21 @@ def test_odd_records_have_a_page(record: RunRecord, tmp_path: Path) -> None:
     assert report.verdict(record) in parsed(tmp_path).flat
 
 
+def test_what_has_no_finite_loss_is_no_zero_in_the_map(tmp_path: Path) -> None:
+    space = make_space()
+    matrix = replace(make_matrix(space), quarantined=(4,), forbidden=((7, 20),), ranking_only=True)
+    matrix.save(tmp_path / "hawq.npz")
+    found = page.heat_map(tmp_path / "hawq.npz")
+    values = found["values"]
+    assert {*values[4], *(row[4] for row in values), values[7][20], values[20][7]} == {None}
+    assert values[0][20] is not None
+    assert found["ranking_only"]
+    replace(matrix, quarantined=(), forbidden=(), ranking_only=False).save(tmp_path / "pairwise.npz")
+    whole = page.heat_map(tmp_path / "pairwise.npz")
+    assert whole["values"][4][4] is not None
+    assert not whole["ranking_only"]
+
+
 def test_a_run_without_matrices_and_of_an_earlier_version_has_a_page(tmp_path: Path) -> None:
     make_record().save(tmp_path / "record.json")
     document = json.loads((tmp_path / "record.json").read_text())

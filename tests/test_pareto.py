@@ -51,6 +51,16 @@ def test_dominated_points_are_marked() -> None:
     assert [point.dominated for point in pareto.mark_dominated(points)] == [False, True, False, False, True]
 
 
+def test_bounds_at_which_forbidden_pairs_leave_nothing_have_no_point() -> None:
+    whole = a_program()
+    program = replace(whole, forbidden=((int(whole.starts[0]), int(whole.starts[1])),))
+    low, high = whole.reachable(0)
+    found = pareto.sweep(program, "size", [low, high], exhaustive)
+    assert [point.bound for point in found.points] == [high]
+    with pytest.raises(InfeasibleError, match="forbidden"):
+        pareto.sweep(program, "size", [low], exhaustive)
+
+
 def test_an_answer_that_fits_is_not_solved_again() -> None:
     program = a_program()
     solved: list[float] = []

@@ -1,6 +1,7 @@
 """The printed table and sentences say what the record holds, within 120 columns."""
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,11 @@ def test_verdict_without_a_change_or_a_comparison() -> None:
     )
     assert "no verdict" in report.verdict(make_record(methods=("uniform", "chosen")))
     assert "no verdict" in report.verdict(make_record(budgets=()))
+    # what else is chosen has more reasons than interactions
+    assert "no verdict" in report.verdict(make_record(methods=("layerwise", "mpqco", "chosen")))
+    assert "no budget both layerwise and pairwise have a finite loss" in report.verdict(same_loss(record, inf))
+    one = tuple(replace(r, loss_shipped=inf) if r.budget == record.budgets[0] else r for r in equal)
+    assert f"at {len(record.budgets) - 1} of {len(record.budgets)} budgets" in report.verdict(replace(record, results=one))
     assert "(gauss_newton against layerwise)" in report.verdict(make_record(methods=("layerwise", "gauss_newton", "chosen")))
 
 

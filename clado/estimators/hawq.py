@@ -9,6 +9,8 @@ It would be a loss if errors had no direction, which rounding errors have: the v
 its activations are not seen. Costs one forward of the sensitivity set, and 1 + `vectors` backwards.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from clado.estimators import Measured, diagonal_matrix
@@ -19,6 +21,5 @@ KINDS = ("trace",)
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Diagonal matrix that orders assignments; standard errors hold the noise of images and of random vectors."""
-    per_block = measured.block_means("trace")[:, 1:]
-    per_block = np.where(measured.mean(per_block) < 0, 0.0, per_block)
-    return diagonal_matrix("hawq", measured, per_block, ranking_only=True)
+    matrix = diagonal_matrix("hawq", measured, measured.block_means("trace")[:, 1:], ranking_only=True)
+    return replace(matrix, values=np.maximum(matrix.values, 0.0))

@@ -2,6 +2,9 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ from clado.config import parse_config
 from clado.program import Status
 from clado.solvers import Outcome, scip
 from flows.allocate import allocate
+from flows.guard import uninterrupted
 from flows.run import Clock, Run
 from tests.running import config
 from tests.synthetic import make_matrix, make_space
@@ -85,6 +89,59 @@ def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from
     assert run.proposals[-1].solution.objective == pytest.approx(optimum, rel=1e-6)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_a_variant_is_solved_ends_the_run_too(run, number, monkeypatch):
+    whole = scip.search
+
+    def interrupted(program: Any, task: Any) -> Outcome:
+        if program.convexity == "clip_psd":
+            return whole(program, task)
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            return Outcome(Status.INTERRUPTED, program.narrowest, -1.0)
+        pytest.fail("no signal came")
+
+    monkeypatch.setattr(scip, "search", interrupted)
+    with ended_by(number):
+        allocate.fn(run)
+    assert not (run.session.folder / "solutions" / "incumbent.json").exists()  # a variant leaves none
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_a_front_is_solved_ends_the_command(number):
+    def interrupted(program: Any, starts: Any = ()) -> Any:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            return SimpleNamespace(status=Status.INTERRUPTED)
+        pytest.fail("no signal came")
+
+    with ended_by(number):
+        uninterrupted(interrupted)(None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def ended_by(number: int) -> Iterator[None]:
+    """What is inside is ended by the handler that was there before, which is given the signal once the solver has returned."""
+    came: list[int] = []
+
+    def receive(received: int, frame: Any) -> None:
+        came.append(received)
+        if received == signal.SIGINT and len(came) == 1:  # Python's own, within the solver
+            raise KeyboardInterrupt
+        raise Received(received)
+
+    before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(Received) as told:
+            yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert told.value.args == (number,)
+
+
 def solvers_program(run: Run) -> Any:
     from clado.candidates import program_of, together
 
@@ -94,6 +151,17 @@ def solvers_program(run: Run) -> Any:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "clado-assignment/1", "bits": {"another": 2}}'])
 def test_an_incumbent_of_other_settings_is_left_aside(run, text):
+    check_that_it_is_left_aside(run, text)
+
+
+def test_an_incumbent_that_may_no_longer_be_chosen_is_left_aside(run):
+    """More images have found a loss that is not finite."""
+    space = run.session.space
+    run.matrices["pairwise"] = replace(run.matrices["pairwise"], quarantined=(space.option(0, space.widest.bits[0]),))
+    check_that_it_is_left_aside(run, json.dumps(space.to_json(space.widest)))
+
+
+def check_that_it_is_left_aside(run, text):
     file = run.session.folder / "solutions" / "incumbent.json"
     file.parent.mkdir(parents=True)
     file.write_text(text)
