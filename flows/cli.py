@@ -256,7 +256,7 @@ def finetune(
     if data is None:
         session = session.with_readable_selection()
 
-    chosen_images = images_of(session, data, seed, images)
+    chosen_images = images_of(session, data, seed, images, labels=criterion == "cross_entropy")
     with locked(folder):
         text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
     kept = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"

@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from clado.errors import ConfigurationError, StoreError
-from clado.export.packed import bias_place
+from clado.export.packed import as_layers, as_module
 from clado.export.safetensors import ASSIGNMENT, export_network
 from clado.export.snippets import PEERS, holds, write_snippet
 from clado.records import write_text
@@ -47,12 +46,15 @@ def export_as(kind: str, session: Session, assignment: Assignment, folder: Path)
     if kind in PEERS:
         return write_snippet(folder, kind, session.space, assignment), ""
     network, layers = session.shipped(assignment)
-    _put_assignment(folder, session, assignment)
+    document = session.space.to_json(assignment)
+    if (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document):
+        raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
     if kind == "packed":
         from clado.export.packed import export_packed
 
         file = folder / PACKED
         size = export_packed(file, network, layers)
+        write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
         told = (
             f"{size.total_bytes:,} bytes of tensors, {size.weight_bytes:,} of them weights, and a header of {size.header_bytes:,}"
         )
@@ -61,6 +63,7 @@ def export_as(kind: str, session: Session, assignment: Assignment, folder: Path)
 
     file = folder / ONNX
     written = export_onnx(file, network, layers)
+    write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
     kept = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
     told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{kept}"
     validation = session.slices.validation
@@ -68,31 +71,19 @@ def export_as(kind: str, session: Session, assignment: Assignment, folder: Path)
     return file, f"{told}\n{agreement}"
 
 
-def _put_assignment(folder: Path, session: Session, assignment: Assignment) -> None:
-    """assignment.json beside an export; refused where another assignment's is there."""
-    document, beside = session.space.to_json(assignment), folder / ASSIGNMENT
-    if beside.is_file() and not holds(beside, document):
-        raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
-    write_text(beside, json.dumps(document, indent=1))
-
-
 def export(session: Session, assignment: Assignment, folder: Path) -> Path:
     """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
     network, layers = session.shipped(assignment)
     state, document = network.state_dict(layers), session.space.to_json(assignment)
     added = [name for name in state if name not in network.model.state_dict()]
-    for name in added:
-        bias_place(network.model, name)  # refused where a module takes none
-    _remove_others(folder, document)
-    return export_network(folder, state, document, loading_snippet(session, bool(added)))
-
-
-def _remove_others(folder: Path, document: Mapping[str, Any]) -> None:
-    """Removes what lies beside the export that is about to be replaced, where that is of another assignment."""
-    beside = folder / ASSIGNMENT
-    if beside.is_file() and not holds(beside, document):
+    if added:  # refused where a module takes none, or its forward would not read it
+        as_module(network, {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()})
+    replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
+    export_network(folder, state, document, loading_snippet(session, bool(added)))
+    if replaced:  # what lies beside is of another assignment
         for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in PEERS)):
             (folder / name).unlink(missing_ok=True)
+    return folder
 
 
 ADDING = """for name in state.keys() - network.state_dict().keys():  # biases that corrections gave to layers without one
@@ -106,7 +97,7 @@ def loading_snippet(session: Session, adds_biases: bool = False) -> str:
     name, (module, _, function) = repr(network.name), network.name.partition(":")
     build = {
         "zoo": f"from clado.zoo import NETWORKS; network = NETWORKS[{name}]()",
-        "torchvision": f"from torchvision.models import get_model; network = get_model({name}, weights=None{_size(session)})",
+        "torchvision": f"from torchvision.models import get_model; network = get_model({name}, weights=None{_built(session)})",
         "timm": f"import timm; network = timm.create_model({name}, pretrained=False{_timm_options(session)})",
         "factory": f"from {module} import {function} as factory; made = factory()\n"
         "network = made[0] if isinstance(made, tuple) else made  # a factory may give an example input as well",
@@ -123,9 +114,12 @@ def loading_snippet(session: Session, adds_biases: bool = False) -> str:
     )
 
 
-def _size(session: Session) -> str:
-    """The image size of a vision transformer of torchvision that is not built for 224 pixels, as a further argument."""
+def _built(session: Session) -> str:
+    """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
+    change of normalisation that published weights need."""
     size = session.loaded.image_shape[1]
+    if getattr(session.loaded.model, "transform_input", False):
+        return ", transform_input=True"
     return f", image_size={size}" if session.config.network.name.startswith("vit_") and size != 224 else ""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from clado import tracking
 from clado.errors import DataError
 from clado.evaluation import Counts, count, shards
-from clado.export.packed import export_packed
+from clado.export.packed import as_module, export_packed
 from clado.export.safetensors import ASSIGNMENT
 from clado.finetuning import Epoch, FineTuned, Training, finetune
 from clado.images import ImageSlice, PickedSlice, check_slice
@@ -38,10 +38,10 @@ class Images:
     origin: str
 
 
-def images_of(session: Session, folder: Path | None, seed: int, most: int | None = None) -> Images:
+def images_of(session: Session, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
     """A named training set, or without one every image of the run that is not for validation; a seeded part is held out.
 
-    Validation images are in neither. `most` bounds how many are trained on.
+    Validation images are in neither. `most` bounds how many are trained on; `labels` says that labels are learned from.
     """
     if most is not None and most < 2:
         raise DataError(f"--images is {most}; expected two or more to train on")
@@ -56,8 +56,8 @@ def images_of(session: Session, folder: Path | None, seed: int, most: int | None
         settings = settings.model_copy(update={key: value for key, value in own.items() if getattr(settings, key) is None})
         everything = load_training(folder, settings, session.loaded.image_shape, session.slices.validation)
         origin = str(folder)
-    outputs = int(session.float_network.logits(session.float_network.example).shape[1])
-    if everything.num_classes is not None and everything.num_classes > outputs:
+    outputs = int(session.float_network.logits(session.float_network.example).shape[1]) if labels else None
+    if outputs is not None and everything.num_classes is not None and everything.num_classes > outputs:
         raise DataError(
             f"{origin} has labels of {everything.num_classes} classes, the network {outputs} outputs; expected labels that fit"
         )
@@ -74,7 +74,7 @@ def images_of(session: Session, folder: Path | None, seed: int, most: int | None
     return Images(PickedSlice([everything], training), PickedSlice([everything], held_out), origin)
 
 
-def _unreadable(session: Session, images: ImageSlice, outputs: int, origin: str) -> Collection[int]:
+def _unreadable(session: Session, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
     """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
     or where one does not fit the network."""
     allowed, found = session.config.data.max_corrupt_images, dict[int, str]()
@@ -100,6 +100,7 @@ def train(
     without a record, below which it would stand)."""
     begin, folder = time.perf_counter(), folder_of(stored, budget)
     network, layers = session.shipped(assignment)
+    as_module(network, layers)  # what could not be written is refused before hours are spent
     with progress("training", 1.0) as advance:
         done = 0.0
 

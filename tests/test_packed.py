@@ -25,7 +25,7 @@ from clado.network import Network
 from clado.preparation import Prepared, Recipe, prepare
 from clado.quantizers import ActivationGrid, Codes, QuantizedLayer, WeightQuantizer
 from clado.space import Assignment
-from flows.export import PACKED, check_format, export_as
+from flows.export import PACKED, check_format, export, export_as
 from flows.session import Session
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images
 from tests.running import config
@@ -431,10 +431,56 @@ def test_a_failed_write_leaves_the_earlier_file(small, tmp_path, monkeypatch):
     assert target.read_bytes() == path.read_bytes()
 
 
+class Around(nn.Linear):
+    """A linear layer whose own forward reads neither its bias nor its argument as the weight's input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(F.normalize(input) * 8, self.weight)
+
+
+class Beside(nn.Module):
+    """A weight that is read once by its module and once beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(F.linear(F.relu(self.first(x.flatten(1))), self.first.weight)))
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "corrections"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), Around(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4)), (), ("output_statistics",)),
+        (lambda: nn.Sequential(nn.Flatten(), Around(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4)), (4,), ()),
+        (Beside, (4,), ()),
+    ],
+)
+def test_a_module_that_would_compute_another_function_is_refused(model, widths, corrections, tmp_path):
+    torch.manual_seed(0)
+    network, batch = Network(model(), torch.randn(1, 2, 2, 2)), torch.randn(64, 2, 2, 2)
+    space = network.search_space((2, 8)).with_activations(widths)
+    prepared = prepare(network, space, Recipe(WeightQuantizer(), "minmax", corrections), [batch])
+    with pytest.raises(NetworkError, match="computes another function than was measured"):
+        export_packed(tmp_path / "n.safetensors", *prepared.shipped(space.narrowest))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+def test_weights_that_are_computed_by_hooks_are_refused_with_what_to_use():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        normed = nn.utils.weight_norm(nn.Linear(8, 8))
+    network = Network(nn.Sequential(nn.Flatten(), normed, nn.ReLU(), nn.Linear(8, 4)), torch.randn(1, 2, 2, 2))
+    network.logits(torch.randn(2, 2, 2, 2))
+    with pytest.raises(NetworkError, match=r"cannot be copied .*torch\.nn\.utils\.parametrizations\.weight_norm"):
+        as_module(network, {})
+
+
 # -- from a run ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_exports_it_and_the_package_loads_it(tmp_path):
+def test_a_run_exports_it_and_the_package_loads_it(tmp_path, monkeypatch):
     session = Session.open(parse_config(config(tmp_path / "run", corrections=["output_statistics"])))
     assignment = drawn(session.prepared)
     path, told = export_as("packed", session, assignment, tmp_path / "out")
@@ -449,6 +495,20 @@ def test_a_run_exports_it_and_the_package_loads_it(tmp_path):
     assert isinstance(as_module(network, layers), nn.Module)
     with pytest.raises(StoreError, match="another assignment"):
         export_as("packed", session, session.space.narrowest, tmp_path / "out")
+    monkeypatch.setattr(packed, "export_packed", refuse)
+    with pytest.raises(NetworkError, match="no"):
+        export_as("packed", session, assignment, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    export(session, assignment, tmp_path / "out")
+    (tmp_path / "out" / "weights.safetensors").unlink()
+    with pytest.raises(StoreError, match="no export's"):
+        export(session, session.space.narrowest, tmp_path / "out")
+    assert path.exists()
+    assert session.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
+
+
+def refuse(*_: object) -> None:
+    raise NetworkError("no")
 
 
 def test_an_unknown_format_is_refused():

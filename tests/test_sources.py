@@ -1,5 +1,6 @@
 """Sources: networks and images arrive whole, checked and the same each time, or are refused in words that help."""
 
+import os
 import socket
 import sys
 import textwrap
@@ -293,6 +294,46 @@ def test_a_torchvision_network_that_warns_of_its_initialisation() -> None:
     assert not load_network(NetworkSettings(source="torchvision", name="googlenet", weights="random")).model.training
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_come_with_the_input_that_they_were_trained_on(name: str) -> None:
+    """Torchvision changes the normalisation of these two wherever its own weights are asked for."""
+    from clado.sources import torchvision as source
+
+    published = NetworkSettings(source="torchvision", name=name, weights="random", weights_name="IMAGENET1K_V1")
+    assert source.load_network(published)[0].transform_input
+    assert not source.load_network(published.model_copy(update={"weights_name": None}))[0].transform_input
+
+
+def test_names_of_before_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
+    from torchvision.models import DenseNet, VisionTransformer
+
+    from clado.sources import load_weights
+
+    def check(make: Callable[[], nn.Module], renamed: Callable[[str], str], suffix: str = ".pth") -> None:
+        torch.manual_seed(0)
+        model = make()
+        state = {renamed(name): tensor for name, tensor in state_of(LoadedNetwork(model, torch.zeros(1), "")).items()}
+        file = tmp_path / f"file{suffix}"
+        save_file(state, file) if suffix != ".pth" else torch.save(state, file)
+        torch.manual_seed(1)
+        other = make()
+        load_weights(other, file)
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+    check(
+        lambda: VisionTransformer(8, 4, 1, 1, 8, 8, num_classes=3),
+        lambda name: name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."),
+    )
+    check(
+        lambda: DenseNet(4, (2, 1), 8, num_classes=3),
+        lambda name: name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in name else name,
+    )
+    for suffix in (".pth", ".safetensors"):  # its modules ask which version saved them, which neither file says
+        from torchvision.models import MNASNet
+
+        check(lambda: MNASNet(0.2, num_classes=3), lambda name: name, suffix)
+
+
 def test_timm_by_name_for_the_images_asked_for() -> None:
     pytest.importorskip("timm")
     convolutional = load_network(NetworkSettings(source="timm", name="test_resnet", weights="random"))
@@ -409,7 +450,7 @@ SHAPE = (3, 16, 16)
 
 def draw_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (20, 24), mode: str = "RGB") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(zlib.crc32(f"{folder.name} {seed}".encode()))
+    draw = np.random.default_rng(zlib.crc32(os.fsencode(f"{folder.name} {seed}")))
     for k in range(count):
         pixels = draw.integers(0, 256, (*size, 3), np.uint8)
         Image.fromarray(pixels).convert(mode).save(folder / f"{k:03}.png")
@@ -515,6 +556,20 @@ def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     assert labels is None
     assert slices.sensitivity.num_classes is None
     assert len(slices.validation) == 3
+
+
+def test_folders_without_images_beside_images_are_no_classes(tmp_path: Path) -> None:
+    draw_images(tmp_path, 10)
+    (tmp_path / "thumbs").mkdir()
+    assert load_data(folder_settings(tmp_path), SHAPE).sensitivity.num_classes is None
+
+
+def test_names_may_be_of_any_bytes(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"the"):
+        draw_images(tmp_path / os.fsdecode(name), 6)
+    images = load_data(folder_settings(tmp_path), SHAPE).sensitivity
+    assert len(images.sha256) == 64
+    assert len(images.load(0, 4)[0]) == 4
 
 
 def test_grey_networks_get_grey_images(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from clado.errors import NetworkError, StoreError
 from clado.network import Network, Replaced, unfit
 from clado.quantizers import ActivationGrid, Codes, Grid, QuantizedLayer
+from clado.whole import WholeForwards
 
 FORMAT = "clado-packed/1"
 CHUNK = 2**20  # codes that are packed at a time; a multiple of eight, so that each part ends on a byte
@@ -135,7 +137,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     """The network with layers (by index) replaced, as a torch module: what `load_packed` gives, without a file.
 
     `rounding(x, grid)` puts a layer's input on its grid. NetworkError where a module cannot hold the grid of an input, or an
-    added bias.
+    added bias, or where what it computes then is not what was measured: a forward of its own may read neither.
     """
     state = network.state_dict(layers)
     added = [name for name in state if name not in network.model.state_dict()]
@@ -152,7 +154,26 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
             raise NetworkError(_unreachable(unseen))
     for hook in hooks:
         hook.remove()
+    _refuse_another_function(model, network, layers)
     return model
+
+
+def _refuse_another_function(model: nn.Module, network: Network, layers: Replaced) -> None:
+    """NetworkError where a module's logits are not those of the network with its layers replaced."""
+    images = network.example.to(network.device)
+    if not isinstance(network.graph, WholeForwards):  # which is the network as this one image met it
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        images = torch.cat([images, noise.to(images)])
+    with torch.no_grad():
+        own, measured = model(images.clone()).float(), network.logits(images, layers).float()
+    scale = float(measured.abs().max())
+    tolerance = 1e-2 if network.numeric == "float32" else 1e-1  # a value between two codes may take either
+    if isfinite(scale) and not float((own - measured).abs().max()) <= tolerance * scale:
+        raise NetworkError(
+            f"{type(model).__name__}'s own forward reads an added bias or a quantized input elsewhere than its modules do: as a "
+            "torch module it computes another function than was measured; call convolutions and linear layers as modules, or do "
+            "without activation bits and corrections that add biases"
+        )
 
 
 def rounded(x: Tensor, grid: ActivationGrid) -> Tensor:
@@ -356,7 +377,7 @@ def _assembled(
     rounding: Rounding,
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """(a copy of a module with a state, added biases and grids of inputs by parameter; the modules that have such a grid)."""
-    model = deepcopy(model).eval()
+    model = _copy(model).eval()
     state = dict(state)
     for name in added:
         place = name.rpartition(".")[0]
@@ -374,6 +395,16 @@ def _assembled(
             readers[name] = _reader(model, name)
             readers[name].register_forward_pre_hook(InputGrid(grid, rounding), with_kwargs=True)
     return model, readers
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except RuntimeError as error:
+        raise NetworkError(
+            f"{type(model).__name__} cannot be copied ({error}); expected weights that are parameters: "
+            "torch.nn.utils.parametrizations.weight_norm where torch.nn.utils.weight_norm is used"
+        ) from error
 
 
 def _reader(model: nn.Module, parameter: str) -> nn.Module:

@@ -6,6 +6,7 @@ preprocessing belongs to the weights: `preprocessing(NetworkSettings) -> dict` o
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,31 +122,45 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"weights file {path} does not exist; expected a safetensors file with the network's state_dict, or .pth "
             "(a plan does without: clado plan CONFIG network.weights=random)"
         )
-    state = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
+    from clado.sources.torchvision import current_names
+
+    saved = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
+    state, known = OrderedDict(current_names(saved)), getattr(saved, "_metadata", None)
+    faults: list[str] = []
+    # modules read there by which version of theirs they were saved; a file without word of it may be of the first, or of today's
+    for state._metadata in (known,) if known else ({}, model.state_dict()._metadata):  # type: ignore[attr-defined]
+        if not (faults := _faults(model, state)):
+            return
+    raise NetworkError(
+        f"weights file {path} does not fit the network: {'; '.join(faults)} (names are those of model.state_dict(), "
+        f"{len(model.state_dict())} in the network, {len(state)} in the file)"
+    )
+
+
+def _faults(model: nn.Module, state: OrderedDict[str, Tensor]) -> list[str]:
+    """What is wrong with a state that is put into a network; modules may rename what earlier versions of theirs have saved."""
     own = model.state_dict()
-    # A tensor that two names share is stored once; the count of batches never acts in eval mode.
-    given = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name in state and tensor.numel()}
-    missing = [
-        name
-        for name, tensor in own.items()
-        if name not in state and (tensor.data_ptr(), tensor.shape) not in given and not name.endswith("num_batches_tracked")
-    ]
-    faults = [f"missing {_some(missing)}"] if missing else []
-    if unexpected := [name for name in state if name not in own]:
-        faults.append(f"unexpected {_some(unexpected)}")
     shapes = [
         f"{name} is {tuple(state[name].shape)}, the network's {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
     if shapes:
-        faults.append(f"other shapes: {_some(shapes, '; ')}")
-    if faults:
-        raise NetworkError(
-            f"weights file {path} does not fit the network: {'; '.join(faults)} (names are those of model.state_dict(), "
-            f"{len(own)} in the network, {len(state)} in the file)"
-        )
-    model.load_state_dict(state, strict=False)
+        lacking, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
+    else:
+        try:
+            lacking, unexpected = model.load_state_dict(state, strict=False)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            return [str(error)]
+    # A tensor that two names share is stored once; the count of batches never acts in eval mode.
+    given = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name not in lacking and tensor.numel()}
+    missing = [
+        name
+        for name, tensor in own.items()
+        if name in lacking and (tensor.data_ptr(), tensor.shape) not in given and not name.endswith("num_batches_tracked")
+    ]
+    found = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("other shapes:", shapes, "; "))
+    return [f"{what} {_some(names, between)}" for what, names, between in found if names]
 
 
 def _safetensors_file(path: Path) -> dict[str, Tensor]:
@@ -171,7 +186,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise NetworkError(f"weights file {path} holds no plain state_dict; expected torch.save(model.state_dict(), FILE)")
-    return dict(state)
+    return state
 
 
 def _some(names: Iterable[str], separator: str = ", ", limit: int = 5) -> str:

@@ -133,7 +133,7 @@ class EncodedSlice:
         for k, image in enumerate(self.images):
             content = hashlib.sha256(image.read()).hexdigest()
             label = None if self.labels is None else self.labels[k]
-            digest.update(f"{image.name}\n{content} {label}\n".encode())
+            digest.update(f"{image.name}\n{content} {label}\n".encode("utf-8", "surrogateescape"))  # of any bytes
         return digest.hexdigest()
 
     def __len__(self) -> int:

@@ -68,13 +68,13 @@ def _list(top: Path, root: Path) -> Listing:
             names = sorted(child.name for child in _folders(Path(directory)))
             return names, {name: number for number, name in enumerate(names)}
 
+    files = sorted(file for file in root.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    listing = Listing(root, tuple(ImageFile(top, file) for file in files))
     if _has_folders(root):
         found = VisibleFolders(str(root), allow_empty=True)
-        images = tuple(ImageFile(top, Path(file)) for file, _ in found.samples)
-        listing = Listing(root, images, tuple(label for _, label in found.samples), tuple(found.classes))
-    else:
-        files = sorted(file for file in root.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
-        listing = Listing(root, tuple(ImageFile(top, file) for file in files))
+        if found.samples or not files:  # folders without an image beside images are no classes
+            images = tuple(ImageFile(top, Path(file)) for file, _ in found.samples)
+            listing = Listing(root, images, tuple(label for _, label in found.samples), tuple(found.classes))
     if not listing.images:
         raise DataError(
             f"{root} holds no images; expected files of the kinds {' '.join(IMG_EXTENSIONS)}, in one sub-folder a class or flat"

@@ -1,11 +1,13 @@
 """Torchvision's classification networks by name, with weights from a local file: nothing is ever downloaded."""
 
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from clado.config import NetworkSettings
 from clado.errors import NetworkError
@@ -13,6 +15,10 @@ from clado.images import ImageShape
 from clado.plugins import nearest
 
 IMAGE_SHAPE: ImageShape = (3, 224, 224)
+TRANSFORMING = ("googlenet", "inception_v3")
+_OF_DENSE = re.compile(
+    r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))"
+)
 
 
 def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
@@ -25,7 +31,9 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
         )
     crop = IMAGE_SHAPE[1] if (weights := _weights(settings)) is None else _transform(weights).crop_size[0]
     # a vision transformer is built for one image size
-    options = {"image_size": crop} if crop != IMAGE_SHAPE[1] and settings.name.startswith("vit_") else {}
+    options: dict[str, Any] = {"image_size": crop} if crop != IMAGE_SHAPE[1] and settings.name.startswith("vit_") else {}
+    if settings.name in TRANSFORMING and weights is not None:
+        options["transform_input"] = True  # its published weights are of images normalised otherwise than they are listed with
     with warnings.catch_warnings():
         # googlenet and inception_v3 announce another initialisation; the weights that follow replace it.
         warnings.simplefilter("ignore", FutureWarning)
@@ -44,6 +52,13 @@ def preprocessing(settings: NetworkSettings) -> dict[str, Any]:
         "mean": tuple(found.mean),
         "std": tuple(found.std),
     }
+
+
+def current_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict with the names that densely connected layers had when their weights were published: norm.1, now norm1."""
+    if not any(_OF_DENSE.fullmatch(name) for name in state):
+        return state
+    return {_OF_DENSE.sub(r"\1\2", name): tensor for name, tensor in state.items()}
 
 
 def _weights(settings: NetworkSettings) -> Any:

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import clado
-from clado.errors import DataError
+from clado.errors import DataError, NetworkError
 from clado.finetuning import Training
 from clado.records import RunRecord
 from flows.cli import app
@@ -68,6 +68,27 @@ def test_mlflow_has_it_as_a_run_nested_under_the_run_itself(tuned):
     steps = client.get_metric_history(run.info.run_id, "held_out_loss")
     assert [point.step for point in steps] == [epoch["number"] for epoch in record["epochs"]]
     assert {"packed.safetensors", RECORD} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_what_could_not_be_written_is_refused_before_anything_is_trained(tuned, monkeypatch):
+    stored, session, budget, assignment, *_ = tuned
+
+    def refuse(*_):
+        raise NetworkError("a module cannot hold it")
+
+    monkeypatch.setattr("flows.finetune.as_module", refuse)
+    monkeypatch.setattr("flows.finetune.finetune", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(NetworkError, match="cannot hold"):
+        train(stored, session, budget.name, assignment, Training(epochs=1), images_of(session, None, seed=0, most=128))
+
+
+def test_labels_matter_where_they_are_learned_from_alone(tuned, tmp_path):
+    header = bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in (12, 28, 28))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + bytes(12 * 784))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1)) + (12).to_bytes(4, "big") + bytes(range(12)))
+    assert len(images_of(tuned[1], tmp_path, seed=0).training) == 10
+    with pytest.raises(DataError, match="labels of 12 classes, the network 10 outputs"):
+        images_of(tuned[1], tmp_path, seed=0, labels=True)
 
 
 def test_too_few_images_are_refused(tuned):
