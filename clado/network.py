@@ -140,7 +140,7 @@ class Network:
         if compile and not graph:
             raise NetworkError("only a graph can be compiled; expected graph=True, or no compile")
         self.graph: Engine
-        with _computing("float32", example_input.device):
+        with computing("float32", example_input.device):
             self.example = _one_image(model, example_input)
             if graph:
                 flat = compile_graph(model, self.example, _matching(fixed), _matching(split))
@@ -178,7 +178,7 @@ class Network:
 
     def differentiable_logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
         """`logits` with gradients, for training: to the replaced weights and biases, and to what `updated` has put in place."""
-        with _computing(self.numeric, images.device):
+        with computing(self.numeric, images.device):
             state = self.graph.begin(self._laid_out(images))
             return self.graph.output(self.graph.advance(state, len(self.layers), _quantized_layers(replaced)))
 
@@ -201,7 +201,7 @@ class Network:
     @torch.inference_mode()
     def begin(self, images: Tensor) -> State:
         """The values alive before the first layer."""
-        with _computing(self.numeric, images.device):
+        with computing(self.numeric, images.device):
             return self.graph.begin(self._laid_out(images))
 
     def _laid_out(self, images: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Network:
     @torch.inference_mode()
     def advance(self, state: State, layer: int, replaced: Replaced | None = None) -> State:
         """Runs from a state to the cut before `layer`, or to the end where that is the number of layers."""
-        with _computing(self.numeric, self.device):
+        with computing(self.numeric, self.device):
             return self.graph.advance(state, layer, _quantized_layers(replaced))
 
     @torch.inference_mode()
@@ -224,7 +224,7 @@ class Network:
     @torch.inference_mode()
     def observe(self, images: Tensor, layer: int) -> list[Call]:
         """What consumes a layer's weight in a float run of images (N, C, H, W): each call's input, operator and arguments."""
-        with _computing(self.numeric, self.device):
+        with computing(self.numeric, self.device):
             return self.graph.observe(self._laid_out(images), layer)
 
     @torch.inference_mode()
@@ -234,7 +234,7 @@ class Network:
         In execution order: each batch norm's input is that of a network whose earlier batch norms have their new statistics
         already. Sums are float64, so the result does not depend on how images are cut into batches beyond rounding.
         """
-        with _computing(self.numeric, self.device):
+        with computing(self.numeric, self.device):
             return self.graph.normalisation([self._laid_out(batch) for batch in images], _quantized_layers(replaced))
 
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
@@ -274,7 +274,7 @@ class Network:
 
         Of a `differentiable` network.
         """
-        with torch.enable_grad(), _computing(self.numeric, images.device), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), computing(self.numeric, images.device), sdpa_kernel(SDPBackend.MATH):
             state = self.graph.begin(self._laid_out(images))
             return self.graph.output(self.graph.advance(state, len(self.layers), _quantized_layers(replaced)))
 
@@ -361,7 +361,7 @@ def _quantized_layers(replaced: Replaced | None) -> dict[int, QuantizedLayer]:
 
 
 @contextmanager
-def _computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
+def computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
     """Products in a numeric mode while the context lasts; what the process had chosen comes back."""
     autocast = torch.autocast(device.type, torch.bfloat16) if numeric == "bfloat16" else nullcontext()
     if device.type != "cuda":

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clado.errors import NetworkError, StoreError
-from clado.network import Network, Replaced, unfit
+from clado.network import Network, Replaced, computing, unfit
 from clado.quantizers import ActivationGrid, Codes, Grid, QuantizedLayer
 from clado.whole import WholeForwards
 
@@ -164,8 +164,9 @@ def _refuse_another_function(model: nn.Module, network: Network, layers: Replace
     if not isinstance(network.graph, WholeForwards):  # which is the network as this one image met it
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         images = torch.cat([images, noise.to(images)])
-    with torch.no_grad():
-        own, measured = model(images.clone()).float(), network.logits(images, layers).float()
+    with torch.no_grad(), computing(network.numeric, network.device):
+        own = model(images.clone()).float()
+    measured = network.logits(images, layers).float()
     scale = float(measured.abs().max())
     tolerance = 1e-2 if network.numeric == "float32" else 1e-1  # a value between two codes may take either
     if isfinite(scale) and not float((own - measured).abs().max()) <= tolerance * scale:
