@@ -117,6 +117,8 @@ def loading_snippet(session: Session, adds_biases: bool = False) -> str:
 def _built(session: Session) -> str:
     """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
     change of normalisation that published weights need."""
+    if session.config.network.source != "torchvision":
+        return ""
     size = session.loaded.image_shape[1]
     if getattr(session.loaded.model, "transform_input", False):
         return ", transform_input=True"
