@@ -2,8 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import pytest
 
 from clado import solvers
+from clado.candidates import Budget
 from clado.config import parse_config
 from clado.program import Status
 from clado.solvers import Outcome, scip
 from flows.allocate import allocate
-from flows.guard import uninterrupted
 from flows.run import Clock, Run
+from flows.smallest import solver_of
+from flows.sweep import _front
 from tests.running import config
 from tests.synthetic import make_matrix, make_space
 
@@ -91,10 +92,48 @@ def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_while_a_variant_is_solved_ends_the_run_too(run, number, monkeypatch):
+    monkeypatch.setattr(scip, "search", interrupted_where(lambda program: program.convexity != "clip_psd", number))
+    assert ended_by(lambda: allocate.fn(run)) == number
+    assert not (run.session.folder / "solutions" / "incumbent.json").exists()  # a variant leaves none
+
+
+def front(stored: Any) -> None:
+    _front(stored, stored.matrices()["pairwise"], [Budget("size", size) for size in stored.sizes])
+
+
+def sizes_of_the_smallest(stored: Any) -> None:
+    solver_of(stored)[2](stored.sizes)
+
+
+@pytest.mark.parametrize("command", [front, sizes_of_the_smallest])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_a_front_is_solved_ends_the_command(run, number, command, monkeypatch):
+    """Which would else go on with the best until then as if it were the answer."""
+    space, solved = run.session.space, []
+    least, most = (space.size_bytes(a) for a in (space.narrowest, space.widest))
+    stored = SimpleNamespace(
+        config=run.session.config,
+        limits=[],
+        measured=SimpleNamespace(space=space),
+        matrices=lambda: run.matrices,
+        sizes=[least + k * (most - least) // 5 for k in range(1, 5)],
+    )
+
+    def second(program: Any) -> bool:
+        solved.append(program)
+        return len(solved) == 2
+
+    monkeypatch.setattr(scip, "search", interrupted_where(second, number))
+    assert ended_by(lambda: command(stored)) == number
+    assert len(solved) == 2
+
+
+def interrupted_where(which: Callable[[Any], bool], number: int) -> Callable[[Any, Any], Outcome]:
+    """A search whose signal comes in the programs that are told, and that gives the best until then as scip does."""
     whole = scip.search
 
-    def interrupted(program: Any, task: Any) -> Outcome:
-        if program.convexity == "clip_psd":
+    def search(program: Any, task: Any) -> Outcome:
+        if not which(program):
             return whole(program, task)
         try:
             signal.raise_signal(number)
@@ -102,28 +141,11 @@ def test_a_signal_while_a_variant_is_solved_ends_the_run_too(run, number, monkey
             return Outcome(Status.INTERRUPTED, program.narrowest, -1.0)
         pytest.fail("no signal came")
 
-    monkeypatch.setattr(scip, "search", interrupted)
-    with ended_by(number):
-        allocate.fn(run)
-    assert not (run.session.folder / "solutions" / "incumbent.json").exists()  # a variant leaves none
+    return search
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_while_a_front_is_solved_ends_the_command(number):
-    def interrupted(program: Any, starts: Any = ()) -> Any:
-        try:
-            signal.raise_signal(number)
-        except KeyboardInterrupt:
-            return SimpleNamespace(status=Status.INTERRUPTED)
-        pytest.fail("no signal came")
-
-    with ended_by(number):
-        uninterrupted(interrupted)(None)  # type: ignore[arg-type]
-
-
-@contextmanager
-def ended_by(number: int) -> Iterator[None]:
-    """What is inside is ended by the handler that was there before, which is given the signal once the solver has returned."""
+def ended_by(act: Callable[[], None]) -> int:
+    """The signal that the handler of before is given once the solver has returned, and that ends what acts."""
     came: list[int] = []
 
     def receive(received: int, frame: Any) -> None:
@@ -135,11 +157,11 @@ def ended_by(number: int) -> Iterator[None]:
     before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(Received) as told:
-            yield
+            act()
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    assert told.value.args == (number,)
+    return int(told.value.args[0])
 
 
 def solvers_program(run: Run) -> Any:
