@@ -22,7 +22,7 @@ from clado.records import Accuracy, markdown_table, percent, write_text
 from clado.space import Assignment
 from flows.export import PACKED, file_name
 from flows.progress import progress
-from flows.session import EVALUATION_SHARD, Session
+from flows.session import EVALUATION_SHARD, Session, too_many_unreadable
 from flows.stored import StoredRun, accuracy_of
 
 RECORD = "finetuned.json"
@@ -80,11 +80,7 @@ def _unreadable(session: Session, images: ImageSlice, outputs: int | None, origi
     allowed, found = session.config.data.max_corrupt_images, dict[int, str]()
     check_slice(images, session.loaded.image_shape, outputs, unreadable=found if allowed else None)
     if len(found) > allowed:
-        shown = ", ".join(list(found.values())[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        raise DataError(
-            f"more images below {origin} cannot be read than data.max_corrupt_images: {allowed} of the run allows: {shown}; "
-            "repair or remove them, or allow more"
-        )
+        raise too_many_unreadable(origin, list(found.values()), allowed)
     return found
 
 

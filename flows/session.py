@@ -48,6 +48,15 @@ EVALUATED_TOGETHER = 8  # assignments: decoding is then an eighth as much, and t
 Variant = Literal["shipped", "probe_model", "plain"]
 
 
+def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> DataError:
+    """What to say where more images cannot be read than the settings allow."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return DataError(
+        f"more images below {where} cannot be read than data.max_corrupt_images: {allowed} allows: {shown}; repair or remove "
+        "them, or allow more"
+    )
+
+
 @dataclass
 class Session:
     """What a process needs to compute a tile or an evaluation of a run."""
@@ -119,11 +128,7 @@ class Session:
         while unreadable := find(session):
             data, skip = session.config.data, (*session.config.data.skip, *unreadable)
             if len(skip) > data.max_corrupt_images:
-                shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
-                raise DataError(
-                    f"more images below {data.path} cannot be read than data.max_corrupt_images: {data.max_corrupt_images} "
-                    f"allows: {shown}; repair or remove them, or allow more"
-                )
+                raise too_many_unreadable(data.path, skip, data.max_corrupt_images)
             config = session.config.model_copy(update={"data": data.model_copy(update={"skip": skip})})
             session = Session.open(config)
         return session
