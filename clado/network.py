@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clado.errors import ConfigurationError, DataError, NetworkError
-from clado.graph import Call, Cut, Fold, Norm
+from clado.graph import Call, Cut, Fold, Norm, laid_out_like
 from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, Layer, SearchSpace, check_patterns
 from clado.tracing import compile_graph, eval_mode
 from clado.whole import WholeForwards
 
+ONLY_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 Numeric = Literal["float32", "tf32", "bfloat16"]
 State = Any  # of a run that is not finished: what the engine that made it knows how to resume
 Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its place: a weight, or a weight and more
@@ -85,10 +86,12 @@ class Engine(Protocol):
         """Logits (images, classes) of a finished run."""
 
 
-def is_depthwise(model: nn.Module) -> bool:
-    """Whether a module has a 2-d convolution with one channel a group."""
-    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv2d))
-    return any(1 < part.groups == part.in_channels for part in convolutions)
+def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether a module's 2-d convolutions are faster in (N, H, W, C), as measured (notebooks/LOG.md): on a CPU with AVX2 alone
+    all of them, on other CPUs those with one channel a group. On a GPU it is the user's to say."""
+    convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
+    depthwise = any(1 < part.groups == part.in_channels for part in convolutions)
+    return device.type == "cpu" and (depthwise or (ONLY_AVX2 and bool(convolutions)))
 
 
 class Network:
@@ -238,7 +241,10 @@ class Network:
             return self.graph.normalisation([self._laid_out(batch) for batch in images], _quantized_layers(replaced))
 
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
-        """The same network with other values of parameters and buffers, by name; the module is not changed."""
+        """The same network with other values of parameters and buffers, by name; the module is not changed. They are laid out as
+        the module's own are."""
+        own = self.model.state_dict()
+        named = {name: laid_out_like(tensor, own[name]) if name in own else tensor for name, tensor in named.items()}
         other = copy(self)
         other.graph = self.graph.updated(named)
         other.weights = other.graph.weights

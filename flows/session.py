@@ -24,7 +24,7 @@ from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, network_batching, rows_per_tile, scores
-from clado.network import Network, is_depthwise
+from clado.network import Network, prefers_channels_last
 from clado.preparation import (
     Prepared,
     Recipe,
@@ -90,7 +90,7 @@ class Session:
         device = _device(config.cluster.device)
         channels_last = config.network.channels_last
         if channels_last is None:
-            channels_last = device.type == "cpu" and is_depthwise(loaded.model)
+            channels_last = prefers_channels_last(loaded.model, device)
         layout = torch.channels_last if channels_last else torch.preserve_format
         network = Network(
             loaded.model.to(device).to(memory_format=layout),

@@ -366,6 +366,18 @@ def test_channels_last_computes_the_same(kind):
     torch.testing.assert_close(network.logits(images(3)), expected, rtol=1e-5, atol=1e-6)
 
 
+@PATHS
+def test_other_values_are_laid_out_as_the_modules_own(graph):
+    """Corrections of the whole network come from files, which know no layout."""
+    model = build(Residual).to(memory_format=torch.channels_last)
+    network = Network(model, images(1), graph=graph, channels_last=True)
+    values = {name: parameter.detach().contiguous() + 1 for name, parameter in model.named_parameters()}
+    other = network.updated(values)
+    assert [w.stride() for w in other.weights] == [w.stride() for w in network.weights]
+    assert any(not weight.is_contiguous() for weight in other.weights)
+    assert all(torch.equal(weight, values[layer.name]) for weight, layer in zip(other.weights, other.layers, strict=True))
+
+
 @KINDS
 @PATHS
 def test_bfloat16_is_near_and_only_where_asked_for(kind, graph):

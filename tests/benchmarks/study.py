@@ -50,7 +50,7 @@ from clado.images import ImageSlice
 from clado.interaction import InteractionMatrix
 from clado.local_search import local_search, search
 from clado.measure import Workbench, measure_tile, rows_per_tile, scores
-from clado.network import Network, is_depthwise
+from clado.network import Network, prefers_channels_last
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.probes import Kind, Plan, sample_blocks
 from clado.program import Program
@@ -161,7 +161,7 @@ class Study:
         name, space, setting = self.case
         bits, activations = SPACES[space]
         loaded = load_network(NetworkSettings(source="zoo", name=name))
-        channels_last = self.device.type == "cpu" and is_depthwise(loaded.model)  # as `clado run` lays it out
+        channels_last = prefers_channels_last(loaded.model, self.device)  # as `clado run` lays it out
         layout = torch.channels_last if channels_last else torch.preserve_format
         model = loaded.model.to(self.device, memory_format=layout)
         network = Network(model, loaded.example_input.to(self.device), channels_last=channels_last)

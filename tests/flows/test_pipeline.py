@@ -475,14 +475,16 @@ def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "chosen", "turned"),
+    ("name", "chosen", "only_avx2", "turned"),
     [
-        ("mobilenetv2_fashion_mnist", None, True),  # depthwise
-        ("mobilenetv2_fashion_mnist", False, False),
-        ("resnet20_fashion_mnist", None, False),
+        ("mobilenetv2_fashion_mnist", None, False, True),  # depthwise
+        ("mobilenetv2_fashion_mnist", False, True, False),
+        ("resnet20_fashion_mnist", None, False, False),
+        ("resnet20_fashion_mnist", None, True, True),
     ],
 )
-def test_channels_last_is_the_default_for_depthwise_convolutions_on_a_cpu(name, chosen, turned, tmp_path):
+def test_channels_last_is_the_default_where_convolutions_are_faster_so(name, chosen, only_avx2, turned, tmp_path, monkeypatch):
+    monkeypatch.setattr("clado.network.ONLY_AVX2", only_avx2)
     settings = {"source": "zoo", "name": name} | ({} if chosen is None else {"channels_last": chosen})
     document = config(tmp_path / "run", network=settings, cluster={"kind": "inline", "device": "cpu"})
     assert Session.open(parse_config(document)).float_network.channels_last is turned
