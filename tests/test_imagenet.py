@@ -233,6 +233,19 @@ def test_shards_that_will_not_do_are_refused(tmp_path: Path) -> None:
     assert "has no .cls beside it" in refused(tmp_path / "half")
     write_shard(tmp_path / "words" / "a.tar", {"a.jpg": jpeg(0), "a.cls": b"cat"})
     assert "says 'cat'; expected a class number" in refused(tmp_path / "words")
+    write_shard(tmp_path / "twice" / "a.tar", {"a.jpg": jpeg(0), "a.png": jpeg(1)})
+    assert "holds both a.jpg and a.png; expected one image of a key" in refused(tmp_path / "twice")
+    write_shard(tmp_path / "dots" / "a.tar", {"a.jpg": jpeg(0), "a.mask.png": jpeg(1), "b.1.jpg": jpeg(1)})
+    assert "b.1.jpg in" in refused(tmp_path / "dots")
+    assert "has a dot in its key" in refused(tmp_path / "dots")
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        write_shard(tmp_path / "links" / "a.tar", {"a.jpg": jpeg(0)})
+        with tarfile.open(tmp_path / "links" / "a.tar", "a") as archive:
+            link = tarfile.TarInfo("b.jpg")
+            link.type, link.linkname = kind, "a.jpg"
+            archive.addfile(link)
+        assert "b.jpg in" in refused(tmp_path / "links")
+        assert "is a link; expected files themselves" in refused(tmp_path / "links")
     with pytest.raises(ConfigurationError, match="source tar needs a path"):
         parse_config({"network": {"name": "a:b", "source": "factory"}, "data": {"source": "tar"}})
 

@@ -89,18 +89,32 @@ def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, st
 
     images: dict[str, TarMember] = {}
     classes: dict[str, str] = {}
+    further: dict[str, str] = {}  # key -> an image that names more than its kind behind the first dot, as masks do
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                key = f"{folder}{slash}{stem}"
-                if f".{extension.lower()}" in IMG_EXTENSIONS:
+                key, kind = f"{folder}{slash}{stem}", f".{extension.lower()}"
+                if member.isdir():
+                    continue
+                if not member.isfile():
+                    if kind in IMG_EXTENSIONS or extension == "cls":
+                        raise DataError(
+                            f"{member.name} in {shard} is a link; expected files themselves (tar -h --hard-dereference)"
+                        )
+                elif kind in IMG_EXTENSIONS:
+                    if key in images:
+                        raise DataError(f"{shard} holds both {images[key].member} and {member.name}; expected one image of a key")
                     images[key] = TarMember(top, shard, member.name, member.offset_data, member.size)
+                elif kind.endswith(IMG_EXTENSIONS):
+                    further[key] = member.name
                 elif extension == "cls" and (file := archive.extractfile(member)) is not None:
                     classes[key] = file.read().decode("ascii", "replace").strip()
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{shard} is not a readable tar file ({error}); expected one without compression") from None
+    if alone := [name for key, name in further.items() if key not in images]:
+        raise DataError(
+            f"{alone[0]} in {shard} has a dot in its key, which webdataset ends at the first one; expected names such as KEY.jpg"
+        )
     return images, classes
