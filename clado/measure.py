@@ -6,7 +6,7 @@ stacked in the batch dimension, the more the later the layer. A sample block goe
 stored at a time is one pass of every row.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clado import criteria, gradients
 from clado.errors import ConfigurationError
-from clado.network import Network, State
+from clado.network import Network, Replaced, State
 from clado.preparation import Prepared
 from clado.probes import (
     BY_ENTRY,
@@ -38,6 +38,7 @@ from clado.space import Assignment, SearchSpace
 Array = NDArray[np.float64]
 Batch = tuple[Tensor, Tensor | None]
 GPU_BYTES, GPU_BATCH = 2 * 10**9, 4096  # values, and images, of one run that keep a large GPU busy
+FLOAT_LOGITS_BYTES = 2**24  # of all blocks together that a workbench keeps: 4,096 images of 1,000 classes
 
 
 @dataclass
@@ -46,8 +47,8 @@ class Workbench:
 
     `load` gives (images, labels or None) of a range of the sensitivity set; `batch_images` is how many images one resumed run
     takes (None: as many as are fast, see `probes.batching`), within `memory_limit` bytes. Blocks are loaded when first asked
-    for and the last one is kept. `batch_statistics` measures probes with batch norm on the statistics of the whole block.
-    `num_vectors` and `seed` are as in a plan.
+    for and the last one is kept, as are the float logits of all where they are few. `batch_statistics` measures probes with batch
+    norm on the statistics of the whole block. `num_vectors` and `seed` are as in a plan.
     """
 
     prepared: Prepared
@@ -63,6 +64,7 @@ class Workbench:
     quantized: tuple[QuantizedLayer, ...] = field(init=False)
     batching: Batching = field(init=False)
     _block: tuple[int, "tuple[Pass, ...]"] | None = None
+    _float_logits: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         widest = max(stop - start for start, stop in self.blocks)
@@ -97,14 +99,17 @@ class Workbench:
             images, labels = images.to(device), None if labels is None else labels.to(device)
             count = -(-len(images) // self.batching.images_per_pass)
             parts = [(images[a:b], None if labels is None else labels[a:b]) for a, b in sample_blocks(len(images), count)]
-            self._block = number, tuple(Pass(x, y, self.network.logits(x)) for x, y in parts)
+            logits = self._float_logits.get(number) or [self.network.logits(x) for x, _ in parts]
+            if sum(part.nbytes for part in logits) * len(self.blocks) <= FLOAT_LOGITS_BYTES:
+                self._float_logits[number] = logits
+            self._block = number, tuple(Pass(x, y, z) for (x, y), z in zip(parts, logits, strict=True))
         return self._block[1]
 
-    def shipped_passes(self, number: int) -> "Iterator[Pass]":
+    def shipped_passes(self, number: int) -> "tuple[Pass, ...]":
         """The same with the logits of the float network as it ships, which differ where probes are on batch statistics."""
-        for part in self.passes(number):
-            ships = self.prepared.network.logits(part.images) if self.batch_statistics else part.float_logits
-            yield replace(part, float_logits=ships)
+        if not self.batch_statistics:
+            return self.passes(number)
+        return tuple(replace(part, float_logits=self.prepared.network.logits(part.images)) for part in self.passes(number))
 
 
 @dataclass(frozen=True)
@@ -190,14 +195,12 @@ class Scores(NamedTuple):
     hits: Array
 
 
-def scores(bench: Workbench, assignment: Assignment, block: int, shipped: Network | None = None) -> Scores:
+def scores(bench: Workbench, assignment: Assignment, block: int, shipped: tuple[Network, Replaced] | None = None) -> Scores:
     """Of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of the network that ships
-    where one is given."""
-    parts: Iterable[Pass]
-    if shipped is None:
-        network, chosen, parts = bench.network, bench.chosen(assignment), bench.passes(block)
-    else:
-        network, chosen, parts = shipped, bench.prepared.chosen(assignment), bench.shipped_passes(block)
+    where one is given, with the layers that stand in it."""
+    (network, chosen), parts = shipped or (bench.network, bench.chosen(assignment)), bench.passes(block)
+    if shipped is not None:
+        parts = bench.shipped_passes(block)
     found = []
     for part in parts:
         logits = network.logits(part.images, chosen)

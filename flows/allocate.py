@@ -145,13 +145,15 @@ def _stability(run: Run) -> tuple[Stability, ...]:
     full = _surrogate(run)
 
     def estimate(resample: estimators.Measured) -> InteractionMatrix:
+        matrix = estimators.estimate(name, resample)
+        matrix = matrix.clip_psd() if CONVEXITY.get(name) == "clip_psd" else matrix  # once for all budgets
         # a block whose loss is not finite may not be drawn: what the run may not choose, no resample may
-        return replace(estimators.estimate(name, resample), quarantined=full.quarantined, forbidden=full.forbidden)
+        return replace(matrix, quarantined=full.quarantined, forbidden=full.forbidden)
 
     return stability(
         run.measured,
         estimate,
-        lambda matrix, budget: program_of(matrix, fit[budget]),
+        lambda matrix, budget: program_of(matrix, fit[budget], "raw"),
         answers,
         seed=run.session.config.data.seed,
     )

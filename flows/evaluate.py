@@ -28,7 +28,9 @@ def evaluate(run: Run) -> None:
     session = run.session
     distinct = list(dict.fromkeys([session.space.nothing, *(row.assignment for row in run.results())]))
     ledgers = {False: session.ledger("validation"), True: session.ledger("validation", "plain")}
-    asked = [(assignment, plain) for plain in ledgers for assignment in distinct if not plain or session.config.corrections]
+    asked = [(assignment, False) for assignment in distinct]
+    if session.config.corrections:  # which leave the float network's function as it is
+        asked += [(assignment, True) for assignment in distinct if assignment != session.space.nothing]
     known = {(a, plain): counts for a, plain in asked if (counts := ledgers[plain].get(a)) is not None}
     parts = shards(len(session.slices.validation), EVALUATION_SHARD)
     found: dict[tuple[Assignment, bool], dict[int, Counts]] = {key: {} for key in asked if key not in known}

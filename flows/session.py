@@ -24,7 +24,7 @@ from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
 from clado.measure import Workbench, network_batching, rows_per_tile, scores
-from clado.network import Network, prefers_channels_last
+from clado.network import Network, Replaced, prefers_channels_last
 from clado.preparation import (
     Prepared,
     Recipe,
@@ -296,7 +296,10 @@ class Session:
 
     def loss(self, assignment: Assignment) -> Counts:
         """Sums of loss and Brier score of the network that ships over the sensitivity set, and its hits."""
-        return self._loss(assignment, self.shipped(assignment)[0] if self.has_probe_model else None)
+        if not self.has_probe_model:
+            return self.probe_loss(assignment)
+        network, chosen = self.shipped(assignment)
+        return self._loss(assignment, network.folded_with(chosen))
 
     def probe_loss(self, assignment: Assignment) -> Counts:
         """The same as probes see it: without final corrections."""
@@ -307,7 +310,7 @@ class Session:
         """Whether probes measure another network than the one that ships."""
         return bool(at_stage(self.config.corrections, "final")) or self.config.measure.batch_statistics
 
-    def _loss(self, assignment: Assignment, shipped: Network | None) -> Counts:
+    def _loss(self, assignment: Assignment, shipped: tuple[Network, Replaced] | None) -> Counts:
         found = [scores(self.bench, assignment, block, shipped) for block in range(len(self.blocks))]
         loss, brier = (float(sum(getattr(block, name).sum() for block in found)) for name in ("losses", "briers"))
         hits = "".join("01"[int(hit)] for block in found for hit in block.hits)

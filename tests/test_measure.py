@@ -1,5 +1,6 @@
 """Laws of measuring: every number of a tile is the loss of an independent run of the module with its weights replaced."""
 
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -269,18 +270,31 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     layers = {b.space.layers[i].name: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     logits = replaced_logits(rebuilt(b.prepared.network.model, layers), changed, x)
     expected = criteria.kl_to_float(logits, replaced_logits(build(Normed), {}, x))
-    np.testing.assert_allclose(scores(b, b.space.narrowest, 1, shipped).losses, expected, rtol=1e-5, atol=1e-6)
+    chosen = b.prepared.chosen(b.space.narrowest)
+    for ships in ((shipped, chosen), shipped.folded_with(chosen)):
+        np.testing.assert_allclose(scores(b, b.space.narrowest, 1, ships).losses, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
+def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypatch):
+    monkeypatch.setattr(sys.modules["clado.measure"], "FLOAT_LOGITS_BYTES", kept)  # the package has a function of that name
+    b = bench(Normed)
+    logits, asked = b.network.logits, []
+    monkeypatch.setattr(b.network, "logits", lambda x, replaced=None: asked.append(replaced is None) or logits(x, replaced))
+    losses = [[scores(b, b.space.narrowest, block).losses for block in (0, 1)] for _ in range(3)]
+    assert sum(asked) == runs * len(b.passes(0)) + runs * len(b.passes(1))
+    assert all(np.array_equal(x, y) for found in losses for x, y in zip(found, losses[0], strict=True))
 
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     b = bench(Normed, batch_statistics=statistics)
     shipped = b.prepared.network
-    assert scores(b, b.space.nothing, 1, shipped).losses == pytest.approx(0, abs=1e-9)
+    assert scores(b, b.space.nothing, 1, (shipped, {})).losses == pytest.approx(0, abs=1e-9)
     x, _ = b.load(*b.blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
-    np.testing.assert_allclose(scores(b, b.space.narrowest, 1, shipped).losses, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(scores(b, b.space.narrowest, 1, (shipped, layers)).losses, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", range(1, 11))

@@ -240,7 +240,7 @@ class Study:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    each = scores(bench, assignment, 0, self.shipped(assignment)[0])
+                    each = scores(bench, assignment, 0, self.shipped(assignment))
                     known[assignment] = float(each.losses.mean()), Score(float(each.briers.mean()), each.hits)
                 found[assignment] = known[assignment]
             return found
