@@ -11,6 +11,7 @@ CladoError
 ├── MeasurementError     a measured number is unusable (NaN, infinite)
 ├── InfeasibleError      no assignment meets the constraints
 ├── SolverError          a solver failed or met a problem it does not take
+│   └── SolverInterrupted   it was interrupted before it had found anything
 └── ServerError          a server that the run needs does not start or answer
 """
 
@@ -70,3 +71,7 @@ class ServerError(CladoError):
 
 class SolverError(CladoError):
     """A solver failed, or met a problem that it does not take."""
+
+
+class SolverInterrupted(SolverError):
+    """A solver was interrupted before it had found any assignment."""

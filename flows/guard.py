@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from clado.errors import CladoError, FolderBusy, ServerError, StoreError
+from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted, StoreError
 from clado.program import Program, Solution, Solve, Status
 from clado.space import Assignment
 
@@ -92,13 +92,19 @@ def uninterrupted(solve: Solve, keep: Callable[[Solution], None] = lambda best: 
     """The solver, but Ctrl-C or SIGTERM ends what it is part of, as anywhere else; `keep` is given its best until then."""
 
     def heeding(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+        solution = None
         with interruptible() as signals:
-            solution = solve(program, starts)
-        if solution.status is Status.INTERRUPTED:
+            try:
+                solution = solve(program, starts)
+            except CladoError as error:
+                if not signals and not isinstance(error, SolverInterrupted):
+                    raise
+        if solution is not None and solution.status is not Status.INTERRUPTED and not signals:
+            return solution
+        if solution is not None:
             keep(solution)
-            signal.raise_signal(signals[0] if signals else signal.SIGINT)
-            raise KeyboardInterrupt
-        return solution
+        signal.raise_signal(signals[0] if signals else signal.SIGINT)
+        raise KeyboardInterrupt
 
     return heeding
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from clado.errors import ConfigurationError, InfeasibleError, SolverError
+from clado.errors import ConfigurationError, InfeasibleError, SolverError, SolverInterrupted
 from clado.program import Choices, Program, Solution, Status
 from clado.program import Solve as Solve
 from clado.solvers._start import better_than_widest
@@ -124,7 +124,7 @@ def solve(
     `time_limit` in seconds, everything included; `gap_limit` relative (0.01 stops within 1 %); `starts` are assignments to
     start from. A time limit or Ctrl-C returns the best assignment found, with its bound and gap. Without reaching the time
     limit, the same program gives the same answer whatever the machine's load. Raises InfeasibleError when nothing meets the
-    constraints and SolverError when nothing was found in time.
+    constraints and SolverError when nothing was found in time (SolverInterrupted: before Ctrl-C).
     """
     return prepare(program, solver, time_limit=time_limit, node_limit=node_limit, gap_limit=gap_limit)(program, starts)
 
@@ -134,7 +134,8 @@ def _solved(program: Program, solver: str, search: Search, task: Task, begin: fl
     if outcome.status is Status.INFEASIBLE:
         raise InfeasibleError(_why_infeasible(program, search))
     if outcome.choices is None:
-        raise SolverError(
+        kind = SolverInterrupted if outcome.status is Status.INTERRUPTED else SolverError
+        raise kind(
             f"{solver} found no assignment within the constraints ({outcome.status}). {outcome.message or outcome.status.advice}"
         )
     better = better_than_widest(program)

@@ -97,6 +97,24 @@ def test_a_signal_while_a_variant_is_solved_ends_the_run_too(run, number, monkey
     assert not (run.session.folder / "solutions" / "incumbent.json").exists()  # a variant leaves none
 
 
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, Status.INTERRUPTED), (signal.SIGTERM, Status.INTERRUPTED), (signal.SIGTERM, Status.INFEASIBLE)],
+)
+def test_a_signal_before_anything_is_found_ends_the_run_and_is_no_error(run, number, status, monkeypatch):
+    nothing = interrupted_where(lambda program: True, number, lambda program: Outcome(status, None, -1.0))
+    monkeypatch.setattr(scip, "search", nothing)
+    assert ended_by(lambda: allocate.fn(run)) == number
+    assert not (run.session.folder / "solutions" / "incumbent.json").exists()
+
+
+def test_sigterm_is_heeded_where_the_solver_has_ended_all_the_same(run, monkeypatch):
+    optimal = interrupted_where(lambda program: True, signal.SIGTERM, lambda p: Outcome(Status.OPTIMAL, p.narrowest, 0.0))
+    monkeypatch.setattr(scip, "search", optimal)
+    assert ended_by(lambda: allocate.fn(run)) == signal.SIGTERM
+    assert run.proposals == []
+
+
 def front(stored: Any) -> None:
     _front(stored, stored.matrices()["pairwise"], [Budget("size", size) for size in stored.sizes])
 
@@ -128,8 +146,14 @@ def test_a_signal_while_a_front_is_solved_ends_the_command(run, number, command,
     assert len(solved) == 2
 
 
-def interrupted_where(which: Callable[[Any], bool], number: int) -> Callable[[Any, Any], Outcome]:
-    """A search whose signal comes in the programs that are told, and that gives the best until then as scip does."""
+def best_until_then(program: Any) -> Outcome:
+    return Outcome(Status.INTERRUPTED, program.narrowest, -1.0)
+
+
+def interrupted_where(
+    which: Callable[[Any], bool], number: int, left: Callable[[Any], Outcome] = best_until_then
+) -> Callable[[Any, Any], Outcome]:
+    """A search whose signal comes in the programs that are told, and that gives what is left as scip does."""
     whole = scip.search
 
     def search(program: Any, task: Any) -> Outcome:
@@ -138,7 +162,7 @@ def interrupted_where(which: Callable[[Any], bool], number: int) -> Callable[[An
         try:
             signal.raise_signal(number)
         except KeyboardInterrupt:
-            return Outcome(Status.INTERRUPTED, program.narrowest, -1.0)
+            return left(program)
         pytest.fail("no signal came")
 
     return search
