@@ -11,7 +11,7 @@ CladoError
 ├── MeasurementError     a measured number is unusable (NaN, infinite)
 ├── InfeasibleError      no assignment meets the constraints
 ├── SolverError          a solver failed or met a problem it does not take
-│   └── SolverInterrupted   it was interrupted before it had found anything
+│   └── SolverInterrupted it was interrupted before it had found anything
 └── ServerError          a server that the run needs does not start or answer
 """
 

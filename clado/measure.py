@@ -195,15 +195,20 @@ class Scores(NamedTuple):
     hits: Array
 
 
-def scores(bench: Workbench, assignment: Assignment, block: int, shipped: tuple[Network, Replaced] | None = None) -> Scores:
-    """Of one assignment, partial or full, on one sample block, by whole forwards: as probes see it, or of the network that ships
-    where one is given, with the layers that stand in it."""
-    (network, chosen), parts = shipped or (bench.network, bench.chosen(assignment)), bench.passes(block)
-    if shipped is not None:
-        parts = bench.shipped_passes(block)
+def scores(bench: Workbench, assignment: Assignment, block: int) -> Scores:
+    """Of one assignment, partial or full, on one sample block, by whole forwards, as probes see it."""
+    return _scores(bench, bench.network, bench.chosen(assignment), bench.passes(block))
+
+
+def shipped_scores(bench: Workbench, network: Network, replaced: Replaced, block: int) -> Scores:
+    """The same of a network that ships, with the layers that stand in it."""
+    return _scores(bench, network, replaced, bench.shipped_passes(block))
+
+
+def _scores(bench: Workbench, network: Network, replaced: Replaced, parts: Sequence[Pass]) -> Scores:
     found = []
     for part in parts:
-        logits = network.logits(part.images, chosen)
+        logits = network.logits(part.images, replaced)
         given = bench.criterion, logits, part.float_logits, part.labels
         found.append((part.criterion(bench.criterion)(logits), criteria.brier(*given), criteria.hits(*given)))
     return Scores(*(np.concatenate([_numpy(value) for value in column]) for column in zip(*found, strict=True)))

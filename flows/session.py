@@ -23,8 +23,8 @@ from clado.errors import ConfigurationError, DataError, IdentityMismatch, Unread
 from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.ledger import Ledger
-from clado.measure import Workbench, network_batching, rows_per_tile, scores
-from clado.network import Network, Replaced, prefers_channels_last
+from clado.measure import Scores, Workbench, network_batching, rows_per_tile, scores, shipped_scores
+from clado.network import Network, prefers_channels_last
 from clado.preparation import (
     Prepared,
     Recipe,
@@ -298,20 +298,21 @@ class Session:
         """Sums of loss and Brier score of the network that ships over the sensitivity set, and its hits."""
         if not self.has_probe_model:
             return self.probe_loss(assignment)
-        network, chosen = self.shipped(assignment)
-        return self._loss(assignment, network.folded_with(chosen))
+        network, replaced = self.shipped(assignment)
+        folded, replaced = network.folded_with(replaced)
+        return self._summed(lambda block: shipped_scores(self.bench, folded, replaced, block))
 
     def probe_loss(self, assignment: Assignment) -> Counts:
         """The same as probes see it: without final corrections."""
-        return self._loss(assignment, None)
+        return self._summed(lambda block: scores(self.bench, assignment, block))
 
     @property
     def has_probe_model(self) -> bool:
         """Whether probes measure another network than the one that ships."""
         return bool(at_stage(self.config.corrections, "final")) or self.config.measure.batch_statistics
 
-    def _loss(self, assignment: Assignment, shipped: tuple[Network, Replaced] | None) -> Counts:
-        found = [scores(self.bench, assignment, block, shipped) for block in range(len(self.blocks))]
+    def _summed(self, scored: Callable[[int], Scores]) -> Counts:
+        found = [scored(block) for block in range(len(self.blocks))]
         loss, brier = (float(sum(getattr(block, name).sum() for block in found)) for name in ("losses", "briers"))
         hits = "".join("01"[int(hit)] for block in found for hit in block.hits)
         return Counts(len(hits), loss, brier=brier, hits=hits)

@@ -11,7 +11,7 @@ import torch
 from clado import criteria
 from clado.errors import ConfigurationError
 from clado.graph import Graph
-from clado.measure import Workbench, measure_tile, network_batching, scores
+from clado.measure import Workbench, measure_tile, network_batching, scores, shipped_scores
 from clado.network import Network
 from clado.preparation import Prepared, Recipe, prepare
 from clado.probes import TEMPERATURES, Plan, Tile, sample_blocks
@@ -272,7 +272,7 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     expected = criteria.kl_to_float(logits, replaced_logits(build(Normed), {}, x))
     chosen = b.prepared.chosen(b.space.narrowest)
     for ships in ((shipped, chosen), shipped.folded_with(chosen)):
-        np.testing.assert_allclose(scores(b, b.space.narrowest, 1, ships).losses, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(shipped_scores(b, *ships, 1).losses, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
@@ -290,11 +290,11 @@ def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypat
 def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     b = bench(Normed, batch_statistics=statistics)
     shipped = b.prepared.network
-    assert scores(b, b.space.nothing, 1, (shipped, {})).losses == pytest.approx(0, abs=1e-9)
+    assert shipped_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=1e-9)
     x, _ = b.load(*b.blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
-    np.testing.assert_allclose(scores(b, b.space.narrowest, 1, (shipped, layers)).losses, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(shipped_scores(b, shipped, layers, 1).losses, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", range(1, 11))

@@ -49,7 +49,7 @@ from clado.evaluation import count
 from clado.images import ImageSlice
 from clado.interaction import InteractionMatrix
 from clado.local_search import local_search, search
-from clado.measure import Workbench, measure_tile, rows_per_tile, scores
+from clado.measure import Workbench, measure_tile, rows_per_tile, shipped_scores
 from clado.network import Network, prefers_channels_last
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.probes import Kind, Plan, sample_blocks
@@ -240,7 +240,7 @@ class Study:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    each = scores(bench, assignment, 0, self.shipped(assignment))
+                    each = shipped_scores(bench, *self.shipped(assignment), 0)
                     known[assignment] = float(each.losses.mean()), Score(float(each.briers.mean()), each.hits)
                 found[assignment] = known[assignment]
             return found
