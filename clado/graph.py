@@ -312,14 +312,22 @@ class Graph:
                 suffix = compiled_suffix(steps, self.output_slot, tables, self.backend)
                 self._suffixes[state.position, given] = suffix
             return State({self.output_slot: suffix(tables)}, stop, state.num_images, state.probe_images)
+        table_of = tables.get
         for step in self.instructions[state.position : stop]:
-            arguments = [_resolve(argument, tables) for argument in step.arguments]
+            # `_resolve` written out: this is what there is between two operators
+            arguments = [
+                table[argument.slot] if (table := table_of(type(argument))) is not None else _resolve(argument, tables)
+                for argument in step.arguments
+            ]
             if inputs and step.layers:
                 grids = [inputs[i] for i in step.layers if i in inputs]
                 if grids:  # the parts of a split weight read one input
                     arguments[0] = max(grids, key=lambda grid: grid.bits).fake_quantize(arguments[0])
-            keywords = {key: _resolve(argument, tables) for key, argument in step.keywords.items()}
-            values[step.slot] = step.function(*arguments, **keywords)
+            if step.keywords:
+                keywords = {key: _resolve(argument, tables) for key, argument in step.keywords.items()}
+                values[step.slot] = step.function(*arguments, **keywords)
+            else:
+                values[step.slot] = step.function(*arguments)
             for slot in step.frees:
                 del values[slot]
         pending = {i: layer for i, layer in replaced.items() if self.last_uses[i] >= stop}

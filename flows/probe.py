@@ -67,10 +67,10 @@ def probe(session: Session, own_start: float) -> Eta:
     measuring = sum(plan.macs(tile, work, known) for tile, known in session.store_todo().items()) * rate / workers
     least, most = _num_networks(session)
     networks = (least + most) // 2  # estimators agree on some budgets
-    variants = 2 if session.config.corrections else 1
-    validation = variants * networks * len(session.slices.validation)
+    shipped_and_plain = 2 * networks - 1 if session.config.corrections else networks  # the float network is both
+    validation = shipped_and_plain * len(session.slices.validation)
     competing = _num_competing(session)
-    sensitivity = (variants * networks + competing) * len(session.slices.sensitivity)
+    sensitivity = (shipped_and_plain + competing) * len(session.slices.sensitivity)
     # a final correction is a pass over the calibration images
     calibration = (networks + competing) * len(session.slices.calibration) if session.has_probe_model else 0
     evaluation = (validation + sensitivity + calibration) * forward / workers

@@ -3,15 +3,19 @@
 The *floor* of a tile is what ordinary inference spends behind its cuts: Σ over pairs (or singles) of the operators from the cut
 on, each at the batch size where it is fastest, timed one by one within forwards of the whole network. *Suffix forwards* are the
 same sum of whole runs from each cut, each at its best batch size. Both are of the network as it is measured, batch norm folded
-into convolutions. Times are CPU seconds of the process, which other processes on the machine disturb least; one thread.
+into convolutions. Times are CPU seconds of the process, which other processes on the machine disturb least; one thread, and
+memory is allocated as in the workers of a run.
 """
 
 import argparse
+import multiprocessing
+import os
 import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +34,10 @@ from clado.probes import Plan, Tile
 from clado.quantizers import WeightQuantizer
 from clado.shards import Store
 from clado.tracing import compile_graph
+from flows.clusters._dask import ALLOCATOR
 
 HERE = Path(__file__).parent
-SIZE, IMAGES, MANY, BITS = 64, 16, 64, (2, 4, 8)
+SIZE, IMAGES, MANY, BITS, ROUNDS = 64, 16, 64, (2, 4, 8), 5
 BATCHES = (8, 16, 32, 64, 128, 256, 512)
 PARTS = ("forwards", "loop over instructions", "stacking", "criterion", "write", "rest")
 
@@ -126,15 +131,31 @@ def forward_seconds(graph: Graph, model: nn.Module, channels_last: bool) -> tupl
     return np.min(typical, 0), np.min(least, 0), typical[int(np.argmin(whole))], min(whole)
 
 
-@torch.inference_mode()
-def suffix_seconds(network: Network) -> list[float]:
-    """Seconds for one image of a run from the cut of each layer on, at its best batch size."""
-    best = []
+def resumable(network: Network, batch: int) -> Iterator[State]:
+    """What a run of noise has come to at the cut of each layer."""
+    state = network.begin(torch.randn(batch, 3, SIZE, SIZE))
     for j in range(len(network.layers)):
-        runs = [network.advance(network.begin(torch.randn(batch, 3, SIZE, SIZE)), j) for batch in BATCHES]
-        times = [seconds(lambda s=s: network.finish(s), 2) / batch for s, batch in zip(runs, BATCHES, strict=True)]
-        best.append(min(times))
-    return best
+        state = network.advance(state, j)
+        yield state
+
+
+@torch.inference_mode()
+def suffix_seconds(network: Network) -> np.ndarray:
+    """Seconds for one image of a run from the cut of each layer on, at each batch size: (BATCHES, layers)."""
+    return np.array([[seconds(lambda s=s: network.finish(s), 2) / batch for s in resumable(network, batch)] for batch in BATCHES])
+
+
+@torch.inference_mode()
+def typical_suffix_seconds(network: Network, batches: Sequence[int]) -> np.ndarray:
+    """Seconds for one image of a run from the cut of each layer on, each at its batch size, timed once."""
+    spent = np.empty(len(batches))
+    for batch in sorted(set(batches)):
+        for j, state in enumerate(resumable(network, batch)):
+            if batches[j] == batch:
+                begin = time.process_time()
+                network.finish(state)
+                spent[j] = (time.process_time() - begin) / batch
+    return spent
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -235,6 +256,22 @@ def batch_sweep(network: Network) -> list[tuple[str, float, list[float]]]:
     return rows
 
 
+def over_suffixes(bench: Workbench, images: int, batches: Sequence[int], store: Path) -> dict[str, float]:
+    """Time of the tiles of single options over that of their forwards from the cut on, each at its batch size. They take turns,
+    as the machine's speed drifts: medians."""
+    found: dict[str, list[float]] = {"singles": [], "gram": []}
+    measure_tile(bench, Tile("singles", 0))  # warms up
+    for _ in range(ROUNDS):
+        behind = typical_suffix_seconds(bench.network, batches)
+        forwards = images * sum(behind[option.layer] for option in bench.space.options)
+        for kind, ratios in found.items():
+            begin = time.process_time()
+            tile = Tile(kind, 0)
+            Store.open(store).write(tile, measure_tile(bench, tile))
+            ratios.append((time.process_time() - begin) / forwards)
+    return {kind: float(np.median(ratios)) for kind, ratios in found.items()}
+
+
 def measure(name: str, folder: Path) -> Result:
     """Everything about one network."""
     torch.manual_seed(0)
@@ -256,10 +293,10 @@ def measure(name: str, folder: Path) -> Result:
     Store.create(folder / f"{name}.zarr", plan, {}, {}, {})
 
     def ordinary() -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
-        return *forward_seconds(graph, fused(model), channels_last), np.array(suffix_seconds(unwatched))
+        return *forward_seconds(graph, fused(model), channels_last), suffix_seconds(bench.network)
 
-    unwatched = bench.network
     before = ordinary()
+    best = [BATCHES[k] for k in before[-1].argmin(0)]
     offsets = space.offsets
     pairs = [(offsets[j + 1] - offsets[j]) * offsets[j] for j in range(space.num_layers)]
 
@@ -272,30 +309,27 @@ def measure(name: str, folder: Path) -> Result:
     sweep = batch_sweep(bench.network)
     per_instruction = loop_seconds(model)
 
-    def as_the_flow_does(bench: Workbench, tile: Tile, profile: Profile) -> None:
-        sums = measure_tile(bench, tile)
-        profile.timed("write", lambda: Store.open(folder / f"{name}.zarr").write(tile, sums))()
-
-    measured, shares = {}, {}
-    for tile, count in [*((tile, IMAGES) for tile in plan.tiles), (Tile("singles", 0), MANY), (Tile("gram", 0), MANY)]:
-        bench = workbench(count)
-        assert isinstance(bench.network.graph, Graph)
-        profile = Profile(bench.network.graph)
-        as_the_flow_does(bench, Tile("singles", 0), profile)
-        took = []
-        for _ in range(1 if tile.kind == "pairs" else 6):
-            profile.seconds, profile.instructions = {}, 0
-            begin = time.process_time()
-            with patch.object(criteria, "bind", profile.bind):
-                as_the_flow_does(bench, tile, profile)
-            took.append(time.process_time() - begin)
-        kind = tile.kind if count == IMAGES else f"{tile.kind} of {count}"
-        measured[kind], shares[kind] = min(took), profile.parts(took[-1], per_instruction)
+    watched = workbench(IMAGES)
+    assert isinstance(watched.network.graph, Graph)
+    measure_tile(watched, Tile("singles", 0))  # warms up
+    profile = Profile(watched.network.graph)
+    begin = time.process_time()
+    with patch.object(criteria, "bind", profile.bind):
+        sums = measure_tile(watched, tile := next(tile for tile in plan.tiles if tile.kind == "pairs"))
+    profile.timed("write", lambda: Store.open(folder / f"{name}.zarr").write(tile, sums))()
+    measured = {"pairs": time.process_time() - begin}
+    shares = profile.parts(measured["pairs"], per_instruction)
+    ratios = {}
+    for count in (IMAGES, MANY):
+        for kind, ratio in over_suffixes(workbench(count), count, best, folder / f"{name}.zarr").items():
+            ratios[kind if count == IMAGES else f"{kind} of {count}"] = ratio
     # the machine's speed drifts: what is compared with is timed before and after, and the mean taken
     after = ordinary()
     means = ((np.asarray(a) + np.asarray(b)) / 2 for a, b in zip(before, after, strict=True))
     operators, least, one_batch, inference, resumed = means
     floor, least_floor = (summed([float(times[cut.position :].sum()) for cut in graph.cuts]) for times in (operators, least))
+    suffixes = summed(resumed.min(0).tolist())
+    measured |= {kind: ratio * suffixes[kind] for kind, ratio in ratios.items()}
     return Result(
         name,
         space.num_layers,
@@ -303,7 +337,7 @@ def measure(name: str, folder: Path) -> Result:
         graph.macs,
         floor,
         least_floor["pairs"],
-        summed(resumed.tolist()),
+        suffixes,
         measured,
         float(after[0].sum() / before[0].sum()),
         2 * graph.macs / float(operators.sum()) / 1e9,
@@ -311,7 +345,7 @@ def measure(name: str, folder: Path) -> Result:
         2 * graph.macs / float(inference) / 1e9,
         sum(pairs) * IMAGES * swapping,
         sum(pairs) * IMAGES * float(operators.sum()) / floor["pairs"],
-        shares["pairs"],
+        shares,
         sweep,
     )
 
@@ -393,7 +427,8 @@ def report(results: Sequence[Result]) -> str:
         "## Estimators of single options",
         "",
         "Their cost over that of one forward from the cut of each option's layer on (goal 1.15), and over the floor's operators. "
-        "A `gram` tile, which gauss_newton reads, holds what layerwise reads.",
+        f"Forwards and tiles take turns: medians of {ROUNDS} rounds. A `gram` tile, which gauss_newton reads, holds what "
+        "layerwise reads.",
         "",
         f"| network | gauss_newton, {MANY} images | {IMAGES} images | layerwise, {MANY} images | {IMAGES} images | "
         f"over the operators: gauss_newton, {MANY} images | layerwise, {MANY} images |",
@@ -427,12 +462,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "MEASURE.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ |= ALLOCATOR  # heeded from a process's start on
+    one_thread = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1)
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.networks:
-            results.append(measure(name, Path(folder)))
-            r = results[-1]
-            print(name, {kind: round(r.measured[kind] / r.floor[kind], 3) for kind in r.measured}, r.profile, flush=True)
+    with tempfile.TemporaryDirectory() as folder, one_thread:
+        for r in one_thread.map(measure, arguments.networks, [Path(folder)] * len(arguments.networks)):
+            results.append(r)
+            print(r.name, {kind: round(r.measured[kind] / r.floor[kind], 3) for kind in r.measured}, r.profile, flush=True)
     arguments.output.write_text(report(results), encoding="utf-8")
     print(report(results))
 
