@@ -3,8 +3,8 @@
 The *floor* of a tile is what ordinary inference spends behind its cuts: Σ over pairs (or singles) of the operators from the cut
 on, each at the batch size where it is fastest, timed one by one within forwards of the whole network. *Suffix forwards* are the
 same sum of whole runs from each cut, each at its best batch size. Both are of the network as it is measured, batch norm folded
-into convolutions. Times are CPU seconds of the process, which other processes on the machine disturb least; one thread, and
-memory is allocated as in the workers of a run.
+into convolutions. Times are CPU seconds of the process, which other processes on the machine disturb least, at a steady speed
+(`SteadyClock`); one thread, and memory is allocated as in the workers of a run.
 """
 
 import argparse
@@ -76,7 +76,7 @@ class Result:
     least: float
     suffixes: dict[str, float]
     measured: dict[str, float]
-    drift: float
+    speeds: tuple[float, float]
     floor_rate: float
     one_batch_rate: float
     inference_rate: float
@@ -92,19 +92,60 @@ def noise(batch: int, channels_last: bool) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
-def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Least CPU seconds of a call, after one to warm up."""
+class SteadyClock:
+    """CPU seconds of the process, as if the machine kept the speed that it had at first.
+
+    A machine's speed drifts by a fifth within minutes, more than what is to be told apart. So the same work is timed again
+    where `EVERY` seconds have passed since, and what passes next is scaled by what that took at first; its own time is left out.
+    """
+
+    EVERY = 1.0
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work, self._repeats = work, 1
+        self._repeats = 1 + int(0.03 / self._took())
+        self._at_first = float(np.median([self._took() for _ in range(9)]))
+        self._passed, self._speed, self._since = 0.0, 1.0, time.process_time()
+        self.speeds: list[float] = []
+
+    def _took(self) -> float:
+        times = []
+        for _ in range(3):
+            begin = time.process_time()
+            for _ in range(self._repeats):
+                self._work()
+            times.append(time.process_time() - begin)
+        return float(np.median(times))
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        spent = time.process_time() - self._since
+        passed = self._passed + spent * self._speed
+        if spent > self.EVERY:
+            self._passed, self._speed = passed, self._at_first / self._took()
+            self.speeds.append(self._speed)
+            self._since = time.process_time()
+        return passed
+
+
+Now = Callable[[], float]
+
+
+def seconds(work: Callable[[], Any], now: Now, repeats: int = 3) -> float:
+    """Least seconds of a call, after one to warm up."""
     work()
     times = []
     for _ in range(repeats):
-        begin = time.process_time()
+        begin = now()
         work()
-        times.append(time.process_time() - begin)
+        times.append(now() - begin)
     return min(times)
 
 
 @torch.inference_mode()
-def forward_seconds(graph: Graph, model: nn.Module, channels_last: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+def forward_seconds(
+    graph: Graph, model: nn.Module, channels_last: bool, now: Now
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Seconds for one image: of each instruction within forwards at its best batch, of each at least, of each at the batch that
     is the module's best, and of the module itself there.
 
@@ -116,14 +157,14 @@ def forward_seconds(graph: Graph, model: nn.Module, channels_last: bool) -> tupl
         images = noise(batch, channels_last)
         steps, runs = [], []
         for _ in range(5):
-            begin = time.process_time()
+            begin = now()
             model(images)
-            runs.append(time.process_time() - begin)
+            runs.append(now() - begin)
             state, times = State({graph.input_slot: images}, 0, batch, batch), []
             for k in range(len(graph.instructions)):
-                begin = time.process_time()
+                begin = now()
                 state = graph.run(state, k + 1, {})
-                times.append(time.process_time() - begin)
+                times.append(now() - begin)
             steps.append(times)
         typical.append(np.median(steps[1:], 0) / batch)  # the first warms up
         least.append(np.min(steps[1:], 0) / batch)
@@ -140,21 +181,23 @@ def resumable(network: Network, batch: int) -> Iterator[State]:
 
 
 @torch.inference_mode()
-def suffix_seconds(network: Network) -> np.ndarray:
+def suffix_seconds(network: Network, now: Now) -> np.ndarray:
     """Seconds for one image of a run from the cut of each layer on, at each batch size: (BATCHES, layers)."""
-    return np.array([[seconds(lambda s=s: network.finish(s), 2) / batch for s in resumable(network, batch)] for batch in BATCHES])
+    return np.array(
+        [[seconds(lambda s=s: network.finish(s), now, 2) / batch for s in resumable(network, batch)] for batch in BATCHES]
+    )
 
 
 @torch.inference_mode()
-def typical_suffix_seconds(network: Network, batches: Sequence[int]) -> np.ndarray:
+def typical_suffix_seconds(network: Network, batches: Sequence[int], now: Now) -> np.ndarray:
     """Seconds for one image of a run from the cut of each layer on, each at its batch size, timed once."""
     spent = np.empty(len(batches))
     for batch in sorted(set(batches)):
         for j, state in enumerate(resumable(network, batch)):
             if batches[j] == batch:
-                begin = time.process_time()
+                begin = now()
                 network.finish(state)
-                spent[j] = (time.process_time() - begin) / batch
+                spent[j] = (now() - begin) / batch
     return spent
 
 
@@ -169,14 +212,14 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def swapping_seconds(model: nn.Module, bench: Workbench, trials: int = 6) -> float:
+def swapping_seconds(model: nn.Module, bench: Workbench, now: Now, trials: int = 6) -> float:
     """Seconds for one image of a pair done the plain way: copy two weights in, run the module whole, copy them back."""
     parameters = dict(model.named_parameters())
     draw, space = random.Random(0), bench.space
     best = np.inf
     for batch in BATCHES:
         images = noise(batch, bench.network.channels_last)
-        begin = time.process_time()
+        begin = now()
         for _ in range(trials if batch < 128 else 2):
             chosen = draw.sample(range(space.num_options), 2)
             for option in chosen:
@@ -185,7 +228,7 @@ def swapping_seconds(model: nn.Module, bench: Workbench, trials: int = 6) -> flo
             for option in chosen:
                 layer = space.options[option].layer
                 parameters[space.layers[layer].name].copy_(originals(bench)[layer])
-        best = min(best, (time.process_time() - begin) / (trials if batch < 128 else 2) / batch)
+        best = min(best, (now() - begin) / (trials if batch < 128 else 2) / batch)
     return best
 
 
@@ -202,8 +245,9 @@ def originals(bench: Workbench) -> tuple[Tensor, ...]:
 class Profile:
     """Accumulates the seconds of what measuring calls, part by part, and the instructions that forwards execute."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, now: Now) -> None:
         self.seconds: dict[str, float] = {}
+        self.now = now
         self.instructions, run, bind = 0, graph.run, criteria.bind
 
         def counted(state: State, stop: int, replaced: Any) -> State:
@@ -218,9 +262,9 @@ class Profile:
         """The same call, its seconds added to a part."""
 
         def call(*arguments: Any) -> Any:
-            begin = time.process_time()
+            begin = self.now()
             result = work(*arguments)
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.process_time() - begin
+            self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - begin
             return result
 
         return call
@@ -232,7 +276,7 @@ class Profile:
         return {name: spent / total for name, spent in parts.items()} | {"rest": 1 - sum(self.seconds.values()) / total}
 
 
-def loop_seconds(model: nn.Module) -> float:
+def loop_seconds(model: nn.Module, now: Now) -> float:
     """Seconds of the interpreter for one instruction: a run whose operators do nothing."""
     graph = compile_graph(model, torch.randn(1, 3, SIZE, SIZE), lambda _: False)
     nothing = torch.empty(0)
@@ -240,35 +284,35 @@ def loop_seconds(model: nn.Module) -> float:
 
     graph.instructions = tuple(replace(step, function=lambda *_, **__: (nothing,) * 3) for step in graph.instructions)
     state = State({graph.input_slot: nothing}, 0, 1, 1)
-    return seconds(lambda: graph.run(state, len(graph.instructions), {}), 50) / len(graph.instructions)
+    return seconds(lambda: graph.run(state, len(graph.instructions), {}), now, 50) / len(graph.instructions)
 
 
-def batch_sweep(network: Network) -> list[tuple[str, float, list[float]]]:
+def batch_sweep(network: Network, now: Now) -> list[tuple[str, float, list[float]]]:
     """At three cuts: (layer, MB of one image's values, seconds for one image at each batch relative to the best)."""
     rows = []
     for j in (1, len(network.layers) // 3, 2 * len(network.layers) // 3):
         times = []
         for batch in BATCHES:
             state = network.advance(network.begin(torch.randn(batch, 3, SIZE, SIZE)), j)
-            times.append(seconds(lambda s=state: network.finish(s), 2) / batch)
+            times.append(seconds(lambda s=state: network.finish(s), now, 2) / batch)
         peak = network.graph.cuts[j].peak_bytes_per_image / 1e6
         rows.append((network.layers[j].name, peak, [t / min(times) for t in times]))
     return rows
 
 
-def over_suffixes(bench: Workbench, images: int, batches: Sequence[int], store: Path) -> dict[str, float]:
-    """Time of the tiles of single options over that of their forwards from the cut on, each at its batch size. They take turns,
-    as the machine's speed drifts: medians."""
+def over_suffixes(bench: Workbench, images: int, batches: Sequence[int], store: Path, now: Now) -> dict[str, float]:
+    """Time of the tiles of single options over that of their forwards from the cut on, each at its batch size. They take
+    turns: medians."""
     found: dict[str, list[float]] = {"singles": [], "gram": []}
     measure_tile(bench, Tile("singles", 0))  # warms up
     for _ in range(ROUNDS):
-        behind = typical_suffix_seconds(bench.network, batches)
+        behind = typical_suffix_seconds(bench.network, batches, now)
         forwards = images * sum(behind[option.layer] for option in bench.space.options)
         for kind, ratios in found.items():
-            begin = time.process_time()
+            begin = now()
             tile = Tile(kind, 0)
             Store.open(store).write(tile, measure_tile(bench, tile))
-            ratios.append((time.process_time() - begin) / forwards)
+            ratios.append((now() - begin) / forwards)
     return {kind: float(np.median(ratios)) for kind, ratios in found.items()}
 
 
@@ -292,11 +336,12 @@ def measure(name: str, folder: Path) -> Result:
     plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
     Store.create(folder / f"{name}.zarr", plan, {}, {}, {})
 
-    def ordinary() -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
-        return *forward_seconds(graph, fused(model), channels_last), suffix_seconds(bench.network)
-
-    before = ordinary()
-    best = [BATCHES[k] for k in before[-1].argmin(0)]
+    halfway = network.advance(network.begin(images), space.num_layers // 2)
+    clock = SteadyClock(lambda: network.finish(halfway))
+    now = clock.now
+    operators, least, one_batch, inference = forward_seconds(graph, fused(model), channels_last, now)
+    resumed = suffix_seconds(bench.network, now)
+    best = [BATCHES[k] for k in resumed.argmin(0)]
     offsets = space.offsets
     pairs = [(offsets[j + 1] - offsets[j]) * offsets[j] for j in range(space.num_layers)]
 
@@ -305,28 +350,24 @@ def measure(name: str, folder: Path) -> Result:
         found = {"pairs": IMAGES * sum(n * s for n, s in zip(pairs, behind, strict=True)), "singles": singles, "gram": singles}
         return found | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
 
-    swapping = swapping_seconds(model, bench)
-    sweep = batch_sweep(bench.network)
-    per_instruction = loop_seconds(model)
+    swapping = swapping_seconds(model, bench, now)
+    sweep = batch_sweep(bench.network, now)
+    per_instruction = loop_seconds(model, now)
 
     watched = workbench(IMAGES)
     assert isinstance(watched.network.graph, Graph)
     measure_tile(watched, Tile("singles", 0))  # warms up
-    profile = Profile(watched.network.graph)
-    begin = time.process_time()
+    profile = Profile(watched.network.graph, now)
+    begin = now()
     with patch.object(criteria, "bind", profile.bind):
         sums = measure_tile(watched, tile := next(tile for tile in plan.tiles if tile.kind == "pairs"))
     profile.timed("write", lambda: Store.open(folder / f"{name}.zarr").write(tile, sums))()
-    measured = {"pairs": time.process_time() - begin}
+    measured = {"pairs": now() - begin}
     shares = profile.parts(measured["pairs"], per_instruction)
     ratios = {}
     for count in (IMAGES, MANY):
-        for kind, ratio in over_suffixes(workbench(count), count, best, folder / f"{name}.zarr").items():
+        for kind, ratio in over_suffixes(workbench(count), count, best, folder / f"{name}.zarr", now).items():
             ratios[kind if count == IMAGES else f"{kind} of {count}"] = ratio
-    # the machine's speed drifts: what is compared with is timed before and after, and the mean taken
-    after = ordinary()
-    means = ((np.asarray(a) + np.asarray(b)) / 2 for a, b in zip(before, after, strict=True))
-    operators, least, one_batch, inference, resumed = means
     floor, least_floor = (summed([float(times[cut.position :].sum()) for cut in graph.cuts]) for times in (operators, least))
     suffixes = summed(resumed.min(0).tolist())
     measured |= {kind: ratio * suffixes[kind] for kind, ratio in ratios.items()}
@@ -339,7 +380,7 @@ def measure(name: str, folder: Path) -> Result:
         least_floor["pairs"],
         suffixes,
         measured,
-        float(after[0].sum() / before[0].sum()),
+        (min(clock.speeds), max(clock.speeds)),
         2 * graph.macs / float(operators.sum()) / 1e9,
         2 * graph.macs / float(one_batch.sum()) / 1e9,
         2 * graph.macs / float(inference) / 1e9,
@@ -372,7 +413,8 @@ def report(results: Sequence[Result]) -> str:
     lines = [
         "# Measuring against its floor",
         "",
-        "Written by `make bench` (tests/benchmarks/bench_measure.py). Ratios within one run; times are CPU seconds.",
+        "Written by `make bench` (tests/benchmarks/bench_measure.py). Ratios within one run; times are CPU seconds "
+        "at a steady speed.",
         "",
         f"Machine: {machine()}.",
         "",
@@ -383,7 +425,7 @@ def report(results: Sequence[Result]) -> str:
         "| network | layers | pairs | floor s | pairs s | **pairs ÷ floor** (goal 1.25) | pairs ÷ least times | "
         "pairs ÷ suffix forwards | GFLOP/s of the floor's operators, whole network | at inference's batch | "
         "of the module's inference | gain over swapping | whole ÷ suffix | gain ÷ that (goal 0.8) | "
-        "outside forwards (goal 2 %) | floor after ÷ before |",
+        "outside forwards (goal 2 %) | speed |",
         "|---|" + "--:|" * 15,
     ]
     for r in results:
@@ -396,7 +438,8 @@ def report(results: Sequence[Result]) -> str:
             f"{r.measured['pairs'] / r.suffixes['pairs']:.2f}",
             *(f"{rate:.0f}" for rate in (r.floor_rate, r.one_batch_rate, r.inference_rate)),
             *(f"{gain:.1f}", f"{r.whole_over_suffix:.1f}"),
-            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * (1 - r.profile['forwards']):.1f} %", f"{r.drift:.2f}"),
+            *(f"{gain / r.whole_over_suffix:.2f}", f"{100 * (1 - r.profile['forwards']):.1f} %"),
+            "{:.2f} to {:.2f}".format(*r.speeds),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -410,8 +453,8 @@ def report(results: Sequence[Result]) -> str:
         "higher one; *at inference's batch* is the rate of the floor's operators at that one batch.",
         "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
         "- *outside forwards*: everything but operators, of the pairs' time; the profile below.",
-        "- *floor after ÷ before*: the machine's speed drifts, so floor, suffix forwards and inference are timed before and "
-        "after what is compared with them, and the mean is taken; this is how far the two are apart.",
+        "- *speed*: the machine's least and greatest speed meanwhile, of the one at first. All times are scaled to it: a run "
+        f"from the middle of the network is timed again after every {SteadyClock.EVERY:g} s.",
         "",
         "## Profile of the pairs",
         "",
