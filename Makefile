@@ -51,6 +51,7 @@ bench: install
 DATA ?= /usr/share/datasets/fashion-mnist
 study: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.study measure --data $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.study_confirm --data $(DATA)
 	$(BIN)/python -m tests.benchmarks.study_table
 	$(BIN)/python -m tests.benchmarks.study record
 

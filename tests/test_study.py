@@ -11,9 +11,11 @@ from torch import Tensor
 from clado.config import DataSettings
 from clado.errors import DataError
 from clado.sources import load_data
-from tests.benchmarks import study, study_table
+from clado.zoo.train import split_training_images
+from tests.benchmarks import study, study_confirm, study_table
 from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, record
 from tests.benchmarks.study_table import key, merged
+from tests.synthetic import make_space
 
 
 def test_sets_of_one_size_share_no_image_and_larger_ones_hold_the_smaller() -> None:
@@ -121,10 +123,16 @@ def test_each_cell_becomes_one_run(small, tmp_path) -> None:
     assert record(small[:1], uri) == 1
     assert record(small, uri) == 1
     assert record(small, uri) == 0
+    later = {**small[0], "rows": [row for row in small[0]["rows"] if row[0] == "chosen"]}  # methods of a cell that came later
+    latest = {**small[0], "rows": [row for row in small[0]["rows"] if row[0] == "fisher"]}
+    assert record([*small, later], uri) == 1
+    assert record([*small, later, latest], uri) == 1
+    assert record([*small, later, latest], uri) == 0
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name(study.EXPERIMENT).experiment_id])
-    assert {run.data.params["images"] for run in runs} == {"4", "8"}
-    best = {m.step: m.value for m in client.get_metric_history(runs[0].info.run_id, "chosen.top1")}
+    assert sorted(run.data.params["images"] for run in runs) == ["4", "4", "4", "8"]
+    whole = next(run for run in runs if run.data.params["images"] == "8")
+    best = {m.step: m.value for m in client.get_metric_history(whole.info.run_id, "chosen.top1")}
     assert set(best) == {250, 400}
 
 
@@ -160,7 +168,67 @@ def test_cells_that_are_lost_are_listed_worst_first() -> None:
 
 
 def test_the_page_is_what_the_data_give() -> None:
-    assert study_table.TABLE.read_text() == study_table.page(study_table.rows())
+    assert study_table.TABLE.read_text() == study_table.page(study_table.lines())
+
+
+@pytest.mark.parametrize("other", ["layerwise", "pairwise"])
+def test_the_goals_hold_in_the_data_plain_chosen_is_above_and_the_interval_excludes_zero(other) -> None:
+    found = study_table.figures(study_table.rows())
+    mean, low, _ = study_table.interval(study_table.differences(found, "plain", "chosen", other, study_table.LOW))
+    assert mean >= low > 0
+
+
+@pytest.mark.parametrize("other", study_table.SINGLE)
+def test_the_goals_hold_in_the_data_to_no_method_is_more_than_a_twentieth_lost(other) -> None:
+    found = study_table.figures(study_table.rows())
+    values = list(study_table.differences(found, "plain", "chosen", other, study_table.LOW).values())
+    assert len(values) >= 100
+    assert sum(value < -study_table.MARGIN for value in values) <= 0.05 * len(values)
+
+
+def test_the_goals_hold_in_the_data_chosen_spends_a_tenth_of_what_pairs_spend() -> None:
+    for row in study_table.rows():
+        assert row["forward_images"]["chosen"] <= 0.1 * row["forward_images"]["pairwise"]
+
+
+def test_where_one_machine_measured_all_chosen_has_no_more_loss_on_the_sensitivity_set_than_uniform_and_layerwise() -> None:
+    compared = 0
+    for found in study_table.figures([line for line in study_table.lines() if "uniform" in study_table.methods(line)]).values():
+        for (_, bound), rest in [answer for answer in found.items() if answer[0][0] == "chosen"]:
+            compared += 1
+            for other in ("uniform", "layerwise"):
+                assert rest[study_table.MEASURED] <= found[other, bound][study_table.MEASURED]
+    assert compared >= 100
+
+
+def test_what_confirms_is_of_no_set_and_of_every_plain_answer() -> None:
+    unseen = study_confirm.left_over()
+    split, pool = split_training_images(), study.pool_indices()
+    assert len(set(unseen.tolist())) == len(unseen) == 1208
+    assert not set(unseen.tolist()) & {*split["training"].tolist(), *split["calibration"].tolist()}
+    for part in draws(len(pool)).values():
+        assert not set(unseen.tolist()) & set(pool[part].tolist())
+    rows = study_table.rows()
+    found, number = study_table.confirmed(study_table.figures(rows))
+    assert number == len(unseen)
+    for row in rows:
+        if row["setting"] == "plain":
+            assert {(m, b) for m, b, *_ in row["rows"] if b in study_table.LOW} <= set(found[key(row)])
+
+
+def test_an_answer_is_confirmed_as_the_bits_that_it_is_of() -> None:
+    for space in (make_space(3), make_space(3).with_activations((8,))):
+        assignment = study_confirm.assignment_of("482", space)
+        assert digits(assignment) == "482"
+        space.check(assignment)
+
+
+def test_calibration_images_count_where_statistics_are_measured_again() -> None:
+    row = {"network": "resnet20", "setting": "corrected", "images": 64}
+    row |= {"forward_images": {"pairwise": 10_000, "gauss_newton": 640, "chosen": 640 + 64 * 10}}
+    assert study_table.with_statistics(row)["forward_images"]["chosen"] == 640 + (64 + study_table.NUM_CALIBRATION) * 10
+    for other in ({"setting": "plain"}, {"network": "vit"}):
+        assert study_table.with_statistics({**row, **other})["forward_images"] == row["forward_images"]
 
 
 def test_assignments_are_kept_as_digits() -> None:

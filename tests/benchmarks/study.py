@@ -1,15 +1,16 @@
 """Where do interactions help? Networks × bits × activations × sensitivity sets × draws × {plain, corrected} × methods × budgets.
 
     python -m tests.benchmarks.study measure --data FOLDER [--jobs 2]   appends to study.jsonl; resumable, a line a cell
+    python -m tests.benchmarks.study_confirm --data FOLDER             top-1 on images that nothing chose on
     python -m tests.benchmarks.study_table                             writes STUDY.md and its plots
     python -m tests.benchmarks.study record [--uri URI]                each cell as a run of MLflow, once
 
-`make study DATA=FOLDER` does all three. FOLDER holds Fashion-MNIST's idx files. A sensitivity set is drawn from the training
+`make study DATA=FOLDER` does all four. FOLDER holds Fashion-MNIST's idx files. A sensitivity set is drawn from the training
 images that no network of the zoo was trained on: its 1,024 sensitivity images and the 3,000 that chose the checkpoint. Sets of
 one size share no image (a cell fails otherwise), and the larger ones hold the smaller. Calibration images are 512 of the zoo's
-1,024. Top-1 and loss are of the 10,000 test images, which nothing chooses on. A network's cells run in one process, on
-a GPU where there is one; an assignment that the file holds for the same case is not evaluated again. A cell that lacks methods,
-as where one came later, gets a further line of them.
+1,024. Top-1 and loss are of the 10,000 test images, on which no answer is chosen (study_confirm.py: what the rule was picked on).
+A network's cells run in one process, on a GPU where there is one; an assignment that the file holds for the same case is not
+evaluated again. A cell that lacks methods, as where one came later, gets a further line of them.
 """
 
 import argparse
@@ -61,7 +62,7 @@ from clado.sources.zoo import normalise
 from clado.space import Assignment, SearchSpace
 from clado.tracking import set_environment
 from clado.zoo.train import read_fashion_mnist, split_training_images
-from tests.benchmarks.study_table import DATA, key, lines, methods, rows
+from tests.benchmarks.study_table import DATA, NUM_CALIBRATION, key, lines, methods, rows
 
 NETWORKS = ("resnet20_fashion_mnist", "mobilenetv2_fashion_mnist", "vit_fashion_mnist")
 SPACES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # candidate bits of weights, of activations
@@ -88,7 +89,6 @@ READS: dict[str, tuple[str, ...]] = {  # the estimators of a method that is not 
     **{"chosen": (*THRIFTY, *TEMPERED), "chosen_least": THRIFTY, "chosen_full": ESTIMATORS},
 }
 SEARCH_EVALUATIONS, SEARCH_BATCH = 8, 4
-NUM_CALIBRATION = 512
 EXPERIMENT = "clado-study"
 Case = tuple[str, str, str]  # network, space, setting
 
@@ -124,11 +124,16 @@ def check_disjoint(found: Mapping[tuple[int, int], NDArray[np.int64]]) -> None:
             raise DataError(f"two sensitivity sets of {size} images share an image")
 
 
+def pool_indices() -> NDArray[np.int64]:
+    """Indices into the 60,000 training images, ascending: those that measured sensitivities or chose a checkpoint, and trained
+    nothing."""
+    split = split_training_images()
+    return np.sort(np.concatenate([split["sensitivity"], split["selection"]]))
+
+
 def images_not_trained_on(folder: Path) -> Tensor:
-    """The pool: normalised training images that chose sensitivities or a checkpoint, and trained nothing."""
-    split, data = split_training_images(), read_fashion_mnist(folder)
-    where = np.sort(np.concatenate([split["sensitivity"], split["selection"]]))
-    return normalise(data["train_images"][where])
+    """The pool, normalised."""
+    return normalise(read_fashion_mnist(folder)["train_images"][pool_indices()])
 
 
 # -- one network, space and setting ----------------------------------------------------------------------------------------------
@@ -431,7 +436,8 @@ def record(cells: Iterable[Mapping[str, Any]], uri: str) -> int:
             break
     new = 0
     for cell in cells:
-        name = " ".join(map(str, key(cell))) + ("" if "uniform" in methods(cell) else " (methods that came later)")
+        later = "" if "uniform" in methods(cell) else f" ({', '.join(sorted(methods(cell)))})"  # methods that came later
+        name = " ".join(map(str, key(cell))) + later
         if name in known:
             continue
         run = client.create_run(experiment, run_name=name, tags={"clado.cell": name}).info.run_id
@@ -481,7 +487,8 @@ def main() -> None:
         if case[0] in options.networks and case[1] in options.spaces and case[2] in options.settings
     ]
     # as the workers of a run
-    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    glibc = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)} | glibc
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         asked = {pool.submit(work, job): job.case for job in jobs}
         wrong = [f"{case}: {error}" for running, case in asked.items() if (error := running.exception()) is not None]

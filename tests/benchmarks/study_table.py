@@ -13,6 +13,7 @@ from clado.records import markdown_table
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"
+CONFIRMATION = HERE / "study_confirmation.jsonl"
 # In the first cells only. `_plainest`: as `chosen` and `chosen_full` were before the Brier score, the least sum of singles within
 # a standard error of the least loss; `chosen_full_least`: everything but the tempered estimators, and the least loss.
 EARLIER = {"chosen_plainest", "chosen_full_plainest", "chosen_full_least"}
@@ -22,9 +23,11 @@ METHODS = (
     *("chosen", "chosen_plainest", "chosen_least", "chosen_full", "chosen_full_plainest", "chosen_full_least"),
 )
 SETTINGS = ("plain", "corrected")
-SHOWN = ("uniform", "layerwise", "pairwise", "gauss_newton", "mpqco", "chosen")
+SINGLE = tuple(method for method in METHODS if not method.startswith("chosen"))
 LOW = (2.25, 2.5, 3, 3.5)  # the budgets of the goals
 MARGIN = 0.5  # points of top-1
+NUM_CALIBRATION = 512  # images
+KINDS = ("singles", "pairs", "gram", "gradients", "trace")  # of tiles
 Cell = tuple[str, str, str, int, int]  # network, space, setting, images, draw
 Figures = Mapping[Cell, Mapping[tuple[str, float], Sequence[Any]]]  # what each method answers to each budget: values in order of
 BITS, TOP1, LOSS, MEASURED, PREDICTED = range(5)  # top-1 and loss on the test images, losses on the sensitivity set
@@ -69,10 +72,18 @@ def figures(rows: Iterable[Mapping[str, Any]]) -> Figures:
     }
 
 
-def chose_the_defaults(cell: Cell) -> bool:
-    """Whether the rule of `chosen` was picked on a cell (notebooks/LOG.md); the others confirm it."""
-    _, _, setting, images, _ = cell
-    return setting == "plain" and images < 1024
+def confirmed(found: Figures, path: Path = CONFIRMATION) -> tuple[Figures, int]:
+    """The same with top-1 on the images of study_confirm.py, where it is known, and how many images these are."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    top1: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for line in lines:
+        top1[line["network"], line["space"], line["setting"]] |= line["top1"]
+    answers = {
+        cell: {name: [rest[BITS], top1[cell[:3]][rest[BITS]], *rest[LOSS:]] for name, rest in a.items() if rest[BITS] in known}
+        for cell, a in found.items()
+        if (known := top1.get(cell[:3]))
+    }
+    return answers, max((line["images"] for line in lines), default=0)
 
 
 def differences(found: Figures, setting: str, one: str, other: str, budgets: Iterable[float]) -> dict[tuple[Cell, float], float]:
@@ -113,18 +124,17 @@ def comparison(found: Figures, setting: str, method: str) -> list[list[str]]:
             continue
         mean, low, high = interval(values)
         lost = [value for value in values.values() if value < -MARGIN]
-        share, worst = f"{100 * len(lost) / len(values):.0f} %", f"{min(values.values()):+.2f}"
+        share, worst = f"{100 * len(lost) / len(values):.1f} %", f"{min(values.values()):+.2f}"
         lines.append([other, str(len(values)), f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", share, worst])
     return lines
 
 
 def losing(found: Figures, setting: str, method: str) -> list[list[str]]:
-    """Every answer by which the method loses more than the margin, the worst first: `chosen` to any single method, the others to
+    """Every answer by which the method loses more than the margin, the worst first: `chosen` to any other, the others to
     layerwise or pairwise."""
-    single = [other for other in METHODS if not other.startswith("chosen")]
     rows = [
         (value, other, cell, budget)
-        for other in (single if method == "chosen" else ("layerwise", "pairwise"))
+        for other in (METHODS if method == "chosen" else ("layerwise", "pairwise"))
         for (cell, budget), value in differences(found, setting, method, other, LOW).items()
         if value < -MARGIN
     ]
@@ -134,32 +144,39 @@ def losing(found: Figures, setting: str, method: str) -> list[list[str]]:
     ]
 
 
-def top1_table(found: Figures, network: str, space: str, setting: str, images: int) -> str:
-    """Methods × budgets: mean top-1 in percent over draws, with the standard deviation where there are several."""
+def table(found: Figures, network: str, space: str, setting: str, images: int, what: int) -> str:
+    """Methods × budgets: mean top-1 in percent (`what` TOP1) or loss over draws, with the standard deviation of the draws."""
     cells = [answers for (n, s, c, k, _), answers in found.items() if (n, s, c, k) == (network, space, setting, images)]
     budgets = sorted({b for answers in cells for _, b in answers})
+    scale, digits = (100.0, 2) if what == TOP1 else (1.0, 4)
     lines = []
     for method in METHODS:
-        values = [[100 * answers[method, b][TOP1] for answers in cells if (method, b) in answers] for b in budgets]
+        asked = [[answers[method, b][what] for answers in cells if (method, b) in answers] for b in budgets]
+        values = [[scale * value for value in part if value is not None] for part in asked]
         if any(values):
-            lines.append([method, *(_figure(part) for part in values)])
+            lines.append([method, *(_figure(part, digits) for part in values)])
     draws = "one draw" if len(cells) == 1 else f"{len(cells)} draws"
     return f"### {network}, {space}, {images} images, {draws}\n\n" + markdown_table(
         ["method", *(f"{b:g} bits" for b in budgets)], lines
     )
 
 
-def _figure(values: Sequence[float]) -> str:
+def _figure(values: Sequence[float], digits: int) -> str:
     if not values:
         return "–"
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (f" ± {_deviation(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def costs(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of the draws, as of a sample; 0 of one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def costs(rows: Iterable[Mapping[str, Any]], settings: Iterable[str]) -> list[list[str]]:
     """Forward images of each method as a share of pairwise's, and its backward images."""
     shares: dict[str, list[float]] = defaultdict(list)
     backward: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
+    for row in (row for row in rows if row["setting"] in settings):
         for method, spent in row["forward_images"].items():
             shares[method].append(spent / row["forward_images"]["pairwise"])
             backward[method].append(row["backward_images"].get(method, 0) / row["images"])
@@ -169,18 +186,44 @@ def costs(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+def with_statistics(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A corrected cell with the calibration images counted that batch-norm statistics are measured on again for each assignment
+    that `chosen` measures; other cells as they are."""
+    spent = row["forward_images"]
+    if row["setting"] == "plain" or row["network"].startswith("vit") or not {"chosen", "gauss_newton"} <= spent.keys():
+        return row
+    measured = (spent["chosen"] - spent["gauss_newton"]) // row["images"]  # assignments
+    return {**row, "forward_images": {**spent, "chosen": spent["chosen"] + measured * NUM_CALIBRATION}}
+
+
+def seconds(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Mean seconds of measuring each kind of tile, of the sizes that are measured whole: a set of 256 images goes on from 64."""
+    found: dict[tuple[str, str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line["images"] != 256:
+            for kind, spent in line["measuring"].items():
+                found[line["device"], line["network"], line["space"], line["images"]][kind].append(spent)
+    return [
+        [device, network, space, str(images), *(f"{np.mean(of[kind]):.1f}" if kind in of else "–" for kind in KINDS)]
+        for (device, network, space, images), of in sorted(found.items())
+    ]
+
+
 INTRODUCTION = f"""# The study's figures
 
 Written by `python -m tests.benchmarks.study_table` from study.jsonl, which `python -m tests.benchmarks.study measure` appends to
-(`make study` does both). What they say: docs/where-interactions-help.md.
+(`make study` does all). What they say: docs/where-interactions-help.md.
 
-Top-1 on the 10,000 test images, which nothing chose on. Comparisons: mean difference of top-1 in points over all cells and the
-budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; cells lost by more than {MARGIN} points.
+Top-1 and cross entropy are of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of
+`chosen` was picked by them; the first table is of images that nothing chose on. Comparisons: mean difference of top-1 in points
+over all cells and the budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; answers lost by more
+than {MARGIN} points. After ±: the standard deviation of the draws.
 """
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(lines: list[dict[str, Any]]) -> str:
     """STUDY.md."""
+    rows = merged(lines)
     found = figures(rows)
     parts = [INTRODUCTION]
     count: dict[tuple[str, int], int] = defaultdict(int)
@@ -189,11 +232,12 @@ def page(rows: list[dict[str, Any]]) -> str:
     devices = sorted({device for row in rows for device in row["devices"]})
     parts.append(f"{len(found)} cells, on {', '.join(devices)}: " + "; ".join(
         f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items())) + ".\n")  # fmt: skip
-    headers = ["against", "cells", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
-    fresh = {cell: answers for cell, answers in found.items() if not chose_the_defaults(cell)}
-    if compared := comparison(fresh, "plain", "chosen"):
-        parts.append("## `chosen` against the others, plain, on cells that its rule was not picked on\n")
+    headers = ["against", "answers", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
+    unseen, num_unseen = confirmed(found)
+    if compared := comparison(unseen, "plain", "chosen"):
+        parts.append(f"## `chosen` against the others, plain, on {num_unseen:,} images that nothing chose on\n")
         parts.append(markdown_table(headers, compared) + "\n")
+        parts.append("On so few images the means can be read, and not the shares: one answer's difference is mostly chance.\n")
     for setting in SETTINGS:
         for method in (m for m in METHODS if m.startswith("chosen")):
             if not (compared := comparison(found, setting, method)):
@@ -202,15 +246,24 @@ def page(rows: list[dict[str, Any]]) -> str:
             parts.append(markdown_table(headers, compared) + "\n")
             lost = losing(found, setting, method)
             if lost:
-                to = "a single method" if method == "chosen" else "layerwise or pairwise"
+                to = "another method" if method == "chosen" else "layerwise or pairwise"
                 parts.append(f"Lost by more than {MARGIN} points to {to}:\n\n" + markdown_table(
                     ["network", "space", "images", "draw", "bits", "to", "points"], lost) + "\n")  # fmt: skip
-    parts.append("## What a method costs\n\n" + markdown_table(
-        ["method", "forward images, of pairwise's", "backward passes an image"], costs(rows)) + "\n")  # fmt: skip
-    for setting in SETTINGS:
-        parts.append(f"## Top-1 in percent, {setting}\n")
-        for network, space, images in sorted({(n, s, k) for n, s, c, k, _ in found if c == setting}):
-            parts.append(top1_table(found, network, space, setting, images) + "\n")
+    headers = ["method", "forward images, of pairwise's", "backward passes an image"]
+    parts.append("## What a method costs\n\n" + markdown_table(headers, costs(rows, SETTINGS)) + "\n")
+    again = [line for line in costs(map(with_statistics, rows), ["corrected"]) if line[0] == "chosen"]
+    if again:
+        parts.append(
+            f"`chosen`, corrected, where the {NUM_CALIBRATION} calibration images count on which batch-norm statistics are "
+            f"measured again\nfor every assignment that it measures: {again[0][1]}. Pairs are measured without that.\n"
+        )
+    headers = ["device", "network", "space", "images", *KINDS]
+    parts.append("Seconds of measuring, on one thread of a CPU:\n\n" + markdown_table(headers, seconds(lines)) + "\n")
+    for what, title in ((TOP1, "Top-1 in percent"), (LOSS, "Cross entropy on the test images")):
+        for setting in SETTINGS:
+            parts.append(f"## {title}, {setting}\n")
+            for network, space, images in sorted({(n, s, k) for n, s, c, k, _ in found if c == setting}):
+                parts.append(table(found, network, space, setting, images, what) + "\n")
     return "\n".join(parts)
 
 
@@ -226,41 +279,61 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 
 def _plot_size(found: Figures) -> None:
+    """Means and deviations over the draws of one size: 256 images, or 64 for what is measured on no more in most cells."""
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator
 
-    networks = sorted({cell[0] for cell in found})
-    figure, axes = pyplot.subplots(2, len(networks), figsize=(4.6 * len(networks), 7), squeeze=False)
+    networks, methods = sorted({cell[0] for cell in found}), (*SINGLE, "chosen")
+    budgets = sorted({b for answers in found.values() for _, b in answers})
+    figure, axes = pyplot.subplots(2, len(networks), figsize=(5.4 * len(networks), 10), squeeze=False)
     for (row, setting), (column, network) in product(enumerate(SETTINGS), enumerate(networks)):
-        axis = axes[row][column]
-        cells = [answers for (n, s, c, _, _), answers in found.items() if (n, s, c) == (network, "w248", setting)]
-        for method in SHOWN:
-            budgets = sorted({b for answers in cells for m, b in answers if m == method})
-            values = [[100 * answers[method, b][TOP1] for answers in cells if (method, b) in answers] for b in budgets]
-            width = 2 if method == "chosen" else 1
-            means, spreads = [np.mean(v) for v in values], [np.std(v) for v in values]
-            axis.errorbar(budgets, means, spreads, label=method, capsize=2, lw=width, marker="o", markersize=3)
-        top = max((100 * rest[TOP1] for answers in cells for rest in answers.values()), default=100.0)
-        axis.set(title=f"{network.split('_')[0]}, {setting}", xlabel="average bits", ylabel="top-1 %")
-        axis.set_ylim(top - (40 if setting == "plain" else 6), top + 0.5)
-    axes[0][0].legend(fontsize=8)
+        axis, known = axes[row][column], []
+        cells = [(k, a) for (n, s, c, k, _), a in found.items() if (n, s, c) == (network, "w248", setting) and k < 1024]
+        for number, method in enumerate(methods):
+            size = 64 if method == "hawq" else 256
+            values = [[100 * a[method, b][TOP1] for k, a in cells if k == size and (method, b) in a] for b in budgets]
+            places = [place + 0.065 * (number - (len(methods) - 1) / 2) for place in range(len(budgets))]
+            color, marker = ("black", "D") if method == "chosen" else (f"C{number % 10}", "os^"[number // 10])
+            label = method + (" (64 images)" if size == 64 else "")
+            means, deviations = [float(np.mean(v)) for v in values], [_deviation(v) for v in values]
+            axis.errorbar(places, means, deviations, ls="none", capsize=2, color=color, marker=marker, markersize=4, label=label)
+            known += means
+        # even steps of the logarithm of what is wrong: half as many wrong images are as far apart everywhere
+        axis.set_yscale("function", functions=(lambda y: -np.log(np.maximum(101 - y, 0.1)), lambda y: 101 - np.exp(-y)))
+        low, high = max(30.0, min(known) - 0.3), max(known) + 0.3
+        ticks = [y for y in (30, 40, 50, 60, 70, 80, 85, 88, *range(90, 96)) if low <= y <= high]
+        axis.yaxis.set_major_locator(FixedLocator(ticks))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylim(low, high)
+        axis.grid(axis="y", lw=0.4)
+        axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
+        for border in range(1, len(budgets)):
+            axis.axvline(border - 0.5, color="lightgrey", lw=0.8)
+        axis.set(title=f"{network.split('_')[0]}, {setting}, 256 images", xlabel="average bits", ylabel="top-1 %")
+    axes[0][-1].legend(fontsize=8, loc="lower right")
     _save(figure, "study-size")
 
 
 def _plot_forwards(rows: list[dict[str, Any]]) -> None:
+    """Points above layerwise in the same cells, so that methods of more and of fewer cells can be compared."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    markers = "osD^v<>PX*hdp"
     for axis, setting in zip(axes, SETTINGS, strict=True):
-        for method in METHODS:
+        for number, method in enumerate((*SINGLE, "chosen_least", "chosen")):
             mine = [row for row in rows if row["setting"] == setting and method in row["forward_images"]]
+            gains = differences(figures(mine), setting, method, "layerwise", LOW)
             spent = [(r["forward_images"][method] + 2 * r["backward_images"].get(method, 0)) / r["images"] for r in mine]
-            top1 = [100 * answer[2 + TOP1] for r in mine for answer in r["rows"] if answer[0] == method and answer[1] in LOW]
             if mine:
-                x, y = float(np.mean(spent)), float(np.mean(top1))
-                axis.plot(x, y, "o")
-                axis.annotate(method, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
+                x, y = float(np.mean(spent)), float(np.mean(list(gains.values())))
+                axis.plot(
+                    x, y, markers[number % len(markers)], color="black" if method == "chosen" else f"C{number % 10}", label=method
+                )
         axis.set(xscale="log", xlabel="forwards for each image (a backward counts as two)", title=setting)
-        axis.set_ylabel("mean top-1 %, 2.25 to 3.5 bits")
+        axis.set_ylabel("points of top-1 above layerwise, 2.25 to 3.5 bits")
+        axis.axhline(0, color="grey", lw=0.8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, "study-forwards")
 
 
@@ -271,13 +344,16 @@ def _plot_predicted(found: Figures) -> None:
     for axis, setting in zip(axes, SETTINGS, strict=True):
         for method in ("layerwise", "pairwise", "gauss_newton"):
             answers = [rest for cell, a in found.items() if cell[2] == setting for (m, _), rest in a.items() if m == method]
-            points = [(rest[PREDICTED], rest[MEASURED]) for rest in answers if rest[PREDICTED] and rest[MEASURED]]
+            known = [(rest[PREDICTED], rest[MEASURED]) for rest in answers if rest[PREDICTED] is not None and rest[MEASURED]]
+            points = [(predicted, measured) for predicted, measured in known if predicted > 0]
             if points:
-                axis.plot(*zip(*points, strict=True), ".", label=method, markersize=4)
+                below = len(known) - len(points)
+                label = method + (f" ({below} predicted at or below 0, not shown)" if below else "")
+                axis.plot(*zip(*points, strict=True), ".", label=label, markersize=4)
         ends = axis.get_xlim()
         axis.plot(ends, ends, color="black", lw=0.8)
         axis.set(xscale="log", yscale="log", xlabel="predicted loss", ylabel="measured loss, sensitivity set", title=setting)
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     _save(figure, "study-predicted")
 
 
@@ -288,9 +364,9 @@ def _save(figure: Any, name: str) -> None:
 
 def main() -> None:
     """Writes the page and its plots."""
-    found = rows()
+    found = lines()
     TABLE.write_text(page(found))
-    plot(found)
+    plot(merged(found))
 
 
 if __name__ == "__main__":
