@@ -23,7 +23,7 @@ from clado.space import FLOAT_BITS, Assignment, SearchSpace
 
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
 CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
-SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured
+SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured; `unlisted` adds the latter
 SIGNIFICANT = 2.0  # standard errors
 TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose for no forward beside what gauss_newton measures
 
@@ -161,9 +161,13 @@ def propose(
 
 
 def unlisted(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
-    """Estimators that compete beside the `named` ones, for solver time only: TEMPERED, where `kinds` of tiles hold Gram tiles.
-    They order assignments of large losses better (tests/benchmarks/STUDY.md)."""
-    return tuple(name for name in TEMPERED if name not in named) if "gram" in kinds else ()
+    """Estimators that compete beside the `named` ones, for solver time only: `layerwise`, which SAFE is to hold, where `kinds` of
+    tiles have the losses of single options, and TEMPERED where they have Gram tiles.
+
+    The latter order assignments of large losses better (tests/benchmarks/STUDY.md).
+    """
+    found = [*(["layerwise"] if {"singles", "gram"} & set(kinds) else []), *(TEMPERED if "gram" in kinds else ())]
+    return tuple(name for name in found if name not in named)
 
 
 def beside(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
@@ -274,8 +278,8 @@ def choose(
     smaller one. Without `scores` it is the one of least measured loss, the smaller on a tie.
 
     With them: of those whose loss is not above that of SAFE, and whose hits are not significantly fewer than the most, the one of
-    least Brier score (then of least loss). So `chosen` is never worse than uniform or layerwise on the images that it was
-    measured on. A loss, or a Brier score, of NaN is as bad as an infinite one.
+    least Brier score (then of least loss). So `chosen` is never worse than what is proposed of SAFE, listed or not, on the
+    images that it was measured on. A loss, or a Brier score, of NaN is as bad as an infinite one.
     """
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}

@@ -80,7 +80,8 @@ class Result:
 @dataclass(frozen=True)
 class Candidate:
     """One assignment that was measured for a budget: who proposed it (a method, a variant of one, or the local search), what was
-    predicted and what was measured (None: NaN or infinite; earlier versions had no Brier score)."""
+    predicted and what was measured (None: NaN or infinite; earlier versions had no Brier score). `predicted_by` is the estimator
+    that predicts where the one that proposed predicts no loss; empty: the latter does (of a local search the surrogate)."""
 
     budget: str
     origin: str
@@ -90,6 +91,7 @@ class Candidate:
     loss_predicted: float | None = None
     brier_shipped: float | None = None
     agreement_shipped: float | None = None
+    predicted_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,11 @@ class SearchSummary:
 
 @dataclass(frozen=True)
 class Stability:
-    """How far the images decide a budget's answer (`stability.py`): `shares[i]` is the share of resamples that keep the bits
-    of layer i; `undecided[m]` counts the layers that stay undecided with `multiples[m]` times `num_images` images."""
+    """How far the images decide what `estimator` answers to a budget, whether that was chosen or not (`stability.py`).
+
+    `shares[i]` is the share of resamples that keep the bits of layer i; `undecided[m]` counts the layers that stay undecided with
+    `multiples[m]` times `num_images` images.
+    """
 
     budget: str
     estimator: str
@@ -133,7 +138,9 @@ class RunRecord:
     weights; `data` maps a set to its `num_images` and `sha256`; `recorded` is when, in UTC. All four are empty in the records of
     earlier versions.
 
-    `forwards` are forward images by kind of tile; `costs` are forward and backward images that each estimator takes on its own.
+    `forwards` are forward images by kind of tile, and of what is measured to choose: `proposals`, `local_search`, and
+    `batchnorm_reestimation` for both; not of preparing, nor of what is only reported (losses as probed, accuracy). `costs` are
+    forward and backward images that each estimator takes on its own.
     `candidates` holds all that was measured on the way to the chosen ones.
     """
 

@@ -112,7 +112,8 @@ def search_text(record: RunRecord) -> str:
 
 
 def stability_text(record: RunRecord) -> str:
-    """One sentence: how many layers the images leave undecided at each budget, and how many images would settle them."""
+    """One sentence: how many layers of the surrogate's answers, which need not be the chosen ones, the images leave undecided at
+    each budget, and how many images would settle them."""
     if not record.stability:
         return ""
     first, num_layers = record.stability[0], len(record.layer_names)
@@ -124,15 +125,16 @@ def stability_text(record: RunRecord) -> str:
         most = row.multiples[-1] * row.num_images
         after = f"even {most:,} would leave {row.undecided[-1]}" if settled is None else f"about {settled:,} would settle them"
         parts.append(f"{row.undecided[0]} of {num_layers} at {row.budget} ({after})")
-    head = f"With {first.num_images:,} images and {first.estimator}"
+    head = f"With {first.num_images:,} images, {first.estimator}'s own answers, chosen or not, have"
     how = f"bootstrap over sample blocks, {first.num_resamples} resamples"
     if not parts:
-        return f"{head} every layer's bits are decided at every budget ({how})."
-    return f"{head} layers are undecided: {'; '.join(parts)} ({how})."
+        return f"{head} every layer's bits decided at every budget ({how})."
+    return f"{head} undecided layers: {'; '.join(parts)} ({how})."
 
 
 def candidates_table(record: RunRecord) -> str:
-    """Every candidate that was measured, by budget and Brier score, as Markdown; the chosen one is marked."""
+    """Every candidate that was measured, by budget and Brier score, as Markdown; the chosen one is marked, and who predicts where
+    another proposed."""
     rows = []
     for budget in record.budgets:
         best = record.find(budget, CHOSEN)
@@ -145,6 +147,7 @@ def candidates_table(record: RunRecord) -> str:
             ][:1]
         for c in sorted(own, key=_by_what_is_measured):
             predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
+            predicted += f" ({c.predicted_by})" if c.predicted_by else ""
             measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)
             brier = "–" if c.brier_shipped is None else loss_text(c.brier_shipped)
             origin = f"{c.origin} (chosen)" if best and c.assignment == best.assignment else c.origin
@@ -272,7 +275,7 @@ def caption(record: RunRecord) -> str:
 
 
 def _forwards(record: RunRecord) -> str:
-    """How many evaluations each estimator took."""
+    """How many forward images each kind of tile and what was measured to choose took, and each estimator."""
     counts = ", ".join(f"{name} {count:,}" for name, count in record.forwards.items())
     own = ", ".join(
         f"{name} {cost['forwards']:,}" + (f" and {cost['backwards']:,} backward" if cost["backwards"] else "")

@@ -1,7 +1,8 @@
-"""How far the images decide: each layer's chosen bits under a bootstrap over sample blocks. NumPy only.
+"""How far the images decide: each layer's bits in one estimator's answer under a bootstrap over sample blocks. NumPy only.
 
 A resample draws sample blocks with replacement (Efron, 1979), estimates the matrix anew, and descends from the answer by the
 moves of the local search (`local_search.settle`). A layer is *undecided* where fewer than 90 % of the resamples keep its bits.
+What a run chooses, by measured losses, may be another answer, of which this says nothing.
 
 How many images would do: drawing m times as many blocks has the sampling noise of m times as many images, σ/√(mN) (the m out of
 n bootstrap, Bickel, Götze and van Zwet, 1997), around what was measured. The first multiple of 4 and 16 that leaves no layer
@@ -41,7 +42,7 @@ def stability(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Stability, ...]:
-    """The stability of the answer to each budget; nothing with fewer than two sample blocks.
+    """The stability of `answers`, one estimator's own to each budget; nothing with fewer than two sample blocks.
 
     `program(matrix, budget)` poses a matrix under the budget called so. Larger multiples are tried while a layer is undecided.
     """

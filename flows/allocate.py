@@ -29,6 +29,7 @@ from flows.guard import uninterrupted
 from flows.progress import progress
 from flows.run import Run
 
+PREDICTING = ("gauss_newton", "pairwise", "layerwise")  # who predicts, the first there is, what others only order
 VARIANT_SECONDS = 10.0  # a variant only competes: it gets less time for one budget than an answer of its own
 
 
@@ -109,7 +110,7 @@ def search(run: Run) -> None:
 
         run.searched = local_search(searches, measure_losses)
     run.proposals += [
-        Proposal(budget, LOCAL_SEARCH, assignment, _predicted(run, assignment), listed=False)
+        Proposal(budget, LOCAL_SEARCH, assignment, _predicted(matrix, assignment), listed=False)
         for budget, searched in run.searched.items()
         for assignment in searched.tried
     ]
@@ -136,7 +137,7 @@ def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses:
 
 
 def _stability(run: Run) -> tuple[Stability, ...]:
-    """How far the images decide the surrogate's answer to each budget."""
+    """How far the images decide the surrogate's own answer to each budget, which need not be the chosen one."""
     if run.measured is None:
         return ()
     name, session = run.surrogate, run.session
@@ -177,11 +178,13 @@ def summaries(run: Run) -> tuple[SearchSummary, ...]:
 
 def measured_candidates(run: Run) -> tuple[Candidate, ...]:
     """All that was measured for each budget: proposals, variants, and what the search tried, in its order."""
-    space = run.session.space
+    space, predictor = run.session.space, _predictor(run)
 
     def candidate(budget: Budget, origin: str, assignment: Assignment, predicted: float | None) -> Candidate:
         counts = run.losses[assignment]
-        loss, brier = counts.accuracy().loss, counts.mean_brier
+        loss, brier, by = counts.accuracy().loss, counts.mean_brier, ""
+        if predicted is None and predictor is not None and (predicted := _predicted(predictor, assignment)) is not None:
+            by = predictor.estimator
         return Candidate(
             budget.name,
             origin,
@@ -191,6 +194,7 @@ def measured_candidates(run: Run) -> tuple[Candidate, ...]:
             predicted,
             brier if isfinite(brier) else None,
             float(counts.each_hit.mean()),
+            by,
         )
 
     found: list[Candidate] = []
@@ -198,7 +202,7 @@ def measured_candidates(run: Run) -> tuple[Candidate, ...]:
         own = [p for p in run.proposals if p.budget == budget and p.method != LOCAL_SEARCH]
         found += [candidate(budget, p.method, p.assignment, p.loss_predicted) for p in own]
         tried = run.searched[budget].tried if budget in run.searched else {}
-        found += [candidate(budget, LOCAL_SEARCH, assignment, _predicted(run, assignment)) for assignment in tried]
+        found += [candidate(budget, LOCAL_SEARCH, a, _predicted(_surrogate(run), a)) for a in tried]
     return tuple(found)
 
 
@@ -214,9 +218,14 @@ def _surrogate(run: Run) -> InteractionMatrix:
     return {**run.matrices, **run.beside}[run.surrogate]
 
 
-def _predicted(run: Run, assignment: Assignment) -> float | None:
-    """The surrogate's prediction of an assignment's loss, where it predicts one."""
-    matrix = _surrogate(run)
+def _predictor(run: Run) -> InteractionMatrix | None:
+    """The matrix that predicts losses where the one that proposed has none: of PREDICTING, or else any that predicts."""
+    known = {**run.matrices, **run.beside}
+    return next((known[n] for n in dict.fromkeys((*PREDICTING, *known)) if n in known and not known[n].ranking_only), None)
+
+
+def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
+    """A matrix's prediction of an assignment's loss, where it predicts one."""
     increase = matrix.predicted_increase(assignment)
     return matrix.loss_of(increase) if isfinite(increase) else None
 

@@ -48,7 +48,12 @@ def record_of(run: Run) -> RunRecord:
     baseline = next(iter(run.matrices.values())).baseline
     space = session.space
     tried = {assignment for searched in run.searched.values() for assignment in searched.tried}
-    searching = {"local_search": len(tried) * len(session.slices.sensitivity)} if tried else {}
+    num_images = len(session.slices.sensitivity)
+    choosing = {
+        "proposals": len(run.losses.keys() - tried) * num_images,
+        "local_search": len(tried) * num_images,
+        "batchnorm_reestimation": len(run.losses) * session.images_per_reestimation,
+    }
     return RunRecord(
         network=session.loaded.description,
         layer_names=space.names,
@@ -68,7 +73,7 @@ def record_of(run: Run) -> RunRecord:
             kind: run.session.plan.forward_images([t for t in session.plan.tiles if t.kind == kind])
             for kind in session.plan.kinds
         }
-        | searching,
+        | {name: count for name, count in choosing.items() if count},
         notes=(*session.notes, *run.notes),
         recorded=datetime.now(UTC).isoformat(timespec="seconds"),
         unsearched=tuple(session.float_network.coverage()),

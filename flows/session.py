@@ -311,6 +311,15 @@ class Session:
         """Whether probes measure another network than the one that ships."""
         return bool(at_stage(self.config.corrections, "final")) or self.config.measure.batch_statistics
 
+    @property
+    def images_per_reestimation(self) -> int:
+        """Forward images that batch-norm re-estimation, the only final correction, takes for each assignment: the calibration
+        images once, by whole forwards once for each batch norm; none where it is off or there is no batch norm."""
+        if "batchnorm_reestimation" not in self.config.corrections:
+            return 0
+        norms = sum(name.endswith("running_var") for name, _ in self.loaded.model.named_buffers())
+        return len(self.slices.calibration) * (min(norms, 1) if self.config.network.graph else norms)
+
     def _summed(self, scored: Callable[[int], Scores]) -> Counts:
         found = [scored(block) for block in range(len(self.blocks))]
         loss, brier = (float(sum(getattr(block, name).sum() for block in found)) for name in ("losses", "briers"))

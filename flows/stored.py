@@ -151,11 +151,11 @@ def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
         return []
     rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
     proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
-    known = {(p.budget.name, p.assignment) for p in proposals}
-    proposals += [
-        Proposal(budgets[c.budget], c.origin, c.assignment, c.loss_predicted, listed=False)
+    known = {(p.budget.name, p.method, p.assignment) for p in proposals}
+    proposals += [  # whatever equals one of another method as well: `choose` goes by who proposed
+        Proposal(budgets[c.budget], c.origin, c.assignment, None if c.predicted_by else c.loss_predicted, listed=False)
         for c in record.candidates
-        if c.budget in budgets and (c.budget, c.assignment) not in known
+        if c.budget in budgets and (c.budget, c.origin, c.assignment) not in known
     ]
     # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
     # solved anew

@@ -22,11 +22,12 @@ from clado.candidates import (
     propose,
     propose_variants,
     together,
+    unlisted,
     widest_uniform,
 )
 from clado.constraints import Constraint, constraint
 from clado.errors import InfeasibleError
-from clado.estimators import Measured, estimate
+from clado.estimators import Measured, estimate, kinds_of
 from clado.interaction import InteractionMatrix
 from clado.probes import TEMPERATURES
 from clado.program import Program, Solution, Status
@@ -231,10 +232,51 @@ def measured_of(seed: int) -> Measured:
 def test_matrices_beside_those_named_are_made_of_what_is_measured_anyway(named):
     measured = measured_of(0)
     found = beside(measured, named)
-    assert set(found) == set(TEMPERED) - set(named)
+    assert set(found) == {"layerwise", *TEMPERED} - set(named)
     for name, matrix in found.items():
         assert np.array_equal(matrix.values, estimate(name, measured).values)
-    assert beside(Measured(SPACE, "kl_to_float", measured.counts, {"singles": measured.sums["singles"]}), named) == {}
+    singles = Measured(SPACE, "kl_to_float", measured.counts, {"singles": measured.sums["singles"]})
+    assert set(beside(singles, named)) == {"layerwise"} - set(named)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (("layerwise", "gauss_newton"), TEMPERED),
+        (("gauss_newton",), ("layerwise", *TEMPERED)),
+        (("tempered4", "hawq"), ("layerwise", "tempered2", "tempered8")),
+        (("pairwise",), ("layerwise",)),
+        (("blockwise", "fisher"), ("layerwise",)),
+        (("layerwise",), ()),
+        (("hawq", "mpqco", "fisher"), ()),  # of gradients alone, which hold no loss of an option
+    ],
+)
+def test_unlisted_are_layerwise_and_the_tempered_ones_where_their_tiles_are_measured_anyway(named, expected):
+    kinds = kinds_of(named)
+    assert unlisted(named, kinds) == expected
+    assert kinds_of([*named, *expected]) == kinds  # for nothing further
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("named", [("gauss_newton",), ("pairwise",), ("tempered4", "gauss_newton"), ("pairwise", "gauss_newton")])
+def test_chosen_is_never_worse_than_layerwise_and_uniform_whoever_is_named(named, seed):
+    """Whatever is measured of the assignments: losses, Brier scores and hits have to do with nothing here."""
+    measured, losses = measured_of(seed), random_losses(seed)
+    kinds, k = kinds_of(named), SPACE.num_options
+    pairs = np.random.default_rng([seed, 1]).exponential(size=(2, k, k))
+    sums = {kind: measured.sums.get(kind, pairs) for kind in kinds}
+    measured = Measured(SPACE, "kl_to_float", measured.counts, sums)
+    matrices, fake = {name: estimate(name, measured) for name in named}, FakeSolver()
+    proposals = propose(matrices, BUDGETS, fake.prepare)
+    proposals += propose_variants(matrices, BUDGETS, fake.prepare, further=beside(measured, named))
+    rows = choose(SPACE, proposals, losses, scores=random_scores(seed))
+    assert {row.method for row in rows} == {UNIFORM, *named, CHOSEN}
+    layerwise = estimate("layerwise", measured)
+    for budget in BUDGETS:
+        limit = budget.constraint(SPACE)
+        optimum = min((a for a in ALL if limit.holds(SPACE, a)), key=layerwise.predicted_increase)
+        chosen = next(row for row in rows if (row.budget, row.method) == (budget.name, CHOSEN))
+        assert chosen.loss_shipped <= min(losses[optimum], losses[widest_uniform(SPACE, [limit])])
 
 
 def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():

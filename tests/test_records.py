@@ -9,7 +9,7 @@ import pytest
 
 from clado import page, plots, report
 from clado.errors import StoreError
-from clado.records import RunRecord, markdown_table, percent, size_text, write_text
+from clado.records import Candidate, RunRecord, markdown_table, percent, size_text, write_text
 from tests.synthetic import make_record, make_space, with_activations
 
 
@@ -39,6 +39,20 @@ def test_a_record_written_before_there_were_activation_bits_is_loaded(tmp_path: 
         del row["assignment"]["activation_bits"]
     (tmp_path / "record.json").write_text(json.dumps(document))
     assert RunRecord.load(tmp_path / "record.json") == record
+
+
+def test_candidates_are_loaded_with_who_predicts_and_those_of_before_without(tmp_path: Path) -> None:
+    record = make_record()
+    row = record.results[0]
+    own = Candidate("3 bits", "pairwise", row.assignment, row.size_bytes, 0.2, 0.1)
+    record = replace(record, candidates=(own, replace(own, origin="tempered2", predicted_by="gauss_newton")))
+    record.save(tmp_path / "record.json")
+    assert RunRecord.load(tmp_path / "record.json") == record
+    document = json.loads((tmp_path / "record.json").read_text())
+    for candidate in document["candidates"]:
+        del candidate["predicted_by"]
+    (tmp_path / "record.json").write_text(json.dumps(document))
+    assert RunRecord.load(tmp_path / "record.json").candidates == (own, replace(own, origin="tempered2"))
 
 
 def test_optional_numbers_may_be_absent(tmp_path: Path) -> None:

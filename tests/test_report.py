@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from clado import report
-from clado.records import RunRecord, percent, size_text
+from clado.records import Candidate, RunRecord, percent, size_text
 from clado.tracking import Receipt
 from tests.synthetic import make_record
 
@@ -143,6 +143,17 @@ def test_phase_times_add_up() -> None:
     text = report.phase_times(make_record())
     assert "measuring 81.5" in text
     assert text.endswith("together 135.2.")
+
+
+def test_candidates_say_who_predicts_where_another_proposed() -> None:
+    record = make_record(budgets=(3.0,))
+    chosen = record.find("3 bits", "chosen")
+    assert chosen is not None
+    own = Candidate("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
+    other = replace(own, origin="tempered2", predicted_by="gauss_newton", brier_shipped=0.3)
+    none = replace(other, origin="hawq", loss_predicted=None, predicted_by="", brier_shipped=0.4)
+    _, _, *lines = report.candidates_table(replace(record, candidates=(own, other, none))).splitlines()
+    assert [line.split("|")[4].strip() for line in lines] == ["0.1250", "0.1250 (gauss_newton)", "–"]
 
 
 def test_locations_say_how_to_open(tmp_path: Path) -> None:

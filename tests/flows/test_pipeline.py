@@ -29,7 +29,7 @@ from clado.space import Assignment
 from flows.export import loading_snippet
 from flows.record import git_revision
 from flows.session import Session
-from flows.stored import StoredRun, chosen_for
+from flows.stored import StoredRun, chosen_for, recorded
 from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, config, run_pipeline
 
@@ -203,9 +203,56 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(re
         assert summary.start_loss <= min([c.loss_shipped for c in own if c.origin != LOCAL_SEARCH] + proposed)
         assert summary.best_loss == min([summary.start_loss, *(c.loss_shipped for c in searched)])
         assert summary.gain == summary.start_loss - summary.best_loss
-        predicted = {c.origin for c in own if c.loss_predicted is not None} - {LOCAL_SEARCH}
-        assert predicted == {*ESTIMATORS, "pairwise_raw", "pairwise_shrunk"}  # tempered ones only order assignments
-    assert record.forwards["local_search"] == 32 * len({c.assignment for c in record.candidates if c.origin == LOCAL_SEARCH})
+    searched, proposed = (
+        {c.assignment for c in record.candidates if (c.origin == LOCAL_SEARCH) == found} for found in (True, False)
+    )
+    assert record.forwards["local_search"] == 32 * len(searched)
+    assert record.forwards["proposals"] == 32 * len(proposed)
+    assert record.forwards["batchnorm_reestimation"] == 64 * len(searched | proposed)  # of 64 calibration images
+
+
+def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finished, record, session):
+    with np.load(finished.folder / "matrices" / "gauss_newton.npz") as file:
+        values = file["values"]
+    ranking = {UNIFORM, *TEMPERED} | ({LOCAL_SEARCH} & {LOCAL_SEARCH for s in record.searches if s.surrogate in TEMPERED})
+    for c in record.candidates:
+        assert c.predicted_by == ("gauss_newton" if c.origin in ranking else "")
+        if c.predicted_by or c.origin == "gauss_newton":
+            chosen = session.space.chosen_options(c.assignment)
+            assert c.loss_predicted == pytest.approx(record.baseline + 0.5 * values[np.ix_(chosen, chosen)].sum())
+        assert math.isfinite(c.loss_predicted)
+
+
+def test_reestimation_is_a_run_of_the_calibration_images_or_one_for_each_batch_norm_without_a_graph(session, model):
+    def images(**changes) -> int:
+        return replace(session, config=session.config.model_copy(update=changes)).images_per_reestimation
+
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert images() == 64
+    assert images(network=session.config.network.model_copy(update={"graph": False})) == 64 * norms
+    assert images(corrections=("output_statistics",)) == 0
+
+
+@pytest.mark.parametrize("named", [("gauss_newton",), ("pairwise",), ("tempered2",)])
+def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, record, tmp_path, named):
+    """Layerwise's answers and their losses are those of the run that names it."""
+    document = {**copy_of(finished, tmp_path), "estimators": list(named)}
+    run_pipeline(document, tracked=False)
+    found = RunRecord.load(tmp_path / "run" / "record.json")
+    session = Session.open(parse_config(document))
+    assert found.methods == (UNIFORM, *named, CHOSEN)
+    for budget in session.budgets:
+        safe = [record.find(budget.name, method) for method in SAFE]
+        assert found.find(budget.name, CHOSEN).loss_shipped <= min(row.loss_shipped for row in safe) + 1e-12
+        assert {c.assignment for c in found.candidates if (c.budget, c.origin) == (budget.name, "layerwise")} == {
+            row.assignment for row in safe if row.method == "layerwise"
+        }
+    predicting = {c.predicted_by for c in found.candidates if c.origin in (UNIFORM, *TEMPERED)}
+    assert predicting == ({"layerwise"} if named == ("tempered2",) else set(named))
+    assert all(c.loss_predicted is not None for c in found.candidates)
+    # what is read back knows who proposed what, also where two proposed the same
+    known = {(p.budget.name, p.method, p.assignment) for p in recorded(StoredRun.open(tmp_path / "run"), session)}
+    assert known == {(c.budget, c.origin, c.assignment) for c in found.candidates}
 
 
 def test_show_prints_every_candidate(finished, record):
