@@ -1,7 +1,6 @@
 """Workers behind a Dask client, shared by every kind of cluster that is one."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +31,6 @@ PATROL = 5.0  # seconds between looks at whether there are workers, while no tas
 # Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
 # 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # where Linux gives them to who asks
 KEPT = "what was measured is kept: start it again, and the same command goes on from there"
 
 
@@ -209,13 +207,7 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
 def threads(settings: ClusterSettings) -> dict[str, str]:
     """Environment of a worker: libraries size their thread pools and the allocator its limits, before any code of ours runs."""
     sizes = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads_per_worker))
-    return sizes | allocator()
-
-
-def allocator() -> dict[str, str]:
-    """Environment of a process that computes: glibc's limits and huge pages. The user's own GLIBC_TUNABLES come last, and win."""
-    tunables = [HUGE_PAGES, *filter(None, [os.environ.get("GLIBC_TUNABLES")])]
-    return ALLOCATOR | {"GLIBC_TUNABLES": ":".join(tunables)}
+    return sizes | ALLOCATOR
 
 
 def scheduler_environment() -> dict[str, str]:
@@ -228,7 +220,7 @@ def configure() -> None:
     import dask
 
     dask.config.set({f"distributed.scheduler.{name}": value for name, value in SCHEDULER.items()})
-    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in allocator().items()})
+    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 
 
 def quiet() -> None:

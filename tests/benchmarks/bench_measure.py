@@ -34,7 +34,7 @@ from clado.probes import Plan, Tile
 from clado.quantizers import WeightQuantizer
 from clado.shards import Store
 from clado.tracing import compile_graph
-from flows.clusters._dask import allocator
+from flows.clusters._dask import ALLOCATOR
 
 HERE = Path(__file__).parent
 SIZE, IMAGES, MANY, BITS, ROUNDS = 64, 16, 64, (2, 4, 8), 5
@@ -505,7 +505,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "MEASURE.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ |= allocator()  # heeded from a process's start on
+    os.environ |= ALLOCATOR  # heeded from a process's start on
     one_thread = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1)
     results = []
     with tempfile.TemporaryDirectory() as folder, one_thread:

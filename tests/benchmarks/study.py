@@ -487,8 +487,7 @@ def main() -> None:
         if case[0] in options.networks and case[1] in options.spaces and case[2] in options.settings
     ]
     # as the workers of a run
-    glibc = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)} | glibc
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         asked = {pool.submit(work, job): job.case for job in jobs}
         wrong = [f"{case}: {error}" for running, case in asked.items() if (error := running.exception()) is not None]

@@ -7,16 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dask
 import pytest
 
-from clado.config import ClusterSettings, parse_config
+from clado.config import parse_config
 from clado.errors import ConfigurationError, ServerError
 from clado.plugins import PACKAGE
 from flows import clusters
 from flows.clusters import local_gpus
 from flows.clusters._certificates import make_certificates
-from flows.clusters._dask import configure, threads
 from flows.clusters._inspection import Inspection, located, versions
 from flows.clusters._tls import security
 from tests.contracts.cluster import ClusterContract, configuration
@@ -270,24 +268,6 @@ def test_certificates_are_for_nobody_else_and_overwrite_nothing(tmp_path):
     assert {"localhost", "node1"} <= set(names.get_values_for_type(x509.DNSName))
     assert {"127.0.0.1", "10.0.0.7"} <= {str(ip) for ip in names.get_values_for_type(x509.IPAddress)}
     assert not cert.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-
-
-@pytest.mark.parametrize(
-    ("own", "expected"),
-    [
-        (None, "glibc.malloc.hugetlb=1"),
-        ("", "glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=1:glibc.malloc.hugetlb=0"),  # glibc heeds the last
-        ("glibc.pthread.rseq=0", "glibc.malloc.hugetlb=1:glibc.pthread.rseq=0"),
-    ],
-)
-def test_workers_ask_for_huge_pages_and_the_users_tunables_win(own, expected, monkeypatch):
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    if own is not None:
-        monkeypatch.setenv("GLIBC_TUNABLES", own)
-    configure()
-    environments = [threads(ClusterSettings()), dask.config.get("distributed.nanny.pre-spawn-environ")]
-    assert [environment["GLIBC_TUNABLES"] for environment in environments] == [expected] * 2
 
 
 def test_tls_settings_reach_dask(tmp_path):
