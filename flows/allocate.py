@@ -219,7 +219,7 @@ def _surrogate(run: Run) -> InteractionMatrix:
 
 
 def _predictor(run: Run) -> InteractionMatrix | None:
-    """The matrix that predicts losses where the one that proposed has none: of PREDICTING, or else any that predicts."""
+    """The matrix that predicts losses where the one that proposed has none: of PREDICTING, else any that predicts."""
     known = {**run.matrices, **run.beside}
     return next((known[n] for n in dict.fromkeys((*PREDICTING, *known)) if n in known and not known[n].ranking_only), None)
 

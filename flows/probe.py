@@ -71,8 +71,7 @@ def probe(session: Session, own_start: float) -> Eta:
     validation = shipped_and_plain * len(session.slices.validation)
     competing = _num_competing(session)
     sensitivity = (shipped_and_plain + competing) * len(session.slices.sensitivity)
-    # a final correction is a pass over the calibration images
-    calibration = (networks + competing) * len(session.slices.calibration) if session.has_probe_model else 0
+    calibration = (networks + competing) * session.images_per_reestimation
     evaluation = (validation + sensitivity + calibration) * forward / workers
     return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, most)
 

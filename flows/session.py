@@ -314,7 +314,8 @@ class Session:
     @property
     def images_per_reestimation(self) -> int:
         """Forward images that batch-norm re-estimation, the only final correction, takes for each assignment: the calibration
-        images once, by whole forwards once for each batch norm; none where it is off or there is no batch norm."""
+        images once, by whole forwards once for each batch norm (at most: one that a forward meets twice is left as it is); none
+        where it is off or there is no batch norm."""
         if "batchnorm_reestimation" not in self.config.corrections:
             return 0
         norms = sum(name.endswith("running_var") for name, _ in self.loaded.model.named_buffers())

@@ -1,7 +1,7 @@
 """Where do interactions help? Networks × bits × activations × sensitivity sets × draws × {plain, corrected} × methods × budgets.
 
     python -m tests.benchmarks.study measure --data FOLDER [--jobs 2]   appends to study.jsonl; resumable, a line a cell
-    python -m tests.benchmarks.study_confirm --data FOLDER             top-1 on images that nothing chose on
+    python -m tests.benchmarks.study_confirm --data FOLDER             top-1 on images that no rule was picked on
     python -m tests.benchmarks.study_table                             writes STUDY.md and its plots
     python -m tests.benchmarks.study record [--uri URI]                each cell as a run of MLflow, once
 

@@ -1,7 +1,9 @@
-"""The study's plain answers on images that nothing chose on: `python -m tests.benchmarks.study_confirm --data FOLDER [--jobs 2]`.
+"""The study's plain answers on images that no rule was picked on.
+
+    python -m tests.benchmarks.study_confirm --data FOLDER [--jobs 2]
 
 The rule of `chosen` was picked by top-1 on the test images (notebooks/LOG.md), so what it gains there is flattered. 1,208 of the
-pool's images are in no sensitivity set, and no figure of the study is of them (the networks' checkpoints were picked on some).
+pool's images are in no sensitivity set, and no other figure of the study is of them (890 chose the networks' checkpoints).
 Every plain answer to the budgets of 2.25 to 3.5 bits is evaluated on them, once: a line of study_confirmation.jsonl for each
 case, appended as soon as it is known. STUDY.md compares by them.
 """
@@ -10,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -45,15 +48,15 @@ def assignment_of(bits: str, space: SearchSpace) -> Assignment:
     return replace(space.narrowest, bits=tuple(map(int, bits)))
 
 
-def confirm(case: Case, folder: Path) -> dict[str, Any]:
-    """A line: top-1 of a case's answers on the images that are left over."""
+def confirm(case: Case, lacking: Iterable[str], folder: Path) -> dict[str, Any]:
+    """A line: top-1 of a case's answers that are lacking on the images that are left over."""
     torch.set_num_threads(1)
     begin, where, data = time.perf_counter(), left_over(), read_fashion_mnist(folder)
     images = normalise(data["train_images"][where])
     unseen = MemorySlice(images, torch.from_numpy(data["train_labels"][where].astype(np.int64)), 10)
     study = Study(case, images)
     top1 = {}
-    for bits in answers(rows(), case):
+    for bits in lacking:
         shipped = study.shipped(assignment_of(bits, study.space))
         top1[bits] = round(count(*shipped, unseen, 0, len(unseen)).accuracy().top1 or 0.0, 6)
     names = dict(zip(("network", "space", "setting"), case, strict=True))
@@ -70,10 +73,14 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", choices=SPACES, default=list(SPACES), help="candidate bits")
     options = parser.parse_args()
     lines = [json.loads(line) for line in CONFIRMATION.read_text().splitlines()] if CONFIRMATION.exists() else []
-    done = {(line["network"], line["space"], line["setting"]): set(line["top1"]) for line in lines}
-    lacking = [c for c in cases() if c[1] in options.spaces and c[2] == "plain" and set(answers(rows(), c)) - done.get(c, set())]
+    done: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for line in lines:
+        done[line["network"], line["space"], line["setting"]] |= set(line["top1"])
+    cells = rows()
+    asked = {c: set(answers(cells, c)) - done[c] for c in cases() if c[1] in options.spaces and c[2] == "plain"}
+    lacking = {case: sorted(bits) for case, bits in asked.items() if bits}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for line in pool.map(confirm, lacking, [options.data] * len(lacking)):
+        for line in pool.map(confirm, lacking, lacking.values(), [options.data] * len(lacking)):
             with CONFIRMATION.open("a") as file:
                 file.write(json.dumps(line, separators=(",", ":")) + "\n")
             print(line["network"], line["space"], len(line["top1"]), "answers", f"{line['seconds']:.0f} s", flush=True)

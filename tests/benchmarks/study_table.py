@@ -215,9 +215,9 @@ Written by `python -m tests.benchmarks.study_table` from study.jsonl, which `pyt
 (`make study` does all). What they say: docs/where-interactions-help.md.
 
 Top-1 and cross entropy are of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of
-`chosen` was picked by them; the first table is of images that nothing chose on. Comparisons: mean difference of top-1 in points
-over all cells and the budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; answers lost by more
-than {MARGIN} points. After ±: the standard deviation of the draws.
+`chosen` was picked by them; the first table is of images that no rule was picked on. Comparisons: mean difference of top-1 in
+points over all cells and the budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; answers lost
+by more than {MARGIN} points. After ±: the standard deviation of the draws.
 """
 
 
@@ -235,7 +235,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     headers = ["against", "answers", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
     unseen, num_unseen = confirmed(found)
     if compared := comparison(unseen, "plain", "chosen"):
-        parts.append(f"## `chosen` against the others, plain, on {num_unseen:,} images that nothing chose on\n")
+        parts.append(f"## `chosen` against the others, plain, on {num_unseen:,} images that no rule was picked on\n")
         parts.append(markdown_table(headers, compared) + "\n")
         parts.append("On so few images the means can be read, and not the shares: one answer's difference is mostly chance.\n")
     for setting in SETTINGS:
@@ -258,7 +258,7 @@ def page(lines: list[dict[str, Any]]) -> str:
             f"measured again\nfor every assignment that it measures: {again[0][1]}. Pairs are measured without that.\n"
         )
     headers = ["device", "network", "space", "images", *KINDS]
-    parts.append("Seconds of measuring, on one thread of a CPU:\n\n" + markdown_table(headers, seconds(lines)) + "\n")
+    parts.append("Seconds of measuring (on a CPU: one thread):\n\n" + markdown_table(headers, seconds(lines)) + "\n")
     for what, title in ((TOP1, "Top-1 in percent"), (LOSS, "Cross entropy on the test images")):
         for setting in SETTINGS:
             parts.append(f"## {title}, {setting}\n")

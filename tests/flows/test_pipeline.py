@@ -214,7 +214,7 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(re
 def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finished, record, session):
     with np.load(finished.folder / "matrices" / "gauss_newton.npz") as file:
         values = file["values"]
-    ranking = {UNIFORM, *TEMPERED} | ({LOCAL_SEARCH} & {LOCAL_SEARCH for s in record.searches if s.surrogate in TEMPERED})
+    ranking = {UNIFORM, *TEMPERED} | {LOCAL_SEARCH for search in record.searches if search.surrogate in TEMPERED}
     for c in record.candidates:
         assert c.predicted_by == ("gauss_newton" if c.origin in ranking else "")
         if c.predicted_by or c.origin == "gauss_newton":
