@@ -36,6 +36,7 @@ from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
+Changes = NDArray[np.float32]
 Batch = tuple[Tensor, Tensor | None]
 GPU_BYTES, GPU_BATCH = 2 * 10**9, 4096  # values, and images, of one run that keep a large GPU busy
 FLOAT_LOGITS_BYTES = 2**24  # of all blocks together that a workbench keeps: 4,096 images of 1,000 classes
@@ -170,21 +171,23 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
     return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
 
 
-def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None) -> Array:
+def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None, changes: Changes | None = None) -> Array:
     """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of pairs that are none are NaN.
 
-    `known` is an earlier measurement of the tile, NaN where there is none: what it has is kept, and not measured. Raises
-    ConfigurationError for kinds whose numbers do not stand alone (`probes.BY_ENTRY`).
+    `known` is an earlier measurement of the tile, NaN where there is none: what it has is kept, and not measured. `changes`
+    (options, images, logits) are those of the logits of a Gram tile, which fills in what it measures: what it is `known` of must
+    be there. Raises ConfigurationError for kinds whose numbers do not stand alone (`probes.BY_ENTRY`).
     """
-    if known is not None and tile.kind not in BY_ENTRY:
-        raise ConfigurationError(f"{tile} cannot be measured in part; expected a kind of {', '.join(BY_ENTRY)}")
+    if known is not None and (tile.kind not in BY_ENTRY or (tile.kind == "gram" and changes is None)):
+        kinds = ", ".join(kind for kind in BY_ENTRY if kind != "gram")
+        raise ConfigurationError(f"{tile} cannot be measured in part; expected a kind of {kinds}, or gram with its changes")
     if tile.kind in OF_PAIRS:
         return _pairs(bench, tile, known)
     if tile.kind == "gradients":
         return _gradients(bench, tile)
     if tile.kind == "trace":
         return _trace(bench, tile)
-    return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile, known)
+    return _gram(bench, tile, known, changes) if tile.kind == "gram" else _singles(bench, tile, known)
 
 
 class Scores(NamedTuple):
@@ -227,15 +230,20 @@ def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:
     return sums
 
 
-def _gram(bench: Workbench, tile: Tile) -> Array:
+def _gram(bench: Workbench, tile: Tile, known: Array | None, changes: Changes | None) -> Array:
     """Row 0: what `_singles` gives, of the same forwards. Row 1: 0 and Σ_n (p − y)ᵀ u (zero for KL). Then K rows for each of
     TEMPERATURES: 0 and Σ_n u_kᵀ F_n u_l, where F = diag(q) − q qᵀ of q = softmax(z / temperature), so that with
-    v = √q (u − qᵀu) it is the Gram matrix of v: positive semidefinite up to rounding. Only one pass of u is held at a time."""
+    v = √q (u − qᵀu) it is the Gram matrix of v: positive semidefinite up to rounding. Only one pass of u is held at a time,
+    beside `changes`, all of them: what they have is not measured, and its products with what is new are taken."""
     k = bench.space.num_options
     device = bench.network.device
+    lacking = bench.plan((tile.kind,)).lacking(tile, known)
+    wanted = np.flatnonzero(lacking[1:]).tolist()
+    there = torch.tensor(np.flatnonzero(~lacking[1:]), device=device)
     sums = np.zeros((2 + len(TEMPERATURES) * k, 1 + k))
     first = torch.zeros(k, dtype=torch.float64, device=device)
     grams = torch.zeros((len(TEMPERATURES), k, k), dtype=torch.float64, device=device)
+    images = slice(0, 0)
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
         sums[0, 0] += _numpy(criterion(part.float_logits)).sum()
@@ -243,16 +251,21 @@ def _gram(bench: Workbench, tile: Tile) -> Array:
         reference = part.float_logits.to(kind)
         slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
         u = torch.empty((k, *reference.shape), dtype=kind, device=device)
-        for rows, logits in _finished_rows(bench, part, range(k)):
+        images = slice(images.stop, images.stop + len(reference))
+        if changes is not None and len(there):
+            u[there] = torch.from_numpy(changes[~lacking[1:], images]).to(device, kind)
+        for rows, logits in _finished_rows(bench, part, wanted):
             sums[0, [1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
             where = torch.tensor(rows, device=device)
             u[where] = logits - reference  # exact but for its own last digit; sums over samples are float64
             if slope is not None:
                 first[where] += (u[where] * slope).sum((1, 2))
+        if changes is not None:
+            changes[lacking[1:], images] = u.cpu().numpy()[lacking[1:]]
         _add_products(grams, u, torch.stack([(part.float_logits.double() / t).softmax(-1) for t in TEMPERATURES]))
     whole = grams.tril() + grams.tril(-1).mT
     sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy(whole).reshape(-1, k)
-    return sums
+    return sums if known is None else np.where(np.isnan(known), sums, known)
 
 
 def _add_products(grams: Tensor, u: Tensor, q: Tensor) -> None:

@@ -27,8 +27,9 @@ Kind = Literal["singles", "pairs", "gram", "block_pairs", "gradients", "trace"]
 KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram", "block_pairs", "gradients", "trace")
 OF_PAIRS: tuple[Kind, ...] = ("pairs", "block_pairs")
 OF_GRADIENTS: tuple[Kind, ...] = ("gradients", "trace")
-# kinds whose every number stands alone, so that those of a narrower space serve a wider one
-BY_ENTRY: tuple[Kind, ...] = ("singles", "pairs", "block_pairs")
+# kinds whose numbers are of one option or pair each, so that those of a narrower space serve a wider one: a Gram matrix's are,
+# where the changes of the logits that its products are of are kept as well
+BY_ENTRY: tuple[Kind, ...] = ("singles", "pairs", "block_pairs", "gram")
 MIN_BATCH, MAX_BATCH = 8, 512
 NUM_VECTORS = 8  # of Hutchinson's estimate, in each sample block
 TEMPERATURES = (1, 2, 4, 8)  # of the softmax that a Gram matrix is taken at; 1 is the float network's own
@@ -60,7 +61,8 @@ class Workload:
 @dataclass(frozen=True)
 class Plan:
     """The tiles of a measurement. `blocks` are (start, stop) ranges of the sensitivity set; `num_vectors` random vectors estimate
-    each trace, and `seed` seeds what is drawn for gradients."""
+    each trace, and `seed` seeds what is drawn for gradients. `num_logits` are an image's, whose changes are kept beside
+    Gram matrices; 0: none are, and a wider space measures these tiles whole."""
 
     space: SearchSpace
     blocks: tuple[tuple[int, int], ...]
@@ -68,6 +70,7 @@ class Plan:
     rows_per_tile: int
     num_vectors: int = NUM_VECTORS
     seed: int = 0
+    num_logits: int = 0
 
     @property
     def num_images(self) -> int:
@@ -104,6 +107,11 @@ class Plan:
             return k, k
         return {"gram": (2 + len(TEMPERATURES) * k, 1 + k), "gradients": (2, 1 + k)}.get(kind, (1 + k,))
 
+    @property
+    def changes_shape(self) -> tuple[int, int, int]:
+        """(options, images, logits) of the changes that are kept of a sample block, as many images as the largest has."""
+        return self.space.num_options, max(stop - start for start, stop in self.blocks), self.num_logits
+
     def terms(self, kind: Kind) -> dict[str, Any]:
         """What the numbers of a kind depend on beside the store's identity: plain data, kept beside them."""
         if kind == "block_pairs":
@@ -120,13 +128,13 @@ class Plan:
         wanted: NDArray[np.bool_] = np.ones(1 + self.space.num_options, dtype=bool)
         if tile.kind in OF_PAIRS:
             wanted = pair_mask(self.space, tile.kind, range(tile.first, tile.stop))
+        if known is not None and tile.kind == "gram":
+            known = known[0]  # the losses: one forward gives an option's loss and its products
         return wanted if known is None else wanted & np.isnan(known)
 
     def evaluations(self, tile: Tile, known: Array | None = None) -> int:
         """Probes that a tile measures on its sample block beside those `known`; a forward of the float network counts as one."""
-        if tile.kind in OF_GRADIENTS:
-            return 1
-        return int(self.lacking(tile, known).sum()) if tile.kind in BY_ENTRY else 1 + self.space.num_options
+        return 1 if tile.kind in OF_GRADIENTS else int(self.lacking(tile, known).sum())
 
     def forward_images(self, tiles: Iterable[Tile]) -> int:
         """Σ over tiles of probes × images: what whole forwards would push through the network."""
@@ -154,8 +162,7 @@ class Plan:
         suffix = (*workload.suffix_macs, 0)
         behind = np.array([suffix[option.layer] for option in self.space.options], dtype=object)  # integers of any size
         if tile.kind not in OF_PAIRS:
-            alone = self.lacking(tile, known)[1:] if tile.kind in BY_ENTRY else np.ones(self.space.num_options, dtype=bool)
-            return int(workload.macs + behind[alone].sum()) * self.block_images(tile.block)
+            return int(workload.macs + behind[self.lacking(tile, known)[1:]].sum()) * self.block_images(tile.block)
         per_image, lacking = 0, self.lacking(tile, known)
         for row, wanted in enumerate(lacking, tile.first):
             if wanted.any():
@@ -169,7 +176,8 @@ class Plan:
 
     def stored_bytes(self) -> int:
         """Bytes of all chunks before compression."""
-        return 8 * len(self.blocks) * sum(math.prod(self.shape(kind)) for kind in self.kinds)
+        changes = 4 * math.prod(self.changes_shape) if "gram" in self.kinds else 0
+        return len(self.blocks) * (8 * sum(math.prod(self.shape(kind)) for kind in self.kinds) + changes)
 
 
 def later_layers(space: SearchSpace, kind: Kind, layer: int) -> Sequence[int]:

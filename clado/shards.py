@@ -8,6 +8,7 @@ holds one cell per tile, written after the tile: a tile of NaNs is not a missing
       counts       (blocks,)            images per sample block
       singles/sums (blocks, 1 + K)      singles/done (blocks, 1)
       pairs/sums   (blocks, K, K)       pairs/done   (blocks, row tiles)
+      gram/sums    (blocks, 2 + TK, 1 + K)              gram/changes (blocks, K, images, logits), float32: what products are of
       …                                 the other kinds of `probes.py`, each a group with its shape behind the blocks
 
 A kind whose numbers depend on more than the identity keeps that as the attribute `terms` of its group; under other terms its
@@ -39,7 +40,7 @@ from zarr.core.sync import sync
 
 from clado.config import fingerprint, redact
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
-from clado.probes import BY_ENTRY, KINDS, OF_PAIRS, Kind, Plan, Tile
+from clado.probes import BY_ENTRY, KINDS, OF_PAIRS, TEMPERATURES, Kind, Plan, Tile
 from clado.space import Layer, SearchSpace
 
 FORMAT = "clado-store/1"
@@ -52,7 +53,8 @@ NAMES: dict[Kind, tuple[str, ...]] = {
     "trace": ("probe",),
 }
 Array = NDArray[np.float64]
-DTYPES: dict[str, np.dtype[Any]] = {"sums": np.dtype("f8"), "done": np.dtype("u1")}
+Changes = NDArray[np.float32]
+DTYPES: dict[str, np.dtype[Any]] = {"sums": np.dtype("f8"), "done": np.dtype("u1"), "changes": np.dtype("f4")}
 DONE, IN_PART = 1, 2
 RESTORE = "restore the store from a copy"
 
@@ -129,16 +131,17 @@ class Store:
         """
         blocks = len(plan.blocks)
         for kind in (kind for kind in KINDS if self._is_there(kind)):
-            for part in ("sums", "done"):
-                array = self._array(f"{kind}/{part}")
-                array.resize((blocks, *array.shape[1:]))
+            for part in ("sums", "done", "changes"):
+                if part != "changes" or self._opened(f"{kind}/{part}") is not None:
+                    array = self._array(f"{kind}/{part}")
+                    array.resize((blocks, *array.shape[1:]))
         self._arrays.clear()
         _write_counts(self.group, plan)
         self.group.attrs["coverage"] = dict(coverage)
 
     def widen(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
         """Makes room for the options that the plan has beside this store's, its sample blocks being those of the store. What is
-        known of singles and pairs is carried over, entry by entry; of other kinds a tile is measured anew.
+        known of singles, pairs and Gram matrices is carried over, entry by entry; of other kinds a tile is measured anew.
 
         The attributes are written last and at once: a process that dies before leaves the store as it was, and widening again
         is harmless.
@@ -150,7 +153,7 @@ class Store:
             _create_kind(wider._kinds, plan, kind)
         for tile in replace(plan, kinds=BY_ENTRY).tiles:
             if (known := self.known(plan, tile)) is not None:
-                wider._put(tile, known, IN_PART if plan.lacking(tile, known).any() else DONE)
+                wider._put(tile, known, IN_PART if plan.lacking(tile, known).any() else DONE, self.changes(plan, tile, known))
         self.group.attrs.update(coverage=dict(coverage), rows_per_tile=plan.rows_per_tile, at=at)
         for name in {*self.group.keys()} - {"counts", at}:  # the narrow kinds, and what a process that died left
             del self.group[name]
@@ -166,21 +169,54 @@ class Store:
         if self._compared[0] is not plan.space:  # a run asks with one plan for every tile
             self._compared = plan.space, self.space.places_in(plan.space)
         places = self._compared[1]
-        if places == tuple(range(plan.space.num_options)):
-            return self._read_marked(tile, {IN_PART}) if self._kinds.path else None
-        if places is None or not self._is_there(tile.kind):
+        as_wide = places == tuple(range(plan.space.num_options))
+        if places is None or (as_wide and not self._kinds.path) or not self._is_there(tile.kind):
             return None
+        if tile.kind == "gram" and not self._has_changes(plan, tile):
+            return None
+        if as_wide:
+            return self._read_marked(tile, {IN_PART})
         narrow = replace(plan, space=self.space, kinds=(tile.kind,), rows_per_tile=self.rows_per_tile)
         wide, columns = np.full(plan.shape(tile.kind), np.nan), np.array(places)
         for held in narrow.tiles:
             if held.block == tile.block and (sums := self._read_marked(held, {DONE, IN_PART})) is not None:
                 if tile.kind in OF_PAIRS:
                     wide[np.ix_(columns[held.first : held.stop], columns)] = sums
+                elif tile.kind == "gram":
+                    below = 2 + np.add.outer(np.arange(len(TEMPERATURES)) * plan.space.num_options, columns).ravel()
+                    wide[np.ix_([0, 1, *below], [0, *(1 + columns)])] = sums
                 else:
                     wide[[0, *(1 + columns)]] = sums
         if tile.kind in OF_PAIRS:
             wide = wide[tile.first : tile.stop]
         return None if np.isnan(wide).all() else wide
+
+    def changes(self, plan: Plan, tile: Tile, known: Array | None) -> Changes | None:
+        """The changes of the logits of a Gram tile, NaN where nothing is `known` of an option; None where none are kept. The plan
+        may have more options than this store. StoreError where they cannot be read."""
+        if tile.kind != "gram" or not plan.num_logits:
+            return None
+        found = np.full(plan.changes_shape, np.nan, dtype=np.float32)
+        if known is not None:
+            places = self.space.places_in(plan.space)
+            held = self._array("gram/changes")
+            try:
+                values = np.asarray(held[tile.block])
+            except Exception as error:  # as in `read`
+                raise StoreError(f"the changes of {tile} in {self.path} are damaged ({error}); {self._remedy('gram')}") from error
+            number = min(values.shape[1], found.shape[1])
+            found[list(places or ()), :number] = values[:, :number]
+        return found
+
+    def _has_changes(self, plan: Plan, tile: Tile) -> bool:
+        """Whether the changes of a Gram tile are there, for the plan's terms and images, and can be read."""
+        with suppress(Exception):  # whatever is wrong: they can be measured again
+            held = self._array("gram/changes")
+            whole = held.shape[2] >= plan.block_images(tile.block) and held.shape[3] == plan.num_logits
+            whole = whole and self._opened("gram").attrs.get("terms") == plan.terms("gram")
+            key = "/".join([*filter(None, [self._kinds.path]), "gram/changes/c", str(tile.block), "0/0/0"])
+            return whole and bool(sync(self.group.store.exists(key))) and held[tile.block] is not None
+        return False
 
     def _read_marked(self, tile: Tile, marks: set[int]) -> Array | None:
         """The sums of a tile with one of these marks in `done`, None where it has another or cannot be read."""
@@ -242,7 +278,7 @@ class Store:
         if not self._is_there(kind) or self._opened(kind).attrs.get("terms", {}) != plan.terms(kind):
             return False
         own = replace(plan, blocks=plan.blocks[: len(self.counts)])  # the plan may be of a store that is yet to grow
-        for part, (shape, chunks) in _geometry(own, kind).items():
+        for part, (shape, chunks) in _geometry(replace(own, num_logits=0), kind).items():
             array = self._array(f"{kind}/{part}")
             # a growth that was cut short leaves more blocks than the coverage has
             found, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
@@ -287,12 +323,15 @@ class Store:
     def _where(self, tile: Tile) -> tuple[Any, ...]:
         return (tile.block, slice(tile.first, tile.stop)) if tile.kind in OF_PAIRS else (tile.block,)
 
-    def write(self, tile: Tile, sums: Array) -> None:
+    def write(self, tile: Tile, sums: Array, changes: Changes | None = None) -> None:
         """Writes one tile whole, then marks it done; StoreError where the disk takes neither."""
-        self._put(tile, sums, DONE)
+        self._put(tile, sums, DONE, changes)
 
-    def _put(self, tile: Tile, sums: Array, mark: int) -> None:
+    def _put(self, tile: Tile, sums: Array, mark: int, changes: Changes | None = None) -> None:
         try:
+            if changes is not None and self._opened("gram/changes") is not None:
+                kept = self._array("gram/changes")
+                kept[tile.block] = _padded(changes, kept.shape[2])
             self._array(f"{tile.kind}/sums")[self._where(tile)] = sums
             self._array(f"{tile.kind}/done")[tile.block, tile.number] = mark
         except OSError as error:
@@ -371,12 +410,20 @@ class Store:
         return np.array([stop - start for start, stop in self.coverage["blocks"]], dtype=np.int64)
 
 
+def _padded(changes: Changes, num_images: int) -> Changes:
+    """The same for `num_images`: NaN for those that a block has not; of one that was cut larger than the first, what fits."""
+    found = np.full((len(changes), num_images, changes.shape[2]), np.nan, dtype=np.float32)
+    found[:, : changes.shape[1]] = changes[:, :num_images]
+    return found
+
+
 def _geometry(plan: Plan, kind: Kind) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Shape and chunks of the arrays of one kind: one chunk a tile."""
     shape, blocks, rows = plan.shape(kind), len(plan.blocks), kind in OF_PAIRS
     chunks = (1, plan.rows_per_tile, *shape[1:]) if rows else (1, *shape)
     tiles = plan.num_row_tiles if rows else 1
-    return {"sums": ((blocks, *shape), chunks), "done": ((blocks, tiles), (1, 1))}
+    kept = {"changes": ((blocks, *plan.changes_shape), (1, *plan.changes_shape))} if kind == "gram" and plan.num_logits else {}
+    return {"sums": ((blocks, *shape), chunks), "done": ((blocks, tiles), (1, 1)), **kept}
 
 
 def _create_kind(group: zarr.Group, plan: Plan, kind: Kind) -> None:
@@ -388,17 +435,11 @@ def _create_kind(group: zarr.Group, plan: Plan, kind: Kind) -> None:
         "serializer": BytesCodec(),
         "filters": None,
     }
-    kept.create_array(
-        "sums",
-        shape=geometry["sums"][0],
-        chunks=geometry["sums"][1],
-        dtype=DTYPES["sums"],
-        fill_value=np.nan,
-        dimension_names=("block", *NAMES[kind]),
-        **options,
-    )
-    shape, chunks = geometry["done"]
-    kept.create_array("done", shape=shape, chunks=chunks, dtype=DTYPES["done"], fill_value=0, **options)
+    for part, names in (("sums", NAMES[kind]), ("changes", ("option", "image", "logit")), ("done", ("tile",))):  # `done` is last
+        if part in geometry:
+            shape, chunks = geometry[part]
+            form: dict[str, Any] = {"shape": shape, "chunks": chunks, "dtype": DTYPES[part], "dimension_names": ("block", *names)}
+            kept.create_array(part, fill_value=0 if part == "done" else np.nan, **form, **options)
     if plan.terms(kind):
         kept.attrs["terms"] = plan.terms(kind)
 

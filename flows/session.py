@@ -166,7 +166,7 @@ class Session:
 
     def _unreadable(self, *slices: ImageSlice) -> list[str]:
         """Names of images that cannot be read, where some are allowed; refuses what else is wrong with an image."""
-        classes = int(self.float_network.logits(self.float_network.example).shape[1])
+        classes = self.num_logits
         names: list[str] = []
         for images in slices:
             found: dict[int, str] = {}
@@ -356,7 +356,12 @@ class Session:
             )
             rows = rows_per_tile(self.float_network, self.space, batching, self.memory_limit)
         drawn = self.config.gradients
-        return Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed)
+        return Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed, self.num_logits if "gram" in kinds else 0)
+
+    @cached_property
+    def num_logits(self) -> int:
+        """Logits of an image."""
+        return int(self.float_network.logits(self.float_network.example).shape[1])
 
     def store_todo(self) -> dict[Tile, NDArray[np.float64] | None]:
         """Tiles that are not measured yet, and what is known of them."""

@@ -70,7 +70,8 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     session = open_session(document)
     begin = time.perf_counter()
     known = session.store.known(session.plan, tile)
-    session.store.write(tile, measure_tile(session.bench, tile, known))
+    changes = session.store.changes(session.plan, tile, known)
+    session.store.write(tile, measure_tile(session.bench, tile, known, changes), changes)
     return Receipt(tile, session.plan.evaluations(tile, known), time.perf_counter() - begin)
 
 

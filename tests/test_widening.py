@@ -1,6 +1,8 @@
 """A store widens: a further bit-width or layer measures its own probes and nothing else, and the numbers are those of one go."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from clado.config import parse_config
 from clado.errors import ConfigurationError, IdentityMismatch
 from clado.measure import measure_tile
 from clado.network import Network
+from clado.probes import TEMPERATURES, Tile
 from clado.records import RunRecord
 from clado.shards import Store
 from flows import worker
@@ -222,13 +225,83 @@ def test_equalization_allows_more_bits_and_refuses_more_layers_which_it_would_sc
     assert measure(wide) == work(wide) - work(narrow)
 
 
+GRAM = {"estimators": ["layerwise", "gauss_newton"]}
+
+
+@pytest.mark.parametrize(
+    ("addition", "graph"), [*((addition, False) for addition in ADDITIONS), ("a bit-width and layers", True)]
+)
+def test_a_gram_matrix_grows_by_the_forwards_of_what_is_new_and_keeps_the_old_bit_for_bit(tmp_path, addition, graph):
+    def session(folder: str, **changed) -> Session:
+        changed = {**GRAM, **({"activations": {"bits": [8]}} if "activation" in addition else {}), **changed}
+        return session_of(tmp_path / folder, **{**changed, "network": {**changed.get("network", {}), "graph": graph}})
+
+    narrow = session("grown")
+    assert measure(narrow) == work(narrow)
+    before = gathered(narrow)["gram"]
+    wide = session("grown", **ADDITIONS[addition])
+    predicted = sum(wide.plan.evaluations(tile, known) for tile, known in wide.store_todo().items())
+    counted = [0]
+    module = sys.modules[measure_tile.__module__]
+    finished = module._finished_rows
+    with pytest.MonkeyPatch.context() as counting:
+        counting.setattr(module, "_finished_rows", lambda b, p, rows: counted.append(len(rows)) or finished(b, p, rows))
+        assert measure(wide) == predicted == work(wide) - work(narrow)
+    blocks, places = len(narrow.blocks), np.array(narrow.space.places_in(wide.space))
+    fresh = (len(wide.blocks) - blocks) * wide.space.num_options
+    assert sum(counted) == blocks * (wide.space.num_options - len(places)) + fresh  # rows that ran
+    after, k = gathered(wide)["gram"], wide.space.num_options
+    rows = [0, 1, *(2 + t * k + place for t in range(len(TEMPERATURES)) for place in places)]
+    assert after[:blocks][:, rows][:, :, [0, *(1 + places)]].tobytes() == before.tobytes()
+    data = {**ADDITIONS[addition].get("data", {}), "sample_blocks": len(wide.blocks)}
+    once = session("once", **{**ADDITIONS[addition], "data": data})
+    assert measure(once) == work(wide)
+    assert_same(gathered(wide), gathered(once))
+    assert measure(session("grown", **ADDITIONS[addition])) == 0
+
+
+def test_a_gram_matrix_grows_twice_and_from_what_was_measured_in_part(tmp_path):
+    measure(session_of(tmp_path / "run", **GRAM))
+    wide = session_of(tmp_path / "run", **GRAM, **MORE_BITS)
+    first, _ = wide.open_store().missing(wide.plan)
+    spent = worker.run_tile(wide.config.model_dump(mode="json"), first).evaluations
+    widest = session_of(tmp_path / "run", **GRAM, bits=[2, 4, 6, 8])
+    layers = widest.space.num_layers
+    assert (spent, measure(widest)) == (layers, layers + 2 * layers)
+    once = session_of(tmp_path / "once", **GRAM, bits=[2, 4, 6, 8])
+    measure(once)
+    assert_same(gathered(widest), gathered(once))
+
+
+@pytest.mark.parametrize("when", ["before the store is wider", "after"])
+@pytest.mark.parametrize("fault", ["damaged", "gone", "never kept"])
+def test_a_gram_matrix_whose_changes_are_not_there_is_measured_whole(tmp_path, when, fault):
+    narrow = session_of(tmp_path / "run", **GRAM)
+    measure(narrow)
+    wide = session_of(tmp_path / "run", **GRAM, **MORE_BITS)
+    if when == "after":
+        wide.open_store()
+    (kept,) = narrow.store_path.rglob("changes")
+    chunk = kept / "c" / "1" / "0" / "0" / "0"
+    if fault == "damaged":
+        chunk.write_bytes(chunk.read_bytes()[:-7])
+    else:
+        shutil.rmtree(kept if fault == "never kept" else chunk.parent)  # earlier versions kept none
+    lost = 2 if fault == "never kept" else 1
+    assert measure(wide) == (2 - lost) * wide.space.num_layers + lost * (1 + wide.space.num_options)
+    once = session_of(tmp_path / "once", **GRAM, **MORE_BITS)
+    measure(once)
+    assert_same(gathered(wide), gathered(once))
+
+
 def test_kinds_whose_numbers_do_not_stand_alone_are_measured_whole(tmp_path):
-    base = {"estimators": ["gauss_newton", "mpqco"]}
+    base = {"estimators": ["mpqco"]}
     measure(session_of(tmp_path / "run", **base))
     wide = session_of(tmp_path / "run", **base, **MORE_BITS)
     assert measure(wide) == work(wide)
-    with pytest.raises(ConfigurationError, match=r"gram.*in part.*singles, pairs, block_pairs"):
-        measure_tile(wide.bench, wide.plan.tiles[0], np.zeros(wide.plan.shape("gram")))
+    for tile, kind in ((wide.plan.tiles[0], "gradients"), (Tile("gram", 0), "gram")):
+        with pytest.raises(ConfigurationError, match=r"in part.*singles, pairs, block_pairs, or gram with its changes"):
+            measure_tile(wide.bench, tile, np.zeros(wide.plan.shape(kind)))
     once = session_of(tmp_path / "once", **base, **MORE_BITS)
     measure(once)
     assert_same(gathered(wide), gathered(once))
