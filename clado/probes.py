@@ -176,8 +176,12 @@ class Plan:
 
     def stored_bytes(self) -> int:
         """Bytes of all chunks before compression."""
-        changes = 4 * math.prod(self.changes_shape) if "gram" in self.kinds else 0
-        return len(self.blocks) * (8 * sum(math.prod(self.shape(kind)) for kind in self.kinds) + changes)
+        return 8 * len(self.blocks) * sum(math.prod(self.shape(kind)) for kind in self.kinds) + self.changes_bytes
+
+    @property
+    def changes_bytes(self) -> int:
+        """Bytes of the changes of the logits among them."""
+        return 4 * len(self.blocks) * math.prod(self.changes_shape) if "gram" in self.kinds else 0
 
 
 def later_layers(space: SearchSpace, kind: Kind, layer: int) -> Sequence[int]:

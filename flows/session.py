@@ -44,6 +44,7 @@ from clado.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.space import Assignment, SearchSpace
 
 EVALUATION_SHARD = 2500  # validation images of one Dask task
+CHANGES_BYTES = 2**30  # of the logits, kept for a wider space at most: 1,000 images of 1,000 classes and 260 options
 EVALUATED_TOGETHER = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
 Variant = Literal["shipped", "probe_model", "plain"]
 
@@ -356,7 +357,8 @@ class Session:
             )
             rows = rows_per_tile(self.float_network, self.space, batching, self.memory_limit)
         drawn = self.config.gradients
-        return Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed, self.num_logits if "gram" in kinds else 0)
+        plan = Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed, self.num_logits if "gram" in kinds else 0)
+        return plan if plan.changes_bytes <= CHANGES_BYTES else replace(plan, num_logits=0)
 
     @cached_property
     def num_logits(self) -> int:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,16 @@ def test_a_gram_matrix_whose_changes_are_not_there_is_measured_whole(tmp_path, w
     once = session_of(tmp_path / "once", **GRAM, **MORE_BITS)
     measure(once)
     assert_same(gathered(wide), gathered(once))
+
+
+def test_changes_of_more_bytes_than_are_kept_are_measured_again(tmp_path, monkeypatch):
+    narrow = session_of(tmp_path / "run", **GRAM)
+    assert narrow.plan.changes_bytes == narrow.plan.stored_bytes() - replace(narrow.plan, num_logits=0).stored_bytes() > 0
+    monkeypatch.setattr("flows.session.CHANGES_BYTES", narrow.plan.changes_bytes - 1)
+    measure(session_of(tmp_path / "run", **GRAM))
+    assert not [*narrow.store_path.rglob("changes")]
+    wide = session_of(tmp_path / "run", **GRAM, **MORE_BITS)
+    assert measure(wide) == work(wide)
 
 
 def test_kinds_whose_numbers_do_not_stand_alone_are_measured_whole(tmp_path):
