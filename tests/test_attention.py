@@ -8,6 +8,9 @@ from torch import nn
 from clado.attention import Movement, images_first
 from clado.network import Network
 from clado.tracing import export
+from tests import tolerance
+
+pytestmark = pytest.mark.numeric
 
 ORDERS = {"aten.transpose.int", "aten.permute.default"}
 
@@ -80,7 +83,7 @@ def test_the_graph_computes_what_the_module_does_for_any_number_of_images(name, 
     network = Network(model, tokens(2, length))
     for count in (1, 2, 3, 7):
         with torch.no_grad():
-            torch.testing.assert_close(network.logits(tokens(count, length)), model(tokens(count, length)), atol=1e-6, rtol=1e-5)
+            tolerance.close(network.logits(tokens(count, length)), model(tokens(count, length)))
 
 
 @pytest.mark.parametrize("name", ["images first", "positions first", "one head", "no bias"])

@@ -7,7 +7,10 @@ from clado.config import NetworkSettings
 from clado.errors import NetworkError
 from clado.network import Network
 from clado.quantizers import ActivationGrid, QuantizedLayer, WeightQuantizer
+from tests import tolerance
 from tests.networks import Attention, Normed, Recurrent, Residual, build, images
+
+pytestmark = pytest.mark.numeric
 
 
 def compiled(network: Network, backend: str = "eager") -> Network:
@@ -26,9 +29,9 @@ def check(network: Network, own: Network) -> None:
                 x = images(count)
                 state = network.advance(network.begin(x), i)
                 expected = network.finish(state, replaced)
-                assert float((own.finish(own.advance(own.begin(x), i), replaced) - expected).abs().max()) <= 1e-5
+                tolerance.close(own.finish(own.advance(own.begin(x), i), replaced), expected)
                 stacked = own.finish(own.stack([own.advance(own.begin(x), i)] * 2, i), replaced)
-                assert float((stacked - torch.cat([expected, expected])).abs().max()) <= 1e-5
+                tolerance.close(stacked, torch.cat([expected, expected]))
 
 
 @pytest.mark.parametrize("kind", [Residual, Attention, Recurrent])
@@ -45,8 +48,8 @@ def test_a_bias_where_there_was_none_is_another_program() -> None:
     layer = network.graph.biases.index(None)
     given = {layer: QuantizedLayer(network.weights[layer], torch.ones(network.layers[layer].num_channels))}
     for replaced in ({}, given, {}, given):
-        assert float((own.logits(x, replaced) - network.logits(x, replaced)).abs().max()) <= 1e-5
-    assert float((own.logits(x, given) - own.logits(x)).abs().max()) > 1e-3
+        tolerance.close(own.logits(x, replaced), network.logits(x, replaced))
+    assert float((own.logits(x, given) - own.logits(x)).abs().max()) > 3 * tolerance.FORWARD
 
 
 def test_each_place_is_compiled_once_and_no_more() -> None:

@@ -14,7 +14,8 @@ from clado.plugins import available
 from clado.preparation import Prepared, Recipe, layer_sample, prepare
 from clado.quantizers import Codes, Grid, QuantizedLayer, WeightQuantizer
 from clado.space import Layer
-from tests.contracts.correction import NUM_IMAGES, SPLIT, CorrectionContract, calibration, corrected, network_of
+from tests import tolerance
+from tests.contracts.correction import NUM_IMAGES, SPLIT, STATISTICS, CorrectionContract, calibration, corrected, network_of
 from tests.networks import (
     Attention,
     Normed,
@@ -29,6 +30,8 @@ from tests.networks import (
     renormalised,
     replaced_logits,
 )
+
+pytestmark = pytest.mark.numeric
 
 
 class TestOutputStatistics(CorrectionContract):
@@ -78,9 +81,11 @@ def check_moments(ready: Prepared, option: int, deviation: bool = True) -> None:
     model, x = ready.network.model, torch.cat(calibration())
     name = ready.space.layers[ready.space.options[option].layer].name
     floats, ours = (outputs(rebuilt(model, layers), name, x) for layers in ({}, {name: ready.layers[option]}))
-    torch.testing.assert_close(ours.mean(1), floats.mean(1), rtol=1e-4, atol=5e-5)
+    # observations are added up in float32
+    share = tolerance.FORWARD + tolerance.of_forward(1, floats.shape[1])
+    tolerance.close(ours.mean(1), floats.mean(1), share)
     if deviation:
-        torch.testing.assert_close(ours.std(1), floats.std(1), rtol=1e-3, atol=5e-5)
+        tolerance.close(ours.std(1), floats.std(1), share)
 
 
 @pytest.mark.parametrize("kind", [Residual, Attention, Volume, Normed, SPLIT])
@@ -120,7 +125,7 @@ def test_corrected_layers_together_ship_as_the_state_of_the_module(kind):
         model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(torch.zeros_like(state[name]))
     model.load_state_dict(state)
     with torch.inference_mode():
-        torch.testing.assert_close(model(images(4)), network.logits(images(4), chosen), rtol=1e-5, atol=1e-5)
+        tolerance.close(model(images(4)), network.logits(images(4), chosen))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Tied, "second.weight"), (Recurrent, "again.weight")])
@@ -166,7 +171,7 @@ def test_a_channel_that_is_always_zero_keeps_its_scale_and_its_bias():
     before = plain_layer(weight)
     (made,) = output_statistics.correct(sample_of(weight, torch.randn(40, 6), bias), [before])
     assert torch.equal(made.grid.scale[2], before.grid.scale[2])
-    assert float(made.bias[2]) == pytest.approx(0.25)
+    assert float(made.bias[2]) == pytest.approx(0.25, rel=tolerance.of_sum(40))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in (made.weight, made.bias, made.grid.scale))
 
 
@@ -180,7 +185,9 @@ def test_inputs_that_never_vary_change_no_scale(value):
     assert torch.equal(made.grid.scale, before.grid.scale)
     x = torch.full((1, 67), value)
     expected = F.linear(x, weight, torch.arange(10.0))
-    torch.testing.assert_close(F.linear(x, made.weight, made.bias), expected, rtol=1e-5, atol=1e-5 * max(1.0, value))
+    # two sums of 67 products of about `value`, and a mean over 100
+    share = tolerance.of_forward(2, 67) + tolerance.of_forward(1, 100)
+    tolerance.close(F.linear(x, made.weight, made.bias), expected, share, least=max(1.0, value * 67**0.5))
 
 
 def test_a_channel_that_rounds_to_zero_gets_the_mean_and_keeps_its_scale():
@@ -189,7 +196,8 @@ def test_a_channel_that_rounds_to_zero_gets_the_mean_and_keeps_its_scale():
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 1
     (made,) = output_statistics.correct(sample_of(weight, x), [QuantizedLayer(grid.fake_quantize(weight), None, None, grid)])
     assert torch.equal(made.weight[0], torch.zeros(3))
-    torch.testing.assert_close(F.linear(x, made.weight, made.bias).mean(0), F.linear(x, weight).mean(0), rtol=1e-5, atol=1e-6)
+    share = tolerance.of_forward(2, 3) + tolerance.of_forward(2, 40)
+    tolerance.close(F.linear(x, made.weight, made.bias).mean(0), F.linear(x, weight).mean(0), share)
     assert float(made.grid.scale[0]) == 1.0
 
 
@@ -216,6 +224,8 @@ NORMED = pytest.mark.parametrize("kind", [Residual, Normed])
 @pytest.mark.parametrize("names", [(), ("output_statistics",)], ids=["alone", "behind output statistics"])
 def test_statistics_are_those_of_the_quantized_module_run_batch_norm_by_batch_norm(kind, widths, names):
     ready = matched(kind, widths, names=(*names, "batchnorm_reestimation"))
+    # a value between two codes goes to either: four of thousands in a channel, by a step of about a third
+    ties = STATISTICS + 4 / 3 / (NUM_IMAGES * 64)
     for assignment in (ready.space.narrowest, ready.space.widest, ready.space.assignment([0, 4])):
         layers = {ready.space.layers[i].name: layer for i, layer in ready.chosen(assignment).items()}
         reference = rebuilt(ready.network.model, layers)
@@ -223,10 +233,10 @@ def test_statistics_are_those_of_the_quantized_module_run_batch_norm_by_batch_no
         found = ready.final(assignment)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+            tolerance.close(found[name], tensor, STATISTICS if widths == () else ties)
         network, chosen = ready.shipped(assignment)
-        shipped = replaced_logits(reference, expected, images(4))
-        torch.testing.assert_close(network.logits(images(4), chosen), shipped, rtol=1e-4, atol=1e-4)
+        shipped = replaced_logits(reference, found, images(4))
+        tolerance.close_but_for_ties(network.logits(images(4), chosen), shipped)
         assert float((ready.network.logits(images(4), chosen) - shipped).abs().max()) > 1e-3
 
 
@@ -265,7 +275,8 @@ def test_whole_forwards_give_the_same_statistics(kind):
     expected = matched(kind, names=names).final(other.space.narrowest)
     found = other.final(other.space.narrowest)
     assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-5) for name, tensor in expected.items())
+    for name, tensor in expected.items():
+        tolerance.close(found[name], tensor, STATISTICS)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
@@ -315,7 +326,7 @@ def test_folding_keeps_the_codes_and_the_outputs(gammas):
         model.set_submodule(norm, nn.Identity())
     reference = rebuilt(model, {ready.space.layers[i].name: layer for i, layer in {**chosen, **folded}.items()})
     with torch.inference_mode():
-        torch.testing.assert_close(reference(images(4)), shipped.logits(images(4), chosen), rtol=1e-4, atol=1e-5)
+        tolerance.close(reference(images(4)), shipped.logits(images(4), chosen))
 
 
 def test_folding_needs_a_scale_for_each_channel():
@@ -337,5 +348,5 @@ def test_what_ships_after_all_of_it_is_the_state_of_the_module(kind):
         model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(torch.zeros_like(state[name]))
     model.load_state_dict(state)
     with torch.inference_mode():
-        torch.testing.assert_close(model(images(4)), network.logits(images(4), chosen), rtol=1e-5, atol=1e-5)
+        tolerance.close(model(images(4)), network.logits(images(4), chosen))
     assert sum(len(batch) for batch in ready.images) == NUM_IMAGES

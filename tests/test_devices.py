@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +15,12 @@ from clado.plugins import available
 from clado.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.probes import KINDS, Plan, sample_blocks
 from clado.quantizers import QuantizedLayer, WeightQuantizer
+from tests import tolerance
+from tests.contracts.correction import STATISTICS
 from tests.elsewhere import ELSEWHERE, Reads, elsewhere, moved
 from tests.networks import Attention, Normed, Residual, build, images, labels
+
+pytestmark = pytest.mark.numeric
 
 NETWORKS = pytest.mark.parametrize("kind", [Normed, Attention])
 NUM_IMAGES = 8
@@ -55,7 +58,7 @@ def check_alike(here: QuantizedLayer, there: QuantizedLayer) -> None:
         one, other = getattr(here, name), getattr(there, name)
         assert (one is None) == (other is None)
         if one is not None:
-            torch.testing.assert_close(one, other.cpu(), rtol=1e-5, atol=1e-6)
+            tolerance.close(other.cpu(), one, STATISTICS)
 
 
 @pytest.mark.parametrize("quantizer", available("quantizers"))
@@ -81,7 +84,7 @@ def test_layers_are_corrected_there(correction) -> None:
         logits = shipped.logits(images(4).to(ELSEWHERE), chosen).cpu()
     plain, own = here.shipped(here.space.narrowest)
     if correction != "adaround":
-        torch.testing.assert_close(logits, plain.logits(images(4), own), rtol=1e-4, atol=1e-5)
+        tolerance.close(logits, plain.logits(images(4), own), STATISTICS)
 
 
 def test_output_statistics_read_back_sums_alone() -> None:
@@ -111,15 +114,16 @@ def bench_of(ready: Prepared, statistics: bool = False) -> Workbench:
 def test_tiles_are_measured_there(kind, statistics) -> None:
     network = network_of(kind)
     kinds = tuple(name for name in KINDS if name not in ("gradients", "trace"))  # such a device keeps no gradients
-    tiles = {}
+    tiles, measured = {}, {}
     with elsewhere():
         for name, place in (("here", network), ("there", moved(network))):
             bench = bench_of(prepared(place), statistics)
             plan = Plan(bench.space, tuple(bench.blocks), kinds, bench.space.num_options)
             tiles[name] = [measure_tile(bench, tile) for tile in plan.tiles]
-            tiles[name].append(scores(bench, bench.space.narrowest, 0).losses)
-    for one, other in zip(tiles["here"], tiles["there"], strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+            measured[name] = scores(bench, bench.space.narrowest, 0).losses
+    tolerance.close_losses(measured["there"], measured["here"])
+    for tile, one, other in zip(plan.tiles, tiles["here"], tiles["there"], strict=True):
+        tolerance.close_tile(tile.kind, other, one, NUM_IMAGES // 2)
 
 
 @NETWORKS
@@ -165,7 +169,7 @@ def test_activations_are_fitted_and_rounded_there() -> None:
             ready = prepare(place, space, Recipe(), calibration_batches(images(64)))
             shipped, chosen = ready.shipped(space.narrowest)
             logits[name] = shipped.logits(images(4).to(place.device), chosen).cpu()
-    torch.testing.assert_close(logits["there"], logits["here"], rtol=1e-4, atol=1e-5)
+    tolerance.close_but_for_ties(logits["there"], logits["here"])
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -184,5 +188,4 @@ def test_accuracy_is_counted_there(labelled) -> None:
     ready = prepared(network)
     expected = count(*ready.shipped(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
     assert replace(found, loss=0.0) == replace(expected, loss=0.0)
-    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert each[0].sum() == pytest.approx(expected.loss, rel=1e-5)
+    tolerance.close_losses([found.loss, each[0].sum()], [expected.loss] * 2, NUM_IMAGES)

@@ -16,8 +16,12 @@ from clado.network import Network
 from clado.preparation import Prepared, Recipe, prepare
 from clado.probes import Plan, Tile, sample_blocks
 from clado.quantizers import WeightQuantizer
+from tests import tolerance
 from tests.networks import Attention, Branching, Residual, Tied, build, images, labels, rebuilt
 
+pytestmark = pytest.mark.numeric
+
+SLOPE = 2 * tolerance.FORWARD  # forwards and backwards, as a share of a gradient's norm
 NUM_IMAGES = 6
 CRITERIA = pytest.mark.parametrize("criterion", ["kl_to_float", "cross_entropy"])
 OTHERS = [(Residual, True), (Attention, True), (Tied, True), (Attention, False), (Branching, False)]
@@ -68,7 +72,10 @@ def changes(ready: Prepared, named: dict[str, torch.Tensor], option: int) -> dic
 
 
 def explicit_slopes(ready: Prepared, n: int, y: int) -> np.ndarray:
-    """(2, K) of one image: ⟨Δ, ∂ log p_y⟩² and Σ Δ² (∂ log p_y)² over weights, by a backward through the module in float64."""
+    """(3, K) of one image: ⟨Δ, g⟩², Σ Δ² g² over weights, and ‖Δ‖² ‖g‖², which neither exceeds.
+
+    g = ∂ log p_y comes from a backward through the module in float64.
+    """
     model = ready.network.model.eval()
     with torch.enable_grad():
         named = {key: p.detach().double().requires_grad_() for key, p in model.named_parameters()}
@@ -78,11 +85,13 @@ def explicit_slopes(ready: Prepared, n: int, y: int) -> np.ndarray:
             logits.log_softmax(-1)[0, y], list(named.values()), allow_unused=True, materialize_grads=True
         )
     by_name = dict(zip(named, slopes, strict=True))
-    found = np.zeros((2, ready.space.num_options))
+    found = np.zeros((3, ready.space.num_options))
     for k, option in enumerate(ready.space.options):
         delta, name = changes(ready, named, k), ready.space.layers[option.layer].name
         found[0, k] = float(sum((d * by_name[key]).sum() for key, d in delta.items())) ** 2
         found[1, k] = float((delta[name].square() * by_name[name].square()).sum())
+        norms = (sum(part[key].square().sum() for key in delta) for part in (delta, by_name))
+        found[2, k] = np.prod([float(norm) for norm in norms])
     return found
 
 
@@ -92,10 +101,12 @@ def test_slopes_are_those_of_explicit_gradients_of_every_sample(kind, graph):
     y = labels(NUM_IMAGES, 2)
     sums = measure_tile(bench_of(ready, num_blocks=1), Tile("gradients", 0))
     expected = sum(explicit_slopes(ready, n, int(y[n])) for n in range(NUM_IMAGES))
-    np.testing.assert_allclose(sums[:, 1:], expected, rtol=2e-3, atol=1e-5 * expected.max())
+    # a square moves by twice its root and by what that is off by
+    off = 2 * SLOPE * np.sqrt(expected[:2] * expected[2]) + SLOPE**2 * expected[2]
+    assert (np.abs(sums[:, 1:] - expected[:2]) <= off).all()
     with torch.no_grad():
         losses = [F.cross_entropy(ready.network.model(images_of(ready)[n : n + 1]), y[n : n + 1]) for n in range(NUM_IMAGES)]
-    assert sums[:, 0] == pytest.approx(float(sum(losses)), rel=1e-5)
+    tolerance.close_losses(sums[:, 0], [float(sum(losses))] * 2, NUM_IMAGES)
 
 
 def test_under_kl_labels_are_drawn_from_the_float_softmax():
@@ -138,8 +149,10 @@ def test_traces_are_hutchinsons_estimate_of_the_exact_hessian_and_their_mean_is_
     )
     owner = [option.layer for option in ready.space.options]
 
-    def by_options(traces: list[float]) -> np.ndarray:
-        return np.array([traces[layer] for layer in owner]) * factors
+    def by_options(values: np.ndarray) -> np.ndarray:
+        """Sums over the weights of each layer, as the options of the layer have them."""
+        sums = [values[a:b].sum() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return np.array([sums[layer] for layer in owner]) * factors
 
     parts = [(images(NUM_IMAGES, size=2), labels(NUM_IMAGES, 2))]
     draws = []
@@ -148,10 +161,10 @@ def test_traces_are_hutchinsons_estimate_of_the_exact_hessian_and_their_mean_is_
         random = np.random.default_rng(seed)
         v = np.concatenate([(random.integers(0, 2, tuple(w.shape)) * 2.0 - 1.0).reshape(-1) for w in weights])
         products = v * (exact @ v)
-        expected = by_options([products[a:b].sum() for a, b in zip(ends[:-1], ends[1:], strict=True)])
-        np.testing.assert_allclose(found[1:], expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+        # a second backward goes through both
+        assert (np.abs(found[1:] - by_options(products)) <= 2 * SLOPE * by_options(np.abs(products))).all()
         draws.append(found[1:])
-    traces = by_options([np.trace(exact[a:b, a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    traces = by_options(np.diag(exact))
     error = np.std(draws, axis=0, ddof=1) / np.sqrt(len(draws))
     assert (np.abs(np.mean(draws, axis=0) - traces) < 4 * error + 1e-3 * np.abs(traces)).all()
 
@@ -174,7 +187,7 @@ def test_what_is_drawn_depends_on_seed_and_block_alone(kind, criterion):
     drawn = kind == "trace" or criterion == "kl_to_float"
     assert np.array_equal(sums[0], sums[2]) != drawn
     small = measure_tile(bench_of(ready, criterion, seed=3, batch_images=1), Tile(kind, 1))
-    np.testing.assert_allclose(small, sums[0], rtol=1e-3, atol=1e-5 * np.abs(sums[0]).max())
+    np.testing.assert_allclose(small, sums[0], rtol=0, atol=2 * SLOPE * np.abs(sums[0]).max())
 
 
 @pytest.mark.parametrize("kind", ["gradients", "trace"])

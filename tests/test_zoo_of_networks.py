@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from clado import criteria
 from clado.network import Network
 from clado.quantizers import WeightQuantizer
+from tests import tolerance
 from tests.networks import replaced_logits
+
+pytestmark = pytest.mark.numeric
 
 QUANTIZER = WeightQuantizer("minmax")
 
@@ -96,7 +99,7 @@ def check_random_pairs(model: nn.Module, network: Network, x: Tensor, columns: i
                 expected = loss(whole)
                 assert bool(torch.isfinite(expected).all())
                 error = (loss(own) - expected).abs() / expected.clamp(min=1.0)
-                assert float(error.max()) <= 1e-5, (network.layers[i].name, a, network.layers[j].name)
+                assert float(error.max()) <= tolerance.LOSS, (network.layers[i].name, a, network.layers[j].name)
 
 
 def check(case: Case, columns: int) -> None:
@@ -105,7 +108,7 @@ def check(case: Case, columns: int) -> None:
     network = Network(model, x[:1])
     assert len(network.layers) == case.layers
     expected = replaced_logits(model, {}, x)
-    assert float((network.logits(x) - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    tolerance.close(network.logits(x), expected, tolerance.of_layers(network.layers))
     searched = {layer.name for layer in network.layers}
     assert searched | {name for name, _, _ in network.coverage()} == {name for name, _ in model.named_parameters()}
     check_random_pairs(model, network, x, columns)

@@ -11,12 +11,15 @@ from clado.errors import DataError
 from clado.network import Network
 from clado.preparation import Prepared, Recipe, layer_sample, prepare
 from clado.quantizers import QuantizedLayer, WeightQuantizer
+from tests import tolerance
 from tests.networks import Attention, Normed, Residual, build, images
 
 KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Normed])
 SCALES = pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
 SPLIT = "attention with queries, keys and values apart"
 NUM_IMAGES = 48
+# sums over the images and up to 256 positions
+STATISTICS = tolerance.FORWARD + tolerance.of_forward(1, NUM_IMAGES * 256)
 
 
 def calibration(*sizes: int) -> list[Tensor]:
@@ -71,7 +74,7 @@ class CorrectionContract:
                 assert torch.equal(same.weight, weight)
                 own = network.graph.biases[i]
                 expected = torch.zeros_like(same.bias) if own is None else own
-                torch.testing.assert_close(same.bias, expected, rtol=1e-5, atol=1e-6)
+                tolerance.close(same.bias, expected, STATISTICS)
 
     @KINDS
     def test_what_it_is_given_is_not_changed(self, kind):
@@ -101,7 +104,8 @@ class CorrectionContract:
         whole = tensors_of(corrected(kind, self.name))
         for sizes in ((16, 16, 16), (1, 47)):
             cut = tensors_of(corrected(kind, self.name, sizes=sizes))
-            assert all(torch.allclose(tensor, cut[name], rtol=1e-4, atol=1e-5) for name, tensor in whole.items())
+            for name, tensor in whole.items():
+                tolerance.close(cut[name], tensor, STATISTICS)
 
     @KINDS
     @SCALES
