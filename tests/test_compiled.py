@@ -10,8 +10,6 @@ from clado.quantizers import ActivationGrid, QuantizedLayer, WeightQuantizer
 from tests import tolerance
 from tests.networks import Attention, Normed, Recurrent, Residual, build, images
 
-pytestmark = pytest.mark.numeric
-
 
 def compiled(network: Network, backend: str = "eager") -> Network:
     other = Network(build(Residual), images(1))  # any: its graph is replaced

@@ -21,7 +21,10 @@ from clado.preparation import Recipe, prepare
 from clado.quantizers import Grid, QuantizedLayer, WeightQuantizer
 from clado.sources import load_data
 from clado.sources._training import IMAGES, LABELS, load_training, read_idx
+from tests import tolerance
 from tests.networks import Attention, Branching, Normed, Recurrent, Residual, build, images, labels
+
+pytestmark = pytest.mark.numeric
 
 TRAINING = MemorySlice(images(48, seed=1), labels(48, seed=1))
 HELD_OUT = MemorySlice(images(24, seed=2), labels(24, seed=2))
@@ -134,7 +137,7 @@ def test_the_result_is_exported_packed_and_loads_as_what_was_trained(tmp_path, w
     loaded = load_packed(tmp_path / "a.safetensors", network)
     x = images(16, seed=5)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x), tuned.network.logits(x, tuned.layers), atol=1e-4, rtol=1e-4)
+        tolerance.close_but_for_ties(loaded(x), tuned.network.logits(x, tuned.layers), images=1 if widths else 0)
     assert all(layer.activation == (None if not widths else layer.activation) for layer in tuned.layers.values())
 
 
@@ -151,11 +154,11 @@ def test_straight_through_is_rounding_forwards_and_the_identity_within_the_range
     grid = WeightQuantizer("minmax", True, symmetric).grid(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), bits)
     weight = (2 * torch.randn(4, 5, generator=torch.Generator().manual_seed(1))).requires_grad_()
     straight_through(weight, grid).sum().backward()
-    torch.testing.assert_close(straight_through(weight, grid), grid.fake_quantize(weight))
+    tolerance.close(straight_through(weight, grid), grid.fake_quantize(weight), 4 * tolerance.eps())
     position = weight.detach() / grid.scale + grid.zero_point
     inside = (position >= grid.codes.low) & (position <= grid.codes.high)
     assert torch.equal(weight.grad != 0, inside)
-    torch.testing.assert_close(weight.grad[inside], torch.ones(int(inside.sum())))
+    tolerance.close(weight.grad[inside], torch.ones(int(inside.sum())), 4 * tolerance.eps())
     assert not inside.all()
 
 
@@ -168,7 +171,7 @@ def test_the_gradient_of_a_scale_is_that_of_lsq():
     (found,) = torch.autograd.grad(values.sum(), scale)
     v = weight / 0.25
     expected = torch.where(v.abs() < 3, v.round() - v, v.clamp(-3, 3)).sum()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=0, abs=tolerance.of_sum(2 * 5) * 9 / 0.25)
 
 
 def test_augmentation_moves_and_mirrors_and_keeps_shape_and_values():

@@ -295,9 +295,7 @@ def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypat
 def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     b = bench(Normed, batch_statistics=statistics)
     shipped = b.prepared.network
-    # of logits that differ by rounding: half of its square, and the rounding of e to that power
-    least = tolerance.FORWARD**2 / 2 + 4 * tolerance.eps() * tolerance.FORWARD
-    assert shipped_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=least)
+    assert shipped_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=tolerance.of_no_change())
     x, _ = b.load(*b.blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))

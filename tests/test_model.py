@@ -19,15 +19,17 @@ from clado.preparation import Recipe, prepare
 from clado.quantizers import WeightQuantizer
 from clado.records import RunRecord
 from clado.sources import load_network
+from clado.space import Layer
 from flows.session import Session
 from flows.stored import StoredRun
+from tests import tolerance
 
 ZOO = NetworkSettings(source="zoo", name="resnet20_fashion_mnist")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """(folder, images, the logits of fake quantization) of the zoo's network at 2 and 4 bits in turn."""
+def written(tmp_path_factory) -> tuple[Path, torch.Tensor, torch.Tensor, tuple[Layer, ...]]:
+    """(folder, images, the logits of fake quantization, layers) of the zoo's network at 2 and 4 bits in turn."""
     loaded = load_network(ZOO)
     network = Network(loaded.model, loaded.example_input)
     space = network.search_space((2, 4))
@@ -39,14 +41,15 @@ def written(tmp_path_factory) -> tuple[Path, torch.Tensor, torch.Tensor]:
     chosen = prepared.chosen(assignment)
     folder = tmp_path_factory.mktemp("model")
     export_model(folder, prepared.network, chosen, ZOO)
-    return folder, images, network.logits(images, chosen)
+    return folder, images, network.logits(images, chosen), network.layers
 
 
 def test_its_outputs_are_those_of_fake_quantization_for_any_batch(written):
-    folder, images, expected = written
+    folder, images, expected, layers = written
     model = PackedModel(folder)
     for count in (1, 2, 5):
-        torch.testing.assert_close(torch.tensor(model.predict(images[:count].numpy())), expected[:count], rtol=1e-5, atol=1e-5)
+        found = torch.tensor(model.predict(images[:count].numpy()))
+        tolerance.close(found, expected[:count], tolerance.of_layers(layers))
 
 
 def test_it_says_what_it_takes_gives_and_needs(written):

@@ -82,6 +82,14 @@ def close_losses(actual: Any, expected: Any, samples: int = 1) -> None:
     assert np.nanmax(share, initial=0.0) <= 1, f"{np.nanmax(share):.3g} times what rounding explains"
 
 
+def of_no_change(logits: float = FORWARD) -> float:
+    """Largest KL divergence of a sample whose logits differ by rounding.
+
+    It is half the square of the difference, and the rounding of that difference's exponential.
+    """
+    return logits**2 / 2 + 4 * eps() * logits
+
+
 def of_gram(diagonal: np.ndarray, samples: int, terms: int, logits: float = FORWARD) -> np.ndarray:
     """Bound of each entry ⟨v_k, v_l⟩ of a Gram matrix with this diagonal, (K, K), of v = √q (u − qᵀu).
 

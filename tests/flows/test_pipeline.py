@@ -30,6 +30,7 @@ from flows.export import loading_snippet
 from flows.record import git_revision
 from flows.session import Session
 from flows.stored import StoredRun, chosen_for, recorded
+from tests import tolerance
 from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, config, run_pipeline
 
@@ -518,7 +519,7 @@ def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_p
     assert kernels
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
     images = slices.validation.load(0, 4)[0]
-    assert float((network.logits(images) - replaced_logits(model, {}, images)).abs().max()) < 1e-4
+    tolerance.close(network.logits(images), replaced_logits(model, {}, images), tolerance.of_layers(network.layers))
 
 
 @pytest.mark.parametrize(
