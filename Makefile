@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-system imagenet-check lint types format bench study docs notebooks lock install clean
+.PHONY: run test test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench study docs notebooks lock install clean
 
 # four of the six budgets, and no local search, which takes half as long again: minutes for a first look
 run: install
@@ -15,6 +15,18 @@ run: install
 # a worker has whole files, so that a file's fixtures are made once
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
+# the numeric tests with the kernels of other CPUs: without vectors, and with AVX2 alone
+# `make test` runs them with this CPU's own kernels, and so does `make test-numeric-native`
+test-numeric: test-numeric-default test-numeric-avx2
+
+test-numeric-default: export ATEN_CPU_CAPABILITY = default
+test-numeric-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-numeric-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-numeric-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-numeric-native test-numeric-default test-numeric-avx2: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'numeric and not system' --numprocesses auto --dist loadfile \
+	  $$(grep -rl --include='test_*.py' 'mark\.numeric' tests)
 
 test-system: install tools
 	$(BIN)/pytest -m system --numprocesses 2 --dist loadfile
