@@ -1,12 +1,14 @@
 """Fixtures that several tests share."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.running import Finished, config, run_pipeline
 
@@ -17,6 +19,18 @@ os.environ.setdefault("DASK_CONFIG", str(CACHE / "dask"))  # dask-jobqueue and d
 os.environ.setdefault("XDG_CACHE_HOME", str(CACHE / "xdg"))  # ONNX Runtime numbers the machine there
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # as every command of ours sets it
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# a run sets torch's threads to one; so they are the same before and behind it, in any order of the tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# no test depends on time: a machine may be busy
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers that a test draws without a seed do not depend on the tests before it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -223,7 +223,9 @@ class TestGaussNewton(EstimatorContract):
         matrix = estimate("gauss_newton", measured)
         for assignment in (bench.space.narrowest, bench.space.nothing.replace(0, 8).replace(3, 8)):
             increase = true_increase(bench, assignment)
-            assert matrix.predicted_increase(assignment) == pytest.approx(increase, rel=0.1, abs=2e-6)
+            # the slope of a divergence of ℓ is about √(2ℓ), that of a loss of labels about 1
+            rounding = 4 * tolerance.eps() * ((2 * increase) ** 0.5 if criterion == "kl_to_float" else 1.0)
+            assert matrix.predicted_increase(assignment) == pytest.approx(increase, rel=0.1, abs=rounding)
 
 
 class TestTempered2(EstimatorContract):
