@@ -44,7 +44,7 @@ def prepare(
     batches: list[Tensor] = []
     if calibration is not None:
         images = _checked(network, calibration)
-        batches = calibration_batches(images.load(0, len(images))[0])
+        batches = calibration_batches(images.load(0, len(images))[0], network.images_at_once)
     return preparation.prepare(network, space, recipe, batches)
 
 

@@ -23,8 +23,9 @@ from clado.space import FLOAT_BITS, Assignment, SearchSpace
 
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
 CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
-SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured; `unlisted` adds the latter
+SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured; nor than what is deployed uncorrected
 SIGNIFICANT = 2.0  # standard errors
+LAYERWISE_PLAIN = "layerwise_plain"  # `layerwise` of layers without corrections, deployed without them
 TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose for no forward beside what gauss_newton measures
 
 
@@ -203,6 +204,28 @@ def propose_variants(
     return [replace(proposal, listed=False) for proposal in proposals]
 
 
+def propose_uncorrected(
+    matrix: InteractionMatrix | None,
+    budgets: Sequence[Budget],
+    prepare: Callable[[Program], Solve],
+    limits: Sequence[Constraint] = (),
+) -> list[Proposal]:
+    """Unlisted answers that are deployed without corrections: the widest uniform assignment, and the optimum of the matrix.
+
+    Args:
+        matrix: `estimators.uncorrected`, or None where a run has no corrections: then there are no such answers.
+        budgets: What to answer.
+        prepare: A solver for a program.
+        limits: Standing limits.
+    """
+    if matrix is None:
+        return []
+    fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
+    proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
+    proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
+    return [replace(p, assignment=p.assignment.with_corrections("none"), listed=False) for p in proposals]
+
+
 def _optima(
     method: str,
     matrix: InteractionMatrix,
@@ -232,10 +255,10 @@ def _optima(
 
 
 def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
-    """The estimator whose predictions rank the measured assignments best (Spearman's correlation); of equal ones the one that
-    knows of more interactions.
+    """The estimator whose predictions rank the measured assignments best (Spearman's correlation), of those with all corrections;
+    of equal ones the one that knows of more interactions.
     """
-    measured = {a: loss for a, loss in losses.items() if isfinite(loss)}
+    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
 
     def quality(name: str) -> tuple[float, int]:
         matrix = matrices[name].clip_psd() if CONVEXITY.get(name) == "clip_psd" else matrices[name]
@@ -277,9 +300,10 @@ def choose(
     """One Result for each listed proposal, and one `chosen` for each budget, of all proposals that fit it, made for it or for a
     smaller one. Without `scores` it is the one of least measured loss, the smaller on a tie.
 
-    With them: of those whose loss is not above that of SAFE, and whose hits are not significantly fewer than the most, the one of
-    least Brier score (then of least loss). So `chosen` is never worse than what is proposed of SAFE, listed or not, on the
-    images that it was measured on. A loss, or a Brier score, of NaN is as bad as an infinite one.
+    With them: of those whose loss is not above that of SAFE, nor of any that is deployed without corrections, and whose hits are
+    not significantly fewer than the most, the one of least Brier score (then of least loss). So `chosen` is never worse than what
+    is proposed of these, listed or not, on the images that it was measured on. A loss, or a Brier score, of NaN is as bad as an
+    infinite one.
     """
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
     fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
@@ -293,7 +317,7 @@ def choose(
     def taken(fitting: Sequence[Proposal]) -> Proposal:
         if scores is None:
             return min(fitting, key=order)
-        most = min((worth[p.assignment] for p in fitting if p.method in SAFE), default=inf)
+        most = min((worth[p.assignment] for p in fitting if p.method in SAFE or p.assignment.corrected == "none"), default=inf)
         safe = sorted((p for p in fitting if worth[p.assignment] <= most), key=order)
         best = scores[max(safe, key=lambda p: scores[p.assignment].hits.sum()).assignment]
         return next(p for p in safe if not scores[p.assignment].misses_significantly(best))

@@ -14,7 +14,6 @@ from torch import Tensor
 from clado import criteria
 from clado.errors import DataError
 from clado.images import ImageSlice
-from clado.measure import GPU_BYTES
 from clado.network import Network, Replaced
 from clado.records import Accuracy
 
@@ -110,7 +109,7 @@ def count_each(
     """`count` of several networks with layers replaced, in one pass: each image is decoded once. The same sums, bit for bit."""
     totals = [Counts() for _ in variants]
     folded = [network.folded_with(replaced) for network, replaced in variants]
-    step = batch_images or images_at_once(variants[0][0])
+    step = batch_images or variants[0][0].images_at_once
     for low in range(start, stop, step):
         x, labels = images.load(low, min(low + step, stop))
         x = x.to(folded[0][0].device)
@@ -144,7 +143,7 @@ def per_image(
     """(loss, top-1 hit) of each image (n,): for paired comparisons. Without labels: KL, and agreement with the float network."""
     losses, hits, float_network = [], [], reference or network
     network, replaced = network.folded_with(replaced)
-    for low, high in shards(len(images), batch_images or images_at_once(network)):
+    for low, high in shards(len(images), batch_images or network.images_at_once):
         x, labels = images.load(low, high)
         x = x.to(network.device)
         logits = network.logits(x, replaced)
@@ -162,13 +161,6 @@ def per_image(
 def _finite(logits: Tensor) -> Tensor:
     """Rows that may hit: of NaN any class may be called the largest."""
     return logits.isfinite().all(1)
-
-
-def images_at_once(network: Network) -> int:
-    """Images of one run: on a CPU what its cache holds, on a GPU what keeps it busy."""
-    if network.device.type != "cuda":
-        return 128
-    return min(max(GPU_BYTES // max(1, network.graph.cuts[0].peak_bytes_per_image), 32), 1024)
 
 
 def shards(num_images: int, size: int) -> list[tuple[int, int]]:

@@ -104,6 +104,32 @@ class Norm:
     eps: float
 
 
+Moments = tuple[Tensor, Tensor]  # mean and variance of each channel, (channels,) each
+
+
+@dataclass(frozen=True)
+class NormStatistics:
+    """The statistics that a batch norm has, and those of what it sees, over all images and positions."""
+
+    mean: str
+    """Name of the buffer of the running mean."""
+    variance: str
+    """Name of the buffer of the running variance."""
+    eps: float
+    trained: Moments
+    """What the network has."""
+    seen: Moments
+    """What was measured."""
+
+
+Statistics = Callable[[NormStatistics], Moments]
+
+
+def as_seen(norm: NormStatistics) -> Moments:
+    """The statistics of what a batch norm sees, in place of those that it has."""
+    return norm.seen
+
+
 @dataclass(frozen=True)
 class Cut:
     """Where a run may be resumed for a layer: before instruction `position`, with these values alive (slot -> axis of images)."""
@@ -222,15 +248,20 @@ class Graph:
         """
         return replace(self, backend=backend, _suffixes={})
 
-    def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
-        """Statistics that batch norms see with layers replaced, by buffer name, pooled over batches, in execution order."""
+    def normalisation(
+        self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics = as_seen
+    ) -> dict[str, Tensor]:
+        """What `statistics` makes of those that batch norms see with layers replaced, by buffer name, in execution order."""
         graph, found = self, dict[str, Tensor]()
         # from the images on: a layer before the first batch norm may be none that is searched
         states = [State({self.input_slot: batch}, 0, len(batch), len(batch)) for batch in batches]
         for norm in self.norms:
             states = [graph.run(state, norm.position, replaced) for state in states]
             seen = [state.values[norm.input_slot] for state in states]
-            found[norm.mean], found[norm.variance] = pooled_moments(seen, self.constants[self.named[norm.mean][0]].dtype)
+            trained = tuple(self.constants[self.named[name][0]] for name in (norm.mean, norm.variance))
+            moments = pooled_moments(seen, trained[0].dtype)
+            of_norm = NormStatistics(norm.mean, norm.variance, norm.eps, (trained[0], trained[1]), moments)
+            found[norm.mean], found[norm.variance] = statistics(of_norm)
             graph = graph.updated({name: found[name] for name in (norm.mean, norm.variance)})
         return found
 
@@ -360,10 +391,9 @@ class Graph:
         """States may be stacked where this is equal: the replaced layers that they have yet to use."""
         return tuple((i, id(layer)) for i, layer in state.pending.items())
 
-    def observe(self, images: Tensor, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run of images (n, ...), in order of execution."""
+    def observe(self, state: State, layer: int) -> list[Call]:
+        """The calls that consume a layer's weight in a float run that goes on from a state, in order of execution."""
         calls = []
-        state = self.begin(images)
         for position, step in enumerate(self.instructions):
             if layer not in step.layers:
                 continue

@@ -87,8 +87,8 @@ def settle(program: Program, choices: Choices) -> Choices:
 def search(program: Program, losses: Mapping[Assignment, float], evaluations: int, batch: int) -> Search:
     """A search from the best of `losses`, which are measured already; asks for `evaluations` more at most, `batch` at a time.
 
-    The surrogate is the function that `program` minimises. Raises ConfigurationError where none of the measured assignments is
-    one that the program offers and allows.
+    The surrogate is the function that `program` minimises. Moves keep the corrections of what the search starts from. Raises
+    ConfigurationError where none of the measured assignments is one that the program offers and allows.
     """
     feasible: dict[Assignment, Choices] = {}
     for assignment in losses:
@@ -108,7 +108,7 @@ def search(program: Program, losses: Mapping[Assignment, float], evaluations: in
         asked: dict[Assignment, Choices] = {}
         source = min(open_, key=lambda a: open_[a][0])  # of equal ones the first measured
         for choices in open_[source][1]:
-            assignment = program.assignment(choices)
+            assignment = program.assignment(choices).with_corrections(start.corrected)
             if assignment not in tried and assignment not in losses:
                 asked[assignment] = choices
                 if len(asked) == min(batch, evaluations - len(tried)):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clado import criteria, gradients
 from clado.errors import ConfigurationError
-from clado.network import Network, Replaced, State
+from clado.network import GPU_BYTES, Network, Replaced, State
 from clado.preparation import Prepared
 from clado.probes import (
     BY_ENTRY,
@@ -38,7 +38,7 @@ from clado.space import Assignment, SearchSpace
 Array = NDArray[np.float64]
 Changes = NDArray[np.float32]
 Batch = tuple[Tensor, Tensor | None]
-GPU_BYTES, GPU_BATCH = 2 * 10**9, 4096  # values, and images, of one run that keep a large GPU busy
+GPU_BATCH = 4096  # images of one run that keep a large GPU busy
 FLOAT_LOGITS_BYTES = 2**24  # of all blocks together that a workbench keeps: 4,096 images of 1,000 classes
 
 
@@ -173,6 +173,8 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
 
 def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None, changes: Changes | None = None) -> Array:
     """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of pairs that are none are NaN.
+
+    The bench of `plain_singles` holds layers without corrections, that of all other kinds those that ship.
 
     `known` is an earlier measurement of the tile, NaN where there is none: what it has is kept, and not measured. `changes`
     (options, images, logits) are those of the logits of a Gram tile, which fills in what it measures: what it is `known` of must

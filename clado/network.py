@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clado.errors import ConfigurationError, DataError, NetworkError
-from clado.graph import Call, Cut, Fold, Norm, laid_out_like
+from clado.graph import Call, Cut, Fold, Norm, Statistics, as_seen, laid_out_like
 from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, Layer, SearchSpace, check_patterns
 from clado.tracing import compile_graph, eval_mode
 from clado.whole import WholeForwards
 
+CACHE_BYTES = 32 * 10**6  # values of one run that the cache of a CPU holds
+GPU_BYTES = 2 * 10**9  # values of one run that keep a large GPU busy
 ONLY_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 Numeric = Literal["float32", "tf32", "bfloat16"]
 State = Any  # of a run that is not finished: what the engine that made it knows how to resume
@@ -64,8 +66,8 @@ class Engine(Protocol):
     def stack_key(self, state: State) -> Hashable:
         """States may be stacked where this is equal."""
 
-    def observe(self, images: Tensor, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run."""
+    def observe(self, state: State, layer: int) -> list[Call]:
+        """The calls that consume a layer's weight in a float run that goes on from a state."""
 
     def updated(self, named: Mapping[str, Tensor]) -> "Engine":
         """The same network with other values of parameters and buffers, by name."""
@@ -73,8 +75,10 @@ class Engine(Protocol):
     def folded(self) -> "tuple[Engine, dict[int, Fold]]":
         """The same network with batch norms folded where that can be done, and how to fold what replaces such a layer."""
 
-    def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
-        """Statistics that batch norms see with layers replaced, by buffer name, pooled over batches, in execution order."""
+    def normalisation(
+        self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics
+    ) -> dict[str, Tensor]:
+        """What `statistics` makes of those that batch norms see with layers replaced, by buffer name, in execution order."""
 
     def with_batch_statistics(self) -> "Engine":
         """The same network with every batch norm on the statistics of each probe's own images."""
@@ -170,6 +174,14 @@ class Network:
         """Where the weights live."""
         return self.weights[0].device
 
+    @property
+    def images_at_once(self) -> int:
+        """Images of one whole run that is fast: on a CPU as many as its cache holds, on a GPU as many as keep it busy."""
+        peak = max(1, self.graph.cuts[0].peak_bytes_per_image)
+        if self.device.type == "cuda":
+            return min(max(GPU_BYTES // peak, 32), 1024)
+        return min(max(CACHE_BYTES // peak, 4), 128)
+
     def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
         """The same candidate bit-widths for every layer; `SearchSpace.restricted` gives some layers others."""
         return SearchSpace.uniform(self.layers, bits, ties)
@@ -225,20 +237,34 @@ class Network:
         return self.graph.output(self.advance(state, len(self.layers), replaced))
 
     @torch.inference_mode()
-    def observe(self, images: Tensor, layer: int) -> list[Call]:
-        """What consumes a layer's weight in a float run of images (N, C, H, W): each call's input, operator and arguments."""
+    def observe(self, run: Tensor | State, layer: int) -> list[Call]:
+        """What consumes a layer's weight in a float run: each call's input, operator and arguments.
+
+        Args:
+            run: Images (N, C, H, W), or the state of a float run at or before the cut of the layer.
+            layer: Index of the layer.
+        """
+        state = self.begin(run) if isinstance(run, Tensor) else run
         with computing(self.numeric, self.device):
-            return self.graph.observe(self._laid_out(images), layer)
+            return self.graph.observe(state, layer)
 
     @torch.inference_mode()
-    def normalisation(self, images: Sequence[Tensor], replaced: Replaced | None = None) -> dict[str, Tensor]:
-        """Statistics that batch norms see with layers replaced, by buffer name, pooled over all batches of images.
+    def normalisation(
+        self, images: Sequence[Tensor], replaced: Replaced | None = None, statistics: Statistics = as_seen
+    ) -> dict[str, Tensor]:
+        """New statistics of batch norms by buffer name, measured with layers replaced and pooled over all batches of images.
 
         In execution order: each batch norm's input is that of a network whose earlier batch norms have their new statistics
         already. Sums are float64, so the result does not depend on how images are cut into batches beyond rounding.
+
+        Args:
+            images: Batches (n, C, H, W).
+            replaced: Layer -> what stands in its place.
+            statistics: What a batch norm gets, of those that it has and those of what it sees; default: the latter.
         """
         with computing(self.numeric, self.device):
-            return self.graph.normalisation([self._laid_out(batch) for batch in images], _quantized_layers(replaced))
+            batches = [self._laid_out(batch) for batch in images]
+            return self.graph.normalisation(batches, _quantized_layers(replaced), statistics)
 
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
         """The same network with other values of parameters and buffers, by name; the module is not changed. They are laid out as

@@ -7,6 +7,8 @@ included. What can only be known of a whole assignment (statistics of batch norm
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,15 @@ from torch import Tensor
 from clado.corrections import LayerSample, at_stage, module_of
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.graph import laid_out_like
-from clado.network import Network
+from clado.network import Network, State
 from clado.plugins import available
 from clado.quantizers import ActivationGrid, QuantizedLayer, WeightQuantizer, range_of
 from clado.space import Assignment, Layer, SearchSpace
 
 SAMPLED_VALUES = 2**20  # of a layer's input: what a range of activations is fitted on, beside the exact extremes
 BATCH_IMAGES = 128
+RUNS_BYTES = 2 * 10**9  # of what float runs of all calibration images keep between two layers; beyond that they start anew
+Run = Tensor | State  # a batch of images (n, C, H, W), or a float run of one at or before the layer in question
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Prepared:
     layers: tuple[QuantizedLayer, ...]
     images: Sequence[Tensor] = ()
     notes: tuple[str, ...] = ()
+    _references: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> what stands in its place, for the layers that an assignment quantizes."""
@@ -76,8 +81,16 @@ class Prepared:
         changed: dict[str, Tensor] = {}
         if chosen:
             for module in at_stage(self.recipe.corrections, "final"):
-                changed |= module.reestimate(self.network.updated(changed), chosen, self.images)
+                reference = self._reference(module)
+                changed |= module.reestimate(self.network.updated(changed), chosen, self.images, reference)
         return changed
+
+    def _reference(self, module: ModuleType) -> Any:
+        """What a final correction measures of the float network, once."""
+        name = _name(module)
+        if name not in self._references:
+            self._references[name] = module.reference(self.network, self.images)
+        return self._references[name]
 
     def shipped(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers as they ship: final corrections applied."""
@@ -98,8 +111,10 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
     tensors, notes = equalized(network, recipe, images)
     network = network.updated(tensors) if tensors else network
     layers: list[QuantizedLayer] = []
+    runs: Sequence[Run] = images
     for layer in range(space.num_layers):
-        quantized, further = prepare_layer(network, space, recipe, layer, images)
+        runs = advanced(network, runs, layer)
+        quantized, further = prepare_layer(network, space, recipe, layer, runs)
         layers += quantized
         notes += further
     return Prepared(network, space, recipe, tuple(layers), images, tuple(notes))
@@ -142,13 +157,30 @@ def equalized(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> tup
     return tensors, notes
 
 
+def advanced(network: Network, runs: Sequence[Run], layer: int) -> Sequence[Run]:
+    """The same float runs at the cut before a layer, so that a sweep over ascending layers costs one forward in all.
+
+    As they are where what all of them keep would take more than `RUNS_BYTES`.
+    """
+    alive = max(cut.bytes_per_image for cut in network.graph.cuts)
+    if alive * sum(map(num_images, runs)) > RUNS_BYTES:
+        return runs
+    return [network.advance(network.begin(run) if isinstance(run, Tensor) else run, layer) for run in runs]
+
+
+def num_images(run: Run) -> int:
+    """Images of a batch or of a float run."""
+    return len(run) if isinstance(run, Tensor) else int(run.num_images)
+
+
 @torch.inference_mode()
 def prepare_layer(
-    network: Network, space: SearchSpace, recipe: Recipe, layer: int, images: Sequence[Tensor]
+    network: Network, space: SearchSpace, recipe: Recipe, layer: int, runs: Sequence[Run]
 ) -> tuple[list[QuantizedLayer], list[str]]:
-    """(one layer at each of its candidates, notes on corrections that skip it). `network` is the equalized one."""
+    """(one layer at each of its candidates, notes on corrections that skip it). `network` is the equalized one, `runs` are its
+    float runs of the calibration batches, or the batches themselves."""
     weight, axis = network.weights[layer], network.layers[layer].channel_axis
-    sample = layer_sample(network, layer, images)
+    sample = layer_sample(network, layer, runs)
     notes = []
     rounders = []
     for module in at_stage(recipe.corrections, "rounding"):
@@ -161,7 +193,7 @@ def prepare_layer(
     activations: dict[int, ActivationGrid] = {}
     for bits, width in space.candidates(layer):
         if width is not None and width not in activations:
-            activations[width] = activation_grid(network, layer, images, width, recipe.activation_range)
+            activations[width] = activation_grid(network, layer, runs, width, recipe.activation_range)
         known = next((made for (b, _), made in quantized.items() if b == bits), None)
         if known is None:
             grid = recipe.quantizer.grid(weight, bits, axis)
@@ -178,24 +210,26 @@ def prepare_layer(
     return [replace(made, weight=laid_out_like(made.weight, weight)) for made in layers], notes
 
 
-def layer_sample(network: Network, layer: int, images: Sequence[Tensor]) -> LayerSample | None:
-    """A layer and its inputs on calibration batches; of a weight that is used twice the first use. None where none is seen, or
-    where its operator reads the weight in another shape."""
-    if not images or not (calls := network.observe(images[0][:1], layer)):
+def layer_sample(network: Network, layer: int, runs: Sequence[Run]) -> LayerSample | None:
+    """A layer and its inputs on calibration batches, as of `prepare_layer`; of a weight that is used twice the first use.
+
+    None where none is seen, or where its operator reads the weight in another shape.
+    """
+    if not runs or not (calls := network.observe(runs[0], layer)):
         return None
     if calls[0].weight_shape[1:] != tuple(network.weights[layer].shape[1:]):  # rows may be those of a weight that is split
         return None
 
     def inputs() -> Iterator[Tensor]:
-        for batch in images:
-            yield network.observe(batch, layer)[0].input.to(network.weights[layer].dtype)  # autocast may have made it coarser
+        for run in runs:
+            yield network.observe(run, layer)[0].input.to(network.weights[layer].dtype)  # autocast may have made it coarser
 
     graph, call = network.graph, calls[0]
     return LayerSample(
         layer=network.layers[layer],
         weight=network.weights[layer],
         bias=graph.biases[layer],
-        num_images=sum(len(batch) for batch in images),
+        num_images=sum(map(num_images, runs)),
         inputs=inputs,
         apply=partial(_apply, call.apply),
         arguments=call.arguments,
@@ -207,12 +241,12 @@ def _apply(operator: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tenso
     return operator(x, weight, bias)
 
 
-def activation_grid(network: Network, layer: int, images: Sequence[Tensor], bits: int, range_name: str) -> ActivationGrid:
+def activation_grid(network: Network, layer: int, runs: Sequence[Run], bits: int, range_name: str) -> ActivationGrid:
     """The grid of a layer's input, of every use of its weight: range fitted on a sample of values and on the exact extremes."""
-    per_batch = max(1, SAMPLED_VALUES // max(1, len(images)))
+    per_batch = max(1, SAMPLED_VALUES // max(1, len(runs)))
     values: list[Tensor] = []
-    for batch in images:
-        for call in network.observe(batch, layer):
+    for run in runs:
+        for call in network.observe(run, layer):
             x = call.input.float().flatten()
             # a stride prime to the usual sizes does not meet the same channel again and again
             stride = max(1, x.numel() // per_batch) | 1

@@ -8,6 +8,7 @@ range of rows (first options of the pairs).
     block_pairs   the same, of options of one block of layers only (`SearchSpace.blocks`)      rows × K values, most NaN
     gram      the same losses, and Gram matrices of the logits' changes, T of them             (2 + TK) × (1 + K) values a block
     gradients     squared first-order changes of each sample's log-likelihood (`gradients.py`) 2 × (1 + K) values a block
+    plain_singles singles of layers rounded to nearest, without corrections                    1 + K values a block
     trace         Hessian traces times squared errors of every option (`gradients.py`)         1 + K values a block
 """
 
@@ -23,13 +24,13 @@ from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
 Array = NDArray[np.float64]
-Kind = Literal["singles", "pairs", "gram", "block_pairs", "gradients", "trace"]
-KINDS: tuple[Kind, ...] = ("singles", "pairs", "gram", "block_pairs", "gradients", "trace")
+Kind = Literal["singles", "plain_singles", "pairs", "gram", "block_pairs", "gradients", "trace"]
+KINDS: tuple[Kind, ...] = ("singles", "plain_singles", "pairs", "gram", "block_pairs", "gradients", "trace")
 OF_PAIRS: tuple[Kind, ...] = ("pairs", "block_pairs")
 OF_GRADIENTS: tuple[Kind, ...] = ("gradients", "trace")
 # kinds whose numbers are of one option or pair each, so that those of a narrower space serve a wider one: a Gram matrix's are,
 # where the changes of the logits that its products are of are kept as well
-BY_ENTRY: tuple[Kind, ...] = ("singles", "pairs", "block_pairs", "gram")
+BY_ENTRY: tuple[Kind, ...] = ("singles", "plain_singles", "pairs", "block_pairs", "gram")
 MIN_BATCH, MAX_BATCH = 8, 512
 NUM_VECTORS = 8  # of Hutchinson's estimate, in each sample block
 TEMPERATURES = (1, 2, 4, 8)  # of the softmax that a Gram matrix is taken at; 1 is the float network's own

@@ -198,6 +198,7 @@ class RunRecord:
             "format": "clado-assignment/1",
             "bits": dict(zip(self.layer_names, result.assignment.bits, strict=True)),
             **({"activation_bits": dict(zip(self.layer_names, widths, strict=True))} if widths else {}),
+            **({"corrected": result.assignment.corrected} if result.assignment.corrected != "all" else {}),
             "average_bits": result.average_bits,
             "size_bytes": result.size_bytes,
         }
@@ -262,7 +263,7 @@ def _search(row: dict[str, Any]) -> SearchSummary:
 
 
 def _assignment(document: dict[str, Any]) -> Assignment:
-    return Assignment(tuple(document["bits"]), tuple(document.get("activation_bits", ())))
+    return Assignment(tuple(document["bits"]), tuple(document.get("activation_bits", ())), document.get("corrected", "all"))
 
 
 def _stability(row: dict[str, Any]) -> Stability:

@@ -19,7 +19,9 @@ from clado.records import CHOSEN, Candidate, Result, RunRecord, markdown_table, 
 from clado.tracking import Receipt
 
 BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
-QUANTITIES = ("size", "loss", "top-1 %", "plain %")  # the last only where a run corrects: the same bits without corrections
+# "plain %" only where a run corrects: the same bits without corrections; "corrections" only where an answer has not all of them
+QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
+FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
 
 
 def table(record: RunRecord) -> Table:
@@ -89,7 +91,8 @@ def winners(record: RunRecord) -> str:
     lines = []
     for result in chosen:
         name = (result.winner or "unknown").ljust(name_width)
-        lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_shipped)}{_lead(result)}")
+        fewer = FEWER[result.assignment.corrected]
+        lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_shipped)}{_lead(result)}{fewer}")
     return "\n".join(["Chosen, and who proposed it:", *lines]) if lines else "Nothing was chosen."
 
 
@@ -254,6 +257,9 @@ def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str |
     plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in found]
     if any(top1 is not None for top1 in plain):
         yield QUANTITIES[3], [percent(top1) for top1 in plain], None
+    corrected = ["–" if result is None else result.assignment.corrected for result in found]
+    if any(level not in ("–", "all") for level in corrected):
+        yield QUANTITIES[4], corrected, None
 
 
 def _top1(result: Result | None) -> float | None:

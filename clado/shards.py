@@ -46,6 +46,7 @@ from clado.space import Layer, SearchSpace
 FORMAT = "clado-store/1"
 NAMES: dict[Kind, tuple[str, ...]] = {
     "singles": ("probe",),
+    "plain_singles": ("probe",),
     "pairs": ("option", "later_option"),
     "gram": ("probe", "option"),
     "block_pairs": ("option", "later_option"),

@@ -20,6 +20,7 @@ from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
 MIN_BITS, MAX_BITS = 1, 16
+CORRECTED = ("all", "static", "none")  # which of a run's corrections an assignment is deployed with
 FLOAT_BITS = 32
 
 
@@ -69,12 +70,18 @@ class Assignment:
 
     `activation_bits` holds the width of each layer's input activations (None where the layer is in float), and is empty where
     activations are not quantized. Partial assignments (some None) are probes; full ones are answers.
+
+    `corrected` says which corrections of the run it is deployed with: "all"; "static", those made before measuring, without
+    the final ones; or "none", rounding to nearest. A run without corrections knows only "all".
     """
 
     bits: tuple[int | None, ...]
     activation_bits: tuple[int | None, ...] = ()
+    corrected: str = "all"
 
     def __post_init__(self) -> None:
+        if self.corrected not in CORRECTED:
+            raise ConfigurationError(f"corrected is {self.corrected!r}; expected one of {', '.join(CORRECTED)}")
         if self.activation_bits and len(self.activation_bits) != len(self.bits):
             raise ConfigurationError(
                 f"the assignment has bits for {len(self.bits)} layers but activation bits for {len(self.activation_bits)}; "
@@ -95,7 +102,9 @@ class Assignment:
     def key(self) -> str:
         """Short hash that names this assignment in files."""
         # without activation bits the hash is of the weights' bits alone: stored files are named after it
-        document = [self.bits, self.activation_bits] if self.activation_bits else self.bits
+        document: list[Any] = [self.bits, self.activation_bits] if self.activation_bits else list(self.bits)
+        if self.corrected != "all":
+            document = [document, self.corrected]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
     def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":
@@ -103,7 +112,11 @@ class Assignment:
         pairs = list(self.pairs)
         pairs[layer] = (bits, activation_bits)
         has_activations = bool(self.activation_bits) or activation_bits is not None
-        return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else ())
+        return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else (), self.corrected)
+
+    def with_corrections(self, corrected: str) -> "Assignment":
+        """The same bits, deployed with all, the static or none of the run's corrections."""
+        return replace(self, corrected=corrected)
 
     def __str__(self) -> str:
         return " ".join(bits_text(bits, activation_bits) for bits, activation_bits in self.pairs)
@@ -331,7 +344,7 @@ class SearchSpace:
                     f"the assignment has no activation bits for {layer.name}; expected one of {list(self.activation_widths)}"
                 )
             activation_bits.append(width if bits is None or width is not None else self.activation_widths[0])
-        return Assignment(assignment.bits, tuple(activation_bits) if self.has_activations else ())
+        return Assignment(assignment.bits, tuple(activation_bits) if self.has_activations else (), assignment.corrected)
 
     def chosen_options(self, assignment: Assignment) -> list[int]:
         """Options that the assignment takes, one for each layer that has a bit-width."""
@@ -404,6 +417,7 @@ class SearchSpace:
             "format": "clado-assignment/1",
             "bits": dict(zip(self.names, assignment.bits, strict=True)),
             **({"activation_bits": dict(zip(self.names, widths, strict=True))} if widths else {}),
+            **({"corrected": assignment.corrected} if assignment.corrected != "all" else {}),
             "average_bits": self.average_bits(assignment),
             "size_bytes": self.size_bytes(assignment),
         }
@@ -425,6 +439,7 @@ class SearchSpace:
                 f"the assignment is of another network: it lacks {missing or 'nothing'} and adds {unknown or 'nothing'}"
             )
         activation_bits = tuple(widths.get(name) for name in self.names) if widths else ()
-        assignment = self.completed(Assignment(tuple(bits[name] for name in self.names), activation_bits))
+        corrected = document.get("corrected", "all")
+        assignment = self.completed(Assignment(tuple(bits[name] for name in self.names), activation_bits, corrected))
         self.chosen_options(assignment)
         return assignment

@@ -638,7 +638,8 @@ class _Delivery(_Attempt):
         }
         with self._run(client, f"{result.budget} {result.method}", tags) as run_id:
             of = self._model(client, run_id, parent_id, result)
-            self._log(client, run_id, metrics, {"budget": result.budget, "method": result.method}, of)
+            corrected = result.assignment.corrected
+            self._log(client, run_id, metrics, {"budget": result.budget, "method": result.method, "corrected": corrected}, of)
             client.log_dict(run_id, self.record.assignment_document(result), "assignment.json")
             export = self.exports.get(result.budget)
             if result.method == CHOSEN and export is not None and export.is_dir():

@@ -18,7 +18,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clado.errors import NetworkError
-from clado.graph import Call, Cut, Fold, Norm, logits_of, outside_inference, pooled_moments
+from clado.graph import (
+    Call,
+    Cut,
+    Fold,
+    Norm,
+    NormStatistics,
+    Statistics,
+    as_seen,
+    logits_of,
+    outside_inference,
+    pooled_moments,
+)
 from clado.quantizers import ActivationGrid, QuantizedLayer
 from clado.space import Layer
 from clado.tracing import eval_mode, why_unsearched
@@ -141,8 +152,10 @@ class WholeForwards:
         """Refused: the statistics of stacked probes can be kept apart in a graph only."""
         raise NetworkError("probes on batch statistics need a graph; expected graph: true under network")
 
-    def normalisation(self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer]) -> dict[str, Tensor]:
-        """Statistics that batch norms see with layers replaced, by buffer name; all runs for each of them."""
+    def normalisation(
+        self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics = as_seen
+    ) -> dict[str, Tensor]:
+        """What `statistics` makes of those that batch norms see with layers replaced, by buffer name; all runs for each."""
         network, found = self, dict[str, Tensor]()
         modules = {
             name: module
@@ -166,8 +179,11 @@ class WholeForwards:
             finally:
                 hook.remove()
             if inputs:  # else the images themselves decide whether it runs
-                names = [f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var")]
-                found |= zip(names, pooled_moments(inputs, self.model.get_buffer(names[0]).dtype), strict=True)
+                mean, variance = (f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var"))
+                own_mean, own_variance = (self._changed.get(n, self.model.get_buffer(n)) for n in (mean, variance))
+                moments = pooled_moments(inputs, own_mean.dtype)
+                of_norm = NormStatistics(mean, variance, modules[name].eps, (own_mean, own_variance), moments)
+                found |= zip((mean, variance), statistics(of_norm), strict=True)
                 network = network.updated(found)
         return found
 
@@ -175,10 +191,11 @@ class WholeForwards:
         """Nothing is folded: the module runs its own code."""
         return self, {}
 
-    def observe(self, images: Tensor, layer: int) -> list[Call]:
+    def observe(self, state: Deferred, layer: int) -> list[Call]:
         """The calls that consume a layer's weight in a float run; none for attention's weights, which no mode sees."""
+        ((images, replaced),) = state.parts
         with _Seen(self.weights[layer]) as seen:
-            self._forward(images, {})
+            self._forward(images, replaced)
         calls: list[Call] = seen.calls
         return calls
 

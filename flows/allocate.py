@@ -27,7 +27,7 @@ from clado.stability import stability
 from flows import worker
 from flows.guard import uninterrupted
 from flows.progress import progress
-from flows.run import Run
+from flows.run import Run, with_fewer_corrections
 
 PREDICTING = ("gauss_newton", "pairwise", "layerwise")  # who predicts, the first there is, what others only order
 VARIANT_SECONDS = 10.0  # a variant only competes: it gets less time for one budget than an answer of its own
@@ -64,6 +64,7 @@ def allocate(run: Run) -> None:
     with progress("solving", len(run.matrices) * len(budgets)) as advance:
         run.proposals = candidates.propose(run.matrices, budgets, prepare, limits, lambda budget, method: advance(1), unreached)
     run.proposals += candidates.propose_variants(run.matrices, budgets, prepare_variant, limits, run.beside)
+    run.proposals += candidates.propose_uncorrected(run.uncorrected, budgets, prepare_variant, limits)
     incumbent.unlink(missing_ok=True)
     for name in run.matrices:
         if CONVEXITY.get(name) == "clip_psd":
@@ -114,6 +115,13 @@ def search(run: Run) -> None:
         for budget, searched in run.searched.items()
         for assignment in searched.tried
     ]
+    with progress("corrections", len(searches) or 1) as advance:
+        run.proposals = with_fewer_corrections(
+            session,
+            run.proposals,
+            run.losses,
+            lambda lacking: _measured(run, session.ledger("sensitivity"), worker.measure_loss, lacking, advance),
+        )
     run.notes += [
         f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
         for row in run.results()
@@ -197,13 +205,12 @@ def measured_candidates(run: Run) -> tuple[Candidate, ...]:
             by,
         )
 
-    found: list[Candidate] = []
-    for budget in dict.fromkeys(proposal.budget for proposal in run.proposals):
-        own = [p for p in run.proposals if p.budget == budget and p.method != LOCAL_SEARCH]
-        found += [candidate(budget, p.method, p.assignment, p.loss_predicted) for p in own]
-        tried = run.searched[budget].tried if budget in run.searched else {}
-        found += [candidate(budget, LOCAL_SEARCH, a, _predicted(_surrogate(run), a)) for a in tried]
-    return tuple(found)
+    return tuple(
+        candidate(budget, p.method, p.assignment, p.loss_predicted)
+        for budget in dict.fromkeys(proposal.budget for proposal in run.proposals)
+        for p in run.proposals
+        if p.budget == budget
+    )
 
 
 def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched) -> str:
@@ -225,7 +232,9 @@ def _predictor(run: Run) -> InteractionMatrix | None:
 
 
 def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
-    """A matrix's prediction of an assignment's loss, where it predicts one."""
+    """A matrix's prediction of an assignment's loss, where it predicts one. It knows of corrected layers alone."""
+    if assignment.corrected == "none":
+        return None
     increase = matrix.predicted_increase(assignment)
     return matrix.loss_of(increase) if isfinite(increase) else None
 

@@ -555,7 +555,11 @@ def _plan_text(session: "Session") -> str:
     if known := whole - sum(plan.evaluations(tile, sums) for tile, sums in todo.items()):
         lines.append(f"  in the store already: {100 * known / whole:.0f} % of the evaluations")
     from clado.estimators import costs
+    from flows.probe import num_competing, num_networks
 
+    networks = num_networks(session)[1] + num_competing(session)
+    choosing = networks * (len(session.slices.sensitivity) + session.images_per_reestimation)
+    lines.append(f"  choosing    {networks:>7,} networks at most, {choosing:>16,} forward images, re-estimation included")
     for name, (forwards, backwards) in costs(config.estimators, plan).items():
         lines.append(
             f"  {name:<12} {forwards:>11,} forward images" + (f" and {backwards:,} backward images" if backwards else "")

@@ -23,19 +23,19 @@ def batched(things: Sequence[T], size: int) -> list[Sequence[T]]:
 
 @task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
 def evaluate(run: Run) -> None:
-    """Counts every distinct assignment of the results on the validation set once, as it ships and plain; what an earlier run
-    counted is read."""
+    """Counts every distinct assignment of the results on the validation set once, as it ships and without corrections; what an
+    earlier run counted is read."""
     session = run.session
-    distinct = list(dict.fromkeys([session.space.nothing, *(row.assignment for row in run.results())]))
-    ledgers = {False: session.ledger("validation"), True: session.ledger("validation", "plain")}
-    asked = [(assignment, False) for assignment in distinct]
+    rows = run.results()
+    wanted = [session.space.nothing, *(row.assignment for row in rows)]
     if session.config.corrections:  # which leave the float network's function as it is
-        asked += [(assignment, True) for assignment in distinct if assignment != session.space.nothing]
-    known = {(a, plain): counts for a, plain in asked if (counts := ledgers[plain].get(a)) is not None}
+        wanted += [row.assignment.with_corrections("none") for row in rows]
+    distinct, ledger = list(dict.fromkeys(wanted)), session.ledger("validation")
+    known = {assignment: counts for assignment in distinct if (counts := ledger.get(assignment)) is not None}
     parts = shards(len(session.slices.validation), EVALUATION_SHARD)
-    found: dict[tuple[Assignment, bool], dict[int, Counts]] = {key: {} for key in asked if key not in known}
-    for (assignment, plain), done in found.items():
-        done |= {k: counts for k, part in enumerate(parts) if (counts := ledgers[plain].get(assignment, part)) is not None}
+    found: dict[Assignment, dict[int, Counts]] = {assignment: {} for assignment in distinct if assignment not in known}
+    for assignment, done in found.items():
+        done |= {k: counts for k, part in enumerate(parts) if (counts := ledger.get(assignment, part)) is not None}
     # shard by shard: what is decoded for one assignment is decoded for its neighbours
     items = [
         (k, tuple(group))
@@ -44,14 +44,13 @@ def evaluate(run: Run) -> None:
     ]
     with progress("evaluating", sum(len(group) for _, group in items)) as advance:
         for k, counted in run.workers.map(worker.evaluate_shard, session.config, items):
-            for assignment, plain, counts in counted:
-                found[assignment, plain][k] = counts
+            for assignment, counts in counted:
+                found[assignment][k] = counts
                 if len(parts) > 1:
-                    ledgers[plain].put(assignment, counts, parts[k])
+                    ledger.put(assignment, counts, parts[k])
                 advance(1)
-    for (assignment, plain), done in found.items():
+    for assignment, done in found.items():
         # shards are added in order, so that the sum does not depend on which worker was first
-        known[assignment, plain] = sum((done[k] for k in range(len(parts))), Counts())
-        ledgers[plain].put(assignment, known[assignment, plain])
-    run.accuracies = {assignment: counts for (assignment, plain), counts in known.items() if not plain}
-    run.plain_accuracies = {assignment: counts for (assignment, plain), counts in known.items() if plain}
+        known[assignment] = sum((done[k] for k in range(len(parts))), Counts())
+        ledger.put(assignment, known[assignment])
+    run.accuracies = known

@@ -50,5 +50,6 @@ def gather(run: Run) -> None:
         run.matrices[name] = estimators.estimate(name, measured)
         run.matrices[name].save(session.folder / "matrices" / f"{name}.npz")
     run.beside = candidates.beside(measured, run.matrices)
+    run.uncorrected = estimators.uncorrected(measured)
     if not run.matrices:
         raise StoreError(f"{session.store_path} gave no matrix")

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 
 from clado.candidates import CONVEXITY, together, unlisted, widest_uniform
-from clado.evaluation import images_at_once
 from clado.measure import Workbench, measure_tile
 from clado.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.probes import Tile
@@ -65,11 +64,11 @@ def probe(session: Session, own_start: float) -> Eta:
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
     measuring = sum(plan.macs(tile, work, known) for tile, known in session.store_todo().items()) * rate / workers
-    least, most = _num_networks(session)
+    least, most = num_networks(session)
     networks = (least + most) // 2  # estimators agree on some budgets
     shipped_and_plain = 2 * networks - 1 if session.config.corrections else networks  # the float network is both
     validation = shipped_and_plain * len(session.slices.validation)
-    competing = _num_competing(session)
+    competing = num_competing(session)
     sensitivity = (shipped_and_plain + competing) * len(session.slices.sensitivity)
     calibration = (networks + competing) * session.images_per_reestimation
     evaluation = (validation + sensitivity + calibration) * forward / workers
@@ -86,7 +85,7 @@ def eta_text(session: Session, own_start: float) -> str:
     )
 
 
-def _num_networks(session: Session) -> tuple[int, int]:
+def num_networks(session: Session) -> tuple[int, int]:
     """Networks that a run evaluates where all estimators agree, and where no two do: float, uniform, for each budget one of each
     estimator and the one chosen."""
     budgets, limits, space = session.budgets, session.limits, session.space
@@ -95,12 +94,13 @@ def _num_networks(session: Session) -> tuple[int, int]:
     return least, least + len(budgets) * len(session.config.estimators)
 
 
-def _num_competing(session: Session) -> int:
+def num_competing(session: Session) -> int:
     """Assignments at most that are measured on the sensitivity set and have no row of their own."""
     named = session.config.estimators
+    uncorrected = 4 if session.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
     variants = 2 * sum(CONVEXITY.get(name) == "clip_psd" for name in named)
     further = len(unlisted(named, session.plan.kinds))
-    return len(session.budgets) * (variants + further + session.config.search.evaluations)
+    return len(session.budgets) * (variants + further + uncorrected + session.config.search.evaluations)
 
 
 def _preparing(session: Session) -> float:
@@ -123,7 +123,7 @@ def _preparing(session: Session) -> float:
 
 def _seconds_per_image(session: Session) -> float:
     """Seconds of a whole forward of one image: of batches that grow from one image until they take a second."""
-    images, count, most = session.slices.validation, 1, images_at_once(session.float_network)
+    images, count, most = session.slices.validation, 1, session.float_network.images_at_once
     while True:
         batch, _ = images.load(0, count)
         batch = batch.to(session.float_network.device)

@@ -35,13 +35,12 @@ def record_of(run: Run) -> RunRecord:
     session = run.session
     probe_losses = {assignment: counts.accuracy().loss for assignment, counts in run.probe_losses.items()}
     accuracies = {assignment: counts.accuracy() for assignment, counts in run.accuracies.items()}
-    plain = {assignment: counts.accuracy() for assignment, counts in run.plain_accuracies.items()}
     results = tuple(
         replace(
             row,
             loss_probe_model=probe_losses.get(row.assignment),
             validation=accuracies.get(row.assignment),
-            validation_plain=plain.get(row.assignment),
+            validation_plain=accuracies.get(row.assignment.with_corrections("none")) if session.config.corrections else None,
         )
         for row in run.results()
     )
@@ -49,10 +48,11 @@ def record_of(run: Run) -> RunRecord:
     space = session.space
     tried = {assignment for searched in run.searched.values() for assignment in searched.tried}
     num_images = len(session.slices.sensitivity)
+    reestimated = sum(assignment.corrected == "all" for assignment in run.losses)
     choosing = {
         "proposals": len(run.losses.keys() - tried) * num_images,
         "local_search": len(tried) * num_images,
-        "batchnorm_reestimation": len(run.losses) * session.images_per_reestimation,
+        "batchnorm_reestimation": (1 + reestimated) * session.images_per_reestimation,
     }
     return RunRecord(
         network=session.loaded.description,

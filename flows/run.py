@@ -1,16 +1,16 @@
 """A run in progress: its session, its workers, and what the phases hand to one another."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from clado.candidates import Budget, Proposal, Score, choose
 from clado.estimators import Measured
 from clado.evaluation import Counts
 from clado.interaction import InteractionMatrix
 from clado.local_search import Searched
-from clado.records import Result, Stability
+from clado.records import CHOSEN, Result, Stability
 from clado.space import Assignment
 from flows.clusters import Workers
 from flows.session import Session
@@ -33,6 +33,7 @@ class Run:
         self.workers = workers
         self.matrices: dict[str, InteractionMatrix] = {}
         self.beside: dict[str, InteractionMatrix] = {}
+        self.uncorrected: InteractionMatrix | None = None
         self.proposals: list[Proposal] = []
         self.measured: Measured | None = None
         self.stability: tuple[Stability, ...] = ()
@@ -41,7 +42,6 @@ class Run:
         self.losses: dict[Assignment, Counts] = {}
         self.probe_losses: dict[Assignment, Counts] = {}
         self.accuracies: dict[Assignment, Counts] = {}
-        self.plain_accuracies: dict[Assignment, Counts] = {}
         self.measuring = Measuring(0, 0, {})
         self.clock = clock
         self.notes: list[str] = []
@@ -56,6 +56,34 @@ def chosen_of(session: Session, proposals: Sequence[Proposal], counts: Mapping[A
     losses = {assignment: found.accuracy().loss for assignment, found in counts.items()}
     scores = {assignment: Score(found.mean_brier, found.each_hit) for assignment, found in counts.items()}
     return choose(session.space, proposals, losses, session.limits, scores)
+
+
+def with_fewer_corrections(
+    session: Session,
+    proposals: Sequence[Proposal],
+    counts: dict[Assignment, Counts],
+    measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
+) -> list[Proposal]:
+    """The proposals, and what would be chosen of them deployed with fewer corrections, until that chooses nothing new.
+
+    Args:
+        session: The run.
+        proposals: All measured.
+        counts: What was measured of each; filled with what is measured here.
+        measure: Counts on the sensitivity set.
+    """
+    found = list(proposals)
+    while True:
+        chosen = {row.assignment for row in chosen_of(session, found, counts) if row.method == CHOSEN}
+        others = {a: [b for b in session.other_corrections(a) if b not in counts] for a in chosen}
+        if not any(others.values()):
+            return found
+        counts |= measure(list(dict.fromkeys(b for lacking in others.values() for b in lacking)))
+        found += [
+            replace(proposal, assignment=other, loss_predicted=None, solution=None, listed=False)
+            for proposal in found
+            for other in others.get(proposal.assignment, ())
+        ]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from clado.candidates import Budget, budgets_of, check_budgets
 from clado.config import ConstraintSettings, RunConfig, fingerprint
 from clado.constraints import Constraint, size
 from clado.corrections import at_stage
+from clado.corrections.batchnorm_reestimation import MOST_IMAGES
 from clado.errors import ConfigurationError, DataError, IdentityMismatch, UnreadableImage
 from clado.evaluation import Counts, count_each
 from clado.images import DataSlices, ImageSlice, MemorySlice, check_slice
@@ -28,6 +29,8 @@ from clado.network import Network, prefers_channels_last
 from clado.preparation import (
     Prepared,
     Recipe,
+    Run,
+    advanced,
     calibration_batches,
     check_calibration,
     check_space,
@@ -35,7 +38,7 @@ from clado.preparation import (
     names_of,
     prepare_layer,
 )
-from clado.probes import BY_ENTRY, Plan, Tile, Workload, grown_blocks, sample_blocks
+from clado.probes import BY_ENTRY, Kind, Plan, Tile, Workload, grown_blocks, sample_blocks
 from clado.quantized import Shelf
 from clado.quantizers import QuantizedLayer, WeightQuantizer
 from clado.records import IMAGENET_VALIDATION_IMAGES
@@ -46,7 +49,7 @@ from clado.space import Assignment, SearchSpace
 EVALUATION_SHARD = 2500  # validation images of one Dask task
 CHANGES_BYTES = 2**30  # of the logits, kept for a wider space at most: 1,000 images of 1,000 classes and 260 options
 EVALUATED_TOGETHER = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
-Variant = Literal["shipped", "probe_model", "plain"]
+Variant = Literal["shipped", "probe_model"]
 
 
 def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> DataError:
@@ -68,6 +71,7 @@ class Session:
     slices: DataSlices
     space: SearchSpace
     _is_checked: bool = False
+    _runs: tuple[bool, int, Sequence[Run]] | None = None
 
     @staticmethod
     @lru_cache(maxsize=1)
@@ -208,7 +212,8 @@ class Session:
         if not self.config.corrections and not self.config.activations.bits:
             return []
         images = self.slices.calibration
-        return calibration_batches(images.load(0, len(images))[0].to(self.float_network.device))
+        network = self.float_network
+        return calibration_batches(images.load(0, len(images))[0].to(network.device), network.images_at_once)
 
     def shelf(self, plain: bool = False) -> Shelf:
         """Where quantized layers are kept: those that ship, or those rounded to nearest without corrections."""
@@ -231,7 +236,10 @@ class Session:
     def prepare_layer(self, plain: bool, layer: int) -> None:
         """Quantizes and corrects a layer at each of its candidates, and keeps it."""
         network, recipe = (self.float_network, self.recipe.plain) if plain else (self.network, self.recipe)
-        made = prepare_layer(network, self.space, recipe, layer, self.calibration)
+        at = self._runs
+        runs = at[2] if at is not None and at[0] == plain and at[1] <= layer else self.calibration
+        self._runs = plain, layer, advanced(network, runs, layer)
+        made = prepare_layer(network, self.space, recipe, layer, self._runs[2])
         self.shelf(plain).write_layer(layer, *made)
 
     @cached_property
@@ -257,6 +265,7 @@ class Session:
         for variant, layer in self.unprepared():
             if variant == plain:
                 self.prepare_layer(plain, layer)
+        self._runs = None  # what is kept of them is large
         shelf, device = self.shelf(plain), self.float_network.device
         layers: list[QuantizedLayer] = []
         notes: list[str] = [] if plain else shelf.read_network(device)[1]
@@ -270,8 +279,20 @@ class Session:
     @cached_property
     def bench(self) -> Workbench:
         """What measuring needs."""
+        return self._bench(self.prepared)
+
+    @cached_property
+    def plain_bench(self) -> Workbench:
+        """The same with layers that are rounded to nearest, without corrections."""
+        return self._bench(self.plain)
+
+    def bench_of(self, kind: Kind) -> Workbench:
+        """What measuring a kind of tile needs."""
+        return self.plain_bench if kind == "plain_singles" else self.bench
+
+    def _bench(self, prepared: Prepared) -> Workbench:
         return Workbench(
-            self.prepared,
+            prepared,
             self.config.criterion,
             self.blocks,
             self.slices.sensitivity.load,
@@ -283,10 +304,13 @@ class Session:
         )
 
     def shipped(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
-        """The network and its layers as they ship; final corrections are made once for an assignment, and kept."""
-        prepared = self.prepared
+        """The network and its layers as they ship, with the corrections that the assignment names.
+
+        Final corrections are made once for an assignment, and kept.
+        """
+        prepared = self.plain if assignment.corrected == "none" else self.prepared
         chosen = prepared.chosen(assignment)
-        if not prepared.has_final or not chosen:
+        if assignment.corrected != "all" or not prepared.has_final or not chosen:
             return prepared.network, chosen
         shelf = self.shelf()
         changed = shelf.read_final(assignment, self.float_network.device)
@@ -297,7 +321,7 @@ class Session:
 
     def loss(self, assignment: Assignment) -> Counts:
         """Sums of loss and Brier score of the network that ships over the sensitivity set, and its hits."""
-        if not self.has_probe_model:
+        if assignment.corrected == "all" and not self.has_probe_model:
             return self.probe_loss(assignment)
         network, replaced = self.shipped(assignment)
         folded, replaced = network.folded_with(replaced)
@@ -307,6 +331,14 @@ class Session:
         """The same as probes see it: without final corrections."""
         return self._summed(lambda block: scores(self.bench, assignment, block))
 
+    def other_corrections(self, assignment: Assignment) -> list[Assignment]:
+        """The same bits with fewer corrections: without the final ones, where there are some, and without any."""
+        if not self.config.corrections:
+            return []
+        has_final = bool(at_stage(self.config.corrections, "final")) and bool(self.float_network.graph.norms)
+        levels = ["static", "none"] if has_final else ["none"]
+        return [assignment.with_corrections(level) for level in ("all", *levels) if level != assignment.corrected]
+
     @property
     def has_probe_model(self) -> bool:
         """Whether probes measure another network than the one that ships."""
@@ -314,13 +346,13 @@ class Session:
 
     @property
     def images_per_reestimation(self) -> int:
-        """Forward images that batch-norm re-estimation, the only final correction, takes for each assignment: the calibration
+        """Forward images that batch-norm re-estimation, the only final correction, takes for each assignment: its calibration
         images once, by whole forwards once for each batch norm (at most: one that a forward meets twice is left as it is); none
         where it is off or there is no batch norm."""
         if "batchnorm_reestimation" not in self.config.corrections:
             return 0
         norms = sum(name.endswith("running_var") for name, _ in self.loaded.model.named_buffers())
-        return len(self.slices.calibration) * (min(norms, 1) if self.config.network.graph else norms)
+        return min(len(self.slices.calibration), MOST_IMAGES) * (min(norms, 1) if self.config.network.graph else norms)
 
     def _summed(self, scored: Callable[[int], Scores]) -> Counts:
         found = [scored(block) for block in range(len(self.blocks))]
@@ -328,13 +360,9 @@ class Session:
         hits = "".join("01"[int(hit)] for block in found for hit in block.hits)
         return Counts(len(hits), loss, brier=brier, hits=hits)
 
-    def accuracies(self, asked: Sequence[tuple[Assignment, bool]], start: int, stop: int) -> list[Counts]:
-        """Counts on images start..stop−1 of the validation set, each decoded once, for each (assignment, plain): of the network
-        that ships, or of the one without corrections."""
-        variants = [
-            (self.plain.network, self.plain.chosen(assignment)) if plain else self.shipped(assignment)
-            for assignment, plain in asked
-        ]
+    def accuracies(self, assignments: Sequence[Assignment], start: int, stop: int) -> list[Counts]:
+        """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as it ships."""
+        variants = [self.shipped(assignment) for assignment in assignments]
         return count_each(variants, self.slices.validation, start, stop, reference=self.float_network)
 
     @property
@@ -345,7 +373,7 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
-        kinds = estimators.kinds_of(self.config.estimators)
+        kinds = estimators.kinds_of(self.config.estimators, bool(self.config.corrections))
         store = Store.open(self.store_path) if exists(self.store_path) else None
         if store is not None and store.space.options == self.space.options:
             rows = store.rows_per_tile
@@ -522,8 +550,8 @@ class Session:
         return load_data(fewer, self.loaded.image_shape, self.loaded.preprocessing).sensitivity.sha256
 
     def ledger(self, which: str, variant: Variant = "shipped") -> Ledger:
-        """Evaluations on the `sensitivity` or the `validation` set: of networks that ship, as probes see them, or plain."""
-        identity = {**(self.plain_identity if variant == "plain" else self.identity)}
+        """Evaluations on the `sensitivity` or the `validation` set: of networks that ship, or as probes see them."""
+        identity = dict(self.identity)
         if variant == "probe_model":
             identity["variant"] = variant
         identity |= {"slice": getattr(self.slices, which).sha256, "layers": self.space.names}

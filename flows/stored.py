@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clado import estimators, pareto, solvers, tracking
-from clado.candidates import Budget, Proposal, beside, program_of, together, widest_uniform
+from clado.candidates import Budget, Proposal, beside, program_of, propose_uncorrected, together, widest_uniform
 from clado.config import RunConfig, load_run_config, parse_limit
 from clado.constraints import Constraint
 from clado.errors import ConfigurationError, DataError, InfeasibleError
@@ -17,12 +17,14 @@ from clado.estimators import Measured
 from clado.evaluation import Counts, shards
 from clado.interaction import InteractionMatrix
 from clado.probes import Plan
-from clado.program import Solution
+from clado.program import Program, Solution
 from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Result, RunRecord, markdown_table, percent, write_text
 from clado.shards import Store
+from clado.solvers import Solve
 from clado.space import Assignment
 from flows.export import file_name
-from flows.run import chosen_of
+from flows.guard import uninterrupted
+from flows.run import chosen_of, with_fewer_corrections
 from flows.session import EVALUATION_SHARD, Session, limit_of, limits_of
 
 
@@ -41,7 +43,7 @@ class StoredRun:
         store = Store.open(config.store or folder / "store.zarr")
         space = store.space.tied(config.layers.ties).blocked(config.layers.blocks)
         blocks = tuple((start, stop) for start, stop in store.coverage["blocks"])
-        kinds, drawn = estimators.kinds_of(config.estimators), config.gradients
+        kinds, drawn = estimators.kinds_of(config.estimators, bool(config.corrections)), config.gradients
         plan = Plan(space, blocks, kinds, store.rows_per_tile, drawn.vectors, drawn.seed)
         return cls(folder, config, Measured(space, config.criterion, store.counts, store.gather(plan)))
 
@@ -57,6 +59,15 @@ class StoredRun:
     def beside(self) -> dict[str, InteractionMatrix]:
         """Matrices that propose beside those."""
         return beside(self.measured, self.config.estimators)
+
+    def uncorrected(self, budgets: Sequence[Budget]) -> list[Proposal]:
+        """What is proposed without corrections, for solver time only."""
+        settings = self.config.solver
+
+        def prepare(program: Program) -> Solve:
+            return uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
+
+        return propose_uncorrected(estimators.uncorrected(self.measured), budgets, prepare, self.limits)
 
     def solve(
         self, budget: Budget, further: Sequence[str] = (), matrices: Mapping[str, InteractionMatrix] | None = None
@@ -194,21 +205,26 @@ def _solved(stored: StoredRun, budget: Budget) -> list[Proposal]:
         found.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
     if not found:
         raise unreached[0]
-    return found
+    return [*found, *stored.uncorrected([budget])]
 
 
 def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Proposal]) -> list[Result]:
     """One result for each listed proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
     where it is known, else measured here."""
     ledger = session.ledger("sensitivity")
-    found: dict[Assignment, Counts] = {}
-    for assignment in dict.fromkeys(proposal.assignment for proposal in proposals):
-        counts = ledger.get(assignment)
-        if counts is None:
-            counts = session.loss(assignment)
-            ledger.put(assignment, counts)
-        found[assignment] = counts
-    return chosen_of(session, proposals, found)
+
+    def measured(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
+        found: dict[Assignment, Counts] = {}
+        for assignment in assignments:
+            counts = ledger.get(assignment)
+            if counts is None:
+                counts = session.loss(assignment)
+                ledger.put(assignment, counts)
+            found[assignment] = counts
+        return found
+
+    counts = measured(list(dict.fromkeys(proposal.assignment for proposal in proposals)))
+    return chosen_of(session, with_fewer_corrections(session, proposals, counts, measured), counts)
 
 
 def answers(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Result]:
@@ -239,7 +255,7 @@ def counts_of(session: Session, assignment: Assignment) -> Counts:
         counts = Counts()
         parts = shards(len(session.slices.validation), EVALUATION_SHARD)  # as the flow cuts them: the same sum, bit for bit
         for part in parts:
-            found = ledger.get(assignment, part) or session.accuracies([(assignment, False)], *part)[0]
+            found = ledger.get(assignment, part) or session.accuracies([assignment], *part)[0]
             if len(parts) > 1:
                 ledger.put(assignment, found, part)
             counts += found

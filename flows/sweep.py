@@ -49,7 +49,7 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
             advance(1)
         if len(unreached) == len(matrices):
             raise unreached[0]
-    return proposals
+    return proposals + stored.uncorrected(budgets)
 
 
 def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budget]) -> list[tuple[Budget, Solution]]:

@@ -71,7 +71,7 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     begin = time.perf_counter()
     known = session.store.known(session.plan, tile)
     changes = session.store.changes(session.plan, tile, known)
-    session.store.write(tile, measure_tile(session.bench, tile, known, changes), changes)
+    session.store.write(tile, measure_tile(session.bench_of(tile.kind), tile, known, changes), changes)
     return Receipt(tile, session.plan.evaluations(tile, known), time.perf_counter() - begin)
 
 
@@ -92,11 +92,11 @@ def measure_probe_loss(document: dict[str, Any], assignment: Assignment) -> tupl
 
 
 def evaluate_shard(
-    document: dict[str, Any], item: tuple[int, tuple[tuple[Assignment, bool], ...]]
-) -> tuple[int, list[tuple[Assignment, bool, Counts]]]:
-    """Counts of each (assignment, plain) on one shard of the validation set, which is decoded once for all of them."""
+    document: dict[str, Any], item: tuple[int, tuple[Assignment, ...]]
+) -> tuple[int, list[tuple[Assignment, Counts]]]:
+    """Counts of each assignment on one shard of the validation set, which is decoded once for all of them."""
     session = open_session(document)
     shard, asked = item
     start, stop = shards(len(session.slices.validation), EVALUATION_SHARD)[shard]
     found = session.accuracies(asked, start, stop)
-    return shard, [(assignment, plain, counts) for (assignment, plain), counts in zip(asked, found, strict=True)]
+    return shard, list(zip(asked, found, strict=True))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clado.corrections import LayerSample, batchnorm_reestimation, module_of, output_statistics
 from clado.errors import ConfigurationError, DataError, NetworkError
+from clado.graph import NormStatistics
 from clado.network import Network
 from clado.plugins import available
 from clado.preparation import Prepared, Recipe, layer_sample, prepare
@@ -27,7 +29,6 @@ from tests.networks import (
     images,
     owner_of,
     rebuilt,
-    renormalised,
     replaced_logits,
 )
 
@@ -219,36 +220,105 @@ def test_too_few_images_are_refused_with_the_number_that_is_enough():
 NORMED = pytest.mark.parametrize("kind", [Residual, Normed])
 
 
+def with_statistics(model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
+    """A copy of a module with other buffers."""
+    model = copy.deepcopy(model)
+    for name, tensor in found.items():
+        model.get_buffer(name).copy_(tensor)
+    return model
+
+
+def normalised(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of each channel of what each batch norm makes, before its own scale and shift.
+
+    The variance has ε's share, ε / (σ² + ε), beside that of the observations: it is the batch norm's own deviation.
+    """
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)}
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen[name] = given[0].movedim(1, 0).flatten(1).double()
+
+        return hook
+
+    hooks = [part.register_forward_pre_hook(keep(name)) for name, part in norms.items()]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name, part in norms.items():
+        deviation = (part.running_var.double() + part.eps).sqrt()
+        z = (seen[name] - part.running_mean.double()[:, None]) / deviation[:, None]
+        found[name] = z.mean(1), z.var(1) + part.eps / deviation.square()
+    return found
+
+
 @NORMED
 @pytest.mark.parametrize("widths", [(), (4,)], ids=["float inputs", "inputs on a grid"])
 @pytest.mark.parametrize("names", [(), ("output_statistics",)], ids=["alone", "behind output statistics"])
-def test_statistics_are_those_of_the_quantized_module_run_batch_norm_by_batch_norm(kind, widths, names):
+def test_what_every_batch_norm_makes_has_the_float_networks_mean_and_deviation(kind, widths, names):
     ready = matched(kind, widths, names=(*names, "batchnorm_reestimation"))
+    x, source = torch.cat(calibration()), ready.network.model.eval()
     # a value between two codes goes to either: four of thousands in a channel, by a step of about a third
-    ties = STATISTICS + 4 / 3 / (NUM_IMAGES * 64)
+    share = STATISTICS + (4 / 3 / (NUM_IMAGES * 64) if widths else 0)
+    expected = normalised(source, x)
     for assignment in (ready.space.narrowest, ready.space.widest, ready.space.assignment([0, 4])):
         layers = {ready.space.layers[i].name: layer for i, layer in ready.chosen(assignment).items()}
-        reference = rebuilt(ready.network.model, layers)
-        expected = renormalised(reference, torch.cat(calibration()))
-        found = ready.final(assignment)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            tolerance.close(found[name], tensor, STATISTICS if widths == () else ties)
+        quantized, found = rebuilt(source, layers), ready.final(assignment)
+        assert found.keys() == {name for name, _ in source.named_buffers() if "running" in name}
+        for name, (mean, variance) in normalised(with_statistics(quantized, found), x).items():
+            tolerance.close(mean, expected[name][0], share)
+            tolerance.close(variance, expected[name][1], share)
         network, chosen = ready.shipped(assignment)
-        shipped = replaced_logits(reference, found, images(4))
+        shipped = replaced_logits(quantized, found, images(4))
         tolerance.close_but_for_ties(network.logits(images(4), chosen), shipped)
-        assert float((ready.network.logits(images(4), chosen) - shipped).abs().max()) > 1e-3
+    if not names:  # else the layers before some batch norms have these already
+        narrowest = {ready.space.layers[i].name: layer for i, layer in ready.chosen(ready.space.narrowest).items()}
+        uncorrected = normalised(rebuilt(source, narrowest), x)
+        assert max(float((uncorrected[name][1] - variance).abs().max()) for name, (_, variance) in expected.items()) > 5 * share
+
+
+@NORMED
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
+def test_where_nothing_is_quantized_the_trained_statistics_stay(kind, graph):
+    """Not those of the calibration images, which differ by sampling and by how images were augmented in training."""
+    network, given = Network(build(kind), images(1), graph=graph), calibration(20, 28)
+    trained = {name: tensor for name, tensor in network.model.named_buffers() if "running" in name}
+    found = batchnorm_reestimation.reestimate(network, {}, given, batchnorm_reestimation.reference(network, given))
+    assert found.keys() == trained.keys()
+    for name, tensor in trained.items():
+        tolerance.close(found[name], tensor, tolerance.eps())
+    seen = network.normalisation(given)
+    assert max(float((seen[name] - tensor).abs().max()) for name, tensor in trained.items()) > 1e-2
+
+
+@pytest.mark.parametrize("sizes", [(150,), (100, 50), (64, 64, 22), (128, 22)])
+def test_statistics_are_those_of_the_first_128_images(sizes):
+    network = network_of(Normed)
+    batches = list(images(150).split(sizes))
+    expected = batchnorm_reestimation.reference(network, [torch.cat(batches)[:128]])
+    found = batchnorm_reestimation.reference(network, batches)
+    for name, moments in expected.items():
+        for one, other in zip(found[name], moments, strict=True):
+            tolerance.close(one, other, STATISTICS)
+
+
+def test_a_channel_that_never_varies_keeps_finite_statistics():
+    norm = NormStatistics("m", "v", 1e-5, (torch.tensor([0.5]), torch.tensor([2.0])), (torch.tensor([0.1]), torch.tensor([0.0])))
+    mean, variance = batchnorm_reestimation.matched(norm, (torch.tensor([0.3]), torch.tensor([0.0])))
+    assert float(mean) == pytest.approx(0.5 + 0.1 - 0.3)
+    assert float(variance) == pytest.approx(2.0)
 
 
 def test_fewer_than_sixteen_images_are_refused():
     network = network_of(Normed)
-    quantized = prepare(network, network.search_space((2,))).layers
-    chosen = dict(enumerate(quantized))
     with pytest.raises(
         DataError, match=r"batchnorm_reestimation has 15 calibration images; expected .*calibration_images: 16 or"
     ):
-        batchnorm_reestimation.reestimate(network, chosen, [images(8), images(7)])
-    assert len(batchnorm_reestimation.reestimate(network, chosen, [images(8), images(8)])) == 8
+        batchnorm_reestimation.reference(network, [images(8), images(7)])
+    assert len(batchnorm_reestimation.reference(network, [images(8), images(8)])) == 4
 
 
 def test_batch_norms_without_a_place_of_their_own_are_refused():

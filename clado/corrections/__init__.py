@@ -4,7 +4,8 @@
     network    once, on the float network                equalize(network, images) -> .tensors by name, .report
     rounding   for every layer and bit-width             rounder(sample, seed, steps) -> (grid -> codes); skipped(layer)
     layer      after rounding, for the same              correct(sample, quantized) -> the same, better; skipped(sample)
-    final      once an assignment is known               reestimate(network, quantized, images) -> named tensors
+    final      once an assignment is known               reference(network, images) -> what is measured of the float network;
+                                                         reestimate(network, quantized, images, reference) -> named tensors
 
 Everything but the last is static: it is done before measuring, and costs a probe nothing. Names are file names.
 """

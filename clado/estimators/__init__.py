@@ -84,9 +84,11 @@ class Measured:
         return means[:, 1:] - means[:, :1]
 
 
-def kinds_of(estimators: Iterable[str]) -> tuple[Kind, ...]:
-    """Kinds of tiles that these estimators need between them."""
+def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[Kind, ...]:
+    """Kinds of tiles that these estimators need between them, and those of uncorrected layers where there are corrections."""
     needed = {kind for name in estimators for kind in _module(name).KINDS}
+    if has_corrections:
+        needed.add("plain_singles")
     if "pairs" in needed:
         needed.discard("block_pairs")  # they are among all pairs
     if "gram" in needed:
@@ -109,6 +111,13 @@ def estimate(name: str, measured: Measured) -> InteractionMatrix:
     with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN: a loss that `quarantine` deals with
         matrix: InteractionMatrix = _module(name).estimate(measured)
     return matrix
+
+
+def uncorrected(measured: Measured) -> InteractionMatrix | None:
+    """`layerwise` of layers rounded to nearest, without corrections; None where they were not measured."""
+    if "plain_singles" not in measured.sums:
+        return None
+    return estimate("layerwise", replace(measured, sums={"singles": measured.sums["plain_singles"]}))
 
 
 def non_finite(measured: Measured) -> list[str]:

@@ -87,7 +87,8 @@ class CorrectionContract:
             for i in range(plain.space.num_layers):
                 module.correct(layer_sample(network, i, given), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]])
         else:
-            module.reestimate(network, plain.chosen(plain.space.narrowest), given)
+            chosen = plain.chosen(plain.space.narrowest)
+            module.reestimate(network, chosen, given, module.reference(network, given))
         assert all(torch.equal(now, then) for now, then in zip((*tensors, *given), before, strict=True))
         state = network.model.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in build(kind).state_dict().items())

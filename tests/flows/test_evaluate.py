@@ -83,7 +83,7 @@ def test_every_image_is_decoded_once_for_all_assignments_and_the_sums_are_those_
     assert len(decoded) == len(set(decoded)) == VALIDATED
     assert [(shard, len(group)) for shard, group in workers.made] == [(0, 4), (1, 4), (2, 4)]  # three answers, and the float one
     for assignment, counts in found.items():
-        [whole] = session.accuracies([(assignment, False)], 0, VALIDATED)
+        [whole] = session.accuracies([assignment], 0, VALIDATED)
         assert (counts.num_images, counts.top1, counts.top5, counts.classes) == (VALIDATED, whole.top1, whole.top5, whole.classes)
         close_losses(counts.loss, whole.loss, VALIDATED)
     again = Workers()
@@ -103,7 +103,7 @@ def test_a_killed_evaluation_keeps_what_it_counted(session: Session, decoded: li
     for file in (session.folder / "evaluations" / "validation" / "parts").glob("*"):
         raise AssertionError(f"{file} is left behind")
     for assignment, counts in found.items():
-        parts = [session.accuracies([(assignment, False)], start, min(start + SHARD, VALIDATED))[0] for start in (0, 4, 8)]
+        parts = [session.accuracies([assignment], start, min(start + SHARD, VALIDATED))[0] for start in (0, 4, 8)]
         assert counts == sum(parts, Counts())
 
 

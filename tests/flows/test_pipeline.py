@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import clado
-from clado.candidates import SAFE, TEMPERED, Budget
+from clado.candidates import LAYERWISE_PLAIN, SAFE, TEMPERED, Budget
 from clado.config import DataSettings, NetworkSettings, parse_config
 from clado.evaluation import Counts
 from clado.probes import KINDS
 from clado.quantizers import WeightQuantizer
-from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, RunRecord
+from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, Candidate, RunRecord
 from clado.shards import Store
 from clado.sources import load_data, load_network
 from clado.space import Assignment
@@ -155,7 +155,7 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
         rows = {m: record.find(budget.name, m) for m in METHODS}
         chosen, limit = rows[CHOSEN], budget.constraint(session.space)
         fitting = [c for c in record.candidates if limit.holds(session.space, c.assignment)]
-        safe = min(c.loss_shipped for c in fitting if c.origin in SAFE)
+        safe = min(c.loss_shipped for c in fitting if c.origin in SAFE or c.assignment.corrected == "none")
         assert chosen.loss_shipped <= safe <= min(rows[m].loss_shipped for m in SAFE)
         rivals = [c for c in fitting if c.loss_shipped <= safe]
         most = max(rivals, key=lambda c: c.agreement_shipped).assignment
@@ -182,12 +182,14 @@ def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, recor
     measured, as_probed = finished.calls.of("measure_loss"), finished.calls.of("measure_probe_loss")
     assert len(measured) == len(set(measured))
     assert set(measured) == candidates >= distinct
+    # fewer corrections: those of uniform bits and of plain layerwise, and of what is chosen
+    assert {a.corrected for a in candidates} == {"all", "static", "none"}
     assert len(as_probed) == len(set(as_probed))
     assert set(as_probed) == distinct
     evaluated = [key for _, group in finished.calls.of("evaluate_shard") for key in group]
     assert len(evaluated) == len(set(evaluated))  # 100 images are one shard
     # corrections leave the float network's function as it is
-    assert set(evaluated) == {(a, plain) for a in distinct for plain in (False, True)} | {(session.space.nothing, False)}
+    assert set(evaluated) == distinct | {a.with_corrections("none") for a in distinct} | {session.space.nothing}
     assert len(list((finished.folder / "evaluations" / "sensitivity").iterdir())) == len(candidates) + len(distinct)
     assert len(list((finished.folder / "evaluations" / "validation").iterdir())) == len(evaluated)
 
@@ -196,20 +198,27 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(re
     for budget in record.budgets:
         own = [c for c in record.candidates if c.budget == budget]
         searched = [c for c in own if c.origin == LOCAL_SEARCH]
-        assert {c.origin for c in own} == {UNIFORM, *ESTIMATORS, "pairwise_raw", "pairwise_shrunk", *TEMPERED, LOCAL_SEARCH}
-        assert len(searched) == 5
+        proposing = {UNIFORM, *ESTIMATORS, "pairwise_raw", "pairwise_shrunk", *TEMPERED, LAYERWISE_PLAIN, LOCAL_SEARCH}
+        assert {c.origin for c in own} == proposing
+        assert {c.assignment.corrected for c in own if c.origin == LAYERWISE_PLAIN} == {"none"}
+        assert {c.assignment.corrected for c in own if c.origin == UNIFORM} >= {"all", "none"}
+        assert len([c for c in searched if c.assignment.corrected == "all"]) == 5
         summary = next(row for row in record.searches if row.budget == budget)
         assert summary.evaluations == 5
-        proposed = [c.loss_shipped for c in record.candidates if c.origin != LOCAL_SEARCH and c.size_bytes <= own[0].size_bytes]
+        proposed = [
+            c.loss_shipped
+            for c in record.candidates
+            if c.origin != LOCAL_SEARCH and c.size_bytes <= own[0].size_bytes and c.assignment.corrected != "static"
+        ]
         assert summary.start_loss <= min([c.loss_shipped for c in own if c.origin != LOCAL_SEARCH] + proposed)
         assert summary.best_loss == min([summary.start_loss, *(c.loss_shipped for c in searched)])
         assert summary.gain == summary.start_loss - summary.best_loss
-    searched, proposed = (
-        {c.assignment for c in record.candidates if (c.origin == LOCAL_SEARCH) == found} for found in (True, False)
-    )
+    measured = {c.assignment for c in record.candidates}
+    searched = {c.assignment for c in record.candidates if c.origin == LOCAL_SEARCH and c.assignment.corrected == "all"}
     assert record.forwards["local_search"] == 32 * len(searched)
-    assert record.forwards["proposals"] == 32 * len(proposed)
-    assert record.forwards["batchnorm_reestimation"] == 64 * len(searched | proposed)  # of 64 calibration images
+    assert record.forwards["proposals"] == 32 * len(measured - searched)
+    # of 64 calibration images, and once of the float network
+    assert record.forwards["batchnorm_reestimation"] == 64 * (1 + sum(a.corrected == "all" for a in measured))
 
 
 def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finished, record, session):
@@ -217,7 +226,12 @@ def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finish
         values = file["values"]
     ranking = {UNIFORM, *TEMPERED} | {LOCAL_SEARCH for search in record.searches if search.surrogate in TEMPERED}
     for c in record.candidates:
-        assert c.predicted_by == ("gauss_newton" if c.origin in ranking else "")
+        if c.assignment.corrected == "none":  # no matrix knows of rounding to nearest, but that of LAYERWISE_PLAIN
+            assert c.predicted_by == ""
+            assert (c.loss_predicted is None) == (c.origin != LAYERWISE_PLAIN)
+            continue
+        if c.assignment.corrected == "all":
+            assert c.predicted_by == ("gauss_newton" if c.origin in ranking else "")
         if c.predicted_by or c.origin == "gauss_newton":
             chosen = session.space.chosen_options(c.assignment)
             assert c.loss_predicted == pytest.approx(record.baseline + 0.5 * values[np.ix_(chosen, chosen)].sum())
@@ -234,6 +248,11 @@ def test_reestimation_is_a_run_of_the_calibration_images_or_one_for_each_batch_n
     assert images(corrections=("output_statistics",)) == 0
 
 
+def corrected_of(record: RunRecord, budget: Budget) -> list[Candidate]:
+    """What was measured for a budget with all corrections."""
+    return [c for c in record.candidates if c.budget == budget.name and c.assignment.corrected == "all"]
+
+
 @pytest.mark.parametrize("named", [("gauss_newton",), ("pairwise",), ("tempered2",)])
 def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, record, tmp_path, named):
     """Layerwise's answers and their losses are those of the run that names it."""
@@ -245,12 +264,13 @@ def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, 
     for budget in session.budgets:
         safe = [record.find(budget.name, method) for method in SAFE]
         assert found.find(budget.name, CHOSEN).loss_shipped <= min(row.loss_shipped for row in safe) + 1e-12
-        assert {c.assignment for c in found.candidates if (c.budget, c.origin) == (budget.name, "layerwise")} == {
+        assert {c.assignment for c in corrected_of(found, budget) if c.origin == "layerwise"} == {
             row.assignment for row in safe if row.method == "layerwise"
         }
-    predicting = {c.predicted_by for c in found.candidates if c.origin in (UNIFORM, *TEMPERED)}
+    corrected = [c for c in found.candidates if c.assignment.corrected == "all"]
+    predicting = {c.predicted_by for c in corrected if c.origin in (UNIFORM, *TEMPERED)}
     assert predicting == ({"layerwise"} if named == ("tempered2",) else set(named))
-    assert all(c.loss_predicted is not None for c in found.candidates)
+    assert all(c.loss_predicted is not None for c in corrected)
     # what is read back knows who proposed what, also where two proposed the same
     known = {(p.budget.name, p.method, p.assignment) for p in recorded(StoredRun.open(tmp_path / "run"), session)}
     assert known == {(c.budget, c.origin, c.assignment) for c in found.candidates}
@@ -330,7 +350,8 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
     assert set(calls.of("measure_loss")) == new
     assert len(calls.of("measure_loss")) == len(new) > 0
     reported = {r.assignment for r in again.results} - {r.assignment for r in record.results}
-    assert {a for _, group in calls.of("evaluate_shard") for a, _ in group} == reported
+    evaluated = {a for _, group in calls.of("evaluate_shard") for a in group}
+    assert reported <= evaluated <= reported | {a.with_corrections("none") for a in reported}
 
 
 @pytest.mark.system
