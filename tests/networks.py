@@ -252,6 +252,30 @@ def renormalised(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if "running" in name}
 
 
+def rematched(source: nn.Module, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Statistics of a quantized module's batch norms, one after another: its output gets the mean and deviation, ε included, that
+    the float module `source` has there."""
+    model, source = copy.deepcopy(model).eval(), source.eval()
+
+    def seen(module: nn.Module, name: str) -> Tensor:
+        found = []
+        hook = module.get_submodule(name).register_forward_pre_hook(lambda _, given: found.append(given[0]))
+        with torch.no_grad():
+            module(x)
+        hook.remove()
+        return found[0].movedim(1, 0).flatten(1).double()
+
+    for name, norm in model.named_modules():
+        if isinstance(norm, _BatchNorm):
+            trained, floats, ours = source.get_submodule(name), seen(source, name), seen(model, name)
+            deviation = (trained.running_var.double() + norm.eps).sqrt()
+            wanted = (floats.mean(1) - trained.running_mean.double()) / deviation
+            spread = ((ours.var(1) + norm.eps) / (floats.var(1) + norm.eps)).sqrt() * deviation
+            norm.running_mean.copy_(ours.mean(1) - wanted * spread)
+            norm.running_var.copy_(spread.square() - norm.eps)
+    return {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+
+
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, slice]:
     """The module of a rebuilt network that has a layer's weight, and which rows are the layer's: a third for .q, .k, .v."""
     path, _, part = name.replace("in_proj_weight", "in_proj.weight").partition(".weight")

@@ -15,7 +15,7 @@ from clado.errors import CladoError, ConfigurationError, DataError, InfeasibleEr
 from tests import tolerance
 from tests.contracts.correction import STATISTICS
 from tests.contracts.estimator import ENTRY
-from tests.networks import Residual, build, images, labels, rebuilt, renormalised, replaced_logits
+from tests.networks import Residual, build, images, labels, rebuilt, rematched, replaced_logits
 
 NUM_IMAGES = 12
 
@@ -146,11 +146,11 @@ def prepared(network, space):
 
 
 def shipped_logits(prepared, assignment, x):
-    """The reference: the module rebuilt with the assignment's layers, its batch norms run over the calibration images."""
+    """The reference: the module rebuilt with the assignment's layers, its batch norms matched on the calibration images."""
     space = prepared.space
     options = {space.layers[i].name: space.option(i, bits) for i, bits in enumerate(assignment.bits)}
     model = rebuilt(prepared.network.model, {name: prepared.layers[k] for name, k in options.items()})
-    return replaced_logits(model, renormalised(model, images(40, seed=3)), x)
+    return replaced_logits(model, rematched(prepared.network.model, model, images(40, seed=3)), x)
 
 
 def test_prepare_measure_solve_evaluate(network, space, prepared):
@@ -162,7 +162,7 @@ def test_prepare_measure_solve_evaluate(network, space, prepared):
     assert report.top1 == float((z.argmax(1) == data[1]).double().mean())
     assert report.loss == pytest.approx(float(criteria.cross_entropy(z, data[1]).mean()), rel=0, abs=SHIPPED)
     plain = clado.evaluate(network, solution.assignment, data)
-    assert abs(plain.loss - report.loss) > 1e-3
+    assert abs(plain.loss - report.loss) > 2 * SHIPPED
 
 
 def test_the_matrix_is_that_of_the_prepared_layers(network, space, prepared):
