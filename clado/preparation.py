@@ -93,8 +93,17 @@ class Prepared:
         return self._references[name]
 
     def shipped(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
-        """The network and its layers as they ship: final corrections applied."""
-        changed = self.final(assignment) if self.has_final else {}
+        """The network and its layers as they ship, final corrections applied unless the assignment is deployed without them.
+
+        Raises:
+            ConfigurationError: The assignment is deployed without corrections, and these layers have some.
+        """
+        if assignment.corrected == "none" and self.recipe.corrections:
+            raise ConfigurationError(
+                f"the assignment is deployed without corrections, and these layers have {names_of(self.recipe.corrections)}; "
+                "expected layers from clado.prepare(..., corrections=())"
+            )
+        changed = self.final(assignment) if self.has_final and assignment.corrected == "all" else {}
         return self.network.updated(changed) if changed else self.network, self.chosen(assignment)
 
 

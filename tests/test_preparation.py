@@ -519,3 +519,21 @@ def test_a_call_is_corrected_alike_however_it_is_written_and_by_whole_forwards(c
     for prepared in found:
         (note,) = [note for note in prepared.notes if "pointwise" in note]
         assert "no run of it can be observed" in note
+
+
+def test_an_assignment_is_deployed_with_the_corrections_it_names():
+    network = Network(build(Residual), images(1))
+    space = network.search_space((2, 4))
+    names = ("output_statistics", "batchnorm_reestimation")
+    ready, plain = (prepare(network, space, Recipe(corrections=found), calibration_batches(CALIBRATION)) for found in (names, ()))
+    whole, layers = ready.shipped(space.narrowest)
+    static, same = ready.shipped(space.narrowest.with_corrections("static"))
+    assert whole.changed
+    assert static is ready.network
+    assert same == layers
+    with pytest.raises(ConfigurationError, match="deployed without corrections, and these layers have output_statistics"):
+        ready.shipped(space.narrowest.with_corrections("none"))
+    network, rounded = plain.shipped(space.narrowest.with_corrections("none"))
+    assert all(torch.equal(rounded[i].weight, plain.layers[space.offsets[i]].weight) for i in rounded)
+    with pytest.raises(ConfigurationError, match="corrected is 'some'; expected one of all, static, none"):
+        space.narrowest.with_corrections("some")

@@ -9,7 +9,7 @@ and of the quantized network's inputs μ_q, σ_q, all measured on the same image
 Without quantization μ' = μ and σ' = σ: trained statistics stay. Replacing them by μ_q, σ_q instead (Sun et al. 2019, "Hybrid
 8-bit floating point", section 3.2; Finkelstein et al. 2019, arXiv 1906.03193) also replaces what training averaged over
 augmented images by what a few hundred centre crops have. On an ImageNet network that costs 3 to 7 points of top-1 by itself
-(tests/benchmarks/HARM.md).
+(tests/benchmarks/NO_HARM.md).
 
 Statistics are pooled over images and taken layer by layer in execution order, so they do not depend on the batch size. The
 network keeps its operations. Where a target folds batch norm into the convolution before it, `fold` does so, with the integer

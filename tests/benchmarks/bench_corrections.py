@@ -104,14 +104,16 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
     known = [row for row in rows() if (row["network"], row["draw"]) == (name, draw)]
     asked = list(product(("plain", "corrected"), METHODS, BUDGETS))
     done = {(row["measured"], row["method"], row["budget"], row["shipped"]) for row in known}
-    if done >= {(*question, variant) for question in asked for variant in variants}:
+    variants = [variant for variant in variants if not done >= {(*question, variant) for question in asked}]
+    if not variants:
         return
-    ready = {variant: prepared(network, name, variant, slices) for variant in variants}
     # what was chosen before stands: a machine with another torch may break a near tie the other way
     answers = {(row["measured"], row["method"], row["budget"]): Assignment(tuple(row["bits"])) for row in known}
-    for measured, base in (("plain", "none"), ("corrected", "all")):
-        if all((measured, method, budget) in answers for method, budget in product(METHODS, BUDGETS)):
-            continue
+    unanswered = {
+        m: b for m, b in (("plain", "none"), ("corrected", "all")) if not answers.keys() >= {q for q in asked if q[0] == m}
+    }
+    ready = {variant: prepared(network, name, variant, slices) for variant in {*variants, *unanswered.values()}}
+    for measured, base in unanswered.items():
         found = matrices(ready[base], slices.sensitivity, draw * NUM_SENSITIVITY)
         proposals = propose(found, budgets_of(average_bits=BUDGETS), lambda program: solvers.prepare(program, "scip"))
         for proposal in proposals:
