@@ -70,7 +70,7 @@ def test_gather_puts_every_tile_in_its_place_whatever_the_order_of_writing(tmp_p
     k = SPACE.num_options
     assert {kind: array.shape for kind, array in gathered.items()} == {
         "singles": (3, 1 + k), "pairs": (3, k, k), "gram": (3, 2 + len(TEMPERATURES) * k, 1 + k), "block_pairs": (3, k, k),
-        "gradients": (3, 2, 1 + k), "trace": (3, 1 + k)
+        "gradients": (3, 2, 1 + k), "trace": (3, 1 + k), "plain_singles": (3, 1 + k),
     }  # fmt: skip
     for tile in PLAN.tiles:
         rows = slice(tile.first, tile.stop) if tile.kind in OF_PAIRS else slice(None)

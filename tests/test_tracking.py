@@ -214,7 +214,11 @@ def test_the_model_of_every_budget_is_logged_with_its_signature_pins_and_accurac
     assert {model.params["budget"] for model in models} == set(record.budgets)
     for model in models:
         budget = model.params["budget"]
-        [child] = [run for run in children(tracked) if run.data.params == {"budget": budget, "method": "chosen"}]
+        [child] = [
+            run
+            for run in children(tracked)
+            if {**run.data.params, "corrected": ""} == {"budget": budget, "method": "chosen", "corrected": ""}
+        ]
         assert model.source_run_id == child.info.run_id
         assert [output.model_id for output in child.outputs.model_outputs] == [model.model_id]
         assert str(model.status) == "READY"
@@ -280,7 +284,9 @@ def test_an_alias_is_one_that_mlflow_takes(budget: str, alias: str) -> None:
 
 
 def test_what_is_not_finite_becomes_a_tag(tracked: Tracked) -> None:
-    [run] = [run for run in children(tracked) if run.data.params == {"budget": "2.5 bits", "method": "uniform"}]
+    [run] = [
+        run for run in children(tracked) if run.data.params == {"budget": "2.5 bits", "method": "uniform", "corrected": "all"}
+    ]
     assert run.data.tags["solver_gap"] == "inf"
 
 
