@@ -115,13 +115,12 @@ def search(run: Run) -> None:
         for budget, searched in run.searched.items()
         for assignment in searched.tried
     ]
-    with progress("corrections", len(searches) or 1) as advance:
-        run.proposals = with_fewer_corrections(
-            session,
-            run.proposals,
-            run.losses,
-            lambda lacking: _measured(run, session.ledger("sensitivity"), worker.measure_loss, lacking, advance),
-        )
+
+    def measure_fewer(lacking: Sequence[Assignment]) -> dict[Assignment, Counts]:
+        with progress("fewer corrections", len(lacking)) as advance:
+            return _measured(run, session.ledger("sensitivity"), worker.measure_loss, lacking, advance)
+
+    run.proposals = with_fewer_corrections(session, run.proposals, run.losses, measure_fewer)
     run.notes += [
         f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
         for row in run.results()
