@@ -58,7 +58,7 @@ crops. So it is not the crops of training that are missing. On Fashion-MNIST's n
 **What helps is to move statistics by what quantization changed.** Both networks see the same images, so the noise is in both
 and cancels. Each channel of a batch norm's output gets the float network's mean and deviation. At 8 bits the loss
 falls below that of plain rounding, at 4 bits it is a half or less of the former rule's, and 64 images do as well as 512.
-Other rules were tried and not kept: notebooks/LOG.md has their figures.
+Other rules, shrinkage and acceptance layer by layer on images held back were tried and not kept: notebooks/LOG.md has figures.
 
 **Behind `gptq` and `output_statistics` re-estimation still lowers the loss of Fashion-MNIST's networks**, most at 2 and 3
 bits. On EfficientNet-Lite0 it changes top-1 by less than its noise and raises the loss by 5 to 15 %: probabilities become
