@@ -4,6 +4,7 @@ The quadratic model only proposes; what is returned was measured. NumPy only: th
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from math import inf, isfinite
@@ -222,7 +223,8 @@ def propose_uncorrected(
         return []
     fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
-    proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
+    with suppress(InfeasibleError):  # a layer that works at no bit-width without corrections
+        proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
     return [replace(p, assignment=p.assignment.with_corrections("none"), listed=False) for p in proposals]
 
 

@@ -329,14 +329,14 @@ class Session:
 
     def probe_loss(self, assignment: Assignment) -> Counts:
         """The same as probes see it: without final corrections."""
-        return self._summed(lambda block: scores(self.bench, assignment, block))
+        bench = self.plain_bench if assignment.corrected == "none" else self.bench
+        return self._summed(lambda block: scores(bench, assignment, block))
 
     def other_corrections(self, assignment: Assignment) -> list[Assignment]:
         """The same bits with fewer corrections: without the final ones, where there are some, and without any."""
         if not self.config.corrections:
             return []
-        has_final = bool(at_stage(self.config.corrections, "final")) and bool(self.float_network.graph.norms)
-        levels = ["static", "none"] if has_final else ["none"]
+        levels = ["static", "none"] if self.images_per_reestimation else ["none"]
         return [assignment.with_corrections(level) for level in ("all", *levels) if level != assignment.corrected]
 
     @property

@@ -9,6 +9,7 @@ import pytest
 
 from clado import solvers
 from clado.candidates import (
+    LAYERWISE_PLAIN,
     SAFE,
     TEMPERED,
     Budget,
@@ -20,6 +21,7 @@ from clado.candidates import (
     choose,
     program_of,
     propose,
+    propose_uncorrected,
     propose_variants,
     together,
     unlisted,
@@ -27,7 +29,7 @@ from clado.candidates import (
 )
 from clado.constraints import Constraint, constraint
 from clado.errors import InfeasibleError
-from clado.estimators import Measured, estimate, kinds_of
+from clado.estimators import Measured, estimate, kinds_of, uncorrected
 from clado.interaction import InteractionMatrix
 from clado.probes import TEMPERATURES
 from clado.program import Program, Solution, Status
@@ -277,6 +279,59 @@ def test_chosen_is_never_worse_than_layerwise_and_uniform_whoever_is_named(named
         optimum = min((a for a in ALL if limit.holds(SPACE, a)), key=layerwise.predicted_increase)
         chosen = next(row for row in rows if (row.budget, row.method) == (budget.name, CHOSEN))
         assert chosen.loss_shipped <= min(losses[optimum], losses[widest_uniform(SPACE, [limit])])
+
+
+def plain_measured(seed: int) -> Measured:
+    """The same, and losses of single options without corrections."""
+    measured = measured_of(seed)
+    plain = np.random.default_rng([seed, 2]).exponential(size=(2, 1 + SPACE.num_options))
+    return replace(measured, sums={"gram": measured.sums["gram"], "plain_singles": plain})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_proposed_without_corrections_is_uniform_and_the_optimum_of_plain_losses(seed):
+    matrix = uncorrected(plain_measured(seed))
+    proposals = propose_uncorrected(matrix, BUDGETS, FakeSolver().prepare)
+    assert {(p.method, p.assignment.corrected, p.listed) for p in proposals} == {
+        (UNIFORM, "none", False), (LAYERWISE_PLAIN, "none", False)
+    }  # fmt: skip
+    for proposal in proposals:
+        limit = proposal.budget.constraint(SPACE)
+        fitting = [a for a in ALL if limit.holds(SPACE, a)]
+        expected = min(fitting, key=matrix.predicted_increase) if proposal.solution else widest_uniform(SPACE, [limit])
+        assert proposal.assignment == expected.with_corrections("none")
+
+
+def test_without_corrections_nothing_is_proposed_where_nothing_was_measured_or_a_layer_never_works():
+    assert uncorrected(measured_of(0)) is None
+    assert propose_uncorrected(None, BUDGETS, FakeSolver().prepare) == []
+    measured = plain_measured(0)
+    measured.sums["plain_singles"][:, 1:4] = np.nan  # every bit-width of the first layer
+    assert uncorrected(measured) is None
+    measured = plain_measured(0)
+    measured.sums["plain_singles"][:, 1:3] = np.nan  # all but its eight bits: tight budgets are out of reach
+    proposals = propose_uncorrected(uncorrected(measured), BUDGETS, lambda program: solvers.prepare(program, "exhaustive"))
+    assert [p.budget for p in proposals if p.method == UNIFORM] == list(BUDGETS)
+    assert all(p.assignment.bits[0] == 8 for p in proposals if p.method == LAYERWISE_PLAIN)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_chosen_is_worse_than_anything_without_corrections(seed):
+    """Whatever is measured: losses, scores and corrections have to do with nothing here."""
+    rng = np.random.default_rng(seed)
+    proposals = [
+        replace(p, assignment=p.assignment.with_corrections(level))
+        for p in random_proposals(seed)
+        for level in rng.permutation(["all", "static", "none"])[: rng.integers(1, 4)]
+    ]
+    every = [a.with_corrections(level) for a in ALL for level in ("all", "static", "none")]
+    losses = dict(zip(every, rng.exponential(size=len(every)), strict=True))
+    scores = {a: Score(float(rng.exponential()), (rng.random(40) < rng.uniform(0.5, 1)).astype(float)) for a in every}
+    rows = choose(SPACE, proposals, losses, scores=scores)
+    for budget, row in zip(BUDGETS, (row for row in rows if row.method == CHOSEN), strict=True):
+        limit = budget.constraint(SPACE)
+        plain = [p.assignment for p in proposals if p.assignment.corrected == "none" and limit.holds(SPACE, p.assignment)]
+        assert row.loss_shipped <= min([losses[a] for a in plain], default=np.inf)
 
 
 def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():

@@ -9,6 +9,7 @@ Its docstring cites its source and says what it costs. Names are file names; a n
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
@@ -114,10 +115,15 @@ def estimate(name: str, measured: Measured) -> InteractionMatrix:
 
 
 def uncorrected(measured: Measured) -> InteractionMatrix | None:
-    """`layerwise` of layers rounded to nearest, without corrections; None where they were not measured."""
+    """`layerwise` of layers rounded to nearest, without corrections.
+
+    None where they were not measured, or where some layer works at no bit-width without corrections.
+    """
     if "plain_singles" not in measured.sums:
         return None
-    return estimate("layerwise", replace(measured, sums={"singles": measured.sums["plain_singles"]}))
+    with suppress(MeasurementError):
+        return estimate("layerwise", replace(measured, sums={"singles": measured.sums["plain_singles"]}))
+    return None
 
 
 def non_finite(measured: Measured) -> list[str]:

@@ -146,9 +146,11 @@ def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     for images, given, names in [(n, calibration[:n], (SEEN,)) for n in IMAGES] + [(512, cropped, (SEEN, "random crops"))]:
         if (images, None, names) not in done:  # the float network: nothing is quantized
             yield line(images, None, names, network.updated(network.normalisation(given.split(size))), {})
-    for images in IMAGES:
+    passes = [(n, False) for n in (MOST, *(n for n in IMAGES if n != MOST))] + [(MOST, True)]  # what takes longest is last
+    for images, adaround in passes:
         batches = calibration_batches(calibration[:images], size)
-        wanted = [names for names in combos(images) if any((images, bits, names) not in done for bits in BITS)]
+        tried = [names for names in combos(images) if ("adaround" in names) == adaround]
+        wanted = [names for names in tried if any((images, bits, names) not in done for bits in BITS)]
         for is_equalized, base, rounding, statistics, layers in variants(network, batches, wanted) if wanted else ():
             space, reference = base.search_space(BITS), None
             static = [*["equalization"] * is_equalized, *[rounding] * bool(rounding), *["output_statistics"] * statistics]
