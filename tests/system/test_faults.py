@@ -23,7 +23,7 @@ from tests.system.running import PATIENCE, Bench, chunk_times, end_group, measur
 from tests.system.test_clusters import machines
 from tests.system.test_deployments import ask, prefect_server
 
-TILES = 8  # gram and pairs of four sample blocks
+TILES = 12  # uncorrected layers, gram and pairs of four sample blocks
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 
