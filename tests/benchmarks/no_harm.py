@@ -131,7 +131,7 @@ def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     network, size = session.float_network, session.float_network.images_at_once
     calibration = session.slices.calibration.load(0, 512)[0]
     x, labels = session.slices.validation.load(0, len(session.slices.validation))
-    done = {(r["images"], r["bits"], tuple(r["corrections"])) for r in rows() if r["network"] == name}
+    done = {(r["images"], r["bits"], tuple(r["corrections"])) for r in rows() if r.get("network") == name}
 
     def line(images: int, bits: int | None, names: Sequence[str], shipped: Network, layers: Mapping[int, QuantizedLayer]) -> Any:
         folded, replaced = shipped.folded_with(layers)
