@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench study docs notebooks lock install clean
 
 # four of the six budgets, and no local search, which takes half as long again: minutes for a first look
 run: install
@@ -27,6 +27,11 @@ test-numeric-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
 test-numeric-native test-numeric-default test-numeric-avx2: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'numeric and not system' --numprocesses auto --dist loadfile \
 	  $$(grep -rl --include='test_*.py' 'mark\.numeric' tests)
+
+# are the numbers of three small runs those of another commit, bit for bit?
+BASE ?= HEAD
+golden: install
+	$(BIN)/python -m tests.golden $(BASE)
 
 test-system: install tools
 	$(BIN)/pytest -m system --numprocesses 2 --dist loadfile
