@@ -47,13 +47,6 @@ class Movement:
             x = x.select(axis, index)
         return x.permute(self.order).reshape(self.shape)
 
-    def written(self, graph: fx.Graph, source: Any) -> fx.Node:
-        """The same as nodes of a graph, which an object that is no function cannot be a target of where it becomes code."""
-        node = graph.call_method("reshape", (source, self.split))
-        for axis, index in self.picks:
-            node = graph.call_method("select", (node, axis, index))
-        return graph.call_method("reshape", (graph.call_method("permute", (node, self.order)), self.shape))
-
     def is_view(self, shape: Sequence[int]) -> bool:
         """Whether nothing is copied of a contiguous tensor of this shape."""
         x = torch.empty(tuple(shape))

@@ -86,9 +86,6 @@ class NetworkSettings(Settings):
         description="memory layout of images and weights, which changes rounding alone; default: true on CPUs "
         "with AVX2 alone, and for depthwise convolutions on others: where it takes up to half of the time away",
     )
-    compile: bool = Field(
-        strict=True, default=False, description="torch.compile for runs to the end: minutes at the start of every worker"
-    )
 
     @model_validator(mode="after")
     def _name_fits_source(self) -> "NetworkSettings":
@@ -96,8 +93,6 @@ class NetworkSettings(Settings):
             raise ValueError(
                 f"name {self.name!r} is not package.module:function; a factory is a function that returns a torch.nn.Module"
             )
-        if self.compile and not self.graph:
-            raise ValueError("compile: true needs graph: true; whole forwards are not compiled")
         if self.source in ("torchvision", "timm") and self.weights is None:
             raise ValueError(
                 f"source {self.source} needs weights: a safetensors file of the network's state_dict (nothing is downloaded), "
@@ -540,7 +535,7 @@ class RunConfig(Settings):
         document["data"]["std"] = self.data.std or IMAGENET_STD
         document["layer_bits"] = {pattern: list(bits) for pattern, bits in self.layers.bits.items()}
         # what is off is left out, so that a folder keeps its name when such a setting is added
-        for key in ("numeric", "channels_last", "compile", "split", "weights_name"):
+        for key in ("numeric", "channels_last", "split", "weights_name"):
             if getattr(self.network, key) == NetworkSettings.model_fields[key].default:
                 document["network"].pop(key)
         for key in ("interpolation", "class_balanced", "class_numbers"):

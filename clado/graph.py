@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clado.compiled import Tables, compiled_suffix
 from clado.errors import NetworkError
 from clado.quantizers import ActivationGrid, QuantizedLayer
 from clado.space import Layer
@@ -168,7 +167,6 @@ class Graph:
     its bias is read (None: it can have none of its own), `last_uses[i]` the last instruction that reads it. `named` gives
     the slots of each parameter and buffer that operators read as it is. `parameters[i]` is the module's name of the weight and
     its rows, `bias_names[i]` that of its bias, `norm_means[i]` that of the mean of the batch norm that alone reads its result.
-    `backend` compiles runs to the end (None: no).
     """
 
     layers: tuple[Layer, ...]
@@ -189,8 +187,6 @@ class Graph:
     macs: int
     unsearched: tuple[tuple[str, int, str], ...]
     scalars: Mapping[int, Callable[[int], int]]
-    backend: str | None = None
-    _suffixes: dict[tuple[int, tuple[int, ...]], Callable[[Tables], Tensor]] = field(default_factory=dict)
     _scalars_of: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
@@ -239,14 +235,7 @@ class Graph:
             x, weight, bias, *_ = step.arguments
             arguments = (x, weight, bias, norm.eps, Scalar(NUM_PROBES))
             steps[norm.position] = replace(step, function=_batch_norm_of_probes, arguments=arguments)
-        return replace(self, instructions=tuple(steps), _suffixes={})
-
-    def compiled(self, backend: str = "inductor") -> "Graph":
-        """The same graph with runs to the end through `torch.compile`, one program for each position where they are resumed.
-
-        Runs that put grids on inputs, and runs from cut to cut, stay loops.
-        """
-        return replace(self, backend=backend, _suffixes={})
+        return replace(self, instructions=tuple(steps))
 
     def normalisation(
         self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics = as_seen
@@ -296,7 +285,7 @@ class Graph:
             constants |= dict.fromkeys(self.slots[i], folded.weight)
             constants[bias_slot] = fold.shifted(constants[bias_slot], folded.weight)
             steps[norm.position] = replace(steps[norm.position], function=_identity, arguments=steps[norm.position].arguments[:1])
-        return replace(self, constants=constants, instructions=tuple(steps), _suffixes={}, _scalars_of={}), folds
+        return replace(self, constants=constants, instructions=tuple(steps), _scalars_of={}), folds
 
     def differentiable(self) -> "Graph":
         """The same graph for autograd: no operator writes over what a gradient needs, no constant is of inference mode."""
@@ -306,7 +295,7 @@ class Graph:
             for step in self.instructions
         )
         constants = {slot: outside_inference(value) for slot, value in self.constants.items()}
-        return replace(self, constants=constants, instructions=steps, backend=None, _suffixes={})
+        return replace(self, constants=constants, instructions=steps)
 
     def begin(self, images: Tensor) -> State:
         """The state before the first layer."""
@@ -335,14 +324,6 @@ class Graph:
         if num_probes != scalars.get(NUM_PROBES):
             scalars = {**scalars, NUM_PROBES: num_probes}
         tables: dict[type, Mapping[int, Any]] = {Value: values, Constant: constants, Scalar: scalars}
-        if self.backend is not None and state.position < stop == len(self.instructions) and not inputs:
-            given = tuple(slot for slot in sorted(constants) if constants[slot] is not None and self.constants[slot] is None)
-            suffix = self._suffixes.get((state.position, given))  # a bias where there was none is another program
-            if suffix is None:
-                steps = self.instructions[state.position :]
-                suffix = compiled_suffix(steps, self.output_slot, tables, self.backend)
-                self._suffixes[state.position, given] = suffix
-            return State({self.output_slot: suffix(tables)}, stop, state.num_images, state.probe_images)
         table_of = tables.get
         for step in self.instructions[state.position : stop]:
             # `_resolve` written out: this is what there is between two operators

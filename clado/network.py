@@ -110,8 +110,6 @@ class Network:
     the differences we measure), tf32, or bfloat16 (autocast). `channels_last` lays images out as (N, H, W, C); weights follow
     where the module was converted with `model.to(memory_format=torch.channels_last)`.
 
-    `compile` sends runs from a layer to the end through torch.compile: minutes of compiling, for faster runs on GPUs.
-
     `split` names linear weights (patterns) whose rows are queries, keys and values, such as "*.in_proj_weight" or "*.qkv.weight":
     each becomes three layers instead of one.
 
@@ -129,7 +127,6 @@ class Network:
         graph: bool = True,
         numeric: Numeric = "float32",
         channels_last: bool = False,
-        compile: bool = False,
     ) -> None:
         if not isinstance(example_input, Tensor) or example_input.ndim < 2:
             raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")
@@ -144,14 +141,11 @@ class Network:
         _refuse_bad_weights(model)
         if split and not graph:
             raise NetworkError("a weight can be split in a graph only; expected graph=True, or no split")
-        if compile and not graph:
-            raise NetworkError("only a graph can be compiled; expected graph=True, or no compile")
         self.graph: Engine
         with computing("float32", example_input.device):
             self.example = _one_image(model, example_input)
             if graph:
-                flat = compile_graph(model, self.example, _matching(fixed), _matching(split))
-                self.graph = flat.compiled() if compile else flat
+                self.graph = compile_graph(model, self.example, _matching(fixed), _matching(split))
             else:
                 self.graph = WholeForwards(model, self.example, _matching(fixed))
         if not self.graph.layers:

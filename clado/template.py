@@ -38,7 +38,6 @@ network:
   # split: ["*.in_proj_weight"]      # attention weights whose queries, keys and values are layers of their own
   # numeric: tf32                    # arithmetic: float32; faster on GPUs and less exact: tf32, bfloat16
   # channels_last: true              # memory layout; faster on GPUs; default: where it is faster on CPUs
-  # compile: true                    # torch.compile; minutes at the start of a worker, for long runs on GPUs
 data:                                # three disjoint sets
 {data}\
   sensitivity_images: 256            # measured on: more is more exact, and costs in proportion

@@ -104,7 +104,6 @@ class Session:
             split=config.network.split,
             graph=config.network.graph,
             numeric=config.network.numeric,
-            compile=config.network.compile,
             channels_last=channels_last,
         )
         space = network.search_space(config.bits).restricted(config.layers.bits).tied(config.layers.ties)
@@ -443,15 +442,12 @@ class Session:
     def plain_identity(self) -> dict[str, Any]:
         """What changes the meaning of one number that is measured without corrections."""
         config = self.config
-        numeric: dict[str, Any] = {"dtype": config.network.numeric, "tf32": config.network.numeric == "tf32"}
-        if config.network.compile:
-            numeric["compiled"] = True
         identity: dict[str, Any] = {
             "weights": self.loaded.weights_sha256,
             "image_shape": list(self.loaded.image_shape),
             "quantizer": config.quantizer.model_dump(mode="json"),
             "criterion": config.criterion,
-            "numeric": numeric,
+            "numeric": {"dtype": config.network.numeric, "tf32": config.network.numeric == "tf32"},
         }
         if config.activations.bits:
             identity["activations"] = {"range": config.activations.range, "calibration_set": self.slices.calibration.sha256}

@@ -276,7 +276,7 @@ def test_settings_that_are_off_leave_a_run_its_name() -> None:
     assert config.run_folder == Path("runs/resnet20_fashion_mnist-7a2f2776")
     measured = config.measured_settings()
     assert not {"activations", "corrections", "adaround"} & set(measured)
-    assert not {"numeric", "channels_last", "compile"} & set(measured["network"])
+    assert not {"numeric", "channels_last"} & set(measured["network"])
 
 
 MEASURED = [
@@ -288,7 +288,6 @@ MEASURED = [
     "data.calibration_images=8",
     "network.numeric=bfloat16",
     "network.channels_last=true",
-    "network.compile=true",
     "activations.bits=[8]",
     "corrections=[gptq]",
 ]

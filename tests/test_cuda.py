@@ -124,11 +124,6 @@ def test_corrections_are_those_of_the_cpu_beyond_ties(corrections) -> None:
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
 
 
-@SOME
-def test_compiled_suffixes_have_the_numbers_of_the_loop(kind) -> None:
-    check_equal(sums_on("cuda", kind, ("pairs",), compile=True), sums_on("cuda", kind, ("pairs",)))
-
-
 def test_memory_stays_within_the_limit() -> None:
     """The device's own peak, beyond what was there before."""
     torch.manual_seed(0)
