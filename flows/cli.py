@@ -410,15 +410,6 @@ def runs(
 
 
 @command
-def compare(folder: RunFolder) -> None:
-    """Set a run on ImageNet beside the reference figures of its network."""
-    from clado.records import RunRecord
-    from clado.reference import comparison
-
-    typer.echo(comparison(RunRecord.load(folder / "record.json")))
-
-
-@command
 def cluster(config: Config, overrides: Overrides = None) -> None:
     """Say what workers a configuration would start; for SLURM the batch script, for Kubernetes the manifest. Starts nothing."""
     settings = _settings(config, overrides)

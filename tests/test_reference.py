@@ -1,6 +1,5 @@
-"""Recipes for the paper's networks, and a run beside the reference figures."""
+"""Recipes for the paper's networks."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,6 @@ from torchvision import models
 from typer.testing import CliRunner
 
 from clado.config import load_config
-from clado.errors import StoreError
-from clado.records import CHOSEN, UNIFORM, Accuracy, Result, RunRecord
-from clado.reference import MIB, REFERENCES, comparison
-from clado.space import Assignment
 from flows.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -44,48 +39,3 @@ def test_the_plans_beside_the_recipes_are_what_the_command_prints(
     assert len(printed.splitlines()) == 11
     assert printed in plans
     assert [line.split()[0] for line in plans.splitlines()[::11]] == [f"torchvision:{network}" for network in NETWORKS]
-
-
-def record(network: str = "torchvision:resnet18 with weights/resnet18-f37072fd.pth", num_images: int = 50_000) -> RunRecord:
-    def result(method: str, bits: tuple[int, ...], mebibytes: float, top1: float) -> Result:
-        return Result(
-            f"{mebibytes} MiB",
-            method,
-            Assignment(bits),
-            int(mebibytes * MIB),
-            4.0,
-            1.0,
-            validation=Accuracy(num_images, 1.3, top1),
-        )
-
-    return RunRecord(
-        network, ("a", "b"), (1, 1), "f", "cross_entropy", 1.0, Accuracy(num_images, 1.25, 0.6976),
-        (result(CHOSEN, (4, 8), 7.9, 0.6870), result(UNIFORM, (4, 4), 5.32, 0.4700), result(CHOSEN, (2, 4), 4.0, 0.3)),
-        imagenet=True,
-    )  # fmt: skip
-
-
-def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
-    return {(row[0], row[1]): row for row in cells}
-
-
-def test_a_run_stands_beside_the_reference_rows_of_its_setting_or_size() -> None:
-    text = comparison(record())
-    rows = rows_of(text)
-    assert rows["W4A8", "5.320"][4:] == ["uniform at 5.32 MiB, 5.320 MiB", "47.00", "1.3000", "+0.73"]
-    assert rows["mixed, first and last float", "7.828"][4:] == ["chosen at 7.9 MiB, 7.900 MiB", "68.70", "1.3000", "+0.70"]
-    assert rows["mixed, first and last float", "7.266"][4:] == ["–"] * 4
-    assert rows["W8A8", "10.641"][4:] == ["–"] * 4
-    assert len(rows) == 1 + sum(row.network == "resnet18" for row in REFERENCES)
-    assert "says nothing" not in text
-    assert "Reference: given, not measured here" in text
-
-
-def test_a_part_of_imagenet_is_named_so_and_other_networks_are_refused() -> None:
-    text = comparison(record(num_images=1000))
-    assert "top1_subset %" in text
-    assert "says nothing about the method" in text
-    assert "says nothing" in comparison(replace(record(), imagenet=False))
-    with pytest.raises(StoreError, match="no reference figures of resnet20_fashion_mnist; expected a run of one of resnet50"):
-        comparison(record("zoo:resnet20_fashion_mnist"))
