@@ -187,7 +187,6 @@ def propose_variants(
     """Unlisted answers, for solver time only: of the matrices that are solved clipped also unclipped, and with noisy terms
     shrunk; and those of `further` matrices, as of `beside`.
 
-    `shift_psd` is not one of them: it minimises the same function as the raw matrix.
     """
     proposals: list[Proposal] = []
 

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ CACHED = 2**19  # elements that are taken at a time on a CPU, whose cache then h
 # where NumPy's eᶜ − 1 is vectorized, it takes a third of torch's time; elsewhere it is the slower one
 NUMPY_IS_FASTER = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 NEEDS_LABELS = "cross_entropy needs labels and the images have none; use the criterion kl_to_float, which needs none"
-CriterionName = Literal["kl_to_float", "cross_entropy"]
 Criterion = Callable[[Tensor], Tensor]
 
 

@@ -1,4 +1,4 @@
-"""Budget sweeps: the best assignment at each of many bounds of one constraint, and which of them are worth having. NumPy only.
+"""Budget sweeps: the best assignment at each of many bounds of one constraint. NumPy only.
 
 Nothing here knows a solver: a `solve(program, starts)` callable is given. `clado.solvers.prepare(program)` makes one that
 computes once what all bounds share.
@@ -15,37 +15,11 @@ from clado.program import Program, Solution, Solve
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """The answer at one bound. `dominated`: another point costs no more and predicts no larger loss, and is better in one of
-    the two.
-    """
+    """The answer at one bound; `value` is what it takes of the bound."""
 
     bound: float
     value: float
     solution: Solution
-    dominated: bool = False
-
-
-@dataclass(frozen=True)
-class ParetoFront:
-    """Points in ascending order of their bounds; `constraint` and `unit` say what the bounds and values count."""
-
-    constraint: str
-    unit: str
-    points: tuple[ParetoPoint, ...]
-
-    @property
-    def efficient(self) -> tuple[ParetoPoint, ...]:
-        """The points that no other dominates."""
-        return tuple(point for point in self.points if not point.dominated)
-
-
-def even_bounds(program: Program, constraint: str, count: int) -> list[float]:
-    """`count` bounds, evenly from the smallest reachable value to the largest; whole numbers where the costs are."""
-    if count < 2:
-        raise ConfigurationError(f"a sweep of {count} budgets; expected at least 2")
-    index = _index(program, constraint)
-    bounds = np.linspace(*program.reachable(index), count)
-    return [float(b) for b in (np.floor(bounds) if program.constraints[index].is_integral else bounds)]
 
 
 def within_reach(program: Program, constraint: str, bounds: Sequence[float]) -> list[float]:
@@ -55,8 +29,8 @@ def within_reach(program: Program, constraint: str, bounds: Sequence[float]) -> 
     return [bound for bound in bounds if smallest <= program.constraints[index].with_bound(bound).limit]
 
 
-def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Solve) -> ParetoFront:
-    """Solves the program at each bound of one constraint, the others as they are.
+def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Solve) -> list[ParetoPoint]:
+    """Solves the program at each bound of one constraint, the others as they are. Points in ascending order of their bounds.
 
     From the largest bound down: an answer that fits the next bound is proven there as well, and starts the search where it does
     not. A bound that is out of reach raises InfeasibleError before anything is solved. Where limits or forbidden pairs together
@@ -81,20 +55,7 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
                     raise
                 break
         points.append(ParetoPoint(bound, solution.values[constraint], solution))
-    points.reverse()
-    return ParetoFront(constraint, program.constraints[index].unit, mark_dominated(points))
-
-
-def mark_dominated(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
-    """The points with `dominated` set, judged by value and predicted loss increase on the raw matrix. Equal points do not
-    dominate each other.
-    """
-
-    def dominates(a: ParetoPoint, b: ParetoPoint) -> bool:
-        no_worse = a.value <= b.value and a.solution.objective <= b.solution.objective
-        return no_worse and (a.value < b.value or a.solution.objective < b.solution.objective)
-
-    return tuple(replace(point, dominated=any(dominates(other, point) for other in points)) for point in points)
+    return points[::-1]
 
 
 def smallest_bound(program: Program, constraint: str, largest_increase: float, solve: Solve, resolution: float = 1.0) -> Solution:

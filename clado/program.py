@@ -3,7 +3,7 @@
 A *group* is a set of layers that share a candidate (a tie, or one layer alone); a *choice* is a group at one candidate, its bits
 of weights and activations, that may be taken. With x the 0/1 vector of choices the program is
 
-    min ½ xᵀ Q x + offset    s.t.  exactly one choice per group,  A x ≤ limits,  x_k + x_l ≤ 1 for forbidden pairs.
+    min ½ xᵀ Q x    s.t.  exactly one choice per group,  A x ≤ limits,  x_k + x_l ≤ 1 for forbidden pairs.
 
 Q = Tᵀ Ĝ T, where T maps a choice to the options it takes: ties merge rows, columns and inner pairs in one product.
 """
@@ -23,7 +23,7 @@ from clado.interaction import Array, InteractionMatrix
 from clado.space import Assignment, SearchSpace
 
 Choices = NDArray[np.intp]
-Convexity = Literal["raw", "clip_psd", "shift_psd"]
+Convexity = Literal["raw", "clip_psd"]
 
 
 class Status(StrEnum):
@@ -87,18 +87,13 @@ class Solution:
         """What happened and what to try, with the solver's own words where it has any."""
         return f"{self.status.advice} {self.message}".strip()
 
-    @property
-    def no_budget_gives_widest(self) -> bool:
-        """Whether the matrix passes the check that without a budget the widest bits are best (no counter-example was found)."""
-        return self.better_than_widest is None
-
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """The program; build it with `Program.build`.
 
     `groups`: the layers of each group. `starts`: first choice of each group, then n. `options`: the options that each of the n
-    choices takes. `quadratic` (n, n) symmetric and `offset`: the minimised function. `costs` (number of constraints, n),
+    choices takes. `quadratic` (n, n) symmetric: the minimised function. `costs` (number of constraints, n),
     `limits`. `forbidden`: pairs of choices that may not be taken together.
     """
 
@@ -109,7 +104,6 @@ class Program:
     starts: Choices
     options: tuple[tuple[int, ...], ...]
     quadratic: Array
-    offset: float
     costs: Array
     forbidden: tuple[tuple[int, int], ...] = field(default=())
 
@@ -130,7 +124,6 @@ class Program:
         leaves every activation width.
         `quarantined` are options that may not be taken, `forbidden` pairs of options that may not be taken together.
         `convexity` says what is minimised: `raw` the matrix as measured (solvers convexify it exactly where they need to);
-        `shift_psd` the same function, with Q + λI made positive semidefinite and λ·(number of choices taken) taken off again;
         `clip_psd` the nearest positive semidefinite matrix (CLADO, section 4.2), which changes the function and acts as a
         regulariser on noisy matrices. Raises InfeasibleError when a single constraint, or what is left to choose from, rules
         everything out.
@@ -161,11 +154,6 @@ class Program:
                 )
             starts.append(len(options))
         minimised = matrix.clip_psd().values if convexity == "clip_psd" else matrix.values
-        quadratic, offset = _merged(minimised, options), 0.0
-        if convexity == "shift_psd":
-            shift = max(0.0, -float(np.linalg.eigvalsh(quadratic)[0]))
-            quadratic = quadratic + shift * np.eye(len(options))
-            offset = -0.5 * shift * len(groups)
         costs = np.array([[sum(c.costs[o] for o in taken) for taken in options] for c in constraints]).reshape(
             len(constraints), len(options)
         )
@@ -187,8 +175,7 @@ class Program:
             groups,
             np.array(starts, dtype=np.intp),
             tuple(options),
-            quadratic,
-            offset,
+            _merged(minimised, options),
             costs,
             tuple(sorted((m, k) for k, m in clashes if owner[k] != owner[m])),
         )
@@ -262,8 +249,8 @@ class Program:
         return True
 
     def minimised(self, choices: Choices) -> float:
-        """Value of the minimised function, ½ xᵀ Q x + offset."""
-        return 0.5 * float(self.quadratic[np.ix_(choices, choices)].sum()) + self.offset
+        """Value of the minimised function, ½ xᵀ Q x."""
+        return 0.5 * float(self.quadratic[np.ix_(choices, choices)].sum())
 
     def is_feasible(self, choices: Choices) -> bool:
         """Whether every constraint holds (whole numbers exactly) and no forbidden pair is taken."""
@@ -322,18 +309,18 @@ class Program:
         """The same program without interactions: what a layerwise method would minimise; `Solution.objective` stays on the raw
         matrix.
         """
-        return replace(self, quadratic=_merged(self.matrix.diagonal_only().values, self.options), offset=0.0, convexity="raw")
+        return replace(self, quadratic=_merged(self.matrix.diagonal_only().values, self.options), convexity="raw")
 
     def unlimited(self) -> "Program":
         """The same choices with the raw matrix, no constraint and no forbidden pair."""
         quadratic = _merged(self.matrix.values, self.options)
         none = np.zeros((0, self.num_choices))
-        return replace(self, constraints=(), costs=none, forbidden=(), quadratic=quadratic, offset=0.0, convexity="raw")
+        return replace(self, constraints=(), costs=none, forbidden=(), quadratic=quadratic, convexity="raw")
 
     def minimising(self, constraint: int) -> "Program":
         """The program that minimises one constraint's value under all the others (that one itself without a bound)."""
         constraints = tuple(c.with_bound(np.inf) if k == constraint else c for k, c in enumerate(self.constraints))
-        return replace(self, constraints=constraints, quadratic=np.diag(2 * self.costs[constraint]), offset=0.0, convexity="raw")
+        return replace(self, constraints=constraints, quadratic=np.diag(2 * self.costs[constraint]), convexity="raw")
 
     def solution(
         self,

@@ -89,11 +89,6 @@ class Assignment:
             )
 
     @property
-    def is_full(self) -> bool:
-        """Whether every layer has a bit-width."""
-        return None not in self.bits
-
-    @property
     def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
         """(weight bits, activation bits) of each layer; None where in float."""
         return tuple(zip(self.bits, self.activation_bits or (None,) * len(self.bits), strict=True))

@@ -61,7 +61,7 @@ def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budge
     by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
     for limit, budget in zip(limits, budgets, strict=True):
         by_bound.setdefault(limit[0].bound, []).append(budget)
-    points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve).points
+    points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve)
     return [(budget, point.solution) for point in points for budget in by_bound[point.bound]]
 
 

@@ -361,53 +361,6 @@ def test_a_network_without_batch_norm_ships_as_it_is(kind, graph):
     assert chosen.keys() == set(range(ready.space.num_layers))
 
 
-PLACES = {"stem": "first", "depthwise": "second", "up": "third", "hidden": "fourth"}
-
-
-@pytest.mark.parametrize("gammas", ["positive", "negative", "some zero"])
-def test_folding_keeps_the_codes_and_the_outputs(gammas):
-    source = build(Normed)
-    with torch.no_grad():
-        for norm in PLACES.values():
-            scale = source.get_submodule(norm).weight
-            scale.copy_(torch.linspace(0.5, 1.5, len(scale)) * (-1 if gammas == "negative" else 1))
-            source.get_submodule(norm).bias.copy_(torch.linspace(-0.3, 0.3, len(scale)))
-            if gammas == "some zero":
-                scale[::2] = 0
-    network = Network(source, images(1))
-    names = ("output_statistics", "batchnorm_reestimation")
-    ready = prepare(network, network.search_space((2, 4)), Recipe(corrections=names), calibration())
-    shipped, chosen = ready.shipped(ready.space.narrowest)
-    state = shipped.state_dict({})
-    folded = {}
-    model = copy.deepcopy(source)
-    for i, layer in chosen.items():
-        layer_name = ready.space.layers[i].name.removesuffix(".weight")
-        if layer_name not in PLACES:
-            continue
-        norm = PLACES[layer_name]
-        values = {key: state[f"{norm}.{key}"] for key in ("weight", "bias")}
-        values |= {"mean": state[f"{norm}.running_mean"], "variance": state[f"{norm}.running_var"]}
-        made = folded[i] = batchnorm_reestimation.fold(layer, values, source.get_submodule(norm).eps)
-        codes = layer.grid.quantize(layer.weight)
-        assert torch.equal(made.grid.dequantize(codes), made.weight)
-        alive = (values["weight"] != 0).reshape(made.grid.scale.shape)
-        assert torch.equal(torch.where(alive, made.grid.quantize(made.weight), codes), codes)
-        model.set_submodule(norm, nn.Identity())
-    reference = rebuilt(model, {ready.space.layers[i].name: layer for i, layer in {**chosen, **folded}.items()})
-    with torch.inference_mode():
-        tolerance.close(reference(images(4)), shipped.logits(images(4), chosen))
-
-
-def test_folding_needs_a_scale_for_each_channel():
-    ready = corrected(Normed, per_channel=False)
-    norm = {key: torch.ones(6) for key in ("weight", "bias", "mean", "variance")}
-    with pytest.raises(NetworkError, match="expected a per-channel grid"):
-        batchnorm_reestimation.fold(ready.layers[0], norm, 1e-5)
-    with pytest.raises(NetworkError, match="expected a per-channel grid"):
-        batchnorm_reestimation.fold(QuantizedLayer(ready.layers[0].weight), norm, 1e-5)
-
-
 @NORMED
 def test_what_ships_after_all_of_it_is_the_state_of_the_module(kind):
     ready = matched(kind, names=("output_statistics", "batchnorm_reestimation"))

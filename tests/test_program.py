@@ -27,7 +27,7 @@ CASES = [(seed, widths) for widths, seeds in (((), 40), ((8,), 5), ((4, 8), 15))
 
 @pytest.mark.parametrize(("seed", "widths"), [case for case in CASES if random_case(*case).least() is not None])
 def test_value_and_cost_equal_those_of_the_assignment(seed: int, widths: tuple[int, ...]) -> None:
-    """Ties, pins, quarantine and convexity included: the program's ½xᵀQx + offset is the matrix's own number."""
+    """Ties, pins, quarantine and convexity included: the program's ½xᵀQx is the matrix's own number."""
     case = random_case(seed, widths)
     program = case.program()
     minimised = case.matrix.clip_psd() if case.convexity == "clip_psd" else case.matrix
@@ -35,7 +35,7 @@ def test_value_and_cost_equal_those_of_the_assignment(seed: int, widths: tuple[i
     for choices in itertools.islice(itertools.product(*(range(a, b) for a, b in itertools.pairwise(program.starts))), 50):
         taken = np.array(choices)
         assignment = program.assignment(taken)
-        assert assignment.is_full
+        assert None not in assignment.bits
         assert program.minimised(taken) == pytest.approx(minimised.predicted_increase(assignment), rel=1e-9, abs=1e-10 * scale)
         assert np.array_equal(program.choices(assignment), taken)
         assert program.is_feasible(taken) == case.permits(assignment)
@@ -78,16 +78,6 @@ def test_a_pin_on_weights_leaves_every_width_of_activations() -> None:
     assert program.assignment(program.widest) == Assignment((8, 4, 8, 8), (8,) * 4)
 
 
-def test_shift_psd_is_convex_and_changes_no_value() -> None:
-    matrix = a_matrix()
-    raw, shifted = Program.build(matrix), Program.build(matrix, convexity="shift_psd")
-    assert np.linalg.eigvalsh(raw.quadratic)[0] < -0.1
-    rounding = len(raw.quadratic) * np.finfo(float).eps * np.linalg.norm(raw.quadratic)
-    assert np.linalg.eigvalsh(shifted.quadratic)[0] >= -rounding
-    for choices in (raw.widest, raw.narrowest, np.array([1, 3, 8, 9])):
-        assert shifted.minimised(choices) == pytest.approx(raw.minimised(choices))
-
-
 def test_clip_psd_reports_the_raw_objective() -> None:
     matrix = a_matrix()
     program = Program.build(matrix, convexity="clip_psd")
@@ -125,7 +115,7 @@ def test_infeasible_says_the_smallest_the_range_and_what_pins() -> None:
 def test_what_is_refused() -> None:
     matrix = a_matrix()
     size = constraints.constraint("size", matrix.space, 1e6)
-    with pytest.raises(ConfigurationError, match="one of raw, clip_psd, shift_psd"):
+    with pytest.raises(ConfigurationError, match="one of raw, clip_psd"):
         Program.build(matrix, convexity="psd")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="two constraints are called size"):
         Program.build(matrix, [size, size])

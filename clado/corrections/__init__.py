@@ -22,8 +22,6 @@ from clado.errors import ConfigurationError
 from clado.plugins import available
 from clado.space import Layer
 
-STAGES = ("network", "rounding", "layer", "final")
-
 
 @dataclass(frozen=True)
 class LayerSample:

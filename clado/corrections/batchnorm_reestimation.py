@@ -12,8 +12,7 @@ augmented images by what a few hundred centre crops have. On an ImageNet network
 (tests/benchmarks/NO_HARM.md).
 
 Statistics are pooled over images and taken layer by layer in execution order, so they do not depend on the batch size. The
-network keeps its operations. Where a target folds batch norm into the convolution before it, `fold` does so, with the integer
-codes unchanged.
+network keeps its operations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 from clado.errors import DataError, NetworkError
 from clado.graph import Moments, NormStatistics
 from clado.network import Network
-from clado.quantizers import Grid, QuantizedLayer
+from clado.quantizers import QuantizedLayer
 
 STAGE = "final"
 MIN_IMAGES = 16
@@ -105,21 +104,3 @@ def matched(norm: NormStatistics, floats: Moments) -> Moments:
     moved = seen_mean - (float_mean - mean) * ratio.sqrt()
     widened = ((variance + norm.eps) * ratio - norm.eps).clamp(min=0.0)
     return moved.to(norm.trained[0]), widened.to(norm.trained[1])
-
-
-def fold(layer: QuantizedLayer, norm: Mapping[str, Tensor], eps: float) -> QuantizedLayer:
-    """A convolution with the batch norm behind it inside: γ/σ goes into the per-channel scale, the rest into the bias.
-
-    `norm` has weight γ, bias β, mean and variance, each (channels,), of the batch norm behind the layer. Integer codes stay.
-    Raises NetworkError for a per-tensor grid, which has no scale of its own for each channel.
-    """
-    grid = layer.grid
-    channels = len(norm["mean"])
-    if grid is None or grid.scale.numel() != channels:
-        raise NetworkError("batch norm is folded into the scale of each channel; expected a per-channel grid")
-    factor = norm["weight"] / (norm["variance"] + eps).sqrt()
-    codes = grid.quantize(layer.weight.float())
-    scaled = Grid(grid.scale * factor.reshape(grid.scale.shape), grid.zero_point, grid.codes)
-    bias = 0.0 if layer.bias is None else layer.bias
-    shifted = norm["bias"] + (bias - norm["mean"]) * factor
-    return QuantizedLayer(scaled.dequantize(codes).to(layer.weight.dtype), shifted, layer.activation, scaled)

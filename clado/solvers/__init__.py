@@ -5,7 +5,7 @@ To add a solver, add a file to this folder with a function `search(program, task
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
@@ -162,15 +162,3 @@ def _why_infeasible(program: Program, search: Search) -> str:
                 f"with the other constraints as they are, {constraint.name} needs at least {least:.12g} {constraint.unit}"
             )
     return ". ".join(lines)
-
-
-def compare(program: Program, solver: str = "scip", *, time_limit: float | None = 120.0) -> dict[str, Solution]:
-    """The program's own answer (`interactions`) beside those of layerwise and greedy under the same constraints, all scored on
-    the raw matrix.
-    """
-    answers: dict[str, Callable[[], Solution]] = {
-        "interactions": lambda: solve(program, solver, time_limit=time_limit),
-        "layerwise": lambda: solve(program.layerwise(), solver, time_limit=time_limit),
-        "greedy": lambda: solve(program, "greedy"),
-    }
-    return {name: answer() for name, answer in answers.items()}

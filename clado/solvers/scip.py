@@ -539,7 +539,7 @@ def _linear(program: Program, task: Task, first: Choices | None) -> Outcome:
         def build(model: Model, x: list[Any], unit: float = unit, most: float = 2 * scale) -> None:
             model.setObjective(quicksum(float(min(w, most) * unit) * v for w, v in zip(worth, x, strict=True)))
 
-        outcome = _plain(program, task, first, unit, program.offset + float(least.sum()), build)
+        outcome = _plain(program, task, first, unit, float(least.sum()), build)
         if outcome.choices is None or outcome.status != Status.OPTIMAL or float(worth[outcome.choices].sum()) >= 1e-3 * scale:
             return outcome
         if first is not None and np.array_equal(outcome.choices, first):

@@ -17,7 +17,7 @@ from clado.interaction import InteractionMatrix
 from clado.program import Convexity, Program, Solution, Status
 from clado.space import Assignment, Layer, SearchSpace
 
-CONVEXITIES: tuple[Convexity, ...] = ("raw", "clip_psd", "shift_psd")
+CONVEXITIES: tuple[Convexity, ...] = ("raw", "clip_psd")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def random_case(seed: int, activation_widths: tuple[int, ...] = ()) -> Case:
         else []
     )
     forbidden = tuple(pair for pair in pairs if len(space.bit_widths[space.options[pair[0]].layer]) > 1)
-    return Case(matrix, tuple(limits), candidates, quarantined, forbidden, CONVEXITIES[int(rng.integers(3))])
+    return Case(matrix, tuple(limits), candidates, quarantined, forbidden, CONVEXITIES[int(rng.integers(2))])
 
 
 class SolverContract:
