@@ -74,11 +74,6 @@ class Plan:
     num_logits: int = 0
 
     @property
-    def num_images(self) -> int:
-        """Images of the sensitivity set."""
-        return self.blocks[-1][1]
-
-    @property
     def num_row_tiles(self) -> int:
         """Row tiles of one sample block of pairs."""
         return -(-self.space.num_options // self.rows_per_tile)
