@@ -29,21 +29,21 @@ class Ledger:
         """The counts of an assignment, None where it is not evaluated yet or its file cannot be read."""
         try:
             document = json.loads(self._file(assignment, part).read_text(encoding="utf-8"))
-            stored = document["bits"], document.get("activation_bits", []), document["identity"], document.get("part")
+            stored = document["bits"], document["activation_bits"], document["identity"], document["part"]
             wanted = list(assignment.bits), list(assignment.activation_bits), self.identity, None if part is None else list(part)
-            if stored != wanted:
-                return None
-            counts = {**document["counts"]}
-            counts.pop("losses", None)  # those of the single images, which earlier versions kept
-            return Counts(**counts)
+            return Counts(**document["counts"]) if stored == wanted else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def put(self, assignment: Assignment, counts: Counts, part: Part | None = None) -> None:
         """Keeps the counts of an assignment; those of the whole slice take the place of its parts'."""
-        activations = {"activation_bits": assignment.activation_bits} if assignment.activation_bits else {}
-        place = {} if part is None else {"part": part}
-        document = {"identity": self.identity, "bits": assignment.bits, **activations, **place, "counts": asdict(counts)}
+        document = {
+            "identity": self.identity,
+            "bits": assignment.bits,
+            "activation_bits": assignment.activation_bits,
+            "part": part,
+            "counts": asdict(counts),
+        }
         write_text(self._file(assignment, part), json.dumps(document))
         if part is None:
             for file in self.folder.glob(f"parts/{self._file(assignment).stem}-*.json"):

@@ -247,8 +247,7 @@ def heat_map(path: Path) -> dict[str, Any]:
             values: NDArray[np.float64] = file["values"]
             errors: NDArray[np.float64] = file["standard_error"]
             options = [str(option).rpartition(":") for option in file["options"]]
-            # earlier versions kept none of these
-            quarantined, forbidden, ranking_only = (file.get(name, ()) for name in ("quarantined", "forbidden", "ranking_only"))
+            quarantined, forbidden, ranking_only = (file[name] for name in ("quarantined", "forbidden", "ranking_only"))
         names = [name for name, _, _ in options]
         counts = Counter(names)
         between = np.array([[one != other for other in names] for one in names])

@@ -82,7 +82,7 @@ class Shelf:
                     bits, scale, zero_point = row["activation"]
                     activation = ActivationGrid(bits, float.fromhex(scale), zero_point)
                 weight = tensors[f"{k}.weight"]
-                if row.get("channels_last"):
+                if row["channels_last"]:
                     weight = weight.contiguous(memory_format=torch.channels_last)
                 made.append(QuantizedLayer(weight, tensors.get(f"{k}.bias"), activation, grid))
             return made, json.loads(header["notes"])

@@ -51,9 +51,9 @@ class Result:
     where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
     rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
     took, and `gain` how much lower its measured loss is than the least of the other methods'; where that is negative,
-    Brier score and agreement decided (`candidates.choose`), or an earlier version. `brier_shipped` and `agreement_shipped` are
-    those two, measured with `loss_shipped`: the mean score (None: not finite), and the share of images whose top class is the
-    float network's, or with cross entropy the label. None in earlier versions.
+    Brier score and agreement decided (`candidates.choose`). `brier_shipped` and `agreement_shipped` are those two, measured with
+    `loss_shipped`: the mean score (None: not finite), and the share of images whose top class is the float network's, or with
+    cross entropy the label. Both are None where `choose` was given no scores.
     """
 
     budget: str
@@ -80,7 +80,7 @@ class Result:
 @dataclass(frozen=True)
 class Candidate:
     """One assignment that was measured for a budget: who proposed it (a method, a variant of one, or the local search), what was
-    predicted and what was measured (None: NaN or infinite; earlier versions had no Brier score). `predicted_by` is the estimator
+    predicted and what was measured (None: NaN or infinite). `predicted_by` is the estimator
     that predicts where the one that proposed predicts no loss; empty: the latter does (of a local search the surrogate)."""
 
     budget: str
@@ -135,8 +135,7 @@ class RunRecord:
     """Everything a run reports: network, settings, one Result per budget and method, and how long each phase took in seconds.
 
     `unsearched` holds (name, bytes, why) of every parameter that keeps its float; `provenance` versions, device, hash of the
-    weights; `data` maps a set to its `num_images` and `sha256`; `recorded` is when, in UTC. All four are empty in the records of
-    earlier versions.
+    weights; `data` maps a set to its `num_images` and `sha256`; `recorded` is when, in UTC.
 
     `forwards` are forward images by kind of tile, and of what is measured to choose: `proposals`, `local_search`, and
     `batchnorm_reestimation` for both; not of preparing, nor of what is only reported (losses as probed, accuracy). `costs` are
@@ -223,12 +222,12 @@ class RunRecord:
                     "layer_names": tuple(document["layer_names"]),
                     "layer_weights": tuple(document["layer_weights"]),
                     "notes": tuple(document["notes"]),
-                    "unsearched": tuple((name, size, why) for name, size, why in document.get("unsearched", ())),
+                    "unsearched": tuple((name, size, why) for name, size, why in document["unsearched"]),
                     "float_accuracy": _accuracy(document["float_accuracy"]),
                     "results": tuple(_result(row) for row in document["results"]),
-                    "candidates": tuple(_candidate(row) for row in document.get("candidates", ())),
-                    "stability": tuple(_stability(row) for row in document.get("stability", ())),
-                    "searches": tuple(_search(row) for row in document.get("searches", ())),
+                    "candidates": tuple(_candidate(row) for row in document["candidates"]),
+                    "stability": tuple(_stability(row) for row in document["stability"]),
+                    "searches": tuple(_search(row) for row in document["searches"]),
                 }
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -263,7 +262,7 @@ def _search(row: dict[str, Any]) -> SearchSummary:
 
 
 def _assignment(document: dict[str, Any]) -> Assignment:
-    return Assignment(tuple(document["bits"]), tuple(document.get("activation_bits", ())), document.get("corrected", "all"))
+    return Assignment(tuple(document["bits"]), tuple(document["activation_bits"]), document["corrected"])
 
 
 def _stability(row: dict[str, Any]) -> Stability:
@@ -275,7 +274,7 @@ def _candidate(row: dict[str, Any]) -> Candidate:
 
 
 def _result(row: dict[str, Any]) -> Result:
-    accuracy, plain = row["validation"], row.get("validation_plain")
+    accuracy, plain = row["validation"], row["validation_plain"]
     return Result(
         **{
             **_measured(row, "loss_shipped"),

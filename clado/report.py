@@ -157,7 +157,7 @@ def candidates_table(record: RunRecord) -> str:
             agreement = "–" if c.agreement_shipped is None else percent(c.agreement_shipped)
             rows.append([budget, origin, f"{c.size_bytes:,}", predicted, measured, brier, agreement, str(c.assignment)])
     if not rows:
-        return "No candidates are recorded: the run was made by an earlier version, or for no budget."
+        return "No candidates are recorded."
     header = ["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "agreement %", "bits"]
     return markdown_table(header, rows)
 
@@ -175,8 +175,7 @@ def _lead(result: Result) -> str:
     if result.gain == 0:
         return ", as low as the best of the others"
     if result.gain < 0:
-        why = "" if result.brier_shipped is None else ": Brier score and agreement decided"
-        return f", {loss_text(-result.gain)} above the least of the others{why}"
+        return f", {loss_text(-result.gain)} above the least of the others: Brier score and agreement decided"
     others = result.loss_shipped + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"

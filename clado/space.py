@@ -96,10 +96,7 @@ class Assignment:
     @property
     def key(self) -> str:
         """Short hash that names this assignment in files."""
-        # without activation bits the hash is of the weights' bits alone: stored files are named after it
-        document: list[Any] = [self.bits, self.activation_bits] if self.activation_bits else list(self.bits)
-        if self.corrected != "all":
-            document = [document, self.corrected]
+        document = [self.bits, self.activation_bits, self.corrected]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
     def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":

@@ -740,7 +740,7 @@ def _noted(path: Path, folder: Path, config: Mapping[str, Any], uri: str) -> _At
             matrices={name: inside(place) for name, place in note["matrices"].items()},
             plots=[inside(place) for place in note["plots"]],
             exports={budget: inside(place) for budget, place in note["exports"].items()},
-            models={budget: inside(place) for budget, place in note.get("models", {}).items()},
+            models={budget: inside(place) for budget, place in note["models"].items()},
             description=note["description"],
         )  # fmt: skip
     except (OSError, KeyError, TypeError, AttributeError) as error:

@@ -551,8 +551,6 @@ class Session:
         if variant == "probe_model":
             identity["variant"] = variant
         identity |= {"slice": getattr(self.slices, which).sha256, "layers": self.space.names}
-        if which == "sensitivity":
-            identity["measured"] = "loss, Brier score, hits"  # earlier versions had the loss alone
         return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
 
 

@@ -228,8 +228,8 @@ def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Propos
 
 
 def answers(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Result]:
-    """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, by whatever rule its version had,
-    as long as it is measured to be what it was."""
+    """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, as long as it is measured to be
+    what it was: what is exported is what the record says."""
     rows = chosen_among(stored, session, candidates_of(stored, session, wanted))
     before: dict[str, Result] = {}
     if own := {proposal.budget.name for proposal in recorded(stored, session)}:
@@ -251,7 +251,7 @@ def counts_of(session: Session, assignment: Assignment) -> Counts:
     """Counts on the validation set: read where they are known, else counted here."""
     ledger = session.ledger("validation")
     counts = ledger.get(assignment)
-    if counts is None or (counts.top1 is not None and not counts.classes):  # the latter by an earlier version
+    if counts is None:
         counts = Counts()
         parts = shards(len(session.slices.validation), EVALUATION_SHARD)  # as the flow cuts them: the same sum, bit for bit
         for part in parts:

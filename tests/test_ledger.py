@@ -50,22 +50,10 @@ def test_a_file_that_cannot_be_read_is_evaluated_again(tmp_path, content):
     assert ledger.get(ONE) == COUNTS
 
 
-def test_what_an_earlier_version_kept_beside_is_left_out(tmp_path):
-    """Losses of the single images, which every file had, empty for validation images."""
-    ledger = Ledger(tmp_path, "abc")
-    ledger.put(ONE, COUNTS)
-    (file,) = tmp_path.iterdir()
-    document = json.loads(file.read_text())
-    del document["counts"]["brier"], document["counts"]["hits"]
-    file.write_text(json.dumps({**document, "counts": {**document["counts"], "losses": []}}))
-    assert ledger.get(ONE) == COUNTS
-
-
-def test_activation_bits_are_told_apart_even_in_one_file_and_named_only_where_there_are_any(tmp_path):
+def test_activation_bits_are_told_apart_even_in_one_file(tmp_path):
     ledger = Ledger(tmp_path, "abc")
     ledger.put(ONE, COUNTS)
     plain = next(tmp_path.iterdir())
-    assert "activation_bits" not in json.loads(plain.read_text())
     ledger.put(ACTIVATED, COUNTS)
     other = next(file for file in tmp_path.iterdir() if file != plain)
     other.write_text(plain.read_text())

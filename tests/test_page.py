@@ -186,12 +186,8 @@ def test_what_has_no_finite_loss_is_no_zero_in_the_map(tmp_path: Path) -> None:
     assert not whole["ranking_only"]
 
 
-def test_a_run_without_matrices_and_of_an_earlier_version_has_a_page(tmp_path: Path) -> None:
-    make_record().save(tmp_path / "record.json")
-    document = json.loads((tmp_path / "record.json").read_text())
-    for name in ("unsearched", "provenance", "data"):
-        del document[name]
-    (tmp_path / "record.json").write_text(json.dumps(document))
+def test_a_run_without_matrices_and_provenance_has_a_page(tmp_path: Path) -> None:
+    replace(make_record(), unsearched=(), provenance={}, data={}).save(tmp_path / "record.json")
     text = parsed(tmp_path).flat
     assert "The run kept no matrix." in text
     assert "was not recorded" in text

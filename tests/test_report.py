@@ -123,8 +123,6 @@ def test_winners_name_the_gain() -> None:
     assert lines[2].endswith("as low as the best of the others")
     doubted = report.winners(replace(record, results=(replace(first, gain=-0.01, winner="layerwise"),)))
     assert doubted.endswith("0.0100 above the least of the others: Brier score and agreement decided")
-    earlier = replace(first, gain=-0.01, winner="layerwise", brier_shipped=None)
-    assert report.winners(replace(record, results=(earlier,))).endswith("0.0100 above the least of the others")
     assert report.winners(make_record(budgets=())) == "Nothing was chosen."
 
 

@@ -91,8 +91,8 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
     suffix, offsets = [float(best[cut.position :].sum()) for cut in graph.cuts], plan.space.offsets
     pairs = sum((offsets[j + 1] - offsets[j]) * offsets[j] * suffix[j] for j in range(plan.space.num_layers))
     singles = sum(suffix[option.layer] for option in plan.space.options)
-    images = plan.blocks[-1][1]
-    return {"pairs": pairs * images, "gram": singles * images, "inference": float(best.sum())}
+    num_images = plan.blocks[-1][1]
+    return {"pairs": pairs * num_images, "gram": singles * num_images, "inference": float(best.sum())}
 
 
 def effect(num_images: int = 256) -> str:

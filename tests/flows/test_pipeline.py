@@ -295,7 +295,7 @@ def test_show_prints_every_candidate(finished, record):
 
 
 def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_path, record):
-    """An earlier version chose by another rule; a run of other settings that was killed leaves a record of before."""
+    """The record says what is exported; a run of other settings that was killed leaves a record of before."""
     session = Session.open(parse_config(copy_of(finished, tmp_path)))
     stored, budget = StoredRun.open(tmp_path / "run"), session.budgets[0]
     row = record.find(budget.name, CHOSEN)
