@@ -115,56 +115,63 @@ def interval(values: Mapping[tuple[Cell, float], float], resamples: int = 2000, 
     return float(np.mean(list(values.values()))), float(low), float(high)
 
 
-def comparison(found: Figures, setting: str, method: str) -> list[list[str]]:
-    """A row for each opponent: the mean difference with its interval, the cells lost by more than the margin, the worst."""
+def spread(values: Mapping[tuple[Cell, float], float]) -> str:
+    """The mean of differences and its interval, as text."""
+    if not values:
+        return "–"
+    mean, low, high = interval(values)
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def comparison(found: Figures, setting: str, unseen: Figures | None = None) -> list[list[str]]:
+    """`chosen` against each other method: mean difference with its interval, answers lost by more than the margin, the worst; and
+    the mean difference on the images that no rule was picked on, where these are given."""
     lines = []
-    for other in METHODS:
-        values = differences(found, setting, method, other, LOW) if other != method else {}
-        if not values:
-            continue
-        mean, low, high = interval(values)
-        lost = [value for value in values.values() if value < -MARGIN]
-        share, worst = f"{100 * len(lost) / len(values):.1f} %", f"{min(values.values()):+.2f}"
-        lines.append([other, str(len(values)), f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", share, worst])
+    for other in (method for method in METHODS if method not in ("chosen", *EARLIER)):
+        if values := differences(found, setting, "chosen", other, LOW):
+            lost = sum(value < -MARGIN for value in values.values()) / len(values)
+            line = [other, str(len(values)), spread(values), f"{100 * lost:.1f} %", f"{min(values.values()):+.2f}"]
+            lines.append(line + ([] if unseen is None else [spread(differences(unseen, setting, "chosen", other, LOW))]))
     return lines
 
 
-def losing(found: Figures, setting: str, method: str) -> list[list[str]]:
-    """Every answer by which the method loses more than the margin, the worst first: `chosen` to any other, the others to
-    layerwise or pairwise."""
-    rows = [
-        (value, other, cell, budget)
-        for other in (METHODS if method == "chosen" else ("layerwise", "pairwise"))
-        for (cell, budget), value in differences(found, setting, method, other, LOW).items()
-        if value < -MARGIN
-    ]
-    return [
-        [network, space, str(images), str(draw), f"{budget:g}", other, f"{value:+.2f}"]
-        for value, other, (network, space, _, images, draw), budget in sorted(rows)
-    ]
-
-
-def table(found: Figures, network: str, space: str, setting: str, images: int, what: int) -> str:
-    """Methods × budgets: mean top-1 in percent (`what` TOP1) or loss over draws, with the standard deviation of the draws."""
-    cells = [answers for (n, s, c, k, _), answers in found.items() if (n, s, c, k) == (network, space, setting, images)]
-    budgets = sorted({b for answers in cells for _, b in answers})
-    scale, digits = (100.0, 2) if what == TOP1 else (1.0, 4)
+def by_network(found: Figures, spent: Mapping[str, Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): mean points above layerwise of each method on each network, ResNet-20 with five bit-widths on its own; and
+    what the method costs (`costs`)."""
+    cases = sorted({(SETTINGS.index(setting), network, space == "w23468") for network, space, setting, _, _ in found})
+    names = [f"{network.split('_')[0]}{', 5 widths' if five else ''}, {SETTINGS[number]}" for number, network, five in cases]
     lines = []
-    for method in METHODS:
-        asked = [[answers[method, b][what] for answers in cells if (method, b) in answers] for b in budgets]
-        values = [[scale * value for value in part if value is not None] for part in asked]
-        if any(values):
-            lines.append([method, *(_figure(part, digits) for part in values)])
-    draws = "one draw" if len(cells) == 1 else f"{len(cells)} draws"
-    return f"### {network}, {space}, {images} images, {draws}\n\n" + markdown_table(
-        ["method", *(f"{b:g} bits" for b in budgets)], lines
-    )
+    for method in (m for m in METHODS if m != "layerwise"):
+        means = []
+        for number, network, five in cases:
+            mine = {cell: a for cell, a in found.items() if cell[0] == network and (cell[1] == "w23468") == five}
+            values = differences(mine, SETTINGS[number], method, "layerwise", LOW)
+            means.append(f"{np.mean(list(values.values())):+.2f}" if values else "–")
+        lines.append([method, *means, *spent.get(method, ("–", "–"))])
+    return ["method", *names, "forward images, of pairwise's", "backward passes an image"], lines
 
 
-def _figure(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "–"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {_deviation(values):.{digits}f}" if len(values) > 1 else "")
+def ways(found: Figures) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): points of top-1 of each way of choosing above layerwise, pairwise and `chosen`."""
+    others = ("layerwise", "pairwise", "chosen")
+    lines = [
+        [method, *(spread(differences(found, s, method, other, LOW)) for s in SETTINGS for other in others if other != method)]
+        for method in METHODS
+        if method.startswith("chosen_")
+    ]
+    return ["method", *(f"above {other}, {setting}" for setting in SETTINGS for other in others)], lines
+
+
+def top1(found: Figures, shown: Sequence[str], budgets: Iterable[float] = (2.25, 3, 4)) -> list[list[str]]:
+    """Mean top-1 in percent over the draws of 256 images, bits (2, 4, 8), with the standard deviation of the draws."""
+    lines = []
+    for setting, network, budget in product(SETTINGS, sorted({cell[0] for cell in found}), budgets):
+        cells = [a for (n, s, c, k, _), a in found.items() if (n, s, c, k) == (network, "w248", setting, 256)]
+        parts = [[100 * a[method, budget][TOP1] for a in cells if (method, budget) in a] for method in shown]
+        if any(parts):
+            cell = [f"{np.mean(part):.2f} ± {_deviation(part):.2f}" if part else "–" for part in parts]
+            lines.append([f"{network.split('_')[0]}, {setting}", f"{budget:g}", *cell])
+    return lines
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -172,18 +179,18 @@ def _deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def costs(rows: Iterable[Mapping[str, Any]], settings: Iterable[str]) -> list[list[str]]:
-    """Forward images of each method as a share of pairwise's, and its backward images."""
+def costs(rows: Iterable[Mapping[str, Any]], settings: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Method -> its forward images as a share of pairwise's, and its backward passes an image."""
     shares: dict[str, list[float]] = defaultdict(list)
     backward: dict[str, list[float]] = defaultdict(list)
     for row in (row for row in rows if row["setting"] in settings):
         for method, spent in row["forward_images"].items():
             shares[method].append(spent / row["forward_images"]["pairwise"])
             backward[method].append(row["backward_images"].get(method, 0) / row["images"])
-    return [
-        [method, f"{100 * min(part):.1f} to {100 * max(part):.1f} %", f"{np.mean(backward[method]):.0f}"]
+    return {
+        method: (f"{100 * min(part):.1f} to {100 * max(part):.1f} %", f"{np.mean(backward[method]):.0f}")
         for method, part in shares.items()
-    ]
+    }
 
 
 def with_statistics(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -197,27 +204,27 @@ def with_statistics(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def seconds(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Mean seconds of measuring each kind of tile, of the sizes that are measured whole: a set of 256 images goes on from 64."""
-    found: dict[tuple[str, str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Mean seconds of measuring each kind of tile on 64 images with bits (2, 4, 8)."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        if line["images"] != 256:
+        if (line["images"], line["space"]) == (64, "w248"):
             for kind, spent in line["measuring"].items():
-                found[line["device"], line["network"], line["space"], line["images"]][kind].append(spent)
+                found[line["device"], line["network"].split("_")[0]][kind].append(spent)
     return [
-        [device, network, space, str(images), *(f"{np.mean(of[kind]):.1f}" if kind in of else "–" for kind in KINDS)]
-        for (device, network, space, images), of in sorted(found.items())
+        [device, network, *(f"{np.mean(of[kind]):.1f}" if kind in of else "–" for kind in KINDS)]
+        for (device, network), of in sorted(found.items())
     ]
 
 
-INTRODUCTION = f"""# The study's figures
+INTRODUCTION = """# The study's figures
 
-Written by `python -m tests.benchmarks.study_table` from study.jsonl, which `python -m tests.benchmarks.study measure` appends to
-(`make study` does all). What they say: docs/where-interactions-help.md.
+Written by `python -m tests.benchmarks.study_table` from study.jsonl, which holds every answer and to which
+`python -m tests.benchmarks.study measure` appends (`make study` does all). What they say: docs/where-interactions-help.md.
 
-Top-1 and cross entropy are of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of
-`chosen` was picked by them; the first table is of images that no rule was picked on. Comparisons: mean difference of top-1 in
-points over all cells and the budgets of 2.25 to 3.5 bits, paired; 95 % bootstrap interval over networks and draws; answers lost
-by more than {MARGIN} points. After ±: the standard deviation of the draws.
+Top-1 is of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of `chosen` was picked
+by them; "unseen" are images that no rule was picked on. A difference is a mean in points of top-1 over all cells and the budgets
+of 2.25 to 3.5 bits, paired, with its 95 % bootstrap interval over networks and draws. After ±: the standard deviation of draws.
+w248 are the bits (2, 4, 8), w23468 the bits (2, 3, 4, 6, 8), a8 activations of 8 bits.
 """
 
 
@@ -225,46 +232,34 @@ def page(lines: list[dict[str, Any]]) -> str:
     """STUDY.md."""
     rows = merged(lines)
     found = figures(rows)
-    parts = [INTRODUCTION]
+    unseen, num_unseen = confirmed(found)
     count: dict[tuple[str, int], int] = defaultdict(int)
     for _, space, _, images, _ in found:
         count[space, images] += 1
-    devices = sorted({device for row in rows for device in row["devices"]})
-    parts.append(f"{len(found)} cells, on {', '.join(devices)}: " + "; ".join(
-        f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items())) + ".\n")  # fmt: skip
-    headers = ["against", "answers", "mean", "95 % interval", f"lost by > {MARGIN}", "worst"]
-    unseen, num_unseen = confirmed(found)
-    if compared := comparison(unseen, "plain", "chosen"):
-        parts.append(f"## `chosen` against the others, plain, on {num_unseen:,} images that no rule was picked on\n")
-        parts.append(markdown_table(headers, compared) + "\n")
-        parts.append("On so few images the means can be read, and not the shares: one answer's difference is mostly chance.\n")
-    for setting in SETTINGS:
-        for method in (m for m in METHODS if m.startswith("chosen")):
-            if not (compared := comparison(found, setting, method)):
-                continue
-            parts.append(f"## `{method}` against the others, {setting}\n")
-            parts.append(markdown_table(headers, compared) + "\n")
-            lost = losing(found, setting, method)
-            if lost:
-                to = "another method" if method == "chosen" else "layerwise or pairwise"
-                parts.append(f"Lost by more than {MARGIN} points to {to}:\n\n" + markdown_table(
-                    ["network", "space", "images", "draw", "bits", "to", "points"], lost) + "\n")  # fmt: skip
-    headers = ["method", "forward images, of pairwise's", "backward passes an image"]
-    parts.append("## What a method costs\n\n" + markdown_table(headers, costs(rows, SETTINGS)) + "\n")
-    again = [line for line in costs(map(with_statistics, rows), ["corrected"]) if line[0] == "chosen"]
-    if again:
-        parts.append(
-            f"`chosen`, corrected, where the {NUM_CALIBRATION} calibration images count on which batch-norm statistics are "
-            f"measured again\nfor every assignment that it measures: {again[0][1]}. Pairs are measured without that.\n"
-        )
-    headers = ["device", "network", "space", "images", *KINDS]
-    parts.append("Seconds of measuring (on a CPU: one thread):\n\n" + markdown_table(headers, seconds(lines)) + "\n")
-    for what, title in ((TOP1, "Top-1 in percent"), (LOSS, "Cross entropy on the test images")):
-        for setting in SETTINGS:
-            parts.append(f"## {title}, {setting}\n")
-            for network, space, images in sorted({(n, s, k) for n, s, c, k, _ in found if c == setting}):
-                parts.append(table(found, network, space, setting, images, what) + "\n")
-    return "\n".join(parts)
+    cells = "; ".join(f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items()))
+    devices = ", ".join(sorted({device for row in rows for device in row["devices"]}))
+    spent, (again, _) = costs(rows, SETTINGS), costs(map(with_statistics, rows), ["corrected"])["chosen"]
+    headers = ["against", "answers", "points above it", f"lost by > {MARGIN}", "worst"]
+    shown = ("uniform", "layerwise", "pairwise", "gauss_newton", "chosen")
+    parts = [
+        INTRODUCTION,
+        f"{len(found)} cells, on {devices}: {cells}.\n",
+        "## `chosen` against the others, plain\n",
+        markdown_table([*headers, f"{num_unseen:,} unseen images"], comparison(found, "plain", unseen)),
+        "\n## `chosen` against the others, corrected\n",
+        markdown_table(headers, comparison(found, "corrected")),
+        "\n## Other ways of choosing\n",
+        markdown_table(*ways(found)),
+        "\n## Points above layerwise by network, and what a method costs\n",
+        markdown_table(*by_network(found, spent)),
+        f"\nLayerwise takes {spent['layerwise'][0]} of pairwise's forward images. In the corrected cells `chosen` takes {again},",
+        f"where the {NUM_CALIBRATION} calibration images count on which batch-norm statistics are measured for every assignment",
+        "that it measures. Pairs are measured without that. Seconds of measuring 64 images (on a CPU: one thread):\n",
+        markdown_table(["device", "network", *KINDS], seconds(lines)),
+        "\n## Top-1 in percent, 256 images, bits (2, 4, 8)\n",
+        markdown_table(["network", "bits", *shown], top1(found, shown)),
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
