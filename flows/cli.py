@@ -541,10 +541,9 @@ def _plan_text(session: "Session") -> str:
             f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
             + (f", {backwards:,} backward images" if (backwards := plan.backward_images(tiles)) else "")
         )
-    todo = session.store_todo()
     whole = sum(map(plan.evaluations, plan.tiles))
-    if known := whole - sum(plan.evaluations(tile, sums) for tile, sums in todo.items()):
-        lines.append(f"  in the store already: {100 * known / whole:.0f} % of the evaluations")
+    if stored := whole - sum(map(plan.evaluations, session.store_todo())):
+        lines.append(f"  in the store already: {100 * stored / whole:.0f} % of the evaluations")
     from clado.estimators import costs
     from flows.probe import num_competing, num_networks
 

@@ -26,11 +26,7 @@ def measure(run: Run) -> None:
     if drift and len(todo) < len(plan.tiles):
         run.notes.append("the store was begun with other versions or on another device: " + "; ".join(drift))
     evaluations: dict[str, int] = {}
-    known = {tile: store.known(plan, tile) for tile in todo}
-    if any(sums is not None for sums in known.values()):
-        new, all_ = sum(plan.evaluations(tile, sums) for tile, sums in known.items()), sum(map(plan.evaluations, plan.tiles))
-        run.notes.append(f"the store grew by bit-widths or layers: {new:,} of {all_:,} evaluations were measured")
-    cost = {tile: plan.macs(tile, session.workload, sums) for tile, sums in known.items()}
+    cost = {tile: plan.macs(tile, session.workload) for tile in todo}
     with progress("measuring", sum(cost.values())) as advance:
         for receipt in run.workers.map(worker.run_tile, session.config, todo):
             evaluations[receipt.tile.kind] = evaluations.get(receipt.tile.kind, 0) + receipt.evaluations

@@ -63,7 +63,7 @@ def probe(session: Session, own_start: float) -> Eta:
         # of the two warm-ups the second counts: the first loads images and compiles kernels
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
-    measuring = sum(plan.macs(tile, work, known) for tile, known in session.store_todo().items()) * rate / workers
+    measuring = sum(plan.macs(tile, work) for tile in session.store_todo()) * rate / workers
     least, most = num_networks(session)
     networks = (least + most) // 2  # estimators agree on some budgets
     shipped_and_plain = 2 * networks - 1 if session.config.corrections else networks  # the float network is both

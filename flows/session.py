@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import clado
@@ -35,10 +34,9 @@ from clado.preparation import (
     check_calibration,
     check_space,
     equalized,
-    names_of,
     prepare_layer,
 )
-from clado.probes import BY_ENTRY, Kind, Plan, Tile, Workload, grown_blocks, sample_blocks
+from clado.probes import Kind, Plan, Tile, Workload, grown_blocks, sample_blocks
 from clado.quantized import Shelf
 from clado.quantizers import QuantizedLayer, WeightQuantizer
 from clado.records import IMAGENET_VALIDATION_IMAGES
@@ -47,7 +45,6 @@ from clado.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.space import Assignment, SearchSpace
 
 EVALUATION_SHARD = 2500  # validation images of one Dask task
-CHANGES_BYTES = 2**30  # of the logits, kept for a wider space at most: 1,000 images of 1,000 classes and 260 options
 EVALUATED_TOGETHER = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
 Variant = Literal["shipped", "probe_model"]
 
@@ -165,7 +162,7 @@ class Session:
             return found
         check_budgets(self.space, self.budgets, self.limits)
         if exists(self.store_path):
-            self.additions(Store.open(self.store_path))
+            self.adds_images(Store.open(self.store_path))
         return []
 
     def _unreadable(self, *slices: ImageSlice) -> list[str]:
@@ -216,9 +213,7 @@ class Session:
 
     def shelf(self, plain: bool = False) -> Shelf:
         """Where quantized layers are kept: those that ship, or those rounded to nearest without corrections."""
-        identity = self.plain_identity if plain else self.identity
-        widths = [list(map(list, map(self.space.candidates, range(self.space.num_layers))))]
-        return Shelf(self.folder / "prepared" / fingerprint([identity, self.space.names, widths])[:16])
+        return Shelf(self.folder / "prepared" / fingerprint(self.plain_identity if plain else self.identity)[:16])
 
     def equalize(self) -> None:
         """Corrects the float network and keeps what changed, unless that is done."""
@@ -373,9 +368,8 @@ class Session:
     def plan(self) -> Plan:
         """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
         kinds = estimators.kinds_of(self.config.estimators, bool(self.config.corrections))
-        store = Store.open(self.store_path) if exists(self.store_path) else None
-        if store is not None and store.space.options == self.space.options:
-            rows = store.rows_per_tile
+        if exists(self.store_path):
+            rows = Store.open(self.store_path).rows_per_tile
         else:
             widest = max(stop - start for start, stop in self.blocks)
             measuring = self.config.measure
@@ -383,24 +377,21 @@ class Session:
                 self.float_network, widest, measuring.batch_images, self.configured_limit, measuring.batch_statistics
             )
             rows = rows_per_tile(self.float_network, self.space, batching, self.memory_limit)
-        drawn = self.config.gradients
-        plan = Plan(self.space, self.blocks, kinds, rows, drawn.vectors, drawn.seed, self.num_logits if "gram" in kinds else 0)
-        return plan if plan.changes_bytes <= CHANGES_BYTES else replace(plan, num_logits=0)
+        return Plan(self.space, self.blocks, kinds, rows, self.config.gradients.vectors, self.config.gradients.seed)
 
     @cached_property
     def num_logits(self) -> int:
         """Logits of an image."""
         return int(self.float_network.logits(self.float_network.example).shape[1])
 
-    def store_todo(self) -> dict[Tile, NDArray[np.float64] | None]:
-        """Tiles that are not measured yet, and what is known of them."""
+    def store_todo(self) -> list[Tile]:
+        """Tiles that are not measured yet; IdentityMismatch where the store has other layers or candidates."""
         if not exists(self.store_path):
-            return dict.fromkeys(self.plan.tiles)
+            return list(self.plan.tiles)
         store = Store.open(self.store_path)
-        held = {tile: store.known(self.plan, tile) for tile in self.plan.tiles}
-        if store.space.options == self.space.options:
-            return {tile: held[tile] for tile in store.missing(self.plan)}
-        return {t: known for t, known in held.items() if t.kind not in BY_ENTRY or self.plan.lacking(t, known).any()}
+        if (store.space.layers, store.space.options) != (self.space.layers, self.space.options):
+            store.check(self.identity, store.coverage)
+        return store.missing(self.plan)
 
     @property
     def configured_limit(self) -> int | None:
@@ -445,12 +436,20 @@ class Session:
         identity: dict[str, Any] = {
             "weights": self.loaded.weights_sha256,
             "image_shape": list(self.loaded.image_shape),
+            "layers": [
+                {**asdict(layer), "shape": list(layer.shape), "bits": list(bits)}
+                for layer, bits in zip(self.space.layers, self.space.bit_widths, strict=True)
+            ],
             "quantizer": config.quantizer.model_dump(mode="json"),
             "criterion": config.criterion,
             "numeric": {"dtype": config.network.numeric, "tf32": config.network.numeric == "tf32"},
         }
         if config.activations.bits:
-            identity["activations"] = {"range": config.activations.range, "calibration_set": self.slices.calibration.sha256}
+            identity["activations"] = {
+                "bits": list(config.activations.bits),
+                "range": config.activations.range,
+                "calibration_set": self.slices.calibration.sha256,
+            }
         return identity
 
     @cached_property
@@ -468,15 +467,8 @@ class Session:
 
     @cached_property
     def coverage(self) -> dict[str, Any]:
-        """What was measured of it: layers, bits, images."""
-        layers = [{**asdict(layer), "shape": list(layer.shape)} for layer in self.space.layers]
-        return {
-            "layers": layers,
-            "bits": [list(bits) for bits in self.space.bit_widths],
-            **({"activation_bits": list(self.config.activations.bits)} if self.config.activations.bits else {}),
-            "sensitivity_set": self.slices.sensitivity.sha256,
-            "blocks": [list(block) for block in self.blocks],
-        }
+        """Which images are measured, in which blocks: what may grow."""
+        return {"sensitivity_set": self.slices.sensitivity.sha256, "blocks": [list(block) for block in self.blocks]}
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -491,17 +483,13 @@ class Session:
         }
 
     def open_store(self) -> Store:
-        """The run's store, made where there is none and grown where images, bit-widths or layers were added; IdentityMismatch
-        where it holds other numbers."""
+        """The run's store, made where there is none and grown where images were added; IdentityMismatch where it holds other
+        numbers."""
         if not exists(self.store_path):
             return Store.create(self.store_path, self.plan, self.identity, self.coverage, self.provenance)
-        store, plan, coverage = Store.open(self.store_path), self.plan, self.coverage
-        images, options = self.additions(store)
-        if options:
-            old = {key: store.coverage[key] for key in ("sensitivity_set", "blocks")}
-            store.widen(replace(plan, blocks=tuple((a, b) for a, b in old["blocks"])), {**coverage, **old})
-        if images:
-            store.grow(plan, coverage)
+        store = Store.open(self.store_path)
+        if self.adds_images(store):
+            store.grow(self.plan, self.coverage)
         return store
 
     @cached_property
@@ -511,34 +499,20 @@ class Session:
 
     def as_measured(self) -> "Session":
         """This session, refused (IdentityMismatch) where network, images or settings are no longer those of the run's store."""
-        if any(self.additions(Store.open(self.store_path))):
+        if self.adds_images(Store.open(self.store_path)):
             raise IdentityMismatch(
-                f"the settings of {self.folder} ask for more images, bit-widths or layers than were measured; expected "
-                "`clado run` with them first"
+                f"the settings of {self.folder} ask for more images than were measured; expected `clado run` with them first"
             )
         return self
 
-    def additions(self, store: Store) -> tuple[bool, bool]:
-        """Whether this run adds (images, options) to those of a store; IdentityMismatch where anything else differs. Writes
-        nothing."""
-        old, mine = store.coverage, dict(self.coverage)
+    def adds_images(self, store: Store) -> bool:
+        """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
+        old, mine = store.coverage, self.coverage
         kept = len(old["blocks"])
-        images = len(mine["blocks"]) > kept and mine["blocks"][:kept] == old["blocks"]
-        images = images and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]
-        if images:
-            mine |= {"blocks": old["blocks"], "sensitivity_set": old["sensitivity_set"]}
-        narrow = store.space
-        options = narrow.options != self.space.options and narrow.places_in(self.space) is not None
-        if options:
-            mine |= {key: old[key] for key in ("layers", "bits", "activation_bits") if key in old}
-        store.check(self.identity, mine)
-        if options and narrow.layers != self.space.layers and (changing := at_stage(self.config.corrections, "network")):
-            raise IdentityMismatch(
-                f"{self.store_path} was measured without {', '.join(sorted({*self.space.names} - {*narrow.names}))}, and "
-                f"{names_of([module.__name__.rpartition('.')[2] for module in changing])} changes the other layers together with "
-                "these, so that its numbers mean something else now; expected the old layers, or another folder for this run"
-            )
-        return images, options
+        adds = len(mine["blocks"]) > kept and mine["blocks"][:kept] == old["blocks"]
+        adds = adds and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]
+        store.check(self.identity, old if adds else mine)
+        return adds
 
     def _first_images(self, count: int) -> str:
         """Hash of the sensitivity set that the same settings draw with fewer images."""
@@ -550,7 +524,7 @@ class Session:
         identity = dict(self.identity)
         if variant == "probe_model":
             identity["variant"] = variant
-        identity |= {"slice": getattr(self.slices, which).sha256, "layers": self.space.names}
+        identity["slice"] = getattr(self.slices, which).sha256
         return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
 
 

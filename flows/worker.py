@@ -69,10 +69,8 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     """Measures one tile and writes its chunk."""
     session = open_session(document)
     begin = time.perf_counter()
-    known = session.store.known(session.plan, tile)
-    changes = session.store.changes(session.plan, tile, known)
-    session.store.write(tile, measure_tile(session.bench_of(tile.kind), tile, known, changes), changes)
-    return Receipt(tile, session.plan.evaluations(tile, known), time.perf_counter() - begin)
+    session.store.write(tile, measure_tile(session.bench_of(tile.kind), tile))
+    return Receipt(tile, session.plan.evaluations(tile), time.perf_counter() - begin)
 
 
 def prepare_layer(document: dict[str, Any], item: tuple[bool, int]) -> tuple[bool, int]:

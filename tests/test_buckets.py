@@ -96,23 +96,6 @@ def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucke
     assert {kind: sums.tobytes() for kind, sums in found.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}
 
 
-def test_a_store_in_a_bucket_widens_by_bits_and_leaves_nothing_of_the_narrow_one(bucket, tmp_path):
-    narrow = session_of(tmp_path / "run", bucket)
-    measure(narrow)
-    wide = session_of(tmp_path / "run", bucket, bits=[2, 4, 8])
-    wide.check()
-    pairs = {tile: wide.plan.evaluations(tile, known) for tile, known in wide.store_todo().items() if tile.kind == "pairs"}
-    known = sum(narrow.plan.evaluations(tile) for tile in narrow.plan.tiles if tile.kind == "pairs")
-    assert 0 < sum(pairs.values()) == sum(map(wide.plan.evaluations, pairs)) - known
-    measure(wide)
-    at_once = session_of(tmp_path / "once", bits=[2, 4, 8])
-    measure(at_once)
-    found, expected = (session.open_store().gather(session.plan) for session in (wide, at_once))
-    for kind, sums in expected.items():
-        np.testing.assert_allclose(found[kind], sums, rtol=1e-5, atol=1e-5)
-    assert set(Store.open(bucket).group.keys()) == {"wider-1", "counts"}
-
-
 def test_other_settings_are_refused(bucket):
     new_store(bucket)
     with pytest.raises(IdentityMismatch, match="weights"):

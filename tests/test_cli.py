@@ -243,7 +243,7 @@ def copied(finished, tmp_path) -> Path:
     [
         ("quantizer.weights=minmax", "quantizer.weights: the store has 'mse', this run 'minmax'"),
         ("data.seed=1", "sensitivity_set"),
-        ("bits=[2,8]", "bits[0]: the store has [2, 4], this run [2, 8]"),
+        ("bits=[2,8]", "bits: the store has [2, 4], this run [2, 8]"),
         ("data.sample_blocks=8", "blocks: the store has 4 entries, this run 8"),
     ],
 )
@@ -522,7 +522,7 @@ def test_doctor_asks_servers_as_they_want_to_be_asked_and_shows_no_password(monk
     ("changed", "said"),
     [
         ({"seed": 5}, "was measured under other settings"),
-        ({"sensitivity_images": 40}, "ask for more images, bit-widths or layers than were measured"),
+        ({"sensitivity_images": 40}, "ask for more images than were measured"),
     ],
 )
 def test_a_finished_run_whose_settings_changed_since_is_not_mixed_with_its_old_measurements(

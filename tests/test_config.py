@@ -282,6 +282,8 @@ def test_settings_that_are_off_leave_a_run_its_name() -> None:
 MEASURED = [
     "bits=[2, 4]",
     "layers.bits={fc.weight: [8]}",
+    "network.fixed=[conv1.weight]",
+    "network.split=[fc.weight]",
     "quantizer.weights=minmax",
     "criterion=cross_entropy",
     "data.seed=1",

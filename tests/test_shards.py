@@ -16,8 +16,14 @@ from clado.space import Layer, SearchSpace
 
 SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 3, 3, 3), "conv2d") for i in range(4)], (2, 4, 8))
 PLAN = Plan(SPACE, sample_blocks(10, 3), KINDS, rows_per_tile=5)
-IDENTITY = {"weights": "abc", "quantizer": {"weights": "mse", "granularity": "per_channel"}, "numeric": {"dtype": "float32"}}
-COVERAGE = {"bits": [[2, 4, 8]] * 4, "blocks": [[0, 3], [3, 6], [6, 10]], "sensitivity_set": "123"}
+LAYERS = [{"name": layer.name, "shape": [4, 3, 3, 3], "operator": "conv2d", "bits": [2, 4, 8]} for layer in SPACE.layers]
+IDENTITY = {
+    "weights": "abc",
+    "layers": LAYERS,
+    "quantizer": {"weights": "mse", "granularity": "per_channel"},
+    "numeric": {"dtype": "float32"},
+}
+COVERAGE = {"blocks": [[0, 3], [3, 6], [6, 10]], "sensitivity_set": "123"}
 PROVENANCE = {"torch": "2.8.0", "device": "cpu", "threads": 1}
 
 
@@ -224,7 +230,7 @@ AGAIN = "measured again"
     ("path", "harm", "words"),
     [
         *(("zarr.json", harm, ["not a store of ours"]) for harm in (truncate(0.5), truncate(0), Path.unlink, flip(0))),
-        ("zarr.json", replaced('"clado-store/1"', '"clado-store/3"'), ["format is 'clado-store/3'"]),
+        ("zarr.json", replaced('"clado-store/2"', '"clado-store/3"'), ["format is 'clado-store/3'"]),
         ("zarr.json", replaced('"coverage"', '"coverbge"'), ["coverage is None", RESTORE]),
         ("zarr.json", replaced('"identity"', '"idemtity"'), ["identity is None", RESTORE]),
         ("zarr.json", replaced('"abc"', '"abd"'), ["fingerprint is not that of the identity", RESTORE]),
@@ -269,8 +275,24 @@ def test_a_sound_store_has_no_damage(tmp_path):
         ({**IDENTITY, "criterion": "kl_to_float"}, COVERAGE, ["criterion: the store has None, this run 'kl_to_float'"]),
         (IDENTITY, {**COVERAGE, "sensitivity_set": "456"}, ["sensitivity_set: the store has '123'"]),
         (IDENTITY, {**COVERAGE, "blocks": [[0, 10]]}, ["blocks: the store has 3 entries, this run 1"]),
-        (IDENTITY, {**COVERAGE, "bits": [[2, 4, 8]] * 3 + [[2, 4]]}, ["bits[3]: the store has [2, 4, 8], this run [2, 4]"]),
-        ({"weights": "def"}, {}, ["weights", "quantizer", "numeric", "bits", "blocks", "sensitivity_set"]),
+        (
+            {**IDENTITY, "layers": [*LAYERS[:3], {**LAYERS[3], "bits": [2, 4]}]},
+            COVERAGE,
+            ["bits: the store has [2, 4, 8], this run [2, 4] (layers: layer3.weight)"],
+        ),
+        (
+            {**IDENTITY, "layers": [{**row, "bits": [2, 16]} for row in LAYERS]},
+            COVERAGE,
+            ["bits: the store has [2, 4, 8], this run [2, 16] (layers: layer0.weight, layer1.weight, layer2.weight and 1 more)"],
+        ),
+        (
+            {**IDENTITY, "layers": [*LAYERS[1:], {**LAYERS[0], "name": "fc.weight"}]},
+            COVERAGE,
+            ["layers: only the store has layer0.weight", "layers: only this run has fc.weight"],
+        ),
+        ({**IDENTITY, "layers": LAYERS[::-1]}, COVERAGE, ["layers: the store has them in another order than this run"]),
+        ({**IDENTITY, "activations": {"bits": [8]}}, COVERAGE, ["activations.bits: the store has None, this run [8]"]),
+        ({"weights": "def"}, {}, ["weights", "layers", "quantizer", "numeric", "blocks", "sensitivity_set"]),
     ],
 )
 def test_other_settings_are_refused_and_named(tmp_path, identity, coverage, said):
@@ -314,7 +336,7 @@ FOREIGN = {
     "broken metadata": (lambda path: (path.mkdir(), (path / "zarr.json").write_text("{")), "not a store of ours"),
     "a later format": (
         lambda path: zarr.open_group(path, mode="w", zarr_format=3).attrs.update(format="clado-store/99"),
-        "its format is 'clado-store/99', expected 'clado-store/1'",
+        "its format is 'clado-store/99', expected 'clado-store/2'",
     ),
 }
 
