@@ -20,15 +20,14 @@ from clado.errors import ConfigurationError
 from clado.network import GPU_BYTES, Network, Replaced, State
 from clado.preparation import Prepared
 from clado.probes import (
-    BY_ENTRY,
     NUM_VECTORS,
     OF_PAIRS,
     TEMPERATURES,
     Batching,
-    Kind,
-    Plan,
     Tile,
     batching,
+    later_layers,
+    pair_mask,
     rows_within_memory,
     sample_blocks,
 )
@@ -36,7 +35,6 @@ from clado.quantizers import QuantizedLayer
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
-Changes = NDArray[np.float32]
 Batch = tuple[Tensor, Tensor | None]
 GPU_BATCH = 4096  # images of one run that keep a large GPU busy
 FLOAT_LOGITS_BYTES = 2**24  # of all blocks together that a workbench keeps: 4,096 images of 1,000 classes
@@ -83,10 +81,6 @@ class Workbench:
     def space(self) -> SearchSpace:
         """Layers and their candidates."""
         return self.prepared.space
-
-    def plan(self, kinds: tuple[Kind, ...]) -> Plan:
-        """What these kinds of tiles measure."""
-        return Plan(self.space, tuple(self.blocks), kinds, self.space.num_options, self.num_vectors, self.seed)
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> what stands in its place in `network`, for the layers that an assignment quantizes."""
@@ -171,25 +165,18 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
     return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
 
 
-def measure_tile(bench: Workbench, tile: Tile, known: Array | None = None, changes: Changes | None = None) -> Array:
+def measure_tile(bench: Workbench, tile: Tile) -> Array:
     """Float64 sums over the tile's sample block; shapes as in `probes.py`. Entries of pairs that are none are NaN.
 
     The bench of `plain_singles` holds layers without corrections, that of all other kinds those that ship.
-
-    `known` is an earlier measurement of the tile, NaN where there is none: what it has is kept, and not measured. `changes`
-    (options, images, logits) are those of the logits of a Gram tile, which fills in what it measures: what it is `known` of must
-    be there. Raises ConfigurationError for kinds whose numbers do not stand alone (`probes.BY_ENTRY`).
     """
-    if known is not None and (tile.kind not in BY_ENTRY or (tile.kind == "gram" and changes is None)):
-        kinds = ", ".join(kind for kind in BY_ENTRY if kind != "gram")
-        raise ConfigurationError(f"{tile} cannot be measured in part; expected a kind of {kinds}, or gram with its changes")
     if tile.kind in OF_PAIRS:
-        return _pairs(bench, tile, known)
+        return _pairs(bench, tile)
     if tile.kind == "gradients":
         return _gradients(bench, tile)
     if tile.kind == "trace":
         return _trace(bench, tile)
-    return _gram(bench, tile, known, changes) if tile.kind == "gram" else _singles(bench, tile, known)
+    return _gram(bench, tile) if tile.kind == "gram" else _singles(bench, tile)
 
 
 class Scores(NamedTuple):
@@ -219,55 +206,42 @@ def _scores(bench: Workbench, network: Network, replaced: Replaced, parts: Seque
     return Scores(*(np.concatenate([_numpy(value) for value in column]) for column in zip(*found, strict=True)))
 
 
-def _singles(bench: Workbench, tile: Tile, known: Array | None) -> Array:
-    lacking = bench.plan((tile.kind,)).lacking(tile, known)
-    sums = np.where(lacking, 0.0, np.nan if known is None else known)
-    wanted = np.flatnonzero(lacking[1:]).tolist()
+def _singles(bench: Workbench, tile: Tile) -> Array:
+    sums = np.zeros(1 + bench.space.num_options)
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
-        if lacking[0]:
-            sums[0] += _numpy(criterion(part.float_logits)).sum()
-        for rows, logits in _finished_rows(bench, part, wanted):
-            sums[[1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
+        sums[0] += _numpy(criterion(part.float_logits)).sum()
+        for options, logits in _each_option(bench, part):
+            sums[[1 + option for option in options]] += _numpy(criterion(logits)).sum(1)
     return sums
 
 
-def _gram(bench: Workbench, tile: Tile, known: Array | None, changes: Changes | None) -> Array:
+def _gram(bench: Workbench, tile: Tile) -> Array:
     """Row 0: what `_singles` gives, of the same forwards. Row 1: 0 and Σ_n (p − y)ᵀ u (zero for KL). Then K rows for each of
     TEMPERATURES: 0 and Σ_n u_kᵀ F_n u_l, where F = diag(q) − q qᵀ of q = softmax(z / temperature), so that with
-    v = √q (u − qᵀu) it is the Gram matrix of v: positive semidefinite up to rounding. Only one pass of u is held at a time,
-    beside `changes`, all of them: what they have is not measured, and its products with what is new are taken."""
+    v = √q (u − qᵀu) it is the Gram matrix of v: positive semidefinite up to rounding. Only one pass of u is held at a time."""
     k = bench.space.num_options
     device = bench.network.device
-    lacking = bench.plan((tile.kind,)).lacking(tile, known)
-    wanted = np.flatnonzero(lacking[1:]).tolist()
-    there = torch.tensor(np.flatnonzero(~lacking[1:]), device=device)
     sums = np.zeros((2 + len(TEMPERATURES) * k, 1 + k))
     first = torch.zeros(k, dtype=torch.float64, device=device)
     grams = torch.zeros((len(TEMPERATURES), k, k), dtype=torch.float64, device=device)
-    images = slice(0, 0)
     for part in bench.passes(tile.block):
         criterion = part.criterion(bench.criterion)
         sums[0, 0] += _numpy(criterion(part.float_logits)).sum()
-        kind = torch.promote_types(part.float_logits.dtype, torch.float32)
-        reference = part.float_logits.to(kind)
+        dtype = torch.promote_types(part.float_logits.dtype, torch.float32)
+        reference = part.float_logits.to(dtype)
         slope = criteria.residual(bench.criterion, part.float_logits, part.labels)
-        u = torch.empty((k, *reference.shape), dtype=kind, device=device)
-        images = slice(images.stop, images.stop + len(reference))
-        if changes is not None and len(there):
-            u[there] = torch.from_numpy(changes[~lacking[1:], images]).to(device, kind)
-        for rows, logits in _finished_rows(bench, part, wanted):
-            sums[0, [1 + row for row in rows]] += _numpy(criterion(logits)).sum(1)
-            where = torch.tensor(rows, device=device)
+        u = torch.empty((k, *reference.shape), dtype=dtype, device=device)
+        for options, logits in _each_option(bench, part):
+            sums[0, [1 + option for option in options]] += _numpy(criterion(logits)).sum(1)
+            where = torch.tensor(options, device=device)
             u[where] = logits - reference  # exact but for its own last digit; sums over samples are float64
             if slope is not None:
                 first[where] += (u[where] * slope).sum((1, 2))
-        if changes is not None:
-            changes[lacking[1:], images] = u.cpu().numpy()[lacking[1:]]
         _add_products(grams, u, torch.stack([(part.float_logits.double() / t).softmax(-1) for t in TEMPERATURES]))
     whole = grams.tril() + grams.tril(-1).mT
     sums[1, 1:], sums[2:, 1:] = _numpy(first), _numpy(whole).reshape(-1, k)
-    return sums if known is None else np.where(np.isnan(known), sums, known)
+    return sums
 
 
 def _add_products(grams: Tensor, u: Tensor, q: Tensor) -> None:
@@ -291,45 +265,38 @@ def _add_products(grams: Tensor, u: Tensor, q: Tensor) -> None:
                 gram[start:stop, :stop] += v[start:stop] @ v[:stop].T
 
 
-def _pairs(bench: Workbench, tile: Tile, known: Array | None) -> Array:
-    space, network, plan = bench.space, bench.network, bench.plan((tile.kind,))
-    lacking = plan.lacking(tile, known)
-    sums = np.where(lacking, 0.0, np.nan if known is None else known)
-    asked = [row for row in range(tile.first, tile.stop) if lacking[row - tile.first].any()]
-    # rows of which nothing is known lack more columns than the others, so that they travel in stacks of their own
-    fresh = [np.array_equal(row, whole) for row, whole in zip(lacking, plan.lacking(tile), strict=True)]
-    groups = space.blocks if tile.kind == "block_pairs" else (tuple(range(space.num_layers)),)
+def _pairs(bench: Workbench, tile: Tile) -> Array:
+    space, network = bench.space, bench.network
+    rows = range(tile.first, tile.stop)
+    is_pair = pair_mask(space, tile.kind, rows)
+    sums = np.where(is_pair, 0.0, np.nan)
+    blocks = space.blocks if tile.kind == "block_pairs" else (tuple(range(space.num_layers)),)
+    first_options = [row for row, columns in zip(rows, is_pair, strict=True) if columns.any()]
+    groups = [[row for row in first_options if space.options[row].layer in block] for block in blocks]
+    groups = sorted(filter(None, groups))  # in order of their first row, so that one float run serves them all
     for part in bench.passes(tile.block):
         float_state = network.begin(part.images)
-        # in order of their first row, so that one float run serves them all
-        for rows in sorted(rows for group in groups if (rows := [row for row in asked if space.options[row].layer in group])):
-            float_state = network.advance(float_state, space.options[rows[0]].layer)
-            for alike in (True, False):
-                if own := [row for row in rows if fresh[row - tile.first] == alike]:
-                    _add_pairs(bench, part, own, float_state, lacking, sums, tile.first)
+        for group in groups:
+            float_state = network.advance(float_state, space.options[group[0]].layer)
+            _add_pairs(bench, part, tile, group, float_state, sums)
     return sums
 
 
-def _add_pairs(
-    bench: Workbench, part: Pass, rows: Sequence[int], float_state: State, lacking: NDArray[np.bool_], sums: Array, first: int
-) -> None:
-    """Adds the losses of one pass to `sums` (rows of the tile, K), which begin with row `first`, where they are lacking."""
+def _add_pairs(bench: Workbench, part: Pass, tile: Tile, rows: Sequence[int], float_state: State, sums: Array) -> None:
+    """Adds the losses of one pass to the tile's `sums`, for rows of one block of layers with all options of its later layers."""
     space = bench.space
     criterion = part.criterion(bench.criterion)
-    columns: dict[int, list[int]] = {}
-    for option in np.flatnonzero(lacking[[row - first for row in rows]].any(axis=0)).tolist():
-        columns.setdefault(space.options[option].layer, []).append(option)
-    for layer, stacks in _sweep(bench, part, rows, float_state, max(columns)):
-        entries, found = [], []
-        for stack in stacks:
-            for option in columns.get(layer, ()):
+    layers = later_layers(space, tile.kind, space.options[rows[0]].layer)
+    for layer, stacks in _sweep(bench, part, rows, float_state, layers[-1]):
+        entries, losses = [], []
+        for stack in stacks if layer in layers else []:
+            for option in space.options_of(layer):
                 logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
-                found.append(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape)))
-                entries += [(row - first, option) for row in stack.rows]
-        if found:  # read back at once: a GPU would wait each time
-            loss, (where, column) = _numpy(torch.cat(found)).sum(1), np.array(entries).T
-            taken = lacking[where, column]
-            sums[where[taken], column[taken]] += loss[taken]
+                losses.append(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape)))
+                entries += [(row - tile.first, option) for row in stack.rows]
+        if losses:  # read back at once: a GPU would wait each time
+            row, column = np.array(entries).T
+            sums[row, column] += _numpy(torch.cat(losses)).sum(1)
 
 
 def _gradients(bench: Workbench, tile: Tile) -> Array:
@@ -360,12 +327,10 @@ def _random(bench: Workbench, tile: Tile) -> np.random.Generator:
     return np.random.default_rng([bench.seed, tile.block])
 
 
-def _finished_rows(bench: Workbench, part: Pass, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-    """(rows, logits (rows, n, classes)) of these options alone, stack by stack."""
-    if not rows:
-        return
-    begin = bench.network.begin(part.images)
-    for _, stacks in _sweep(bench, part, rows, begin, bench.space.num_layers):
+def _each_option(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tensor]]:
+    """(options, logits (options, n, classes)) of each option alone, stack by stack."""
+    space = bench.space
+    for _, stacks in _sweep(bench, part, range(space.num_options), bench.network.begin(part.images), space.num_layers):
         for stack in stacks:
             logits = bench.network.graph.output(stack.state)
             yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)
@@ -379,35 +344,38 @@ def _sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State
     run; what is left is yielded behind the last layer.
     """
     network, space = bench.network, bench.space
-    num_layers = space.num_layers
-    to_the_end = end == num_layers
+    to_the_end = end == space.num_layers
     first, last = space.options[rows[0]].layer, space.options[rows[-1]].layer
-    wanted = set(rows)
     float_state = network.advance(float_state, first)
     stacks: list[_Stack] = []
     for layer in range(first, end):
         born = [
             _Stack([option], network.advance(float_state, layer + 1, {layer: bench.quantized[option]}))
-            for option in range(space.offsets[layer], space.offsets[layer + 1])
-            if option in wanted
+            for option in space.options_of(layer)
+            if option in rows
         ]
         for stack in stacks:
             stack.state = network.advance(stack.state, layer + 1)
-        batch = bench.batching.batch_images[min(layer + 1, num_layers - 1)]
-        capacity = max(1, batch // len(part.images))
-        if not to_the_end:  # powers of two, so that full stacks still fill the larger ones of later layers
-            capacity = 1 << (capacity.bit_length() - 1)
+        capacity = _capacity(bench, part, layer, to_the_end)
         stacks = _packed(network, stacks + born, capacity, layer + 1)
         if layer < last:
             float_state = network.advance(float_state, layer + 1)
-        if to_the_end:
-            full = [stack for stack in stacks if layer + 1 == num_layers or len(stack.rows) >= capacity]
-            stacks = [stack for stack in stacks if stack not in full]
-            for stack in full:
-                stack.state = network.advance(stack.state, num_layers)
-            yield num_layers, full
-        else:
+        if not to_the_end:
             yield layer + 1, stacks
+            continue
+        full = [stack for stack in stacks if layer + 1 == end or len(stack.rows) >= capacity]
+        stacks = [stack for stack in stacks if stack not in full]
+        for stack in full:
+            stack.state = network.advance(stack.state, end)
+        yield end, full
+
+
+def _capacity(bench: Workbench, part: Pass, layer: int, to_the_end: bool) -> int:
+    """Rows of a full stack behind a layer. Of pairs a power of two, so that full stacks still fill the larger ones of later
+    layers."""
+    batch = bench.batching.batch_images[min(layer + 1, bench.space.num_layers - 1)]
+    capacity = max(1, batch // len(part.images))
+    return capacity if to_the_end else 1 << (capacity.bit_length() - 1)
 
 
 def _packed(network: Network, stacks: list[_Stack], capacity: int, layer: int) -> list[_Stack]:

@@ -23,14 +23,10 @@ from numpy.typing import NDArray
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
-Array = NDArray[np.float64]
 Kind = Literal["singles", "plain_singles", "pairs", "gram", "block_pairs", "gradients", "trace"]
 KINDS: tuple[Kind, ...] = ("singles", "plain_singles", "pairs", "gram", "block_pairs", "gradients", "trace")
 OF_PAIRS: tuple[Kind, ...] = ("pairs", "block_pairs")
 OF_GRADIENTS: tuple[Kind, ...] = ("gradients", "trace")
-# kinds whose numbers are of one option or pair each, so that those of a narrower space serve a wider one: a Gram matrix's are,
-# where the changes of the logits that its products are of are kept as well
-BY_ENTRY: tuple[Kind, ...] = ("singles", "plain_singles", "pairs", "block_pairs", "gram")
 MIN_BATCH, MAX_BATCH = 8, 512
 NUM_VECTORS = 8  # of Hutchinson's estimate, in each sample block
 TEMPERATURES = (1, 2, 4, 8)  # of the softmax that a Gram matrix is taken at; 1 is the float network's own
@@ -62,8 +58,7 @@ class Workload:
 @dataclass(frozen=True)
 class Plan:
     """The tiles of a measurement. `blocks` are (start, stop) ranges of the sensitivity set; `num_vectors` random vectors estimate
-    each trace, and `seed` seeds what is drawn for gradients. `num_logits` are an image's, whose changes are kept beside
-    Gram matrices; 0: none are, and a wider space measures these tiles whole."""
+    each trace, and `seed` seeds what is drawn for gradients."""
 
     space: SearchSpace
     blocks: tuple[tuple[int, int], ...]
@@ -71,7 +66,6 @@ class Plan:
     rows_per_tile: int
     num_vectors: int = NUM_VECTORS
     seed: int = 0
-    num_logits: int = 0
 
     @property
     def num_row_tiles(self) -> int:
@@ -103,11 +97,6 @@ class Plan:
             return k, k
         return {"gram": (2 + len(TEMPERATURES) * k, 1 + k), "gradients": (2, 1 + k)}.get(kind, (1 + k,))
 
-    @property
-    def changes_shape(self) -> tuple[int, int, int]:
-        """(options, images, logits) of the changes that are kept of a sample block, as many images as the largest has."""
-        return self.space.num_options, max(stop - start for start, stop in self.blocks), self.num_logits
-
     def terms(self, kind: Kind) -> dict[str, Any]:
         """What the numbers of a kind depend on beside the store's identity: plain data, kept beside them."""
         if kind == "block_pairs":
@@ -118,19 +107,15 @@ class Plan:
             return {"seed": self.seed}
         return {"seed": self.seed, "num_vectors": self.num_vectors} if kind == "trace" else {}
 
-    def lacking(self, tile: Tile, known: Array | None = None) -> NDArray[np.bool_]:
-        """True for each probe of a tile of `BY_ENTRY` that is not `known` (NaN there): (1 + K,), the float network's first, or
-        (rows, K)."""
-        wanted: NDArray[np.bool_] = np.ones(1 + self.space.num_options, dtype=bool)
-        if tile.kind in OF_PAIRS:
-            wanted = pair_mask(self.space, tile.kind, range(tile.first, tile.stop))
-        if known is not None and tile.kind == "gram":
-            known = known[0]  # the losses: one forward gives an option's loss and its products
-        return wanted if known is None else wanted & np.isnan(known)
+    def evaluations(self, tile: Tile) -> int:
+        """Probes that a tile measures on its sample block; a forward of the float network counts as one."""
+        if tile.kind in OF_GRADIENTS:
+            return 1
+        return int(self._pairs(tile).sum()) if tile.kind in OF_PAIRS else 1 + self.space.num_options
 
-    def evaluations(self, tile: Tile, known: Array | None = None) -> int:
-        """Probes that a tile measures on its sample block beside those `known`; a forward of the float network counts as one."""
-        return 1 if tile.kind in OF_GRADIENTS else int(self.lacking(tile, known).sum())
+    def _pairs(self, tile: Tile) -> NDArray[np.bool_]:
+        """(rows, K): True for each pair that a tile measures."""
+        return pair_mask(self.space, tile.kind, range(tile.first, tile.stop))
 
     def forward_images(self, tiles: Iterable[Tile]) -> int:
         """Σ over tiles of probes × images: what whole forwards would push through the network."""
@@ -149,8 +134,8 @@ class Plan:
         start, stop = self.blocks[block]
         return stop - start
 
-    def macs(self, tile: Tile, workload: Workload, known: Array | None = None) -> int:
-        """Multiply-accumulates that suffix execution of a tile needs beside what is `known`, its stored prefixes included."""
+    def macs(self, tile: Tile, workload: Workload) -> int:
+        """Multiply-accumulates that suffix execution of a tile needs, its stored prefixes included."""
         if tile.kind in OF_GRADIENTS:
             # a backward pass multiplies twice as much as a forward pass, one through both of them twice as much again
             passes = 1 + (2 if tile.kind == "gradients" else 2 + 4 * self.num_vectors)
@@ -158,26 +143,21 @@ class Plan:
         suffix = (*workload.suffix_macs, 0)
         behind = np.array([suffix[option.layer] for option in self.space.options], dtype=object)  # integers of any size
         if tile.kind not in OF_PAIRS:
-            return int(workload.macs + behind[self.lacking(tile, known)[1:]].sum()) * self.block_images(tile.block)
-        per_image, lacking = 0, self.lacking(tile, known)
-        for row, wanted in enumerate(lacking, tile.first):
+            return int(workload.macs + behind.sum()) * self.block_images(tile.block)
+        per_image, pairs = 0, self._pairs(tile)
+        for row, wanted in enumerate(pairs, tile.first):
             if wanted.any():
                 columns = np.flatnonzero(wanted)
                 per_image += behind[row] - behind[columns[-1]]  # the stored prefix, carried to the last cut
                 per_image += behind[columns].sum()
-        reached = np.flatnonzero(lacking.any(axis=1)) if known is not None or tile.kind != "pairs" else range(len(lacking))
+        reached = range(len(pairs)) if tile.kind == "pairs" else np.flatnonzero(pairs.any(axis=1))
         if len(reached):  # the float run as far as the last row's layer
             per_image += workload.macs - suffix[self.space.options[tile.first + int(reached[-1])].layer + 1]
         return int(per_image) * self.block_images(tile.block)
 
     def stored_bytes(self) -> int:
         """Bytes of all chunks before compression."""
-        return 8 * len(self.blocks) * sum(math.prod(self.shape(kind)) for kind in self.kinds) + self.changes_bytes
-
-    @property
-    def changes_bytes(self) -> int:
-        """Bytes of the changes of the logits among them."""
-        return 4 * len(self.blocks) * math.prod(self.changes_shape) if "gram" in self.kinds else 0
+        return 8 * len(self.blocks) * sum(math.prod(self.shape(kind)) for kind in self.kinds)
 
 
 def later_layers(space: SearchSpace, kind: Kind, layer: int) -> Sequence[int]:

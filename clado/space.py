@@ -284,6 +284,10 @@ class SearchSpace:
         """Layer, weight bits and activation bits of each option, in order."""
         return tuple(Option(i, *candidate) for i in range(self.num_layers) for candidate in self.candidates(i))
 
+    def options_of(self, layer: int) -> range:
+        """Numbers of a layer's options."""
+        return range(self.offsets[layer], self.offsets[layer + 1])
+
     def option(self, layer: int, bits: int, activation_bits: int | None = None) -> int:
         """Number of the option; `activation_bits` may be left out where there is one activation width."""
         name = self.layers[layer].name
@@ -299,20 +303,6 @@ class SearchSpace:
             )
         place = self.bit_widths[layer].index(bits) * len(self.activation_widths) + self.activation_widths.index(width)
         return self.offsets[layer] + place
-
-    def places_in(self, wider: "SearchSpace") -> tuple[int, ...] | None:
-        """The number of each option in a space that has all of them and more; None where it lacks one, or has a layer of
-        another shape, or layers in another order."""
-        places = []
-        for i, layer in enumerate(self.layers):
-            if layer not in wider.layers:
-                return None
-            found = wider.candidates(there := wider.layers.index(layer))
-            for candidate in self.candidates(i):
-                if candidate not in found:
-                    return None
-                places.append(wider.offsets[there] + found.index(candidate))
-        return tuple(places) if places == sorted(places) else None
 
     def label(self, option: int) -> str:
         """Layer and bits of an option, for messages and axes."""

@@ -48,6 +48,7 @@ def test_options_number_every_candidate_of_every_layer_once_and_in_order(space):
     assert space.num_options == (3 + 2 + 2) * len(space.activation_widths)
     assert list(space.options) == sorted(space.options, key=lambda o: (o.layer, o.bits, o.activation_bits or 0))
     for layer, (first, last) in enumerate(itertools.pairwise(space.offsets)):
+        assert space.options_of(layer) == range(first, last)
         assert space.candidates(layer) == tuple(tuple(option[1:]) for option in space.options[first:last])
 
 
