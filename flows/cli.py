@@ -381,35 +381,6 @@ def report(folder: RunFolder) -> None:
 
 
 @command
-def runs(
-    folders: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[FOLDER | RUN RUN...]", help="A folder with runs below it; or two runs or more.", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """List the runs below a folder (default: runs/), or compare two runs or more, budget by budget."""
-    from rich.console import Console
-
-    from clado import catalogue
-
-    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
-    top = (folders or [Path("runs")])[0]
-    if folders is None or len(folders) == 1:
-        found = catalogue.find(top)
-        if found:
-            console.print(catalogue.listing(found, top))
-        else:
-            typer.echo(f"There is no run below {top}.")
-        return
-    entries = [catalogue.entry(folder) for folder in folders]
-    console.print(catalogue.comparison(entries))
-    for caution in catalogue.cautions(entries):
-        typer.echo(f"Note: {caution}.")
-
-
-@command
 def cluster(config: Config, overrides: Overrides = None) -> None:
     """Say what workers a configuration would start; for SLURM the batch script, for Kubernetes the manifest. Starts nothing."""
     settings = _settings(config, overrides)

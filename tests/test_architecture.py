@@ -145,7 +145,6 @@ def test_every_module_of_the_two_columns_is_under_a_contract():
         "registry",
         "plots",
         "page",
-        "catalogue",
         "api",
         "report",
         "ledger",
