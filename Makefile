@@ -97,4 +97,4 @@ lock:
 	$(BIN)/uv pip compile --quiet --universal --extra dev --no-header --no-annotate --no-emit-index-url --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs mlruns mlflow.db

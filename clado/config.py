@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 from clado.errors import ConfigurationError, StoreError
 from clado.plugins import PACKAGE, available, nearest
 from clado.space import check_bits
+
+log = logging.getLogger(__name__)
+
+TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def _one_of(folder: str) -> AfterValidator:
@@ -432,22 +438,35 @@ def redact(text: str) -> str:
 Uri = Annotated[str, PlainSerializer(redact, when_used="json")]
 
 
+def tracking_uri(given: str | None = None) -> str:
+    """The URI given, else MLFLOW_TRACKING_URI, else MLflow's own default. A relative path becomes absolute."""
+    uri = given or os.environ.get(TRACKING_VARIABLE) or "sqlite:///mlflow.db"
+    return re.sub("^(sqlite:///|file:)(?!/|:memory:)(.+)", lambda found: found[1] + Path(found[2]).resolve().as_posix(), uri)
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an SQLite tracker, None for any other."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _kept_uri(given: str) -> str:
+    if "?" in str(Path.cwd()) and not (given or os.environ.get(TRACKING_VARIABLE)):
+        raise ValueError(f"{Path.cwd()} has a ?, which ends the name of MLflow's database; expected another folder, or a URI")
+    return tracking_uri(given) if given else redact(tracking_uri())  # the environment keeps its credentials
+
+
 class TrackingSettings(Settings):
     """Where MLflow records the run."""
 
     experiment: str = "clado"
-    uri: Uri | None = Field(
-        default=None, description="default: MLFLOW_TRACKING_URI of the environment, else SQLite in the run's folder"
+    uri: Annotated[Uri, AfterValidator(_kept_uri)] = Field(
+        default="",
+        validate_default=True,
+        description="default: MLFLOW_TRACKING_URI of the environment, else sqlite:///mlflow.db in the working folder",
     )
     models: bool = Field(
         strict=True, default=True, description="log the chosen networks and register them; false for a server of MLflow 2"
     )
-
-
-def _folder(path: Path) -> Path:
-    if "?" in str(path):
-        raise ValueError(f"{path} has a ?, which ends the name of a file in the URL of MLflow's database; expected another name")
-    return path
 
 
 def _bucket(url: str) -> str:
@@ -485,11 +504,11 @@ class RunConfig(Settings):
     measure: MeasureSettings = MeasureSettings()
     gradients: GradientSettings = GradientSettings()
     cluster: ClusterSettings = ClusterSettings()
-    tracking: TrackingSettings = TrackingSettings()
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
     store: Annotated[Uri, AfterValidator(_bucket)] | None = Field(
         default=None, description="a bucket for what is measured, s3://BUCKET/PREFIX; default: store.zarr in the run's folder"
     )
-    folder: Annotated[UserPath, AfterValidator(_folder)] | None = Field(
+    folder: UserPath | None = Field(
         default=None, description="where the run is kept; default: runs/NETWORK-HASH of the settings that shape it"
     )
 
@@ -604,13 +623,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(document, str(path))
 
 
-def load_run_config(folder: Path) -> RunConfig:
-    """The configuration of a run's folder, wherever that is now."""
-    if not (folder / "config.yaml").is_file():
+def load_run_config(folder: Path, uri: str | None = None) -> RunConfig:
+    """The configuration of a run's folder, wherever that is now.
+
+    The URI of MLflow is the one given here, else MLFLOW_TRACKING_URI, else the one that the run has kept. Where that is an SQLite
+    file whose folder is gone, it is the default, with a warning.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
         raise StoreError(
             f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
         )
-    return load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder), ensure_ascii=False)}"])
+    overrides = [f"folder={json.dumps(str(folder), ensure_ascii=False)}"]
+    kept = load_config(file, overrides)
+    database, chosen = database_of(kept.tracking.uri), uri or os.environ.get(TRACKING_VARIABLE)
+    gone = database is not None and not database.parent.is_dir()
+    if not chosen and not gone:
+        return kept
+    config = load_config(file, [*overrides, f"tracking.uri={json.dumps(uri or '')}"])
+    if not chosen:
+        log.warning("%s is gone; MLflow's records of %s go to %s", kept.tracking.uri, folder, config.tracking.uri)
+    return config
 
 
 def parse_config(document: dict[str, Any], whence: str = "configuration") -> RunConfig:

@@ -91,7 +91,7 @@ cluster:
   # start_timeout: 300               # seconds without any worker until the run ends
 tracking:
   experiment: clado                  # in MLflow
-  # uri: http://localhost:5000       # default: MLFLOW_TRACKING_URI, else SQLite in the run's folder
+  # uri: http://localhost:5000       # default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here
   # models: false                    # true logs the chosen networks and registers them, with an alias per budget
 # folder: runs/mine                  # where the run is kept; default: named after the settings
 # store: s3://BUCKET/PREFIX          # what is measured, in a bucket; default: store.zarr in that folder

@@ -1,10 +1,11 @@
 """A finished run in MLflow: a parent run with one nested child for each budget and method. `registry` does datasets and models.
 
 The run's folder is the truth and MLflow a mirror of it. A note beside the record (`mlflow-undelivered.json`) is written before
-anything is sent and goes when all has arrived, so that a tracker that is down, slow or wrong, or a process that is killed, costs
-a warning and never a result: `deliver` sends what a folder's notes name. Every MLflow run carries the name of its delivery as a
-tag; what an earlier attempt left behind is found by it, ended and deleted, and so nothing is there twice. A run that failed is
-delivered in the same way, as FAILED, with its traceback. MLflow is imported inside functions: it takes seconds.
+anything is sent, so that a tracker that is down, slow or wrong, or a process that is killed, costs a warning and never a result.
+When all has arrived, the note becomes `mlflow-delivered.json`. `deliver` sends what is undelivered, and what was delivered but is
+not at the tracker that is used now. Every MLflow run carries the name of its delivery as a tag; what an earlier attempt left
+behind is found by it, ended and deleted, and so nothing is there twice. A run that failed is delivered in the same way, as
+FAILED, with its traceback. MLflow is imported inside functions: it takes seconds.
 """
 
 import json
@@ -14,14 +15,13 @@ import os
 import re
 import shlex
 import shutil
-import sqlite3
 import sys
 import tempfile
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from clado import registry
-from clado.config import HIDDEN, fingerprint, redact
+from clado.config import HIDDEN, TRACKING_VARIABLE, database_of, fingerprint, redact, tracking_uri
 from clado.errors import ServerError, StoreError
 from clado.records import CHOSEN, Accuracy, Result, RunRecord, write_text
 
@@ -38,14 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DATABASE, ARTIFACTS, UNDELIVERED = "mlflow.db", "mlflow-artifacts", "mlflow-undelivered.json"
-PLACES = (  # tables and columns of MLflow's database that say where artifacts are
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
+ARTIFACTS = "mlruns"  # beside an SQLite file
+UNDELIVERED, DELIVERED = "mlflow-undelivered.json", "mlflow-delivered.json"
 UNDELIVERED_FAILURE = "mlflow-undelivered-failure.json"  # of its own, so that a failure never takes a finished run's place
 RECORD, FAILURE = "record.json", "failure.txt"  # beside a note
 VALIDATION = "validation_set"
@@ -71,13 +65,14 @@ class Receipt:
 
     @property
     def how_to_open(self) -> str:
-        """The address of the run's page, or the command that serves it."""
+        """The address of the run's page, or the command that serves it; in the database's own folder that needs no address."""
         if self.uri.startswith(("http://", "https://")):
             page = f"/#/experiments/{self.experiment_id}/runs/{self.parent_run_id}" if self.parent_run_id else ""
             return self.uri.rstrip("/") + page
         beside = Path(sys.executable).with_name("mlflow")
         command = shlex.quote(str(beside)) if shutil.which("mlflow") is None and beside.exists() else "mlflow"
-        return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui --backend-store-uri {shlex.quote(self.uri)}"
+        store = "" if database_of(self.uri) == Path.cwd() / "mlflow.db" else f" --backend-store-uri {shlex.quote(self.uri)}"
+        return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui{store}"
 
 
 def set_environment() -> None:
@@ -93,44 +88,13 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def default_uri(folder: Path) -> str:
-    """Where records go that no setting sends elsewhere: MLFLOW_TRACKING_URI, else SQLite in the run's folder."""
-    if given := os.environ.get("MLFLOW_TRACKING_URI"):
-        return given
-    return f"sqlite:///{(folder.resolve() / DATABASE).as_posix()}"
-
-
-def _sqlite(uri: str) -> Path | None:
-    """The file of an SQLite tracker, None for any other."""
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
-
-
-def relocate(uri: str) -> None:
-    """Lets the records in an SQLite file find their artifacts beside it where the folder was moved or copied: MLflow keeps
-    absolute places, and would write into the old one."""
-    file = _sqlite(uri)
-    if file is None or not file.is_file():
-        return
-    here = (file.parent / ARTIFACTS).as_uri()
-    with closing(sqlite3.connect(file)) as database, database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "experiments" not in tables:
-            return
-        places = [place for (place,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
-        for there in (place for place in places if place and place.endswith(f"/{ARTIFACTS}") and place != here):
-            for table, column in PLACES:
-                if table in tables:
-                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?"
-                    database.execute(moved, (here, len(there) + 1, len(there) + 1, f"{there}/"))
-
-
-def destination(uri: str | None, folder: Path) -> str:
-    """Where a record goes: the configured place, unless it was read back from a folder, which keeps no credentials."""
+def destination(uri: str | None) -> str:
+    """Where a record goes, absolute. A URI whose credentials the settings do not keep is read from the environment."""
     if uri and HIDDEN in uri:
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            log.warning("%s has no credentials; set MLFLOW_TRACKING_URI. Until then the record goes into %s", uri, folder)
+        if TRACKING_VARIABLE not in os.environ:
+            log.warning("%s has no credentials; set %s. Until then the record goes to %s", uri, TRACKING_VARIABLE, tracking_uri())
         uri = None
-    return uri or default_uri(folder)
+    return tracking_uri(uri)
 
 
 def track(
@@ -157,7 +121,7 @@ def track(
     nothing is raised for it.
     """
     delivery = _Delivery(
-        folder, config, experiment, destination(uri, folder), tags, beside or folder,
+        folder, config, experiment, destination(uri), tags, beside or folder,
         record=record, matrices=matrices, plots=plots, exports=exports, models=models, description=description,
     )  # fmt: skip
     return _warned(_attempt(delivery), folder)
@@ -183,16 +147,36 @@ def track_failure(
     except OSError as fault:  # the disk may be what failed
         log.debug("no %s: %s", FAILURE, fault)
     tags = {**tags, "error": _one_line(error)}
-    return _warned(_attempt(_Failure(folder, config, experiment, destination(uri, folder), tags, folder, network, text)), folder)
+    return _warned(_attempt(_Failure(folder, config, experiment, destination(uri), tags, folder, network, text)), folder)
 
 
 def deliver(folder: Path, config: Mapping[str, Any], uri: str | None = None) -> list[Receipt]:
-    """Sends what the notes in a run's folder name, from that folder alone; no note, no receipt. A second call sends nothing.
+    """Sends what the notes in a run's folder name, from that folder alone. What is delivered and still there is not sent again.
 
-    StoreError where a note, or the record beside it, cannot be read, before anything is sent.
+    StoreError where a note, or the record beside it, cannot be read, before anything is sent. ServerError where the tracker
+    does not answer.
     """
-    attempts = [_noted(path, folder, config, destination(uri, folder)) for path in _notes(folder)]
+    target = destination(uri)
+    for note in _notes(folder, [DELIVERED]):
+        waiting = note.with_name(UNDELIVERED)
+        if not waiting.exists() and not _arrived(note, target):
+            note.replace(waiting)
+    attempts = [_noted(path, folder, config, target) for path in _notes(folder, [UNDELIVERED, UNDELIVERED_FAILURE])]
     return [_attempt(attempt) for attempt in attempts]
+
+
+def _arrived(note: Path, uri: str) -> bool:
+    """Whether a tracker has what a note says was delivered to it. A run that a user deleted there is not missing."""
+    document = _read_note(note)
+    if document.get("uri") != redact(uri):
+        return False
+    try:
+        _client(uri).get_run(str(document.get("parent_run_id")))
+    except Exception as error:
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise ServerError(f"MLflow at {redact(uri)} does not answer ({_one_line(error)})") from None
+    return True
 
 
 def _attempt(attempt: "_Attempt") -> Receipt:
@@ -212,8 +196,10 @@ def _attempt(attempt: "_Attempt") -> Receipt:
     if error is not None or attempt.pending:
         problem = _one_line(error) if error is not None else f"not found: {', '.join(attempt.pending)}"
         spool = _note(attempt, problem)
-    else:
+    elif isinstance(attempt, _Failure):
         attempt.note.unlink(missing_ok=True)
+    elif _note(attempt, None) is not None:
+        attempt.note.replace(attempt.note.with_name(DELIVERED))
     return Receipt(
         uri=redact(attempt.uri),
         experiment=attempt.experiment,
@@ -257,7 +243,7 @@ def track_nested(
     `track`.
     """
     attempt = _Nested(
-        folder, NOTHING, experiment, destination(uri, folder), NOTHING, beside,
+        folder, NOTHING, experiment, destination(uri), NOTHING, beside,
         name=name, params=params, metrics=metrics, series=series, artifacts=artifacts,
     )  # fmt: skip
     return _warned(_attempt(attempt), folder)
@@ -320,12 +306,7 @@ class _Attempt:
 
     def connect(self) -> None:
         """Replaces what earlier attempts left behind, and sends."""
-        set_environment()
-        from mlflow import MlflowClient
-        from mlflow.store.db import utils
-
-        utils.MAX_RETRY_COUNT = SQL_ATTEMPTS  # no setting of MLflow's; its own ten take 102 s where no server listens
-        client = MlflowClient(self.uri)
+        client = _client(self.uri)
         for attempt in self.earlier:
             self._remove(client, attempt["experiment"], attempt["delivery"])
         self.experiment_id = self._experiment(client)
@@ -353,25 +334,21 @@ class _Attempt:
                 return
 
     def _experiment(self, client: "MlflowClient") -> str:
-        relocate(self.uri)
-        found = client.get_experiment_by_name(self.experiment)
+        file, found = database_of(self.uri), client.get_experiment_by_name(self.experiment)
+        # beside an SQLite file, for MLflow's own default is the working folder; a server knows its own place
+        place = None if file is None else (file.resolve().parent / ARTIFACTS).as_uri()
+        if found and place and str(found.artifact_location).endswith(f"/{ARTIFACTS}") and place != found.artifact_location:
+            # the database was moved or copied: its experiment would still write to the former place
+            client.rename_experiment(found.experiment_id, f"{self.experiment} before it moved ({found.experiment_id})")
+            found = None
         if found is None:
             try:
-                return client.create_experiment(self.experiment, self._artifact_location())
+                return client.create_experiment(self.experiment, place)
             except Exception:
                 found = client.get_experiment_by_name(self.experiment)  # another run may have made it in the meantime
                 if found is None:
                     raise
         return str(found.experiment_id)
-
-    def _artifact_location(self) -> str | None:
-        """Beside an SQLite file, for MLflow's own default is the working directory; a server knows its own place."""
-        file = _sqlite(self.uri)
-        if file is None:
-            return None
-        location = file.parent / ARTIFACTS
-        location.mkdir(parents=True, exist_ok=True)
-        return location.as_uri()
 
     @contextmanager
     def _run(self, client: "MlflowClient", name: str, tags: Mapping[str, str], ends: str = "FINISHED") -> Iterator[str]:
@@ -667,13 +644,33 @@ class _Delivery(_Attempt):
         return _trim({TAG: self.delivery, "fingerprint": self.record.fingerprint, "network": self.record.network})
 
 
-def _notes(folder: Path) -> list[Path]:
+def _client(uri: str) -> "MlflowClient":
+    """A client of a tracker. Only one process at a time makes a new SQLite file, for MLflow does so without a lock."""
+    set_environment()
+    from mlflow import MlflowClient
+    from mlflow.store.db import utils
+
+    utils.MAX_RETRY_COUNT = SQL_ATTEMPTS  # no setting of MLflow's; its own ten take 102 s where no server listens
+    if (file := database_of(uri)) is None:
+        return MlflowClient(uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_name(f"{file.name}.lock")
+    with lock.open("w") as held:
+        with suppress(ImportError, OSError):  # Windows, and file systems without locks
+            import fcntl
+
+            fcntl.flock(held, fcntl.LOCK_EX)
+        client = MlflowClient(uri)
+    lock.unlink(missing_ok=True)  # whoever still waits for it finds all tables
+    return client
+
+
+def _notes(folder: Path, names: Sequence[str]) -> list[Path]:
     """Notes of a run's folder: of its record first, then of fronts, and of evaluations and fine-tunings, which go below it."""
-    names = [UNDELIVERED, UNDELIVERED_FAILURE]
     return [note for depth in ("", "*/", "*/*/") for name in names for note in sorted(folder.glob(f"{depth}{name}"))]
 
 
-def _note(attempt: _Attempt, problem: str) -> Path | None:
+def _note(attempt: _Attempt, problem: str | None) -> Path | None:
     """Writes what was not delivered, and all that a later attempt needs, beside the record; None where that is impossible."""
     document = {
         "format": FORMAT,

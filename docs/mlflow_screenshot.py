@@ -18,6 +18,7 @@ from pathlib import Path
 from playwright.sync_api import Page
 
 from clado import tracking
+from clado.config import database_of, load_run_config
 from tests.system.browser import browser
 
 PATIENCE = 420  # seconds until the server has to answer
@@ -26,15 +27,16 @@ COLUMNS = ("attributes.`Models`", "params.`budget`", "params.`method`", "metrics
 
 
 @contextmanager
-def served(uri: str) -> Iterator[str]:
-    """The address of an MLflow server on loopback over a database; it ends with the block."""
+def served(folder: Path) -> Iterator[str]:
+    """The address of a plain `mlflow ui` in a folder, on loopback; it ends with the block."""
     tracking.set_environment()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [Path(sys.executable).with_name("mlflow"), "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     server = subprocess.Popen(
-        [*command, "--backend-store-uri", uri],
+        command,
+        cwd=folder,
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -84,16 +86,18 @@ def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str
 
 
 def main(folder: Path) -> None:
-    """The picture of the newest run in a folder's own database."""
+    """The picture of the newest run in the database that a run's folder names."""
     tracking.set_environment()
     from mlflow import MlflowClient
 
-    uri = tracking.default_uri(folder)
+    uri = load_run_config(folder).tracking.uri
+    database = database_of(uri)
+    assert database is not None, f"{uri} is no SQLite file"
     client = MlflowClient(uri)
     [experiment] = [found for found in client.search_experiments() if found.name == "clado"]
     parent = client.search_runs([experiment.experiment_id], "tags.mlflow.source.name = 'clado run'", max_results=1)[0]
     below = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", max_results=1)
-    with served(uri) as address, browser(width=WIDTH, height=HEIGHT) as opened:
+    with served(database.parent) as address, browser(width=WIDTH, height=HEIGHT) as opened:
         show(opened.page, address, experiment.experiment_id, parent.info.run_id, below[0].info.run_name)
         opened.page.wait_for_timeout(1000)  # for the sidebar to fold
         opened.page.screenshot(path=Path(__file__).with_name("mlflow.png"))

@@ -334,15 +334,18 @@ def sync(
     folder: RunFolder,
     uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's tracking.uri, such as http://HOST:5000.")] = None,
 ) -> None:
-    """Deliver to MLflow what it did not take during a run, from the run's folder alone. A second time delivers nothing."""
+    """Deliver to MLflow what it has not got of a run, from the run's folder alone. A second time delivers nothing."""
     from clado.config import load_run_config
     from clado.errors import ServerError, StoreError
+    from clado.records import write_text
     from clado.tracking import deliver
     from flows.guard import locked
 
-    settings = load_run_config(folder)
+    settings = load_run_config(folder, uri)
     with locked(folder):
-        receipts = deliver(folder, settings.model_dump(mode="json"), uri or settings.tracking.uri)
+        receipts = deliver(folder, settings.model_dump(mode="json"), settings.tracking.uri)
+        if receipts and all(receipt.delivered for receipt in receipts):
+            write_text(folder / "config.yaml", settings.to_yaml())  # what comes later goes to the same MLflow
     for receipt in receipts:
         if not receipt.delivered:
             raise ServerError(

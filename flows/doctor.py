@@ -36,7 +36,7 @@ def report() -> tuple[str, bool]:
         if not uri:
             lines.append(
                 f"{variable:<12} not set: "
-                + ("an embedded server is started" if "PREFECT" in variable else "SQLite in the run's folder")
+                + ("an embedded server is started" if "PREFECT" in variable else "sqlite:///mlflow.db in the working folder")
             )
             continue
         if not uri.startswith("http"):

@@ -1,11 +1,13 @@
 """One reduced run for the tests that read a run: the phases as plain functions, in this process, without Prefect's server."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from uuid import uuid4
 
 PHASES = ("prepare", "measure", "gather", "allocate", "measure_candidates", "search", "evaluate", "record", "track")
 BUDGETS = (2.5, 3.0)
@@ -13,7 +15,7 @@ ESTIMATORS = ("layerwise", "pairwise", "gauss_newton")
 
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A reduced configuration of the shipped network, as plain data: what the file would hold."""
+    """A reduced configuration of the shipped network, as plain data; MLflow's file is beside the run."""
     return {
         "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
         "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 64, "validation_images": 100},
@@ -23,6 +25,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         "budgets": {"average_bits": list(BUDGETS)},
         "search": {"evaluations": 5, "batch": 3},
         "cluster": {"kind": "inline"},
+        "tracking": {"uri": f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"},
         "folder": str(folder),
         **changes,
     }
@@ -68,3 +71,14 @@ class Finished:
     document: dict[str, Any]
     calls: Calls
     receipt: Any
+
+
+def copy_of(finished: Finished, folder: Path) -> dict[str, Any]:
+    """The finished run in a folder of its own, with a copy of MLflow's file, which it uses; as a configuration."""
+    shutil.copytree(finished.folder, folder)
+    whole = finished.document["tracking"]["uri"]
+    copied = whole.replace("mlflow.db", f"{uuid4().hex}.db")  # beside it: its artifacts are
+    shutil.copy(whole.removeprefix("sqlite:///"), copied.removeprefix("sqlite:///"))
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace(whole, copied))
+    return {**finished.document, "tracking": {"uri": copied}, "folder": str(folder)}

@@ -23,14 +23,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from clado import tracking, zoo
-from clado.config import load_config, parse_config
+from clado import zoo
+from clado.config import load_config, load_run_config, parse_config
 from clado.records import CHOSEN, RunRecord
 from clado.shards import Store
 from clado.solvers import solve as solve_program
 from flows.cli import app
 from flows.session import Session
-from tests.running import BUDGETS, config
+from tests.running import BUDGETS, config, copy_of
 
 ZOO = {"source": "zoo", "name": "resnet20_fashion_mnist"}
 COMMANDS = ("init", "run", "plan", "solve", "evaluate", "export", "show", "doctor")
@@ -70,6 +70,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def write(here: Path, **changes) -> Path:
     """The reduced configuration as a file; the run's folder is named after the settings."""
     document = {**config(here), **changes}
+    del document["tracking"]
     if document["folder"] == str(here):
         del document["folder"]
     (here / "clado.yaml").write_text(yaml.safe_dump(document))
@@ -235,7 +236,7 @@ def test_weights_data_and_budgets_that_do_not_fit_are_refused_before_anything_is
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
     """A finished run in a folder of its own."""
-    return Path(shutil.copytree(finished.folder, tmp_path / "runs" / "copied"))
+    return Path(copy_of(finished, tmp_path / "runs" / "copied")["folder"])
 
 
 @pytest.mark.parametrize(
@@ -406,7 +407,7 @@ def test_an_impossible_budget_names_the_smallest_size(finished, copied):
 def runs_of(folder):
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking.default_uri(folder))
+    client = MlflowClient(load_run_config(folder).tracking.uri)
     return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id])]
 
 

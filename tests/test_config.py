@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from clado.config import RunConfig, available, fingerprint, load_config, parse_config
+from clado.config import RunConfig, available, fingerprint, load_config, load_run_config, parse_config
 from clado.errors import ConfigurationError
 from clado.template import render
 
@@ -144,9 +144,54 @@ def test_the_table_covers_every_section() -> None:
     assert set(RunConfig.model_fields) - {key for change, _ in BAD for key in change} == {"folder"}
 
 
-def test_a_folder_whose_name_would_end_early_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"folder: .*has a \?"):
-        parse_config(DEMO | {"folder": "runs/what?"})
+def test_a_working_folder_whose_name_would_end_early_holds_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "what?").mkdir()
+    monkeypatch.chdir(tmp_path / "what?")
+    with pytest.raises(ConfigurationError, match=r"what\? has a \?"):
+        parse_config(DEMO)
+    assert parse_config(DEMO | {"tracking": {"uri": "http://x"}}).tracking.uri == "http://x"
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "expected"),
+    [
+        (None, None, "sqlite:///HERE/mlflow.db"),
+        (None, "", "sqlite:///HERE/mlflow.db"),
+        (None, "http://me:hunter2@x", "http://***@x"),
+        (None, "sqlite:///a/my.db?timeout=5", "sqlite:///HERE/a/my.db?timeout=5"),
+        ("sqlite:///../my.db", "http://x", "sqlite:///ABOVE/my.db"),
+        ("sqlite:////a/my.db", None, "sqlite:////a/my.db"),
+        ("file:mlruns", None, "file:HERE/mlruns"),
+        ("file:///a/mlruns", None, "file:///a/mlruns"),
+    ],
+)
+def test_where_mlflow_is_becomes_absolute_once(given, variable, expected, tmp_path, monkeypatch) -> None:
+    if variable is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    config = parse_config(DEMO | ({} if given is None else {"tracking": {"uri": given}}))
+    assert config.tracking.uri == expected.replace("HERE", str(tmp_path)).replace("ABOVE", str(tmp_path.parent))
+
+
+def test_a_run_keeps_where_mlflow_is_unless_it_is_gone_or_told_otherwise(tmp_path, monkeypatch, caplog) -> None:
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "config.yaml", parse_config(DEMO).to_yaml())
+    monkeypatch.chdir(tmp_path)
+
+    def uri(given: str | None = None) -> str:
+        return load_run_config(tmp_path / "run", given).tracking.uri
+
+    kept = f"sqlite:///{tmp_path}/first/mlflow.db"
+    assert uri() == kept
+    (tmp_path / "first").rmdir()
+    assert uri("sqlite:///x.db") == f"sqlite:///{tmp_path}/x.db"
+    assert not caplog.text
+    assert uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert f"{kept} is gone" in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://x")
+    assert uri() == "http://x"
+    assert uri("http://y") == "http://y"
 
 
 def test_sections_may_be_merged(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,8 @@ class Tracked:
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, record: RunRecord) -> Tracked:
     files = make_files(tmp_path_factory.mktemp("a run") / "folder", replace(record, results=record.results[1:]))
-    receipt = track(record, files.folder, CONFIG, tags={"torch": "2.15.0"}, description="# A table", **files.arguments())
+    uri, tags = f"sqlite:///{files.folder}/mlflow.db", {"torch": "2.15.0"}
+    receipt = track(record, files.folder, CONFIG, uri=uri, tags=tags, description="# A table", **files.arguments())
     return Tracked(files, receipt, runs_of(receipt.uri))
 
 
@@ -305,26 +308,53 @@ def test_the_same_record_again_is_a_second_parent(record: RunRecord, tmp_path: P
     assert second.delivered
     assert first.parent_run_id != second.parent_run_id
     assert len(runs_of(uri)) == 4
-    assert (tmp_path / "mlflow-artifacts").is_dir()
+    assert (tmp_path / "mlruns").is_dir()
 
 
-@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
-def test_a_folder_that_was_moved_or_copied_has_its_artifacts_with_it_and_the_old_place_is_left_alone(
-    move: Any, record: RunRecord, tmp_path: Path, template: Path
+def test_a_database_that_was_copied_takes_new_runs_and_the_old_place_is_left_alone(
+    record: RunRecord, tmp_path: Path, template: Path
 ) -> None:
-    old, new = tmp_path / "an_old one", tmp_path / "new%20one"
-    files = make_files(old, small := replace(record, results=record.results[:1]))
-    shutil.copy(template, old / "mlflow.db")
-    assert track(small, old, {}, plots=files.plots).delivered
-    move(old, new)
-    left = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}  # nothing where it was moved
-    receipt = track(small, new, {}, plots=[new / "plots" / "loss.png"])
-    assert receipt.delivered
+    small, files = replace(record, results=record.results[:1]), make_files(tmp_path / "run", record)
+    for name in ("an old one", "new%20one"):
+        (tmp_path / name).mkdir()
+    shutil.copy(template, tmp_path / "an old one")
+    assert track(small, files.folder, {}, plots=files.plots, uri="sqlite:///an old one/mlflow.db").delivered
+    shutil.copy(tmp_path / "an old one" / "mlflow.db", tmp_path / "new%20one")
+    left = {path: path.read_bytes() for path in (tmp_path / "an old one").rglob("*") if path.is_file()}
+    receipt = track(small, files.folder, {}, plots=files.plots, uri="sqlite:///new%20one/mlflow.db")
+    assert receipt.delivered, receipt.problem
     runs = runs_of(receipt.uri)
-    assert len(runs) == 4
-    assert all(artifacts(run).is_relative_to(new) for run in runs)
-    assert all(any(artifacts(run).iterdir()) for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    assert left == {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    new = [run for run in runs if run.info.experiment_id == receipt.experiment_id]
+    assert (len(runs), len(new)) == (4, 2)
+    assert all(artifacts(run).is_relative_to(tmp_path / "new%20one") for run in new)
+    assert left == {path: path.read_bytes() for path in (tmp_path / "an old one").rglob("*") if path.is_file()}
+
+
+ONE_OF_TWO = """
+import sys, time, mlflow
+from pathlib import Path
+from clado.records import RunRecord
+from clado.tracking import track
+record = RunRecord.load(Path("record.json"))
+Path(sys.argv[1]).mkdir()
+while not Path("go").exists():
+    time.sleep(0.001)
+sys.exit(track(record, Path(sys.argv[1]), {}).problem)
+"""
+
+
+def test_two_runs_that_start_at_once_on_a_new_database_are_both_in_it(tmp_path: Path) -> None:
+    record = make_record(budgets=(2.5,))
+    record.save(tmp_path / "record.json")
+    both = [subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, name]) for name in ("one", "two")]
+    while not all((tmp_path / name).exists() for name in ("one", "two")):
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    assert [process.wait() for process in both] == [0, 0]
+    runs = runs_of(f"sqlite:///{tmp_path}/mlflow.db")
+    assert Counter(run.info.status for run in runs) == {"FINISHED": 2 * (1 + len(record.results))}
+    assert {path.name for path in tmp_path.iterdir()} == {"record.json", "one", "two", "go", "mlflow.db", "mlruns"}
 
 
 @pytest.mark.parametrize("place", ["parent", "child"])
@@ -336,7 +366,7 @@ def test_a_fault_in_the_middle_leaves_no_run_open(
 
     record = make_record(budgets=BUDGETS)
     files = make_files(tmp_path / "run", record)
-    shutil.copy(template, files.folder)
+    shutil.copy(template, tmp_path)
     calls = []
 
     def failing(self: Any, *arguments: Any, **named: Any) -> None:
@@ -362,7 +392,7 @@ def test_a_fault_in_the_middle_leaves_no_run_open(
             assert [name for name in note["undelivered"] if name.startswith("run of")] == expected[receipt.num_children :]
             assert "export of 4 bits" in note["undelivered"]
             assert ("parent run" in note["undelivered"]) == (place == "parent")
-    statuses = sorted(run.info.status for run in runs_of(tracking.default_uri(files.folder)))
+    statuses = sorted(run.info.status for run in runs_of(f"sqlite:///{tmp_path}/mlflow.db"))
     assert statuses == (["FAILED"] if place == "parent" else ["FAILED", "FAILED", "FINISHED", "FINISHED"])
     if kind is RuntimeError:
         assert track(record, files.folder, CONFIG, **files.arguments()).delivered
@@ -458,6 +488,11 @@ def test_redact(text: str, expected: str) -> None:
 def test_a_servers_run_is_opened_by_its_address() -> None:
     receipt = Receipt("http://127.0.0.1:5000/", "clado", "3", "abc", 1, True, 0.0)
     assert receipt.how_to_open == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+
+
+def test_a_database_in_the_working_folder_is_opened_without_an_address(tmp_path: Path) -> None:
+    receipt = Receipt(f"sqlite:///{tmp_path}/mlflow.db", "clado", "1", "abc", 1, True, 0.0)
+    assert receipt.how_to_open.endswith("mlflow ui")
 
 
 def test_telemetry_is_off_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:

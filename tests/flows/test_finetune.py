@@ -15,13 +15,13 @@ from flows.cli import app
 from flows.finetune import RECORD, folder_of, images_of, train
 from flows.session import Session
 from flows.stored import StoredRun, accuracy_of, chosen_for
-from tests.flows.test_pipeline import copy_of
+from tests.running import copy_of
 
 
 @pytest.fixture(scope="module")
 def tuned(finished, tmp_path_factory):
     """(run, session, assignment, what was printed, MLflow's receipt, record) of one epoch on a few of the run's own images."""
-    folder = Path(copy_of(finished, tmp_path_factory.mktemp("tuned"))["folder"])
+    folder = Path(copy_of(finished, tmp_path_factory.mktemp("tuned") / "run")["folder"])
     stored = StoredRun.open(folder)
     session = Session.open(stored.config)
     budget = session.budgets[0]

@@ -16,7 +16,7 @@ from flows.session import Session, limit_of, limits_of, scale_bytes
 from flows.smallest import FIRST, find, solver_of, text
 from flows.stored import StoredRun, solution_text
 from flows.sweep import dominated_by, propose_front, sweep
-from tests.flows.test_pipeline import copy_of
+from tests.running import copy_of
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_front_of_every_kind_reaches_from_the_narrowest_that_works_to_the_wide
 
 
 def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_path):
-    document = {**copy_of(finished, tmp_path), "constraints": [{"kind": "size", "bound": 90_000}]}
+    document = {**copy_of(finished, tmp_path / "run"), "constraints": [{"kind": "size", "bound": 90_000}]}
     document["data"] = {**document["data"], "selection_images": 64}
     (tmp_path / "run" / "config.yaml").write_text(parse_config(document).to_yaml())
     stored = StoredRun.open(tmp_path / "run")
@@ -159,7 +159,7 @@ def test_an_impossible_limit_says_what_is_reachable(stored):
 
 
 def test_ties_of_the_configuration_hold_in_every_answer(finished, tmp_path):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
     path.write_text(parse_config({**document, "layers": {"ties": [["layer1.*"], ["layer3.2.*", "fc.*"]]}}).to_yaml())
     stored = StoredRun.open(tmp_path / "run")
@@ -179,7 +179,7 @@ def test_a_size_that_counts_scales_is_the_weights_plus_four_bytes_a_channel(fini
 
 
 def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_path):
-    session = Session.open(parse_config(copy_of(finished, tmp_path)))
+    session = Session.open(parse_config(copy_of(finished, tmp_path / "run")))
     said, receipt = sweep(StoredRun.open(tmp_path / "run"), session, "average_bits", 4)
     record = RunRecord.load(tmp_path / "run" / "sweep" / "record.json")
     assert len(record.budgets) == 4
@@ -208,7 +208,7 @@ def test_domination_needs_less_of_one_and_no_more_of_the_other(finished):
 
 @pytest.mark.parametrize("top1", [True, False])
 def test_the_smallest_network_keeps_its_bound_as_measured(finished, tmp_path, top1):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     document["data"] = {**document["data"], "selection_images": 100}
     session = Session.open(parse_config(document))
     bound = 0.2 if top1 else 0.5

@@ -32,7 +32,7 @@ from flows.session import Session
 from flows.stored import StoredRun, chosen_for, recorded
 from tests import tolerance
 from tests.networks import replaced_logits
-from tests.running import BUDGETS, ESTIMATORS, PHASES, config, run_pipeline
+from tests.running import BUDGETS, ESTIMATORS, PHASES, config, copy_of, run_pipeline
 
 METHODS = ("uniform", *ESTIMATORS, CHOSEN)
 
@@ -76,12 +76,6 @@ def corrected(session: Session, assignment: Assignment, final: bool) -> torch.nn
 def kl(floats: torch.Tensor, quantized: torch.Tensor) -> float:
     p, q = floats.double().log_softmax(1), quantized.double().log_softmax(1)
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
-
-
-def copy_of(finished, tmp_path: Path) -> dict:
-    """The finished run in a folder of its own, as a configuration."""
-    shutil.copytree(finished.folder, tmp_path / "run")
-    return {**finished.document, "folder": str(tmp_path / "run")}
 
 
 def arrays(folder: Path) -> dict[str, bytes]:
@@ -256,7 +250,7 @@ def corrected_of(record: RunRecord, budget: Budget) -> list[Candidate]:
 @pytest.mark.parametrize("named", [("gauss_newton",), ("pairwise",), ("tempered2",)])
 def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, record, tmp_path, named):
     """Layerwise's answers and their losses are those of the run that names it."""
-    document = {**copy_of(finished, tmp_path), "estimators": list(named)}
+    document = {**copy_of(finished, tmp_path / "run"), "estimators": list(named)}
     run_pipeline(document, tracked=False)
     found = RunRecord.load(tmp_path / "run" / "record.json")
     session = Session.open(parse_config(document))
@@ -296,7 +290,7 @@ def test_show_prints_every_candidate(finished, record):
 
 def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_path, record):
     """The record says what is exported; a run of other settings that was killed leaves a record of before."""
-    session = Session.open(parse_config(copy_of(finished, tmp_path)))
+    session = Session.open(parse_config(copy_of(finished, tmp_path / "run")))
     stored, budget = StoredRun.open(tmp_path / "run"), session.budgets[0]
     row = record.find(budget.name, CHOSEN)
     other = next(c for c in record.candidates if c.budget == budget.name and c.assignment != row.assignment)
@@ -331,7 +325,7 @@ def test_what_ships_is_corrected_and_the_record_says_what_that_is_worth(record):
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(finished, record, tmp_path):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     calls, _ = run_pipeline(document, tracked=False)
     assert calls.made == []
     again = RunRecord.load(tmp_path / "run" / "record.json")
@@ -342,7 +336,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(finished, record, tmp_p
 
 
 def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tmp_path):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     calls, _ = run_pipeline({**document, "budgets": {"average_bits": [2.5, 2.75]}}, tracked=False)
     again = RunRecord.load(tmp_path / "run" / "record.json")
     new = {c.assignment for c in again.candidates} - {c.assignment for c in record.candidates}
@@ -356,7 +350,7 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
 
 @pytest.mark.system
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     plan = Session.open(parse_config(document)).plan
     damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.block == 2) for kind in ("gram", "pairs"))
     chunks = tmp_path / "run" / "store.zarr"
@@ -374,7 +368,7 @@ def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, t
 
 @pytest.mark.system
 def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, tmp_path):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     plan = Session.open(parse_config(document)).plan
     shutil.rmtree(tmp_path / "run" / "evaluations")
     absent = [tile for k, tile in enumerate(plan.tiles) if k % 4 == 1 and tile.kind != "pairs"]
@@ -387,7 +381,7 @@ def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, t
 
 
 def test_what_an_earlier_run_of_other_settings_left_is_not_shown_as_of_this_one(finished, tmp_path):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     run = tmp_path / "run"
     exported = run / "exports" / "3_bits"
     other = json.loads((exported / "assignment.json").read_text()) | {"bits": {}}
@@ -402,7 +396,7 @@ def test_what_an_earlier_run_of_other_settings_left_is_not_shown_as_of_this_one(
 
 def test_a_run_of_other_constraints_that_died_early_leaves_no_answer_that_breaks_them(finished, tmp_path):
     """Its settings are new then, and the record of before."""
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     row = RunRecord.load(finished.folder / "record.json").find("3 bits", CHOSEN)
     bound = row.size_bytes - 2000
     config = parse_config({**document, "constraints": [{"kind": "size", "bound": bound}]})
@@ -412,7 +406,7 @@ def test_a_run_of_other_constraints_that_died_early_leaves_no_answer_that_breaks
 
 
 def test_a_run_in_which_uniform_bits_have_no_finite_loss_is_recorded(finished, tmp_path, monkeypatch):
-    document = copy_of(finished, tmp_path)
+    document = copy_of(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "evaluations")
     plain = Session.loss
 
@@ -527,7 +521,7 @@ def test_the_folder_holds_what_the_readme_says(finished):
         "table.md",
         "plots",
         "exports",
-        "mlflow.db",
+        "mlflow-delivered.json",
     }
     assert {path.stem for path in (finished.folder / "matrices").iterdir()} == set(ESTIMATORS)
     assert not list(finished.folder.rglob("*.part*"))

@@ -79,6 +79,15 @@ def test_a_folder_that_yaml_would_read_as_a_date_is_a_folder(tmp_path, monkeypat
     assert asked[0].folder == Path("2026-02-03")
 
 
+def test_a_worker_writes_to_the_mlflow_of_the_settings(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "pipeline", SimpleNamespace(fn=lambda s: asked.append(s) or SimpleNamespace(parent_run_id="7")))
+    scheduled.fn(file_of(tmp_path), ["tracking.uri=sqlite:///mine.db"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    scheduled.fn(file_of(tmp_path), ["tracking.uri=''"])
+    assert [settings.tracking.uri for settings in asked] == [f"sqlite:///{tmp_path}/mine.db", "http://127.0.0.1:9"]
+
+
 def test_an_override_with_a_password_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(ConfigurationError) as caught:
         scheduled.fn(file_of(tmp_path), ["tracking.uri=https://me:hunter2@host/"])

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clado import tracking
-from clado.config import parse_config
+from clado.config import load_run_config, parse_config
 from clado.errors import MeasurementError
 from clado.records import RunRecord
 from flows import clusters, record
@@ -261,6 +261,56 @@ def test_a_folder_that_moved_is_delivered_to_another_tracker(unsent, monkeypatch
     assert runs_of(unsent) == []
     moved = {"folder": str(tmp_path / "elsewhere"), "tracking": {"uri": f"sqlite:///{tmp_path}/other.db"}}
     check_delivered(moved)
+
+
+def test_a_delivered_run_is_delivered_again_where_mlflow_has_not_got_it(unsent, tmp_path, template):
+    folder, kept = Path(unsent["folder"]), tmp_path / "tracker.db"
+    assert track(unsent).delivered
+    assert nested(unsent, "evaluated").delivered
+    first = runs_of(unsent)
+    assert "Nothing to deliver" in sync(folder)
+    shutil.copy(template, kept)  # the records are gone
+    assert f"{CHILDREN} below it" in sync(folder)
+    again = runs_of(unsent)
+    assert len(again) == len(first) == CHILDREN + 2
+    [child] = [run for run in again if run.info.run_name == "3 bits evaluated"]
+    assert child.data.tags["mlflow.parentRunId"] in {run.info.run_id for run in again}
+    assert not {run.info.run_id for run in again} & {run.info.run_id for run in first}
+    other = {**unsent, "tracking": {"uri": f"sqlite:///{tmp_path}/other.db"}}
+    shutil.copy(template, tmp_path / "other.db")
+    for document in (other, unsent):  # there and back: never twice
+        sync(folder, "--uri", document["tracking"]["uri"])
+        assert load_run_config(folder).tracking.uri == document["tracking"]["uri"]
+        assert len(runs_of(document)) == CHILDREN + 2
+        assert "Nothing to deliver" in sync(folder)
+
+
+def test_a_run_whose_mlflow_is_gone_is_delivered_to_the_default_of_the_working_folder(unsent, tmp_path, template, caplog):
+    home = tmp_path / "home"
+    shutil.move(unsent["folder"], home / "run")
+    (tmp_path / "tracker.db").rename(home / "tracker.db")
+    document = {**unsent, "folder": str(home / "run"), "tracking": {"uri": f"sqlite:///{home}/tracker.db"}}
+    (home / "run" / "config.yaml").write_text(parse_config(document).to_yaml())
+    assert track(document).delivered
+    shutil.move(home / "run", tmp_path / "moved")
+    shutil.rmtree(home)
+    shutil.copy(template, tmp_path)
+    told = sync(tmp_path / "moved")
+    assert f"Delivered to sqlite:///{tmp_path}/mlflow.db" in told
+    assert f"{home}/tracker.db is gone" in caplog.text
+    check_delivered({"folder": str(tmp_path / "moved"), "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}})
+    assert "Nothing to deliver" in sync(tmp_path / "moved")
+
+
+def test_a_tracker_that_is_away_is_not_taken_for_one_that_has_nothing(unsent, monkeypatch):
+    from mlflow import MlflowClient
+
+    assert track(unsent).delivered
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_run", gone)
+        assert "does not answer (ConnectionError" in sync(Path(unsent["folder"]), ends=2)
+    check_delivered(unsent)
+    assert "Nothing to deliver" in sync(Path(unsent["folder"]))
 
 
 def poison(run: Any) -> None:

@@ -28,6 +28,7 @@ def document(folder: Path) -> dict[str, object]:
             "resize": 224, "interpolation": "bicubic",
             "calibration_images": 8, "sensitivity_images": 6, "validation_images": 6, "sample_blocks": 3,
         },
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
         "bits": [4, 8],
         "activations": {"bits": [8]},
         "corrections": [],
@@ -76,7 +77,7 @@ def test_measured_solved_evaluated_and_exported(tmp_path: Path) -> None:
     assert chosen is not None
     assert chosen.average_bits <= BUDGET
     assert chosen.validation is not None
-    client = MlflowClient(f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     metrics = [set(run.data.metrics) for run in runs]
     assert any({"float_top1_subset", "float_top1_subset_images"} <= names for names in metrics)

@@ -86,8 +86,10 @@ class Bench:
         return self.folder / "run"
 
     def write(self, **changes) -> None:
-        """The reduced configuration as clado.yaml."""
-        (self.folder / "clado.yaml").write_text(yaml.safe_dump({**config(self.run_folder), **changes}))
+        """The reduced configuration as clado.yaml, with the default of where MLflow writes."""
+        document = {**config(self.run_folder), **changes}
+        del document["tracking"]
+        (self.folder / "clado.yaml").write_text(yaml.safe_dump(document))
 
     def start(self, *arguments: object, name: str = "out") -> subprocess.Popen:
         """Starts a command in a process group of its own; what it prints goes into a file."""

@@ -1,6 +1,8 @@
 """MLflow's own page of a finished run in a real browser: models, budgets and accuracies side by side."""
 
+import json
 import re
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,15 @@ def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_
     assert receipt.experiment_id is not None
     assert receipt.parent_run_id is not None
     last = record.results[-1]
-    with served(receipt.uri) as address, browser(width=WIDTH, height=900) as opened:
+    with served(tmp_path) as address, browser(width=WIDTH, height=900) as opened:
         show(opened.page, address, receipt.experiment_id, receipt.parent_run_id, f"{last.budget} {last.method}")
         rows: dict[str, str] = {}  # the table draws a row in two halves, its name apart from its columns
         for cell in opened.page.locator("[row-id] [role=gridcell]").all():
             row = cell.evaluate("cell => cell.closest('[row-id]').getAttribute('row-id')")
             rows[row] = f"{rows.get(row, '')} {cell.inner_text()}"
+        artifact = f"{address}/get-artifact?run_uuid={receipt.parent_run_id}&path=record.json"
+        with urllib.request.urlopen(artifact) as answer:
+            assert json.load(answer)["network"] == record.network
         outside = [url for url in opened.requests if not url.startswith((address, "data:", "blob:"))]
     for result in record.results:
         [shown] = [text for text in rows.values() if f"{result.budget} {result.method}" in text]
