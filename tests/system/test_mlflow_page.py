@@ -15,6 +15,17 @@ from tests.system.browser import browser
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 
+def test_a_plain_mlflow_ui_has_the_runs_and_their_files(tmp_path: Path) -> None:
+    records = [make_record(budgets=(2.5,), network=name) for name in ("one", "other")]
+    receipts = [tracking.track(record, tmp_path / record.network, {}) for record in records]
+    with served(tmp_path) as address:
+        for record, receipt in zip(records, receipts, strict=True):
+            artifact = f"{address}/get-artifact?run_uuid={receipt.parent_run_id}&path=record.json"
+            with urllib.request.urlopen(artifact) as answer:
+                assert json.load(answer)["network"] == record.network
+    assert receipts[0].experiment_id == receipts[1].experiment_id
+
+
 def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_path: Path) -> None:
     record = make_record(budgets=(2.5, 4.0))
     record.save(tmp_path / "record.json")
@@ -30,9 +41,6 @@ def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_
         for cell in opened.page.locator("[row-id] [role=gridcell]").all():
             row = cell.evaluate("cell => cell.closest('[row-id]').getAttribute('row-id')")
             rows[row] = f"{rows.get(row, '')} {cell.inner_text()}"
-        artifact = f"{address}/get-artifact?run_uuid={receipt.parent_run_id}&path=record.json"
-        with urllib.request.urlopen(artifact) as answer:
-            assert json.load(answer)["network"] == record.network
         outside = [url for url in opened.requests if not url.startswith((address, "data:", "blob:"))]
     for result in record.results:
         [shown] = [text for text in rows.values() if f"{result.budget} {result.method}" in text]
