@@ -35,7 +35,7 @@ FORMER_SETTINGS: dict[str, str] = {}
 """Keys of settings, `section.key` now -> then."""
 RENAMED: dict[str, str] = {}
 """Patterns of keys then -> what they are now (regular expressions, as of `re.sub`)."""
-DELETED: tuple[str, ...] = ()
+DELETED: tuple[str, ...] = (r"/store/gram/changes$",)
 """Patterns of keys that only the other commit has, because a feature was deleted."""
 UNLIKE = re.compile(r"seconds|provenance|fingerprint|recorded|notes|record/data")
 """Keys whose values need not be the same: times, versions, words, and hashes of settings."""
