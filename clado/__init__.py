@@ -9,19 +9,17 @@
 Names are loaded when first used, so that `import clado` costs nothing.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clado.api import evaluate, measure, prepare, solve
+    from clado.choosing.program import Solution
     from clado.errors import CladoError
-    from clado.export.packed import load_packed
-    from clado.interaction import InteractionMatrix
-    from clado.network import Network
-    from clado.program import Solution
-    from clado.quantizers import WeightQuantizer
+    from clado.exporting.packed import load_packed
+    from clado.interaction.matrix import InteractionMatrix
+    from clado.network.network import Network
+    from clado.quantization.quantizers import WeightQuantizer
     from clado.records import Accuracy
     from clado.space import Assignment, Layer, SearchSpace
 
@@ -32,12 +30,12 @@ _HOMES = {
     "measure": "api",
     "prepare": "api",
     "solve": "api",
-    "load_packed": "export.packed",
+    "load_packed": "exporting.packed",
     "CladoError": "errors",
-    "InteractionMatrix": "interaction",
-    "Network": "network",
-    "Solution": "program",
-    "WeightQuantizer": "quantizers",
+    "InteractionMatrix": "interaction.matrix",
+    "Network": "network.network",
+    "Solution": "choosing.program",
+    "WeightQuantizer": "quantization.quantizers",
     "Accuracy": "records",
     "Assignment": "space",
     "Layer": "space",
@@ -69,18 +67,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
-
-
-class _Package(ModuleType):
-    """`clado.measure` is the function, before and after the import system has found a module of that name."""
-
-    @property
-    def measure(self) -> Any:
-        return import_module("clado.api").measure
-
-    @measure.setter
-    def measure(self, module: ModuleType) -> None:
-        """Importing `clado.measure` sets the attribute of its package; `from clado.measure import …` does not need it."""
-
-
-sys.modules[__name__].__class__ = _Package

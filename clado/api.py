@@ -7,19 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clado import constraints, estimators, preparation, solvers
-from clado.candidates import program_of
+from clado.choosing import constraints, solvers
+from clado.choosing.program import Solution
+from clado.choosing.proposals import program_of
+from clado.data.images import ImageSlice, as_slice, check_slice
 from clado.errors import ConfigurationError
-from clado.estimators import Measured
 from clado.evaluation import count, evaluate_weights
-from clado.images import ImageSlice, as_slice, check_slice
-from clado.interaction import InteractionMatrix
-from clado.measure import Workbench, measure_tile, rows_per_tile
-from clado.network import Network
-from clado.preparation import Prepared, Recipe, calibration_batches
-from clado.probes import Kind, Plan, sample_blocks
-from clado.program import Solution
-from clado.quantizers import WeightQuantizer
+from clado.interaction import estimators
+from clado.interaction.estimators import Measured
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.plan import Kind, Plan, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.network.network import Network
+from clado.quantization import preparation
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches
+from clado.quantization.quantizers import WeightQuantizer
 from clado.records import Accuracy
 from clado.space import Assignment, SearchSpace, check_bits
 
@@ -35,8 +37,9 @@ def prepare(
     seed: int = 0,
     adaround_steps: int = 1000,
 ) -> Prepared:
-    """Every layer at every candidate, with the named corrections (`clado.corrections`) and, where the space has activation
-    widths, the grids of its input. `calibration` is data as in `measure`, without need of labels; 256 images are plenty.
+    """Every layer at every candidate, with the named corrections (`clado.quantization.corrections`) and, where the space has
+    activation widths, the grids of its input. `calibration` is data as in `measure`, without need of labels; 256 images are
+    plenty.
 
     Raises DataError where images are needed and there are none, or too few; ConfigurationError for an unknown correction.
     """
@@ -64,8 +67,9 @@ def measure(
 ) -> InteractionMatrix:
     """The interaction matrix of a network on `data`: a batch of images (N, C, H, W), (images, labels), or an iterable of either.
 
-    `estimator` is a name of `clado.estimators`, `criterion` of `clado.criteria`: `kl_to_float` needs no labels, `cross_entropy`
-    does. `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to nearest by `quantizer`.
+    `estimator` is a name of `clado.interaction.estimators`, `criterion` of `clado.criteria`: `kl_to_float` needs no labels,
+    `cross_entropy` does. `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to
+    nearest by `quantizer`.
     `batch_images` is how many images one run takes (default: as many as are fast), `memory_limit_mb` bounds what stored prefixes
     and a run take together. `progress(done, total)` is called after every tile. Raises DataError for images that do not fit,
     ConfigurationError where the limit is too small or `prepared` is of another network or space, MeasurementError where a layer
@@ -97,9 +101,9 @@ def solve(
     """The assignment of least predicted loss within every budget that is given.
 
     `average_bits` is per searched weight, `size_bytes` of the searched weights, each tensor packed. `solver` is a name of
-    `clado.solvers`: `scip` proves optimality, or gives the gap left after `time_limit` seconds. Further limits (BOPs, latency)
-    are `clado.constraints`; `clado.candidates.program_of` poses a program under them. Raises InfeasibleError with the
-    reachable range, ConfigurationError for an unknown solver.
+    `clado.choosing.solvers`: `scip` proves optimality, or gives the gap left after `time_limit` seconds. Further limits (BOPs,
+    latency) are `clado.choosing.constraints`; `clado.choosing.proposals.program_of` poses a program under them. Raises
+    InfeasibleError with the reachable range, ConfigurationError for an unknown solver.
     """
     limits = []
     if average_bits is not None:

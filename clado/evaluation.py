@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clado import criteria
+from clado.data.images import ImageSlice
 from clado.errors import DataError
-from clado.images import ImageSlice
-from clado.network import Network, Replaced
+from clado.network.network import Network, Replaced
 from clado.records import Accuracy
 
 Number = TypeVar("Number", int, float)

@@ -5,11 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+FOLDERS = {
+    "quantizers": "quantization/quantizers",
+    "corrections": "quantization/corrections",
+    "estimators": "interaction/estimators",
+    "constraints": "choosing/constraints",
+    "solvers": "choosing/solvers",
+}
+"""Folders of plug-ins, by their name."""
 
 
 def available(folder: str) -> tuple[str, ...]:
     """Names of the plug-ins in one of the package's folders: its public module files. A new file is a new name."""
-    return tuple(sorted(file.stem for file in (PACKAGE / folder).glob("*.py") if not file.stem.startswith("_")))
+    return tuple(sorted(file.stem for file in (PACKAGE / FOLDERS[folder]).glob("*.py") if not file.stem.startswith("_")))
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:

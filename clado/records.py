@@ -236,6 +236,21 @@ class RunRecord:
             ) from error
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a record or of a failure: where it is, or why it is not there. All texts are redacted and fit to print."""
+
+    uri: str
+    experiment: str
+    experiment_id: str | None
+    parent_run_id: str | None
+    num_children: int
+    delivered: bool
+    seconds: float
+    problem: str | None = None
+    spool: Path | None = None
+
+
 def _plain(value: Any) -> Any:
     """The same with null for numbers that JSON has not: NaN and infinities."""
     match value:

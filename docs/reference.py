@@ -10,7 +10,7 @@ from pdoc import doc, render
 import clado
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("clado.zoo.train",)
+SCRIPTS = ("clado.data.zoo.train",)
 
 
 def modules() -> list[str]:

@@ -7,9 +7,8 @@ from prefect import get_client
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
-from clado import report
-from clado.records import RunRecord
-from clado.tracking import Receipt
+from clado.records import Receipt, RunRecord
+from clado.reporting import tables
 
 log = logging.getLogger(__name__)
 TABLE, MLFLOW = "clado-table", "clado-mlflow"  # keys of the artifacts
@@ -20,14 +19,15 @@ def show(record: RunRecord, receipt: Receipt) -> None:
     if not flow_run.id:
         return
     try:
-        create_markdown_artifact(report.markdown(record), key=TABLE, description=f"{record.network}: assignments by budget")
+        create_markdown_artifact(tables.markdown(record), key=TABLE, description=f"{record.network}: assignments by budget")
         if receipt.parent_run_id is None:
             return
         create_link_artifact(
             address(receipt),
             link_text=f"MLflow run {receipt.parent_run_id}",
             key=MLFLOW,
-            description=f"experiment {receipt.experiment}, run {receipt.parent_run_id}; to open it: {receipt.how_to_open}",
+            description=f"experiment {receipt.experiment}, run {receipt.parent_run_id}; "
+            f"to open it: {tables.how_to_open(receipt)}",
         )
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow_run.id, {"mlflow_run_id": receipt.parent_run_id})
@@ -38,5 +38,5 @@ def show(record: RunRecord, receipt: Receipt) -> None:
 def address(receipt: Receipt) -> str:
     """The run's page on a server, else the place of the SQLite file, which `mlflow ui` serves."""
     if receipt.uri.startswith(("http://", "https://")):
-        return receipt.how_to_open
+        return tables.how_to_open(receipt)
     return Path(receipt.uri.removeprefix("sqlite:///")).as_uri() if receipt.uri.startswith("sqlite:///") else receipt.uri

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from clado.candidates import Budget
-    from clado.config import RunConfig
-    from flows.session import Session
+    from clado.choosing.proposals import Budget
+    from clado.run.opened_run import Session
+    from clado.settings.schema import RunConfig
 
 BEGIN = time.perf_counter()
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except CladoError as error:
-            from clado.config import redact
+            from clado.settings.schema import redact
 
             typer.echo(f"clado: {redact(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
@@ -94,7 +94,7 @@ def init(
     """Write a commented configuration."""
     from clado.errors import ConfigurationError
     from clado.records import write_text
-    from clado.template import render
+    from clado.settings.template import render
 
     if output.exists():
         raise ConfigurationError(f"{output} exists already; name another file with --output")
@@ -146,7 +146,7 @@ def plan(
         typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
     if probe:
         own_start = time.perf_counter() - BEGIN
-        from flows.probe import eta_text
+        from flows.commands.eta import eta_text
 
         typer.echo(eta_text(session, own_start))
 
@@ -155,8 +155,8 @@ def plan(
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records import write_text
-    from flows.export import file_name
-    from flows.stored import StoredRun, predicted_text, solution_text
+    from flows.commands.export import file_name
+    from flows.commands.stored import StoredRun, predicted_text, solution_text
 
     stored = StoredRun.open(folder)
     wanted = _budget(budget, size_bytes)
@@ -180,8 +180,8 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
     from clado.records import write_text
+    from flows.commands.stored import StoredRun, evaluated, evaluation_text, per_class_csv, track_evaluation
     from flows.guard import locked
-    from flows.stored import StoredRun, evaluated, evaluation_text, per_class_csv, track_evaluation
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
@@ -207,8 +207,8 @@ def export(
     ] = "safetensors",
 ) -> None:
     """Write the network with the weights chosen for a budget, or a peer's Python file that applies the same bit-widths."""
-    from flows.export import budget_folder, check_format, export_as
-    from flows.stored import StoredRun, chosen_for
+    from flows.commands.export import budget_folder, check_format, export_as
+    from flows.commands.stored import StoredRun, chosen_for
 
     check_format(kind)
     stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
@@ -243,14 +243,14 @@ def finetune(
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out images, the batches and the augmentation.")] = 0,
 ) -> None:
     """Train the network chosen for a budget on its grids for a few epochs; evaluate it, write it packed, record it."""
-    from clado.finetuning import Training
-    from flows.stored import StoredRun, chosen_for
+    from clado.quantization.training import Training
+    from flows.commands.stored import StoredRun, chosen_for
 
     wanted = _budget(budget, size_bytes)
     training = Training(epochs, criterion, learning_rate, batch_images, patience, learned_scales, augment, seed)
     stored = StoredRun.open(folder)
     session = _session(stored.config).as_measured()
-    from flows.finetune import images_of, train
+    from flows.commands.finetune import images_of, train
     from flows.guard import locked
 
     if data is None:
@@ -273,14 +273,14 @@ def sweep(
 ) -> None:
     """Solve a whole front of budgets from stored measurements and measure each answer's loss; table, plot, MLflow children."""
     from clado.errors import ConfigurationError
-    from flows.stored import StoredRun
+    from flows.commands.stored import StoredRun
 
     if kind not in SWEPT:
         raise ConfigurationError(f"--kind {kind!r} cannot be swept; expected one of {', '.join(SWEPT)}")
     stored = StoredRun.open(folder)
     session = _session(stored.config).as_measured()
+    from flows.commands.sweep import sweep as sweep_budgets
     from flows.guard import locked
-    from flows.sweep import sweep as sweep_budgets
 
     with locked(folder):
         text, receipt = sweep_budgets(stored, session, kind, budgets)
@@ -298,7 +298,7 @@ def smallest(
 ) -> None:
     """Find the smallest network whose measured loss or accuracy stays under a bound, on images kept for this choice."""
     from clado.errors import ConfigurationError
-    from flows.stored import StoredRun, solution_text
+    from flows.commands.stored import StoredRun, solution_text
 
     bounds = [bound for bound in (max_loss_increase, max_top1_drop, max_predicted_increase) if bound is not None]
     if len(bounds) != 1 or not math.isfinite(bounds[0]):
@@ -312,7 +312,7 @@ def smallest(
             typer.echo(solution_text(name, matrix, solution))
         return
     session = _session(stored.config).as_measured().with_readable_selection()
-    from flows.smallest import find, text
+    from flows.commands.smallest import find, text
 
     top1 = max_top1_drop is not None
     bound = max_loss_increase if max_loss_increase is not None else (max_top1_drop or 0.0) / 100
@@ -322,8 +322,8 @@ def smallest(
 @command
 def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar="FILE", help="Assignment as JSON.")]) -> None:
     """Score an assignment, ours or a peer's, on a run's matrices: predicted loss of each estimator, size, bits."""
-    from clado.export.assignment import read_assignment
-    from flows.stored import StoredRun, score_text
+    from clado.exporting.assignment import read_assignment
+    from flows.commands.stored import StoredRun, score_text
 
     stored = StoredRun.open(folder)
     typer.echo(score_text(stored, read_assignment(assignment, stored.measured.space)))
@@ -335,10 +335,10 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's tracking.uri, such as http://HOST:5000.")] = None,
 ) -> None:
     """Deliver to MLflow what it has not got of a run, from the run's folder alone. A second time delivers nothing."""
-    from clado.config import load_run_config
     from clado.errors import ServerError, StoreError
     from clado.records import write_text
-    from clado.tracking import deliver
+    from clado.settings.schema import load_run_config
+    from clado.tracking.delivery import deliver
     from flows.guard import locked
 
     settings = load_run_config(folder, uri)
@@ -366,11 +366,11 @@ def show(
 ) -> None:
     """Print the table, the verdict and the places of a finished run."""
     if candidates:
-        from clado import report
         from clado.records import RunRecord
+        from clado.reporting import tables
 
         record = RunRecord.load(folder / "record.json")
-        typer.echo(f"{report.candidates_table(record)}\n\n{report.search_text(record)}".rstrip())
+        typer.echo(f"{tables.candidates_table(record)}\n\n{tables.search_text(record)}".rstrip())
         return
     _show(folder, {}, None)
 
@@ -378,7 +378,7 @@ def show(
 @command
 def report(folder: RunFolder) -> None:
     """Write a run as one self-contained HTML page: front, table, bits, interactions, coverage, provenance."""
-    from clado.page import write
+    from clado.reporting.page import write
 
     typer.echo(f"Wrote {write(folder)}")
 
@@ -461,7 +461,7 @@ def down(folder: ServicesFolder = Path("runs/services")) -> None:
 
 
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
-    from clado.config import load_config
+    from clado.settings.schema import load_config
 
     settings = load_config(path, overrides or [])
     from flows.environment import set_defaults
@@ -474,14 +474,14 @@ def _session(settings: "RunConfig", planning: bool = False) -> "Session":
     from flows.environment import set_defaults
 
     set_defaults(settings.run_folder.parent)
-    from flows.session import Session
+    from clado.run.opened_run import Session
 
     # without the keyword it is the session that the flow finds again: the cache tells the two calls apart
     return Session.open(settings, planning=True) if planning else Session.open(settings)
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
-    from clado.candidates import budgets_of
+    from clado.choosing.proposals import budgets_of
     from clado.errors import ConfigurationError
 
     if (average_bits is None) == (size_bytes is None):
@@ -499,7 +499,7 @@ def _plan_text(session: "Session") -> str:
     ]
     config = session.config
     if config.corrections or config.activations.bits:
-        from clado.preparation import names_of
+        from clado.quantization.preparation import names_of
 
         widths = f", inputs at {' or '.join(map(str, config.activations.bits))} bits" if config.activations.bits else ""
         lines.append(
@@ -518,8 +518,8 @@ def _plan_text(session: "Session") -> str:
     whole = sum(map(plan.evaluations, plan.tiles))
     if stored := whole - sum(map(plan.evaluations, session.store_todo())):
         lines.append(f"  in the store already: {100 * stored / whole:.0f} % of the evaluations")
-    from clado.estimators import costs
-    from flows.probe import num_competing, num_networks
+    from clado.interaction.estimators import costs
+    from flows.commands.eta import num_competing, num_networks
 
     networks = num_networks(session)[1] + num_competing(session)
     choosing = networks * (len(session.slices.sensitivity) + session.images_per_reestimation)
@@ -544,8 +544,8 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
 
     from rich.console import Console
 
-    from clado import page, report
     from clado.records import RunRecord
+    from clado.reporting import page, tables
 
     record = RunRecord.load(folder / "record.json")
     if clock:
@@ -553,8 +553,8 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
         record.save(folder / "record.json")
         page.write(folder)
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
-    console.print(report.show(record))
-    typer.echo(report.locations(folder, sorted((folder / "plots").glob("*.png")), receipt))
+    console.print(tables.show(record))
+    typer.echo(tables.locations(folder, sorted((folder / "plots").glob("*.png")), receipt))
 
 
 def _report_end(clock: dict[str, float]) -> None:

@@ -63,6 +63,6 @@ def _answers(url: str) -> tuple[bool, str]:
 
 
 def _redacted(uri: str) -> str:
-    from clado.config import redact
+    from clado.settings.schema import redact
 
     return redact(uri)

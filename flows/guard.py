@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+from clado.choosing.program import Program, Solution, Solve, Status
 from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted, StoreError
-from clado.program import Program, Solution, Solve, Status
 from clado.space import Assignment
 
 GRACE = 10.0  # seconds in which what was started is ended, before a further signal ends the command at once

@@ -5,18 +5,17 @@ from typing import Any
 
 from prefect import flow
 
-from clado.config import RunConfig, parse_config
-from clado.records import write_text
-from clado.tracking import Receipt
+from clado.records import Receipt, write_text
+from clado.run.opened_run import Session
+from clado.settings.schema import RunConfig, parse_config
 from flows import clusters
-from flows.allocate import allocate, measure_candidates, search
-from flows.evaluate import evaluate
 from flows.guard import insistent, locked
-from flows.measure import gather, measure
-from flows.prepare import prepare
-from flows.record import failure_recorded, record, track
-from flows.run import Clock, Run
-from flows.session import Session
+from flows.phases.choose import allocate, measure_candidates, search
+from flows.phases.evaluate import evaluate
+from flows.phases.measure import gather, measure
+from flows.phases.prepare import prepare
+from flows.phases.record import failure_recorded, record, track
+from flows.phases.run import Clock, Run
 
 
 @flow(name="clado-pipeline", validate_parameters=False, persist_result=False)

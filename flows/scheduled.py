@@ -8,8 +8,8 @@ from prefect import State, flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from clado.config import load_config, redact
 from clado.errors import ConfigurationError, FolderBusy
+from clado.settings.schema import load_config, redact
 from flows.environment import set_defaults
 from flows.pipeline import pipeline
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import psutil
 
-from clado.config import ClusterSettings, redact
 from clado.errors import ConfigurationError, ServerError, StoreError
 from clado.records import write_text
+from clado.settings.schema import ClusterSettings, redact
 
 HOST, POOL, LIST = "127.0.0.1", "clado", "services.json"
 NAMES = ("prefect", "mlflow", "scheduler", "workers", "runner")  # in the order in which they start

@@ -9,13 +9,13 @@ from typing import Any
 
 from distributed import Worker, WorkerPlugin
 
-from clado.config import RunConfig, parse_config
 from clado.errors import ServerError
 from clado.evaluation import Counts, shards
-from clado.measure import measure_tile
-from clado.probes import Tile
+from clado.measuring.plan import Tile
+from clado.measuring.sweep import measure_tile
+from clado.run.opened_run import EVALUATION_SHARD, Session
+from clado.settings.schema import RunConfig, parse_config
 from clado.space import Assignment
-from flows.session import EVALUATION_SHARD, Session
 
 
 @dataclass(frozen=True)

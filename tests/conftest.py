@@ -55,7 +55,7 @@ def networks_of_ours_are_exported_once() -> Iterator[None]:
 
     def remembered(model: Any, example: Any) -> Any:
         hooked = any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-        if not type(model).__module__.startswith(("clado.zoo", "tests.networks")) or hooked:
+        if not type(model).__module__.startswith(("clado.data.zoo", "tests.networks")) or hooked:
             return plain(model, example)
         tensors = ((name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items())
         key = (type(model), repr(model), example.shape, example.dtype, example.device, *tensors)
@@ -63,7 +63,7 @@ def networks_of_ours_are_exported_once() -> Iterator[None]:
             exported[key] = plain(model, example)
         return exported[key]
 
-    from clado import tracing
+    from clado.network import tracing
 
     plain = tracing.export
     with patch.object(tracing, "export", remembered):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clado.network import Network
+from clado.network.network import Network
 
 ELSEWHERE = torch.device("lazy:0")
 # operators that take tensors of two places on a GPU as well

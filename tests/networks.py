@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clado.quantizers import ActivationGrid, QuantizedLayer
+from clado.grids import ActivationGrid, QuantizedLayer
 
 
 class Residual(nn.Module):

@@ -25,7 +25,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         "budgets": {"average_bits": list(BUDGETS)},
         "search": {"evaluations": 5, "batch": 3},
         "cluster": {"kind": "inline"},
-        "tracking": {"uri": f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"},
+        "tracking": {"uri": f"sqlite:///{Path(folder).resolve().parent / 'mlflow.db'}"},
         "folder": str(folder),
         **changes,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clado.interaction import InteractionMatrix
+from clado.interaction.matrix import InteractionMatrix
 from clado.records import Accuracy, Result, RunRecord
 from clado.space import Assignment, Layer, SearchSpace
 

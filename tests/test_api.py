@@ -301,10 +301,10 @@ def test_images_may_be_vectors_or_volumes(model, example):
 def test_names_are_loaded_when_they_are_used():
     assert set(clado.__all__) <= set(dir(clado))
     assert all(getattr(clado, name) is not None for name in clado.__all__)
-    from clado.measure import measure_tile
+    from clado.measuring.sweep import measure_tile
 
     assert callable(measure_tile)
-    assert clado.measure.__name__ == "measure"  # the function, also where the module of that name is imported
+    assert clado.measure.__name__ == "measure"
     with pytest.raises(AttributeError, match="no attribute 'mesure'"):
         clado.mesure  # noqa: B018
     script = "import clado, sys; print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)))"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from clado.measure import Workbench, measure_tile, rows_per_tile
-from clado.network import Network
-from clado.preparation import Recipe, calibration_batches, prepare
-from clado.probes import Plan, sample_blocks
-from clado.quantizers import QuantizedLayer
+from clado.grids import QuantizedLayer
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.network.network import Network
+from clado.quantization.preparation import Recipe, calibration_batches, prepare
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images, labels
 from tests.tolerance import LOSS, close_losses, of_forward
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clado.data.images import as_slice
 from clado.evaluation import count, per_image
-from clado.images import as_slice
-from clado.measure import Workbench, measure_tile, scores
-from clado.network import Network
+from clado.grids import QuantizedLayer
+from clado.measuring.plan import KINDS, Plan, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile, scores
+from clado.network.network import Network
 from clado.plugins import available
-from clado.preparation import Prepared, Recipe, calibration_batches, prepare
-from clado.probes import KINDS, Plan, sample_blocks
-from clado.quantizers import QuantizedLayer, WeightQuantizer
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
+from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
 from tests.contracts.correction import STATISTICS
 from tests.elsewhere import ELSEWHERE, Reads, elsewhere, moved

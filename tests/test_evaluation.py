@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from clado.data.images import MemorySlice
 from clado.evaluation import Counts, count, count_each, evaluate_weights, per_image, shards
-from clado.images import MemorySlice
-from clado.network import Network
-from clado.quantizers import WeightQuantizer
+from clado.network.network import Network
+from clado.quantization.quantizers import WeightQuantizer
 from clado.records import Accuracy, wilson
 from tests.networks import Residual, build, images, labels, replaced_logits
 from tests.tolerance import LOSS, close_losses, of_no_change

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from clado.config import fingerprint, parse_config
 from clado.errors import IdentityMismatch
-from clado.shards import Store
+from clado.run.opened_run import Session
+from clado.settings.schema import fingerprint, parse_config
+from clado.storage.measurement_store import Store
 from flows import cli
-from flows.session import Session
-from tests.test_growing import FIXED, files
+from tests.storage.test_growing import FIXED, files
 
 ACTIVATIONS = {"activations": {"bits": [8]}}
 MORE_FIXED = [*FIXED, "layer3.2.conv1.weight"]

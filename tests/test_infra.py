@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clado.config import load_config
+from clado.settings.schema import load_config
 
 INFRA = Path(__file__).parents[1] / "infra"
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import numpy as np, torch
 from torch import nn
-from clado.measure import Workbench, measure_tile, rows_per_tile
-from clado.network import Network
-from clado.probes import Plan, Tile
-from clado.preparation import Recipe, prepare
-from clado.quantizers import WeightQuantizer
+from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.network.network import Network
+from clado.measuring.plan import Plan, Tile
+from clado.quantization.preparation import Recipe, prepare
+from clado.quantization.quantizers import WeightQuantizer
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -9,8 +9,8 @@ import typer
 import yaml
 
 import clado
-from clado.config import parse_config
-from clado.template import render
+from clado.settings.schema import parse_config
+from clado.settings.template import render
 from flows.cli import app
 from tests.networks import Residual, build, images, labels
 from tests.synthetic import make_record
@@ -114,12 +114,12 @@ def test_the_commands_of_the_readme_and_the_guides_are_the_commands_there_are():
     assert named == commands
 
 
-def test_the_map_or_a_guide_names_every_module_of_the_packages():
-    tree = README.split("## The map")[1].split("\n## ")[0] + GUIDES_TEXT
-    for folder in ("clado", "flows"):
-        for path in (ROOT / folder).iterdir():
-            if path.suffix == ".py" and path.stem != "__init__":
-                assert path.name in tree, path
+def test_the_readme_names_every_room_and_no_other():
+    text = README.split("## The rooms")[1].split("\n## ")[0]
+    for package, tree in zip(("clado", "flows"), text.split("    clado/\n")[1].split("    flows/\n"), strict=True):
+        named = set(re.findall(r"^      ((?:[a-z_]+(?:/|\.py)(?:, )?)+)", tree, flags=re.M))
+        rooms = {path.name + "/" * path.is_dir() for path in (ROOT / package).iterdir() if not path.name.startswith("_")}
+        assert {name for line in named for name in line.split(", ")} == rooms
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page)

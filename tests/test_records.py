@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clado import page, plots, report
 from clado.errors import StoreError
 from clado.records import Candidate, RunRecord, markdown_table, percent, size_text, write_text
+from clado.reporting import page, plots, tables
 from tests.synthetic import make_record, make_space, with_activations
 
 
@@ -56,7 +56,7 @@ def test_losses_that_are_not_finite_are_null_in_the_file_and_infinite_again_when
     found = RunRecord.load(tmp_path / "record.json")
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
     assert found.results == (replace(bad, loss_probe_model=None, gain=None), *rest)
-    assert report.markdown(found)
+    assert tables.markdown(found)
     assert [chart.title for chart in page.charts(found)] == [chart.title for chart in page.charts(record)]
     plots.save_all(found, {}, tmp_path / "plots")
 

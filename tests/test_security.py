@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from clado.config import parse_config
 from clado.errors import ServerError, StoreError
-from flows.export import budget_folder
+from clado.settings.schema import parse_config
+from flows.commands.export import budget_folder
 from flows.services import HOST, LIST, NAMES, Ports, declare, down, up
 from tests.running import config
 from tests.test_architecture import SOURCES, imports_of
@@ -48,8 +48,8 @@ def test_the_check_of_pickles_can_fail(source):
 
 
 def test_our_yaml_makes_no_objects(tmp_path):
-    from clado.config import load_config
     from clado.errors import ConfigurationError
+    from clado.settings.schema import load_config
 
     (tmp_path / "clado.yaml").write_text(f"network: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
     with pytest.raises(ConfigurationError):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from clado.config import DataSettings
+from clado.data.sources import load_data
+from clado.data.zoo.train import split_training_images
 from clado.errors import DataError
-from clado.sources import load_data
-from clado.zoo.train import split_training_images
+from clado.settings.schema import DataSettings
 from tests.benchmarks import study, study_confirm, study_table
 from tests.benchmarks.study import Study, blocks_of, cells, check_disjoint, digits, draws, record
 from tests.benchmarks.study_table import key, merged

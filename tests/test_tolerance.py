@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clado.network import Network
+from clado.network.network import Network
 from tests import tolerance
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Tokens, Volume, build, images
 

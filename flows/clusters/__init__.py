@@ -11,8 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
-from clado.config import ClusterSettings, RunConfig
 from clado.errors import ConfigurationError, MeasurementError
+from clado.settings.schema import ClusterSettings, RunConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

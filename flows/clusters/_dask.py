@@ -12,8 +12,8 @@ from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecClus
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
-from clado.config import ClusterSettings, RunConfig
 from clado.errors import CladoError, MeasurementError, ServerError
+from clado.settings.schema import ClusterSettings, RunConfig
 from flows.clusters import RETRIES, given_up
 from flows.clusters._inspection import Inspection, located
 from flows.clusters._tls import protocol, security

@@ -7,9 +7,9 @@ from typing import Any
 
 from distributed import Worker, WorkerPlugin
 
-from clado.config import RunConfig, parse_config
 from clado.errors import ServerError
-from clado.shards import exists
+from clado.settings.schema import RunConfig, parse_config
+from clado.storage.measurement_store import exists
 
 SAME = ("clado", "torch", "numpy")  # packages whose version may change a number
 

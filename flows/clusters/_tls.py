@@ -2,8 +2,8 @@
 
 from distributed import Security
 
-from clado.config import ClusterSettings
 from clado.errors import ConfigurationError
+from clado.settings.schema import ClusterSettings
 
 ROLES = ("client", "scheduler", "worker")
 

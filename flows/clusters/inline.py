@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from clado.config import ClusterSettings, RunConfig
 from clado.errors import CladoError
+from clado.settings.schema import ClusterSettings, RunConfig
 from flows.clusters import RETRIES, given_up
 
 

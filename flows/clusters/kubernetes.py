@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from clado.config import ClusterSettings, KubernetesSettings
 from clado.errors import ServerError
+from clado.settings.schema import ClusterSettings, KubernetesSettings
 from flows.clusters import optional
 from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected, quiet, scheduler_environment, threads
 

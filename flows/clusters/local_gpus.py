@@ -3,8 +3,8 @@
 import os
 from contextlib import AbstractContextManager
 
-from clado.config import ClusterSettings
 from clado.errors import ConfigurationError
+from clado.settings.schema import ClusterSettings
 from flows.clusters._dask import DaskWorkers, processes
 
 

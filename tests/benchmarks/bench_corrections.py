@@ -21,21 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from clado import estimators, solvers
-from clado.candidates import budgets_of, propose
-from clado.config import DataSettings, NetworkSettings
-from clado.estimators import Measured
+from clado.choosing import solvers
+from clado.choosing.proposals import budgets_of, propose
+from clado.data.images import DataSlices, ImageSlice
+from clado.data.sources import load_data, load_network
 from clado.evaluation import count
-from clado.images import DataSlices, ImageSlice
-from clado.interaction import InteractionMatrix
-from clado.measure import Workbench, measure_tile, rows_per_tile
-from clado.network import Network
-from clado.preparation import Prepared, Recipe, calibration_batches, equalized, prepare_layer
-from clado.probes import Kind, Plan, sample_blocks
-from clado.quantized import Shelf
+from clado.interaction import estimators
+from clado.interaction.estimators import Measured
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.plan import Kind, Plan, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.network.network import Network
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, prepare_layer
 from clado.records import markdown_table
-from clado.sources import load_data, load_network
+from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
+from clado.storage.prepared_layers import Shelf
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOT = HERE / "corrections.jsonl", HERE / "CORRECTIONS.md", HERE.parents[1] / "docs" / "corrections.png"

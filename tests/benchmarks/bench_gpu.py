@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clado.graph import Graph, State
-from clado.measure import Workbench, measure_tile
-from clado.network import Network, Numeric
-from clado.preparation import Recipe, prepare
-from clado.probes import Plan, Workload, sample_blocks
-from clado.quantizers import WeightQuantizer
+from clado.measuring.plan import Plan, Workload, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile
+from clado.network.graph import Graph, State
+from clado.network.network import Network, Numeric
+from clado.quantization.preparation import Recipe, prepare
+from clado.quantization.quantizers import WeightQuantizer
 
 
 class Bottleneck(nn.Module):
@@ -97,10 +97,10 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
 
 def effect(num_images: int = 256) -> str:
     """Markdown: how far the shipped ResNet-20's pairwise matrix moves in each numeric mode, beside its own standard errors."""
-    from clado import estimators
-    from clado.config import DataSettings, NetworkSettings
-    from clado.estimators import Measured
-    from clado.sources import load_data, load_network
+    from clado.data.sources import load_data, load_network
+    from clado.interaction import estimators
+    from clado.interaction.estimators import Measured
+    from clado.settings.schema import DataSettings, NetworkSettings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_network(NetworkSettings(source="zoo", name="resnet20_fashion_mnist"))

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from clado import criteria
-from clado.graph import Graph, State
-from clado.measure import Workbench, measure_tile
-from clado.network import Network, prefers_channels_last
-from clado.preparation import Recipe, prepare
-from clado.probes import Plan, Tile
-from clado.quantizers import WeightQuantizer
-from clado.shards import Store
-from clado.tracing import compile_graph
+from clado.measuring.plan import Plan, Tile
+from clado.measuring.sweep import Workbench, measure_tile
+from clado.network.graph import Graph, State
+from clado.network.network import Network, prefers_channels_last
+from clado.network.tracing import compile_graph
+from clado.quantization.preparation import Recipe, prepare
+from clado.quantization.quantizers import WeightQuantizer
+from clado.storage.measurement_store import Store
 from flows.clusters._dask import ALLOCATOR
 
 HERE = Path(__file__).parent

@@ -24,15 +24,16 @@ from unittest.mock import patch
 import numpy as np
 import psutil
 
-from clado.config import RunConfig, load_config
-from clado.estimators import kinds_of
-from clado.probes import OF_PAIRS, Plan, Tile
+from clado.interaction.estimators import kinds_of
+from clado.measuring.plan import OF_PAIRS, Plan, Tile
 from clado.records import markdown_table, write_text
-from clado.shards import Store
-from flows import clusters, measure, worker
+from clado.run.opened_run import Session
+from clado.settings.schema import RunConfig, load_config
+from clado.storage.measurement_store import Store
+from flows import clusters, worker
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
-from flows.run import Clock, Run
-from flows.session import Session
+from flows.phases import measure
+from flows.phases.run import Clock, Run
 from tests.benchmarks.bench_measure import machine
 from tests.system.running import free_port
 
@@ -203,7 +204,7 @@ def own(folder: Path, workers: int) -> RunConfig:
 
 def loop(folder: Path) -> None:
     """Prints the seconds of a plain loop over the tiles in this process."""
-    from clado.measure import measure_tile
+    from clado.measuring.sweep import measure_tile
 
     config = own(folder, 1)
     session = Session.open(config)

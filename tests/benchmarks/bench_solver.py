@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from clado import constraints, pareto, solvers
-from clado.program import Convexity, Program
+from clado.choosing import constraints, pareto, solvers
+from clado.choosing.program import Convexity, Program
 from tests.benchmarks.solver_instances import FAMILIES, MEASURED_ESTIMATORS, MEASURED_NETWORKS, instance, measured
 
 HERE = Path(__file__).parent

@@ -8,8 +8,8 @@
 import numpy as np
 
 import clado
-from clado.config import DataSettings, NetworkSettings, RunConfig
-from clado.sources import load_data, load_network
+from clado.data.sources import load_data, load_network
+from clado.settings.schema import DataSettings, NetworkSettings, RunConfig
 from tests.benchmarks.solver_instances import MEASURED, MEASURED_ESTIMATORS, MEASURED_NETWORKS
 
 BITS = (2, 4, 8)

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from clado import criteria, preparation
-from clado.config import load_run_config, parse_config
-from clado.corrections import batchnorm_reestimation, output_statistics
-from clado.graph import as_seen
-from clado.network import Network
-from clado.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
-from clado.quantizers import QuantizedLayer
+from clado import criteria
+from clado.grids import QuantizedLayer
+from clado.network.graph import as_seen
+from clado.network.network import Network
+from clado.quantization import preparation
+from clado.quantization.corrections import batchnorm_reestimation, output_statistics
+from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
 from clado.records import CHOSEN, RunRecord, markdown_table
+from clado.run.opened_run import Session
+from clado.settings.schema import load_run_config, parse_config
 from clado.space import Assignment
-from flows.session import Session
 
 HERE = Path(__file__).parent
 DATA, TABLE = HERE / "no_harm.jsonl", HERE / "NO_HARM.md"

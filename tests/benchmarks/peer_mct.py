@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clado import zoo
+from clado.data import zoo
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "peer_mct.jsonl", HERE / "PEERS.md"
@@ -240,10 +240,10 @@ def best(rows: Rows, budget: float, settings: Sequence[str]) -> dict[str, Any]:
 
 def ours(run: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Ours], Any, Any]:
     """(figures for each budget that the run has, its record, its session). `peers`: MCT's row of each budget."""
-    from clado.config import load_config
     from clado.evaluation import evaluate_weights
     from clado.records import CHOSEN, RunRecord
-    from flows.session import Session
+    from clado.run.opened_run import Session
+    from clado.settings.schema import load_config
 
     record = RunRecord.load(run / "record.json")
     session = Session.open(load_config(run / "config.yaml", [f"folder={json.dumps(str(run))}"]))
@@ -340,7 +340,7 @@ MORE_IMAGES = """
 def table(run: Path) -> str:
     """PEERS.md."""
     import clado
-    from clado.preparation import names_of
+    from clado.quantization.preparation import names_of
     from clado.records import markdown_table, percent
 
     def figure(top1: float, loss: float) -> str:

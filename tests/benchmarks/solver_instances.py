@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clado.interaction import InteractionMatrix
+from clado.interaction.matrix import InteractionMatrix
 from clado.space import Layer, SearchSpace
 
 FAMILIES = {"weak": (0.03, 0.2, 1000), "medium": (0.15, 0.5, 200), "strong": (0.40, 0.8, 50), "lowrank": (0.10, 0.5, 10)}

@@ -30,8 +30,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clado import estimators, solvers
-from clado.candidates import (
+from clado.choosing import solvers
+from clado.choosing.local_search import local_search, search
+from clado.choosing.program import Program
+from clado.choosing.proposals import (
     TEMPERED,
     Budget,
     Proposal,
@@ -43,25 +45,24 @@ from clado.candidates import (
     propose_variants,
     surrogate,
 )
-from clado.config import DataSettings, NetworkSettings
+from clado.choosing.solvers import Solve
+from clado.data.images import ImageSlice
+from clado.data.sources import load_data, load_network
+from clado.data.sources.zoo import normalise
+from clado.data.zoo.train import read_fashion_mnist, split_training_images
 from clado.errors import DataError
-from clado.estimators import Measured
 from clado.evaluation import count
-from clado.images import ImageSlice
-from clado.interaction import InteractionMatrix
-from clado.local_search import local_search, search
-from clado.measure import Workbench, measure_tile, rows_per_tile, shipped_scores
-from clado.network import Network, prefers_channels_last
-from clado.preparation import Prepared, Recipe, calibration_batches, prepare
-from clado.probes import Kind, Plan, sample_blocks
-from clado.program import Program
+from clado.interaction import estimators
+from clado.interaction.estimators import Measured
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.plan import Kind, Plan, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile, shipped_scores
+from clado.network.network import Network, prefers_channels_last
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
-from clado.solvers import Solve
-from clado.sources import load_data, load_network
-from clado.sources.zoo import normalise
+from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment, SearchSpace
-from clado.tracking import set_environment
-from clado.zoo.train import read_fashion_mnist, split_training_images
+from clado.tracking.delivery import set_environment
 from tests.benchmarks.study_table import DATA, NUM_CALIBRATION, key, lines, methods, rows
 
 NETWORKS = ("resnet20_fashion_mnist", "mobilenetv2_fashion_mnist", "vit_fashion_mnist")

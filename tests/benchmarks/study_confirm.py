@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clado.data.images import MemorySlice
+from clado.data.sources.zoo import normalise
+from clado.data.zoo.train import read_fashion_mnist
 from clado.evaluation import count
-from clado.images import MemorySlice
-from clado.sources.zoo import normalise
 from clado.space import Assignment, SearchSpace
-from clado.zoo.train import read_fashion_mnist
 from tests.benchmarks.study import SPACES, Case, Study, cases, draws, pool_indices
 from tests.benchmarks.study_table import CONFIRMATION, LOW, key, rows
 

@@ -15,14 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
-from clado.config import RunConfig, parse_config
 from clado.errors import CladoError, MeasurementError
-from clado.shards import Store
+from clado.run.opened_run import Session
+from clado.settings.schema import RunConfig, parse_config
+from clado.storage.measurement_store import Store
 from flows import clusters
 from flows.clusters import Workers
 from flows.clusters._inspection import located
 from flows.clusters.inline import InlineWorkers
-from flows.session import Session
 from flows.worker import run_tile
 
 NETWORK = {"source": "zoo", "name": "resnet20_fashion_mnist"}

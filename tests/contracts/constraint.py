@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clado.constraints import Constraint
-from clado.interaction import InteractionMatrix
-from clado.program import Program
+from clado.choosing.constraints import Constraint
+from clado.choosing.program import Program
+from clado.interaction.matrix import InteractionMatrix
 from clado.space import Assignment, Layer, SearchSpace
 
 

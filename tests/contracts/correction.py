@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clado.corrections import at_stage, module_of
 from clado.errors import DataError
-from clado.network import Network
-from clado.preparation import Prepared, Recipe, layer_sample, prepare
-from clado.quantizers import QuantizedLayer, WeightQuantizer
+from clado.grids import QuantizedLayer
+from clado.network.network import Network
+from clado.quantization.corrections import at_stage, module_of
+from clado.quantization.preparation import Prepared, Recipe, layer_sample, prepare
+from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
 from tests.networks import Attention, Normed, Residual, build, images
 

@@ -5,12 +5,12 @@ from functools import cache
 import numpy as np
 import pytest
 
-from clado.estimators import Measured, estimate, kinds_of
-from clado.measure import Workbench, measure_tile, scores
-from clado.network import Network
-from clado.preparation import Recipe, prepare
-from clado.probes import KINDS, Plan, sample_blocks
-from clado.quantizers import WeightQuantizer
+from clado.interaction.estimators import Measured, estimate, kinds_of
+from clado.measuring.plan import KINDS, Plan, sample_blocks
+from clado.measuring.sweep import Workbench, measure_tile, scores
+from clado.network.network import Network
+from clado.quantization.preparation import Recipe, prepare
+from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Assignment
 from tests.networks import Residual, build, images, labels
 from tests.tolerance import FORWARD, LOSS, close

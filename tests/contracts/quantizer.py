@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from clado.quantizers import Codes, WeightQuantizer
+from clado.grids import Codes
+from clado.quantization.quantizers import WeightQuantizer
 
 BITS = (1, 2, 3, 4, 8, 16)
 AXES = pytest.mark.parametrize("axis", [0, 1])

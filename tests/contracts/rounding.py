@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clado.corrections import LayerSample
-from clado.quantizers import Codes, Grid, WeightQuantizer
+from clado.grids import Codes, Grid
+from clado.quantization.corrections import LayerSample
+from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Layer
 from tests.tolerance import of_forward
 
@@ -122,7 +123,7 @@ EVERY_GRID = pytest.mark.parametrize(("bits", "per_channel", "symmetric"), GRIDS
 
 
 class RoundingContract:
-    """Laws of a rounding correction: features of `rounder` (clado/corrections/__init__.py)."""
+    """Laws of a rounding correction: features of `rounder` (clado/quantization/corrections/__init__.py)."""
 
     module: ModuleType
     steps: int  # enough for the laws below

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from clado import constraints, solvers
-from clado.constraints import Constraint
+from clado.choosing import constraints, solvers
+from clado.choosing.constraints import Constraint
+from clado.choosing.program import Convexity, Program, Solution, Status
 from clado.errors import InfeasibleError, SolverError
-from clado.interaction import InteractionMatrix
-from clado.program import Convexity, Program, Solution, Status
+from clado.interaction.matrix import InteractionMatrix
 from clado.space import Assignment, Layer, SearchSpace
 
 CONVEXITIES: tuple[Convexity, ...] = ("raw", "clip_psd")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from clado.config import parse_config
 from clado.errors import ConfigurationError, ServerError
 from clado.plugins import PACKAGE
+from clado.settings.schema import parse_config
 from flows import clusters
 from flows.clusters import local_gpus
 from flows.clusters._certificates import make_certificates

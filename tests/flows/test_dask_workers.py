@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 
-from clado.config import parse_config
 from clado.errors import MeasurementError, ServerError
-from clado.probes import KINDS, OF_PAIRS, Plan, sample_blocks
+from clado.measuring.plan import KINDS, OF_PAIRS, Plan, sample_blocks
+from clado.run.opened_run import Session
+from clado.settings.schema import parse_config
 from flows import worker
 from flows.clusters import _dask
 from flows.clusters._dask import DaskWorkers, configure, quiet
-from flows.session import Session
 from flows.worker import SessionPlugin
 from tests.contracts.cluster import configuration
 from tests.running import config

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from clado.config import parse_config
+from clado.data.decoding import Preprocessing
 from clado.evaluation import Counts
-from clado.sources._encoded import Preprocessing
+from clado.run.opened_run import Session
+from clado.settings.schema import parse_config
 from clado.space import Assignment
-from flows import evaluate, stored, worker
-from flows.session import Session
+from flows import worker
+from flows.commands import stored
+from flows.phases import evaluate
+from tests.data.test_imagenet import MAKE, SHAPE, SYNSETS, jpeg
 from tests.running import config
-from tests.test_imagenet import MAKE, SHAPE, SYNSETS, jpeg
 from tests.tolerance import close_losses
 
 SHARD, VALIDATED = 4, 10

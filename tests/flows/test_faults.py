@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import zarr
 
-from clado.config import parse_config
 from clado.errors import MeasurementError, StoreError
-from clado.probes import Tile
+from clado.measuring.plan import Tile
+from clado.run.opened_run import Session
+from clado.settings.schema import parse_config
 from flows import clusters, worker
-from flows.measure import gather, measure
-from flows.run import Clock, Run
-from flows.session import Session
+from flows.phases.measure import gather, measure
+from flows.phases.run import Clock, Run
 from tests.running import config
 
 SMALL = {
@@ -200,7 +200,7 @@ def test_a_chunk_that_is_damaged_is_the_only_one_measured_again(damage, kind, fi
     ],
 )
 def test_damage_beside_the_sums_costs_what_it_was_of_and_no_number(path, damage, again, finished_phase, undisturbed):
-    """Each kind of damage is in tests/test_shards.py."""
+    """Each kind of damage is in tests/storage/test_measurement_store.py."""
     damage(finished_phase.store / path)
     finished_phase.run()
     assert finished_phase.attempts == dict.fromkeys([t for t in finished_phase.tiles() if (t.kind, t.block) in again], 1)

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 import clado
 from clado.errors import DataError, NetworkError
-from clado.finetuning import Training
+from clado.quantization.training import Training
 from clado.records import RunRecord
+from clado.run.opened_run import Session
 from flows.cli import app
-from flows.finetune import RECORD, folder_of, images_of, train
-from flows.session import Session
-from flows.stored import StoredRun, accuracy_of, chosen_for
+from flows.commands.finetune import RECORD, folder_of, images_of, train
+from flows.commands.stored import StoredRun, accuracy_of, chosen_for
 from tests.running import copy_of
 
 
@@ -76,8 +76,8 @@ def test_what_could_not_be_written_is_refused_before_anything_is_trained(tuned, 
     def refuse(*_):
         raise NetworkError("a module cannot hold it")
 
-    monkeypatch.setattr("flows.finetune.as_module", refuse)
-    monkeypatch.setattr("flows.finetune.finetune", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("flows.commands.finetune.as_module", refuse)
+    monkeypatch.setattr("flows.commands.finetune.finetune", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(NetworkError, match="cannot hold"):
         train(stored, session, budget.name, assignment, Training(epochs=1), images_of(session, None, seed=0, most=128))
 

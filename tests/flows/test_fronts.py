@@ -6,16 +6,16 @@ from math import inf, nan
 
 import pytest
 
-from clado import solvers
-from clado.candidates import SAFE, Budget, program_of
-from clado.config import parse_config, parse_limit
+from clado.choosing import solvers
+from clado.choosing.proposals import SAFE, Budget, program_of
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.records import CHOSEN, UNIFORM, RunRecord
+from clado.run.opened_run import Session, limit_of, limits_of, scale_bytes
+from clado.settings.schema import parse_config, parse_limit
 from clado.space import Layer, SearchSpace
-from flows.session import Session, limit_of, limits_of, scale_bytes
-from flows.smallest import FIRST, find, solver_of, text
-from flows.stored import StoredRun, solution_text
-from flows.sweep import dominated_by, propose_front, sweep
+from flows.commands.smallest import FIRST, find, solver_of, text
+from flows.commands.stored import StoredRun, solution_text
+from flows.commands.sweep import dominated_by, propose_front, sweep
 from tests.running import copy_of
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from clado import solvers
-from clado.candidates import Budget
-from clado.config import parse_config
-from clado.program import Status
-from clado.solvers import Outcome, scip
-from flows.allocate import allocate
-from flows.run import Clock, Run
-from flows.smallest import solver_of
-from flows.sweep import _front
+from clado.choosing import solvers
+from clado.choosing.program import Status
+from clado.choosing.proposals import Budget
+from clado.choosing.solvers import Outcome, scip
+from clado.settings.schema import parse_config
+from flows.commands.smallest import solver_of
+from flows.commands.sweep import _front
+from flows.phases.choose import allocate
+from flows.phases.run import Clock, Run
 from tests.running import config
 from tests.synthetic import make_matrix, make_space
 
@@ -26,7 +26,7 @@ from tests.synthetic import make_matrix, make_space
 def run(tmp_path) -> Run:
     """A run whose matrix is measured."""
     space, settings = make_space(), parse_config(config(tmp_path / "run"))
-    from clado.candidates import budgets_of
+    from clado.choosing.proposals import budgets_of
 
     session = SimpleNamespace(
         config=settings, space=space, folder=tmp_path / "run", limits=[], budgets=budgets_of(**settings.budgets.model_dump())
@@ -189,7 +189,7 @@ def ended_by(act: Callable[[], None]) -> int:
 
 
 def solvers_program(run: Run) -> Any:
-    from clado.candidates import program_of, together
+    from clado.choosing.proposals import program_of, together
 
     budget = run.session.budgets[-1]
     return program_of(run.matrices["pairwise"], together(budget.constraint(run.session.space), []))

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from clado.candidates import SAFE, Budget
-from clado.config import parse_config
-from clado.corrections import LayerSample, batchnorm_reestimation, output_statistics
-from clado.graph import Moments, NormStatistics
-from clado.quantizers import Grid, QuantizedLayer
+from clado.choosing.proposals import SAFE, Budget
+from clado.grids import Grid, QuantizedLayer
+from clado.network.graph import Moments, NormStatistics
+from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics
 from clado.records import CHOSEN, RunRecord
-from clado.report import markdown, rows, winners
-from flows.export import export_as
-from flows.session import Session
-from flows.stored import StoredRun, chosen_for
+from clado.reporting.tables import markdown, rows, winners
+from clado.run.opened_run import Session
+from clado.settings.schema import parse_config
+from flows.commands.export import export_as
+from flows.commands.stored import StoredRun, chosen_for
 from tests.running import config, run_pipeline
 
 BUDGET = Budget("average_bits", 3.0)
@@ -106,7 +106,7 @@ def test_without_the_check_a_harmful_correction_would_be_deployed(harmed, monkey
     """The law of the first test rests on what is measured beside: taken out, it does not hold."""
     _, session, _ = harmed
     stored = StoredRun.open(session.folder)
-    monkeypatch.setattr("flows.stored.recorded", lambda stored, session: [])  # else what the run measured competes
+    monkeypatch.setattr("flows.commands.stored.recorded", lambda stored, session: [])  # else what the run measured competes
     monkeypatch.setattr(Session, "other_corrections", lambda self, assignment: [])
     monkeypatch.setattr(StoredRun, "uncorrected", lambda self, budgets: [])
     assert chosen_for(stored, session, BUDGET).corrected == "all"

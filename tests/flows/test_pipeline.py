@@ -17,19 +17,19 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import clado
-from clado.candidates import LAYERWISE_PLAIN, SAFE, TEMPERED, Budget
-from clado.config import DataSettings, NetworkSettings, parse_config
+from clado.choosing.proposals import LAYERWISE_PLAIN, SAFE, TEMPERED, Budget
+from clado.data.sources import load_data, load_network
 from clado.evaluation import Counts
-from clado.probes import KINDS
-from clado.quantizers import WeightQuantizer
+from clado.measuring.plan import KINDS
+from clado.quantization.quantizers import WeightQuantizer
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, Candidate, RunRecord
-from clado.shards import Store
-from clado.sources import load_data, load_network
+from clado.run.opened_run import Session
+from clado.settings.schema import DataSettings, NetworkSettings, parse_config
 from clado.space import Assignment
-from flows.export import loading_snippet
-from flows.record import git_revision
-from flows.session import Session
-from flows.stored import StoredRun, chosen_for, recorded
+from clado.storage.measurement_store import Store
+from flows.commands.export import loading_snippet
+from flows.commands.stored import StoredRun, chosen_for, recorded
+from flows.phases.record import git_revision
 from tests import tolerance
 from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, config, copy_of, run_pipeline
@@ -302,7 +302,7 @@ def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_
 
 
 def test_the_best_of_a_search_is_what_is_exported_and_evaluated_later(finished, record):
-    from flows.stored import StoredRun, chosen_for
+    from flows.commands.stored import StoredRun, chosen_for
 
     session = Session.open(parse_config(finished.document))
     for budget in session.budgets:
@@ -547,7 +547,7 @@ def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_p
     ],
 )
 def test_channels_last_is_the_default_where_convolutions_are_faster_so(name, chosen, only_avx2, turned, tmp_path, monkeypatch):
-    monkeypatch.setattr("clado.network.ONLY_AVX2", only_avx2)
+    monkeypatch.setattr("clado.network.network.ONLY_AVX2", only_avx2)
     settings = {"source": "zoo", "name": name} | ({} if chosen is None else {"channels_last": chosen})
     document = config(tmp_path / "run", network=settings, cluster={"kind": "inline", "device": "cpu"})
     assert Session.open(parse_config(document)).float_network.channels_last is turned

@@ -9,8 +9,8 @@ from zoneinfo import ZoneInfo
 import pytest
 import yaml
 
-from clado.config import load_config, parse_config
 from clado.errors import ConfigurationError
+from clado.settings.schema import load_config, parse_config
 from flows import scheduled as module
 from flows.guard import locked
 from flows.scheduled import scheduled

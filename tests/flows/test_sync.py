@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from clado import tracking
-from clado.config import load_run_config, parse_config
 from clado.errors import MeasurementError
-from clado.records import RunRecord
-from flows import clusters, record
+from clado.records import Receipt, RunRecord
+from clado.settings.schema import load_run_config, parse_config
+from clado.tracking import delivery
+from flows import clusters
 from flows.cli import app
 from flows.guard import locked
+from flows.phases import record
 from tests.running import config, run_pipeline
 from tests.synthetic import make_model, make_record
 
@@ -58,7 +59,7 @@ def run_of(document: dict[str, Any]) -> Any:
     return SimpleNamespace(session=session, matrices={"pairwise": None})
 
 
-def track(document: dict[str, Any]) -> tracking.Receipt:
+def track(document: dict[str, Any]) -> Receipt:
     """The flow's last phase."""
     with record.failure_recorded(run_of(document).session):
         return record.track.fn(run_of(document))
@@ -120,7 +121,7 @@ def check_registered(document: dict[str, Any], parent: Any) -> None:
 def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delivered(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(tracking._Delivery, "send", gone)
+        patch.setattr(delivery._Delivery, "send", gone)
         assert not track(unsent).delivered
     with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
         raise MeasurementError("a later run fails")
@@ -134,11 +135,11 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
 def test_a_failure_that_was_not_delivered_goes_with_the_run_that_came_to_its_end(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(tracking._Failure, "send", gone)
+        patch.setattr(delivery._Failure, "send", gone)
         with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
             raise MeasurementError("a run fails")
         assert (folder / "mlflow-undelivered-failure.json").exists()
-        patch.setattr(tracking._Delivery, "send", gone)
+        patch.setattr(delivery._Delivery, "send", gone)
         assert not track(unsent).delivered  # and takes its traceback away
     assert [path.name for path in folder.glob("mlflow-undelivered*")] == [NOTE]
     sync(folder)
@@ -388,19 +389,19 @@ def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
     with monkeypatch.context() as patch:
         Outage(patch, "create_run", 0)
         track(unsent)
-        tracking.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+        delivery.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
     assert sync(folder).count(f"{CHILDREN} below it") == 2
     assert [run.data.tags["sweep"] for run in runs_of(unsent) if "sweep" in run.data.tags] == ["size"]
     assert len(runs_of(unsent)) == 2 * (CHILDREN + 1)
 
 
-def nested(document: dict[str, Any], name: str) -> tracking.Receipt:
+def nested(document: dict[str, Any], name: str) -> Receipt:
     """What a command on a finished run leaves: a file of its own, and a run below the run's."""
     folder = Path(document["folder"])
     place = folder / name / "3_bits"
     place.mkdir(parents=True, exist_ok=True)
     (place / "table.md").write_text(name)
-    return tracking.track_nested(
+    return delivery.track_nested(
         folder,
         f"3 bits {name}",
         beside=place,
@@ -446,7 +447,7 @@ def test_what_belongs_to_a_run_is_not_put_below_a_front_of_it(unsent):
     run = track(unsent)
     found = RunRecord.load(folder / "record.json")
     found.save(folder / "sweep" / "record.json")
-    front = tracking.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+    front = delivery.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
     assert front.delivered
     assert nested(unsent, "evaluated").delivered
     [evaluated] = [run for run in runs_of(unsent) if run.info.run_name == "3 bits evaluated"]

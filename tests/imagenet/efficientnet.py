@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clado.sources._encoded import imagenet_numbers
+from clado.data.decoding import imagenet_numbers
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x − 127) / 128 of pixels in 0..255
 SHAPE = (3, 224, 224)

@@ -10,9 +10,9 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from clado.config import parse_config
+from clado.data.sources import load_data, load_network
 from clado.records import CHOSEN, RunRecord
-from clado.sources import load_data, load_network
+from clado.settings.schema import parse_config
 from tests.imagenet.efficientnet import MEAN, SHAPE, STD, photos
 
 pytestmark = [pytest.mark.imagenet, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]

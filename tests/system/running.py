@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from clado.config import parse_config
-from clado.probes import KINDS, Tile
-from clado.shards import Store
-from flows.session import Session
+from clado.measuring.plan import KINDS, Tile
+from clado.run.opened_run import Session
+from clado.settings.schema import parse_config
+from clado.storage.measurement_store import Store
 from tests.running import config
 
 COMMAND = Path(sys.executable).with_name("clado")

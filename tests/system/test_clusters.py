@@ -16,11 +16,11 @@ from distributed import Status
 
 from clado.errors import ConfigurationError, MeasurementError, ServerError
 from clado.records import RunRecord
+from clado.run.opened_run import Session
 from flows import clusters
 from flows.clusters import _dask, kubernetes, local_gpus
 from flows.clusters._certificates import make_certificates
 from flows.clusters._dask import ON_LOOPBACK, DaskWorkers
-from flows.session import Session
 from tests.contracts.cluster import ProcessContract, configuration, echo, note
 from tests.running import config, run_pipeline
 from tests.system.running import PATIENCE, SMALL, WATCH, Bench, end_group, free_port, wait_for

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from clado.config import parse_config
 from clado.errors import ServerError
 from clado.records import RunRecord
+from clado.run.opened_run import Session
+from clado.settings.schema import parse_config
 from flows import clusters
 from flows.clusters import _dask
-from flows.measure import measure
-from flows.run import Clock, Run
-from flows.session import Session
+from flows.phases.measure import measure
+from flows.phases.run import Clock, Run
 from tests.running import config
 from tests.system.running import PATIENCE, Bench, chunk_times, end_group, measured, wait_for
 from tests.system.test_clusters import machines

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clado import tracking
+from clado.tracking import delivery
 from docs.mlflow_screenshot import WIDTH, served, show
 from tests.synthetic import make_model, make_record
 from tests.system.browser import browser
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 def test_a_plain_mlflow_ui_has_the_runs_and_their_files(tmp_path: Path) -> None:
     records = [make_record(budgets=(2.5,), network=name) for name in ("one", "other")]
-    receipts = [tracking.track(record, tmp_path / record.network, {}) for record in records]
+    receipts = [delivery.track(record, tmp_path / record.network, {}) for record in records]
     with served(tmp_path) as address:
         for record, receipt in zip(records, receipts, strict=True):
             artifact = f"{address}/get-artifact?run_uuid={receipt.parent_run_id}&path=record.json"
@@ -30,7 +30,7 @@ def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_
     record = make_record(budgets=(2.5, 4.0))
     record.save(tmp_path / "record.json")
     models = {budget: make_model(tmp_path / "models" / budget) for budget in record.budgets}
-    receipt = tracking.track(record, tmp_path, {}, models=models)
+    receipt = delivery.track(record, tmp_path, {}, models=models)
     assert receipt.delivered, receipt.problem
     assert receipt.experiment_id is not None
     assert receipt.parent_run_id is not None

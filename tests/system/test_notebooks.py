@@ -34,5 +34,5 @@ def test_the_api_reference_builds_without_warnings(tmp_path):
     python("-W", "error", ROOT / "docs" / "reference.py", tmp_path)
     facade = (tmp_path / "clado.html").read_text(encoding="utf-8")
     assert all(f'id="{name}"' in facade for name in clado.__all__)
-    for page in ("index.html", "search.js", "clado/interaction.html", "clado/estimators/pairwise.html"):
+    for page in ("index.html", "search.js", "clado/interaction.html", "clado/interaction/estimators/pairwise.html"):
         assert (tmp_path / page).is_file()

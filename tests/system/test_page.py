@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from clado import page
+from clado.reporting import page
+from tests.reporting.test_page import NASTY, make_run
 from tests.synthetic import make_record
 from tests.system.browser import browser
-from tests.test_page import NASTY, make_run
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 COLOURS = "document.getElementById('map').toDataURL()"

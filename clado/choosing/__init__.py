@@ -1,0 +1,1 @@
+"""From matrices to assignments: constraints, the program, solvers, proposals, local search."""

@@ -1,0 +1,368 @@
+"""From matrices to an answer: propose with several estimators, measure every proposal, return the one nearest to the float one.
+
+The quadratic model only proposes; what is returned was measured. NumPy only: the solver and the measured losses are given.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from math import inf, isfinite
+
+import numpy as np
+
+from clado.choosing import constraints, solvers
+from clado.choosing.constraints import Constraint
+from clado.choosing.local_search import ordered
+from clado.choosing.program import Convexity, Program, Solution
+from clado.choosing.solvers import Solve
+from clado.errors import InfeasibleError
+from clado.interaction import estimators
+from clado.interaction.estimators import Measured
+from clado.interaction.matrix import Array, InteractionMatrix
+from clado.records import CHOSEN, UNIFORM, Result
+from clado.space import FLOAT_BITS, Assignment, SearchSpace
+
+# Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
+CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
+SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured; nor than what is deployed uncorrected
+SIGNIFICANT = 2.0  # standard errors
+LAYERWISE_PLAIN = "layerwise_plain"  # `layerwise` of layers without corrections, deployed without them
+TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose for no forward beside what gauss_newton measures
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit on the answer: `kind` is a constraint of `clado.choosing.constraints` and `bound` its limit, in its unit."""
+
+    kind: str
+    bound: float
+    path: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How tables and files call it; two budgets of a run never share a name."""
+        text = {
+            "average_bits": f"{self.bound:.12g} bits",
+            "size": f"{self.bound / 1000:.12g} kB",
+            "relative_size": f"{self.bound:.12g} % of 8-bit",
+            "bops": f"{self.bound / 1e9:.12g} GBOP",
+            "latency": f"{self.bound * 1000:g} ms",
+        }
+        return text.get(self.kind, f"{self.kind} {self.bound:g}")
+
+    def constraint(self, space: SearchSpace) -> Constraint:
+        """The limit as a constraint on a space."""
+        settings = {} if self.path is None else {"path": self.path}
+        return constraints.constraint(self.kind, space, self.bound, **settings)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One method's answer to one budget, not yet measured; `solution` is None for the uniform assignment.
+
+    `listed` methods have a row of their own in tables; the others (variants, what a local search found) only compete.
+    """
+
+    budget: Budget
+    method: str
+    assignment: Assignment
+    loss_predicted: float | None = None
+    solution: Solution | None = None
+    listed: bool = True
+
+
+def budgets_of(
+    average_bits: Iterable[float] = (),
+    size_bytes: Iterable[float] = (),
+    percent_of_8_bit: Iterable[float] = (),
+    bops: Iterable[float] = (),
+) -> tuple[Budget, ...]:
+    """Budgets in the order given, duplicates dropped."""
+    kinds = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
+    return tuple(dict.fromkeys(Budget(kind, bound) for kind, bounds in kinds for bound in bounds))
+
+
+def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequence[Constraint] = ()) -> None:
+    """Raises InfeasibleError for a budget that no assignment meets together with `limits`; needs no measurement."""
+    order = space.num_options
+    nothing = InteractionMatrix(space, np.zeros((order, order)), "none", "none", 0.0, 1)
+    least, most = space.narrowest, space.widest
+    for budget in budgets:
+        try:
+            program = Program.build(nothing, together(budget.constraint(space), limits))
+            if len(program.limits) > 1:  # each can be kept alone; whether all can is for a solver to say
+                solvers.solve(program, "scip", time_limit=10)
+        except InfeasibleError as error:
+            raise InfeasibleError(
+                f"budget {budget.name}: {error}. The space reaches from {space.size_bytes(least):,} to "
+                f"{space.size_bytes(most):,} bytes of weights, "
+                f"{space.average_bits(least):g} to {space.average_bits(most):g} bits a weight"
+            ) from None
+
+
+def together(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
+    """A budget, first, and the standing limits; of several on the same cost the tightest. Other costs of one name, as of two
+    tables, are told apart by a number."""
+    found: dict[str, Constraint] = {}
+    for limit in (budget, *limits):
+        names = chain([limit.name], (f"{limit.name} {k}" for k in count(2)))
+        name = next(name for name in names if name not in found or found[name].costs == limit.costs)
+        found[name] = min(found.get(name, limit), limit, key=lambda c: c.bound)
+    return [replace(limit, name=name) for name, limit in found.items()]
+
+
+def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint], convexity: Convexity | None = None) -> Program:
+    """The program that a matrix poses, without its quarantined options; default convexity: what suits its estimator."""
+    convexity = convexity or CONVEXITY.get(matrix.estimator, "raw")
+    return Program.build(matrix, limits, convexity=convexity, quarantined=matrix.quarantined, forbidden=matrix.forbidden)
+
+
+def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignment:
+    """The widest uniform assignment that meets every limit; the narrowest bits everywhere where none does.
+
+    Of several activation widths: the one whose narrower side (weights or activations) is widest, then the widest activations,
+    which suffer more from narrow bits than weights do.
+    """
+    fitting = [
+        ((min(b, width or FLOAT_BITS), width or FLOAT_BITS, b), a)
+        for b, a in space.uniform_assignments()
+        for width in [a.activation_bits[0] if a.activation_bits else None]
+        if all(limit.holds(space, a) for limit in limits)
+    ]
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else space.narrowest
+
+
+def propose(
+    matrices: Mapping[str, InteractionMatrix],
+    budgets: Sequence[Budget],
+    prepare: Callable[[Program], Solve],
+    limits: Sequence[Constraint] = (),
+    solved: Callable[[Budget, str], None] = lambda budget, method: None,
+    unreached: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
+) -> list[Proposal]:
+    """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
+
+    Convexification is shared over the budgets of one kind. Without what is quarantined or forbidden a matrix may have no
+    assignment for a budget, which `unreached` is told; InfeasibleError where no matrix has one for any budget, or where a layer
+    has no candidate left.
+    """
+    space = next(iter(matrices.values())).space
+    fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
+    proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
+    errors: list[InfeasibleError] = []
+
+    def lacking(budget: Budget, method: str, error: InfeasibleError) -> None:
+        errors.append(error)
+        unreached(budget, method, error)
+
+    for method, matrix in matrices.items():
+        proposals += _optima(method, matrix, fit, prepare, solved=solved, unreached=lacking)
+    if errors and len(errors) == len(matrices) * len(budgets):
+        raise errors[0]
+    return proposals
+
+
+def unlisted(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
+    """Estimators that compete beside the `named` ones, for solver time only: `layerwise`, which SAFE is to hold, where `kinds` of
+    tiles have the losses of single options, and TEMPERED where they have Gram tiles.
+
+    The latter order assignments of large losses better (tests/benchmarks/STUDY.md).
+    """
+    found = [*(["layerwise"] if {"singles", "gram"} & set(kinds) else []), *(TEMPERED if "gram" in kinds else ())]
+    return tuple(name for name in found if name not in named)
+
+
+def beside(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
+    """The matrices of the `unlisted` estimators."""
+    return {name: estimators.estimate(name, measured) for name in unlisted(named, measured.sums)}
+
+
+def propose_variants(
+    matrices: Mapping[str, InteractionMatrix],
+    budgets: Sequence[Budget],
+    prepare: Callable[[Program], Solve],
+    limits: Sequence[Constraint] = (),
+    further: Mapping[str, InteractionMatrix] | None = None,
+) -> list[Proposal]:
+    """Unlisted answers, for solver time only: of the matrices that are solved clipped also unclipped, and with noisy terms
+    shrunk; and those of `further` matrices, as of `beside`.
+
+    """
+    proposals: list[Proposal] = []
+
+    def add(method: str, matrix: InteractionMatrix, convexity: Convexity | None = None) -> None:
+        fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
+        proposals.extend(_optima(method, matrix, fit, prepare, convexity))
+
+    for method, matrix in matrices.items():
+        if CONVEXITY.get(method) == "clip_psd":
+            add(f"{method}_raw", matrix, "raw")
+            if matrix.standard_error is not None:
+                add(f"{method}_shrunk", matrix.shrink())
+    for method, matrix in (further or {}).items():
+        add(method, matrix)
+    return [replace(proposal, listed=False) for proposal in proposals]
+
+
+def propose_uncorrected(
+    matrix: InteractionMatrix | None,
+    budgets: Sequence[Budget],
+    prepare: Callable[[Program], Solve],
+    limits: Sequence[Constraint] = (),
+) -> list[Proposal]:
+    """Unlisted answers that are deployed without corrections: the widest uniform assignment, and the optimum of the matrix.
+
+    Args:
+        matrix: `estimators.uncorrected`, or None where a run has no corrections: then there are no such answers.
+        budgets: What to answer.
+        prepare: A solver for a program.
+        limits: Standing limits.
+    """
+    if matrix is None:
+        return []
+    fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
+    proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
+    with suppress(InfeasibleError):  # a layer that works at no bit-width without corrections
+        proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
+    return [replace(p, assignment=p.assignment.with_corrections("none"), listed=False) for p in proposals]
+
+
+def _optima(
+    method: str,
+    matrix: InteractionMatrix,
+    fit: Mapping[Budget, Sequence[Constraint]],
+    prepare: Callable[[Program], Solve],
+    convexity: Convexity | None = None,
+    solved: Callable[[Budget, str], None] = lambda budget, method: None,
+    unreached: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
+) -> list[Proposal]:
+    """A matrix's optimum for every budget that it reaches; what the budgets of one kind share is computed once."""
+    proposals: list[Proposal] = []
+    solvers: dict[str, tuple[Program, Solve]] = {}
+    if matrix.quarantined or matrix.forbidden:
+        program_of(matrix, [], "raw")  # refuses a layer without candidates, whatever the budget
+    for budget, limits in fit.items():
+        try:
+            if budget.kind not in solvers:
+                program = program_of(matrix, limits, convexity)
+                solvers[budget.kind] = program, prepare(program)
+            program, solve = solvers[budget.kind]
+            solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
+            proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
+        except InfeasibleError as error:
+            unreached(budget, method, error)
+        solved(budget, method)
+    return proposals
+
+
+def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
+    """The estimator whose predictions rank the measured assignments best (Spearman's correlation), of those with all corrections;
+    of equal ones the one that knows of more interactions.
+    """
+    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
+
+    def quality(name: str) -> tuple[float, int]:
+        matrix = matrices[name].clip_psd() if CONVEXITY.get(name) == "clip_psd" else matrices[name]
+        predicted = np.array([matrix.predicted_increase(a) for a in measured])
+        return round(rank_correlation(predicted, np.array(list(measured.values()))), 9), int(np.count_nonzero(matrix.values))
+
+    return max(matrices, key=quality)
+
+
+def rank_correlation(one: Array, other: Array) -> float:
+    """Spearman's correlation of two samples (n,), ties in the order given; 0 for fewer than two."""
+    if len(one) < 2:
+        return 0.0
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+@dataclass(frozen=True)
+class Score:
+    """What decides between assignments beside their loss: the mean Brier score, and the hits of each image (n,), 0 or 1."""
+
+    brier: float
+    hits: Array
+
+    def misses_significantly(self, other: "Score") -> bool:
+        """Whether fewer images hit than with the other, by more than two standard errors of the paired difference."""
+        difference = other.hits - self.hits
+        n = len(difference)
+        return n > 1 and bool(difference.mean() > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(n))
+
+
+def choose(
+    space: SearchSpace,
+    proposals: Sequence[Proposal],
+    losses: Mapping[Assignment, float],
+    limits: Sequence[Constraint] = (),
+    scores: Mapping[Assignment, Score] | None = None,
+) -> list[Result]:
+    """One Result for each listed proposal, and one `chosen` for each budget, of all proposals that fit it, made for it or for a
+    smaller one. Without `scores` it is the one of least measured loss, the smaller on a tie.
+
+    With them: of those whose loss is not above that of SAFE, nor of any that is deployed without corrections, and whose hits are
+    not significantly fewer than the most, the one of least Brier score (then of least loss). So `chosen` is never worse than what
+    is proposed of these, listed or not, on the images that it was measured on. A loss, or a Brier score, of NaN is as bad as an
+    infinite one.
+    """
+    budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
+    fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
+    worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
+    briers = worth if scores is None else {assignment: ordered(score.brier) for assignment, score in scores.items()}
+
+    def order(proposal: Proposal) -> tuple[float, float, int]:
+        a = proposal.assignment
+        return briers[a], worth[a], space.size_bits(a)
+
+    def taken(fitting: Sequence[Proposal]) -> Proposal:
+        if scores is None:
+            return min(fitting, key=order)
+        most = min((worth[p.assignment] for p in fitting if p.method in SAFE or p.assignment.corrected == "none"), default=inf)
+        safe = sorted((p for p in fitting if worth[p.assignment] <= most), key=order)
+        best = scores[max(safe, key=lambda p: scores[p.assignment].hits.sum()).assignment]
+        return next(p for p in safe if not scores[p.assignment].misses_significantly(best))
+
+    def result(proposal: Proposal) -> Result:
+        a = proposal.assignment
+        return _result(space, proposal, worth[a], None if scores is None else scores[a])
+
+    results = []
+    for budget in budgets:
+        own = [proposal for proposal in proposals if proposal.budget == budget]
+        results += [result(proposal) for proposal in own if proposal.listed]
+        # of equal assignments the one made for this budget comes first, so that it gets the credit
+        own_first = [*own, *(proposal for proposal in proposals if proposal.budget != budget)]
+        fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
+        chosen = taken(fitting or own)  # uniform, where nothing fits
+        siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
+        others = [worth[p.assignment] for p in own if p.method not in siblings]
+        winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
+        gain = min(others) - worth[chosen.assignment] if others and isfinite(worth[chosen.assignment]) else 0.0
+        results.append(replace(result(replace(chosen, budget=budget, method=CHOSEN)), winner=winner, gain=gain))
+    return results
+
+
+def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | None) -> Result:
+    solution, assignment = proposal.solution, proposal.assignment
+    return Result(
+        budget=proposal.budget.name,
+        method=proposal.method,
+        assignment=assignment,
+        size_bytes=space.size_bytes(assignment),
+        average_bits=space.average_bits(assignment),
+        loss_shipped=loss,
+        brier_shipped=None if score is None else score.brier,
+        agreement_shipped=None if score is None else float(score.hits.mean()),
+        loss_predicted=proposal.loss_predicted,
+        status=None if solution is None else str(solution.status),
+        objective=None if solution is None else solution.objective,
+        bound=None if solution is None else _finite(solution.bound),
+        gap=None if solution is None else _finite(solution.gap),
+        seconds=None if solution is None else solution.seconds,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) != inf else None

@@ -1,0 +1,164 @@
+"""Solvers of the program: `scip` proves, `exhaustive` enumerates, `greedy` only finds.
+
+To add a solver, add a file to this folder with a function `search(program, task) -> Outcome` and subclass `SolverContract`
+(tests/contracts/solver.py) for it. The file's name is the solver's name; it is imported when first used.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Protocol
+
+import numpy as np
+
+from clado.choosing.program import Choices, Program, Solution, Status
+from clado.choosing.program import Solve as Solve
+from clado.choosing.solvers._start import better_than_widest
+from clado.errors import ConfigurationError, InfeasibleError, SolverError, SolverInterrupted
+from clado.space import Assignment
+
+TOLERANCE = 1e-6
+"""Relative tolerance of "optimal": nothing is better by more than this share of |objective|."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """How far to search: limits, and choices to start from (they may break constraints: they are repaired or dropped).
+
+    `deadline` is on the clock of `time.perf_counter`. `shared` keeps what solves of the same function under other bounds may
+    share.
+    """
+
+    deadline: float = np.inf
+    node_limit: int | None = None
+    gap_limit: float = 0.0
+    starts: tuple[Choices, ...] = ()
+    shared: "Shared | None" = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline, never negative."""
+        return max(0.0, self.deadline - time.perf_counter())
+
+
+@dataclass
+class Shared:
+    """What a solver computed once for a function, whatever the bounds; `program` is the one that it is computed for."""
+
+    program: Program
+    kept: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver found: choices (one per group, None if none was found), a bound on the minimised function, and how it
+    ended.
+    """
+
+    status: Status
+    choices: Choices | None
+    bound: float
+    nodes: int = 0
+    message: str = ""
+
+
+class Search(Protocol):
+    """What a solver's module offers as `search`."""
+
+    def __call__(self, program: Program, task: Task) -> Outcome:
+        """Searches within the task's limits."""
+        ...
+
+
+def names() -> list[str]:
+    """Names of the solvers: the files of this folder."""
+    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def _search(solver: str) -> Search:
+    if solver not in names():
+        raise ConfigurationError(f"unknown solver {solver!r}; the solvers are {', '.join(names())}")
+    search: Search = import_module(f"{__name__}.{solver}").search
+    return search
+
+
+def prepare(
+    program: Program,
+    solver: str = "scip",
+    *,
+    time_limit: float | None = 120.0,
+    node_limit: int | None = None,
+    gap_limit: float = 0.0,
+) -> Solve:
+    """A solver for this program and for any `program.with_bounds(...)`: what depends on the function alone is computed once."""
+    search, shared = _search(solver), Shared(program)
+
+    def prepared(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+        begin = time.perf_counter()
+        same = program.quadratic is shared.program.quadratic
+        task = Task(
+            np.inf if time_limit is None else begin + time_limit,
+            node_limit,
+            gap_limit,
+            tuple(program.choices(start) for start in starts),
+            shared if same else None,
+        )
+        return _solved(program, solver, search, task, begin)
+
+    return prepared
+
+
+def solve(
+    program: Program,
+    solver: str = "scip",
+    *,
+    time_limit: float | None = 120.0,
+    node_limit: int | None = None,
+    gap_limit: float = 0.0,
+    starts: Sequence[Assignment] = (),
+) -> Solution:
+    """The best assignment of the program.
+
+    `time_limit` in seconds, everything included; `gap_limit` relative (0.01 stops within 1 %); `starts` are assignments to
+    start from. A time limit or Ctrl-C returns the best assignment found, with its bound and gap. Without reaching the time
+    limit, the same program gives the same answer whatever the machine's load. Raises InfeasibleError when nothing meets the
+    constraints and SolverError when nothing was found in time (SolverInterrupted: before Ctrl-C).
+    """
+    return prepare(program, solver, time_limit=time_limit, node_limit=node_limit, gap_limit=gap_limit)(program, starts)
+
+
+def _solved(program: Program, solver: str, search: Search, task: Task, begin: float) -> Solution:
+    outcome = search(program, task)
+    if outcome.status is Status.INFEASIBLE:
+        raise InfeasibleError(_why_infeasible(program, search))
+    if outcome.choices is None:
+        kind = SolverInterrupted if outcome.status is Status.INTERRUPTED else SolverError
+        raise kind(
+            f"{solver} found no assignment within the constraints ({outcome.status}). {outcome.message or outcome.status.advice}"
+        )
+    better = better_than_widest(program)
+    return program.solution(
+        outcome.choices,
+        outcome.status,
+        outcome.bound,
+        solver=solver,
+        seconds=time.perf_counter() - begin,
+        nodes=outcome.nodes,
+        better_than_widest=None if better is None else program.assignment(better),
+        message=outcome.message,
+    )
+
+
+def _why_infeasible(program: Program, search: Search) -> str:
+    """The program's own account, with the least value that each constraint can have while the others hold."""
+    lines = [program.why_infeasible()]
+    for index, constraint in enumerate(program.constraints):
+        outcome = search(program.minimising(index), Task())
+        if outcome.choices is not None and outcome.status is Status.OPTIMAL:
+            least = float(program.costs[index, outcome.choices].sum())
+            lines.append(
+                f"with the other constraints as they are, {constraint.name} needs at least {least:.12g} {constraint.unit}"
+            )
+    return ". ".join(lines)

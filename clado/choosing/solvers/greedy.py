@@ -1,0 +1,28 @@
+"""From the widest bits down: take the narrowing that costs least per unit of budget, until everything fits. Proves nothing."""
+
+import numpy as np
+
+from clado.choosing.program import Program, Status
+from clado.choosing.solvers import Outcome, Task
+from clado.choosing.solvers._start import Descent, start
+
+
+def search(program: Program, task: Task) -> Outcome:
+    """Repair from the widest, then single moves that fit; with forbidden pairs, what the start search finds."""
+    descent = Descent(program)
+    choices = descent.repair(program.widest)
+    if choices is None or not program.is_feasible(choices):
+        choices = start(program, task.starts, kicks=0)
+    if choices is None:
+        return Outcome(
+            Status.HEURISTIC, None, -np.inf, message="Greedy search proves nothing: 'scip' decides whether any exists."
+        )
+    for _ in range(10 * program.num_groups):
+        room = program.limits - program.costs[:, choices].sum(axis=1)
+        fits = (program.costs - program.costs[:, choices[program.owner]] <= room[:, None]).all(axis=0)
+        change = np.where(fits, descent.single(choices), np.inf)
+        k = int(change.argmin())
+        if change[k] >= -1e-12 * descent.scale:
+            break
+        choices[program.owner[k]] = k
+    return Outcome(Status.HEURISTIC, choices, -np.inf, nodes=0)

@@ -1,0 +1,309 @@
+"""Encoded images, listed, numbered and cut into slices, decoded when they are read: what image folders and tar shards share.
+
+Within one listing the slices are cut from one seeded permutation: sensitivity from its front, calibration from its back,
+validation from between; so a larger slice of the same seed holds the smaller (of the first two).
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clado.data.images import DataSlices, ImageShape
+from clado.errors import DataError, UnreadableImage
+from clado.settings.schema import IMAGENET_MEAN, IMAGENET_STD, DataSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODES = {1: "L", 3: "RGB"}
+
+
+class EncodedImage(Protocol):
+    """An image file's bytes, and what it is called below `data.path`; `str` says where it is."""
+
+    @property
+    def name(self) -> str:
+        """Path below `data.path`, with forward slashes."""
+
+    def read(self) -> bytes:
+        """The whole file. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize of the shorter side (antialiased), centre crop, pixels / 255, minus mean, divided by std."""
+
+    image_shape: ImageShape
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def of(cls, settings: DataSettings, image_shape: ImageShape) -> "Preprocessing":
+        """What the settings ask for; DataError where it does not fit the network's images."""
+        channels, height, width = image_shape
+        mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
+        if channels not in MODES:
+            raise DataError(f"the network takes images of {channels} channels; image files give 1 (grey) or 3 (red, green, blue)")
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise DataError(
+                    f"data.{name} has {len(values)} values; the network takes images of {channels} channels: one value each"
+                )
+        resize = settings.resize or max(height, width)
+        if resize < max(height, width):
+            raise DataError(
+                f"data.resize is {resize} pixels; the crop needs {height} x {width}, so at least {max(height, width)}"
+            )
+        return cls((channels, height, width), resize, mean, std, settings.interpolation or "bilinear")
+
+    def __call__(self, encoded: EncodedImage) -> Tensor:
+        """The image as float32 (C, H, W); UnreadableImage names one that cannot be read."""
+        from PIL import Image
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        channels, height, width = self.image_shape
+        try:
+            with Image.open(io.BytesIO(encoded.read())) as file:
+                image = _eight_bits(file, encoded).convert(MODES[channels])
+        except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnreadableImage(
+                f"image {encoded} cannot be read ({error}); repair or remove it, or allow some with data.max_corrupt_images",
+                encoded.name,
+            ) from error
+        resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        pixels: Tensor = F.pil_to_tensor(F.center_crop(resized, [height, width])).float() / 255
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
+    """The image with eight bits a channel: Pillow's own conversion takes wider values for white."""
+    if image.mode in ("I", "F"):
+        raise DataError(f"image {encoded} has values of 32 bits, whose range is not known; expected 8 or 16 bits a channel")
+    if not image.mode.startswith("I;16"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+
+
+def no_folder(path: Path | None, expected: str) -> DataError:
+    """What to say of a path that is none: settings keep a relative one as it was given, and commands may be called anywhere."""
+    where = "" if path is None or path.is_absolute() else f" (in {Path.cwd()})"
+    return DataError(f"data.path {path}{where} is not a folder; expected {expected}")
+
+
+class EncodedSlice:
+    """Encoded images in a fixed order, with labels or none, decoded anew at each `load`."""
+
+    def __init__(
+        self,
+        images: Sequence[EncodedImage],
+        labels: Sequence[int] | None,
+        classes: tuple[str, ...] | None,
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.images, self.labels, self.classes, self.preprocessing = tuple(images), labels, classes, preprocessing
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width after the crop."""
+        return self.preprocessing.image_shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that are known by name; None where there are none."""
+        return None if self.classes is None else len(self.classes)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of each image's name, content and label, in order, and of the preprocessing; not of the decoder."""
+        digest = hashlib.sha256(repr(self.preprocessing).encode())
+        for k, image in enumerate(self.images):
+            content = hashlib.sha256(image.read()).hexdigest()
+            label = None if self.labels is None else self.labels[k]
+            digest.update(f"{image.name}\n{content} {label}\n".encode("utf-8", "surrogateescape"))  # of any bytes
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images start..stop-1 as float32 (n, C, H, W), and labels int64 (n,) or None."""
+        chosen = self.images[start:stop]
+        images = torch.stack([self.preprocessing(image) for image in chosen]) if chosen else torch.empty(0, *self.image_shape)
+        return images, None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Encoded images in a fixed order; the class number of each and the classes' names, where there are any."""
+
+    root: Path
+    images: tuple[EncodedImage, ...]
+    labels: tuple[int, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    imagenet: bool = False
+
+    def slice(self, chosen: Sequence[int], preprocessing: Preprocessing) -> EncodedSlice:
+        """The images of these positions."""
+        labels = None if self.labels is None else [self.labels[k] for k in chosen]
+        return EncodedSlice([self.images[k] for k in chosen], labels, self.classes, preprocessing)
+
+    def with_classes(self, classes: tuple[str, ...]) -> "Listing":
+        """With the class numbers of another listing; images without classes stay without."""
+        if self.classes is None or self.labels is None:
+            return self
+        if unknown := [name for name in self.classes if name not in classes]:
+            raise DataError(
+                f"{self.root} has classes that the run lacks: {', '.join(unknown[:5])}; expected the same sub-folders, or some"
+            )
+        number = [classes.index(name) for name in self.classes]
+        return replace(self, labels=tuple(number[label] for label in self.labels), classes=classes)
+
+    def numbered(self, class_numbers: str) -> "Listing":
+        """With ImageNet's class numbers (0..999, of sorted synsets) where synsets name every class, or where they must.
+
+        A folder of 50 of the thousand classes is then labelled as the network counts, not 0..49.
+        """
+        if class_numbers == "folders" or self.labels is None:
+            return self
+        number = imagenet_numbers()
+        if self.classes is None:
+            return replace(self, classes=tuple(number), imagenet=True) if class_numbers == "imagenet" else self
+        if unknown := [name for name in self.classes if name not in number]:
+            if class_numbers == "imagenet":
+                raise DataError(
+                    f"{self.root} has classes that are not ImageNet's: {', '.join(unknown[:5])}; expected names such as "
+                    "n01440764, or data.class_numbers: folders, which numbers them in alphabetical order"
+                )
+            return self
+        labels = tuple(number[self.classes[label]] for label in self.labels)
+        return replace(self, labels=labels, classes=tuple(number), imagenet=True)
+
+
+@cache
+def imagenet_numbers() -> dict[str, int]:
+    """WordNet synset → class number of ILSVRC 2012: the thousand synsets in alphabetical order."""
+    synsets = Path(__file__).with_name("imagenet_synsets.txt").read_text(encoding="ascii").split()
+    return {synset: number for number, synset in enumerate(synsets)}
+
+
+def cut(settings: DataSettings, image_shape: ImageShape, training: Listing, separate: Listing | None) -> DataSlices:
+    """The slices of one listing, or of two: validation from `separate`, the others from `training`.
+
+    Names in `data.skip` are left out; the order of the others stays as it was.
+    """
+    preprocessing = Preprocessing.of(settings, image_shape)
+    training = training.numbered(settings.class_numbers)
+    validation = training if separate is None else _relabelled(separate.numbered(settings.class_numbers), training)
+    skip = set(settings.skip)
+    num_sensitivity, num_calibration = settings.sensitivity_images, settings.calibration_images
+    asked = f"{num_sensitivity} for sensitivity and {num_calibration} for calibration"
+    order = _order(training, settings.seed, skip)
+    if separate is None:
+        num_validation = settings.validation_images or 1
+        asked += f", and {'at least ' if settings.validation_images is None else ''}{num_validation} for validation"
+        _enough(training, len(order), num_sensitivity + num_calibration + num_validation, asked)
+    else:
+        _enough(training, len(order), num_sensitivity + num_calibration, asked)
+    if settings.class_balanced:
+        sensitivity = _balanced(training, order, num_sensitivity, settings.seed)
+        calibration = _balanced(training, order[::-1], num_calibration, settings.seed)
+        if shared := set(sensitivity) & set(calibration):
+            raise DataError(
+                f"class {_class_name(training, next(iter(shared)))} of {training.root} has too few images for balanced slices "
+                f"({asked}); expected more of them, or data.class_balanced: false"
+            )
+        taken = {*sensitivity, *calibration}
+        left = [k for k in order if k not in taken]
+    else:
+        sensitivity, calibration = order[:num_sensitivity], order[::-1][:num_calibration]
+        left = order[num_sensitivity : len(order) - num_calibration]
+    if separate is None:
+        pool = left
+    elif settings.validation_images is None:
+        pool = [k for k, image in enumerate(validation.images) if image.name not in skip]
+    else:
+        pool = _order(validation, settings.seed, skip)
+    num_validation = settings.validation_images or len(pool)
+    _enough(validation, len(pool), num_validation, f"{num_validation} for validation")
+    chosen = pool[:num_validation]
+    if settings.class_balanced and settings.validation_images is not None:
+        chosen = _balanced(validation, pool, num_validation, settings.seed)
+    if separate is None:
+        taken = set(chosen)
+        left = [k for k in pool if k not in taken]
+    return DataSlices(
+        calibration=training.slice(calibration, preprocessing),
+        sensitivity=training.slice(sensitivity, preprocessing),
+        validation=validation.slice(chosen, preprocessing),
+        selection=training.slice(left[: settings.selection_images], preprocessing),
+        imagenet=validation.imagenet,
+    )
+
+
+def _order(listing: Listing, seed: int, skip: set[str]) -> list[int]:
+    order: list[int] = np.random.default_rng(seed).permutation(len(listing.images)).tolist()
+    return [k for k in order if listing.images[k].name not in skip] if skip else order
+
+
+def _balanced(listing: Listing, order: Sequence[int], count: int, seed: int) -> list[int]:
+    """The first `count` of an order that takes one image of each class in turn: no two classes differ by more than one image."""
+    if listing.labels is None:
+        raise DataError(f"{listing.root} has no labels; data.class_balanced needs them: expected one sub-folder a class")
+    present = sorted({listing.labels[k] for k in order})
+    turn = dict(zip(present, np.random.default_rng(seed).permutation(len(present)).tolist(), strict=True))
+    met: Counter[int] = Counter()
+    rounds = []
+    for k in order:
+        label = listing.labels[k]
+        rounds.append((met[label], turn[label], k))
+        met[label] += 1
+    chosen = sorted(rounds)[:count]
+    last = chosen[-1][0] if chosen else 0
+    if last > min(met.values()):
+        fewest = min(met, key=lambda label: met[label])
+        short = next(k for k in order if listing.labels[k] == fewest)
+        raise DataError(
+            f"class {_class_name(listing, short)} of {listing.root} has {met[fewest]} images left; balanced slices of {count} "
+            f"images need {last} or more of each of {len(present)} classes: expected fewer images, or data.class_balanced: false"
+        )
+    return [k for _, _, k in chosen]
+
+
+def _class_name(listing: Listing, k: int) -> str:
+    label = 0 if listing.labels is None else listing.labels[k]
+    return str(label) if listing.classes is None else listing.classes[label]
+
+
+def _relabelled(validation: Listing, training: Listing) -> Listing:
+    """The validation images with the training images' class numbers."""
+    if (validation.labels is None) != (training.labels is None) or (validation.classes is None) != (training.classes is None):
+        raise DataError(
+            f"one of {training.root} and {validation.root} has class sub-folders, the other has not; expected both or neither"
+        )
+    if validation.classes is None or training.classes is None or validation.labels is None:
+        return validation
+    if unknown := [name for name in validation.classes if name not in training.classes]:
+        raise DataError(
+            f"{validation.root} has classes that {training.root} lacks: {', '.join(unknown[:5])}; expected the same sub-folders"
+        )
+    number = [training.classes.index(name) for name in validation.classes]
+    return replace(validation, labels=tuple(number[label] for label in validation.labels), classes=training.classes)
+
+
+def _enough(listing: Listing, found: int, needed: int, asked: str) -> None:
+    if found < needed:
+        raise DataError(f"{listing.root} holds {found} images; {needed} are needed ({asked})")

@@ -1,0 +1,220 @@
+"""Where networks and images come from: one file for each source, found by its name. Nothing here uses the network.
+
+A source is a module with `load_network(NetworkSettings) -> nn.Module | (nn.Module, example input or image shape)`, with
+`load_data(DataSettings, image_shape) -> DataSlices`, or with both. It is imported when it is named. One of networks may say what
+preprocessing belongs to the weights: `preprocessing(NetworkSettings) -> dict` of the settings resize, interpolation, mean, std.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clado.data.images import AbsentSlice, DataSlices, ImageShape, ImageSlice, MemorySlice, as_slice, check_batch, check_slice
+from clado.errors import NetworkError
+from clado.settings.schema import DataSettings, NetworkSettings
+
+__all__ = [
+    "DataSlices",
+    "ImageShape",
+    "ImageSlice",
+    "LoadedNetwork",
+    "MemorySlice",
+    "as_slice",
+    "build_network",
+    "check_batch",
+    "check_slice",
+    "load_data",
+    "load_network",
+    "load_weights",
+]
+
+EXAMPLE_BATCH = 2  # torch.export refuses to make a batch of one dynamic
+BUILD_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network on the CPU in eval mode, an example input (2, C, H, W) float32, and one line that says what it is."""
+
+    model: nn.Module
+    example_input: Tensor
+    description: str
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # of DataSettings: what belongs to its weights
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width of the images that it takes."""
+        channels, height, width = self.example_input.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the state dict: each tensor's name, dtype, shape and bytes, in order of the names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_network(settings: NetworkSettings) -> LoadedNetwork:
+    """The network that the settings name, with the weights file on top if one is named. Raises NetworkError."""
+    source = import_module(f"clado.data.sources.{settings.source}")
+    model, example = build_network(settings)
+    if isinstance(settings.weights, Path):
+        load_weights(model, settings.weights)
+    model = model.cpu().eval()
+    _check_weights(model)
+    origin = "" if settings.weights is None else f" with {'random weights' if settings.weights == 'random' else settings.weights}"
+    own = source.preprocessing(settings) if hasattr(source, "preprocessing") else {}
+    return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}", own)
+
+
+def build_network(settings: NetworkSettings) -> tuple[nn.Module, Any]:
+    """(the network that the settings name, its example input or image shape), whatever weights file they name left unread.
+
+    It is built with torch's random numbers seeded, so that every process that builds it gets the same one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(BUILD_SEED)
+        model, example = import_module(f"clado.data.sources.{settings.source}").load_network(settings)
+    return model, example
+
+
+def load_data(
+    settings: DataSettings, image_shape: ImageShape, preprocessing: Mapping[str, Any] = MappingProxyType({})
+) -> DataSlices:
+    """The disjoint slices that the settings name, for a network that takes images of `image_shape`. Raises DataError.
+
+    `preprocessing` belongs to the network's weights: it holds wherever the settings leave something open.
+    """
+    if settings.source != "zoo":
+        settings = settings.model_copy(
+            update={key: value for key, value in preprocessing.items() if getattr(settings, key) is None}
+        )
+    slices: DataSlices = import_module(f"clado.data.sources.{settings.source}").load_data(settings, image_shape)
+    return slices
+
+
+def absent_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
+    """Slices of the sizes asked for, of images that are not there: a plan needs no more."""
+
+    def absent(count: int | None) -> AbsentSlice:
+        return AbsentSlice(count or 0, image_shape, settings.path)
+
+    counts = settings.calibration_images, settings.sensitivity_images, settings.validation_images
+    return DataSlices(absent(counts[0]), absent(counts[1]), absent(counts[2]), selection=absent(0))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Puts a safetensors file, or one of torch.save, into the network, refused (NetworkError) unless names and shapes fit."""
+    if not path.is_file():
+        raise NetworkError(
+            f"weights file {path} does not exist; expected a safetensors file with the network's state_dict, or .pth "
+            "(a plan does without: clado plan CONFIG network.weights=random)"
+        )
+    from clado.data.sources.torchvision import current_names
+
+    saved = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
+    state, known = OrderedDict(current_names(saved)), getattr(saved, "_metadata", None)
+    faults: list[str] = []
+    # modules read there by which version of theirs they were saved; a file without word of it may be of the first, or of today's
+    for state._metadata in (known,) if known else ({}, model.state_dict()._metadata):  # type: ignore[attr-defined]
+        if not (faults := _faults(model, state)):
+            return
+    raise NetworkError(
+        f"weights file {path} does not fit the network: {'; '.join(faults)} (names are those of model.state_dict(), "
+        f"{len(model.state_dict())} in the network, {len(state)} in the file)"
+    )
+
+
+def _faults(model: nn.Module, state: OrderedDict[str, Tensor]) -> list[str]:
+    """What is wrong with a state that is put into a network; modules may rename what earlier versions of theirs have saved."""
+    own = model.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the network's {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if shapes:
+        lacking, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
+    else:
+        try:
+            lacking, unexpected = model.load_state_dict(state, strict=False)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            return [str(error)]
+    # A tensor that two names share is stored once; the count of batches never acts in eval mode.
+    given = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name not in lacking and tensor.numel()}
+    missing = [
+        name
+        for name, tensor in own.items()
+        if name in lacking and (tensor.data_ptr(), tensor.shape) not in given and not name.endswith("num_batches_tracked")
+    ]
+    found = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("other shapes:", shapes, "; "))
+    return [f"{what} {_some(names, between)}" for what, names, between in found if names]
+
+
+def _safetensors_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise NetworkError(
+            f"weights file {path} is not a readable safetensors file ({error}); write one with safetensors.torch.save_file"
+        ) from None
+
+
+def _torch_file(path: Path) -> dict[str, Tensor]:
+    """A state_dict as torchvision publishes it. Only tensors are unpickled: a file cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # it raises many kinds, its own for what is no tensor
+        raise NetworkError(
+            f"weights file {path} is not a state_dict that torch.load reads without running code "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected torch.save(model.state_dict(), FILE)"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise NetworkError(f"weights file {path} holds no plain state_dict; expected torch.save(model.state_dict(), FILE)")
+    return state
+
+
+def _some(names: Iterable[str], separator: str = ", ", limit: int = 5) -> str:
+    names = list(names)
+    return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not tensor.dtype.is_floating_point:
+            continue
+        if tensor.dtype != torch.float32:
+            raise NetworkError(f"{name} is {tensor.dtype}; expected a network of torch.float32: model.float()")
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise NetworkError(f"{name} has {bad} NaN or infinite values of {tensor.numel()}; expected a sound checkpoint")
+
+
+def _example_input(example: Tensor | ImageShape | None, settings: NetworkSettings) -> Tensor:
+    shape = settings.image_shape
+    if isinstance(example, Tensor):
+        check_batch(example, None, shape, whose=f"the example input of {settings.name}")
+        return (
+            example.detach().cpu()[:EXAMPLE_BATCH] if len(example) > 1 else example.detach().cpu().repeat(EXAMPLE_BATCH, 1, 1, 1)
+        )
+    shape = shape or example
+    if shape is None:
+        raise NetworkError(
+            f"the shape of {settings.name}'s images is not known; set network.image_shape, such as [3, 224, 224], "
+            "or let the factory return (network, example_input)"
+        )
+    return torch.randn(EXAMPLE_BATCH, *shape, generator=torch.Generator().manual_seed(BUILD_SEED))

@@ -1,0 +1,91 @@
+"""Images below a folder, one sub-folder a class as in torchvision's ImageFolder and ImageNet, decoded when they are read.
+
+Three layouts: FOLDER/train and FOLDER/val (validation comes from val, the other slices from train); FOLDER with class
+sub-folders; FOLDER with images only, which is unlabelled.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clado.data.decoding import EncodedSlice, Listing, Preprocessing, cut, no_folder
+from clado.data.images import DataSlices, ImageShape
+from clado.errors import DataError
+from clado.settings.schema import DataSettings
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file below the folder `top`."""
+
+    top: Path
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Path below `top`."""
+        return self.path.relative_to(self.top).as_posix()
+
+    def read(self) -> bytes:
+        """Its content."""
+        return self.path.read_bytes()
+
+
+def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
+    """The slices of the folder `settings.path`; file names only are read here, images when they are loaded."""
+    root = settings.path
+    if root is None or not root.is_dir():
+        raise no_folder(root, "one with a sub-folder of images for each class")
+    train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
+    if not train_and_val and any((root / part).is_dir() and _has_folders(root / part) for part in ("train", "val", "test")):
+        raise DataError(
+            f"{root} has class sub-folders one level down; expected both {root}/train and {root}/val, or the path of one of them"
+        )
+    training = _list(root, root / "train" if train_and_val else root)
+    return cut(settings, image_shape, training, _list(root, root / "val") if train_and_val else None)
+
+
+def training_slice(
+    root: Path, settings: DataSettings, image_shape: ImageShape, classes: tuple[str, ...] | None = None
+) -> EncodedSlice:
+    """Every image of root/train, or of root where there is no such folder, but those to skip, prepared as the settings say; with
+    the numbers that `classes` (their names) have where they are known."""
+    listing = _list(root, root / "train" if (root / "train").is_dir() else root).numbered(settings.class_numbers)
+    if classes is not None:
+        listing = listing.with_classes(classes)
+    chosen = [k for k, image in enumerate(listing.images) if image.name not in settings.skip]
+    return listing.slice(chosen, Preprocessing.of(settings, image_shape))
+
+
+def _list(top: Path, root: Path) -> Listing:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+
+    class VisibleFolders(ImageFolder):  # type: ignore[misc]
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            names = sorted(child.name for child in _folders(Path(directory)))
+            return names, {name: number for number, name in enumerate(names)}
+
+    files = sorted(file for file in root.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    listing = Listing(root, tuple(ImageFile(top, file) for file in files))
+    if _has_folders(root):
+        found = VisibleFolders(str(root), allow_empty=True)
+        if found.samples or not files:  # folders without an image beside images are no classes
+            images = tuple(ImageFile(top, Path(file)) for file, _ in found.samples)
+            listing = Listing(root, images, tuple(label for _, label in found.samples), tuple(found.classes))
+    if not listing.images:
+        raise DataError(
+            f"{root} holds no images; expected files of the kinds {' '.join(IMG_EXTENSIONS)}, in one sub-folder a class or flat"
+        )
+    return listing
+
+
+def _has_folders(root: Path) -> bool:
+    return any(True for _ in _folders(root))
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Sub-folders that may be classes: not those that tools hide, such as .ipynb_checkpoints."""
+    return (child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))

@@ -1,0 +1,120 @@
+"""Images in uncompressed tar shards, as webdataset names them: KEY.jpg (or another image) and KEY.cls, its class.
+
+Two layouts: FOLDER/train/*.tar and FOLDER/val/*.tar (validation comes from val, the other slices from train), or FOLDER/*.tar.
+A .cls file holds a class number, or an ImageNet synset such as n01440764; shards without any are unlabelled. Headers are read
+once, images in place when they are loaded, so every image can be reached at random. webdataset itself streams shards in order,
+which slices that are drawn by seed cannot use.
+"""
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from clado.data.decoding import Listing, cut, imagenet_numbers, no_folder
+from clado.data.images import DataSlices, ImageShape
+from clado.errors import DataError
+from clado.settings.schema import DataSettings
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """`size` bytes from `offset` of a shard below the folder `top`."""
+
+    top: Path
+    shard: Path
+    member: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.member} in {self.shard}"
+
+    @property
+    def name(self) -> str:
+        """The shard's path below `top`, and the member's name in it."""
+        return f"{self.shard.relative_to(self.top).as_posix()}/{self.member}"
+
+    def read(self) -> bytes:
+        """Its content."""
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
+    """The slices of the shards below `settings.path`; headers and labels are read here, images when they are loaded."""
+    root = settings.path
+    if root is None or not root.is_dir():
+        raise no_folder(root, "one of tar shards, or with train/ and val/ of such")
+    train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
+    training = _list(root, root / "train" if train_and_val else root)
+    return cut(settings, image_shape, training, _list(root, root / "val") if train_and_val else None)
+
+
+def _list(top: Path, folder: Path) -> Listing:
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise DataError(f"{folder} holds no tar shards; expected files *.tar of KEY.jpg and KEY.cls, or train/ and val/ of such")
+    images: list[TarMember] = []
+    classes: list[str | None] = []
+    for shard in shards:
+        found = _members(top, shard)
+        for key in sorted(found[0]):
+            images.append(found[0][key])
+            classes.append(found[1].get(key))
+    if not images:
+        raise DataError(f"the shards of {folder} hold no images; expected members such as KEY.jpg and KEY.cls")
+    named = [name for name in classes if name is not None]
+    if not named:
+        return Listing(folder, tuple(images))
+    if len(named) < len(images):
+        bare = images[classes.index(None)]
+        raise DataError(f"{bare} has no .cls beside it and {len(named)} other images have; expected labels on all or none")
+    numbers = imagenet_numbers()
+    if all(name in numbers for name in named):
+        synsets = tuple(sorted(set(named)))
+        place = {synset: k for k, synset in enumerate(synsets)}
+        return Listing(folder, tuple(images), tuple(place[name] for name in named), synsets)
+    for image, name in zip(images, named, strict=True):
+        if not name.isdecimal():
+            raise DataError(
+                f"the .cls of {image} says {name!r}; expected a class number such as 7, or a synset such as n01440764"
+            )
+    return Listing(folder, tuple(images), tuple(map(int, named)))
+
+
+def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, str]]:
+    """Images and classes of a shard by key: the member's name up to the first dot of its last part."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    images: dict[str, TarMember] = {}
+    classes: dict[str, str] = {}
+    further: dict[str, str] = {}  # key -> an image that names more than its kind behind the first dot, as masks do
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key, kind = f"{folder}{slash}{stem}", f".{extension.lower()}"
+                if member.isdir():
+                    continue
+                if not member.isfile():
+                    if kind in IMG_EXTENSIONS or extension == "cls":
+                        raise DataError(
+                            f"{member.name} in {shard} is a link; expected files themselves (tar -h --hard-dereference)"
+                        )
+                elif kind in IMG_EXTENSIONS:
+                    if key in images:
+                        raise DataError(f"{shard} holds both {images[key].member} and {member.name}; expected one image of a key")
+                    images[key] = TarMember(top, shard, member.name, member.offset_data, member.size)
+                elif kind.endswith(IMG_EXTENSIONS):
+                    further[key] = member.name
+                elif extension == "cls" and (file := archive.extractfile(member)) is not None:
+                    classes[key] = file.read().decode("ascii", "replace").strip()
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{shard} is not a readable tar file ({error}); expected one without compression") from None
+    if alone := [name for key, name in further.items() if key not in images]:
+        raise DataError(
+            f"{alone[0]} in {shard} has a dot in its key, which webdataset ends at the first one; expected names such as KEY.jpg"
+        )
+    return images, classes

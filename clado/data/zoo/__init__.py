@@ -1,0 +1,16 @@
+"""The zoo: small networks trained by us on Fashion-MNIST, and images for a demo. `train.py` makes every file again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from clado.data.zoo.networks import MobileNetV2, ResNet20, VisionTransformer
+
+ZOO = Path(__file__).parent
+MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, scaled to 0..1
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20_fashion_mnist": ResNet20,
+    "mobilenetv2_fashion_mnist": MobileNetV2,
+    "vit_fashion_mnist": VisionTransformer,
+}

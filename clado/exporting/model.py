@@ -1,0 +1,90 @@
+"""A packed network beside what builds it again: the folder that MLflow gets as a model, and loads without unpickling anything.
+
+    packed.safetensors   the network that ships (`packed.py`)
+    model.json           how to build its float network, what it takes and gives, and the versions it was made with
+
+MLflow's `python_function` flavour names this module and calls `_load_pyfunc`; nothing here imports MLflow. A network from a
+Python factory needs that factory's module where it is loaded.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clado.data.sources import build_network
+from clado.errors import StoreError
+from clado.exporting.packed import PackedSize, export_packed, load_packed
+from clado.network.network import Network, Replaced
+from clado.records import write_text
+from clado.settings.schema import NetworkSettings
+
+PACKED, MODEL = "packed.safetensors", "model.json"
+FORMAT = "clado-model/1"
+LIBRARIES = ("clado", "torch", "numpy", "safetensors")
+
+
+def export_model(folder: Path, network: Network, layers: Replaced, settings: NetworkSettings) -> PackedSize:
+    """Writes a network with layers (by index) replaced, as `Prepared.shipped` gives both; `settings` name the float network.
+
+    NetworkError, as `export_packed`, for what a torch module cannot hold; nothing is written then.
+    """
+    size = export_packed(folder / PACKED, network, layers)
+    document = {
+        "format": FORMAT,
+        "name": name_of(settings),
+        "network": settings.model_dump(mode="json"),
+        "image_shape": list(network.example.shape[1:]),
+        "num_classes": int(network.logits(network.example).shape[1]),
+        "requirements": requirements(settings),
+    }
+    write_text(folder / MODEL, json.dumps(document, indent=1))
+    return size
+
+
+def name_of(settings: NetworkSettings) -> str:
+    """What tells the network from others, without the / and : that MLflow forbids: source, name, and any weights named."""
+    weights = [] if settings.weights is None else [Path(settings.weights).stem]
+    return re.sub("[/:]", ".", ".".join([settings.source, settings.name, *weights]))
+
+
+def requirements(settings: NetworkSettings) -> list[str]:
+    """What loading needs, each pinned to the version installed here; +cpu and the like name builds that no index has."""
+    own = {"torchvision": ("torchvision",), "timm": ("timm", "torchvision")}.get(settings.source, ())
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*LIBRARIES, *own)]
+
+
+def read_model(folder: Path) -> dict[str, Any]:
+    """model.json of a folder that `export_model` wrote; StoreError where it is none."""
+    try:
+        document: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise ValueError(f"its format is {document['format']!r}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder} holds no model of ours ({error}); expected {FORMAT}, as `clado run` writes it") from None
+    return document
+
+
+class PackedModel:
+    """The network with its packed weights, as MLflow calls it."""
+
+    def __init__(self, folder: Path) -> None:
+        settings = NetworkSettings.model_validate(read_model(folder)["network"])
+        self.module = load_packed(folder / PACKED, build_network(settings)[0])
+
+    def predict(self, model_input: NDArray[np.float32], params: Mapping[str, Any] | None = None) -> NDArray[np.float32]:
+        """Logits float32 (n, classes) of images float32 (n, C, H, W), normalised as the run normalised them."""
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self.module(torch.tensor(model_input)).numpy()
+        return logits
+
+
+def _load_pyfunc(data_path: str) -> PackedModel:
+    """The model in a folder; MLflow finds this function by its name."""
+    return PackedModel(Path(data_path))

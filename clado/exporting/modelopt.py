@@ -1,0 +1,85 @@
+"""A Python file that quantizes a network with NVIDIA ModelOpt (nvidia-modelopt) as assigned. Verified with 0.47.0.
+
+Format: https://nvidia.github.io/Model-Optimizer/guides/_quant_cfg.html, an ordered list of quantizer names and their settings.
+One bit is refused: ModelOpt's one-bit grid holds nothing but zero, ours −1 and +1. Widths other than 8 are simulated there.
+Activation bits become those of the layers' input quantizers, one scale for each, calibrated on images that the caller gives.
+"""
+
+from clado.exporting.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal
+from clado.space import Assignment, SearchSpace
+
+OPERATORS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
+
+_BODY = '''
+QUANT_CFG = {
+    "quant_cfg": [
+        {"quantizer_name": "*", "enable": False},
+        *(
+            {
+                "quantizer_name": f"{name}_quantizer",
+                "cfg": {"num_bits": bits, "axis": CHANNEL_AXIS.get(name, 0), "narrow_range": True},
+            }
+            for name, bits in BITS.items()
+            if bits is not None
+        ),
+        *(
+            {"quantizer_name": f"{name.rpartition('.')[0]}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}}
+            for name, bits in ACTIVATION_BITS.items()
+            if bits is not None
+        ),
+    ],
+    "algorithm": {"method": "mse", "start_multiplier": 0.1, "stop_multiplier": 1.0, "step_size": 0.05},
+}
+
+
+def quantize(model, images=None):
+    """Simulates the quantized network in place and returns it. `images`: a batch that gives the inputs' scales, where any do."""
+    if any(ACTIVATION_BITS.values()) and images is None:
+        raise ValueError("inputs are quantized too; expected quantize(network, images) with a batch to fit their scales to")
+    refuse_shared(model)
+    attention = [name for name, module in model.named_modules() if isinstance(module, torch.nn.MultiheadAttention)]
+    unseen = [name for name in BITS if BITS[name] is not None and any(name.startswith(f"{a}.") for a in attention)]
+    if unseen:
+        raise ValueError(f"ModelOpt does not quantize inside torch.nn.MultiheadAttention: {unseen}")
+    mtq.quantize(model, QUANT_CFG, forward_loop=(lambda network: network(images)) if any(ACTIVATION_BITS.values()) else None)
+    inputs = {f"{name.rpartition('.')[0]}.input_quantizer": bits for name, bits in ACTIVATION_BITS.items()}
+    for name, bits in {**{f"{name}_quantizer": bits for name, bits in BITS.items()}, **inputs}.items():
+        quantizer = model.get_submodule(name) if bits is not None else None
+        if quantizer is not None and (not quantizer.is_enabled or quantizer.num_bits != bits):
+            raise ValueError(f"{name} came out as {quantizer}, expected {bits} bits")
+    return model
+'''
+
+_INPUTS = """
+Inputs have one symmetric scale each, fitted to the images given (of the largest magnitude), where ours may be shifted: they
+lose a bit behind a ReLU.
+"""
+
+
+def snippet(space: SearchSpace, assignment: Assignment) -> str:
+    """The file's text; ConfigurationError names what ModelOpt cannot express."""
+    assignment = space.completed(assignment)
+    check_expressible("ModelOpt", space, assignment, OPERATORS, least=2, most=16)
+    images, what, inputs = "", "Weights only,", ""
+    if assignment.activation_bits:
+        images, what, inputs = ", images", "Weights are", _INPUTS
+    axes = {layer.name: layer.channel_axis for layer in space.layers if layer.channel_axis != 0}
+    return f'''"""{headline("NVIDIA ModelOpt", space, assignment)}
+
+    from assignment_modelopt import quantize
+
+    quantize(network{images})
+
+{what} symmetric, one scale per output channel. ModelOpt fits the scales itself (least squared error), so the loss
+differs a little from the one that was measured. None leaves a layer in float.
+{inputs}"""
+
+import modelopt.torch.quantization as mtq
+import torch
+
+{literal(space, assignment)}{"" if inputs else "ACTIVATION_BITS = {}"}
+# the output channels of all others are axis 0
+CHANNEL_AXIS = {axes!r}
+{_BODY.rstrip()}
+
+{NO_SHARED_WEIGHTS}'''

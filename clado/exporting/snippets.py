@@ -1,0 +1,105 @@
+"""A ready Python file that applies an assignment with a peer's library: what the peers' modules here have in common.
+
+Every snippet holds the assignment as the literal `BITS` (`read_assignment` reads it back, without running the file), quantizes
+weights symmetric, with one scale per output channel where the peer allows, and checks that each layer came out as assigned.
+Activation bits are the literal `ACTIVATION_BITS`; ModelOpt applies them, MCT (which quantizes outputs of layers, not inputs)
+and torchao do not, and their snippets say so. What a peer cannot express is refused here, by name.
+"""
+
+import json
+from collections.abc import Container, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from clado.errors import ConfigurationError, StoreError
+from clado.records import write_text
+from clado.space import Assignment, SearchSpace
+
+PEERS = ("modelopt", "mct", "torchao")
+ASSIGNMENT = "assignment.json"
+
+NO_SHARED_WEIGHTS = '''
+def refuse_shared(model):
+    """An assignment counts a shared weight once; to quantize it in one of its modules alone would make another network."""
+    owners = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    shared = [names for names in owners.values() if len(names) > 1 and not BITS.keys().isdisjoint(names)]
+    if shared:
+        raise ValueError(f"these names share one weight, which cannot be quantized in one place: {shared}")
+'''
+
+
+def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment) -> Path:
+    """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path."""
+    text = import_module(f"clado.exporting.{known(peer)}").snippet(space, assignment)
+    document, beside = space.to_json(assignment), folder / ASSIGNMENT
+    if not beside.is_file():
+        write_text(beside, json.dumps(document, indent=1))
+    elif not holds(beside, document):
+        raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
+    file = folder / f"assignment_{peer}.py"
+    write_text(file, text)
+    return file
+
+
+def holds(file: Path, document: Mapping[str, object]) -> bool:
+    """Whether a file is this JSON document; one that is damaged is not."""
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")) == document)
+    except ValueError:
+        return False
+
+
+def known(peer: str) -> str:
+    """The peer's name, refused unless there is a snippet for it."""
+    if peer not in PEERS:
+        raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(PEERS[:-1])} or {PEERS[-1]}")
+    return peer
+
+
+def literal(space: SearchSpace, assignment: Assignment) -> str:
+    """The assignment as Python: `BITS = {parameter: bits}`, and `ACTIVATION_BITS` where it has some."""
+
+    def mapping(name: str, values: Sequence[int | None]) -> str:
+        rows = [f"    {json.dumps(layer)}: {bits},\n" for layer, bits in zip(space.names, values, strict=True)]
+        return f"{name} = {{\n{''.join(rows)}}}\n"
+
+    widths = assignment.activation_bits
+    return mapping("BITS", assignment.bits) + (mapping("ACTIVATION_BITS", widths) if widths else "")
+
+
+def not_applied(peer: str, assignment: Assignment) -> str:
+    """A paragraph for a snippet's docstring where a peer leaves assigned activation bits unapplied."""
+    if not assignment.activation_bits:
+        return ""
+    return f"\nActivations stay in float: ACTIVATION_BITS says what was assigned and measured, but is not applied with {peer}.\n"
+
+
+def headline(peer: str, space: SearchSpace, assignment: Assignment) -> str:
+    """First line of a snippet's docstring."""
+    size = f"{space.average_bits(assignment):.3f} bits a weight, {space.size_bytes(assignment):,} bytes when packed"
+    return f"Weight bit-widths for {peer}, one for each layer: {size}."
+
+
+def check_expressible(
+    peer: str, space: SearchSpace, assignment: Assignment, operators: Container[str], least: int, most: int
+) -> None:
+    """Refuses, naming them, layers that are not `<module>.weight` of a known operator, and widths outside least..most (of
+    activations too, where the assignment has some).
+    """
+    faults = []
+    for layer, (bits, width) in zip(space.layers, assignment.pairs, strict=True):
+        if bits is None:
+            continue
+        if layer.name.rpartition(".")[2] != "weight":
+            faults.append(f"{layer.name} is not the weight of a module of its own")
+        elif layer.operator not in operators:
+            faults.append(f"{layer.name} is consumed by {layer.operator}")
+        elif not least <= bits <= most:
+            faults.append(f"{layer.name} has {bits} bits, and {peer} takes {least} to {most}")
+        elif width is not None and not least <= width <= most:
+            faults.append(f"{layer.name} has activations at {width} bits, and {peer} takes {least} to {most}")
+    if faults:
+        advice = "pin or fix these layers, or export as safetensors"
+        raise ConfigurationError(f"{peer} cannot express this assignment: {'; '.join(faults)}; {advice}")

@@ -1,0 +1,1 @@
+"""The interaction matrix, and the estimators that make it."""

@@ -1,0 +1,21 @@
+"""Layers two at a time within a block: the matrix of `pairwise`, and 0 for two layers of different blocks.
+
+That errors depend on one another within a residual block or an encoder layer and little beyond is BRECQ's observation
+(arXiv 2102.05426, section 3.2). Blocks are the module tree's (`blocks.py`), or those of `layers.blocks` in the settings.
+
+Costs 1 + K forwards of the sensitivity set and one for every pair of options of different layers of one block; nothing beside
+`pairwise`, among whose pairs they are.
+"""
+
+from clado.interaction.estimators import Measured
+from clado.interaction.estimators.pairwise import of_pairs
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.plan import Kind, pair_mask
+
+KINDS = ("singles", "block_pairs")
+
+
+def estimate(measured: Measured) -> InteractionMatrix:
+    """Block matrix, up to the order of layers."""
+    kind: Kind = "pairs" if "pairs" in measured.sums else "block_pairs"
+    return of_pairs("blockwise", measured, kind, pair_mask(measured.space, "block_pairs"))

@@ -1,0 +1,15 @@
+"""Layers one at a time: the diagonal 2 ℓ({i:a}) and nothing else.
+
+The baseline that CLADO calls CLADO* (arXiv 2307.05657, section 5), and with `kl_to_float` ZeroQ's sensitivity (arXiv 2001.00281).
+Costs 1 + K forwards of the sensitivity set.
+"""
+
+from clado.interaction.estimators import Measured, diagonal_matrix
+from clado.interaction.matrix import InteractionMatrix
+
+KINDS = ("singles",)
+
+
+def estimate(measured: Measured) -> InteractionMatrix:
+    """Diagonal matrix of twice the measured increases."""
+    return diagonal_matrix("layerwise", measured, 2 * measured.increases())

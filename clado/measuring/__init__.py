@@ -1,0 +1,1 @@
+"""What is measured: the plan in integers, and the sweep that executes it."""

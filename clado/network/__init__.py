@@ -1,0 +1,1 @@
+"""A network as a graph whose layers can be replaced."""

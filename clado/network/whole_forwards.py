@@ -1,0 +1,317 @@
+"""The slower path for networks that have no graph: every probe is a whole forward of the module with weights replaced.
+
+Same interface as `Graph`, so that measuring does not know which of the two it drives: a state is a run that has not been made
+yet, advancing it notes which weights to replace, and finishing it makes the run. Stacked states are finished one by one, since
+each has weights of its own.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from clado.errors import NetworkError
+from clado.grids import ActivationGrid, QuantizedLayer
+from clado.network.graph import (
+    Call,
+    Cut,
+    Fold,
+    Norm,
+    NormStatistics,
+    Statistics,
+    as_seen,
+    logits_of,
+    outside_inference,
+    pooled_moments,
+)
+from clado.network.tracing import eval_mode, why_unsearched
+from clado.space import Layer
+
+# Functions that consume a weight as their second argument `weight`, and the weight's axis of output channels.
+_CONSUMERS: dict[Any, tuple[str, int]] = {
+    F.linear: ("linear", 0),
+    **{getattr(torch, f"conv{n}d"): (f"conv{n}d", 0) for n in (1, 2, 3)},
+    **{getattr(torch, f"conv_transpose{n}d"): (f"conv_transpose{n}d", 1) for n in (1, 2, 3)},
+}
+# The arguments behind weight and bias, in order, with their defaults.
+_CONVOLUTION = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+# Attention calls linear where no mode sees it; these of its arguments (with their positions) are its weights, in order of use.
+_ATTENTION = {"in_proj_weight": 5, "q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None, "out_proj_weight": 11}
+_UNSEEN = "no convolution, linear function or attention that the example met"
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Runs that are not made yet: (images, weights to replace) of each, and their logits once they are."""
+
+    parts: tuple[tuple[Tensor, Mapping[int, QuantizedLayer]], ...]
+    logits: Tensor | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Images of all runs."""
+        return sum(len(images) for images, _ in self.parts)
+
+
+class WholeForwards:
+    """A module run whole. Layers are the weights that convolutions, linear functions and attention read when the example runs."""
+
+    def __init__(self, model: nn.Module, example: Tensor, fixed: Callable[[str], bool]) -> None:
+        self.model = model
+        with eval_mode(model), torch.inference_mode():
+            watch = _Watch(model, len(example))
+            before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+            images = example.clone()
+            first = model(images)
+            if not torch.equal(images, example):
+                raise NetworkError("the network changes its images in place; expected one that leaves its input as it is")
+            second = model(example)
+            with watch:  # on its own: attention leaves its fused path where it is watched
+                model(example)
+        for name, tensor in model.named_buffers():
+            if not torch.equal(tensor, before[name]):
+                raise NetworkError(f"the network changes its buffer {name} when it runs; expected an eval mode that does not")
+        if not torch.equal(logits_of(first), logits_of(second)):
+            raise NetworkError("two runs on the same images differ: the network draws random numbers or keeps a state")
+        self.layers: tuple[Layer, ...] = tuple(layer for layer in watch.layers.values() if not fixed(layer.name))
+        parameters = dict(model.named_parameters())
+        self.weights: tuple[Tensor, ...] = tuple(parameters[layer.name].detach() for layer in self.layers)
+        self.parameters: tuple[tuple[str, slice | None], ...] = tuple((layer.name, None) for layer in self.layers)
+        self.bias_names: tuple[str | None, ...] = tuple(_bias_name(layer.name, parameters) for layer in self.layers)
+        self.biases: tuple[Tensor | None, ...] = tuple(
+            None if name is None else parameters[name].detach() for name in self.bias_names
+        )
+        self.takes_bias: tuple[bool, ...] = tuple(name is not None for name in self.bias_names)
+        self.norms: tuple[Norm, ...] = ()  # batch norm is inside the modules' code, where no run stops
+        self.norm_means: tuple[str | None, ...] = (None,) * len(self.layers)
+        self._changed: dict[str, Tensor] = {}
+        self.macs: int = sum(layer.macs for layer in watch.layers.values())
+        # nothing is kept of a run, and resuming it costs all of it
+        self.cuts: tuple[Cut, ...] = tuple(Cut(0, {}, 0, self.macs, watch.peak_bytes) for _ in self.layers)
+        searched = {layer.name for layer in self.layers}
+        self.unsearched: tuple[tuple[str, int, str], ...] = tuple(
+            (name, tensor.numel() * tensor.element_size(), why_unsearched(tensor, fixed(name), _UNSEEN))
+            for name, tensor in parameters.items()
+            if name not in searched
+        )
+
+    def begin(self, images: Tensor) -> Deferred:
+        """A run of images (N, ...) with no weight replaced."""
+        return Deferred(((images, {}),))
+
+    def advance(self, state: Deferred, layer: int, replaced: Mapping[int, QuantizedLayer]) -> Deferred:
+        """The same runs with these layers replaced as well; made at once where `layer` is the number of layers."""
+        parts = tuple((images, {**earlier, **replaced}) for images, earlier in state.parts)
+        if layer < len(self.layers) or state.logits is not None:
+            return Deferred(parts, state.logits)
+        return Deferred(parts, torch.cat([self._forward(images, chosen) for images, chosen in parts]))
+
+    def stack_key(self, state: Deferred) -> Hashable:
+        """States may always be stacked."""
+        return ()
+
+    def stack(self, states: Sequence[Deferred], layer: int) -> Deferred:
+        """Several states as one."""
+        logits = [state.logits for state in states if state.logits is not None]
+        return Deferred(tuple(part for state in states for part in state.parts), torch.cat(logits) if logits else None)
+
+    def output(self, state: Deferred) -> Tensor:
+        """Logits (images, classes) of finished runs."""
+        return logits_of(state.logits)
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        """Names of parameters and buffers that `updated` takes."""
+        return frozenset({*dict(self.model.named_parameters()), *dict(self.model.named_buffers())})
+
+    def updated(self, named: Mapping[str, Tensor]) -> "WholeForwards":
+        """The same network with other values of parameters and buffers, by name."""
+        unknown = [name for name in named if name not in self.replaceable]
+        if unknown:
+            raise NetworkError(f"the network has no {', '.join(unknown)}; it cannot be given another value")
+        other = copy(self)
+        other._changed = {**self._changed, **named}
+        values = {**dict(self.model.named_parameters()), **other._changed}
+        other.weights = tuple(values[layer.name].detach() for layer in self.layers)
+        other.biases = tuple(None if name is None else values[name].detach() for name in self.bias_names)
+        return other
+
+    def differentiable(self) -> "WholeForwards":
+        """The same network with values that autograd may save."""
+        return self.updated({name: outside_inference(tensor) for name, tensor in self._changed.items()})
+
+    def with_batch_statistics(self) -> "WholeForwards":
+        """Refused: the statistics of stacked probes can be kept apart in a graph only."""
+        raise NetworkError("probes on batch statistics need a graph; expected graph: true under network")
+
+    def normalisation(
+        self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics = as_seen
+    ) -> dict[str, Tensor]:
+        """What `statistics` makes of those that batch norms see with layers replaced, by buffer name; all runs for each."""
+        network, found = self, dict[str, Tensor]()
+        modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+        order: list[str] = []
+        inputs: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(lambda _, __, n=name: order.append(n)) for name, m in modules.items()]
+        try:
+            self._forward(batches[0][:1], replaced)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in (name for name, uses in Counter(order).items() if uses == 1):  # else it has no statistics of one place
+            inputs.clear()
+            hook = modules[name].register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
+            try:
+                for batch in batches:
+                    network._forward(batch, replaced)
+            finally:
+                hook.remove()
+            if inputs:  # else the images themselves decide whether it runs
+                mean, variance = (f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var"))
+                own_mean, own_variance = (self._changed.get(n, self.model.get_buffer(n)) for n in (mean, variance))
+                moments = pooled_moments(inputs, own_mean.dtype)
+                of_norm = NormStatistics(mean, variance, modules[name].eps, (own_mean, own_variance), moments)
+                found |= zip((mean, variance), statistics(of_norm), strict=True)
+                network = network.updated(found)
+        return found
+
+    def folded(self) -> "tuple[WholeForwards, dict[int, Fold]]":
+        """Nothing is folded: the module runs its own code."""
+        return self, {}
+
+    def observe(self, state: Deferred, layer: int) -> list[Call]:
+        """The calls that consume a layer's weight in a float run; none for attention's weights, which no mode sees."""
+        ((images, replaced),) = state.parts
+        with _Seen(self.weights[layer]) as seen:
+            self._forward(images, replaced)
+        calls: list[Call] = seen.calls
+        return calls
+
+    def _forward(self, images: Tensor, replaced: Mapping[int, QuantizedLayer]) -> Tensor:
+        named = dict(self._changed)
+        grids = {}
+        for i, layer in replaced.items():
+            named[self.layers[i].name] = layer.weight
+            bias_name = self.bias_names[i]
+            if layer.bias is not None:
+                if bias_name is None:
+                    raise NetworkError(f"{self.layers[i].name} has no bias, and whole forwards give it none")
+                named[bias_name] = layer.bias
+            if layer.activation is not None:
+                grids[layer.weight.data_ptr()] = layer.activation
+        with eval_mode(self.model):
+            if not grids:
+                return logits_of(torch.func.functional_call(self.model, named, (images,)))
+            with _QuantizedInputs(grids) as inputs:
+                logits = logits_of(torch.func.functional_call(self.model, named, (images,)))
+        if inputs.met != set(grids):
+            names = [self.layers[i].name for i, layer in replaced.items() if layer.weight.data_ptr() not in inputs.met]
+            raise NetworkError(f"the input of {', '.join(names)} is out of reach of whole forwards; leave activations in float")
+        return logits
+
+
+def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
+    """Name of the bias beside a weight, None where there is none."""
+    folder, _, name = weight.rpartition(".")
+    candidate = f"{folder}.{name.replace('weight', 'bias')}".lstrip(".")
+    return candidate if candidate != weight and candidate in parameters else None
+
+
+def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(input, weight, bias, and what is behind them) of a call of a consumer, however it was written."""
+    operator, axis = _CONSUMERS[func]
+    rest = {} if operator == "linear" else _TRANSPOSED if axis else _CONVOLUTION
+    given = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
+    return (given["input"], given["weight"], given.get("bias"), *(given.get(name, default) for name, default in rest.items()))
+
+
+class _Seen(TorchFunctionMode):
+    """Keeps the calls of convolutions and linear functions that read one weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.size = weight.data_ptr(), weight.numel()
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONSUMERS:
+            x, weight, _, *rest = _positional(func, args, kwargs)
+            if weight.data_ptr() == self.weight and weight.numel() == self.size:  # its first rows have its address too
+                self.calls.append(Call(x, func, tuple(rest), tuple(weight.shape)))
+        return func(*args, **kwargs)
+
+
+class _QuantizedInputs(TorchFunctionMode):
+    """Puts the inputs of the functions that read certain weights (by address) on their grids."""
+
+    def __init__(self, grids: Mapping[int, ActivationGrid]) -> None:
+        super().__init__()
+        self.grids = grids
+        self.met: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONSUMERS:
+            x, weight, *rest = _positional(func, args, kwargs)
+            if (address := weight.data_ptr()) in self.grids:
+                self.met.add(address)
+                args, kwargs = (self.grids[address].fake_quantize(x), weight, *rest), {}
+        return func(*args, **kwargs)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes, while the example runs, which parameters are read as weights, in order, with multiply-accumulates of one image."""
+
+    def __init__(self, model: nn.Module, num_images: int) -> None:
+        super().__init__()
+        self.num_images = num_images
+        # of a tensor with several names the module's first is used
+        self.names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
+        self.owners: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            self.owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+        self.layers: dict[str, Layer] = {}
+        self.peak_bytes = 0  # of one image: most that one of these functions reads and writes, a lower bound of what a run takes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _CONSUMERS:
+            operator, axis = _CONSUMERS[func]
+            x, weight, *_ = _positional(func, args, kwargs)
+            positions = x if axis else result
+            self.peak_bytes = max(self.peak_bytes, (x.nbytes + result.nbytes) // self.num_images)
+            self._note(weight, operator, axis, positions.numel() * weight[0].numel())
+        elif func is F.multi_head_attention_forward:
+            for name, position in _ATTENTION.items():
+                weight = kwargs.get(name, args[position] if position is not None and position < len(args) else None)
+                if weight is not None:
+                    tokens = args[0].numel() // args[0].shape[-1]
+                    self._note(weight, "linear", 0, tokens * weight.numel())
+        return result
+
+    def _note(self, weight: Tensor, operator: str, axis: int, macs: int) -> None:
+        owners = self.owners.get(weight.untyped_storage().data_ptr(), [])
+        name = self.names.get(weight.data_ptr()) or (owners[0] if len(owners) == 1 else None)  # or further rows of a parameter
+        if name is None or not weight.is_floating_point() or self.parameters[name].ndim < 2:
+            return  # a weight that is computed, a buffer, or a vector: not a parameter to choose bits for
+        whole, stride = self.parameters[name], weight.stride(axis)
+        if whole.stride(axis) != stride and stride in whole.stride():  # it is read transposed
+            axis = whole.stride().index(stride)
+        seen = self.layers.get(name)
+        total = macs // self.num_images + (seen.macs if seen else 0)
+        self.layers[name] = Layer(name, tuple(whole.shape), operator, total, axis)

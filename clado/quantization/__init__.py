@@ -1,0 +1,1 @@
+"""Each layer at each candidate bit-width: quantizers, corrections, preparation, training."""

@@ -1,0 +1,1 @@
+"""A run that has been opened: its network, data, space, identity and prepared layers."""

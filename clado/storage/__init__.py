@@ -1,0 +1,1 @@
+"""What is kept on disk: measurements, prepared layers, evaluations."""

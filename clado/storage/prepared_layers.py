@@ -1,0 +1,142 @@
+"""Quantized layers on disk: a folder named after what they depend on, one safetensors file for each layer, written whole.
+
+    KEY/network.safetensors     parameters and buffers that corrections of the float network changed, by name
+    KEY/0007.safetensors        layer 7 at each of its candidates: k.weight, k.scale, k.zero_point, k.bias; grids in the header
+    KEY/final/HASH.safetensors  parameters and buffers that final corrections changed for one assignment, by name
+
+Made by one task a layer, in any order, by any process; read memory-mapped by every worker. A file that is there is complete.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clado.errors import StoreError
+from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
+from clado.space import Assignment
+
+FORMAT = "clado-layers/1"
+
+
+class Shelf:
+    """The folder of one key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def layer_file(self, layer: int) -> Path:
+        """Where a layer is kept."""
+        return self.folder / f"{layer:04d}.safetensors"
+
+    @property
+    def network_file(self) -> Path:
+        """Where changed parameters of the float network are kept."""
+        return self.folder / "network.safetensors"
+
+    def final_file(self, assignment: Assignment) -> Path:
+        """Where the final corrections of an assignment are kept."""
+        return self.folder / "final" / f"{assignment.key}.safetensors"
+
+    def missing(self, num_layers: int) -> list[int]:
+        """Layers that are not there yet."""
+        return [layer for layer in range(num_layers) if not self.layer_file(layer).exists()]
+
+    def write_layer(self, layer: int, quantized: Sequence[QuantizedLayer], notes: Sequence[str]) -> None:
+        """Keeps a layer at each of its candidates."""
+        tensors: dict[str, Tensor] = {}
+        grids = []
+        for k, made in enumerate(quantized):
+            tensors[f"{k}.weight"] = made.weight
+            if made.bias is not None:
+                tensors[f"{k}.bias"] = made.bias
+            if made.grid is not None:
+                tensors |= {f"{k}.scale": made.grid.scale, f"{k}.zero_point": made.grid.zero_point}
+            codes = None if made.grid is None else [made.grid.codes.low, made.grid.codes.high, made.grid.codes.step]
+            activation = made.activation
+            grids.append(
+                {
+                    "codes": codes,
+                    "channels_last": _is_channels_last(made.weight),
+                    # hexadecimal: the same float again
+                    "activation": activation and [activation.bits, activation.scale.hex(), activation.zero_point],
+                }
+            )
+        _write(self.layer_file(layer), tensors, {"candidates": json.dumps(grids), "notes": json.dumps(list(notes))})
+
+    def read_layer(self, layer: int, device: torch.device) -> tuple[list[QuantizedLayer], list[str]]:
+        """(a layer at each of its candidates, notes). Raises StoreError where it is absent or damaged."""
+        tensors, header = _read(self.layer_file(layer), device)
+        made = []
+        try:
+            for k, row in enumerate(json.loads(header["candidates"])):
+                grid = activation = None
+                if row["codes"] is not None:
+                    grid = Grid(tensors[f"{k}.scale"], tensors[f"{k}.zero_point"], Codes(*row["codes"]))
+                if row["activation"]:
+                    bits, scale, zero_point = row["activation"]
+                    activation = ActivationGrid(bits, float.fromhex(scale), zero_point)
+                weight = tensors[f"{k}.weight"]
+                if row["channels_last"]:
+                    weight = weight.contiguous(memory_format=torch.channels_last)
+                made.append(QuantizedLayer(weight, tensors.get(f"{k}.bias"), activation, grid))
+            return made, json.loads(header["notes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(self.layer_file(layer), error) from None
+
+    def write_network(self, tensors: Mapping[str, Tensor], notes: Sequence[str]) -> None:
+        """Keeps what corrections of the float network changed."""
+        _write(self.network_file, dict(tensors), {"notes": json.dumps(list(notes))})
+
+    def read_network(self, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
+        """(what corrections of the float network changed, notes)."""
+        tensors, header = _read(self.network_file, device)
+        try:
+            return tensors, json.loads(header["notes"])
+        except (KeyError, ValueError) as error:
+            raise _damaged(self.network_file, error) from None
+
+    def write_final(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps the final corrections of an assignment."""
+        _write(self.final_file(assignment), dict(tensors), {"assignment": str(assignment)})
+
+    def read_final(self, assignment: Assignment, device: torch.device) -> dict[str, Tensor] | None:
+        """The final corrections of an assignment, None where they are not there or another's."""
+        if not self.final_file(assignment).exists():
+            return None
+        tensors, header = _read(self.final_file(assignment), device)
+        return tensors if header.get("assignment") == str(assignment) else None
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(owned, part, {"format": FORMAT, **header})
+    part.chmod(0o644)  # safetensors writes it for its owner alone
+    part.replace(path)
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"{path} is absent or damaged ({error!r}); delete it and run again: it is made anew")
+
+
+def _read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+    if header.get("format") != FORMAT:
+        raise StoreError(f"{path} is not a file of quantized layers; delete the folder it lies in and run again")
+    return tensors, header

@@ -1,0 +1,1 @@
+"""MLflow: what is sent, and how it is delivered."""

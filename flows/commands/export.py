@@ -1,0 +1,137 @@
+"""Export: the network with an assignment's weights, as files that load without this package's settings or stores."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from clado.errors import ConfigurationError, StoreError
+from clado.exporting.packed import as_layers, as_module
+from clado.exporting.safetensors import ASSIGNMENT, export_network
+from clado.exporting.snippets import PEERS, holds, write_snippet
+from clado.records import write_text
+from clado.run.opened_run import Session
+from clado.space import Assignment
+
+FORMATS = ("safetensors", "packed", "onnx", *PEERS)
+PACKED, ONNX = "packed.safetensors", "network.onnx"
+COMPARED_IMAGES = 1000  # of the validation set, in ONNX Runtime
+
+
+def file_name(budget: str) -> str:
+    """The name of a budget as that of a file or a folder."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
+
+
+def budget_folder(session: Session, budget: str) -> Path:
+    """Where the chosen network of a budget is exported."""
+    return session.folder / "exports" / file_name(budget)
+
+
+def model_folder(session: Session, budget: str) -> Path:
+    """Where the chosen network of a budget is kept as MLflow gets it."""
+    return session.folder / "models" / file_name(budget)
+
+
+def check_format(kind: str) -> None:
+    """Refuses a format that there is no export in."""
+    if kind not in FORMATS:
+        raise ConfigurationError(f"unknown format {kind!r}; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
+def export_as(kind: str, session: Session, assignment: Assignment, folder: Path) -> tuple[Path, str]:
+    """(what was written, what there is to say about it) of an assignment in a format."""
+    if kind == "safetensors":
+        return export(session, assignment, folder), ""
+    if kind in PEERS:
+        return write_snippet(folder, kind, session.space, assignment), ""
+    network, layers = session.shipped(assignment)
+    document = session.space.to_json(assignment)
+    if (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document):
+        raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
+    if kind == "packed":
+        from clado.exporting.packed import export_packed
+
+        file = folder / PACKED
+        size = export_packed(file, network, layers)
+        write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
+        told = (
+            f"{size.total_bytes:,} bytes of tensors, {size.weight_bytes:,} of them weights, and a header of {size.header_bytes:,}"
+        )
+        return file, f"{told}; load it with clado.load_packed({str(file)!r}, network)"
+    from clado.exporting.onnx import compare, export_onnx
+
+    file = folder / ONNX
+    written = export_onnx(file, network, layers)
+    write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
+    kept = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
+    told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{kept}"
+    validation = session.slices.validation
+    agreement = compare(file, network, layers, *validation.load(0, min(COMPARED_IMAGES, len(validation))))
+    return file, f"{told}\n{agreement}"
+
+
+def export(session: Session, assignment: Assignment, folder: Path) -> Path:
+    """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
+    network, layers = session.shipped(assignment)
+    state, document = network.state_dict(layers), session.space.to_json(assignment)
+    added = [name for name in state if name not in network.model.state_dict()]
+    if added:  # refused where a module takes none, or its forward would not read it
+        as_module(network, {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()})
+    replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
+    export_network(folder, state, document, loading_snippet(session, bool(added)))
+    if replaced:  # what lies beside is of another assignment
+        for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in PEERS)):
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+ADDING = """for name in state.keys() - network.state_dict().keys():  # biases that corrections gave to layers without one
+    module, _, attribute = name.rpartition(".")
+    network.get_submodule(module).register_parameter(attribute, torch.nn.Parameter(state[name]))"""
+
+
+def loading_snippet(session: Session, adds_biases: bool = False) -> str:
+    """Lines that build the network and load the exported weights."""
+    network = session.config.network
+    name, (module, _, function) = repr(network.name), network.name.partition(":")
+    build = {
+        "zoo": f"from clado.data.zoo import NETWORKS; network = NETWORKS[{name}]()",
+        "torchvision": f"from torchvision.models import get_model; network = get_model({name}, weights=None{_built(session)})",
+        "timm": f"import timm; network = timm.create_model({name}, pretrained=False{_timm_options(session)})",
+        "factory": f"from {module} import {function} as factory; made = factory()\n"
+        "network = made[0] if isinstance(made, tuple) else made  # a factory may give an example input as well",
+    }[network.source]
+    return "\n".join(
+        (
+            *(["import torch"] if adds_biases else []),
+            "from safetensors.torch import load_file",
+            build,
+            'state = load_file("weights.safetensors")',
+            *([ADDING] if adds_biases else []),
+            "network.load_state_dict(state)",
+        )
+    )
+
+
+def _built(session: Session) -> str:
+    """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
+    change of normalisation that published weights need."""
+    if session.config.network.source != "torchvision":
+        return ""
+    size = session.loaded.image_shape[1]
+    if getattr(session.loaded.model, "transform_input", False):
+        return ", transform_input=True"
+    return f", image_size={size}" if session.config.network.name.startswith("vit_") and size != 224 else ""
+
+
+def _timm_options(session: Session) -> str:
+    """The options that sources/timm.py built the network with, as further arguments."""
+    if session.config.network.source != "timm" or session.config.network.image_shape is None:
+        return ""
+    import timm
+
+    channels, *size = session.config.network.image_shape
+    pretrained = timm.get_pretrained_cfg(session.config.network.name)
+    fixed = pretrained is not None and pretrained.fixed_input_size
+    return f", in_chans={channels}" + (f", img_size={tuple(size)}" if fixed else "")

@@ -1,0 +1,187 @@
+"""Finetune: trains the assignment chosen for a budget, evaluates what comes of it, writes it down, mirrors it to MLflow."""
+
+import json
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clado.data.images import ImageSlice, PickedSlice, check_slice
+from clado.errors import DataError
+from clado.evaluation import Counts, count, shards
+from clado.exporting.packed import as_module, export_packed
+from clado.exporting.safetensors import ASSIGNMENT
+from clado.grids import QuantizedLayer
+from clado.network.network import Network
+from clado.quantization.training import Epoch, FineTuned, Training, finetune
+from clado.records import Accuracy, Receipt, markdown_table, percent, write_text
+from clado.run.opened_run import EVALUATION_SHARD, Session, too_many_unreadable
+from clado.space import Assignment
+from clado.tracking import delivery
+from flows.commands.export import PACKED, file_name
+from flows.commands.stored import StoredRun, accuracy_of
+from flows.progress import progress
+
+RECORD = "finetuned.json"
+HELD_OUT, MOST_HELD_OUT = 0.2, 3000  # of the training images
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a fine-tuning reads: images to train on, images held out of them that decide when it ends, and where they are from."""
+
+    training: ImageSlice
+    held_out: ImageSlice
+    origin: str
+
+
+def images_of(session: Session, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
+    """A named training set, or without one every image of the run that is not for validation; a seeded part is held out.
+
+    Validation images are in neither. `most` bounds how many are trained on; `labels` says that labels are learned from.
+    """
+    if most is not None and most < 2:
+        raise DataError(f"--images is {most}; expected two or more to train on")
+    if folder is None:
+        slices = session.slices
+        everything: ImageSlice = PickedSlice([slices.calibration, slices.sensitivity, slices.selection])
+        origin = "the run's calibration, sensitivity and selection images"
+    else:
+        from clado.data.sources._training import load_training
+
+        own, settings = session.loaded.preprocessing, session.config.data
+        settings = settings.model_copy(update={key: value for key, value in own.items() if getattr(settings, key) is None})
+        everything = load_training(folder, settings, session.loaded.image_shape, session.slices.validation)
+        origin = str(folder)
+    outputs = int(session.float_network.logits(session.float_network.example).shape[1]) if labels else None
+    if outputs is not None and everything.num_classes is not None and everything.num_classes > outputs:
+        raise DataError(
+            f"{origin} has labels of {everything.num_classes} classes, the network {outputs} outputs; expected labels that fit"
+        )
+    if len(everything) < 10:
+        raise DataError(f"{origin}: {len(everything)} images; expected ten or more to train on")
+    order = np.random.default_rng(seed).permutation(len(everything)).tolist()
+    held = max(2, min(MOST_HELD_OUT, int(HELD_OUT * len(order))))
+    picked = order if most is None else order[: held + most]
+    # the run's own were read before it measured
+    lost = () if folder is None else _unreadable(session, PickedSlice([everything], picked), outputs, origin)
+    training, held_out = ([n for k, n in enumerate(picked) if k not in lost and (k < held) == out] for out in (False, True))
+    if not training or not held_out:
+        raise DataError(f"{origin}: of {len(picked)} images {len(lost)} cannot be read, too many to train and to hold out some")
+    return Images(PickedSlice([everything], training), PickedSlice([everything], held_out), origin)
+
+
+def _unreadable(session: Session, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
+    """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
+    or where one does not fit the network."""
+    allowed, found = session.config.data.max_corrupt_images, dict[int, str]()
+    check_slice(images, session.loaded.image_shape, outputs, unreadable=found if allowed else None)
+    if len(found) > allowed:
+        raise too_many_unreadable(origin, list(found.values()), allowed)
+    return found
+
+
+def folder_of(stored: StoredRun, budget: str) -> Path:
+    """Where the fine-tuned network of a budget is kept."""
+    return stored.folder / "finetuned" / file_name(budget)
+
+
+def train(
+    stored: StoredRun, session: Session, budget: str, assignment: Assignment, training: Training, images: Images
+) -> tuple[str, Receipt | None]:
+    """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt, None for a run
+    without a record, below which it would stand)."""
+    begin, folder = time.perf_counter(), folder_of(stored, budget)
+    network, layers = session.shipped(assignment)
+    as_module(network, layers)  # what could not be written is refused before hours are spent
+    with progress("training", 1.0) as advance:
+        done = 0.0
+
+        def advanced(batches: int, of: int) -> None:
+            nonlocal done
+            advance(batches / of - done)
+            done = batches / of
+
+        tuned = finetune(network, layers, session.float_network, images.training, images.held_out, training, advanced)
+    before, after = accuracy_of(session, assignment), accuracy_on_validation(session, tuned.network, tuned.layers)
+    size = export_packed(folder / PACKED, tuned.network, tuned.layers)
+    write_text(folder / ASSIGNMENT, json.dumps(session.space.to_json(assignment), indent=1))
+    document = {
+        "format": "clado-finetuned/1",
+        "budget": budget,
+        **session.space.to_json(assignment),
+        "training": asdict(training),
+        "images": {
+            "origin": images.origin,
+            "training": len(images.training),
+            "training_sha256": images.training.sha256,
+            "held_out": len(images.held_out),
+            "held_out_sha256": images.held_out.sha256,
+        },
+        "epochs": [asdict(epoch) for epoch in tuned.epochs],
+        "best_epoch": tuned.best_epoch,
+        "validation_before": asdict(before),
+        "validation": asdict(after),
+        "total_bytes": size.total_bytes,
+        "seconds": time.perf_counter() - begin,
+    }
+    write_text(folder / RECORD, json.dumps(document, indent=1))
+    told = text(tuned, before, after, images, folder)
+    if not (stored.folder / "record.json").is_file():
+        return told, None
+    receipt = delivery.track_nested(
+        stored.folder,
+        f"{budget} fine-tuned",
+        beside=folder,
+        experiment=stored.config.tracking.experiment,
+        uri=stored.config.tracking.uri,
+        params={"budget": budget, "method": "fine-tuned", "images": images.origin, **_texts(asdict(training))},
+        metrics=_metrics(tuned, before, after) | {"total_bytes": size.total_bytes},
+        series={"held_out_loss": [(epoch.number, epoch.held_out_loss) for epoch in tuned.epochs]}
+        | {"training_loss": [(e.number, e.training_loss) for e in tuned.epochs if e.training_loss is not None]},
+        artifacts=[folder / name for name in (PACKED, ASSIGNMENT, RECORD)],
+    )
+    return told, receipt
+
+
+def accuracy_on_validation(session: Session, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
+    """Accuracy of a network on the run's validation set."""
+    images = session.slices.validation
+    parts = shards(len(images), EVALUATION_SHARD)
+    return sum((count(network, layers, images, *part, reference=session.float_network) for part in parts), Counts()).accuracy()
+
+
+def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, folder: Path) -> str:
+    """Epochs, and accuracy before and after, for the terminal."""
+
+    def row(epoch: Epoch) -> list[str]:
+        loss = "" if epoch.training_loss is None else f"{epoch.training_loss:.5f}"
+        mark = "kept" if epoch.number == tuned.best_epoch else ""
+        return [str(epoch.number), loss, f"{epoch.held_out_loss:.5f}", f"{epoch.seconds:.0f}", mark]
+
+    table = markdown_table(["epoch", "training loss", "held-out loss", "seconds", ""], [row(epoch) for epoch in tuned.epochs])
+    kept = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
+    return (
+        f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {kept}\n"
+        f"validation, {after.num_images:,} images: top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
+        f"loss {before.loss:.4f} before, {after.loss:.4f} after\nwritten to {folder}: {PACKED}, {RECORD}"
+    )
+
+
+def _metrics(tuned: FineTuned, before: Accuracy, after: Accuracy) -> dict[str, float | None]:
+    return {
+        "top1": after.top1,
+        "top5": after.top5,
+        "validation_loss": after.loss,
+        "validation_images": after.num_images,
+        "top1_before": before.top1,
+        "validation_loss_before": before.loss,
+        "best_epoch": tuned.best_epoch,
+    }
+
+
+def _texts(document: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in document.items()}

@@ -1,0 +1,110 @@
+"""Smallest: the least bytes whose measured loss increase or top-1 drop stays under a bound, on images kept for this choice."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from clado.choosing import pareto, solvers
+from clado.choosing.program import Program
+from clado.choosing.proposals import Budget, program_of, together
+from clado.choosing.smallest import Candidate, Interval, Smallest, smallest
+from clado.choosing.solvers import Solve
+from clado.errors import DataError, InfeasibleError
+from clado.evaluation import per_image
+from clado.records import markdown_table
+from clado.run.opened_run import Session
+from clado.space import Assignment
+from flows.commands.stored import StoredRun
+from flows.guard import uninterrupted
+from flows.progress import progress
+
+FIRST = 8  # budgets of the first front, per estimator
+ROUNDS = 4
+FILL = 3  # budgets that fill the gap below an answer, per estimator and round
+
+
+def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Smallest:
+    """Measures candidates on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
+
+    `top1`: the bound is on the drop of top-1 (a fraction), which needs labels; else on the increase of cross entropy, or of KL
+    to the float network where there are no labels.
+    """
+    images, space = session.slices.selection, session.space
+    if len(images) < 2:
+        raise DataError(
+            "no images are left over to choose on; lower data.sensitivity_images or data.calibration_images, or set "
+            "data.validation_images for a folder without train/ and val/"
+        )
+    if top1 and images.load(0, 1)[1] is None:
+        raise DataError("a bound on top-1 needs labelled images; use --max-loss-increase instead")
+    float_losses, float_hits = per_image(session.float_network, {}, images)
+    measured = 0
+
+    def measure(assignment: Assignment) -> Interval:
+        nonlocal measured
+        losses, hits = per_image(*session.shipped(assignment), images, reference=session.float_network)
+        measured += 1
+        advance(1)
+        return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
+
+    low, high, solve = solver_of(stored)
+    most = (FIRST + ROUNDS * FILL) * len(stored.config.estimators)  # fewer where estimators agree
+    with progress("measuring", most) as advance:
+        front = solve(np.linspace(low, high, FIRST).astype(int).tolist())
+        return smallest(
+            space,
+            front,
+            measure,
+            lambda a, b: [
+                x for x in solve(np.linspace(a, b, FILL + 2)[1:-1].astype(int).tolist()) if a < space.size_bytes(x) < b
+            ],
+            bound,
+            ROUNDS,
+        )
+
+
+def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
+    """The least size that an estimator reaches, the largest that the run's limit on it allows, and what solves for every
+    estimator's optimum at each size between: programs and convexification are made once."""
+    space, settings = stored.measured.space, stored.config.solver
+    prepared: list[tuple[Program, Solve]] = []
+    largest = Budget("size", space.size_bytes(space.widest)).constraint(space)
+    limits = together(largest, stored.limits)  # that on the size is the first
+    for matrix in stored.matrices().values():
+        program = program_of(matrix, limits)
+        prepared.append((program, uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))))
+
+    def solve(sizes: Sequence[int]) -> list[Assignment]:
+        found: list[Assignment] = []
+        for program, solve in prepared:
+            for size in pareto.within_reach(program, "size", sizes):
+                with suppress(InfeasibleError):  # forbidden pairs or other limits leave nothing there
+                    found.append(solve(program.with_bounds({"size": size})).assignment)
+        return found
+
+    least = min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared)
+    return least, int(limits[0].bound), solve
+
+
+def text(found: Smallest, session: Session, top1: bool) -> str:
+    """The answer and its neighbours for the terminal."""
+    what, scale = ("top-1 drop %", 100.0) if top1 else ("loss increase", 1.0)
+
+    def row(name: str, candidate: Candidate) -> list[str]:
+        m = candidate.measured
+        bits = session.space.average_bits(candidate.assignment)
+        inside = "within" if m.high <= found.bound else "above"
+        interval = f"{scale * m.low:.4f} to {scale * m.high:.4f}"
+        return [name, f"{candidate.size_bytes:,}", f"{bits:.3f}", f"{scale * m.mean:.4f}", interval, inside]
+
+    named = [("smaller neighbour", found.smaller), ("answer", found.answer), ("larger neighbour", found.larger)]
+    table = markdown_table(
+        ["", "bytes", "bits", what, "95 % interval", "bound"], [row(name, c) for name, c in named if c is not None]
+    )
+    again = [c for c in found.candidates if c.size_bytes > found.answer.size_bytes and c.measured.high > found.bound]
+    note = f"\n{len(again)} larger candidates exceed the bound: what is measured does not fall evenly with size." if again else ""
+    return (
+        f"{table}\n{len(found.candidates)} candidates measured on {found.answer.measured.num_images} images that neither "
+        f"calibrate, nor measure, nor validate.{note}\n  {found.answer.assignment}"
+    )

@@ -1,0 +1,327 @@
+"""A finished run, read back from its folder: new budgets from stored shards, without measuring."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clado.choosing import pareto, solvers
+from clado.choosing.constraints import Constraint
+from clado.choosing.program import Program, Solution
+from clado.choosing.proposals import Budget, Proposal, beside, program_of, propose_uncorrected, together, widest_uniform
+from clado.choosing.solvers import Solve
+from clado.errors import ConfigurationError, DataError, InfeasibleError
+from clado.evaluation import Counts, shards
+from clado.interaction import estimators
+from clado.interaction.estimators import Measured
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.plan import Plan
+from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result, RunRecord, markdown_table, percent, write_text
+from clado.run.opened_run import EVALUATION_SHARD, Session, limit_of, limits_of
+from clado.settings.schema import RunConfig, load_run_config, parse_limit
+from clado.space import Assignment
+from clado.storage.measurement_store import Store
+from clado.tracking import delivery
+from flows.commands.export import file_name
+from flows.guard import uninterrupted
+from flows.phases.run import chosen_of, with_fewer_corrections
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """The configuration and the measurements of a run's folder."""
+
+    folder: Path
+    config: RunConfig
+    measured: Measured
+
+    @classmethod
+    def open(cls, folder: Path) -> "StoredRun":
+        """Reads a run's folder; StoreError where it holds no complete measurement."""
+        config = load_run_config(folder)
+        store = Store.open(config.store or folder / "store.zarr")
+        space = store.space.tied(config.layers.ties).blocked(config.layers.blocks)
+        blocks = tuple((start, stop) for start, stop in store.coverage["blocks"])
+        kinds, drawn = estimators.kinds_of(config.estimators, bool(config.corrections)), config.gradients
+        plan = Plan(space, blocks, kinds, store.rows_per_tile, drawn.vectors, drawn.seed)
+        return cls(folder, config, Measured(space, config.criterion, store.counts, store.gather(plan)))
+
+    @property
+    def limits(self) -> list[Constraint]:
+        """Limits that every answer must meet beside its budget."""
+        return limits_of(self.config, self.measured.space)
+
+    def matrices(self) -> dict[str, InteractionMatrix]:
+        """One matrix for each estimator of the configuration."""
+        return {name: estimators.estimate(name, self.measured) for name in self.config.estimators}
+
+    def beside(self) -> dict[str, InteractionMatrix]:
+        """Matrices that propose beside those."""
+        return beside(self.measured, self.config.estimators)
+
+    def uncorrected(self, budgets: Sequence[Budget]) -> list[Proposal]:
+        """What is proposed without corrections, for solver time only."""
+        settings = self.config.solver
+
+        def prepare(program: Program) -> Solve:
+            return uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
+
+        return propose_uncorrected(estimators.uncorrected(self.measured), budgets, prepare, self.limits)
+
+    def solve(
+        self, budget: Budget, further: Sequence[str] = (), matrices: Mapping[str, InteractionMatrix] | None = None
+    ) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
+        """(estimator, its matrix, its optimum) for a budget and further limits, each KIND=BOUND or KIND=BOUND:CSV; of the
+        configuration's estimators unless `matrices` are given."""
+        settings = self.config.solver
+        extra = self._further(further)
+        for name, matrix in (self.matrices() if matrices is None else matrices).items():
+            program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
+            yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
+
+    def rivals(self, matrix: InteractionMatrix, budget: Budget, further: Sequence[str] = ()) -> dict[str, Solution]:
+        """What layerwise and greedy answer under the same limits, scored on the same matrix."""
+        program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *self._further(further)]))
+        return {
+            "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
+            "greedy": solvers.solve(program, "greedy"),
+        }
+
+    def _further(self, limits: Sequence[str]) -> list[Constraint]:
+        return [limit_of(parse_limit(limit), self.config, self.measured.space) for limit in limits]
+
+    def smallest_predicted(self, increase: float) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
+        """(estimator, its matrix, its smallest assignment in bytes whose predicted increase stays under a bound)."""
+        settings, space = self.config.solver, self.measured.space
+        matrices = {name: matrix for name, matrix in self.matrices().items() if not matrix.ranking_only}
+        if not matrices:
+            raise ConfigurationError(
+                f"{', '.join(self.config.estimators)} order assignments and predict no loss; expected a bound on a measured "
+                "quantity: --max-loss-increase or --max-top1-drop"
+            )
+        for name, matrix in matrices.items():
+            widest = Budget("size", space.size_bytes(space.widest)).constraint(space)
+            program = program_of(matrix, together(widest, self.limits), "raw")  # clipped it would bound another function
+            solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
+            yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
+
+    def document(self, matrix: InteractionMatrix, solution: Solution, budget: Budget, limits: Sequence[str]) -> str:
+        """A solution as JSON: the assignment, what it keeps to, and how far it is proven."""
+        document = self.measured.space.to_json(solution.assignment)
+        document |= {
+            "estimator": matrix.estimator,
+            **({} if (predicted := matrix.loss_of(solution.objective)) is None else {"loss_predicted": predicted}),
+            "status": str(solution.status),
+            "budget": budget.name,
+            "limits": list(limits),
+        }
+        return json.dumps(document, indent=1)
+
+
+def score_text(stored: StoredRun, assignment: Assignment) -> str:
+    """What each of the run's matrices predicts for an assignment."""
+    space = stored.measured.space
+    rows = [[name, predicted_text(m, m.predicted_increase(assignment), 5)] for name, m in stored.matrices().items()]
+    size = f"{space.size_bytes(assignment):,} bytes, {space.average_bits(assignment):.3f} bits a weight"
+    return f"{markdown_table(['estimator', 'predicted loss'], rows)}\n{size}\n  {assignment}"
+
+
+def predicted_text(matrix: InteractionMatrix, objective: float, digits: int = 4) -> str:
+    """The loss that an objective predicts, or the objective alone where the matrix only orders assignments."""
+    loss = matrix.loss_of(objective)
+    return f"none (score {objective:.4g}: orders assignments, is not a loss)" if loss is None else f"{loss:.{digits}f}"
+
+
+def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> str:
+    """One solution for the terminal: what it is worth, how far that is proven, and what it leaves unused."""
+    space = matrix.space
+    size = f"{space.average_bits(solution.assignment):.3f} bits, {space.size_bytes(solution.assignment):,} bytes"
+    lines = [
+        f"{name}: {solution.status}, predicted loss {predicted_text(matrix, solution.objective)}, "
+        f"gap {100 * solution.gap:.4f} %, {solution.nodes} nodes, {solution.seconds:.2f} s; {size}",
+        f"  {solution.assignment}",
+        f"  {solution.advice}",
+        "  unused: "
+        + ", ".join(f"{slack:g} of {solution.values[limit] + slack:g} ({limit})" for limit, slack in solution.slack.items()),
+    ]
+    if solution.better_than_widest is not None:
+        lines.append(
+            "  the matrix prefers something to the widest bits even without a budget: more sensitivity images would help"
+        )
+    return "\n".join(lines)
+
+
+def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
+    """What the run proposed for its budgets, variants and searches included; nothing where it did not come that far."""
+    if not (stored.folder / "record.json").is_file():
+        return []
+    budgets = {budget.name: budget for budget in session.budgets}
+    record = RunRecord.load(stored.folder / "record.json")
+    if record.layer_names != session.space.names:  # of before a layer was added, and not written anew since
+        return []
+    rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
+    proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
+    known = {(p.budget.name, p.method, p.assignment) for p in proposals}
+    proposals += [  # whatever equals one of another method as well: `choose` goes by who proposed
+        Proposal(budgets[c.budget], c.origin, c.assignment, None if c.predicted_by else c.loss_predicted, listed=False)
+        for c in record.candidates
+        if c.budget in budgets and (c.budget, c.origin, c.assignment) not in known
+    ]
+    # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
+    # solved anew
+    fit = {budget: together(budget.constraint(session.space), stored.limits) for budget in session.budgets}
+    unfit = {
+        p.budget
+        for p in proposals
+        if p.method != UNIFORM and not all(limit.holds(session.space, p.assignment) for limit in fit[p.budget])
+    }
+    return [p for p in proposals if p.budget not in unfit]
+
+
+def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Proposal]:
+    """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
+    space, proposals = stored.measured.space, recorded(stored, session)
+    known = {proposal.budget for proposal in proposals}
+    for budget in wanted:
+        if budget not in known:
+            uniform = widest_uniform(space, together(budget.constraint(space), stored.limits))
+            proposals.append(Proposal(budget, UNIFORM, uniform))
+            proposals += _solved(stored, budget)
+    return proposals
+
+
+def _solved(stored: StoredRun, budget: Budget) -> list[Proposal]:
+    """Every estimator's proposal for a budget, of those that reach it without what is quarantined or forbidden."""
+    named, found = stored.matrices(), list[Proposal]()
+    unreached: list[InfeasibleError] = []
+    for name, matrix in {**named, **stored.beside()}.items():
+        try:
+            ((_, _, solution),) = stored.solve(budget, matrices={name: matrix})
+        except InfeasibleError as error:
+            unreached.append(error)
+            continue
+        predicted = matrix.loss_of(solution.objective)
+        found.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
+    if not found:
+        raise unreached[0]
+    return [*found, *stored.uncorrected([budget])]
+
+
+def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Proposal]) -> list[Result]:
+    """One result for each listed proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
+    where it is known, else measured here."""
+    ledger = session.ledger("sensitivity")
+
+    def measured(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
+        found: dict[Assignment, Counts] = {}
+        for assignment in assignments:
+            counts = ledger.get(assignment)
+            if counts is None:
+                counts = session.loss(assignment)
+                ledger.put(assignment, counts)
+            found[assignment] = counts
+        return found
+
+    counts = measured(list(dict.fromkeys(proposal.assignment for proposal in proposals)))
+    return chosen_of(session, with_fewer_corrections(session, proposals, counts, measured), counts)
+
+
+def answers(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Result]:
+    """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, as long as it is measured to be
+    what it was: what is exported is what the record says."""
+    rows = chosen_among(stored, session, candidates_of(stored, session, wanted))
+    before: dict[str, Result] = {}
+    if own := {proposal.budget.name for proposal in recorded(stored, session)}:
+        ledger = session.ledger("sensitivity")
+        for row in RunRecord.load(stored.folder / "record.json").results:
+            counts = ledger.get(row.assignment) if row.method == CHOSEN and row.budget in own else None
+            if counts is not None and math.isclose(counts.accuracy().loss, row.loss_shipped):
+                before[row.budget] = row
+    return [before.get(row.budget, row) if row.method == CHOSEN else row for row in rows]
+
+
+def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignment:
+    """What is chosen for a budget."""
+    rows = answers(stored, session, [budget])
+    return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
+
+
+def counts_of(session: Session, assignment: Assignment) -> Counts:
+    """Counts on the validation set: read where they are known, else counted here."""
+    ledger = session.ledger("validation")
+    counts = ledger.get(assignment)
+    if counts is None:
+        counts = Counts()
+        parts = shards(len(session.slices.validation), EVALUATION_SHARD)  # as the flow cuts them: the same sum, bit for bit
+        for part in parts:
+            found = ledger.get(assignment, part) or session.accuracies([assignment], *part)[0]
+            if len(parts) > 1:
+                ledger.put(assignment, found, part)
+            counts += found
+        ledger.put(assignment, counts)
+    return counts
+
+
+def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
+    """Accuracy on the validation set."""
+    return counts_of(session, assignment).accuracy()
+
+
+def evaluated(stored: StoredRun, session: Session, budget: Budget | None) -> list[Result]:
+    """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
+    wanted = [budget] if budget else list(session.budgets)
+    names = {asked.name for asked in wanted}
+    rows = answers(stored, session, wanted)
+    return [replace(row, validation=accuracy_of(session, row.assignment)) for row in rows if row.budget in names]
+
+
+def evaluation_text(rows: Sequence[Result]) -> str:
+    """Methods and their accuracy, for the terminal."""
+    table = []
+    for row in rows:
+        if (accuracy := row.validation) is not None:
+            cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_shipped:.4f}"]
+            low, high = accuracy.top1_interval or (None, None)
+            interval = "–" if low is None else f"{percent(low)} to {percent(high)}"
+            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), f"{accuracy.loss:.4f}"])
+    header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", "validation loss"]
+    return markdown_table(header, table)
+
+
+def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget | None) -> Receipt | None:
+    """Writes RUN/evaluated/BUDGET/table.md and mirrors it to MLflow below the run's own; nothing for a run without a record."""
+    if not (stored.folder / "record.json").is_file():
+        return None
+    name = budget.name if budget else "all budgets"
+    folder, settings = stored.folder / "evaluated" / file_name(name), stored.config.tracking
+    write_text(folder / "table.md", evaluation_text(rows) + "\n")
+    return delivery.track_nested(
+        stored.folder,
+        f"{name} evaluated",
+        beside=folder,
+        experiment=settings.experiment,
+        uri=settings.uri,
+        params={"budget": name, "method": "evaluated"},
+        series=delivery.curves(RunRecord.load(stored.folder / "record.json"), rows),
+        artifacts=[folder / "table.md"],
+    )
+
+
+def per_class_csv(session: Session, rows: Sequence[Result]) -> str:
+    """budget,method,class,name,images,top1_hits,top1 of every class that the validation set holds; the float network first."""
+    names: Sequence[str] = getattr(session.slices.validation, "classes", None) or ()
+    float_row = ("", FLOAT, session.space.nothing)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")  # names of classes may hold commas
+    table.writerow(["budget", "method", "class", "name", "images", "top1_hits", "top1"])
+    for budget, method, assignment in [float_row, *((row.budget, row.method, row.assignment) for row in rows)]:
+        counts = counts_of(session, assignment)
+        if counts.top1 is None:
+            raise DataError("the validation images have no labels; expected some for an accuracy per class")
+        for label, num_images, hits in counts.classes:
+            name = names[label] if label < len(names) else ""
+            table.writerow([budget, method, label, name, num_images, hits, f"{hits / num_images:.6f}"])
+    return text.getvalue()

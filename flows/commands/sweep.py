@@ -1,0 +1,141 @@
+"""Sweep: a whole front of budgets from a run's stored measurements, each answer's loss measured."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from clado.choosing import pareto, solvers
+from clado.choosing.program import Solution
+from clado.choosing.proposals import Budget, Proposal, program_of, together, widest_uniform
+from clado.errors import InfeasibleError
+from clado.interaction.matrix import InteractionMatrix
+from clado.records import CHOSEN, UNIFORM, Receipt, Result, RunRecord, markdown_table, write_text
+from clado.reporting import plots, tables
+from clado.run.opened_run import Session
+from clado.space import Assignment
+from clado.tracking import delivery
+from flows.commands.stored import StoredRun, chosen_among
+from flows.guard import uninterrupted
+from flows.progress import progress
+
+
+def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
+    """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
+    space = stored.measured.space
+    named = stored.matrices()
+    matrices = {**named, **stored.beside()}
+    # without what is quarantined; every matrix knows of that
+    narrowest = [program.assignment(program.narrowest) for program in (program_of(m, []) for m in matrices.values())]
+    smallest = min(_bound(stored, kind, assignment) for assignment in narrowest)
+    largest = _bound(stored, kind, space.widest)
+    bounds = [smallest + (largest - smallest) * k / (count - 1) for k in range(count)]
+    # rounded up, so that the narrowest bits meet the first
+    budgets = [
+        Budget(kind, math.ceil(b * 1e4) / 1e4 if kind in ("average_bits", "relative_size") else math.ceil(b)) for b in bounds
+    ]
+    proposals = []
+    with progress("solving", len(matrices)) as advance:
+        for budget in budgets:
+            fit = together(budget.constraint(space), stored.limits)
+            proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
+        unreached: list[InfeasibleError] = []  # of a matrix that what has no finite loss leaves no answer
+        for name, matrix in matrices.items():
+            try:
+                front = _front(stored, matrix, budgets)
+            except InfeasibleError as error:
+                unreached.append(error)
+                front = []
+            proposals += [
+                Proposal(budget, name, s.assignment, matrix.loss_of(s.objective), s, listed=name in named) for budget, s in front
+            ]
+            advance(1)
+        if len(unreached) == len(matrices):
+            raise unreached[0]
+    return proposals + stored.uncorrected(budgets)
+
+
+def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budget]) -> list[tuple[Budget, Solution]]:
+    """A matrix's optimum at each of the budgets, in ascending order, that it reaches; InfeasibleError where it reaches none."""
+    settings = stored.config.solver
+    limits = [together(budget.constraint(matrix.space), stored.limits) for budget in budgets]
+    program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
+    solve = uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
+    by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
+    for limit, budget in zip(limits, budgets, strict=True):
+        by_bound.setdefault(limit[0].bound, []).append(budget)
+    points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve)
+    return [(budget, point.solution) for point in points for budget in by_bound[point.bound]]
+
+
+def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
+    """What an assignment takes of a kind of budget, in the unit that the budget is given in."""
+    space = stored.measured.space
+    if kind == "average_bits":
+        return space.average_bits(assignment)
+    if kind == "relative_size":
+        full = sum(layer.weight_bytes(8) for layer in space.layers)
+        return 100 * space.size_bytes(assignment) / full
+    return Budget(kind, math.inf).constraint(space).value(space, assignment)
+
+
+def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[str, Receipt]:
+    """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
+    folder = stored.folder / "sweep"
+    finished = RunRecord.load(stored.folder / "record.json")  # refused before anything is solved
+    proposals = propose_front(stored, kind, count)
+    rows = chosen_among(stored, session, proposals)
+    ledger = session.ledger("validation")
+    known = {row.assignment: counts.accuracy() for row in rows if (counts := ledger.get(row.assignment)) is not None}
+    results = tuple(replace(row, validation=known.get(row.assignment)) for row in rows)
+    notes = (f"a sweep of {count} budgets ({kind})",)
+    record = replace(finished, results=results, seconds={}, notes=notes, candidates=(), searches=(), stability=())
+    text = front_table(record)
+    write_text(folder / "table.md", text + "\n")
+    record.save(folder / "record.json")
+    plots.save(plots.loss_against_size(record), folder / "loss_against_size.png")
+    receipt = delivery.track(
+        record,
+        stored.folder,
+        stored.config.model_dump(mode="json"),
+        experiment=stored.config.tracking.experiment,
+        uri=stored.config.tracking.uri,
+        tags={"sweep": kind},
+        plots=[folder / "loss_against_size.png"],
+        description=text,
+        beside=folder,
+    )
+    return text + "\n" + tables.verdict(record), receipt
+
+
+def front_table(record: RunRecord) -> str:
+    """The chosen assignment of every budget; `dominated` marks those that another is nowhere worse than (`dominated_by`)."""
+    chosen = [row for row in record.results if row.method == CHOSEN]
+    dominated = dominated_by(chosen)
+    rows = [
+        [
+            row.budget,
+            f"{row.size_bytes:,}",
+            f"{row.average_bits:.3f}",
+            row.winner or "",
+            "" if row.loss_predicted is None else f"{row.loss_predicted:.5f}",
+            f"{row.loss_shipped:.5f}",
+            "" if row.brier_shipped is None else f"{row.brier_shipped:.5f}",
+            "" if row.validation is None or row.validation.top1 is None else f"{100 * row.validation.top1:.2f}",
+            row.status or "",
+            "dominated" if worse else "",
+        ]
+        for row, worse in zip(chosen, dominated, strict=True)
+    ]
+    header = ["budget", "bytes", "bits", "proposed by", "predicted loss", "measured loss", "Brier score", "top-1 %", "solver", ""]
+    return markdown_table(header, rows)
+
+
+def dominated_by(rows: Sequence[Result]) -> list[bool]:
+    """For each result whether another has no more of bytes, measured loss, Brier score and disagreement, and less of one."""
+
+    def point(row: Result) -> tuple[float, ...]:
+        brier = math.inf if row.brier_shipped is None else row.brier_shipped
+        return row.size_bytes, row.loss_shipped, brier, -(row.agreement_shipped or 0.0)
+
+    points = [point(row) for row in rows]
+    return [any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points) for own in points]

@@ -1,0 +1,176 @@
+"""The printed table and sentences say what the record holds, within 120 columns."""
+
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from clado.records import Candidate, Receipt, RunRecord, percent, size_text
+from clado.reporting import tables
+from tests.synthetic import make_record
+
+
+def printed(renderable: RenderableType, width: int = 120) -> str:
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def same_loss(record: RunRecord, factor: float) -> RunRecord:
+    """The record with pairwise's losses at `factor` times those of layerwise."""
+    results = []
+    for result in record.results:
+        base = record.find(result.budget, "layerwise")
+        assert base is not None
+        results.append(replace(result, loss_shipped=factor * base.loss_shipped) if result.method == "pairwise" else result)
+    return replace(record, results=tuple(results))
+
+
+def test_the_table_holds_every_number_and_fits() -> None:
+    record = make_record()
+    text = printed(tables.table(record), 400)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert len(rows) == 3 * len(record.budgets)
+    for k, budget in enumerate(record.budgets):
+        size, loss, top1 = rows[3 * k : 3 * k + 3]
+        assert size[0] == budget
+        for column, method in enumerate(record.methods, start=2):
+            result = record.find(budget, method)
+            assert result is not None
+            assert result.validation is not None
+            assert size[column] == size_text(result.size_bytes)
+            assert float(loss[column]) == pytest.approx(result.loss_shipped, rel=0.006)
+            assert top1[column] == percent(result.validation.top1)
+
+
+def test_eight_methods_fit() -> None:
+    methods = ("uniform", "layerwise", "pairwise", "gauss_newton", "hawq", "mpqco", "fisher", "chosen")
+    text = printed(tables.table(make_record(methods=methods)))
+    assert "…" not in text
+    assert "2.25 bits" in text
+
+
+def test_missing_cells_are_dashes() -> None:
+    record = make_record()
+    record = replace(record, results=tuple(replace(result, validation=None) for result in record.results[:-1]))
+    text = printed(tables.table(record))
+    assert "–" in text
+    assert "**–**" not in tables.markdown(record)
+
+
+def test_markdown_marks_the_best() -> None:
+    record = make_record(budgets=(3.0,), methods=("layerwise", "pairwise"))
+    size, loss, top1 = [line for line in tables.markdown(record).splitlines() if line.startswith("| 3 bits")]
+    assert "**" not in size
+    for row in (loss, top1):
+        assert [cell.strip().startswith("**") for cell in row.split("|")[3:5]] == [False, True]
+
+
+def test_verdict_counts_layers_and_losses() -> None:
+    record = make_record(budgets=(2.5,))
+    base, other = record.find("2.5 bits", "layerwise"), record.find("2.5 bits", "pairwise")
+    assert base is not None
+    assert other is not None
+    changed = sum(a != b for a, b in zip(base.assignment.bits, other.assignment.bits, strict=True))
+    share = 100 * (other.loss_shipped / base.loss_shipped - 1)
+    text = tables.verdict(record)
+    assert changed > 0
+    assert text.startswith(f"Interactions change {changed} of 22 layers and the measured loss by {share:+.1f} % at 2.5 bits")
+    assert "\n" not in text
+
+
+def test_verdict_admits_a_raised_loss() -> None:
+    record = make_record(budgets=(2.25, 2.5, 3.0))
+    assert "they lower the measured loss at 3 of 3 budgets" in tables.verdict(record)
+    worse = tables.verdict(same_loss(record, 1.25))
+    assert "they raise the measured loss at 3 of 3 budgets, most by 25.0 %" in worse
+    assert "lower" not in worse
+
+
+def test_verdict_without_a_change_or_a_comparison() -> None:
+    record = make_record()
+    equal = [
+        replace(base, method="pairwise")
+        if result.method == "pairwise" and (base := record.find(result.budget, "layerwise"))
+        else result
+        for result in record.results
+    ]
+    assert "Interactions change nothing: pairwise and layerwise agree on all 22 layers" in tables.verdict(
+        replace(record, results=tuple(equal))
+    )
+    assert "no verdict" in tables.verdict(make_record(methods=("uniform", "chosen")))
+    assert "no verdict" in tables.verdict(make_record(budgets=()))
+    # what else is chosen has more reasons than interactions
+    assert "no verdict" in tables.verdict(make_record(methods=("layerwise", "mpqco", "chosen")))
+    assert "no budget both layerwise and pairwise have a finite loss" in tables.verdict(same_loss(record, inf))
+    one = tuple(replace(r, loss_shipped=inf) if r.budget == record.budgets[0] else r for r in equal)
+    assert f"at {len(record.budgets) - 1} of {len(record.budgets)} budgets" in tables.verdict(replace(record, results=one))
+    assert "(gauss_newton against layerwise)" in tables.verdict(make_record(methods=("layerwise", "gauss_newton", "chosen")))
+
+
+def test_winners_name_the_gain() -> None:
+    record = make_record(budgets=(2.5, 3.0))
+    first, second = [result for result in record.results if result.method == "chosen"]
+    results = (replace(first, loss_shipped=0.09, gain=0.01, winner="pairwise"), replace(second, gain=0.0, winner="uniform"))
+    lines = tables.winners(replace(record, results=results)).splitlines()
+    assert " ".join(lines[1].split()) == "2.5 bits pairwise loss 0.0900, 0.0100 (10.0 %) below the best of the others"
+    assert lines[2].split()[2] == "uniform"
+    assert lines[2].endswith("as low as the best of the others")
+    doubted = tables.winners(replace(record, results=(replace(first, gain=-0.01, winner="layerwise"),)))
+    assert doubted.endswith("0.0100 above the least of the others: Brier score and agreement decided")
+    assert tables.winners(make_record(budgets=())) == "Nothing was chosen."
+
+
+def test_solver_line_tells_what_is_not_optimal() -> None:
+    record = make_record()
+    assert tables.solver_line(record) == "Solver: 18 of 18 optimal; largest gap 0 %; longest 1.25 s."
+    results = tuple(
+        replace(result, status="time_limit", gap=0.02, seconds=60.0) if result.budget == "3 bits" and result.status else result
+        for result in record.results
+    )
+    text = tables.solver_line(replace(record, results=results))
+    assert text == "Solver: 15 of 18 optimal, 3 of 18 time_limit; largest gap 2 %; longest 60.00 s."
+
+
+def test_phase_times_add_up() -> None:
+    text = tables.phase_times(make_record())
+    assert "measuring 81.5" in text
+    assert text.endswith("together 135.2.")
+
+
+def test_candidates_say_who_predicts_where_another_proposed() -> None:
+    record = make_record(budgets=(3.0,))
+    chosen = record.find("3 bits", "chosen")
+    assert chosen is not None
+    own = Candidate("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
+    other = replace(own, origin="tempered2", predicted_by="gauss_newton", brier_shipped=0.3)
+    none = replace(other, origin="hawq", loss_predicted=None, predicted_by="", brier_shipped=0.4)
+    _, _, *lines = tables.candidates_table(replace(record, candidates=(own, other, none))).splitlines()
+    assert [line.split("|")[4].strip() for line in lines] == ["0.1250", "0.1250 (gauss_newton)", "–"]
+
+
+def test_locations_say_how_to_open(tmp_path: Path) -> None:
+    receipt = Receipt("sqlite:////a b/mlflow.db", "clado", "1", "abc", 30, True, 1.0)
+    text = tables.locations(tmp_path, [tmp_path / "plots" / "x.png"], receipt)
+    assert f"clado show {tmp_path}" in text
+    assert str(tmp_path / "plots") in text
+    assert "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'" in text
+    failed = Receipt("http://***@host", "clado", None, None, 0, False, 1.0, problem="ConnectionError: refused")
+    text = tables.locations(tmp_path, (), failed)
+    assert "NOT all delivered: ConnectionError: refused" in text
+    assert "opened by" not in text
+
+
+def test_show_holds_all_parts_and_fits() -> None:
+    record = make_record(54)
+    text = printed(tables.show(record))
+    assert max(map(len, text.splitlines())) <= 120
+    flat = " ".join(text.split())
+    for part in (tables.verdict(record), tables.winners(record), tables.solver_line(record), tables.phase_times(record)):
+        assert " ".join(part.split()) in flat
+    assert "Note: activations are not quantized" in text
+    assert "top-1 93.12 % on 10,000 images" in text
