@@ -13,7 +13,6 @@ from tests.benchmarks.bench_measure import machine
 
 HERE = Path(__file__).parent
 PHASES = {"preparing": ("preparing",), "measuring": ("measuring",), "evaluation": ("evaluation",)}
-AROUND = ("start-up", "solving", "recording", "shutdown")
 
 
 def clado(*arguments: str) -> str:
