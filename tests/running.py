@@ -79,6 +79,6 @@ def copy_of(finished: Finished, folder: Path) -> dict[str, Any]:
     whole = finished.document["tracking"]["uri"]
     copied = whole.replace("mlflow.db", f"{uuid4().hex}.db")  # beside it: its artifacts are
     shutil.copy(whole.removeprefix("sqlite:///"), copied.removeprefix("sqlite:///"))
-    file = folder / "config.yaml"
-    file.write_text(file.read_text().replace(whole, copied))
+    for file in (folder / "config.yaml", folder / "mlflow-delivered.json"):
+        file.write_text(file.read_text().replace(whole, copied))
     return {**finished.document, "tracking": {"uri": copied}, "folder": str(folder)}

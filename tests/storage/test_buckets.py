@@ -131,7 +131,7 @@ def test_a_bucket_that_is_not_there_is_one_message(server, bucket):
 
 
 @pytest.mark.parametrize("url", ["s3://key:hunter2@bucket/x", "ftp://host/x", "bucket/x", "s3://"])
-def test_a_url_that_is_no_place_for_a_store_is_refused(url):
+def test_a_url_that_is_no_place_for_a_store_is_refused(url, tmp_path):
     with pytest.raises(ConfigurationError, match="store") as caught:
-        parse_config({**config("run"), "store": url})
+        parse_config({**config(tmp_path), "store": url})
     assert "hunter2" not in str(caught.value)
