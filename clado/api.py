@@ -131,7 +131,7 @@ def evaluate(
     _matching(network, None, prepared, quantizer)
     images = _checked(network, data)
     if prepared is not None:
-        return count(*prepared.shipped(assignment), images, 0, len(images), reference=network).accuracy()
+        return count(*prepared.deployed(assignment), images, 0, len(images), reference=network).accuracy()
     if assignment.activation_bits:
         raise ConfigurationError("the assignment has activation bits; expected prepared=clado.prepare(...), with their grids")
     for bits in {bits for bits in assignment.bits if bits is not None}:

@@ -143,7 +143,7 @@ def per_image(
     """(loss, top-1 hit) of each image (n,): for paired comparisons. Without labels: KL, and agreement with the float network."""
     losses, hits, float_network = [], [], reference or network
     network, replaced = network.folded_with(replaced)
-    for low, high in shards(len(images), batch_images or network.images_at_once):
+    for low, high in evaluation_batches(len(images), batch_images or network.images_at_once):
         x, labels = images.load(low, high)
         x = x.to(network.device)
         logits = network.logits(x, replaced)
@@ -163,7 +163,7 @@ def _finite(logits: Tensor) -> Tensor:
     return logits.isfinite().all(1)
 
 
-def shards(num_images: int, size: int) -> list[tuple[int, int]]:
+def evaluation_batches(num_images: int, size: int) -> list[tuple[int, int]]:
     """Consecutive ranges of at most `size` images that cover the slice."""
     return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 

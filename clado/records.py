@@ -47,12 +47,12 @@ class Result:
     """One method's answer to one budget.
 
     `loss_predicted`: baseline + ½ αᵀĜα of the method's own matrix; `loss_probe_model`: mean criterion measured on the sensitivity
-    set with the network that probes measure; `loss_shipped`: with the one that would ship, final corrections applied (the same
+    set with the network that probes measure; `loss_deployed`: with the one that would ship, final corrections applied (the same
     where there are none); `validation`: accuracy on images that no choice has seen, `validation_plain` that of the same bits
     rounded to nearest without corrections (None where there are none). `winner` names the method whose assignment `chosen`
     took, and `gain` how much lower its measured loss is than the least of the other methods'; where that is negative,
-    Brier score and agreement decided (`candidates.choose`). `brier_shipped` and `agreement_shipped` are those two, measured with
-    `loss_shipped`: the mean score (None: not finite), and the share of images whose top class is the float network's, or with
+    Brier score and agreement decided (`proposals.choose`). `brier_deployed` and `agreement_deployed` are those two, measured with
+    `loss_deployed`: the mean score (None: not finite), and the share of images whose top class is the float network's, or with
     cross entropy the label. Both are None where `choose` was given no scores.
     """
 
@@ -61,9 +61,9 @@ class Result:
     assignment: Assignment
     size_bytes: int
     average_bits: float
-    loss_shipped: float
-    brier_shipped: float | None = None
-    agreement_shipped: float | None = None
+    loss_deployed: float
+    brier_deployed: float | None = None
+    agreement_deployed: float | None = None
     loss_predicted: float | None = None
     loss_probe_model: float | None = None
     status: str | None = None
@@ -78,7 +78,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MeasuredProposal:
     """One assignment that was measured for a budget: who proposed it (a method, a variant of one, or the local search), what was
     predicted and what was measured (None: NaN or infinite). `predicted_by` is the estimator
     that predicts where the one that proposed predicts no loss; empty: the latter does (of a local search the surrogate)."""
@@ -87,10 +87,10 @@ class Candidate:
     origin: str
     assignment: Assignment
     size_bytes: int
-    loss_shipped: float | None
+    loss_deployed: float | None
     loss_predicted: float | None = None
-    brier_shipped: float | None = None
-    agreement_shipped: float | None = None
+    brier_deployed: float | None = None
+    agreement_deployed: float | None = None
     predicted_by: str = ""
 
 
@@ -140,7 +140,7 @@ class RunRecord:
     `forwards` are forward images by kind of tile, and of what is measured to choose: `proposals`, `local_search`, and
     `batchnorm_reestimation` for both; not of preparing, nor of what is only reported (losses as probed, accuracy). `costs` are
     forward and backward images that each estimator takes on its own.
-    `candidates` holds all that was measured on the way to the chosen ones.
+    `measured_proposals` holds all that was measured on the way to the chosen ones.
     """
 
     network: str
@@ -160,7 +160,7 @@ class RunRecord:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     costs: dict[str, dict[str, int]] = field(default_factory=dict)
     imagenet: bool = False
-    candidates: tuple[Candidate, ...] = ()
+    measured_proposals: tuple[MeasuredProposal, ...] = ()
     searches: tuple[SearchSummary, ...] = ()
     stability: tuple[Stability, ...] = ()
     recorded: str = ""
@@ -225,7 +225,7 @@ class RunRecord:
                     "unsearched": tuple((name, size, why) for name, size, why in document["unsearched"]),
                     "float_accuracy": _accuracy(document["float_accuracy"]),
                     "results": tuple(_result(row) for row in document["results"]),
-                    "candidates": tuple(_candidate(row) for row in document["candidates"]),
+                    "measured_proposals": tuple(_measured_proposal(row) for row in document["measured_proposals"]),
                     "stability": tuple(_stability(row) for row in document["stability"]),
                     "searches": tuple(_search(row) for row in document["searches"]),
                 }
@@ -284,15 +284,15 @@ def _stability(row: dict[str, Any]) -> Stability:
     return Stability(**{**row, **{key: tuple(row[key]) for key in ("shares", "multiples", "undecided")}})
 
 
-def _candidate(row: dict[str, Any]) -> Candidate:
-    return Candidate(**{**row, "assignment": _assignment(row["assignment"])})
+def _measured_proposal(row: dict[str, Any]) -> MeasuredProposal:
+    return MeasuredProposal(**{**row, "assignment": _assignment(row["assignment"])})
 
 
 def _result(row: dict[str, Any]) -> Result:
     accuracy, plain = row["validation"], row["validation_plain"]
     return Result(
         **{
-            **_measured(row, "loss_shipped"),
+            **_measured(row, "loss_deployed"),
             "assignment": _assignment(row["assignment"]),
             "validation": _accuracy(accuracy) if accuracy else None,
             "validation_plain": _accuracy(plain) if plain else None,

@@ -15,7 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from clado.choosing.proposals import Budget
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
     from clado.settings.schema import RunConfig
 
 BEGIN = time.perf_counter()
@@ -362,15 +362,15 @@ def sync(
 @command
 def show(
     folder: RunFolder,
-    candidates: Annotated[bool, typer.Option("--candidates", help="Print every candidate, predicted and measured.")] = False,
+    proposals: Annotated[bool, typer.Option("--proposals", help="Print every proposal, predicted and measured.")] = False,
 ) -> None:
     """Print the table, the verdict and the places of a finished run."""
-    if candidates:
+    if proposals:
         from clado.records import RunRecord
         from clado.reporting import tables
 
         record = RunRecord.load(folder / "record.json")
-        typer.echo(f"{tables.candidates_table(record)}\n\n{tables.search_text(record)}".rstrip())
+        typer.echo(f"{tables.proposals_table(record)}\n\n{tables.search_text(record)}".rstrip())
         return
     _show(folder, {}, None)
 
@@ -470,14 +470,14 @@ def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
     return settings
 
 
-def _session(settings: "RunConfig", planning: bool = False) -> "Session":
+def _session(settings: "RunConfig", planning: bool = False) -> "OpenedRun":
     from flows.environment import set_defaults
 
     set_defaults(settings.run_folder.parent)
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
 
     # without the keyword it is the session that the flow finds again: the cache tells the two calls apart
-    return Session.open(settings, planning=True) if planning else Session.open(settings)
+    return OpenedRun.open(settings, planning=True) if planning else OpenedRun.open(settings)
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
@@ -491,7 +491,7 @@ def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
     return budgets_of([] if average_bits is None else [average_bits], [] if size_bytes is None else [size_bytes])[0]
 
 
-def _plan_text(session: "Session") -> str:
+def _plan_text(session: "OpenedRun") -> str:
     plan, space = session.plan, session.space
     lines = [
         f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, "

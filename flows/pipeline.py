@@ -6,11 +6,11 @@ from typing import Any
 from prefect import flow
 
 from clado.records import Receipt, write_text
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import RunConfig, parse_config
 from flows import clusters
 from flows.guard import insistent, locked
-from flows.phases.choose import allocate, measure_candidates, search
+from flows.phases.choose import allocate, measure_proposals, search
 from flows.phases.evaluate import evaluate
 from flows.phases.measure import gather, measure
 from flows.phases.prepare import prepare
@@ -26,7 +26,7 @@ def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None 
     by phase, to which the flow adds its own.
     """
     settings = config if isinstance(config, RunConfig) else parse_config(config)
-    session = Session.open(settings).checked()
+    session = OpenedRun.open(settings).checked()
     settings = session.config
     phases = Clock({} if clock is None else clock)
     with locked(session.folder):
@@ -45,7 +45,7 @@ def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None 
                 gather(run)
                 allocate(run)
             with phases.phase("evaluation"):
-                measure_candidates(run)
+                measure_proposals(run)
             with phases.phase("searching"):
                 search(run)
             with phases.phase("evaluation"):

@@ -10,10 +10,10 @@ from typing import Any
 from distributed import Worker, WorkerPlugin
 
 from clado.errors import ServerError
-from clado.evaluation import Counts, shards
+from clado.evaluation import Counts, evaluation_batches
 from clado.measuring.plan import Tile
 from clado.measuring.sweep import measure_tile
-from clado.run.opened_run import EVALUATION_SHARD, Session
+from clado.run.opened_run import EVALUATION_BATCH, OpenedRun
 from clado.settings.schema import RunConfig, parse_config
 from clado.space import Assignment
 
@@ -47,7 +47,7 @@ class SessionPlugin(WorkerPlugin):
             return
         # a worker that outlives a run may hold the network or the images of before
         _last.clear()
-        Session.open.cache_clear()
+        OpenedRun.open.cache_clear()
         if open_session(self.document).contents != self.contents:
             raise ServerError(
                 f"worker {worker.address} holds another network or other images than the flow, under the same settings; expected "
@@ -58,11 +58,11 @@ class SessionPlugin(WorkerPlugin):
 _last: list[tuple[dict[str, Any], RunConfig]] = []  # what the last task was given: to validate it again takes a millisecond
 
 
-def open_session(document: dict[str, Any]) -> Session:
+def open_session(document: dict[str, Any]) -> OpenedRun:
     """The session of a configuration, opened once in a process."""
     if not _last or _last[0][0] != document:
         _last[:] = [(document, parse_config(document))]
-    return Session.open(_last[0][1])
+    return OpenedRun.open(_last[0][1])
 
 
 def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
@@ -89,12 +89,12 @@ def measure_probe_loss(document: dict[str, Any], assignment: Assignment) -> tupl
     return assignment, open_session(document).probe_loss(assignment)
 
 
-def evaluate_shard(
+def evaluate_batch(
     document: dict[str, Any], item: tuple[int, tuple[Assignment, ...]]
 ) -> tuple[int, list[tuple[Assignment, Counts]]]:
     """Counts of each assignment on one shard of the validation set, which is decoded once for all of them."""
     session = open_session(document)
     shard, asked = item
-    start, stop = shards(len(session.slices.validation), EVALUATION_SHARD)[shard]
+    start, stop = evaluation_batches(len(session.slices.validation), EVALUATION_BATCH)[shard]
     found = session.accuracies(asked, start, stop)
     return shard, list(zip(asked, found, strict=True))

@@ -33,7 +33,10 @@ Figures = dict[str, Any]
 
 FORMER_SETTINGS: dict[str, str] = {}
 """Keys of settings, `section.key` now -> then."""
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    r"_shipped$": "_deployed",
+    r"/record/candidates/": "/record/measured_proposals/",
+}
 """Patterns of keys then -> what they are now (regular expressions, as of `re.sub`)."""
 DELETED: tuple[str, ...] = (r"/store/gram/changes$",)
 """Patterns of keys that only the other commit has, because a feature was deleted."""

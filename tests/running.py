@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
 
-PHASES = ("prepare", "measure", "gather", "allocate", "measure_candidates", "search", "evaluate", "record", "track")
+PHASES = ("prepare", "measure", "gather", "allocate", "measure_proposals", "search", "evaluate", "record", "track")
 BUDGETS = (2.5, 3.0)
 ESTIMATORS = ("layerwise", "pairwise", "gauss_newton")
 

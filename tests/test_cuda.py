@@ -119,7 +119,7 @@ def test_corrections_are_those_of_the_cpu_beyond_ties(corrections) -> None:
         ready = prepare(
             network, network.search_space((2, 4)), Recipe(corrections=corrections, adaround_steps=100), calibration_batches(x)
         )
-        shipped, chosen = ready.shipped(ready.space.narrowest)
+        shipped, chosen = ready.deployed(ready.space.narrowest)
         errors[device] = float((shipped.logits(x, chosen) - network.logits(x)).square().mean())
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
 

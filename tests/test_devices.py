@@ -81,9 +81,9 @@ def test_layers_are_corrected_there(correction) -> None:
         if correction != "adaround":  # learned by gradients that such a device does not keep
             for one, other in zip(here.layers, there.layers, strict=True):
                 check_alike(one, other)
-        shipped, chosen = there.shipped(there.space.narrowest)
+        shipped, chosen = there.deployed(there.space.narrowest)
         logits = shipped.logits(images(4).to(ELSEWHERE), chosen).cpu()
-    plain, own = here.shipped(here.space.narrowest)
+    plain, own = here.deployed(here.space.narrowest)
     if correction != "adaround":
         tolerance.close(logits, plain.logits(images(4), own), STATISTICS)
 
@@ -168,7 +168,7 @@ def test_activations_are_fitted_and_rounded_there() -> None:
     with elsewhere():
         for name, place in (("here", network), ("there", moved(network))):
             ready = prepare(place, space, Recipe(), calibration_batches(images(64)))
-            shipped, chosen = ready.shipped(space.narrowest)
+            shipped, chosen = ready.deployed(space.narrowest)
             logits[name] = shipped.logits(images(4).to(place.device), chosen).cpu()
     tolerance.close_but_for_ties(logits["there"], logits["here"])
 
@@ -181,12 +181,12 @@ def test_accuracy_is_counted_there(labelled) -> None:
     data = as_slice((x, y) if labelled else x, image_shape=(1, 8, 8))
     with elsewhere():
         there = prepared(moved(network))
-        shipped = there.shipped(there.space.narrowest)
+        shipped = there.deployed(there.space.narrowest)
         Reads.count = 0
         found = count(*shipped, data, 0, NUM_IMAGES, 4, there.network)
         assert Reads.count <= 2 * (NUM_IMAGES // 4)
-        each = per_image(*there.shipped(there.space.narrowest), data, 4, there.network)
+        each = per_image(*there.deployed(there.space.narrowest), data, 4, there.network)
     ready = prepared(network)
-    expected = count(*ready.shipped(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
+    expected = count(*ready.deployed(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
     assert replace(found, loss=0.0) == replace(expected, loss=0.0)
     tolerance.close_losses([found.loss, each[0].sum()], [expected.loss] * 2, NUM_IMAGES)

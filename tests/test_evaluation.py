@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest
 
 from clado.data.images import MemorySlice
-from clado.evaluation import Counts, count, count_each, evaluate_weights, per_image, shards
+from clado.evaluation import Counts, count, count_each, evaluate_weights, evaluation_batches, per_image
 from clado.network.network import Network
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import Accuracy, wilson
@@ -77,7 +77,7 @@ def test_without_labels_the_loss_is_kl_to_the_float_network(network, weights):
 def test_counts_add_up_over_shards(network, weights, labelled, size, batch):
     data = slice_of(labelled)
     whole = count(network, weights, data, 0, NUM_IMAGES)
-    parts = [count(network, weights, data, *part, batch_images=batch) for part in shards(NUM_IMAGES, size)]
+    parts = [count(network, weights, data, *part, batch_images=batch) for part in evaluation_batches(NUM_IMAGES, size)]
     total = sum(parts, Counts())
     assert (total.num_images, total.top1, total.top5) == (whole.num_images, whole.top1, whole.top5)
     close_losses(total.loss, whole.loss, NUM_IMAGES)
@@ -87,8 +87,8 @@ def test_counts_add_up_over_shards(network, weights, labelled, size, batch):
 
 @pytest.mark.parametrize(("images", "size"), [(10, 3), (9, 3), (1, 5), (2500, 2500), (10_000, 2500)])
 def test_shards_cover_every_image_once(images, size):
-    assert [i for start, stop in shards(images, size) for i in range(start, stop)] == list(range(images))
-    assert all(0 < stop - start <= size for start, stop in shards(images, size))
+    assert [i for start, stop in evaluation_batches(images, size) for i in range(start, stop)] == list(range(images))
+    assert all(0 < stop - start <= size for start, stop in evaluation_batches(images, size))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -147,7 +147,7 @@ def test_classes_add_up_to_the_whole(network, weights, size):
     y = labels(NUM_IMAGES, CLASSES).numpy()
     right = plain(network, weights)[0].argmax(1) == y
     expected = tuple((int(c), int((y == c).sum()), int(right[y == c].sum())) for c in np.unique(y))
-    total = sum((count(network, weights, slice_of(), *part) for part in shards(NUM_IMAGES, size)), Counts())
+    total = sum((count(network, weights, slice_of(), *part) for part in evaluation_batches(NUM_IMAGES, size)), Counts())
     assert total.classes == expected
     assert sum(hits for _, _, hits in expected) == total.top1
     assert count(network, weights, slice_of(labelled=False), 0, size).classes == ()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from clado.errors import IdentityMismatch
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import fingerprint, parse_config
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows import cli
 from tests.storage.test_growing import FIXED, files
 
@@ -49,8 +49,8 @@ def settings(folder: Path | None, *changes: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def session_of(folder: Path | None, *changes: dict[str, Any]) -> Session:
-    return Session.open(parse_config(settings(folder, *changes)))
+def session_of(folder: Path | None, *changes: dict[str, Any]) -> OpenedRun:
+    return OpenedRun.open(parse_config(settings(folder, *changes)))
 
 
 @pytest.mark.parametrize(("given", "changed", "said"), OTHERS.values(), ids=list(OTHERS))
@@ -62,7 +62,7 @@ def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_i
     store = session_of(tmp_path / "run", given).open_store()
     assert (store.space.layers, store.space.options) == (first.space.layers, first.space.options)
     before = files(tmp_path)
-    for attempt in (Session.check, Session.open_store, Session.as_measured, Session.store_todo, cli._plan_text):
+    for attempt in (OpenedRun.check, OpenedRun.open_store, OpenedRun.as_measured, OpenedRun.store_todo, cli._plan_text):
         with pytest.raises(IdentityMismatch) as caught:
             attempt(session_of(tmp_path / "run", given, changed))
         (line,) = (line.strip() for line in str(caught.value).splitlines() if said in line)
@@ -74,7 +74,7 @@ def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_i
 def test_other_bits_are_refused_beside_more_images(tmp_path):
     session_of(tmp_path / "run").open_store()
     grown = session_of(tmp_path / "run", {"data": {"sensitivity_images": 16}})
-    assert grown.adds_images(Store.open(grown.store_path))
+    assert grown.adds_images(MeasurementStore.open(grown.store_path))
     with pytest.raises(IdentityMismatch, match=r"bits: the store has \[2, 4\], this run \[2, 8\]") as caught:
         session_of(tmp_path / "run", {"data": {"sensitivity_images": 16}, "bits": [2, 8]}).open_store()
     assert "blocks" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clado.errors import StoreError
-from clado.records import Candidate, RunRecord, markdown_table, percent, size_text, write_text
+from clado.records import MeasuredProposal, RunRecord, markdown_table, percent, size_text, write_text
 from clado.reporting import page, plots, tables
 from tests.synthetic import make_record, make_space, with_activations
 
@@ -33,7 +33,7 @@ def test_activation_bits_are_saved_and_documented(tmp_path: Path, widths: tuple[
 def test_candidates_are_loaded_with_who_predicts(tmp_path: Path) -> None:
     record = make_record()
     row = record.results[0]
-    own = Candidate("3 bits", "pairwise", row.assignment, row.size_bytes, 0.2, 0.1)
+    own = MeasuredProposal("3 bits", "pairwise", row.assignment, row.size_bytes, 0.2, 0.1)
     record = replace(record, candidates=(own, replace(own, origin="tempered2", predicted_by="gauss_newton")))
     record.save(tmp_path / "record.json")
     assert RunRecord.load(tmp_path / "record.json") == record
@@ -50,7 +50,7 @@ def test_losses_that_are_not_finite_are_null_in_the_file_and_infinite_again_when
     record = make_record()
     first, *rest = record.results
     accuracy = replace(first.validation, loss=math.inf)
-    bad = replace(first, loss_shipped=math.inf, loss_probe_model=math.nan, gain=math.inf, validation=accuracy)
+    bad = replace(first, loss_deployed=math.inf, loss_probe_model=math.nan, gain=math.inf, validation=accuracy)
     replace(record, results=(bad, *rest)).save(tmp_path / "record.json")
     assert "Infinity" not in (tmp_path / "record.json").read_text()
     found = RunRecord.load(tmp_path / "record.json")

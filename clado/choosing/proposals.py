@@ -69,7 +69,7 @@ class Proposal:
     assignment: Assignment
     loss_predicted: float | None = None
     solution: Solution | None = None
-    listed: bool = True
+    reported: bool = True
 
 
 def budgets_of(
@@ -90,7 +90,7 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
     least, most = space.narrowest, space.widest
     for budget in budgets:
         try:
-            program = Program.build(nothing, together(budget.constraint(space), limits))
+            program = Program.build(nothing, merge_limits(budget.constraint(space), limits))
             if len(program.limits) > 1:  # each can be kept alone; whether all can is for a solver to say
                 solvers.solve(program, "scip", time_limit=10)
         except InfeasibleError as error:
@@ -101,7 +101,7 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
             ) from None
 
 
-def together(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
+def merge_limits(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
     """A budget, first, and the standing limits; of several on the same cost the tightest. Other costs of one name, as of two
     tables, are told apart by a number."""
     found: dict[str, Constraint] = {}
@@ -139,7 +139,7 @@ def propose(
     prepare: Callable[[Program], Solve],
     limits: Sequence[Constraint] = (),
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
-    unreached: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
+    without_answer: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
 ) -> list[Proposal]:
     """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
 
@@ -148,22 +148,22 @@ def propose(
     has no candidate left.
     """
     space = next(iter(matrices.values())).space
-    fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
+    fit = {budget: merge_limits(budget.constraint(space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
     errors: list[InfeasibleError] = []
 
     def lacking(budget: Budget, method: str, error: InfeasibleError) -> None:
         errors.append(error)
-        unreached(budget, method, error)
+        without_answer(budget, method, error)
 
     for method, matrix in matrices.items():
-        proposals += _optima(method, matrix, fit, prepare, solved=solved, unreached=lacking)
+        proposals += _optima(method, matrix, fit, prepare, solved=solved, without_answer=lacking)
     if errors and len(errors) == len(matrices) * len(budgets):
         raise errors[0]
     return proposals
 
 
-def unlisted(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
+def unreported_estimators(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
     """Estimators that compete beside the `named` ones, for solver time only: `layerwise`, which SAFE is to hold, where `kinds` of
     tiles have the losses of single options, and TEMPERED where they have Gram tiles.
 
@@ -173,9 +173,9 @@ def unlisted(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in found if name not in named)
 
 
-def beside(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
+def extra_matrices(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
     """The matrices of the `unlisted` estimators."""
-    return {name: estimators.estimate(name, measured) for name in unlisted(named, measured.sums)}
+    return {name: estimators.estimate(name, measured) for name in unreported_estimators(named, measured.sums)}
 
 
 def propose_variants(
@@ -192,7 +192,7 @@ def propose_variants(
     proposals: list[Proposal] = []
 
     def add(method: str, matrix: InteractionMatrix, convexity: Convexity | None = None) -> None:
-        fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
+        fit = {budget: merge_limits(budget.constraint(matrix.space), limits) for budget in budgets}
         proposals.extend(_optima(method, matrix, fit, prepare, convexity))
 
     for method, matrix in matrices.items():
@@ -202,7 +202,7 @@ def propose_variants(
                 add(f"{method}_shrunk", matrix.shrink())
     for method, matrix in (further or {}).items():
         add(method, matrix)
-    return [replace(proposal, listed=False) for proposal in proposals]
+    return [replace(proposal, reported=False) for proposal in proposals]
 
 
 def propose_uncorrected(
@@ -221,11 +221,11 @@ def propose_uncorrected(
     """
     if matrix is None:
         return []
-    fit = {budget: together(budget.constraint(matrix.space), limits) for budget in budgets}
+    fit = {budget: merge_limits(budget.constraint(matrix.space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
     with suppress(InfeasibleError):  # a layer that works at no bit-width without corrections
         proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
-    return [replace(p, assignment=p.assignment.with_corrections("none"), listed=False) for p in proposals]
+    return [replace(p, assignment=p.assignment.with_corrections("none"), reported=False) for p in proposals]
 
 
 def _optima(
@@ -235,7 +235,7 @@ def _optima(
     prepare: Callable[[Program], Solve],
     convexity: Convexity | None = None,
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
-    unreached: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
+    without_answer: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
 ) -> list[Proposal]:
     """A matrix's optimum for every budget that it reaches; what the budgets of one kind share is computed once."""
     proposals: list[Proposal] = []
@@ -251,7 +251,7 @@ def _optima(
             solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
             proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
         except InfeasibleError as error:
-            unreached(budget, method, error)
+            without_answer(budget, method, error)
         solved(budget, method)
     return proposals
 
@@ -308,7 +308,7 @@ def choose(
     infinite one.
     """
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
-    fit = {budget: together(budget.constraint(space), limits) for budget in budgets}
+    fit = {budget: merge_limits(budget.constraint(space), limits) for budget in budgets}
     worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
     briers = worth if scores is None else {assignment: ordered(score.brier) for assignment, score in scores.items()}
 
@@ -331,7 +331,7 @@ def choose(
     results = []
     for budget in budgets:
         own = [proposal for proposal in proposals if proposal.budget == budget]
-        results += [result(proposal) for proposal in own if proposal.listed]
+        results += [result(proposal) for proposal in own if proposal.reported]
         # of equal assignments the one made for this budget comes first, so that it gets the credit
         own_first = [*own, *(proposal for proposal in proposals if proposal.budget != budget)]
         fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
@@ -352,9 +352,9 @@ def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | 
         assignment=assignment,
         size_bytes=space.size_bytes(assignment),
         average_bits=space.average_bits(assignment),
-        loss_shipped=loss,
-        brier_shipped=None if score is None else score.brier,
-        agreement_shipped=None if score is None else float(score.hits.mean()),
+        loss_deployed=loss,
+        brier_deployed=None if score is None else score.brier,
+        agreement_deployed=None if score is None else float(score.hits.mean()),
         loss_predicted=proposal.loss_predicted,
         status=None if solution is None else str(solution.status),
         objective=None if solution is None else solution.objective,

@@ -48,7 +48,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MeasuredProposal:
     """An assignment, its size in bytes, and what it was measured to cost."""
 
     assignment: Assignment
@@ -60,10 +60,10 @@ class Candidate:
 class Smallest:
     """The smallest candidate found whose interval lies under the bound, with its measured neighbours in size (None at an end)."""
 
-    answer: Candidate
-    smaller: Candidate | None
-    larger: Candidate | None
-    candidates: tuple[Candidate, ...]
+    answer: MeasuredProposal
+    smaller: MeasuredProposal | None
+    larger: MeasuredProposal | None
+    candidates: tuple[MeasuredProposal, ...]
     bound: float
 
 
@@ -80,14 +80,14 @@ def smallest(
     `front` are first candidates; `between(low, high)` proposes assignments of more than `low` and less than `high` bytes, at
     most `rounds` times. Raises InfeasibleError where no candidate meets the bound, with the best that was measured.
     """
-    found: dict[Assignment, Candidate] = {}
+    found: dict[Assignment, MeasuredProposal] = {}
 
     def add(assignments: Sequence[Assignment]) -> None:
         for assignment in dict.fromkeys(assignments):
             if assignment not in found:
-                found[assignment] = Candidate(assignment, space.size_bytes(assignment), measure(assignment))
+                found[assignment] = MeasuredProposal(assignment, space.size_bytes(assignment), measure(assignment))
 
-    def in_order() -> list[Candidate]:
+    def in_order() -> list[MeasuredProposal]:
         return sorted(found.values(), key=lambda c: (c.size_bytes, ordered(c.measured.high)))
 
     add(front)
@@ -114,5 +114,5 @@ def smallest(
     return Smallest(order[first], order[first - 1] if first else None, larger, tuple(order), bound)
 
 
-def _first_within(order: Sequence[Candidate], bound: float) -> int | None:
+def _first_within(order: Sequence[MeasuredProposal], bound: float) -> int | None:
     return next((k for k, candidate in enumerate(order) if candidate.measured.high <= bound), None)

@@ -31,7 +31,7 @@ LIBRARIES = ("clado", "torch", "numpy", "safetensors")
 
 
 def export_model(folder: Path, network: Network, layers: Replaced, settings: NetworkSettings) -> PackedSize:
-    """Writes a network with layers (by index) replaced, as `Prepared.shipped` gives both; `settings` name the float network.
+    """Writes a network with layers (by index) replaced, as `Prepared.deployed` gives both; `settings` name the float network.
 
     NetworkError, as `export_packed`, for what a torch module cannot hold; nothing is written then.
     """

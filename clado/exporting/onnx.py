@@ -65,16 +65,16 @@ class Agreement:
     top1_torch: float | None
 
     def __str__(self) -> str:
-        beside = "as in torch" if self.top1_torch is None else f"right, {100 * self.top1_torch:.2f} % in torch"
+        reference_text = "as in torch" if self.top1_torch is None else f"right, {100 * self.top1_torch:.2f} % in torch"
         return (
             f"ONNX Runtime on {self.num_images:,} images: logits within {self.max_difference:.2g} of torch without graph "
             f"optimisation, another first class on {self.disagreements}; with its usual optimisation first classes are "
-            f"{100 * self.top1_optimised:.2f} % {beside}"
+            f"{100 * self.top1_optimised:.2f} % {reference_text}"
         )
 
 
 def export_onnx(path: Path, network: Network, layers: Replaced, opset: int = OPSET) -> OnnxSize:
-    """Writes a network with layers (by index) replaced, as `Prepared.shipped` gives both: images (batch, C, H, W) -> logits.
+    """Writes a network with layers (by index) replaced, as `Prepared.deployed` gives both: images (batch, C, H, W) -> logits.
 
     ConfigurationError where packages are missing or the operator set is too old; NetworkError where torch cannot export it.
     """

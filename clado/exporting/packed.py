@@ -80,7 +80,7 @@ def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
 
 
 def export_packed(path: Path, network: Network, layers: Replaced) -> PackedSize:
-    """Writes a network with layers (by index) replaced, as `Prepared.shipped` gives both, and says what the file takes.
+    """Writes a network with layers (by index) replaced, as `Prepared.deployed` gives both, and says what the file takes.
 
     NetworkError, naming the layer, for a weight that is off its grid, a tensor that holds a NaN or an infinity, and an input or
     an added bias that a torch module cannot hold; nothing is written then.
@@ -189,7 +189,7 @@ def integers(name: str, layer: QuantizedLayer, grid: Grid) -> Tensor:
     codes = grid.quantize(layer.weight.float())
     error = (grid.dequantize(codes).to(layer.weight.dtype) - layer.weight).float().abs()
     if not bool((error <= OFF_GRID * grid.scale).all()):  # a NaN is off it too
-        raise NetworkError(f"{name} does not lie on its grid; expected layers as `Prepared.shipped` gives them")
+        raise NetworkError(f"{name} does not lie on its grid; expected layers as `Prepared.deployed` gives them")
     return codes
 
 

@@ -33,10 +33,10 @@ def refuse_shared(model):
 def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment) -> Path:
     """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path."""
     text = import_module(f"clado.exporting.{known(peer)}").snippet(space, assignment)
-    document, beside = space.to_json(assignment), folder / ASSIGNMENT
-    if not beside.is_file():
-        write_text(beside, json.dumps(document, indent=1))
-    elif not holds(beside, document):
+    document, assignment_file = space.to_json(assignment), folder / ASSIGNMENT
+    if not assignment_file.is_file():
+        write_text(assignment_file, json.dumps(document, indent=1))
+    elif not holds(assignment_file, document):
         raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
     file = folder / f"assignment_{peer}.py"
     write_text(file, text)

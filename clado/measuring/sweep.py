@@ -193,7 +193,7 @@ def scores(bench: Workbench, assignment: Assignment, block: int) -> Scores:
     return _scores(bench, bench.network, bench.chosen(assignment), bench.passes(block))
 
 
-def shipped_scores(bench: Workbench, network: Network, replaced: Replaced, block: int) -> Scores:
+def deployed_scores(bench: Workbench, network: Network, replaced: Replaced, block: int) -> Scores:
     """The same of a network that ships, with the layers that stand in it."""
     return _scores(bench, network, replaced, bench.shipped_passes(block))
 

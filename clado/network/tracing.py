@@ -536,7 +536,7 @@ class _Compiler:
         device = next((t.device for t in graph.constants.values() if isinstance(t, Tensor)), example.device)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((2, *example.shape[1:]), generator=generator).to(device, example.dtype)
-        together, *apart = (self._values(graph, part) for part in (images, images[:1], images[1:]))
+        stacked, *apart = (self._values(graph, part) for part in (images, images[:1], images[1:]))
         axes = {}
         for node in [self.input, *dynamic]:
             value = node.meta["val"]
@@ -545,12 +545,12 @@ class _Compiler:
             candidates = [k for k, length in enumerate(value.shape) if self._has_batch(length)]
             slot = self.number[node]
             if len(candidates) != 1 or any(
-                part[slot].shape[candidates[0]] * 2 != together[slot].shape[candidates[0]] for part in apart
+                part[slot].shape[candidates[0]] * 2 != stacked[slot].shape[candidates[0]] for part in apart
             ):
                 continue
             joined = torch.cat([part[slot] for part in apart], candidates[0]).double()
             tolerance = 1e-3 * float(joined.abs().max()) + 1e-6
-            if joined.shape == together[slot].shape and float((joined - together[slot].double()).abs().max()) <= tolerance:
+            if joined.shape == stacked[slot].shape and float((joined - stacked[slot].double()).abs().max()) <= tolerance:
                 axes[slot] = candidates[0]
         return axes
 

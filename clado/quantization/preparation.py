@@ -1,7 +1,7 @@
 """What each layer becomes at each of its candidate bits: rounded, corrected, its input on a grid. Done once, before measuring.
 
 A probe quantizes a layer by putting its `QuantizedLayer` in place, so the matrix describes the layers that ship, corrections
-included. What can only be known of a whole assignment (statistics of batch norm) comes last, in `Prepared.shipped`.
+included. What can only be known of a whole assignment (statistics of batch norm) comes last, in `Prepared.deployed`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +93,7 @@ class Prepared:
             self._references[name] = module.reference(self.network, self.images)
         return self._references[name]
 
-    def shipped(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
+    def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers as they ship, final corrections applied unless the assignment is deployed without them.
 
         Raises:

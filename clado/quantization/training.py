@@ -86,7 +86,7 @@ def finetune(
     progress: Callable[[int, int], None] = lambda done, total: None,
     told: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FineTuned:
-    """Trains `layers` (by index, as `Prepared.shipped` gives them with `network`) against the float network `reference`.
+    """Trains `layers` (by index, as `Prepared.deployed` gives them with `network`) against the float network `reference`.
 
     The result's loss on `held_out` is never above the start's; nothing given is changed. `progress(batches, of)` is called after
     every batch, `told` after every epoch. NetworkError for a layer without a grid, DataError for images that are too few or whose
@@ -123,7 +123,7 @@ def finetune(
             schedule.step()
             total += loss.item()
             progress((number - 1) * per_epoch + k + 1, steps)
-        found = pupil.shipped()
+        found = pupil.deployed()
         loss_now = held_out_loss(*found, reference, held_out, training)
         epochs.append(Epoch(number, total / per_epoch, loss_now, time.perf_counter() - begin))
         told(epochs[-1])
@@ -202,7 +202,7 @@ class _Pupil:
             for i, scale in self.scales.items():
                 torch.maximum(scale, LEAST_SCALE * self.grids[i].scale, out=scale)
 
-    def shipped(self) -> tuple[Network, dict[int, QuantizedLayer]]:
+    def deployed(self) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers on their grids."""
         layers = {}
         for i, layer in self.layers.items():
@@ -246,7 +246,7 @@ def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out:
     if not layers:
         raise ConfigurationError("no layer is quantized; expected an assignment that gives bits to at least one")
     if bare := [network.layers[i].name for i, layer in layers.items() if layer.grid is None]:
-        raise NetworkError(f"{', '.join(bare[:8])} have no grid to stay on; expected layers as `Prepared.shipped` gives them")
+        raise NetworkError(f"{', '.join(bare[:8])} have no grid to stay on; expected layers as `Prepared.deployed` gives them")
     for images, name in ((training_set, "training"), (held_out, "held-out")):
         if len(images) < 2:
             raise DataError(f"there are {len(images)} {name} images; expected two or more")

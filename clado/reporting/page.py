@@ -115,7 +115,7 @@ def render(folder: Path) -> str:
 def charts(record: RunRecord) -> list[Chart]:
     """Top-1 (where there are labels) and measured loss against size."""
     top1 = {r: 100 * r.validation.top1 for r in record.results if r.validation is not None and r.validation.top1 is not None}
-    loss = {r: r.loss_shipped for r in record.results if math.isfinite(r.loss_shipped)}
+    loss = {r: r.loss_deployed for r in record.results if math.isfinite(r.loss_deployed)}
     found = []
     if top1:
         images = record.float_accuracy.num_images

@@ -181,7 +181,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
 
 def loss_against_size(record: RunRecord) -> Figure:
     """Measured loss on the sensitivity set against the size of the searched weights."""
-    points = _points(record, lambda result: result.loss_shipped)
+    points = _points(record, lambda result: result.loss_deployed)
     positive = all(y > 0 for line in points.values() for _, y in line)
     reference = record.baseline if record.baseline > 0 or not positive else None
     figure = _against_size(record, points, reference, f"loss ({record.criterion})")

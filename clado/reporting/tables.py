@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clado.choosing.proposals import TEMPERED
-from clado.records import CHOSEN, Candidate, Receipt, Result, RunRecord, markdown_table, percent, size_text
+from clado.records import CHOSEN, MeasuredProposal, Receipt, Result, RunRecord, markdown_table, percent, size_text
 from clado.settings.schema import database_of
 
 BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
@@ -62,7 +62,7 @@ def verdict(record: RunRecord) -> str:
         (budget, base, other)
         for budget in record.budgets
         if (base := record.find(budget, BASE)) is not None and (other := record.find(budget, rival)) is not None
-        if math.isfinite(base.loss_shipped) and math.isfinite(other.loss_shipped)
+        if math.isfinite(base.loss_deployed) and math.isfinite(other.loss_deployed)
     ]
     if not pairs:
         return f"Interactions: no verdict, for at no budget both {BASE} and {rival} have a finite loss."
@@ -71,8 +71,8 @@ def verdict(record: RunRecord) -> str:
     if not any(changed):
         where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
         return f"Interactions change nothing: {rival} and {BASE} agree on all {len(record.layer_names)} layers at {where}."
-    lower = [(budget, base, other) for budget, base, other in pairs if other.loss_shipped < base.loss_shipped]
-    higher = [(budget, base, other) for budget, base, other in pairs if other.loss_shipped > base.loss_shipped]
+    lower = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed < base.loss_deployed]
+    higher = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed > base.loss_deployed]
     layers = f"{min(changed)} to {max(changed)}" if min(changed) < max(changed) else str(max(changed))
     if len(pairs) == 1:
         return f"Interactions change {layers} {of} and the measured loss {_change(*pairs[0])} ({rival} against {BASE})."
@@ -95,7 +95,7 @@ def winners(record: RunRecord) -> str:
     for result in chosen:
         name = (result.winner or "unknown").ljust(name_width)
         fewer = FEWER[result.assignment.corrected]
-        lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_shipped)}{_lead(result)}{fewer}")
+        lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_deployed)}{_lead(result)}{fewer}")
     return "\n".join(["Chosen, and who proposed it:", *lines]) if lines else "Nothing was chosen."
 
 
@@ -138,36 +138,36 @@ def stability_text(record: RunRecord) -> str:
     return f"{head} undecided layers: {'; '.join(parts)} ({how})."
 
 
-def candidates_table(record: RunRecord) -> str:
+def proposals_table(record: RunRecord) -> str:
     """Every candidate that was measured, by budget and Brier score, as Markdown; the chosen one is marked, and who predicts where
     another proposed."""
     rows = []
     for budget in record.budgets:
         best = record.find(budget, CHOSEN)
-        own = [c for c in record.candidates if c.budget == budget]
+        own = [c for c in record.measured_proposals if c.budget == budget]
         if own and best and all(c.assignment != best.assignment for c in own):  # proposed for another budget
             own += [
                 replace(c, budget=budget, origin=best.winner or CHOSEN)
-                for c in record.candidates
+                for c in record.measured_proposals
                 if c.assignment == best.assignment
             ][:1]
         for c in sorted(own, key=_by_what_is_measured):
             predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
             predicted += f" ({c.predicted_by})" if c.predicted_by else ""
-            measured = "not finite" if c.loss_shipped is None else loss_text(c.loss_shipped)
-            brier = "–" if c.brier_shipped is None else loss_text(c.brier_shipped)
+            measured = "not finite" if c.loss_deployed is None else loss_text(c.loss_deployed)
+            brier = "–" if c.brier_deployed is None else loss_text(c.brier_deployed)
             origin = f"{c.origin} (chosen)" if best and c.assignment == best.assignment else c.origin
-            agreement = "–" if c.agreement_shipped is None else percent(c.agreement_shipped)
+            agreement = "–" if c.agreement_deployed is None else percent(c.agreement_deployed)
             rows.append([budget, origin, f"{c.size_bytes:,}", predicted, measured, brier, agreement, str(c.assignment)])
     if not rows:
-        return "No candidates are recorded."
+        return "No proposals are recorded."
     header = ["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "agreement %", "bits"]
     return markdown_table(header, rows)
 
 
-def _by_what_is_measured(candidate: Candidate) -> tuple[float, float]:
+def _by_what_is_measured(candidate: MeasuredProposal) -> tuple[float, float]:
     """Brier score, then loss; what has not been measured comes last."""
-    brier, loss = candidate.brier_shipped, candidate.loss_shipped
+    brier, loss = candidate.brier_deployed, candidate.loss_deployed
     return math.inf if brier is None else brier, math.inf if loss is None else loss
 
 
@@ -179,7 +179,7 @@ def _lead(result: Result) -> str:
         return ", as low as the best of the others"
     if result.gain < 0:
         return f", {loss_text(-result.gain)} above the least of the others: Brier score and agreement decided"
-    others = result.loss_shipped + result.gain
+    others = result.loss_deployed + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"
 
@@ -257,7 +257,7 @@ def show(record: RunRecord) -> Group:
 def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str | None]]:
     """(quantity, one cell a method, the best cell where best has a meaning) of a budget."""
     found = [record.find(budget, method) for method in record.methods]
-    losses = [None if result is None else result.loss_shipped for result in found]
+    losses = [None if result is None else result.loss_deployed for result in found]
     accuracies = [_top1(result) for result in found]
     least = min((loss for loss in losses if loss is not None), default=None)
     most = max((top1 for top1 in accuracies if top1 is not None), default=None)
@@ -318,15 +318,15 @@ def _num_changed(one: Result, other: Result) -> int:
 
 def _relative(base: Result, other: Result) -> float:
     """Relative change of the measured loss; the absolute one where the base is 0."""
-    change = other.loss_shipped - base.loss_shipped
-    return change / abs(base.loss_shipped) if base.loss_shipped else change
+    change = other.loss_deployed - base.loss_deployed
+    return change / abs(base.loss_deployed) if base.loss_deployed else change
 
 
 def _change(budget: str, base: Result, other: Result, signed: bool = True) -> str:
     """'by -12.3 % at 2.5 bits (12.3 % unless signed), from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'."""
     change = 100 * _relative(base, other)
     share = f"by {change:+.1f} % " if signed else f"by {abs(change):.1f} % "
-    share = share if base.loss_shipped else ""
+    share = share if base.loss_deployed else ""
     before, after = _top1(base), _top1(other)
     accuracy = "" if before is None or after is None else f", and top-1 from {percent(before)} to {percent(after)} %"
-    return f"{share}at {budget}, from {loss_text(base.loss_shipped)} to {loss_text(other.loss_shipped)}{accuracy}"
+    return f"{share}at {budget}, from {loss_text(base.loss_deployed)} to {loss_text(other.loss_deployed)}{accuracy}"

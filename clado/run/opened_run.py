@@ -22,7 +22,7 @@ from clado.evaluation import Counts, count_each
 from clado.grids import QuantizedLayer
 from clado.interaction import estimators
 from clado.measuring.plan import Kind, Plan, Tile, Workload, grown_blocks, sample_blocks
-from clado.measuring.sweep import Scores, Workbench, network_batching, rows_per_tile, scores, shipped_scores
+from clado.measuring.sweep import Scores, Workbench, deployed_scores, network_batching, rows_per_tile, scores
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.corrections import at_stage
 from clado.quantization.corrections.batchnorm_reestimation import MOST_IMAGES
@@ -41,13 +41,13 @@ from clado.quantization.quantizers import WeightQuantizer
 from clado.records import IMAGENET_VALIDATION_IMAGES
 from clado.settings.schema import ConstraintSettings, RunConfig, fingerprint
 from clado.space import Assignment, SearchSpace
-from clado.storage.evaluation_cache import Ledger
-from clado.storage.measurement_store import Store, exists
-from clado.storage.prepared_layers import Shelf
+from clado.storage.evaluation_cache import EvaluationCache
+from clado.storage.measurement_store import MeasurementStore, exists
+from clado.storage.prepared_layers import PreparedLayers
 
-EVALUATION_SHARD = 2500  # validation images of one Dask task
-EVALUATED_TOGETHER = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
-Variant = Literal["shipped", "probe_model"]
+EVALUATION_BATCH = 2500  # validation images of one Dask task
+ASSIGNMENTS_AT_ONCE = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
+Variant = Literal["deployed", "probe_model"]
 
 
 def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> DataError:
@@ -60,7 +60,7 @@ def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> Da
 
 
 @dataclass
-class Session:
+class OpenedRun:
     """What a process needs to compute a tile or an evaluation of a run."""
 
     config: RunConfig
@@ -73,7 +73,7 @@ class Session:
 
     @staticmethod
     @lru_cache(maxsize=1)
-    def open(config: RunConfig, planning: bool = False) -> "Session":
+    def open(config: RunConfig, planning: bool = False) -> "OpenedRun":
         """Loads network and data and refuses what does not fit; touches no server, worker or store. One run at a time is kept.
 
         `planning`: images that are not there are counted as the settings ask for them, and cannot be read.
@@ -109,30 +109,30 @@ class Session:
         if config.activations.bits:
             space = space.with_activations(config.activations.bits)
         check_space(network, space)
-        return Session(config, loaded, network, slices, space)
+        return OpenedRun(config, loaded, network, slices, space)
 
-    def checked(self) -> "Session":
+    def checked(self) -> "OpenedRun":
         """This session, or one of the same settings without the images that cannot be read: `data.skip` then names them."""
-        session = self if self._is_checked else self._without_unreadable(Session.check)
+        session = self if self._is_checked else self._without_unreadable(OpenedRun.check)
         session._is_checked = True  # the command checks before it starts anything, and the flow asks again
         return session
 
-    def with_readable_selection(self) -> "Session":
+    def with_readable_selection(self) -> "OpenedRun":
         """The same for the images that are left to choose on, which only some commands read; there may be none."""
 
-        def find(session: "Session") -> list[str]:
+        def find(session: "OpenedRun") -> list[str]:
             return session._unreadable(session.slices.selection) if len(session.slices.selection) else []
 
         return self._without_unreadable(find)
 
-    def _without_unreadable(self, find: Callable[["Session"], list[str]]) -> "Session":
+    def _without_unreadable(self, find: Callable[["OpenedRun"], list[str]]) -> "OpenedRun":
         session = self
         while unreadable := find(session):
             data, skip = session.config.data, (*session.config.data.skip, *unreadable)
             if len(skip) > data.max_corrupt_images:
                 raise too_many_unreadable(data.path, skip, data.max_corrupt_images)
             config = session.config.model_copy(update={"data": data.model_copy(update={"skip": skip})})
-            session = Session.open(config)
+            session = OpenedRun.open(config)
         return session
 
     @property
@@ -163,7 +163,7 @@ class Session:
             return found
         check_budgets(self.space, self.budgets, self.limits)
         if exists(self.store_path):
-            self.adds_images(Store.open(self.store_path))
+            self.adds_images(MeasurementStore.open(self.store_path))
         return []
 
     def _unreadable(self, *slices: ImageSlice) -> list[str]:
@@ -193,7 +193,7 @@ class Session:
         num_images, num_blocks = len(self.slices.sensitivity), self.config.data.sample_blocks
         if not exists(self.store_path):
             return sample_blocks(num_images, num_blocks)
-        return grown_blocks(Store.open(self.store_path).coverage["blocks"], num_images, num_blocks)
+        return grown_blocks(MeasurementStore.open(self.store_path).coverage["blocks"], num_images, num_blocks)
 
     @property
     def recipe(self) -> Recipe:
@@ -212,21 +212,21 @@ class Session:
         network = self.float_network
         return calibration_batches(images.load(0, len(images))[0].to(network.device), network.images_at_once)
 
-    def shelf(self, plain: bool = False) -> Shelf:
+    def prepared_layers(self, plain: bool = False) -> PreparedLayers:
         """Where quantized layers are kept: those that ship, or those rounded to nearest without corrections."""
-        return Shelf(self.folder / "prepared" / fingerprint(self.plain_identity if plain else self.identity)[:16])
+        return PreparedLayers(self.folder / "prepared" / fingerprint(self.plain_identity if plain else self.identity)[:16])
 
     def equalize(self) -> None:
         """Corrects the float network and keeps what changed, unless that is done."""
-        shelf = self.shelf()
-        if not shelf.network_file.exists():
+        prepared_layers = self.prepared_layers()
+        if not prepared_layers.network_file.exists():
             check_calibration(self.space, self.recipe, self.calibration)
-            shelf.write_network(*equalized(self.float_network, self.recipe, self.calibration))
+            prepared_layers.write_network(*equalized(self.float_network, self.recipe, self.calibration))
 
     def unprepared(self) -> list[tuple[bool, int]]:
         """(plain, layer) of the layers that are not prepared yet; without corrections the plain ones are those that ship."""
         variants = [False, True] if self.config.corrections else [False]
-        return [(plain, layer) for plain in variants for layer in self.shelf(plain).missing(self.space.num_layers)]
+        return [(plain, layer) for plain in variants for layer in self.prepared_layers(plain).missing(self.space.num_layers)]
 
     def prepare_layer(self, plain: bool, layer: int) -> None:
         """Quantizes and corrects a layer at each of its candidates, and keeps it."""
@@ -235,14 +235,14 @@ class Session:
         runs = at[2] if at is not None and at[0] == plain and at[1] <= layer else self.calibration
         self._runs = plain, layer, advanced(network, runs, layer)
         made = prepare_layer(network, self.space, recipe, layer, self._runs[2])
-        self.shelf(plain).write_layer(layer, *made)
+        self.prepared_layers(plain).write_layer(layer, *made)
 
     @cached_property
     def network(self) -> Network:
         """The network that is quantized: the float one, as corrections of it left it."""
         if not at_stage(self.config.corrections, "network"):
             return self.float_network
-        tensors, _ = self.shelf().read_network(self.float_network.device)
+        tensors, _ = self.prepared_layers().read_network(self.float_network.device)
         return self.float_network.updated(tensors) if tensors else self.float_network
 
     @cached_property
@@ -261,11 +261,11 @@ class Session:
             if variant == plain:
                 self.prepare_layer(plain, layer)
         self._runs = None  # what is kept of them is large
-        shelf, device = self.shelf(plain), self.float_network.device
+        prepared_layers, device = self.prepared_layers(plain), self.float_network.device
         layers: list[QuantizedLayer] = []
-        notes: list[str] = [] if plain else shelf.read_network(device)[1]
+        notes: list[str] = [] if plain else prepared_layers.read_network(device)[1]
         for layer in range(self.space.num_layers):
-            made, further = shelf.read_layer(layer, device)
+            made, further = prepared_layers.read_layer(layer, device)
             layers += made
             notes += further
         network, recipe = (self.float_network, self.recipe.plain) if plain else (self.network, self.recipe)
@@ -298,7 +298,7 @@ class Session:
             self.config.gradients.seed,
         )
 
-    def shipped(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
+    def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers as they ship, with the corrections that the assignment names.
 
         Final corrections are made once for an assignment, and kept.
@@ -307,20 +307,20 @@ class Session:
         chosen = prepared.chosen(assignment)
         if assignment.corrected != "all" or not prepared.has_final or not chosen:
             return prepared.network, chosen
-        shelf = self.shelf()
-        changed = shelf.read_final(assignment, self.float_network.device)
+        prepared_layers = self.prepared_layers()
+        changed = prepared_layers.read_final(assignment, self.float_network.device)
         if changed is None:
             changed = prepared.final(assignment)
-            shelf.write_final(assignment, changed)
+            prepared_layers.write_final(assignment, changed)
         return prepared.network.updated(changed), chosen
 
     def loss(self, assignment: Assignment) -> Counts:
         """Sums of loss and Brier score of the network that ships over the sensitivity set, and its hits."""
         if assignment.corrected == "all" and not self.has_probe_model:
             return self.probe_loss(assignment)
-        network, replaced = self.shipped(assignment)
+        network, replaced = self.deployed(assignment)
         folded, replaced = network.folded_with(replaced)
-        return self._summed(lambda block: shipped_scores(self.bench, folded, replaced, block))
+        return self._summed(lambda block: deployed_scores(self.bench, folded, replaced, block))
 
     def probe_loss(self, assignment: Assignment) -> Counts:
         """The same as probes see it: without final corrections."""
@@ -357,20 +357,20 @@ class Session:
 
     def accuracies(self, assignments: Sequence[Assignment], start: int, stop: int) -> list[Counts]:
         """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as it ships."""
-        variants = [self.shipped(assignment) for assignment in assignments]
+        variants = [self.deployed(assignment) for assignment in assignments]
         return count_each(variants, self.slices.validation, start, stop, reference=self.float_network)
 
     @property
-    def evaluated_together(self) -> int:
+    def assignments_at_once(self) -> int:
         """How many assignments one task evaluates: several where images are decoded, else one, which spreads the work best."""
-        return 1 if isinstance(self.slices.validation, MemorySlice) else EVALUATED_TOGETHER
+        return 1 if isinstance(self.slices.validation, MemorySlice) else ASSIGNMENTS_AT_ONCE
 
     @cached_property
     def plan(self) -> Plan:
         """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
         kinds = estimators.kinds_of(self.config.estimators, bool(self.config.corrections))
         if exists(self.store_path):
-            rows = Store.open(self.store_path).rows_per_tile
+            rows = MeasurementStore.open(self.store_path).rows_per_tile
         else:
             widest = max(stop - start for start, stop in self.blocks)
             measuring = self.config.measure
@@ -389,7 +389,7 @@ class Session:
         """Tiles that are not measured yet; IdentityMismatch where the store has other layers or candidates."""
         if not exists(self.store_path):
             return list(self.plan.tiles)
-        store = Store.open(self.store_path)
+        store = MeasurementStore.open(self.store_path)
         if (store.space.layers, store.space.options) != (self.space.layers, self.space.options):
             store.check(self.identity, store.coverage)
         return store.missing(self.plan)
@@ -483,30 +483,30 @@ class Session:
             "threads": self.config.cluster.threads_per_worker,
         }
 
-    def open_store(self) -> Store:
+    def open_store(self) -> MeasurementStore:
         """The run's store, made where there is none and grown where images were added; IdentityMismatch where it holds other
         numbers."""
         if not exists(self.store_path):
-            return Store.create(self.store_path, self.plan, self.identity, self.coverage, self.provenance)
-        store = Store.open(self.store_path)
+            return MeasurementStore.create(self.store_path, self.plan, self.identity, self.coverage, self.provenance)
+        store = MeasurementStore.open(self.store_path)
         if self.adds_images(store):
             store.grow(self.plan, self.coverage)
         return store
 
     @cached_property
-    def store(self) -> Store:
+    def store(self) -> MeasurementStore:
         """The run's store as a worker keeps it open, to write tiles one after another."""
-        return Store.open(self.store_path)
+        return MeasurementStore.open(self.store_path)
 
-    def as_measured(self) -> "Session":
+    def as_measured(self) -> "OpenedRun":
         """This session, refused (IdentityMismatch) where network, images or settings are no longer those of the run's store."""
-        if self.adds_images(Store.open(self.store_path)):
+        if self.adds_images(MeasurementStore.open(self.store_path)):
             raise IdentityMismatch(
                 f"the settings of {self.folder} ask for more images than were measured; expected `clado run` with them first"
             )
         return self
 
-    def adds_images(self, store: Store) -> bool:
+    def adds_images(self, store: MeasurementStore) -> bool:
         """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
         old, mine = store.coverage, self.coverage
         kept = len(old["blocks"])
@@ -520,13 +520,13 @@ class Session:
         fewer = self.config.data.model_copy(update={"sensitivity_images": count})
         return load_data(fewer, self.loaded.image_shape, self.loaded.preprocessing).sensitivity.sha256
 
-    def ledger(self, which: str, variant: Variant = "shipped") -> Ledger:
+    def evaluation_cache(self, which: str, variant: Variant = "deployed") -> EvaluationCache:
         """Evaluations on the `sensitivity` or the `validation` set: of networks that ship, or as probes see them."""
         identity = dict(self.identity)
         if variant == "probe_model":
             identity["variant"] = variant
         identity["slice"] = getattr(self.slices, which).sha256
-        return Ledger(self.folder / "evaluations" / which, fingerprint(identity))
+        return EvaluationCache(self.folder / "evaluations" / which, fingerprint(identity))
 
 
 def _device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from clado.space import Assignment
 Part = tuple[int, int]
 
 
-class Ledger:
+class EvaluationCache:
     """Counts by assignment on one data slice: a folder of JSON files, each written whole. `identity` names slice and network.
 
     A part (start, stop) of the slice is kept beside the whole until that is put: an evaluation that is killed goes on from there.

@@ -40,7 +40,7 @@ from clado.measuring.plan import KINDS, OF_PAIRS, Kind, Plan, Tile
 from clado.settings.schema import fingerprint, redact
 from clado.space import Layer, SearchSpace
 
-FORMAT = "clado-store/2"
+FORMAT = "clado-store/1"
 NAMES: dict[Kind, tuple[str, ...]] = {
     "singles": ("probe",),
     "plain_singles": ("probe",),
@@ -56,7 +56,7 @@ DONE = 1
 RESTORE = "restore the store from a copy"
 
 
-class Store:
+class MeasurementStore:
     """Measurements of one identity, tile by tile. Opened by path, by any number of processes; each tile has one writer."""
 
     def __init__(self, path: Path | str, group: zarr.Group) -> None:
@@ -72,7 +72,7 @@ class Store:
         identity: Mapping[str, Any],
         coverage: Mapping[str, Any],
         provenance: Mapping[str, Any],
-    ) -> "Store":
+    ) -> "MeasurementStore":
         """A new store for a plan: a folder appears whole under `path`; in a bucket, which renames nothing, `format` is last."""
         if isinstance(path, str):
             group = zarr.open_group(_bucket(path), mode="a", zarr_format=3)
@@ -88,7 +88,7 @@ class Store:
         return cls(path, zarr.open_group(path, mode="r+"))
 
     @classmethod
-    def open(cls, path: Path | str) -> "Store":
+    def open(cls, path: Path | str) -> "MeasurementStore":
         """An existing store, refused unless it is ours."""
         if isinstance(path, Path) and not path.is_dir():
             what = "is not a folder" if path.exists() else "does not exist"

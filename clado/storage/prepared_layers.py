@@ -24,7 +24,7 @@ from clado.space import Assignment
 FORMAT = "clado-layers/1"
 
 
-class Shelf:
+class PreparedLayers:
     """The folder of one key."""
 
     def __init__(self, folder: Path) -> None:

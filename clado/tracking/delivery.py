@@ -86,18 +86,18 @@ def track(
     exports: Mapping[str, Path] = NOTHING,
     models: Mapping[str, Path] = NOTHING,
     description: str = "",
-    beside: Path | None = None,
+    record_folder: Path | None = None,
 ) -> Receipt:
     """Writes a finished record to MLflow and says where it is; twice is allowed and makes a second parent run.
 
     `config` is plain data, flattened into parameters; `tags` are provenance (versions, device); `matrices` maps a name to a
     saved file; `exports` maps a budget to the folder that belongs to its chosen assignment, `models` to the one of
-    `export.model`, to be logged and registered; `description` is Markdown for the run's page. `beside` is the folder that holds
-    the record's file, where that is not `folder`. A fault of the tracker is logged as a warning and noted beside the record;
+    `export.model`, to be logged and registered; `description` is Markdown for the run's page. `record_folder` is the folder
+    that holds the record's file, where that is not `folder`. A fault of the tracker is logged as a warning and noted beside the record;
     nothing is raised for it.
     """
     delivery = _Delivery(
-        folder, config, experiment, destination(uri), tags, beside or folder,
+        folder, config, experiment, destination(uri), tags, record_folder or folder,
         record=record, matrices=matrices, plots=plots, exports=exports, models=models, description=description,
     )  # fmt: skip
     return _warned(_attempt(delivery), folder)
@@ -204,7 +204,7 @@ def track_nested(
     folder: Path,
     name: str,
     *,
-    beside: Path,
+    record_folder: Path,
     experiment: str,
     uri: str | None,
     params: Mapping[str, str],
@@ -214,12 +214,12 @@ def track_nested(
 ) -> Receipt:
     """One run nested under the latest parent run of a run's folder (beside it, where MLflow has none), such as a fine-tuning.
 
-    `series` are (step, value) of metrics; `artifacts` are files below `beside`, a folder within `folder` that is this one's alone
-    and gets the note of what is undelivered. The same again replaces the first. A fault of the tracker is a warning, as of
+    `series` are (step, value) of metrics; `artifacts` are files below `record_folder`, a folder within `folder` that is this
+    one's alone and gets the note of what is undelivered. The same again replaces the first. A fault of the tracker is a warning, as of
     `track`.
     """
     attempt = _Nested(
-        folder, NOTHING, experiment, destination(uri), NOTHING, beside,
+        folder, NOTHING, experiment, destination(uri), NOTHING, record_folder,
         name=name, params=params, metrics=metrics, series=series, artifacts=artifacts,
     )  # fmt: skip
     return _warned(_attempt(attempt), folder)
@@ -236,7 +236,7 @@ def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple
         values = {
             record.top1_name: accuracy.top1 if accuracy else None,
             "validation_loss": accuracy.loss if accuracy else None,
-            "loss_shipped": result.loss_shipped,
+            "loss_deployed": result.loss_deployed,
         }
         for name, value in values.items():
             if value is not None and math.isfinite(value):
@@ -253,7 +253,7 @@ class _Attempt:
     experiment: str
     uri: str
     tags: Mapping[str, str]
-    beside: Path  # of the note
+    record_folder: Path  # of the note
     experiment_id: str | None = field(default=None, init=False)
     parent_id: str | None = field(default=None, init=False)
     num_children: int = field(default=0, init=False)
@@ -264,7 +264,7 @@ class _Attempt:
     @property
     def note(self) -> Path:
         """Where what is undelivered is noted."""
-        return self.beside / UNDELIVERED
+        return self.record_folder / UNDELIVERED
 
     @property
     def superseded(self) -> tuple[Path, ...]:
@@ -394,7 +394,7 @@ class _Failure(_Attempt):
     @property
     def note(self) -> Path:
         """A file of its own."""
-        return self.beside / UNDELIVERED_FAILURE
+        return self.record_folder / UNDELIVERED_FAILURE
 
     def contents(self) -> dict[str, Any]:
         """The name of the traceback's file, and of the network."""
@@ -479,7 +479,7 @@ class _Delivery(_Attempt):
     @property
     def superseded(self) -> tuple[Path, ...]:
         """Also that of a failure before: its traceback is no more."""
-        return self.note, self.beside / UNDELIVERED_FAILURE
+        return self.note, self.record_folder / UNDELIVERED_FAILURE
 
     def contents(self) -> dict[str, Any]:
         """Places of files, relative to the run's folder."""
@@ -575,9 +575,9 @@ class _Delivery(_Attempt):
             "size_bytes": result.size_bytes,
             "average_bits": result.average_bits,
             "loss_predicted": result.loss_predicted,
-            "loss_shipped": result.loss_shipped,
-            "brier_shipped": result.brier_shipped,
-            "agreement_shipped": result.agreement_shipped,
+            "loss_deployed": result.loss_deployed,
+            "brier_deployed": result.brier_deployed,
+            "agreement_deployed": result.agreement_deployed,
             self.record.top1_name: accuracy.top1 if accuracy else None,
             **(self._interval(accuracy) if accuracy else {}),
             "top5": accuracy.top5 if accuracy else None,
@@ -614,7 +614,7 @@ class _Delivery(_Attempt):
             self.logged.append(model)
             own = {"model_id": model.model_id}
         found = {name: {**own, **images} for name in (self.record.top1_name, "top5", "validation_loss")}
-        return found | dict.fromkeys(("size_bytes", "average_bits", "loss_shipped", "brier_shipped", "agreement_shipped"), own)
+        return found | dict.fromkeys(("size_bytes", "average_bits", "loss_deployed", "brier_deployed", "agreement_deployed"), own)
 
     def _model_tags(self) -> dict[str, str]:
         return _trim({TAG: self.delivery, "fingerprint": self.record.fingerprint, "network": self.record.network})
@@ -688,7 +688,7 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 def _noted(path: Path, folder: Path, config: Mapping[str, Any], uri: str) -> _Attempt:
     """The attempt that a note describes, made again from the files beside it."""
-    note, beside = _read_note(path), path.parent
+    note, record_folder = _read_note(path), path.parent
 
     def inside(place: str) -> Path:
         found = folder / place
@@ -699,17 +699,17 @@ def _noted(path: Path, folder: Path, config: Mapping[str, Any], uri: str) -> _At
     try:
         experiment, tags = note["experiment"], note["tags"]
         if "failure" in note:
-            text = (beside / FAILURE).read_text(encoding="utf-8")
-            return _Failure(folder, config, experiment, uri, tags, beside, note["network"], text)
+            text = (record_folder / FAILURE).read_text(encoding="utf-8")
+            return _Failure(folder, config, experiment, uri, tags, record_folder, note["network"], text)
         if "nested" in note:
             return _Nested(
-                folder, config, experiment, uri, tags, beside,
+                folder, config, experiment, uri, tags, record_folder,
                 name=note["nested"], params=note["params"], metrics=note["metrics"], series=note["series"],
                 artifacts=[inside(place) for place in note["artifacts"]],
             )  # fmt: skip
         return _Delivery(
-            folder, config, experiment, uri, tags, beside,
-            record=RunRecord.load(beside / RECORD),
+            folder, config, experiment, uri, tags, record_folder,
+            record=RunRecord.load(record_folder / RECORD),
             matrices={name: inside(place) for name, place in note["matrices"].items()},
             plots=[inside(place) for place in note["plots"]],
             exports={budget: inside(place) for budget, place in note["exports"].items()},

@@ -26,7 +26,7 @@ class Workers(Protocol):
 
     def open_session(self, config: RunConfig, contents: str | None = None) -> None:
         """Makes every worker, present and future, load the run's network and data. One that does not hold the flow's own
-        (`Session.contents`) loads them anew or is refused."""
+        (`OpenedRun.contents`) loads them anew or is refused."""
 
     def map(
         self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]

@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass
 
-from clado.choosing.proposals import CONVEXITY, together, unlisted, widest_uniform
+from clado.choosing.proposals import CONVEXITY, merge_limits, unreported_estimators, widest_uniform
 from clado.measuring.plan import Tile
 from clado.measuring.sweep import Workbench, measure_tile
 from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 
 LIMIT_SECONDS = 20.0
 STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/ETA.md)
@@ -30,7 +30,7 @@ class Eta:
         return self.around + self.preparing + self.measuring + self.evaluation
 
 
-def probe(session: Session, own_start: float) -> Eta:
+def probe(session: OpenedRun, own_start: float) -> Eta:
     """Times some whole forwards, the preparing of two layers and small tiles for 20 s, and scales them. Writes nothing.
 
     `own_start` is how many seconds this process took until its session was open.
@@ -75,7 +75,7 @@ def probe(session: Session, own_start: float) -> Eta:
     return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, most)
 
 
-def eta_text(session: Session, own_start: float) -> str:
+def eta_text(session: OpenedRun, own_start: float) -> str:
     """The ETA in a line."""
     eta = probe(session, own_start)
     return (
@@ -85,25 +85,25 @@ def eta_text(session: Session, own_start: float) -> str:
     )
 
 
-def num_networks(session: Session) -> tuple[int, int]:
+def num_networks(session: OpenedRun) -> tuple[int, int]:
     """Networks that a run evaluates where all estimators agree, and where no two do: float, uniform, for each budget one of each
     estimator and the one chosen."""
     budgets, limits, space = session.budgets, session.limits, session.space
-    uniform = {widest_uniform(space, together(budget.constraint(space), limits)) for budget in budgets}
+    uniform = {widest_uniform(space, merge_limits(budget.constraint(space), limits)) for budget in budgets}
     least = 1 + len(uniform) + len(budgets)
     return least, least + len(budgets) * len(session.config.estimators)
 
 
-def num_competing(session: Session) -> int:
+def num_competing(session: OpenedRun) -> int:
     """Assignments at most that are measured on the sensitivity set and have no row of their own."""
     named = session.config.estimators
     uncorrected = 4 if session.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
     variants = 2 * sum(CONVEXITY.get(name) == "clip_psd" for name in named)
-    further = len(unlisted(named, session.plan.kinds))
+    further = len(unreported_estimators(named, session.plan.kinds))
     return len(session.budgets) * (variants + further + uncorrected + session.config.search.evaluations)
 
 
-def _preparing(session: Session) -> float:
+def _preparing(session: OpenedRun) -> float:
     """Seconds of preparing what is absent in one process, from two layers of each kind."""
     todo = session.unprepared()
     if not todo:
@@ -121,7 +121,7 @@ def _preparing(session: Session) -> float:
     return total
 
 
-def _seconds_per_image(session: Session) -> float:
+def _seconds_per_image(session: OpenedRun) -> float:
     """Seconds of a whole forward of one image: of batches that grow from one image until they take a second."""
     images, count, most = session.slices.validation, 1, session.float_network.images_at_once
     while True:

@@ -10,7 +10,7 @@ from clado.exporting.packed import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
 from clado.exporting.snippets import PEERS, holds, write_snippet
 from clado.records import write_text
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 
 FORMATS = ("safetensors", "packed", "onnx", *PEERS)
@@ -23,12 +23,12 @@ def file_name(budget: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
 
 
-def budget_folder(session: Session, budget: str) -> Path:
+def budget_folder(session: OpenedRun, budget: str) -> Path:
     """Where the chosen network of a budget is exported."""
     return session.folder / "exports" / file_name(budget)
 
 
-def model_folder(session: Session, budget: str) -> Path:
+def model_folder(session: OpenedRun, budget: str) -> Path:
     """Where the chosen network of a budget is kept as MLflow gets it."""
     return session.folder / "models" / file_name(budget)
 
@@ -39,13 +39,13 @@ def check_format(kind: str) -> None:
         raise ConfigurationError(f"unknown format {kind!r}; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
 
-def export_as(kind: str, session: Session, assignment: Assignment, folder: Path) -> tuple[Path, str]:
+def export_as(kind: str, session: OpenedRun, assignment: Assignment, folder: Path) -> tuple[Path, str]:
     """(what was written, what there is to say about it) of an assignment in a format."""
     if kind == "safetensors":
         return export(session, assignment, folder), ""
     if kind in PEERS:
         return write_snippet(folder, kind, session.space, assignment), ""
-    network, layers = session.shipped(assignment)
+    network, layers = session.deployed(assignment)
     document = session.space.to_json(assignment)
     if (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document):
         raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
@@ -71,9 +71,9 @@ def export_as(kind: str, session: Session, assignment: Assignment, folder: Path)
     return file, f"{told}\n{agreement}"
 
 
-def export(session: Session, assignment: Assignment, folder: Path) -> Path:
+def export(session: OpenedRun, assignment: Assignment, folder: Path) -> Path:
     """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
-    network, layers = session.shipped(assignment)
+    network, layers = session.deployed(assignment)
     state, document = network.state_dict(layers), session.space.to_json(assignment)
     added = [name for name in state if name not in network.model.state_dict()]
     if added:  # refused where a module takes none, or its forward would not read it
@@ -91,7 +91,7 @@ ADDING = """for name in state.keys() - network.state_dict().keys():  # biases th
     network.get_submodule(module).register_parameter(attribute, torch.nn.Parameter(state[name]))"""
 
 
-def loading_snippet(session: Session, adds_biases: bool = False) -> str:
+def loading_snippet(session: OpenedRun, adds_biases: bool = False) -> str:
     """Lines that build the network and load the exported weights."""
     network = session.config.network
     name, (module, _, function) = repr(network.name), network.name.partition(":")
@@ -114,7 +114,7 @@ def loading_snippet(session: Session, adds_biases: bool = False) -> str:
     )
 
 
-def _built(session: Session) -> str:
+def _built(session: OpenedRun) -> str:
     """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
     change of normalisation that published weights need."""
     if session.config.network.source != "torchvision":
@@ -125,7 +125,7 @@ def _built(session: Session) -> str:
     return f", image_size={size}" if session.config.network.name.startswith("vit_") and size != 224 else ""
 
 
-def _timm_options(session: Session) -> str:
+def _timm_options(session: OpenedRun) -> str:
     """The options that sources/timm.py built the network with, as further arguments."""
     if session.config.network.source != "timm" or session.config.network.image_shape is None:
         return ""

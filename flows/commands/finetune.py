@@ -11,14 +11,14 @@ import numpy as np
 
 from clado.data.images import ImageSlice, PickedSlice, check_slice
 from clado.errors import DataError
-from clado.evaluation import Counts, count, shards
+from clado.evaluation import Counts, count, evaluation_batches
 from clado.exporting.packed import as_module, export_packed
 from clado.exporting.safetensors import ASSIGNMENT
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.training import Epoch, FineTuned, Training, finetune
 from clado.records import Accuracy, Receipt, markdown_table, percent, write_text
-from clado.run.opened_run import EVALUATION_SHARD, Session, too_many_unreadable
+from clado.run.opened_run import EVALUATION_BATCH, OpenedRun, too_many_unreadable
 from clado.space import Assignment
 from clado.tracking import delivery
 from flows.commands.export import PACKED, file_name
@@ -38,7 +38,7 @@ class Images:
     origin: str
 
 
-def images_of(session: Session, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
+def images_of(session: OpenedRun, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
     """A named training set, or without one every image of the run that is not for validation; a seeded part is held out.
 
     Validation images are in neither. `most` bounds how many are trained on; `labels` says that labels are learned from.
@@ -74,7 +74,7 @@ def images_of(session: Session, folder: Path | None, seed: int, most: int | None
     return Images(PickedSlice([everything], training), PickedSlice([everything], held_out), origin)
 
 
-def _unreadable(session: Session, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
+def _unreadable(session: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
     """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
     or where one does not fit the network."""
     allowed, found = session.config.data.max_corrupt_images, dict[int, str]()
@@ -90,12 +90,12 @@ def folder_of(stored: StoredRun, budget: str) -> Path:
 
 
 def train(
-    stored: StoredRun, session: Session, budget: str, assignment: Assignment, training: Training, images: Images
+    stored: StoredRun, session: OpenedRun, budget: str, assignment: Assignment, training: Training, images: Images
 ) -> tuple[str, Receipt | None]:
     """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt, None for a run
     without a record, below which it would stand)."""
     begin, folder = time.perf_counter(), folder_of(stored, budget)
-    network, layers = session.shipped(assignment)
+    network, layers = session.deployed(assignment)
     as_module(network, layers)  # what could not be written is refused before hours are spent
     with progress("training", 1.0) as advance:
         done = 0.0
@@ -135,7 +135,7 @@ def train(
     receipt = delivery.track_nested(
         stored.folder,
         f"{budget} fine-tuned",
-        beside=folder,
+        record_folder=folder,
         experiment=stored.config.tracking.experiment,
         uri=stored.config.tracking.uri,
         params={"budget": budget, "method": "fine-tuned", "images": images.origin, **_texts(asdict(training))},
@@ -147,10 +147,10 @@ def train(
     return told, receipt
 
 
-def accuracy_on_validation(session: Session, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
+def accuracy_on_validation(session: OpenedRun, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
     """Accuracy of a network on the run's validation set."""
     images = session.slices.validation
-    parts = shards(len(images), EVALUATION_SHARD)
+    parts = evaluation_batches(len(images), EVALUATION_BATCH)
     return sum((count(network, layers, images, *part, reference=session.float_network) for part in parts), Counts()).accuracy()
 
 

@@ -7,13 +7,13 @@ import numpy as np
 
 from clado.choosing import pareto, solvers
 from clado.choosing.program import Program
-from clado.choosing.proposals import Budget, program_of, together
-from clado.choosing.smallest import Candidate, Interval, Smallest, smallest
+from clado.choosing.proposals import Budget, merge_limits, program_of
+from clado.choosing.smallest import Interval, MeasuredProposal, Smallest, smallest
 from clado.choosing.solvers import Solve
 from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
 from clado.records import markdown_table
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.commands.stored import StoredRun
 from flows.guard import uninterrupted
@@ -24,7 +24,7 @@ ROUNDS = 4
 FILL = 3  # budgets that fill the gap below an answer, per estimator and round
 
 
-def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Smallest:
+def find(stored: StoredRun, session: OpenedRun, bound: float, top1: bool) -> Smallest:
     """Measures candidates on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
 
     `top1`: the bound is on the drop of top-1 (a fraction), which needs labels; else on the increase of cross entropy, or of KL
@@ -43,7 +43,7 @@ def find(stored: StoredRun, session: Session, bound: float, top1: bool) -> Small
 
     def measure(assignment: Assignment) -> Interval:
         nonlocal measured
-        losses, hits = per_image(*session.shipped(assignment), images, reference=session.float_network)
+        losses, hits = per_image(*session.deployed(assignment), images, reference=session.float_network)
         measured += 1
         advance(1)
         return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
@@ -70,7 +70,7 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     space, settings = stored.measured.space, stored.config.solver
     prepared: list[tuple[Program, Solve]] = []
     largest = Budget("size", space.size_bytes(space.widest)).constraint(space)
-    limits = together(largest, stored.limits)  # that on the size is the first
+    limits = merge_limits(largest, stored.limits)  # that on the size is the first
     for matrix in stored.matrices().values():
         program = program_of(matrix, limits)
         prepared.append((program, uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))))
@@ -87,11 +87,11 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     return least, int(limits[0].bound), solve
 
 
-def text(found: Smallest, session: Session, top1: bool) -> str:
+def text(found: Smallest, session: OpenedRun, top1: bool) -> str:
     """The answer and its neighbours for the terminal."""
     what, scale = ("top-1 drop %", 100.0) if top1 else ("loss increase", 1.0)
 
-    def row(name: str, candidate: Candidate) -> list[str]:
+    def row(name: str, candidate: MeasuredProposal) -> list[str]:
         m = candidate.measured
         bits = session.space.average_bits(candidate.assignment)
         inside = "within" if m.high <= found.bound else "above"

@@ -11,19 +11,27 @@ from pathlib import Path
 from clado.choosing import pareto, solvers
 from clado.choosing.constraints import Constraint
 from clado.choosing.program import Program, Solution
-from clado.choosing.proposals import Budget, Proposal, beside, program_of, propose_uncorrected, together, widest_uniform
+from clado.choosing.proposals import (
+    Budget,
+    Proposal,
+    extra_matrices,
+    merge_limits,
+    program_of,
+    propose_uncorrected,
+    widest_uniform,
+)
 from clado.choosing.solvers import Solve
 from clado.errors import ConfigurationError, DataError, InfeasibleError
-from clado.evaluation import Counts, shards
+from clado.evaluation import Counts, evaluation_batches
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import Plan
 from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result, RunRecord, markdown_table, percent, write_text
-from clado.run.opened_run import EVALUATION_SHARD, Session, limit_of, limits_of
+from clado.run.opened_run import EVALUATION_BATCH, OpenedRun, limit_of, limits_of
 from clado.settings.schema import RunConfig, load_run_config, parse_limit
 from clado.space import Assignment
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from clado.tracking import delivery
 from flows.commands.export import file_name
 from flows.guard import uninterrupted
@@ -42,7 +50,7 @@ class StoredRun:
     def open(cls, folder: Path) -> "StoredRun":
         """Reads a run's folder; StoreError where it holds no complete measurement."""
         config = load_run_config(folder)
-        store = Store.open(config.store or folder / "store.zarr")
+        store = MeasurementStore.open(config.store or folder / "store.zarr")
         space = store.space.tied(config.layers.ties).blocked(config.layers.blocks)
         blocks = tuple((start, stop) for start, stop in store.coverage["blocks"])
         kinds, drawn = estimators.kinds_of(config.estimators, bool(config.corrections)), config.gradients
@@ -58,9 +66,9 @@ class StoredRun:
         """One matrix for each estimator of the configuration."""
         return {name: estimators.estimate(name, self.measured) for name in self.config.estimators}
 
-    def beside(self) -> dict[str, InteractionMatrix]:
+    def extra_matrices(self) -> dict[str, InteractionMatrix]:
         """Matrices that propose beside those."""
-        return beside(self.measured, self.config.estimators)
+        return extra_matrices(self.measured, self.config.estimators)
 
     def uncorrected(self, budgets: Sequence[Budget]) -> list[Proposal]:
         """What is proposed without corrections, for solver time only."""
@@ -79,12 +87,12 @@ class StoredRun:
         settings = self.config.solver
         extra = self._further(further)
         for name, matrix in (self.matrices() if matrices is None else matrices).items():
-            program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *extra]))
+            program = program_of(matrix, merge_limits(budget.constraint(matrix.space), [*self.limits, *extra]))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
     def rivals(self, matrix: InteractionMatrix, budget: Budget, further: Sequence[str] = ()) -> dict[str, Solution]:
         """What layerwise and greedy answer under the same limits, scored on the same matrix."""
-        program = program_of(matrix, together(budget.constraint(matrix.space), [*self.limits, *self._further(further)]))
+        program = program_of(matrix, merge_limits(budget.constraint(matrix.space), [*self.limits, *self._further(further)]))
         return {
             "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
             "greedy": solvers.solve(program, "greedy"),
@@ -104,7 +112,7 @@ class StoredRun:
             )
         for name, matrix in matrices.items():
             widest = Budget("size", space.size_bytes(space.widest)).constraint(space)
-            program = program_of(matrix, together(widest, self.limits), "raw")  # clipped it would bound another function
+            program = program_of(matrix, merge_limits(widest, self.limits), "raw")  # clipped it would bound another function
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
 
@@ -154,7 +162,7 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
     return "\n".join(lines)
 
 
-def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
+def recorded(stored: StoredRun, session: OpenedRun) -> list[Proposal]:
     """What the run proposed for its budgets, variants and searches included; nothing where it did not come that far."""
     if not (stored.folder / "record.json").is_file():
         return []
@@ -166,13 +174,13 @@ def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
     proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
     known = {(p.budget.name, p.method, p.assignment) for p in proposals}
     proposals += [  # whatever equals one of another method as well: `choose` goes by who proposed
-        Proposal(budgets[c.budget], c.origin, c.assignment, None if c.predicted_by else c.loss_predicted, listed=False)
-        for c in record.candidates
+        Proposal(budgets[c.budget], c.origin, c.assignment, None if c.predicted_by else c.loss_predicted, reported=False)
+        for c in record.measured_proposals
         if c.budget in budgets and (c.budget, c.origin, c.assignment) not in known
     ]
     # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
     # solved anew
-    fit = {budget: together(budget.constraint(session.space), stored.limits) for budget in session.budgets}
+    fit = {budget: merge_limits(budget.constraint(session.space), stored.limits) for budget in session.budgets}
     unfit = {
         p.budget
         for p in proposals
@@ -181,13 +189,13 @@ def recorded(stored: StoredRun, session: Session) -> list[Proposal]:
     return [p for p in proposals if p.budget not in unfit]
 
 
-def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Proposal]:
+def proposals_of(stored: StoredRun, session: OpenedRun, wanted: Sequence[Budget]) -> list[Proposal]:
     """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
     space, proposals = stored.measured.space, recorded(stored, session)
     known = {proposal.budget for proposal in proposals}
     for budget in wanted:
         if budget not in known:
-            uniform = widest_uniform(space, together(budget.constraint(space), stored.limits))
+            uniform = widest_uniform(space, merge_limits(budget.constraint(space), stored.limits))
             proposals.append(Proposal(budget, UNIFORM, uniform))
             proposals += _solved(stored, budget)
     return proposals
@@ -196,32 +204,32 @@ def candidates_of(stored: StoredRun, session: Session, wanted: Sequence[Budget])
 def _solved(stored: StoredRun, budget: Budget) -> list[Proposal]:
     """Every estimator's proposal for a budget, of those that reach it without what is quarantined or forbidden."""
     named, found = stored.matrices(), list[Proposal]()
-    unreached: list[InfeasibleError] = []
-    for name, matrix in {**named, **stored.beside()}.items():
+    without_answer: list[InfeasibleError] = []
+    for name, matrix in {**named, **stored.extra_matrices()}.items():
         try:
             ((_, _, solution),) = stored.solve(budget, matrices={name: matrix})
         except InfeasibleError as error:
-            unreached.append(error)
+            without_answer.append(error)
             continue
         predicted = matrix.loss_of(solution.objective)
-        found.append(Proposal(budget, name, solution.assignment, predicted, solution, listed=name in named))
+        found.append(Proposal(budget, name, solution.assignment, predicted, solution, reported=name in named))
     if not found:
-        raise unreached[0]
+        raise without_answer[0]
     return [*found, *stored.uncorrected([budget])]
 
 
-def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Proposal]) -> list[Result]:
+def chosen_among(stored: StoredRun, session: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
     """One result for each listed proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
     where it is known, else measured here."""
-    ledger = session.ledger("sensitivity")
+    evaluation_cache = session.evaluation_cache("sensitivity")
 
     def measured(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
         found: dict[Assignment, Counts] = {}
         for assignment in assignments:
-            counts = ledger.get(assignment)
+            counts = evaluation_cache.get(assignment)
             if counts is None:
                 counts = session.loss(assignment)
-                ledger.put(assignment, counts)
+                evaluation_cache.put(assignment, counts)
             found[assignment] = counts
         return found
 
@@ -229,48 +237,50 @@ def chosen_among(stored: StoredRun, session: Session, proposals: Sequence[Propos
     return chosen_of(session, with_fewer_corrections(session, proposals, counts, measured), counts)
 
 
-def answers(stored: StoredRun, session: Session, wanted: Sequence[Budget]) -> list[Result]:
+def answers(stored: StoredRun, session: OpenedRun, wanted: Sequence[Budget]) -> list[Result]:
     """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, as long as it is measured to be
     what it was: what is exported is what the record says."""
-    rows = chosen_among(stored, session, candidates_of(stored, session, wanted))
+    rows = chosen_among(stored, session, proposals_of(stored, session, wanted))
     before: dict[str, Result] = {}
     if own := {proposal.budget.name for proposal in recorded(stored, session)}:
-        ledger = session.ledger("sensitivity")
+        evaluation_cache = session.evaluation_cache("sensitivity")
         for row in RunRecord.load(stored.folder / "record.json").results:
-            counts = ledger.get(row.assignment) if row.method == CHOSEN and row.budget in own else None
-            if counts is not None and math.isclose(counts.accuracy().loss, row.loss_shipped):
+            counts = evaluation_cache.get(row.assignment) if row.method == CHOSEN and row.budget in own else None
+            if counts is not None and math.isclose(counts.accuracy().loss, row.loss_deployed):
                 before[row.budget] = row
     return [before.get(row.budget, row) if row.method == CHOSEN else row for row in rows]
 
 
-def chosen_for(stored: StoredRun, session: Session, budget: Budget) -> Assignment:
+def chosen_for(stored: StoredRun, session: OpenedRun, budget: Budget) -> Assignment:
     """What is chosen for a budget."""
     rows = answers(stored, session, [budget])
     return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
-def counts_of(session: Session, assignment: Assignment) -> Counts:
+def counts_of(session: OpenedRun, assignment: Assignment) -> Counts:
     """Counts on the validation set: read where they are known, else counted here."""
-    ledger = session.ledger("validation")
-    counts = ledger.get(assignment)
+    evaluation_cache = session.evaluation_cache("validation")
+    counts = evaluation_cache.get(assignment)
     if counts is None:
         counts = Counts()
-        parts = shards(len(session.slices.validation), EVALUATION_SHARD)  # as the flow cuts them: the same sum, bit for bit
+        parts = evaluation_batches(
+            len(session.slices.validation), EVALUATION_BATCH
+        )  # as the flow cuts them: the same sum, bit for bit
         for part in parts:
-            found = ledger.get(assignment, part) or session.accuracies([assignment], *part)[0]
+            found = evaluation_cache.get(assignment, part) or session.accuracies([assignment], *part)[0]
             if len(parts) > 1:
-                ledger.put(assignment, found, part)
+                evaluation_cache.put(assignment, found, part)
             counts += found
-        ledger.put(assignment, counts)
+        evaluation_cache.put(assignment, counts)
     return counts
 
 
-def accuracy_of(session: Session, assignment: Assignment) -> Accuracy:
+def accuracy_of(session: OpenedRun, assignment: Assignment) -> Accuracy:
     """Accuracy on the validation set."""
     return counts_of(session, assignment).accuracy()
 
 
-def evaluated(stored: StoredRun, session: Session, budget: Budget | None) -> list[Result]:
+def evaluated(stored: StoredRun, session: OpenedRun, budget: Budget | None) -> list[Result]:
     """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
     wanted = [budget] if budget else list(session.budgets)
     names = {asked.name for asked in wanted}
@@ -283,7 +293,7 @@ def evaluation_text(rows: Sequence[Result]) -> str:
     table = []
     for row in rows:
         if (accuracy := row.validation) is not None:
-            cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_shipped:.4f}"]
+            cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_deployed:.4f}"]
             low, high = accuracy.top1_interval or (None, None)
             interval = "–" if low is None else f"{percent(low)} to {percent(high)}"
             table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), f"{accuracy.loss:.4f}"])
@@ -301,7 +311,7 @@ def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget |
     return delivery.track_nested(
         stored.folder,
         f"{name} evaluated",
-        beside=folder,
+        record_folder=folder,
         experiment=settings.experiment,
         uri=settings.uri,
         params={"budget": name, "method": "evaluated"},
@@ -310,7 +320,7 @@ def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget |
     )
 
 
-def per_class_csv(session: Session, rows: Sequence[Result]) -> str:
+def per_class_csv(session: OpenedRun, rows: Sequence[Result]) -> str:
     """budget,method,class,name,images,top1_hits,top1 of every class that the validation set holds; the float network first."""
     names: Sequence[str] = getattr(session.slices.validation, "classes", None) or ()
     float_row = ("", FLOAT, session.space.nothing)

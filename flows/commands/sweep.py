@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from clado.choosing import pareto, solvers
 from clado.choosing.program import Solution
-from clado.choosing.proposals import Budget, Proposal, program_of, together, widest_uniform
+from clado.choosing.proposals import Budget, Proposal, merge_limits, program_of, widest_uniform
 from clado.errors import InfeasibleError
 from clado.interaction.matrix import InteractionMatrix
 from clado.records import CHOSEN, UNIFORM, Receipt, Result, RunRecord, markdown_table, write_text
 from clado.reporting import plots, tables
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from clado.tracking import delivery
 from flows.commands.stored import StoredRun, chosen_among
@@ -23,7 +23,7 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
     space = stored.measured.space
     named = stored.matrices()
-    matrices = {**named, **stored.beside()}
+    matrices = {**named, **stored.extra_matrices()}
     # without what is quarantined; every matrix knows of that
     narrowest = [program.assignment(program.narrowest) for program in (program_of(m, []) for m in matrices.values())]
     smallest = min(_bound(stored, kind, assignment) for assignment in narrowest)
@@ -36,28 +36,29 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     proposals = []
     with progress("solving", len(matrices)) as advance:
         for budget in budgets:
-            fit = together(budget.constraint(space), stored.limits)
+            fit = merge_limits(budget.constraint(space), stored.limits)
             proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
-        unreached: list[InfeasibleError] = []  # of a matrix that what has no finite loss leaves no answer
+        without_answer: list[InfeasibleError] = []  # of a matrix that what has no finite loss leaves no answer
         for name, matrix in matrices.items():
             try:
                 front = _front(stored, matrix, budgets)
             except InfeasibleError as error:
-                unreached.append(error)
+                without_answer.append(error)
                 front = []
             proposals += [
-                Proposal(budget, name, s.assignment, matrix.loss_of(s.objective), s, listed=name in named) for budget, s in front
+                Proposal(budget, name, s.assignment, matrix.loss_of(s.objective), s, reported=name in named)
+                for budget, s in front
             ]
             advance(1)
-        if len(unreached) == len(matrices):
-            raise unreached[0]
+        if len(without_answer) == len(matrices):
+            raise without_answer[0]
     return proposals + stored.uncorrected(budgets)
 
 
 def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budget]) -> list[tuple[Budget, Solution]]:
     """A matrix's optimum at each of the budgets, in ascending order, that it reaches; InfeasibleError where it reaches none."""
     settings = stored.config.solver
-    limits = [together(budget.constraint(matrix.space), stored.limits) for budget in budgets]
+    limits = [merge_limits(budget.constraint(matrix.space), stored.limits) for budget in budgets]
     program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
     solve = uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
     by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
@@ -78,17 +79,17 @@ def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
     return Budget(kind, math.inf).constraint(space).value(space, assignment)
 
 
-def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[str, Receipt]:
+def sweep(stored: StoredRun, session: OpenedRun, kind: str, count: int) -> tuple[str, Receipt]:
     """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
     folder = stored.folder / "sweep"
     finished = RunRecord.load(stored.folder / "record.json")  # refused before anything is solved
     proposals = propose_front(stored, kind, count)
     rows = chosen_among(stored, session, proposals)
-    ledger = session.ledger("validation")
-    known = {row.assignment: counts.accuracy() for row in rows if (counts := ledger.get(row.assignment)) is not None}
+    evaluation_cache = session.evaluation_cache("validation")
+    known = {row.assignment: counts.accuracy() for row in rows if (counts := evaluation_cache.get(row.assignment)) is not None}
     results = tuple(replace(row, validation=known.get(row.assignment)) for row in rows)
     notes = (f"a sweep of {count} budgets ({kind})",)
-    record = replace(finished, results=results, seconds={}, notes=notes, candidates=(), searches=(), stability=())
+    record = replace(finished, results=results, seconds={}, notes=notes, measured_proposals=(), searches=(), stability=())
     text = front_table(record)
     write_text(folder / "table.md", text + "\n")
     record.save(folder / "record.json")
@@ -102,7 +103,7 @@ def sweep(stored: StoredRun, session: Session, kind: str, count: int) -> tuple[s
         tags={"sweep": kind},
         plots=[folder / "loss_against_size.png"],
         description=text,
-        beside=folder,
+        record_folder=folder,
     )
     return text + "\n" + tables.verdict(record), receipt
 
@@ -118,8 +119,8 @@ def front_table(record: RunRecord) -> str:
             f"{row.average_bits:.3f}",
             row.winner or "",
             "" if row.loss_predicted is None else f"{row.loss_predicted:.5f}",
-            f"{row.loss_shipped:.5f}",
-            "" if row.brier_shipped is None else f"{row.brier_shipped:.5f}",
+            f"{row.loss_deployed:.5f}",
+            "" if row.brier_deployed is None else f"{row.brier_deployed:.5f}",
             "" if row.validation is None or row.validation.top1 is None else f"{100 * row.validation.top1:.2f}",
             row.status or "",
             "dominated" if worse else "",
@@ -134,8 +135,8 @@ def dominated_by(rows: Sequence[Result]) -> list[bool]:
     """For each result whether another has no more of bytes, measured loss, Brier score and disagreement, and less of one."""
 
     def point(row: Result) -> tuple[float, ...]:
-        brier = math.inf if row.brier_shipped is None else row.brier_shipped
-        return row.size_bytes, row.loss_shipped, brier, -(row.agreement_shipped or 0.0)
+        brier = math.inf if row.brier_deployed is None else row.brier_deployed
+        return row.size_bytes, row.loss_deployed, brier, -(row.agreement_deployed or 0.0)
 
     points = [point(row) for row in rows]
     return [any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points) for own in points]

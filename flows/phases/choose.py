@@ -15,16 +15,16 @@ from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import Searched, local_search
 from clado.choosing.local_search import search as search_around
 from clado.choosing.program import Program, Solution
-from clado.choosing.proposals import CONVEXITY, Budget, Proposal, program_of, together
+from clado.choosing.proposals import CONVEXITY, Budget, Proposal, merge_limits, program_of
 from clado.choosing.solvers import Solve
 from clado.choosing.stability import stability
 from clado.errors import CladoError, InfeasibleError
 from clado.evaluation import Counts
 from clado.interaction import estimators
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import CHOSEN, LOCAL_SEARCH, Candidate, SearchSummary, Stability, write_text
+from clado.records import CHOSEN, LOCAL_SEARCH, MeasuredProposal, SearchSummary, Stability, write_text
 from clado.space import Assignment, SearchSpace
-from clado.storage.evaluation_cache import Ledger
+from clado.storage.evaluation_cache import EvaluationCache
 from flows import worker
 from flows.guard import uninterrupted
 from flows.phases.run import Run, with_fewer_corrections
@@ -59,12 +59,14 @@ def allocate(run: Run) -> None:
     def prepare_variant(program: Program) -> Solve:
         return uninterrupted(solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS)))
 
-    def unreached(budget: Budget, method: str, error: InfeasibleError) -> None:
+    def without_answer(budget: Budget, method: str, error: InfeasibleError) -> None:
         run.notes.append(f"{budget.name}: {method} has no answer without what has no finite loss ({error})")
 
     with progress("solving", len(run.matrices) * len(budgets)) as advance:
-        run.proposals = proposals.propose(run.matrices, budgets, prepare, limits, lambda budget, method: advance(1), unreached)
-    run.proposals += proposals.propose_variants(run.matrices, budgets, prepare_variant, limits, run.beside)
+        run.proposals = proposals.propose(
+            run.matrices, budgets, prepare, limits, lambda budget, method: advance(1), without_answer
+        )
+    run.proposals += proposals.propose_variants(run.matrices, budgets, prepare_variant, limits, run.extra_matrices)
     run.proposals += proposals.propose_uncorrected(run.uncorrected, budgets, prepare_variant, limits)
     incumbent.unlink(missing_ok=True)
     for name in run.matrices:
@@ -81,12 +83,12 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
         return []
 
 
-@task(name="measure_candidates", cache_policy=NO_CACHE, persist_result=False)
-def measure_candidates(run: Run) -> None:
+@task(name="measure_proposals", cache_policy=NO_CACHE, persist_result=False)
+def measure_proposals(run: Run) -> None:
     """Measures the true loss of each distinct proposal on the sensitivity set, once, as it ships."""
     distinct = list(dict.fromkeys(proposal.assignment for proposal in run.proposals))
-    with progress("candidates", len(distinct)) as advance:
-        run.losses = _measured(run, run.session.ledger("sensitivity"), worker.measure_loss, distinct, advance)
+    with progress("proposals", len(distinct)) as advance:
+        run.losses = _measured(run, run.session.evaluation_cache("sensitivity"), worker.measure_loss, distinct, advance)
 
 
 @task(name="search", cache_policy=NO_CACHE, persist_result=False)
@@ -94,10 +96,10 @@ def search(run: Run) -> None:
     """Searches around the best candidate of every budget, all budgets side by side; what is found competes as a proposal."""
     session, settings = run.session, run.session.config.search
     losses = {assignment: counts.accuracy().loss for assignment, counts in run.losses.items()}
-    run.surrogate = proposals.surrogate({**run.matrices, **run.beside}, losses)
+    run.surrogate = proposals.surrogate({**run.matrices, **run.extra_matrices}, losses)
     run.stability = _stability(run)
     matrix = _surrogate(run)
-    fit = {budget: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
+    fit = {budget: merge_limits(budget.constraint(session.space), session.limits) for budget in session.budgets}
     searches = {
         budget: search_around(program, losses, settings.evaluations, settings.batch)
         for budget, limits in fit.items()
@@ -106,33 +108,33 @@ def search(run: Run) -> None:
     with progress("searching", len(searches) * settings.evaluations or 1) as advance:
 
         def measure_losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
-            found = _measured(run, session.ledger("sensitivity"), worker.measure_loss, assignments, advance)
+            found = _measured(run, session.evaluation_cache("sensitivity"), worker.measure_loss, assignments, advance)
             run.losses |= found
             return {assignment: counts.accuracy().loss for assignment, counts in found.items()}
 
         run.searched = local_search(searches, measure_losses)
     run.proposals += [
-        Proposal(budget, LOCAL_SEARCH, assignment, _predicted(matrix, assignment), listed=False)
+        Proposal(budget, LOCAL_SEARCH, assignment, _predicted(matrix, assignment), reported=False)
         for budget, searched in run.searched.items()
         for assignment in searched.tried
     ]
 
     def measure_fewer(lacking: Sequence[Assignment]) -> dict[Assignment, Counts]:
         with progress("fewer corrections", len(lacking)) as advance:
-            return _measured(run, session.ledger("sensitivity"), worker.measure_loss, lacking, advance)
+            return _measured(run, session.evaluation_cache("sensitivity"), worker.measure_loss, lacking, advance)
 
     run.proposals = with_fewer_corrections(session, run.proposals, run.losses, measure_fewer)
     run.notes += [
         f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
         for row in run.results()
-        if row.method == CHOSEN and not isfinite(row.loss_shipped)
+        if row.method == CHOSEN and not isfinite(row.loss_deployed)
     ]
     run.probe_losses = run.losses
     if session.has_probe_model:  # of what is reported
         reported = list(dict.fromkeys(row.assignment for row in run.results()))
         with progress("as probed", len(reported)) as advance:
-            ledger = session.ledger("sensitivity", "probe_model")
-            run.probe_losses = _measured(run, ledger, worker.measure_probe_loss, reported, advance)
+            evaluation_cache = session.evaluation_cache("sensitivity", "probe_model")
+            run.probe_losses = _measured(run, evaluation_cache, worker.measure_probe_loss, reported, advance)
 
 
 def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses: Iterable[Assignment]) -> Program | None:
@@ -149,7 +151,7 @@ def _stability(run: Run) -> tuple[Stability, ...]:
     if run.measured is None:
         return ()
     name, session = run.surrogate, run.session
-    fit = {budget.name: together(budget.constraint(session.space), session.limits) for budget in session.budgets}
+    fit = {budget.name: merge_limits(budget.constraint(session.space), session.limits) for budget in session.budgets}
     answers = {p.budget.name: p.assignment for p in run.proposals if p.method == name}
     full = _surrogate(run)
 
@@ -184,16 +186,16 @@ def summaries(run: Run) -> tuple[SearchSummary, ...]:
     )
 
 
-def measured_candidates(run: Run) -> tuple[Candidate, ...]:
+def measured_proposals(run: Run) -> tuple[MeasuredProposal, ...]:
     """All that was measured for each budget: proposals, variants, and what the search tried, in its order."""
     space, predictor = run.session.space, _predictor(run)
 
-    def candidate(budget: Budget, origin: str, assignment: Assignment, predicted: float | None) -> Candidate:
+    def candidate(budget: Budget, origin: str, assignment: Assignment, predicted: float | None) -> MeasuredProposal:
         counts = run.losses[assignment]
         loss, brier, by = counts.accuracy().loss, counts.mean_brier, ""
         if predicted is None and predictor is not None and (predicted := _predicted(predictor, assignment)) is not None:
             by = predictor.estimator
-        return Candidate(
+        return MeasuredProposal(
             budget.name,
             origin,
             assignment,
@@ -222,12 +224,12 @@ def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched)
 
 def _surrogate(run: Run) -> InteractionMatrix:
     """The matrix that ranks moves."""
-    return {**run.matrices, **run.beside}[run.surrogate]
+    return {**run.matrices, **run.extra_matrices}[run.surrogate]
 
 
 def _predictor(run: Run) -> InteractionMatrix | None:
     """The matrix that predicts losses where the one that proposed has none: of PREDICTING, else any that predicts."""
-    known = {**run.matrices, **run.beside}
+    known = {**run.matrices, **run.extra_matrices}
     return next((known[n] for n in dict.fromkeys((*PREDICTING, *known)) if n in known and not known[n].ranking_only), None)
 
 
@@ -241,7 +243,7 @@ def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | Non
 
 def _measured(
     run: Run,
-    ledger: Ledger,
+    evaluation_cache: EvaluationCache,
     function: Callable[[dict[str, Any], Assignment], tuple[Assignment, Counts]],
     assignments: Iterable[Assignment],
     advance: Callable[[float], None],
@@ -250,14 +252,14 @@ def _measured(
     known: dict[Assignment, Counts] = {}
     todo: list[Assignment] = []
     for assignment in assignments:
-        counts = ledger.get(assignment)
+        counts = evaluation_cache.get(assignment)
         if counts is None:
             todo.append(assignment)
         else:
             known[assignment] = counts
             advance(1)
     for assignment, counts in run.workers.map(function, run.session.config, todo):
-        ledger.put(assignment, counts)
+        evaluation_cache.put(assignment, counts)
         known[assignment] = counts
         advance(1)
     return known

@@ -6,8 +6,8 @@ from typing import TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from clado.evaluation import Counts, shards
-from clado.run.opened_run import EVALUATION_SHARD
+from clado.evaluation import Counts, evaluation_batches
+from clado.run.opened_run import EVALUATION_BATCH
 from clado.space import Assignment
 from flows import worker
 from flows.phases.run import Run
@@ -30,27 +30,27 @@ def evaluate(run: Run) -> None:
     wanted = [session.space.nothing, *(row.assignment for row in rows)]
     if session.config.corrections:  # which leave the float network's function as it is
         wanted += [row.assignment.with_corrections("none") for row in rows]
-    distinct, ledger = list(dict.fromkeys(wanted)), session.ledger("validation")
-    known = {assignment: counts for assignment in distinct if (counts := ledger.get(assignment)) is not None}
-    parts = shards(len(session.slices.validation), EVALUATION_SHARD)
+    distinct, evaluation_cache = list(dict.fromkeys(wanted)), session.evaluation_cache("validation")
+    known = {assignment: counts for assignment in distinct if (counts := evaluation_cache.get(assignment)) is not None}
+    parts = evaluation_batches(len(session.slices.validation), EVALUATION_BATCH)
     found: dict[Assignment, dict[int, Counts]] = {assignment: {} for assignment in distinct if assignment not in known}
     for assignment, done in found.items():
-        done |= {k: counts for k, part in enumerate(parts) if (counts := ledger.get(assignment, part)) is not None}
+        done |= {k: counts for k, part in enumerate(parts) if (counts := evaluation_cache.get(assignment, part)) is not None}
     # shard by shard: what is decoded for one assignment is decoded for its neighbours
     items = [
         (k, tuple(group))
         for k in range(len(parts))
-        for group in batched([key for key, done in found.items() if k not in done], session.evaluated_together)
+        for group in batched([key for key, done in found.items() if k not in done], session.assignments_at_once)
     ]
     with progress("evaluating", sum(len(group) for _, group in items)) as advance:
-        for k, counted in run.workers.map(worker.evaluate_shard, session.config, items):
+        for k, counted in run.workers.map(worker.evaluate_batch, session.config, items):
             for assignment, counts in counted:
                 found[assignment][k] = counts
                 if len(parts) > 1:
-                    ledger.put(assignment, counts, parts[k])
+                    evaluation_cache.put(assignment, counts, parts[k])
                 advance(1)
     for assignment, done in found.items():
         # shards are added in order, so that the sum does not depend on which worker was first
         known[assignment] = sum((done[k] for k in range(len(parts))), Counts())
-        ledger.put(assignment, known[assignment])
+        evaluation_cache.put(assignment, known[assignment])
     run.accuracies = known

@@ -7,7 +7,7 @@ from clado.choosing import proposals
 from clado.errors import StoreError
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows import worker
 from flows.phases.run import Measuring, Run
 from flows.progress import progress
@@ -39,14 +39,14 @@ def measure(run: Run) -> None:
 def gather(run: Run) -> None:
     """Reads the store and lets every estimator make its matrix; keeps them as .npz files."""
     session = run.session
-    store = Store.open(session.store_path)
+    store = MeasurementStore.open(session.store_path)
     measured = Measured(session.space, session.config.criterion, store.counts, store.gather(session.plan))
     run.measured = measured
     run.notes += estimators.non_finite(measured)
     for name in session.config.estimators:
         run.matrices[name] = estimators.estimate(name, measured)
         run.matrices[name].save(session.folder / "matrices" / f"{name}.npz")
-    run.beside = proposals.beside(measured, run.matrices)
+    run.extra_matrices = proposals.extra_matrices(measured, run.matrices)
     run.uncorrected = estimators.uncorrected(measured)
     if not run.matrices:
         raise StoreError(f"{session.store_path} gave no matrix")

@@ -22,14 +22,14 @@ from clado.interaction import estimators
 from clado.quantization.preparation import names_of
 from clado.records import CHOSEN, Receipt, Result, RunRecord, write_text
 from clado.reporting import page, plots, tables
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.tracking import delivery
 from flows import artifacts
 from flows.commands.export import budget_folder, export, model_folder
-from flows.phases.choose import measured_candidates, summaries
+from flows.phases.choose import measured_proposals, summaries
 from flows.phases.run import Run
 
-LIBRARIES = ("torchvision", "zarr", "distributed", "prefect", "pyscipopt", "mlflow")  # beside those of Session.provenance
+LIBRARIES = ("torchvision", "zarr", "distributed", "prefect", "pyscipopt", "mlflow")  # beside those of OpenedRun.provenance
 
 
 def record_of(run: Run) -> RunRecord:
@@ -64,7 +64,7 @@ def record_of(run: Run) -> RunRecord:
         criterion=session.config.criterion,
         corrections=names_of(session.config.corrections),
         imagenet=session.slices.imagenet,
-        candidates=measured_candidates(run),
+        measured_proposals=measured_proposals(run),
         searches=summaries(run),
         stability=run.stability,
         baseline=baseline,
@@ -88,7 +88,7 @@ def record_of(run: Run) -> RunRecord:
     )
 
 
-def provenance_of(session: Session) -> dict[str, str]:
+def provenance_of(session: OpenedRun) -> dict[str, str]:
     """Versions, device, hash of the weights, and the revision of this code where it is a checkout."""
     known = {"python": platform.python_version(), **{name: str(value) for name, value in session.provenance.items()}}
     for name in LIBRARIES:
@@ -103,7 +103,7 @@ def provenance_of(session: Session) -> dict[str, str]:
     }
 
 
-def data_of(session: Session) -> dict[str, dict[str, Any]]:
+def data_of(session: OpenedRun) -> dict[str, dict[str, Any]]:
     """Number of images and hash of each set that the run read."""
     names = ("calibration", "sensitivity", "validation")
     slices = {name: getattr(session.slices, name) for name in names}
@@ -147,7 +147,7 @@ def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
             file.unlink()
 
 
-def write_exports(session: Session, chosen: Sequence[Result]) -> list[str]:
+def write_exports(session: OpenedRun, chosen: Sequence[Result]) -> list[str]:
     """The chosen networks as safetensors, and a note of those that a torch module cannot hold."""
     refused: dict[str, list[str]] = {}
     for row in chosen:
@@ -160,13 +160,13 @@ def write_exports(session: Session, chosen: Sequence[Result]) -> list[str]:
     return [f"there is no export of {', '.join(budgets)}: {reason}" for reason, budgets in refused.items()]
 
 
-def write_models(session: Session, chosen: Sequence[Result]) -> list[str]:
+def write_models(session: OpenedRun, chosen: Sequence[Result]) -> list[str]:
     """The chosen networks as MLflow gets them, and a note of those that a torch module cannot hold."""
     refused: dict[str, list[str]] = {}
     for row in chosen:
         folder = model_folder(session, row.budget)
         try:
-            export_model(folder, *session.shipped(row.assignment), session.config.network)
+            export_model(folder, *session.deployed(row.assignment), session.config.network)
         except NetworkError as error:
             shutil.rmtree(folder, ignore_errors=True)  # what an earlier run of other bits may have left
             refused.setdefault(str(error), []).append(row.budget)
@@ -174,7 +174,7 @@ def write_models(session: Session, chosen: Sequence[Result]) -> list[str]:
 
 
 @contextmanager
-def failure_recorded(session: Session) -> Iterator[None]:
+def failure_recorded(session: OpenedRun) -> Iterator[None]:
     """Around a run: an error goes on as it is, once MLflow and the run's failure.txt have it with its traceback."""
     config = session.config
     try:
@@ -193,12 +193,12 @@ def failure_recorded(session: Session) -> Iterator[None]:
     (session.folder / delivery.FAILURE).unlink(missing_ok=True)
 
 
-def _tags(session: Session) -> dict[str, str]:
+def _tags(session: OpenedRun) -> dict[str, str]:
     """Provenance, and where Prefect has the run."""
     return {**provenance_of(session), "prefect_flow_run_id": str(flow_run.id or "")}
 
 
-def models_of(session: Session, found: RunRecord) -> dict[str, Path]:
+def models_of(session: OpenedRun, found: RunRecord) -> dict[str, Path]:
     """Folders of the models that were written, by budget."""
     folders = {budget: model_folder(session, budget) for budget in found.budgets}
     return {budget: folder for budget, folder in folders.items() if folder.is_dir()}

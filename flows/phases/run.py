@@ -11,7 +11,7 @@ from clado.evaluation import Counts
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.records import CHOSEN, Result, Stability
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.clusters import Workers
 
@@ -28,11 +28,11 @@ class Measuring:
 class Run:
     """Passed from phase to phase. A plain class, so that Prefect does not look inside."""
 
-    def __init__(self, session: Session, workers: Workers, clock: "Clock") -> None:
+    def __init__(self, session: OpenedRun, workers: Workers, clock: "Clock") -> None:
         self.session = session
         self.workers = workers
         self.matrices: dict[str, InteractionMatrix] = {}
-        self.beside: dict[str, InteractionMatrix] = {}
+        self.extra_matrices: dict[str, InteractionMatrix] = {}
         self.uncorrected: InteractionMatrix | None = None
         self.proposals: list[Proposal] = []
         self.measured: Measured | None = None
@@ -51,7 +51,7 @@ class Run:
         return chosen_of(self.session, self.proposals, self.losses)
 
 
-def chosen_of(session: Session, proposals: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
+def chosen_of(session: OpenedRun, proposals: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
     """`choose` by what was measured on the sensitivity set."""
     losses = {assignment: found.accuracy().loss for assignment, found in counts.items()}
     scores = {assignment: Score(found.mean_brier, found.each_hit) for assignment, found in counts.items()}
@@ -59,7 +59,7 @@ def chosen_of(session: Session, proposals: Sequence[Proposal], counts: Mapping[A
 
 
 def with_fewer_corrections(
-    session: Session,
+    session: OpenedRun,
     proposals: Sequence[Proposal],
     counts: dict[Assignment, Counts],
     measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
@@ -80,7 +80,7 @@ def with_fewer_corrections(
             return found
         counts |= measure(list(dict.fromkeys(b for lacking in others.values() for b in lacking)))
         found += [
-            replace(proposal, assignment=other, loss_predicted=None, solution=None, listed=False)
+            replace(proposal, assignment=other, loss_predicted=None, solution=None, reported=False)
             for proposal in found
             for other in others.get(proposal.assignment, ())
         ]

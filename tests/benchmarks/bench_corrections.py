@@ -36,7 +36,7 @@ from clado.quantization.preparation import Prepared, Recipe, calibration_batches
 from clado.records import markdown_table
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
-from clado.storage.prepared_layers import Shelf
+from clado.storage.prepared_layers import PreparedLayers
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOT = HERE / "corrections.jsonl", HERE / "CORRECTIONS.md", HERE.parents[1] / "docs" / "corrections.png"
@@ -65,14 +65,14 @@ def prepared(network: Network, name: str, variant: str, slices: DataSlices) -> P
     recipe = Recipe(corrections=SHIPPED[variant], adaround_steps=ADAROUND_STEPS)
     space = network.search_space(BITS)
     images = calibration_batches(slices.calibration.load(0, NUM_CALIBRATION)[0].to(network.device))
-    shelf = Shelf(FOLDER / name / variant)
-    if not shelf.network_file.exists():
-        shelf.write_network(*equalized(network, recipe, images))
-    tensors, _ = shelf.read_network(network.device)
+    prepared_layers = PreparedLayers(FOLDER / name / variant)
+    if not prepared_layers.network_file.exists():
+        prepared_layers.write_network(*equalized(network, recipe, images))
+    tensors, _ = prepared_layers.read_network(network.device)
     network = network.updated(tensors) if tensors else network
-    for layer in shelf.missing(space.num_layers):
-        shelf.write_layer(layer, *prepare_layer(network, space, recipe, layer, images))
-    layers = [made for layer in range(space.num_layers) for made in shelf.read_layer(layer, network.device)[0]]
+    for layer in prepared_layers.missing(space.num_layers):
+        prepared_layers.write_layer(layer, *prepare_layer(network, space, recipe, layer, images))
+    layers = [made for layer in range(space.num_layers) for made in prepared_layers.read_layer(layer, network.device)[0]]
     return Prepared(network, space, recipe, tuple(layers), images)
 
 
@@ -104,7 +104,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
         variants = [v for v in variants if v != "batchnorm_reestimation"]
     known = [row for row in rows() if (row["network"], row["draw"]) == (name, draw)]
     asked = list(product(("plain", "corrected"), METHODS, BUDGETS))
-    done = {(row["measured"], row["method"], row["budget"], row["shipped"]) for row in known}
+    done = {(row["measured"], row["method"], row["budget"], row["deployed"]) for row in known}
     variants = [variant for variant in variants if not done >= {(*question, variant) for question in asked}]
     if not variants:
         return
@@ -120,7 +120,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
         for proposal in proposals:
             if proposal.method in METHODS:
                 answers.setdefault((measured, proposal.method, proposal.budget.bound), proposal.assignment)
-    seen = {(tuple(row["bits"]), row["shipped"]): row for row in rows() if row["network"] == name}
+    seen = {(tuple(row["bits"]), row["deployed"]): row for row in rows() if row["network"] == name}
     for (measured, method, budget), assignment in answers.items():
         for variant in variants:
             if (measured, method, budget, variant) in done:
@@ -128,7 +128,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
             key = (assignment.bits, variant)
             if key not in seen:
                 begin = time.perf_counter()
-                shipped = ready[variant].shipped(assignment)
+                shipped = ready[variant].deployed(assignment)
                 accuracy = count(*shipped, slices.validation, 0, len(slices.validation)).accuracy()
                 seen[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
             row = {k: seen[key][k] for k in ("top1", "loss", "seconds")}
@@ -138,7 +138,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
                 "measured": measured,
                 "method": method,
                 "budget": budget,
-                "shipped": variant,
+                "deployed": variant,
                 "bits": list(assignment.bits),
                 "size_bytes": ready[variant].space.size_bytes(assignment),
                 **row,
@@ -184,13 +184,13 @@ def table() -> str:
         mine = [row for row in data if row["network"] == name]
         if not mine:
             continue
-        variants = [v for v in SHIPPED if any(row["shipped"] == v for row in mine)]
+        variants = [v for v in SHIPPED if any(row["deployed"] == v for row in mine)]
         top1, loss = floats[name]
         parts.append(f"## {name}: float {100 * top1:.2f} %, loss {loss:.4f}\n")
         lines = []
         for budget, measured, method in product(BUDGETS, ("plain", "corrected"), METHODS):
             found = {v: [r["top1"] for r in mine
-                         if (r["budget"], r["measured"], r["method"], r["shipped"]) == (budget, measured, method, v)]
+                         if (r["budget"], r["measured"], r["method"], r["deployed"]) == (budget, measured, method, v)]
                      for v in variants}  # fmt: skip
             if any(found.values()):
                 lines.append([f"{budget:g} bits", measured, method, *[_figure(values) for values in found.values()]])
@@ -210,7 +210,7 @@ def _figure(values: list[float]) -> str:
 
 def _verdicts(mine: list[dict[str, Any]], float_top1: float) -> str:
     """What measuring under the corrections that ship changes, and how far the result is below float."""
-    by = {(r["draw"], r["budget"], r["method"], r["measured"]): r for r in mine if r["shipped"] == "all"}
+    by = {(r["draw"], r["budget"], r["method"], r["measured"]): r for r in mine if r["deployed"] == "all"}
     pairs = [
         (by[d, b, m, "corrected"], by[d, b, m, "plain"]) for d, b, m, k in by if k == "plain" and (d, b, m, "corrected") in by
     ]
@@ -243,7 +243,7 @@ def plot() -> None:
     for axis, name in zip(axes[0], names, strict=True):
         for variant in SHIPPED:
             measured = "plain" if variant == "none" else "corrected"
-            mine = [r for r in data if (r["network"], r["shipped"], r["method"], r["measured"])
+            mine = [r for r in data if (r["network"], r["deployed"], r["method"], r["measured"])
                     == (name, variant, "gauss_newton", measured)]  # fmt: skip
             points = [(b, 100 * float(np.mean(v))) for b in BUDGETS if (v := [r["top1"] for r in mine if r["budget"] == b])]
             if points:

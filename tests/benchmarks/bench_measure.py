@@ -33,7 +33,7 @@ from clado.network.network import Network, prefers_channels_last
 from clado.network.tracing import compile_graph
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows.clusters._dask import ALLOCATOR
 
 HERE = Path(__file__).parent
@@ -311,7 +311,7 @@ def over_suffixes(bench: Workbench, images: int, batches: Sequence[int], store: 
         for kind, ratios in found.items():
             begin = now()
             tile = Tile(kind, 0)
-            Store.open(store).write(tile, measure_tile(bench, tile))
+            MeasurementStore.open(store).write(tile, measure_tile(bench, tile))
             ratios.append((now() - begin) / forwards)
     return {kind: float(np.median(ratios)) for kind, ratios in found.items()}
 
@@ -334,7 +334,7 @@ def measure(name: str, folder: Path) -> Result:
     graph = bench.network.graph
     assert isinstance(graph, Graph)
     plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
-    Store.create(folder / f"{name}.zarr", plan, {}, {}, {})
+    MeasurementStore.create(folder / f"{name}.zarr", plan, {}, {}, {})
 
     halfway = network.advance(network.begin(images), space.num_layers // 2)
     clock = SteadyClock(lambda: network.finish(halfway))
@@ -361,7 +361,7 @@ def measure(name: str, folder: Path) -> Result:
     begin = now()
     with patch.object(criteria, "bind", profile.bind):
         sums = measure_tile(watched, tile := next(tile for tile in plan.tiles if tile.kind == "pairs"))
-    profile.timed("write", lambda: Store.open(folder / f"{name}.zarr").write(tile, sums))()
+    profile.timed("write", lambda: MeasurementStore.open(folder / f"{name}.zarr").write(tile, sums))()
     measured = {"pairs": now() - begin}
     shares = profile.parts(measured["pairs"], per_instruction)
     ratios = {}

@@ -27,9 +27,9 @@ import psutil
 from clado.interaction.estimators import kinds_of
 from clado.measuring.plan import OF_PAIRS, Plan, Tile
 from clado.records import markdown_table, write_text
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import RunConfig, load_config
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows import clusters, worker
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
 from flows.phases import measure
@@ -82,14 +82,14 @@ def measured(config: RunConfig, workers: clusters.Workers, watch: Watch) -> Watc
     """The flow's measure phase."""
     workers.open_session(config)
     with patch.object(measure, "progress", watch):
-        measure.measure.fn(Run(Session.open(config), workers, Clock()))
+        measure.measure.fn(Run(OpenedRun.open(config), workers, Clock()))
     return watch
 
 
 # --- twenty thousand tiles
 
 
-def zeros(session: Session, tile: Tile) -> np.ndarray:
+def zeros(session: OpenedRun, tile: Tile) -> np.ndarray:
     """A tile that costs nothing to measure."""
     shape = session.plan.shape(tile.kind)
     return np.zeros((tile.stop - tile.first, *shape[1:]) if tile.kind in OF_PAIRS else shape)
@@ -100,7 +100,7 @@ def host(address: str, count: int) -> None:
     from distributed import Worker
 
     worker.measure_tile = zeros
-    Session.bench = property(lambda session: session)
+    OpenedRun.bench = property(lambda session: session)
 
     async def work() -> None:
         started = [Worker(address, nthreads=1, host="127.0.0.1", **LOOPBACK) for _ in range(count)]
@@ -115,10 +115,10 @@ def module(*words: object) -> list[str]:
     return [sys.executable, "-m", "tests.benchmarks.bench_scale", *map(str, words)]
 
 
-def empty_store(session: Session) -> None:
+def empty_store(session: OpenedRun) -> None:
     """A store of as many tiles as are asked for, none of them measured."""
     plan = Plan(session.space, session.blocks, kinds_of(session.config.estimators), ROWS)
-    Store.create(session.store_path, plan, session.identity, session.coverage, session.provenance)
+    MeasurementStore.create(session.store_path, plan, session.identity, session.coverage, session.provenance)
 
 
 def echo(document: dict[str, Any], item: int) -> int:
@@ -149,7 +149,7 @@ def many_tiles(folder: Path) -> str:
         f"data.sensitivity_images={BLOCKS}", f"data.sample_blocks={BLOCKS}", "data.calibration_images=0", "corrections=[]",
         "estimators=[pairwise]",
     )  # fmt: skip
-    session = Session.open(config)
+    session = OpenedRun.open(config)
     empty_store(session)
     with ExitStack() as stack, open(os.devnull, "w") as nowhere:
         started = [subprocess.Popen(dask, env=environment, stdout=nowhere, stderr=nowhere)]
@@ -176,7 +176,7 @@ def many_tiles(folder: Path) -> str:
         whole = measured(config, workers, Watch(look=lambda: megabytes(looked)))
         spent = [1e3 * (b - a) / tiles for a, b in zip(spent, cpu_seconds(all_of_them), strict=True)]
         bare = tasks()
-    assert Store.open(session.store_path).missing(session.plan) == []
+    assert MeasurementStore.open(session.store_path).missing(session.plan) == []
     assert whole.receipts == bare.receipts == tiles
     rows = [
         [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in seen)] for mark, seen in {0: before, **whole.looks}.items()
@@ -207,7 +207,7 @@ def loop(folder: Path) -> None:
     from clado.measuring.sweep import measure_tile
 
     config = own(folder, 1)
-    session = Session.open(config)
+    session = OpenedRun.open(config)
     store = session.open_store()
     store.extend(session.plan)
     begin = time.perf_counter()
@@ -219,7 +219,7 @@ def loop(folder: Path) -> None:
 def by_workers(folder: Path, workers: int) -> float:
     """Seconds of the measure phase with worker processes."""
     config = own(folder, workers)
-    Session.open(config).open_store()
+    OpenedRun.open(config).open_store()
     with clusters.start(config) as started:
         started.client.wait_for_workers(workers, timeout=300)
         return measured(config, started, Watch()).seconds
@@ -234,7 +234,7 @@ def by_loop(folder: Path) -> float:
 
 def own_tiles(folder: Path) -> str:
     """Section of the page."""
-    prepared = Session.open(own(folder / "prepared", 1))
+    prepared = OpenedRun.open(own(folder / "prepared", 1))
     assert prepared.prepared
     found: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
     for number in range(ROUNDS):

@@ -30,7 +30,7 @@ from clado.quantization import preparation
 from clado.quantization.corrections import batchnorm_reestimation, output_statistics
 from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
 from clado.records import CHOSEN, RunRecord, markdown_table
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import load_run_config, parse_config
 from clado.space import Assignment
 
@@ -127,7 +127,7 @@ def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     """The lines of a network that are not in the data yet."""
     torch.set_num_threads(1)
     preparation.RUNS_BYTES = 4 * 10**9
-    session = Session.open(parse_config(settings(name, photos, "runs/no_harm")))
+    session = OpenedRun.open(parse_config(settings(name, photos, "runs/no_harm")))
     torch.set_num_threads(1)
     network, size = session.float_network, session.float_network.images_at_once
     calibration = session.slices.calibration.load(0, 512)[0]
@@ -187,11 +187,11 @@ def append(row: Mapping[str, Any]) -> None:
 
 def run_row(folder: Path) -> dict[str, Any]:
     """Accuracy of a finished run on single validation photographs, one of each class: float, and chosen at each budget."""
-    record, session = RunRecord.load(folder / "record.json"), Session.open(load_run_config(folder))
-    ledger = session.ledger("validation")
+    record, session = RunRecord.load(folder / "record.json"), OpenedRun.open(load_run_config(folder))
+    evaluation_cache = session.evaluation_cache("validation")
 
     def hits(assignment: Assignment) -> dict[int, int]:
-        counts = ledger.get(assignment)
+        counts = evaluation_cache.get(assignment)
         assert counts is not None
         assert all(images == 1 for _, images, _ in counts.classes), "expected one photograph of each class"
         return {label: right for label, _, right in counts.classes}
@@ -200,7 +200,7 @@ def run_row(folder: Path) -> dict[str, Any]:
     for row in (row for row in record.results if row.method == CHOSEN):
         chosen = hits(row.assignment)
         differences = [floats[label] - chosen[label] for label in sorted(floats)]
-        answers[row.budget] = {"corrected": row.assignment.corrected, "drops": differences, "loss": row.loss_shipped}
+        answers[row.budget] = {"corrected": row.assignment.corrected, "drops": differences, "loss": row.loss_deployed}
     about = {"run": folder.name, "seed": session.config.data.seed, "float_top1": record.float_accuracy.top1}
     return {**about, "seconds": record.seconds, "answers": answers, "processor": platform.processor() or platform.machine()}
 

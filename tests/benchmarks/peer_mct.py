@@ -242,11 +242,11 @@ def ours(run: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Our
     """(figures for each budget that the run has, its record, its session). `peers`: MCT's row of each budget."""
     from clado.evaluation import evaluate_weights
     from clado.records import CHOSEN, RunRecord
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
     from clado.settings.schema import load_config
 
     record = RunRecord.load(run / "record.json")
-    session = Session.open(load_config(run / "config.yaml", [f"folder={json.dumps(str(run))}"]))
+    session = OpenedRun.open(load_config(run / "config.yaml", [f"folder={json.dumps(str(run))}"]))
     if record.network != f"zoo:{NETWORK}" or tuple(session.config.bits) != BITS:
         raise SystemExit(f"{run} is of {record.network} with bits {session.config.bits}; expected zoo:{NETWORK} with {BITS}")
     found = {}
@@ -258,7 +258,7 @@ def ours(run: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Our
         assignment = replace(result.assignment, bits=bits)
         if session.space.size_bytes(assignment) != row["bytes"] or result.size_bytes > row["limit_bytes"]:
             raise SystemExit(f"{budget:g} bits: {row['bytes']:,} and {result.size_bytes:,} bytes are not of one budget")
-        peer = evaluate_weights(*session.prepared.shipped(assignment), session.slices.validation)
+        peer = evaluate_weights(*session.prepared.deployed(assignment), session.slices.validation)
         found[budget] = Ours(result.size_bytes, result.validation, peer)
     if not found:
         raise SystemExit(f"{run} has none of the budgets {BUDGETS}; it has {', '.join(record.budgets)}")

@@ -56,7 +56,7 @@ from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import Kind, Plan, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile, shipped_scores
+from clado.measuring.sweep import Workbench, deployed_scores, measure_tile, rows_per_tile
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
@@ -120,8 +120,8 @@ def draws(pool: int, sizes: Mapping[int, int] = SIZES, seed: int = 0) -> dict[tu
 def check_disjoint(found: Mapping[tuple[int, int], NDArray[np.int64]]) -> None:
     """Raises DataError where two sets of one size share an image."""
     for size in {size for size, _ in found}:
-        together = np.concatenate([part for (other, _), part in found.items() if other == size])
-        if len(np.unique(together)) < len(together):
+        merge_limits = np.concatenate([part for (other, _), part in found.items() if other == size])
+        if len(np.unique(merge_limits)) < len(merge_limits):
             raise DataError(f"two sensitivity sets of {size} images share an image")
 
 
@@ -184,7 +184,7 @@ class Study:
         """Layers and candidates."""
         return self.prepared.space
 
-    def shipped(self, assignment: Assignment) -> Any:
+    def deployed(self, assignment: Assignment) -> Any:
         """The network and its layers as they ship, final corrections applied; made once."""
         if assignment not in self._shipped:
             changed = self.prepared.final(assignment) if self.prepared.has_final else {}
@@ -197,7 +197,7 @@ class Study:
     def evaluated(self, assignment: Assignment) -> tuple[float, float]:
         """(top-1, cross entropy) on the test images."""
         if (name := digits(assignment)) not in self.top1:
-            found = count(*self.shipped(assignment), self.validation, 0, len(self.validation)).accuracy()
+            found = count(*self.deployed(assignment), self.validation, 0, len(self.validation)).accuracy()
             self.top1[name] = found.top1 or 0.0, found.loss
         return self.top1[name]
 
@@ -246,7 +246,7 @@ class Study:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    each = shipped_scores(bench, *self.shipped(assignment), 0)
+                    each = deployed_scores(bench, *self.deployed(assignment), 0)
                     known[assignment] = float(each.losses.mean()), Score(float(each.briers.mean()), each.hits)
                 found[assignment] = known[assignment]
             return found
@@ -302,7 +302,7 @@ class Study:
         matrix = matrices[surrogate(matrices, found)]
         programs = {b: program_of(matrix, [b.constraint(self.space)]) for b in budgets}
         searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
-        everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, listed=False) for b, s in searched.items() for a in s.tried)]
+        everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, reported=False) for b, s in searched.items() for a in s.tried)]
         measured = measure(dict.fromkeys(p.assignment for p in everything))
         judged = None if by_loss else {assignment: score for assignment, (_, score) in measured.items()}
         results = choose(self.space, everything, losses(measured), scores=judged)

@@ -57,7 +57,7 @@ def confirm(case: Case, lacking: Iterable[str], folder: Path) -> dict[str, Any]:
     study = Study(case, images)
     top1 = {}
     for bits in lacking:
-        shipped = study.shipped(assignment_of(bits, study.space))
+        shipped = study.deployed(assignment_of(bits, study.space))
         top1[bits] = round(count(*shipped, unseen, 0, len(unseen)).accuracy().top1 or 0.0, 6)
     names = dict(zip(("network", "space", "setting"), case, strict=True))
     device = torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu"

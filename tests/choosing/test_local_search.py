@@ -105,11 +105,11 @@ def test_searches_share_what_they_measure_and_ask_for_it_side_by_side():
     limits, losses = [3, 3.5, 4, 5.5], random_losses(1)
     searches = {bits: search(program(1, bits), {SPACE.narrowest: losses[SPACE.narrowest]}, 8, 4) for bits in limits}
     meter = Meter(losses)
-    together = local_search(searches, meter)
-    assert len(meter.asked) == len(set(meter.asked)) == len({a for found in together.values() for a in found.tried})
+    merge_limits = local_search(searches, meter)
+    assert len(meter.asked) == len(set(meter.asked)) == len({a for found in merge_limits.values() for a in found.tried})
     assert meter.calls <= 2  # two rounds of four, for all budgets at once
     for bits in limits:
-        assert together[bits] == run(program(1, bits), losses, [SPACE.narrowest], 8)[0]  # and each finds what it finds alone
+        assert merge_limits[bits] == run(program(1, bits), losses, [SPACE.narrowest], 8)[0]  # and each finds what it finds alone
 
 
 def test_equal_losses_are_decided_by_the_order_asked():

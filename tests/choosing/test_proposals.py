@@ -17,16 +17,16 @@ from clado.choosing.proposals import (
     Budget,
     Proposal,
     Score,
-    beside,
     budgets_of,
     check_budgets,
     choose,
+    extra_matrices,
+    merge_limits,
     program_of,
     propose,
     propose_uncorrected,
     propose_variants,
-    together,
-    unlisted,
+    unreported_estimators,
     widest_uniform,
 )
 from clado.errors import InfeasibleError
@@ -98,12 +98,12 @@ def test_chosen_is_never_worse_than_any_proposal_and_never_worsens_with_budget(s
         assert set(own) == {UNIFORM, "layerwise", "pairwise", CHOSEN}
         best = own.pop(CHOSEN)
         assert budget.constraint(SPACE).holds(SPACE, best.assignment)
-        assert best.loss_shipped == losses[best.assignment]
-        assert all(best.loss_shipped <= row.loss_shipped for row in own.values())
-        others = [row.loss_shipped for row in own.values() if row.method != best.winner]
-        assert best.gain == min(others) - best.loss_shipped
+        assert best.loss_deployed == losses[best.assignment]
+        assert all(best.loss_deployed <= row.loss_deployed for row in own.values())
+        others = [row.loss_deployed for row in own.values() if row.method != best.winner]
+        assert best.gain == min(others) - best.loss_deployed
         assert best.gain >= 0
-        chosen.append(best.loss_shipped)
+        chosen.append(best.loss_deployed)
     assert chosen == sorted(chosen, reverse=True)
 
 
@@ -111,7 +111,7 @@ def test_chosen_is_never_worse_than_any_proposal_and_never_worsens_with_budget(s
 def test_the_order_of_budgets_does_not_matter(seed):
     proposals, losses = random_proposals(seed), random_losses(seed)
     best = [
-        {row.budget: row.loss_shipped for row in choose(SPACE, p, losses) if row.method == CHOSEN}
+        {row.budget: row.loss_deployed for row in choose(SPACE, p, losses) if row.method == CHOSEN}
         for p in (proposals, proposals[::-1])
     ]
     assert best[0] == best[1]
@@ -121,18 +121,18 @@ def test_what_no_program_may_choose_costs_the_budgets_that_need_it_and_no_others
     """A pair of options whose loss is not finite: at 2 bits everywhere nothing is left, above that everything is answered."""
     whole = matrix_of(0, "gauss_newton")
     forbidden = replace(whole, forbidden=((SPACE.option(0, 2), SPACE.option(1, 2)),))
-    budgets, unreached = budgets_of([2, 3, 8]), []
+    budgets, without_answer = budgets_of([2, 3, 8]), []
     found = propose(
         {"layerwise": replace(whole, estimator="layerwise"), "gauss_newton": forbidden},
         budgets,
         solvers.prepare,
-        unreached=lambda budget, method, error: unreached.append((budget.name, method, str(error))),
+        without_answer=lambda budget, method, error: without_answer.append((budget.name, method, str(error))),
     )
     assert {(p.budget.name, p.method) for p in found} == {
         *((f"{bits} bits", method) for bits in (2, 3, 8) for method in (UNIFORM, "layerwise")),
         *((f"{bits} bits", "gauss_newton") for bits in (3, 8)),
     }
-    ((budget, method, why),) = unreached
+    ((budget, method, why),) = without_answer
     assert (budget, method) == ("2 bits", "gauss_newton")
     assert "1 forbidden pairs" in why
     with pytest.raises(InfeasibleError, match="forbidden pairs"):
@@ -156,8 +156,8 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
         limit, score = budget.constraint(SPACE), scores[row.assignment]
         fitting = [p for p in proposals if limit.holds(SPACE, p.assignment)]
         safe = min(losses[p.assignment] for p in fitting if p.method in SAFE)
-        assert row.loss_shipped == losses[row.assignment] <= safe
-        assert (row.brier_shipped, row.agreement_shipped) == (score.brier, score.hits.mean())
+        assert row.loss_deployed == losses[row.assignment] <= safe
+        assert (row.brier_deployed, row.agreement_deployed) == (score.brier, score.hits.mean())
         rivals = {p.assignment for p in fitting if losses[p.assignment] <= safe}
         most = max(rivals, key=lambda a: scores[a].hits.mean())
         difference = scores[most].hits - score.hits
@@ -165,7 +165,7 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
         lower = [a for a in rivals if scores[a].brier < score.brier]
         assert all(scores[a].misses_significantly(scores[most]) for a in lower)
         own = [r for r in rows if r.budget == row.budget and r.method not in (CHOSEN, row.winner)]
-        assert row.gain == min(r.loss_shipped for r in own) - row.loss_shipped
+        assert row.gain == min(r.loss_deployed for r in own) - row.loss_deployed
 
 
 def test_hits_decide_where_the_difference_is_significant_and_brier_scores_where_it_is_not():
@@ -203,9 +203,9 @@ def test_a_network_without_a_finite_loss_is_chosen_only_where_there_is_no_other(
     budget, better = BUDGETS[0], Assignment((4, 2, 2, 2))
     proposals = [Proposal(budget, UNIFORM, SPACE.narrowest), Proposal(budget, "layerwise", better)]
     scores = {SPACE.narrowest: Score(bad, np.zeros(3)), better: Score(0.3, np.zeros(3))} if scored else None
-    *listed, chosen = choose(SPACE, proposals, {SPACE.narrowest: bad, better: 0.2}, scores=scores)
-    assert (chosen.assignment, chosen.winner, chosen.loss_shipped) == (better, "layerwise", 0.2)
-    assert listed[0].loss_shipped == np.inf  # NaN is as bad, and has an order
+    *reported, chosen = choose(SPACE, proposals, {SPACE.narrowest: bad, better: 0.2}, scores=scores)
+    assert (chosen.assignment, chosen.winner, chosen.loss_deployed) == (better, "layerwise", 0.2)
+    assert reported[0].loss_deployed == np.inf  # NaN is as bad, and has an order
     (_, alone) = choose(SPACE, proposals[:1], {SPACE.narrowest: bad})
     assert (alone.assignment, alone.gain) == (SPACE.narrowest, 0.0)
 
@@ -213,7 +213,7 @@ def test_a_network_without_a_finite_loss_is_chosen_only_where_there_is_no_other(
 def test_what_a_search_tried_beside_the_chosen_one_is_no_rival_of_it():
     budget = BUDGETS[-1]
     uniform, found, tried = Assignment((2, 2, 2, 2)), Assignment((4, 2, 2, 2)), Assignment((2, 4, 2, 2))
-    proposals = [Proposal(budget, UNIFORM, uniform), *(Proposal(budget, LOCAL_SEARCH, a, listed=False) for a in (found, tried))]
+    proposals = [Proposal(budget, UNIFORM, uniform), *(Proposal(budget, LOCAL_SEARCH, a, reported=False) for a in (found, tried))]
     (chosen,) = [r for r in choose(SPACE, proposals, {uniform: 0.4, found: 0.1, tried: 0.2}) if r.method == CHOSEN]
     assert (chosen.winner, chosen.gain) == (LOCAL_SEARCH, pytest.approx(0.3))
 
@@ -233,12 +233,12 @@ def measured_of(seed: int) -> Measured:
 @pytest.mark.parametrize("named", [(), ("layerwise", "gauss_newton"), ("tempered4",), TEMPERED])
 def test_matrices_beside_those_named_are_made_of_what_is_measured_anyway(named):
     measured = measured_of(0)
-    found = beside(measured, named)
+    found = extra_matrices(measured, named)
     assert set(found) == {"layerwise", *TEMPERED} - set(named)
     for name, matrix in found.items():
         assert np.array_equal(matrix.values, estimate(name, measured).values)
     singles = Measured(SPACE, "kl_to_float", measured.counts, {"singles": measured.sums["singles"]})
-    assert set(beside(singles, named)) == {"layerwise"} - set(named)
+    assert set(extra_matrices(singles, named)) == {"layerwise"} - set(named)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_matrices_beside_those_named_are_made_of_what_is_measured_anyway(named):
 )
 def test_unlisted_are_layerwise_and_the_tempered_ones_where_their_tiles_are_measured_anyway(named, expected):
     kinds = kinds_of(named)
-    assert unlisted(named, kinds) == expected
+    assert unreported_estimators(named, kinds) == expected
     assert kinds_of([*named, *expected]) == kinds  # for nothing further
 
 
@@ -270,7 +270,7 @@ def test_chosen_is_never_worse_than_layerwise_and_uniform_whoever_is_named(named
     measured = Measured(SPACE, "kl_to_float", measured.counts, sums)
     matrices, fake = {name: estimate(name, measured) for name in named}, FakeSolver()
     proposals = propose(matrices, BUDGETS, fake.prepare)
-    proposals += propose_variants(matrices, BUDGETS, fake.prepare, further=beside(measured, named))
+    proposals += propose_variants(matrices, BUDGETS, fake.prepare, further=extra_matrices(measured, named))
     rows = choose(SPACE, proposals, losses, scores=random_scores(seed))
     assert {row.method for row in rows} == {UNIFORM, *named, CHOSEN}
     layerwise = estimate("layerwise", measured)
@@ -278,7 +278,7 @@ def test_chosen_is_never_worse_than_layerwise_and_uniform_whoever_is_named(named
         limit = budget.constraint(SPACE)
         optimum = min((a for a in ALL if limit.holds(SPACE, a)), key=layerwise.predicted_increase)
         chosen = next(row for row in rows if (row.budget, row.method) == (budget.name, CHOSEN))
-        assert chosen.loss_shipped <= min(losses[optimum], losses[widest_uniform(SPACE, [limit])])
+        assert chosen.loss_deployed <= min(losses[optimum], losses[widest_uniform(SPACE, [limit])])
 
 
 def plain_measured(seed: int) -> Measured:
@@ -292,7 +292,7 @@ def plain_measured(seed: int) -> Measured:
 def test_what_is_proposed_without_corrections_is_uniform_and_the_optimum_of_plain_losses(seed):
     matrix = uncorrected(plain_measured(seed))
     proposals = propose_uncorrected(matrix, BUDGETS, FakeSolver().prepare)
-    assert {(p.method, p.assignment.corrected, p.listed) for p in proposals} == {
+    assert {(p.method, p.assignment.corrected, p.reported) for p in proposals} == {
         (UNIFORM, "none", False), (LAYERWISE_PLAIN, "none", False)
     }  # fmt: skip
     for proposal in proposals:
@@ -331,7 +331,7 @@ def test_nothing_chosen_is_worse_than_anything_without_corrections(seed):
     for budget, row in zip(BUDGETS, (row for row in rows if row.method == CHOSEN), strict=True):
         limit = budget.constraint(SPACE)
         plain = [p.assignment for p in proposals if p.assignment.corrected == "none" and limit.holds(SPACE, p.assignment)]
-        assert row.loss_shipped <= min([losses[a] for a in plain], default=np.inf)
+        assert row.loss_deployed <= min([losses[a] for a in plain], default=np.inf)
 
 
 def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():
@@ -341,7 +341,7 @@ def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():
     assert [(p.budget, p.method) for p in proposals] == [(b, m) for m in ("pairwise_raw", "tempered2") for b in BUDGETS]
     for proposal in proposals:
         limit = proposal.budget.constraint(SPACE)
-        assert not proposal.listed
+        assert not proposal.reported
         assert limit.holds(SPACE, proposal.assignment)
         fitting = [a for a in ALL if limit.holds(SPACE, a)]
         matrix = further.get(proposal.method, matrices["pairwise"])
@@ -483,15 +483,15 @@ def test_limits_that_can_only_be_kept_one_by_one_are_refused_without_a_measureme
 def test_of_two_limits_on_one_cost_the_tighter_holds():
     three, four = Budget("average_bits", 3).constraint(SPACE), Budget("average_bits", 4).constraint(SPACE)
     size = Budget("size", 70).constraint(SPACE)
-    assert [limit.bound for limit in together(three, [four])] == [three.bound]
-    assert [limit.bound for limit in together(four, [three, size])] == [three.bound, size.bound]
+    assert [limit.bound for limit in merge_limits(three, [four])] == [three.bound]
+    assert [limit.bound for limit in merge_limits(four, [three, size])] == [three.bound, size.bound]
 
 
 def test_limits_of_one_name_are_the_tightest_of_one_cost_and_stand_side_by_side_where_costs_differ():
     budget = constraint("average_bits", SPACE, 3.0)
     size, less = (constraint("size", SPACE, bound) for bound in (90, 80))
     counted = constraint("size", SPACE, 95, overhead_bytes={"layer0.weight": 4})
-    merged = together(budget, [size, counted, less])
+    merged = merge_limits(budget, [size, counted, less])
     assert [(limit.name, limit.bound) for limit in merged] == [("average_bits", budget.bound), ("size", 80), ("size 2", 95)]
     taken = Program.build(matrix_of(0), merged)
     assert all(limit.holds(SPACE, taken.assignment(taken.narrowest)) for limit in merged)

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from clado.errors import CladoError, MeasurementError
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import RunConfig, parse_config
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows import clusters
 from flows.clusters import Workers
 from flows.clusters._inspection import located
@@ -88,12 +88,12 @@ def configuration(settings: dict[str, Any], **more: Any) -> RunConfig:
 def measured_by(workers: Workers, settings: dict[str, Any], folder: Path) -> dict[str, bytes]:
     """Every number that workers measure of a small session."""
     config = configuration(settings, folder=str(folder), **SMALL)
-    session = Session.open(config)
+    session = OpenedRun.open(config)
     session.open_store()
     workers.open_session(config)
     receipts = list(workers.map(run_tile, config, session.plan.tiles))
     assert {receipt.tile for receipt in receipts} == set(session.plan.tiles)
-    group = Store.open(session.store_path).group
+    group = MeasurementStore.open(session.store_path).group
     return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in session.plan.kinds}
 
 

@@ -60,7 +60,7 @@ class CorrectionContract:
     def test_nothing_quantized_changes_nothing(self, kind):
         ready = corrected(kind, self.name)
         assert ready.final(ready.space.nothing) == {}
-        network, chosen = ready.shipped(ready.space.nothing)
+        network, chosen = ready.deployed(ready.space.nothing)
         assert chosen == {}
         assert torch.equal(network.logits(images(4)), network_of(kind).logits(images(4)))
 

@@ -119,14 +119,14 @@ def test_balanced_slices_hold_every_class_alike_are_disjoint_and_nested(
 ) -> None:
     asked = {"sensitivity_images": sensitivity, "calibration_images": calibration, "validation_images": validation}
     slices = load_data(settings(imagenet, class_balanced=True, **asked), SHAPE)
-    together: list[str] = []
+    all_names: list[str] = []
     for images, count in zip(parts_of(slices)[:3], asked.values(), strict=True):
         per_class = Counter(images.labels or ())
         assert sum(per_class.values()) == len(images) == count
         assert not count or max(per_class.values()) - (min(per_class.values()) if len(per_class) == CLASSES else 0) <= 1
-        together += names(images)
-    together += names(slices.selection)
-    assert len(set(together)) == len(together) == CLASSES * EACH
+        all_names += names(images)
+    all_names += names(slices.selection)
+    assert len(set(all_names)) == len(all_names) == CLASSES * EACH
     fewer = load_data(settings(imagenet, class_balanced=True, **{**asked, "sensitivity_images": 2}), SHAPE)
     assert names(fewer.sensitivity) == names(slices.sensitivity)[:2]
     assert names(fewer.calibration) == names(slices.calibration)
@@ -284,9 +284,9 @@ DAMAGED = [f"{SYNSETS[0]}/{k}.JPEG" for k in ("03", "07", "11")]
 
 
 def test_a_damaged_image_is_refused_by_name(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
 
-    session = Session.open(parse_config(small_run))
+    session = OpenedRun.open(parse_config(small_run))
     with pytest.raises(UnreadableImage, match=r"cannot be read .* or allow some with data.max_corrupt_images") as refusal:
         session.checked()
     assert refusal.value.image in DAMAGED
@@ -294,22 +294,22 @@ def test_a_damaged_image_is_refused_by_name(small_run: dict[str, Any]) -> None:
     with pytest.raises(
         DataError, match=r"more images below photos cannot be read than data\.max_corrupt_images: 2 allows"
     ) as many:
-        Session.open(parse_config(small_run)).checked()
+        OpenedRun.open(parse_config(small_run)).checked()
     assert all(name in str(many.value) for name in DAMAGED)
     assert not session.folder.exists()
 
 
 def test_labels_are_known_where_the_first_image_is_one_of_them(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
 
     small_run["data"]["max_corrupt_images"] = 3
     small_run["criterion"] = "cross_entropy"
-    images = Session.open(parse_config(small_run)).slices.sensitivity
+    images = OpenedRun.open(parse_config(small_run)).slices.sensitivity
     first = images.images[0].path
     for name in DAMAGED:
         (first.parents[1] / name).write_bytes(jpeg(1))
     first.write_bytes(b"not a picture")
-    session = Session.open(parse_config({**small_run, "bits": [2, 8]})).checked()  # other settings: one session is kept
+    session = OpenedRun.open(parse_config({**small_run, "bits": [2, 8]})).checked()  # other settings: one session is kept
     assert list(session.config.data.skip) == [images.images[0].name]
 
 
@@ -342,11 +342,11 @@ def test_images_of_sixteen_bits_are_scaled_and_wider_ones_refused(tmp_path: Path
 
 def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: dict[str, Any]) -> None:
     from clado.records import RunRecord
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
 
     small_run["data"]["max_corrupt_images"] = 3
     asked = parse_config(small_run)
-    session = Session.open(asked).checked()
+    session = OpenedRun.open(asked).checked()
     assert sorted(session.config.data.skip) == DAMAGED
     assert session.config.run_folder == asked.run_folder
     assert session.checked() is session
@@ -373,25 +373,25 @@ def test_a_flow_that_no_command_started_checks_images_and_budgets_itself(small_r
 
 
 def test_a_damaged_image_to_choose_on_is_left_out_where_that_is_asked_for(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
 
     small_run["data"] |= {"max_corrupt_images": 4, "validation_images": 5}
-    session = Session.open(parse_config(small_run)).checked()
+    session = OpenedRun.open(parse_config(small_run)).checked()
     before = [names(images) for images in parts_of(session.slices)[:3]]
     other = next(name for name in names(session.slices.selection) if name not in DAMAGED)
     (session.config.data.path / other).write_bytes(b"")  # type: ignore[operator]
-    Session.open.cache_clear()
-    found = Session.open(session.config).checked().with_readable_selection()
+    OpenedRun.open.cache_clear()
+    found = OpenedRun.open(session.config).checked().with_readable_selection()
     assert set(found.config.data.skip) == {*DAMAGED, other}
     assert [names(images) for images in parts_of(found.slices)[:3]] == before
     check_slice(found.slices.selection)
 
 
 def test_there_may_be_no_images_to_choose_on(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
 
     small_run["data"] |= {"max_corrupt_images": 3, "validation_images": 9}
-    found = Session.open(parse_config(small_run)).checked().with_readable_selection()  # the last one left was damaged
+    found = OpenedRun.open(parse_config(small_run)).checked().with_readable_selection()  # the last one left was damaged
     assert len(found.slices.selection) == 0
     assert found.with_readable_selection() is found
 
@@ -400,7 +400,7 @@ def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_a
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
     """A training set of its own is read before anything is trained."""
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
     from flows.commands.finetune import images_of
 
     more = tmp_path / "more"
@@ -410,7 +410,7 @@ def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_a
             (more / synset / f"{k}.JPEG").write_bytes(jpeg(k))
     (more / SYNSETS[0] / "4.JPEG").write_bytes(b"")
     small_run["data"]["max_corrupt_images"] = 3
-    session = Session.open(parse_config(small_run)).checked()
+    session = OpenedRun.open(parse_config(small_run)).checked()
     images = images_of(session, more, seed=0)
     assert len(images.training) + len(images.held_out) == 19
     check_slice(images.training)
@@ -425,19 +425,19 @@ def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_a
 
 
 def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import Session
+    from clado.run.opened_run import OpenedRun
     from flows.cli import _plan_text
 
-    there = Session.open(parse_config({**small_run, "data": {**small_run["data"], "validation_images": 5}}), planning=True)
+    there = OpenedRun.open(parse_config({**small_run, "data": {**small_run["data"], "validation_images": 5}}), planning=True)
     expected = _plan_text(there)
     assert len(there.slices.validation.load(0, 0)[0]) == 0
     small_run["data"]["path"] = "nowhere"
-    absent = Session.open(parse_config(small_run), planning=True)
+    absent = OpenedRun.open(parse_config(small_run), planning=True)
     assert _plan_text(absent) == expected
     with pytest.raises(DataError, match="nowhere is not a folder; without images a run can be planned, not measured"):
         absent.slices.sensitivity.load(0, 1)
     with pytest.raises(DataError, match=r"data.path nowhere \(in .*\) is not a folder"):
-        Session.open(parse_config(small_run))
+        OpenedRun.open(parse_config(small_run))
 
 
 # --- preprocessing --------------------------------------------------------------------------------------------------

@@ -519,8 +519,8 @@ def test_slices_of_one_folder_are_disjoint(
     )
     slices = load_data(settings, SHAPE)
     parts = [files_of(part) for part in (slices.sensitivity, slices.calibration, slices.validation)]
-    together = [file for part in parts for file in part]
-    assert len(together) == len(set(together))
+    files = [file for part in parts for file in part]
+    assert len(files) == len(set(files))
     assert [len(part) for part in parts] == [sensitivity, calibration, validation or 20 - sensitivity - calibration]
     assert len(slices.calibration.load(0, calibration)[0]) == calibration
     smaller = load_data(settings.model_copy(update={"sensitivity_images": max(1, sensitivity // 2)}), SHAPE)

@@ -399,7 +399,7 @@ def test_the_commands_refuse_by_name(finished, tmp_path):
 # --- the peers themselves, where they are installed
 
 
-def shipped() -> tuple[torch.nn.Module, SearchSpace]:
+def deployed() -> tuple[torch.nn.Module, SearchSpace]:
     """The shipped network as it was drawn, and a space of its layers."""
     from clado.data.zoo import NETWORKS
 
@@ -434,7 +434,7 @@ CALIBRATION = {"mct": (lambda: iter([[IMAGES]]),)}
 @quiet
 def test_modelopt_takes_the_assignment(tmp_path, monkeypatch):
     imported(PACKAGES["modelopt"])
-    network, space = shipped()
+    network, space = deployed()
     assignment = random_assignment(space, 1, floats=True)
     module = loaded("modelopt", space, assignment, tmp_path, monkeypatch)
     before = network(IMAGES)
@@ -455,7 +455,7 @@ def test_modelopt_takes_the_assignment(tmp_path, monkeypatch):
 @quiet
 def test_modelopt_quantizes_inputs_as_assigned(tmp_path, monkeypatch):
     imported(PACKAGES["modelopt"])
-    network, space = shipped()
+    network, space = deployed()
     space = space.with_activations((4, 8))
     assignment = random_assignment(space, 1, floats=True)
     module = loaded("modelopt", space, assignment, tmp_path, monkeypatch)
@@ -480,7 +480,7 @@ def test_torchao_takes_the_assignment(tmp_path, monkeypatch):
     from torchao.core.config import config_to_dict
     from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig
 
-    network, space = shipped()
+    network, space = deployed()
     assignment = random_assignment(space, 2, floats=True).replace(space.num_layers - 1, 3)  # the linear layer's rule is used
     module = loaded("torchao", space, assignment, tmp_path, monkeypatch)
     before = network(IMAGES)
@@ -503,7 +503,7 @@ def test_torchao_takes_the_assignment(tmp_path, monkeypatch):
 @quiet
 def test_mct_takes_the_assignment(tmp_path, monkeypatch):
     imported(PACKAGES["mct"])
-    network, space = shipped()
+    network, space = deployed()
     assignment = random_assignment(space, 3, floats=True)
     module = loaded("mct", space, assignment, tmp_path, monkeypatch)
     before = network(IMAGES)

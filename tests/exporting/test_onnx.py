@@ -21,7 +21,7 @@ from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import NetworkSettings, parse_config
 from flows.commands.export import ONNX, export_as
 from tests.networks import Attention, Residual, Tied, Volume, build, images
@@ -30,7 +30,7 @@ from tests.running import config
 TYPES = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int2": 2, "uint2": 2}
 
 
-def shipped(
+def deployed(
     network: Network,
     x: Tensor,
     bits: tuple[int, ...],
@@ -42,7 +42,7 @@ def shipped(
     space = network.search_space(tuple(sorted(set(bits)))).with_activations(widths)
     prepared = prepare(network, space, Recipe(WeightQuantizer("mse", symmetric, symmetric), "mse", corrections), [x])
     chosen = [space.option(i, bits[i % len(bits)], widths[i % len(widths)] if widths else None) for i in range(space.num_layers)]
-    return prepared.shipped(space.assignment(chosen))
+    return prepared.deployed(space.assignment(chosen))
 
 
 def nodes_of(path: Path, operator: str) -> list[onnx.NodeProto]:
@@ -71,14 +71,14 @@ def run(path: Path, x: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+def session(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
     """A run of the shipped ResNet-20 with candidates of every type."""
     document = config(tmp_path_factory.mktemp("onnx") / "run", bits=[2, 3, 4, 8, 16], corrections=["output_statistics"])
-    return Session.open(parse_config(document))
+    return OpenedRun.open(parse_config(document))
 
 
 @pytest.fixture(scope="module")
-def shown(session: Session) -> tuple[Tensor, Tensor]:
+def shown(session: OpenedRun) -> tuple[Tensor, Tensor]:
     """The 200 images of that run, and labels."""
     x, labels = session.slices.validation.load(0, 200)
     assert labels is not None
@@ -118,7 +118,7 @@ def test_a_run_exports_what_computes_the_same_in_onnx_runtime(session, shown, tm
     path, told = export_as("onnx", session, assignment, tmp_path / "out")
     assert path == tmp_path / "out" / ONNX
     assert space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
-    network, layers = session.shipped(assignment)
+    network, layers = session.deployed(assignment)
     size = checked(path, network, layers, 21)
     assert {(bits, kind) for _, bits, kind in size.widened} == {(2, "int4"), (3, "int4")}
     agreement = compare(path, network, layers, x, labels)
@@ -132,7 +132,7 @@ def test_a_run_exports_what_computes_the_same_in_onnx_runtime(session, shown, tm
 @pytest.mark.system
 def test_mobilenet_with_affine_weights_computes_the_same(shown, tmp_path):
     model, (x, labels) = load_network(NetworkSettings(source="zoo", name="mobilenetv2_fashion_mnist"))[0], shown
-    network, layers = shipped(Network(model, x[:1]), x[:32], (3, 4, 8, 5, 16, 2), (), False)
+    network, layers = deployed(Network(model, x[:1]), x[:32], (3, 4, 8, 5, 16, 2), (), False)
     checked(tmp_path / "n.onnx", network, layers, 25)
     assert_same(compare(tmp_path / "n.onnx", network, layers, x, labels), network, layers, x, labels)
 
@@ -154,7 +154,7 @@ def test_quantized_inputs_of_the_zoo_compute_the_same_but_for_single_codes(name,
     if name == "vit":
         torch.manual_seed(0)
         network = Network(VisionTransformer(depth=2), x[:1], split=["*in_proj_weight"])
-    network, layers = shipped(network, x[:32], (4, 8, 3), (8,), name != "vit")
+    network, layers = deployed(network, x[:32], (4, 8, 3), (8,), name != "vit")
     checked(tmp_path / "n.onnx", network, layers, 21)
     sources = {output: node for node in onnx.load(tmp_path / "n.onnx").graph.node for output in node.output}
     for node in sources.values():
@@ -186,7 +186,7 @@ def test_quantized_inputs_of_the_zoo_compute_the_same_but_for_single_codes(name,
 def test_every_kind_of_layer_is_exported(kind, symmetric, tmp_path):
     x = images(40, seed=3)
     network = Network(build(kind), x[:1], split=["*in_proj_weight"] if kind is Attention else [])
-    network, layers = shipped(network, x, (1, 2, 3, 4, 8, 16), (), symmetric, ("output_statistics", "batchnorm_reestimation"))
+    network, layers = deployed(network, x, (1, 2, 3, 4, 8, 16), (), symmetric, ("output_statistics", "batchnorm_reestimation"))
     # some stay floats: one part of a split weight, and a layer
     layers = {i: layer for i, layer in layers.items() if not network.layers[i].name.endswith((".k", "mlp.weight"))}
     checked(tmp_path / "n.onnx", network, layers, 25 if kind is Tied else 21)
@@ -232,7 +232,7 @@ def test_inputs_of_any_width_load_with_the_usual_optimisation(activation, width,
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), activation(), nn.Conv2d(4, 4, 3), activation(), nn.Flatten(), nn.Linear(64, 5))
     x = images(64)
-    network, layers = shipped(Network(model.eval(), x[:2]), x, (4,), (width,))
+    network, layers = deployed(Network(model.eval(), x[:2]), x, (4,), (width,))
     export_onnx(tmp_path / "n.onnx", network, layers)
     agreement = compare(tmp_path / "n.onnx", network, layers, x)
     assert agreement.max_difference < 1e-4
@@ -273,7 +273,7 @@ def test_a_difference_is_seen(tmp_path):
     """The comparison can fail: the file of one network against another's layers."""
     x = images(400)
     network = Network(build(Tied), x[:1])
-    narrow, wide = (shipped(network, x, bits)[1] for bits in ((1,), (8,)))
+    narrow, wide = (deployed(network, x, bits)[1] for bits in ((1,), (8,)))
     export_onnx(tmp_path / "n.onnx", network, narrow)
     agreement = compare(tmp_path / "n.onnx", network, wide, x, torch.zeros(400, dtype=torch.long))
     assert agreement.max_difference > 1e-3

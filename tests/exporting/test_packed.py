@@ -24,7 +24,7 @@ from clado.grids import ActivationGrid, Codes, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from clado.space import Assignment
 from flows.commands.export import PACKED, check_format, export, export_as
@@ -80,7 +80,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network, dict
     """A packed file, its network and its layers."""
     prepared = prepared_of(Tied, (8,), symmetric=False)
     path = tmp_path_factory.mktemp("packed") / "small.safetensors"
-    network, layers = prepared.shipped(drawn(prepared))
+    network, layers = prepared.deployed(drawn(prepared))
     export_packed(path, network, layers)
     return path, network, layers
 
@@ -131,7 +131,7 @@ def test_codes_tell_their_bits_and_fit_into_them(bits, symmetric):
 def test_a_loaded_network_computes_what_was_measured(kind, widths, per_channel, symmetric, tmp_path):
     prepared = prepared_of(kind, widths, False, per_channel, symmetric)
     assignment = drawn(prepared)
-    network, layers = prepared.shipped(assignment)
+    network, layers = prepared.deployed(assignment)
     path, before = tmp_path / "network.safetensors", state_of(network.model)
     size = export_packed(path, network, layers)
     assert size.file_bytes == path.stat().st_size
@@ -152,7 +152,7 @@ def test_a_loaded_network_computes_what_was_measured(kind, widths, per_channel, 
 @pytest.mark.parametrize("widths", [(), (8,)])
 def test_a_split_weight_is_whole_again(widths, tmp_path):
     prepared = prepared_of(Attention, widths, split=True)
-    network, layers = prepared.shipped(drawn(prepared))
+    network, layers = prepared.deployed(drawn(prepared))
     export_packed(tmp_path / "n", network, layers)
     x = images(6, seed=5)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_split_weight_is_whole_again(widths, tmp_path):
 @pytest.mark.parametrize("kept", range(5))
 def test_layers_that_are_not_quantized_stay_floats(kept, tmp_path):
     prepared = prepared_of(Attention, split=True)
-    network, layers = prepared.shipped(drawn(prepared))
+    network, layers = prepared.deployed(drawn(prepared))
     layers = {i: layer for i, layer in layers.items() if i != kept}
     size = export_packed(tmp_path / "n", network, layers)
     assert size.weight_bytes == sum(network.layers[i].weight_bytes(bits_of(layer.grid.codes)) for i, layer in layers.items())
@@ -185,7 +185,7 @@ def test_a_float_network_is_packed_too(tmp_path):
 def test_every_byte_is_accounted_for(symmetric, tmp_path):
     prepared = prepared_of(Tied, (8,), symmetric=symmetric)
     assignment = drawn(prepared)
-    network, layers = prepared.shipped(assignment)
+    network, layers = prepared.deployed(assignment)
     size = export_packed(tmp_path / "n", network, layers)
     zero_points = sum(
         (1 if bits <= 8 else 4) * layer.num_channels for bits, layer in zip(assignment.bits, network.layers, strict=True)
@@ -233,7 +233,7 @@ def test_weights_keep_their_type(dtype, tmp_path):
 @pytest.mark.parametrize("kind", [Residual, Attention])
 def test_a_loaded_network_can_be_exported(kind, tmp_path):
     prepared = prepared_of(kind, (8,))
-    network, layers = prepared.shipped(drawn(prepared))
+    network, layers = prepared.deployed(drawn(prepared))
     export_packed(tmp_path / "n", network, layers)
     loaded = load_packed(tmp_path / "n", network.model)
     program = torch.export.export(loaded, (images(2),), dynamic_shapes=({0: Dim("batch", max=64)},))
@@ -308,7 +308,7 @@ def test_an_input_out_of_reach_is_refused_by_name(kind, name, tmp_path):
     space = network.search_space((4,)).with_activations((8,))
     prepared = prepare(network, space, Recipe(), [images(8)])
     with pytest.raises(NetworkError, match=rf"the input of {name} cannot be quantized"):
-        export_packed(tmp_path / "n", *prepared.shipped(space.widest))
+        export_packed(tmp_path / "n", *prepared.deployed(space.widest))
     assert list(tmp_path.iterdir()) == []
     weights_alone = {i: QuantizedLayer(layer.weight, grid=layer.grid) for i, layer in prepared.chosen(space.widest).items()}
     export_packed(tmp_path / "n", network, weights_alone)
@@ -321,12 +321,12 @@ def test_a_bias_that_no_module_takes_is_refused(tmp_path):
     network = Network(build(Bare), images(1))
     prepared = prepare(network, network.search_space((4,)), Recipe(corrections=("output_statistics",)), [images(40)])
     with pytest.raises(NetworkError, match=r"the network \(Bare\) takes no added bias"):
-        export_packed(tmp_path / "n", *prepared.shipped(prepared.space.widest))
+        export_packed(tmp_path / "n", *prepared.deployed(prepared.space.widest))
 
 
 def test_a_weight_off_its_grid_or_not_finite_is_refused_by_name(tmp_path):
     prepared = prepared_of(Tied)
-    network, layers = prepared.shipped(drawn(prepared))
+    network, layers = prepared.deployed(drawn(prepared))
     for shift in (0.5, float("nan")):
         moved = QuantizedLayer(layers[1].weight + shift * layers[1].grid.scale, None, None, layers[1].grid)
         with pytest.raises(NetworkError, match=r"second\.weight does not lie on its grid"):
@@ -466,7 +466,7 @@ def test_a_module_that_would_compute_another_function_is_refused(model, widths, 
     space = network.search_space((2, 8)).with_activations(widths)
     prepared = prepare(network, space, Recipe(WeightQuantizer(), "minmax", corrections), [batch])
     with pytest.raises(NetworkError, match="computes another function than was measured"):
-        export_packed(tmp_path / "n.safetensors", *prepared.shipped(space.narrowest))
+        export_packed(tmp_path / "n.safetensors", *prepared.deployed(space.narrowest))
     assert not list(tmp_path.iterdir())
 
 
@@ -484,14 +484,14 @@ def test_weights_that_are_computed_by_hooks_are_refused_with_what_to_use():
 
 
 def test_a_run_exports_it_and_the_package_loads_it(tmp_path, monkeypatch):
-    session = Session.open(parse_config(config(tmp_path / "run", corrections=["output_statistics"])))
+    session = OpenedRun.open(parse_config(config(tmp_path / "run", corrections=["output_statistics"])))
     assignment = drawn(session.prepared)
     path, told = export_as("packed", session, assignment, tmp_path / "out")
     size = packed_size(path)
     assert path == tmp_path / "out" / PACKED
     assert f"{size.total_bytes:,} bytes of tensors, {session.space.size_bytes(assignment):,} of them weights" in told
     assert session.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
-    network, layers = session.shipped(assignment)
+    network, layers = session.deployed(assignment)
     x, _ = session.slices.validation.load(0, 100)
     with torch.no_grad():
         found = clado.load_packed(path, network.model)(x)

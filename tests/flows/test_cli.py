@@ -26,9 +26,9 @@ from typer.testing import CliRunner
 from clado.choosing.solvers import solve as solve_program
 from clado.data import zoo
 from clado.records import CHOSEN, RunRecord
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import load_config, load_run_config, parse_config
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows.cli import app
 from tests.running import BUDGETS, config, copy_of
 
@@ -287,7 +287,7 @@ def test_plan_prints_the_plans_own_numbers_and_writes_nothing(here):
     file = write(here)
     before = listing(here)
     text = call("plan", file)
-    session = Session.open(parse_config(yaml.safe_load(file.read_text())))
+    session = OpenedRun.open(parse_config(yaml.safe_load(file.read_text())))
     plan, space = session.plan, session.space
     k, n = space.num_options, 32
     pairs = sum(2 * 2 for i in range(22) for j in range(i + 1, 22))  # by hand: two widths a layer
@@ -359,7 +359,7 @@ def test_a_folder_may_have_any_letters_and_a_terminal_any_encoding(finished, tmp
     folder = shutil.copytree(finished.folder, tmp_path / "é😀" / "run")
     assert "optimal" in call("solve", folder, "--budget", 3)
     for encoding in ("latin-1", "ascii"):
-        command = [sys.executable, "-c", "from flows.cli import main; main()", "show", str(folder), "--candidates"]
+        command = [sys.executable, "-c", "from flows.cli import main; main()", "show", str(folder), "--proposals"]
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         shown = subprocess.run(command, env=environment, capture_output=True, check=True)
         assert b"chosen" in shown.stdout
@@ -399,7 +399,7 @@ def test_one_budget_has_to_be_named(finished, command, budget):
 
 
 def test_an_impossible_budget_names_the_smallest_size(finished, copied):
-    smallest = Session.open(parse_config(finished.document)).space
+    smallest = OpenedRun.open(parse_config(finished.document)).space
     text = call("solve", copied, "--size-bytes", 1000, ends=2)
     assert f"{smallest.size_bytes(smallest.narrowest):,}" in text or str(smallest.size_bytes(smallest.narrowest)) in text
 
@@ -421,7 +421,7 @@ def test_evaluate_prints_what_the_run_recorded_and_computes_nothing(finished, co
         result = record.find(row[0], row[1])
         low, high = (f"{100 * end:.2f}" for end in result.validation.top1_interval)
         assert row[2:] == [
-            f"{result.size_bytes:,}", f"{result.average_bits:.3f}", f"{result.loss_shipped:.4f}",
+            f"{result.size_bytes:,}", f"{result.average_bits:.3f}", f"{result.loss_deployed:.4f}",
             f"{100 * result.validation.top1:.2f}", f"{low} to {high}",
             f"{100 * result.validation.top5:.2f}", f"{result.validation.loss:.4f}",
         ]  # fmt: skip
@@ -615,8 +615,8 @@ def test_a_fault_inside_the_flow_is_not_taken_for_prefects(here, monkeypatch):
 
 
 def test_the_store_of_the_finished_run_is_whole(finished):
-    session = Session.open(parse_config(finished.document))
-    assert Store.open(finished.folder / "store.zarr").missing(session.plan) == []
+    session = OpenedRun.open(parse_config(finished.document))
+    assert MeasurementStore.open(finished.folder / "store.zarr").missing(session.plan) == []
 
 
 def test_cluster_prints_what_would_be_started(here):

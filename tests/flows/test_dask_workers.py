@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 
 from clado.errors import MeasurementError, ServerError
 from clado.measuring.plan import KINDS, OF_PAIRS, Plan, sample_blocks
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from flows import worker
 from flows.clusters import _dask
@@ -137,4 +137,4 @@ def test_a_worker_that_holds_the_network_of_before_opens_it_anew_or_is_refused(t
             SessionPlugin(settings, "another").setup(here)
     finally:
         worker._last.clear()
-        Session.open.cache_clear()
+        OpenedRun.open.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 
 from clado.data.decoding import Preprocessing
 from clado.evaluation import Counts
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from clado.space import Assignment
 from flows import worker
@@ -22,10 +22,10 @@ SHARD, VALIDATED = 4, 10
 
 
 @pytest.fixture
-def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenedRun:
     monkeypatch.chdir(tmp_path)
     for module in (evaluate, stored, worker):
-        monkeypatch.setattr(module, "EVALUATION_SHARD", SHARD)
+        monkeypatch.setattr(module, "EVALUATION_BATCH", SHARD)
     (tmp_path / "network_to_evaluate.py").write_text(MAKE)
     for c, synset in enumerate(SYNSETS[:2]):
         (tmp_path / "photos" / synset).mkdir(parents=True)
@@ -33,7 +33,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
             (tmp_path / "photos" / synset / f"{k:02}.JPEG").write_bytes(jpeg(c * 6 + k))
     data = {"source": "folder", "path": "photos", "sensitivity_images": 2, "calibration_images": 0, "sample_blocks": 1}
     network = {"source": "factory", "name": "network_to_evaluate:make", "image_shape": SHAPE}
-    return Session.open(parse_config(config(tmp_path / "run", network=network, data=data, corrections=[])))
+    return OpenedRun.open(parse_config(config(tmp_path / "run", network=network, data=data, corrections=[])))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ class Workers:
 ANSWERS = [Assignment((2, 4, 2)), Assignment((4, 4, 4)), Assignment((2, 2, 2))]
 
 
-def run(session: Session, workers: Workers) -> dict[Assignment, Counts]:
+def run(session: OpenedRun, workers: Workers) -> dict[Assignment, Counts]:
     rows = [SimpleNamespace(assignment=answer) for answer in ANSWERS]
     state = SimpleNamespace(session=session, workers=workers, results=lambda: rows)
     evaluate.evaluate.fn(state)
@@ -78,7 +78,7 @@ def run(session: Session, workers: Workers) -> dict[Assignment, Counts]:
 
 
 def test_every_image_is_decoded_once_for_all_assignments_and_the_sums_are_those_of_one_pass(
-    session: Session, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+    session: OpenedRun, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = Workers()
     found = run(session, workers)
@@ -94,7 +94,7 @@ def test_every_image_is_decoded_once_for_all_assignments_and_the_sums_are_those_
 
 
 @pytest.mark.parametrize("lifetime", [0, 1, 2])
-def test_a_killed_evaluation_keeps_what_it_counted(session: Session, decoded: list[str], lifetime: int) -> None:
+def test_a_killed_evaluation_keeps_what_it_counted(session: OpenedRun, decoded: list[str], lifetime: int) -> None:
     with pytest.raises(Killed):
         run(session, Workers(lifetime))
     assert len(decoded) == lifetime * SHARD
@@ -109,7 +109,7 @@ def test_a_killed_evaluation_keeps_what_it_counted(session: Session, decoded: li
         assert counts == sum(parts, Counts())
 
 
-def test_the_command_reads_the_same_counts_and_writes_each_class(session: Session, decoded: list[str]) -> None:
+def test_the_command_reads_the_same_counts_and_writes_each_class(session: OpenedRun, decoded: list[str]) -> None:
     with pytest.raises(Killed):
         run(session, Workers(1))
     counts = stored.counts_of(session, ANSWERS[0])

@@ -17,7 +17,7 @@ import zarr
 
 from clado.errors import MeasurementError, StoreError
 from clado.measuring.plan import Tile
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from flows import clusters, worker
 from flows.phases.measure import gather, measure
@@ -51,7 +51,7 @@ class Phase:
     def run(self, fault: Fault = lambda tile, attempt: None) -> Run:
         self.attempts.clear()
         settings = parse_config(config(self.folder, **SMALL))
-        session = Session.open(settings)
+        session = OpenedRun.open(settings)
         session.open_store()
         whole = worker.run_tile
 
@@ -71,7 +71,7 @@ class Phase:
         return {file.name: np.load(file)["values"].tobytes() for file in (self.folder / "matrices").iterdir()}
 
     def tiles(self) -> tuple[Tile, ...]:
-        return Session.open(parse_config(config(self.folder, **SMALL))).plan.tiles
+        return OpenedRun.open(parse_config(config(self.folder, **SMALL))).plan.tiles
 
 
 @pytest.fixture(scope="module")

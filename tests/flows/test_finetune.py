@@ -11,7 +11,7 @@ import clado
 from clado.errors import DataError, NetworkError
 from clado.quantization.training import Training
 from clado.records import RunRecord
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from flows.cli import app
 from flows.commands.finetune import RECORD, folder_of, images_of, train
 from flows.commands.stored import StoredRun, accuracy_of, chosen_for
@@ -23,7 +23,7 @@ def tuned(finished, tmp_path_factory):
     """(run, session, assignment, what was printed, MLflow's receipt, record) of one epoch on a few of the run's own images."""
     folder = Path(copy_of(finished, tmp_path_factory.mktemp("tuned") / "run")["folder"])
     stored = StoredRun.open(folder)
-    session = Session.open(stored.config)
+    session = OpenedRun.open(stored.config)
     budget = session.budgets[0]
     assignment = chosen_for(stored, session, budget)
     images = images_of(session, None, seed=0, most=128)

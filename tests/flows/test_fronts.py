@@ -10,7 +10,7 @@ from clado.choosing import solvers
 from clado.choosing.proposals import SAFE, Budget, program_of
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.records import CHOSEN, UNIFORM, RunRecord
-from clado.run.opened_run import Session, limit_of, limits_of, scale_bytes
+from clado.run.opened_run import OpenedRun, limit_of, limits_of, scale_bytes
 from clado.settings.schema import parse_config, parse_limit
 from clado.space import Layer, SearchSpace
 from flows.commands.smallest import FIRST, find, solver_of, text
@@ -107,7 +107,7 @@ def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_p
     stored = StoredRun.open(tmp_path / "run")
     space, (least, most, _) = stored.measured.space, solver_of(stored)
     assert (least, most) == (space.size_bytes(space.narrowest), 90_000)
-    found = find(stored, Session.open(parse_config(document)), 100.0, top1=False)
+    found = find(stored, OpenedRun.open(parse_config(document)), 100.0, top1=False)
     assert max(c.size_bytes for c in found.candidates) <= most < space.size_bytes(space.widest)
     reachable = max(solution.minimised for _, _, solution in stored.solve(Budget("size", most)))
     for _, _, solution in stored.smallest_predicted(reachable + 1e-3):
@@ -179,14 +179,14 @@ def test_a_size_that_counts_scales_is_the_weights_plus_four_bytes_a_channel(fini
 
 
 def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_path):
-    session = Session.open(parse_config(copy_of(finished, tmp_path / "run")))
+    session = OpenedRun.open(parse_config(copy_of(finished, tmp_path / "run")))
     said, receipt = sweep(StoredRun.open(tmp_path / "run"), session, "average_bits", 4)
     record = RunRecord.load(tmp_path / "run" / "sweep" / "record.json")
     assert len(record.budgets) == 4
     for budget in record.budgets:
         chosen = record.find(budget, CHOSEN)
         assert chosen is not None
-        assert all(chosen.loss_shipped <= r.loss_shipped for r in record.results if r.budget == budget and r.method in SAFE)
+        assert all(chosen.loss_deployed <= r.loss_deployed for r in record.results if r.budget == budget and r.method in SAFE)
     chosen_rows = [r for r in record.results if r.method == CHOSEN]
     assert not any(dominated_by(chosen_rows)) or "dominated" in said
     assert receipt.delivered
@@ -198,19 +198,19 @@ def test_domination_needs_less_of_one_and_no_more_of_the_other(finished):
     row = RunRecord.load(finished.folder / "record.json").results[0]
     points = [(10, 1.0, 0.5), (10, 1.0, 0.5), (11, 1.0, 0.5), (9, 2.0, 0.6), (12, 0.5, 0.4), (12, 0.6, 0.4), (12, 0.6, 0.3)]
     rows = [
-        replace(row, size_bytes=size, loss_shipped=loss, brier_shipped=brier, agreement_shipped=0.9)
+        replace(row, size_bytes=size, loss_deployed=loss, brier_deployed=brier, agreement_deployed=0.9)
         for size, loss, brier in points
     ]
     assert dominated_by(rows) == [False, False, True, False, False, True, False]
-    assert not any(dominated_by([*rows[:2], replace(rows[2], agreement_shipped=0.91)]))
-    assert dominated_by([replace(row, brier_shipped=None, agreement_shipped=None) for row in rows[:3]]) == [False, False, True]
+    assert not any(dominated_by([*rows[:2], replace(rows[2], agreement_deployed=0.91)]))
+    assert dominated_by([replace(row, brier_deployed=None, agreement_deployed=None) for row in rows[:3]]) == [False, False, True]
 
 
 @pytest.mark.parametrize("top1", [True, False])
 def test_the_smallest_network_keeps_its_bound_as_measured(finished, tmp_path, top1):
     document = copy_of(finished, tmp_path / "run")
     document["data"] = {**document["data"], "selection_images": 100}
-    session = Session.open(parse_config(document))
+    session = OpenedRun.open(parse_config(document))
     bound = 0.2 if top1 else 0.5
     found = find(StoredRun.open(tmp_path / "run"), session, bound, top1)
     assert found.answer.measured.high <= bound

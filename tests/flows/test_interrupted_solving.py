@@ -189,10 +189,10 @@ def ended_by(act: Callable[[], None]) -> int:
 
 
 def solvers_program(run: Run) -> Any:
-    from clado.choosing.proposals import program_of, together
+    from clado.choosing.proposals import merge_limits, program_of
 
     budget = run.session.budgets[-1]
-    return program_of(run.matrices["pairwise"], together(budget.constraint(run.session.space), []))
+    return program_of(run.matrices["pairwise"], merge_limits(budget.constraint(run.session.space), []))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "clado-assignment/1", "bits": {"another": 2}}'])

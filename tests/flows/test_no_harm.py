@@ -13,7 +13,7 @@ from clado.network.graph import Moments, NormStatistics
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics
 from clado.records import CHOSEN, RunRecord
 from clado.reporting.tables import markdown, rows, winners
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from flows.commands.export import export_as
 from flows.commands.stored import StoredRun, chosen_for
@@ -43,16 +43,16 @@ def harmful_layers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(output_statistics, "correct", turned_weights)
 
 
-def run(folder: Path) -> tuple[RunRecord, Session]:
+def run(folder: Path) -> tuple[RunRecord, OpenedRun]:
     document = config(folder, budgets={"average_bits": [3.0]}, estimators=["layerwise"], search={"evaluations": 2, "batch": 2})
     run_pipeline(document, tracked=False)
-    return RunRecord.load(folder / "record.json"), Session.open(parse_config(document))
+    return RunRecord.load(folder / "record.json"), OpenedRun.open(parse_config(document))
 
 
-def losses_without(record: RunRecord, session: Session) -> dict[str, float]:
+def losses_without(record: RunRecord, session: OpenedRun) -> dict[str, float]:
     """Measured here, one by one: the chosen bits, the widest uniform bits and plain layerwise's bits without corrections."""
     chosen = record.find(BUDGET.name, CHOSEN)
-    plain = [c for c in record.candidates if c.assignment.corrected == "none"]
+    plain = [c for c in record.measured_proposals if c.assignment.corrected == "none"]
     assignments = {
         "the same bits": chosen.assignment,
         "uniform bits": session.space.uniform_assignments().__next__()[1],
@@ -65,22 +65,22 @@ def losses_without(record: RunRecord, session: Session) -> dict[str, float]:
 def harmed(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         request.param(patch)
-        Session.open.cache_clear()
+        OpenedRun.open.cache_clear()
         yield (*run(tmp_path_factory.mktemp("harm") / "run"), "static" if request.param is harmful_final else "none")
-    Session.open.cache_clear()
+    OpenedRun.open.cache_clear()
 
 
 def test_what_is_chosen_is_no_worse_than_any_of_it_without_corrections(harmed):
     record, session, expected = harmed
     chosen = record.find(BUDGET.name, CHOSEN)
     assert chosen.assignment.corrected == expected
-    assert chosen.loss_shipped == pytest.approx(session.loss(chosen.assignment).accuracy().loss, rel=1e-5)
+    assert chosen.loss_deployed == pytest.approx(session.loss(chosen.assignment).accuracy().loss, rel=1e-5)
     for name, loss in losses_without(record, session).items():
-        assert chosen.loss_shipped <= loss * (1 + 1e-6), name
+        assert chosen.loss_deployed <= loss * (1 + 1e-6), name
     # the corrections did harm: a run that did not look would have chosen worse
     corrected = session.loss(chosen.assignment.with_corrections("all")).accuracy().loss
-    assert corrected > 1.1 * chosen.loss_shipped
-    assert all(record.find(BUDGET.name, method).loss_shipped > chosen.loss_shipped for method in SAFE)
+    assert corrected > 1.1 * chosen.loss_deployed
+    assert all(record.find(BUDGET.name, method).loss_deployed > chosen.loss_deployed for method in SAFE)
 
 
 def test_the_record_the_table_and_the_export_say_which_corrections_are_deployed(harmed, tmp_path):
@@ -96,8 +96,8 @@ def test_the_record_the_table_and_the_export_say_which_corrections_are_deployed(
     stored = StoredRun.open(session.folder)
     assert chosen_for(stored, session, BUDGET) == chosen.assignment
     export_as("packed", session, chosen.assignment, tmp_path)
-    _, layers = session.shipped(chosen.assignment)
-    _, corrected = session.shipped(chosen.assignment.with_corrections("all"))
+    _, layers = session.deployed(chosen.assignment)
+    _, corrected = session.deployed(chosen.assignment.with_corrections("all"))
     same = [torch.equal(layer.weight, corrected[i].weight) for i, layer in layers.items()]
     assert all(same) if expected == "static" else not any(same)
 
@@ -107,7 +107,7 @@ def test_without_the_check_a_harmful_correction_would_be_deployed(harmed, monkey
     _, session, _ = harmed
     stored = StoredRun.open(session.folder)
     monkeypatch.setattr("flows.commands.stored.recorded", lambda stored, session: [])  # else what the run measured competes
-    monkeypatch.setattr(Session, "other_corrections", lambda self, assignment: [])
+    monkeypatch.setattr(OpenedRun, "other_corrections", lambda self, assignment: [])
     monkeypatch.setattr(StoredRun, "uncorrected", lambda self, budgets: [])
     assert chosen_for(stored, session, BUDGET).corrected == "all"
     monkeypatch.undo()

@@ -22,11 +22,11 @@ from clado.data.sources import load_data, load_network
 from clado.evaluation import Counts
 from clado.measuring.plan import KINDS
 from clado.quantization.quantizers import WeightQuantizer
-from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, Candidate, RunRecord
-from clado.run.opened_run import Session
+from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposal, RunRecord
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import DataSettings, NetworkSettings, parse_config
 from clado.space import Assignment
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from flows.commands.export import loading_snippet
 from flows.commands.stored import StoredRun, chosen_for, recorded
 from flows.phases.record import git_revision
@@ -48,8 +48,8 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def session(finished) -> Session:
-    return Session.open(parse_config(finished.document))
+def session(finished) -> OpenedRun:
+    return OpenedRun.open(parse_config(finished.document))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def logits(model, names, bits, x) -> torch.Tensor:
     return replaced_logits(model, weights, x).double()
 
 
-def corrected(session: Session, assignment: Assignment, final: bool) -> torch.nn.Module:
+def corrected(session: OpenedRun, assignment: Assignment, final: bool) -> torch.nn.Module:
     """The module itself with the corrected layers' state in it, as it ships or as probes see it: no graph, nothing folded."""
     prepared = session.prepared
-    network, layers = session.shipped(assignment) if final else (prepared.network, prepared.chosen(assignment))
+    network, layers = session.deployed(assignment) if final else (prepared.network, prepared.chosen(assignment))
     module = copy.deepcopy(session.loaded.model)
     module.load_state_dict(network.state_dict(layers))
     return module.eval()
@@ -80,7 +80,7 @@ def kl(floats: torch.Tensor, quantized: torch.Tensor) -> float:
 
 def arrays(folder: Path) -> dict[str, bytes]:
     """Every measured number of a store, and every matrix."""
-    group = Store.open(folder / "store.zarr").group
+    group = MeasurementStore.open(folder / "store.zarr").group
     found = {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in KINDS}
     return found | {file.name: np.load(file)["values"].tobytes() for file in (folder / "matrices").iterdir()}
 
@@ -102,11 +102,11 @@ def test_the_results_of_a_budget_are_those_of_an_independent_computation(record,
     )
     assert row.average_bits <= 2.5
     x, _ = slices.sensitivity.load(0, 32)
-    shipped = corrected(session, row.assignment, final=True)
-    assert row.loss_shipped == pytest.approx(kl(model(x), shipped(x)), rel=1e-4, abs=1e-5)
+    deployed = corrected(session, row.assignment, final=True)
+    assert row.loss_deployed == pytest.approx(kl(model(x), deployed(x)), rel=1e-4, abs=1e-5)
     assert row.loss_probe_model == pytest.approx(kl(model(x), corrected(session, row.assignment, final=False)(x)), rel=1e-4)
     x, y = slices.validation.load(0, 100)
-    for accuracy, z in ((row.validation, shipped(x)), (row.validation_plain, logits(model, names, bits, x))):
+    for accuracy, z in ((row.validation, deployed(x)), (row.validation_plain, logits(model, names, bits, x))):
         assert accuracy.num_images == 100
         assert accuracy.top1 == float((z.argmax(1) == y).double().mean())
         assert accuracy.top5 == float((z.topk(5).indices == y[:, None]).any(1).double().mean())
@@ -137,25 +137,25 @@ def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finishe
 
 
 def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_score_of_such(finished, record):
-    session = Session.open(parse_config(finished.document))
-    ledger = session.ledger("sensitivity")
+    session = OpenedRun.open(parse_config(finished.document))
+    evaluation_cache = session.evaluation_cache("sensitivity")
 
     def misses(assignment: Assignment, most: Assignment) -> bool:
-        difference = ledger.get(most).each_hit - ledger.get(assignment).each_hit
+        difference = evaluation_cache.get(most).each_hit - evaluation_cache.get(assignment).each_hit
         assert len(difference) == 32
         return difference.mean() > 2 * difference.std(ddof=1) / 32**0.5
 
     for budget in session.budgets:
         rows = {m: record.find(budget.name, m) for m in METHODS}
         chosen, limit = rows[CHOSEN], budget.constraint(session.space)
-        fitting = [c for c in record.candidates if limit.holds(session.space, c.assignment)]
-        safe = min(c.loss_shipped for c in fitting if c.origin in SAFE or c.assignment.corrected == "none")
-        assert chosen.loss_shipped <= safe <= min(rows[m].loss_shipped for m in SAFE)
-        rivals = [c for c in fitting if c.loss_shipped <= safe]
-        most = max(rivals, key=lambda c: c.agreement_shipped).assignment
-        assert chosen.brier_shipped == min(c.brier_shipped for c in rivals if not misses(c.assignment, most))
-        others = [c for c in record.candidates if c.budget == budget.name and c.origin != chosen.winner]
-        assert chosen.gain == min(c.loss_shipped for c in others) - chosen.loss_shipped
+        fitting = [c for c in record.measured_proposals if limit.holds(session.space, c.assignment)]
+        safe = min(c.loss_deployed for c in fitting if c.origin in SAFE or c.assignment.corrected == "none")
+        assert chosen.loss_deployed <= safe <= min(rows[m].loss_deployed for m in SAFE)
+        rivals = [c for c in fitting if c.loss_deployed <= safe]
+        most = max(rivals, key=lambda c: c.agreement_deployed).assignment
+        assert chosen.brier_deployed == min(c.brier_deployed for c in rivals if not misses(c.assignment, most))
+        others = [c for c in record.measured_proposals if c.budget == budget.name and c.origin != chosen.winner]
+        assert chosen.gain == min(c.loss_deployed for c in others) - chosen.loss_deployed
         assert chosen.winner
         assert all(rows[m].status == "optimal" for m in ESTIMATORS)
 
@@ -165,14 +165,14 @@ def test_brier_scores_and_agreement_are_those_of_the_network_that_ships(finished
     row = record.find(record.budgets[0], CHOSEN)
     modules = corrected(session, row.assignment, final=True), model
     q, p = (module(x).detach().double().softmax(-1) for module in modules)
-    assert row.agreement_shipped == float((q.argmax(-1) == p.argmax(-1)).double().mean())
-    assert row.brier_shipped == pytest.approx(float((q - p).square().sum(-1).mean()), rel=1e-4)
+    assert row.agreement_deployed == float((q.argmax(-1) == p.argmax(-1)).double().mean())
+    assert row.brier_deployed == pytest.approx(float((q - p).square().sum(-1).mean()), rel=1e-4)
 
 
 def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, record):
-    session = Session.open(parse_config(finished.document))
+    session = OpenedRun.open(parse_config(finished.document))
     assert sorted(finished.calls.of("run_tile")) == sorted(session.plan.tiles)
-    distinct, candidates = {row.assignment for row in record.results}, {c.assignment for c in record.candidates}
+    distinct, candidates = {row.assignment for row in record.results}, {c.assignment for c in record.measured_proposals}
     measured, as_probed = finished.calls.of("measure_loss"), finished.calls.of("measure_probe_loss")
     assert len(measured) == len(set(measured))
     assert set(measured) == candidates >= distinct
@@ -180,7 +180,7 @@ def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, recor
     assert {a.corrected for a in candidates} == {"all", "static", "none"}
     assert len(as_probed) == len(set(as_probed))
     assert set(as_probed) == distinct
-    evaluated = [key for _, group in finished.calls.of("evaluate_shard") for key in group]
+    evaluated = [key for _, group in finished.calls.of("evaluate_batch") for key in group]
     assert len(evaluated) == len(set(evaluated))  # 100 images are one shard
     # corrections leave the float network's function as it is
     assert set(evaluated) == distinct | {a.with_corrections("none") for a in distinct} | {session.space.nothing}
@@ -190,7 +190,7 @@ def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, recor
 
 def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(record):
     for budget in record.budgets:
-        own = [c for c in record.candidates if c.budget == budget]
+        own = [c for c in record.measured_proposals if c.budget == budget]
         searched = [c for c in own if c.origin == LOCAL_SEARCH]
         proposing = {UNIFORM, *ESTIMATORS, "pairwise_raw", "pairwise_shrunk", *TEMPERED, LAYERWISE_PLAIN, LOCAL_SEARCH}
         assert {c.origin for c in own} == proposing
@@ -200,15 +200,15 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(re
         summary = next(row for row in record.searches if row.budget == budget)
         assert summary.evaluations == 5
         proposed = [
-            c.loss_shipped
-            for c in record.candidates
+            c.loss_deployed
+            for c in record.measured_proposals
             if c.origin != LOCAL_SEARCH and c.size_bytes <= own[0].size_bytes and c.assignment.corrected != "static"
         ]
-        assert summary.start_loss <= min([c.loss_shipped for c in own if c.origin != LOCAL_SEARCH] + proposed)
-        assert summary.best_loss == min([summary.start_loss, *(c.loss_shipped for c in searched)])
+        assert summary.start_loss <= min([c.loss_deployed for c in own if c.origin != LOCAL_SEARCH] + proposed)
+        assert summary.best_loss == min([summary.start_loss, *(c.loss_deployed for c in searched)])
         assert summary.gain == summary.start_loss - summary.best_loss
-    measured = {c.assignment for c in record.candidates}
-    searched = {c.assignment for c in record.candidates if c.origin == LOCAL_SEARCH and c.assignment.corrected == "all"}
+    measured = {c.assignment for c in record.measured_proposals}
+    searched = {c.assignment for c in record.measured_proposals if c.origin == LOCAL_SEARCH and c.assignment.corrected == "all"}
     assert record.forwards["local_search"] == 32 * len(searched)
     assert record.forwards["proposals"] == 32 * len(measured - searched)
     # of 64 calibration images, and once of the float network
@@ -219,7 +219,7 @@ def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finish
     with np.load(finished.folder / "matrices" / "gauss_newton.npz") as file:
         values = file["values"]
     ranking = {UNIFORM, *TEMPERED} | {LOCAL_SEARCH for search in record.searches if search.surrogate in TEMPERED}
-    for c in record.candidates:
+    for c in record.measured_proposals:
         if c.assignment.corrected == "none":  # no matrix knows of rounding to nearest, but that of LAYERWISE_PLAIN
             assert c.predicted_by == ""
             assert (c.loss_predicted is None) == (c.origin != LAYERWISE_PLAIN)
@@ -242,9 +242,9 @@ def test_reestimation_is_a_run_of_the_calibration_images_or_one_for_each_batch_n
     assert images(corrections=("output_statistics",)) == 0
 
 
-def corrected_of(record: RunRecord, budget: Budget) -> list[Candidate]:
+def corrected_of(record: RunRecord, budget: Budget) -> list[MeasuredProposal]:
     """What was measured for a budget with all corrections."""
-    return [c for c in record.candidates if c.budget == budget.name and c.assignment.corrected == "all"]
+    return [c for c in record.measured_proposals if c.budget == budget.name and c.assignment.corrected == "all"]
 
 
 @pytest.mark.parametrize("named", [("gauss_newton",), ("pairwise",), ("tempered2",)])
@@ -253,11 +253,11 @@ def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, 
     document = {**copy_of(finished, tmp_path / "run"), "estimators": list(named)}
     run_pipeline(document, tracked=False)
     found = RunRecord.load(tmp_path / "run" / "record.json")
-    session = Session.open(parse_config(document))
+    session = OpenedRun.open(parse_config(document))
     assert found.methods == (UNIFORM, *named, CHOSEN)
     for budget in session.budgets:
         safe = [record.find(budget.name, method) for method in SAFE]
-        assert found.find(budget.name, CHOSEN).loss_shipped <= min(row.loss_shipped for row in safe) + 1e-12
+        assert found.find(budget.name, CHOSEN).loss_deployed <= min(row.loss_deployed for row in safe) + 1e-12
         assert {c.assignment for c in corrected_of(found, budget) if c.origin == "layerwise"} == {
             row.assignment for row in safe if row.method == "layerwise"
         }
@@ -275,9 +275,9 @@ def test_show_prints_every_candidate(finished, record):
 
     from flows.cli import app
 
-    printed = CliRunner().invoke(app, ["show", str(finished.folder), "--candidates"]).output
+    printed = CliRunner().invoke(app, ["show", str(finished.folder), "--proposals"]).output
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + len(record.candidates)
+    assert len(lines) == 1 + len(record.measured_proposals)
     for budget in record.budgets:
         own = [line for line in lines if line[0] == budget]
         scores = [float(line[5]) for line in own]
@@ -290,12 +290,12 @@ def test_show_prints_every_candidate(finished, record):
 
 def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_path, record):
     """The record says what is exported; a run of other settings that was killed leaves a record of before."""
-    session = Session.open(parse_config(copy_of(finished, tmp_path / "run")))
+    session = OpenedRun.open(parse_config(copy_of(finished, tmp_path / "run")))
     stored, budget = StoredRun.open(tmp_path / "run"), session.budgets[0]
     row = record.find(budget.name, CHOSEN)
-    other = next(c for c in record.candidates if c.budget == budget.name and c.assignment != row.assignment)
-    for loss, expected in ((other.loss_shipped, other.assignment), (2 * other.loss_shipped, row.assignment)):
-        earlier = replace(row, assignment=other.assignment, loss_shipped=loss, brier_shipped=None)
+    other = next(c for c in record.measured_proposals if c.budget == budget.name and c.assignment != row.assignment)
+    for loss, expected in ((other.loss_deployed, other.assignment), (2 * other.loss_deployed, row.assignment)):
+        earlier = replace(row, assignment=other.assignment, loss_deployed=loss, brier_deployed=None)
         results = tuple(earlier if r == row else r for r in record.results)
         replace(record, results=results).save(tmp_path / "run" / "record.json")
         assert chosen_for(stored, session, budget) == expected
@@ -304,14 +304,14 @@ def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_
 def test_the_best_of_a_search_is_what_is_exported_and_evaluated_later(finished, record):
     from flows.commands.stored import StoredRun, chosen_for
 
-    session = Session.open(parse_config(finished.document))
+    session = OpenedRun.open(parse_config(finished.document))
     for budget in session.budgets:
         chosen = chosen_for(StoredRun.open(finished.folder), session, budget)
         assert chosen == record.find(budget.name, CHOSEN).assignment
 
 
 def test_each_layer_is_prepared_once_with_and_without_corrections(finished):
-    session = Session.open(parse_config(finished.document))
+    session = OpenedRun.open(parse_config(finished.document))
     layers = range(session.space.num_layers)
     assert sorted(finished.calls.of("prepare_layer")) == [(plain, layer) for plain in (False, True) for layer in layers]
     assert session.unprepared() == []
@@ -321,7 +321,7 @@ def test_what_ships_is_corrected_and_the_record_says_what_that_is_worth(record):
     assert record.corrections == "output_statistics + batchnorm_reestimation"
     rows = [row for row in record.results if row.method != UNIFORM]
     assert all(row.validation.top1 > row.validation_plain.top1 for row in rows)
-    assert all(row.loss_probe_model != row.loss_shipped for row in rows)
+    assert all(row.loss_probe_model != row.loss_deployed for row in rows)
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(finished, record, tmp_path):
@@ -329,8 +329,8 @@ def test_a_second_run_computes_nothing_and_says_the_same(finished, record, tmp_p
     calls, _ = run_pipeline(document, tracked=False)
     assert calls.made == []
     again = RunRecord.load(tmp_path / "run" / "record.json")
-    assert [(r.assignment, r.loss_shipped, r.validation) for r in again.results] == [
-        (r.assignment, r.loss_shipped, r.validation) for r in record.results
+    assert [(r.assignment, r.loss_deployed, r.validation) for r in again.results] == [
+        (r.assignment, r.loss_deployed, r.validation) for r in record.results
     ]
     assert arrays(tmp_path / "run") == arrays(finished.folder)
 
@@ -339,19 +339,19 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
     document = copy_of(finished, tmp_path / "run")
     calls, _ = run_pipeline({**document, "budgets": {"average_bits": [2.5, 2.75]}}, tracked=False)
     again = RunRecord.load(tmp_path / "run" / "record.json")
-    new = {c.assignment for c in again.candidates} - {c.assignment for c in record.candidates}
+    new = {c.assignment for c in again.candidates} - {c.assignment for c in record.measured_proposals}
     assert calls.of("run_tile") == []
     assert set(calls.of("measure_loss")) == new
     assert len(calls.of("measure_loss")) == len(new) > 0
     reported = {r.assignment for r in again.results} - {r.assignment for r in record.results}
-    evaluated = {a for _, group in calls.of("evaluate_shard") for a in group}
+    evaluated = {a for _, group in calls.of("evaluate_batch") for a in group}
     assert reported <= evaluated <= reported | {a.with_corrections("none") for a in reported}
 
 
 @pytest.mark.system
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
     document = copy_of(finished, tmp_path / "run")
-    plan = Session.open(parse_config(document)).plan
+    plan = OpenedRun.open(parse_config(document)).plan
     damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.block == 2) for kind in ("gram", "pairs"))
     chunks = tmp_path / "run" / "store.zarr"
     file = chunks / "gram" / "sums" / "c" / "2" / "0" / "0"
@@ -369,10 +369,10 @@ def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, t
 @pytest.mark.system
 def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, tmp_path):
     document = copy_of(finished, tmp_path / "run")
-    plan = Session.open(parse_config(document)).plan
+    plan = OpenedRun.open(parse_config(document)).plan
     shutil.rmtree(tmp_path / "run" / "evaluations")
     absent = [tile for k, tile in enumerate(plan.tiles) if k % 4 == 1 and tile.kind != "pairs"]
-    store = Store.open(tmp_path / "run" / "store.zarr")
+    store = MeasurementStore.open(tmp_path / "run" / "store.zarr")
     for tile in absent:
         store.group[f"{tile.kind}/done"][tile.block, tile.number] = 0
     calls, _ = run_pipeline(document, tracked=False)
@@ -401,26 +401,26 @@ def test_a_run_of_other_constraints_that_died_early_leaves_no_answer_that_breaks
     bound = row.size_bytes - 2000
     config = parse_config({**document, "constraints": [{"kind": "size", "bound": bound}]})
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
-    stored, session = StoredRun.open(tmp_path / "run"), Session.open(config)
+    stored, session = StoredRun.open(tmp_path / "run"), OpenedRun.open(config)
     assert session.space.size_bytes(chosen_for(stored, session, Budget("average_bits", 3.0))) <= bound
 
 
 def test_a_run_in_which_uniform_bits_have_no_finite_loss_is_recorded(finished, tmp_path, monkeypatch):
     document = copy_of(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "evaluations")
-    plain = Session.loss
+    plain = OpenedRun.loss
 
-    def broken(self: Session, assignment: Assignment) -> Counts:
+    def broken(self: OpenedRun, assignment: Assignment) -> Counts:
         counts = plain(self, assignment)
         nowhere = replace(counts, loss=math.nan, brier=math.nan, hits="0" * counts.num_images)
         return nowhere if set(assignment.bits) == {2} else counts
 
-    monkeypatch.setattr(Session, "loss", broken)
+    monkeypatch.setattr(OpenedRun, "loss", broken)
     run_pipeline(document, tracked=False)
     found = RunRecord.load(tmp_path / "run" / "record.json")
     for budget in found.budgets:
-        assert found.find(budget, UNIFORM).loss_shipped == math.inf
-        assert math.isfinite(found.find(budget, CHOSEN).loss_shipped)
+        assert found.find(budget, UNIFORM).loss_deployed == math.inf
+        assert math.isfinite(found.find(budget, CHOSEN).loss_deployed)
     assert "inf" in (tmp_path / "run" / "table.md").read_text()
 
 
@@ -529,7 +529,7 @@ def test_the_folder_holds_what_the_readme_says(finished):
 
 def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_path, slices, model):
     document = config(tmp_path / "turned", network={"source": "zoo", "name": "resnet20_fashion_mnist", "channels_last": True})
-    network = Session.open(parse_config(document)).float_network
+    network = OpenedRun.open(parse_config(document)).float_network
     kernels = [weight for weight in network.weights if weight.ndim == 4 and weight[0, 0].numel() > 1 and weight.shape[1] > 1]
     assert kernels
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
@@ -550,7 +550,7 @@ def test_channels_last_is_the_default_where_convolutions_are_faster_so(name, cho
     monkeypatch.setattr("clado.network.network.ONLY_AVX2", only_avx2)
     settings = {"source": "zoo", "name": name} | ({} if chosen is None else {"channels_last": chosen})
     document = config(tmp_path / "run", network=settings, cluster={"kind": "inline", "device": "cpu"})
-    assert Session.open(parse_config(document)).float_network.channels_last is turned
+    assert OpenedRun.open(parse_config(document)).float_network.channels_last is turned
 
 
 def test_the_phases_that_the_test_calls_are_the_flows_own():

@@ -389,7 +389,9 @@ def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
     with monkeypatch.context() as patch:
         Outage(patch, "create_run", 0)
         track(unsent)
-        delivery.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+        delivery.track(
+            found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, record_folder=folder / "sweep"
+        )
     assert sync(folder).count(f"{CHILDREN} below it") == 2
     assert [run.data.tags["sweep"] for run in runs_of(unsent) if "sweep" in run.data.tags] == ["size"]
     assert len(runs_of(unsent)) == 2 * (CHILDREN + 1)
@@ -404,7 +406,7 @@ def nested(document: dict[str, Any], name: str) -> Receipt:
     return delivery.track_nested(
         folder,
         f"3 bits {name}",
-        beside=place,
+        record_folder=place,
         experiment="clado",
         uri=document["tracking"]["uri"],
         params={"budget": "3 bits"},
@@ -447,7 +449,9 @@ def test_what_belongs_to_a_run_is_not_put_below_a_front_of_it(unsent):
     run = track(unsent)
     found = RunRecord.load(folder / "record.json")
     found.save(folder / "sweep" / "record.json")
-    front = delivery.track(found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, beside=folder / "sweep")
+    front = delivery.track(
+        found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, record_folder=folder / "sweep"
+    )
     assert front.delivered
     assert nested(unsent, "evaluated").delivered
     [evaluated] = [run for run in runs_of(unsent) if run.info.run_name == "3 bits evaluated"]

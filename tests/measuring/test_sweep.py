@@ -12,7 +12,7 @@ from clado import criteria
 from clado.errors import ConfigurationError
 from clado.grids import ActivationGrid, QuantizedLayer
 from clado.measuring.plan import TEMPERATURES, Plan, Tile, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, network_batching, scores, shipped_scores
+from clado.measuring.sweep import Workbench, deployed_scores, measure_tile, network_batching, scores
 from clado.network.graph import Graph
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
@@ -278,7 +278,7 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     expected = criteria.kl_to_float(logits, replaced_logits(build(Normed), {}, x))
     chosen = b.prepared.chosen(b.space.narrowest)
     for ships in ((shipped, chosen), shipped.folded_with(chosen)):
-        tolerance.close_losses(shipped_scores(b, *ships, 1).losses, expected)
+        tolerance.close_losses(deployed_scores(b, *ships, 1).losses, expected)
 
 
 @pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
@@ -298,11 +298,11 @@ def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypat
 def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     b = bench(Normed, batch_statistics=statistics)
     shipped = b.prepared.network
-    assert shipped_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=tolerance.of_no_change())
+    assert deployed_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=tolerance.of_no_change())
     x, _ = b.load(*b.blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
-    tolerance.close_losses(shipped_scores(b, shipped, layers, 1).losses, expected)
+    tolerance.close_losses(deployed_scores(b, shipped, layers, 1).losses, expected)
 
 
 @pytest.mark.parametrize("rows", range(1, 11))

@@ -105,9 +105,9 @@ def test_stacked_states_run_as_they_would_alone_and_are_not_changed(kind):
     for layer in range(len(network.layers)):
         states = [network.advance(network.begin(images(2, seed)), layer) for seed in (5, 6, 7)]
         before = copy.deepcopy(states)
-        together = network.finish(network.stack(states, layer))
+        stacked = network.finish(network.stack(states, layer))
         alone = torch.cat([network.finish(state) for state in states])
-        assert_same(together, alone)
+        assert_same(stacked, alone)
         for state, kept in zip(states, before, strict=True):
             assert all(torch.equal(state.values[slot], kept.values[slot]) for slot in kept.values)
 

@@ -120,7 +120,7 @@ def test_a_per_tensor_scale_stays_and_only_the_mean_is_matched(kind, widths):
 @pytest.mark.parametrize("kind", [Residual, Normed, SPLIT])
 def test_corrected_layers_together_ship_as_the_state_of_the_module(kind):
     ready = matched(kind)
-    network, chosen = ready.shipped(ready.space.narrowest)
+    network, chosen = ready.deployed(ready.space.narrowest)
     model = build(Attention if kind == SPLIT else kind).eval()
     state = network.state_dict(chosen)
     for name in set(state) - set(model.state_dict()):
@@ -272,7 +272,7 @@ def test_what_every_batch_norm_makes_has_the_float_networks_mean_and_deviation(k
         for name, (mean, variance) in normalised(with_statistics(quantized, found), x).items():
             tolerance.close(mean, expected[name][0], share)
             tolerance.close(variance, expected[name][1], share)
-        network, chosen = ready.shipped(assignment)
+        network, chosen = ready.deployed(assignment)
         shipped = replaced_logits(quantized, found, images(4))
         tolerance.close_but_for_ties(network.logits(images(4), chosen), shipped)
     if not names:  # else the layers before some batch norms have these already
@@ -335,7 +335,7 @@ def test_batch_norms_without_a_place_of_their_own_are_refused():
     network = Network(build(Shared), images(1))
     ready = prepare(network, network.search_space((2,)), Recipe(corrections=("batchnorm_reestimation",)), calibration())
     with pytest.raises(NetworkError, match="finds no batch norm that it can stop at, though the network has statistics"):
-        ready.shipped(ready.space.narrowest)
+        ready.deployed(ready.space.narrowest)
 
 
 @NORMED
@@ -356,7 +356,7 @@ def test_a_network_without_batch_norm_ships_as_it_is(kind, graph):
     network = Network(build(kind), images(1), graph=graph)
     ready = prepare(network, network.search_space((2,)), Recipe(corrections=("batchnorm_reestimation",)), [images(1)])
     assert ready.has_final
-    shipped, chosen = ready.shipped(ready.space.narrowest)
+    shipped, chosen = ready.deployed(ready.space.narrowest)
     assert shipped is network
     assert ready.final(ready.space.narrowest) == {}
     assert chosen.keys() == set(range(ready.space.num_layers))
@@ -365,7 +365,7 @@ def test_a_network_without_batch_norm_ships_as_it_is(kind, graph):
 @NORMED
 def test_what_ships_after_all_of_it_is_the_state_of_the_module(kind):
     ready = matched(kind, names=("output_statistics", "batchnorm_reestimation"))
-    network, chosen = ready.shipped(ready.space.narrowest)
+    network, chosen = ready.deployed(ready.space.narrowest)
     model = build(kind).eval()
     state = network.state_dict(chosen)
     for name in set(state) - set(model.state_dict()):

@@ -27,7 +27,7 @@ from clado.quantization.preparation import (
 )
 from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Assignment
-from clado.storage.prepared_layers import Shelf
+from clado.storage.prepared_layers import PreparedLayers
 from tests import tolerance
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images
 
@@ -87,8 +87,8 @@ def test_layers_made_one_by_one_in_any_order_are_those_made_together(kind):
     whole = prepare(network, space, recipe, [CALIBRATION])
     for i in reversed(range(space.num_layers)):
         alone, _ = prepare_layer(network, space, recipe, i, [CALIBRATION])
-        together = whole.layers[space.offsets[i] : space.offsets[i + 1]]
-        assert all(same_bits(a, b) for a, b in zip(alone, together, strict=True))
+        all_layers = whole.layers[space.offsets[i] : space.offsets[i + 1]]
+        assert all(same_bits(a, b) for a, b in zip(alone, all_layers, strict=True))
 
 
 def test_a_layer_with_candidates_of_its_own_has_those():
@@ -107,10 +107,10 @@ def test_weights_keep_their_memory_format(tmp_path):
     for made, weight in zip(ready.layers, network.weights, strict=True):
         assert made.weight.is_contiguous() == weight.is_contiguous()
         assert made.weight.is_contiguous(memory_format=torch.channels_last) or weight.ndim != 4
-    shelf = Shelf(tmp_path)
+    prepared_layers = PreparedLayers(tmp_path)
     for i, made in enumerate(ready.layers):
-        shelf.write_layer(i, [made], [])
-        ((again,), _) = shelf.read_layer(i, CPU)
+        prepared_layers.write_layer(i, [made], [])
+        ((again,), _) = prepared_layers.read_layer(i, CPU)
         assert same_bits(again, made)
         assert again.weight.is_contiguous() == made.weight.is_contiguous()
 
@@ -194,7 +194,7 @@ def test_networks_run_in_bfloat16_are_prepared_in_float32(kind, graph):
         network = Network(build(kind), images(1), graph=graph, numeric=numeric)
         space = network.search_space((4,)).with_activations((8,) if graph else ())
         ready = prepare(network, space, recipe, [CALIBRATION])
-        shipped, chosen = ready.shipped(space.narrowest)
+        shipped, chosen = ready.deployed(space.narrowest)
         assert {layer.weight.dtype for layer in chosen.values()} == {torch.float32}
         assert {tensor.dtype for tensor in ready.final(space.narrowest).values()} <= {torch.float32}
         logits.append(shipped.logits(images(4), chosen).float())
@@ -353,15 +353,15 @@ def prepared(kind) -> Prepared:
 
 @KINDS
 def test_layers_are_read_back_bit_for_bit(kind, tmp_path):
-    ready, shelf = prepared(kind), Shelf(tmp_path / "key")
+    ready, prepared_layers = prepared(kind), PreparedLayers(tmp_path / "key")
     space = ready.space
-    assert shelf.missing(space.num_layers) == list(range(space.num_layers))
+    assert prepared_layers.missing(space.num_layers) == list(range(space.num_layers))
     for i in (*range(1, space.num_layers), 0):
-        shelf.write_layer(i, ready.layers[space.offsets[i] : space.offsets[i + 1]], [f"layer {i}", "α → β"])
-        assert i not in shelf.missing(space.num_layers)
+        prepared_layers.write_layer(i, ready.layers[space.offsets[i] : space.offsets[i + 1]], [f"layer {i}", "α → β"])
+        assert i not in prepared_layers.missing(space.num_layers)
     again: list[QuantizedLayer] = []
     for i in range(space.num_layers):
-        made, notes = shelf.read_layer(i, CPU)
+        made, notes = prepared_layers.read_layer(i, CPU)
         assert notes == [f"layer {i}", "α → β"]
         again += made
     assert all(same_bits(a, b) for a, b in zip(again, ready.layers, strict=True))
@@ -380,49 +380,49 @@ def test_any_float_type_and_layers_without_a_grid_are_kept(dtype, tmp_path):
         QuantizedLayer(weight.T, torch.tensor([0.1, -0.0, 3e-30, 1.0]).to(dtype), odd),
         QuantizedLayer(weight, None, None, Grid(torch.rand(3, 1), torch.zeros(3, 1), Codes.of(1, True))),
     ]
-    shelf = Shelf(tmp_path)
-    shelf.write_layer(12, layers, [])
-    again, notes = shelf.read_layer(12, CPU)
+    prepared_layers = PreparedLayers(tmp_path)
+    prepared_layers.write_layer(12, layers, [])
+    again, notes = prepared_layers.read_layer(12, CPU)
     assert notes == []
     assert all(same_bits(a, b) for a, b in zip(again, layers, strict=True))
-    assert shelf.missing(14) == [*range(12), 13]
+    assert prepared_layers.missing(14) == [*range(12), 13]
 
 
 def test_networks_and_finals_are_read_back_and_one_of_another_assignment_is_not_taken(tmp_path):
-    ready, shelf = prepared(Normed), Shelf(tmp_path)
+    ready, prepared_layers = prepared(Normed), PreparedLayers(tmp_path)
     narrow, wide = ready.space.narrowest, ready.space.widest
-    assert shelf.read_final(narrow, CPU) is None
+    assert prepared_layers.read_final(narrow, CPU) is None
     changed = ready.final(narrow)
-    shelf.write_final(narrow, changed)
-    again = shelf.read_final(narrow, CPU)
+    prepared_layers.write_final(narrow, changed)
+    again = prepared_layers.read_final(narrow, CPU)
     assert again.keys() == changed.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in changed.items())
-    assert shelf.read_final(wide, CPU) is None
-    shelf.final_file(wide).write_bytes(shelf.final_file(narrow).read_bytes())
-    assert shelf.read_final(wide, CPU) is None
-    shelf.write_final(wide, {})
-    assert shelf.read_final(wide, CPU) == {}
-    shelf.write_network({"stem.weight": ready.network.weights[0]}, ["one", "two"])
-    tensors, notes = shelf.read_network(CPU)
+    assert prepared_layers.read_final(wide, CPU) is None
+    prepared_layers.final_file(wide).write_bytes(prepared_layers.final_file(narrow).read_bytes())
+    assert prepared_layers.read_final(wide, CPU) is None
+    prepared_layers.write_final(wide, {})
+    assert prepared_layers.read_final(wide, CPU) == {}
+    prepared_layers.write_network({"stem.weight": ready.network.weights[0]}, ["one", "two"])
+    tensors, notes = prepared_layers.read_network(CPU)
     assert torch.equal(tensors["stem.weight"], ready.network.weights[0])
     assert notes == ["one", "two"]
 
 
-def readers(shelf: Shelf, assignment: Assignment):
+def readers(prepared_layers: PreparedLayers, assignment: Assignment):
     return {
-        shelf.layer_file(0): lambda: shelf.read_layer(0, CPU),
-        shelf.network_file: lambda: shelf.read_network(CPU),
-        shelf.final_file(assignment): lambda: shelf.read_final(assignment, CPU),
+        prepared_layers.layer_file(0): lambda: prepared_layers.read_layer(0, CPU),
+        prepared_layers.network_file: lambda: prepared_layers.read_network(CPU),
+        prepared_layers.final_file(assignment): lambda: prepared_layers.read_final(assignment, CPU),
     }
 
 
 @pytest.fixture
-def written(tmp_path) -> Shelf:
-    shelf, ready = Shelf(tmp_path / "key"), prepared(Residual)
-    shelf.write_layer(0, ready.layers[:6], ["a note"])
-    shelf.write_network({"stem.weight": torch.ones(2)}, ["a note"])
-    shelf.write_final(ready.space.narrowest, {"norm.running_mean": torch.ones(2)})
-    return shelf
+def written(tmp_path) -> PreparedLayers:
+    prepared_layers, ready = PreparedLayers(tmp_path / "key"), prepared(Residual)
+    prepared_layers.write_layer(0, ready.layers[:6], ["a note"])
+    prepared_layers.write_network({"stem.weight": torch.ones(2)}, ["a note"])
+    prepared_layers.write_final(ready.space.narrowest, {"norm.running_mean": torch.ones(2)})
+    return prepared_layers
 
 
 DAMAGES = {
@@ -447,11 +447,11 @@ def test_a_damaged_file_is_refused_by_name(written, damage):
 
 
 def test_an_absent_file_is_refused_by_name(tmp_path):
-    shelf = Shelf(tmp_path)
+    prepared_layers = PreparedLayers(tmp_path)
     with pytest.raises(StoreError, match=r"0003\.safetensors is absent or damaged"):
-        shelf.read_layer(3, CPU)
+        prepared_layers.read_layer(3, CPU)
     with pytest.raises(StoreError, match=r"network\.safetensors is absent or damaged"):
-        shelf.read_network(CPU)
+        prepared_layers.read_network(CPU)
 
 
 def test_a_file_of_another_kind_is_refused_by_name(written, tmp_path):
@@ -535,14 +535,14 @@ def test_an_assignment_is_deployed_with_the_corrections_it_names():
     space = network.search_space((2, 4))
     names = ("output_statistics", "batchnorm_reestimation")
     ready, plain = (prepare(network, space, Recipe(corrections=found), calibration_batches(CALIBRATION)) for found in (names, ()))
-    whole, layers = ready.shipped(space.narrowest)
-    static, same = ready.shipped(space.narrowest.with_corrections("static"))
+    whole, layers = ready.deployed(space.narrowest)
+    static, same = ready.deployed(space.narrowest.with_corrections("static"))
     assert whole.changed
     assert static is ready.network
     assert same == layers
     with pytest.raises(ConfigurationError, match="deployed without corrections, and these layers have output_statistics"):
-        ready.shipped(space.narrowest.with_corrections("none"))
-    network, rounded = plain.shipped(space.narrowest.with_corrections("none"))
+        ready.deployed(space.narrowest.with_corrections("none"))
+    network, rounded = plain.deployed(space.narrowest.with_corrections("none"))
     assert all(torch.equal(rounded[i].weight, plain.layers[space.offsets[i]].weight) for i in rounded)
     with pytest.raises(ConfigurationError, match="corrected is 'some'; expected one of all, static, none"):
         space.narrowest.with_corrections("some")

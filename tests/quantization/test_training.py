@@ -42,7 +42,7 @@ def start(kind, widths=(), symmetric=True, bits=2) -> tuple[Network, Network, di
     space = network.search_space((bits,)).with_activations(widths)
     corrections = () if kind is Branching else ("output_statistics", "batchnorm_reestimation")
     recipe = Recipe(WeightQuantizer("minmax", True, symmetric), "minmax", corrections)
-    return network, *prepare(network, space, recipe, [images(40, seed=3)]).shipped(space.widest)
+    return network, *prepare(network, space, recipe, [images(40, seed=3)]).deployed(space.widest)
 
 
 def tuned_from(kind, training=SHORT, **how) -> tuple[FineTuned, tuple[Network, Network, dict[int, QuantizedLayer]]]:
@@ -64,7 +64,7 @@ def test_images_may_be_vectors():
     network = Network(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.randn(1, 6))
     prepared = prepare(network, network.search_space((3,)))
     training, held_out = (MemorySlice(torch.randn(n, 6), labels(n)) for n in (48, 24))
-    tuned = finetune(*prepared.shipped(prepared.space.widest), network, training, held_out, SHORT)
+    tuned = finetune(*prepared.deployed(prepared.space.widest), network, training, held_out, SHORT)
     assert len(tuned.epochs) > 1
 
 

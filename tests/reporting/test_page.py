@@ -79,7 +79,7 @@ def test_it_says_what_the_record_holds(tmp_path: Path) -> None:
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", (tmp_path / "report.html").read_text())
     for result in record.results:
         assert result.validation is not None
-        assert {size_text(result.size_bytes), percent(result.validation.top1), tables.loss_text(result.loss_shipped)} <= set(
+        assert {size_text(result.size_bytes), percent(result.validation.top1), tables.loss_text(result.loss_deployed)} <= set(
             cells
         )
     for text in (tables.verdict(record), tables.caption(record), tables.winners(record), tables.solver_line(record)):
@@ -162,7 +162,7 @@ def test_marks_lie_where_the_numbers_say() -> None:
         make_record(budgets=(3.0,), methods=("uniform",)),
         with_activations(make_record(), (4, 8)),
         replace(make_record(), results=tuple(replace(result, validation=None) for result in make_record().results)),
-        replace(make_record(), results=tuple(replace(result, loss_shipped=0.0) for result in make_record().results)),
+        replace(make_record(), results=tuple(replace(result, loss_deployed=0.0) for result in make_record().results)),
     ],
     ids=["no results", "one result", "activations", "no labels", "no loss"],
 )

@@ -174,7 +174,7 @@ def test_the_heat_map_says_the_order_of_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draw", "attribute"), [(plots.accuracy_against_size, "top1"), (plots.loss_against_size, "loss_shipped")]
+    ("draw", "attribute"), [(plots.accuracy_against_size, "top1"), (plots.loss_against_size, "loss_deployed")]
 )
 def test_lines_hold_the_records_numbers(draw: object, attribute: str) -> None:
     record = make_record()
@@ -184,7 +184,10 @@ def test_lines_hold_the_records_numbers(draw: object, attribute: str) -> None:
         rows = [result for result in record.results if result.method == method]
         expected = sorted(
             {
-                (row.size_bytes, 100 * (row.validation.top1 or 0) if attribute == "top1" and row.validation else row.loss_shipped)
+                (
+                    row.size_bytes,
+                    100 * (row.validation.top1 or 0) if attribute == "top1" and row.validation else row.loss_deployed,
+                )
                 for row in rows
             }
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from clado.records import Candidate, Receipt, RunRecord, percent, size_text
+from clado.records import MeasuredProposal, Receipt, RunRecord, percent, size_text
 from clado.reporting import tables
 from tests.synthetic import make_record
 
@@ -25,7 +25,7 @@ def same_loss(record: RunRecord, factor: float) -> RunRecord:
     for result in record.results:
         base = record.find(result.budget, "layerwise")
         assert base is not None
-        results.append(replace(result, loss_shipped=factor * base.loss_shipped) if result.method == "pairwise" else result)
+        results.append(replace(result, loss_deployed=factor * base.loss_deployed) if result.method == "pairwise" else result)
     return replace(record, results=tuple(results))
 
 
@@ -43,7 +43,7 @@ def test_the_table_holds_every_number_and_fits() -> None:
             assert result is not None
             assert result.validation is not None
             assert size[column] == size_text(result.size_bytes)
-            assert float(loss[column]) == pytest.approx(result.loss_shipped, rel=0.006)
+            assert float(loss[column]) == pytest.approx(result.loss_deployed, rel=0.006)
             assert top1[column] == percent(result.validation.top1)
 
 
@@ -76,7 +76,7 @@ def test_verdict_counts_layers_and_losses() -> None:
     assert base is not None
     assert other is not None
     changed = sum(a != b for a, b in zip(base.assignment.bits, other.assignment.bits, strict=True))
-    share = 100 * (other.loss_shipped / base.loss_shipped - 1)
+    share = 100 * (other.loss_deployed / base.loss_deployed - 1)
     text = tables.verdict(record)
     assert changed > 0
     assert text.startswith(f"Interactions change {changed} of 22 layers and the measured loss by {share:+.1f} % at 2.5 bits")
@@ -107,7 +107,7 @@ def test_verdict_without_a_change_or_a_comparison() -> None:
     # what else is chosen has more reasons than interactions
     assert "no verdict" in tables.verdict(make_record(methods=("layerwise", "mpqco", "chosen")))
     assert "no budget both layerwise and pairwise have a finite loss" in tables.verdict(same_loss(record, inf))
-    one = tuple(replace(r, loss_shipped=inf) if r.budget == record.budgets[0] else r for r in equal)
+    one = tuple(replace(r, loss_deployed=inf) if r.budget == record.budgets[0] else r for r in equal)
     assert f"at {len(record.budgets) - 1} of {len(record.budgets)} budgets" in tables.verdict(replace(record, results=one))
     assert "(gauss_newton against layerwise)" in tables.verdict(make_record(methods=("layerwise", "gauss_newton", "chosen")))
 
@@ -115,7 +115,7 @@ def test_verdict_without_a_change_or_a_comparison() -> None:
 def test_winners_name_the_gain() -> None:
     record = make_record(budgets=(2.5, 3.0))
     first, second = [result for result in record.results if result.method == "chosen"]
-    results = (replace(first, loss_shipped=0.09, gain=0.01, winner="pairwise"), replace(second, gain=0.0, winner="uniform"))
+    results = (replace(first, loss_deployed=0.09, gain=0.01, winner="pairwise"), replace(second, gain=0.0, winner="uniform"))
     lines = tables.winners(replace(record, results=results)).splitlines()
     assert " ".join(lines[1].split()) == "2.5 bits pairwise loss 0.0900, 0.0100 (10.0 %) below the best of the others"
     assert lines[2].split()[2] == "uniform"
@@ -146,10 +146,10 @@ def test_candidates_say_who_predicts_where_another_proposed() -> None:
     record = make_record(budgets=(3.0,))
     chosen = record.find("3 bits", "chosen")
     assert chosen is not None
-    own = Candidate("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
-    other = replace(own, origin="tempered2", predicted_by="gauss_newton", brier_shipped=0.3)
-    none = replace(other, origin="hawq", loss_predicted=None, predicted_by="", brier_shipped=0.4)
-    _, _, *lines = tables.candidates_table(replace(record, candidates=(own, other, none))).splitlines()
+    own = MeasuredProposal("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
+    other = replace(own, origin="tempered2", predicted_by="gauss_newton", brier_deployed=0.3)
+    none = replace(other, origin="hawq", loss_predicted=None, predicted_by="", brier_deployed=0.4)
+    _, _, *lines = tables.proposals_table(replace(record, candidates=(own, other, none))).splitlines()
     assert [line.split("|")[4].strip() for line in lines] == ["0.1250", "0.1250 (gauss_newton)", "–"]
 
 

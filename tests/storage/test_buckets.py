@@ -7,7 +7,7 @@ import pytest
 
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
 from clado.settings.schema import parse_config
-from clado.storage.measurement_store import Store, exists
+from clado.storage.measurement_store import MeasurementStore, exists
 from tests.running import config
 from tests.storage.test_growing import measure, session_of
 from tests.storage.test_measurement_store import COVERAGE, IDENTITY, PLAN, PROVENANCE, full_store, sums_of
@@ -40,8 +40,8 @@ def bucket(server, monkeypatch, request):
     return f"{BUCKET}/{request.node.name}"
 
 
-def new_store(url: str) -> Store:
-    return Store.create(url, PLAN, IDENTITY, COVERAGE, PROVENANCE)
+def new_store(url: str) -> MeasurementStore:
+    return MeasurementStore.create(url, PLAN, IDENTITY, COVERAGE, PROVENANCE)
 
 
 def test_a_bucket_holds_what_a_folder_holds(bucket, tmp_path):
@@ -50,11 +50,11 @@ def test_a_bucket_holds_what_a_folder_holds(bucket, tmp_path):
     assert exists(bucket)
     for tile in PLAN.tiles[:-1]:
         store.write(tile, sums_of(tile))
-    assert Store.open(bucket).missing(PLAN) == [PLAN.tiles[-1]]
+    assert MeasurementStore.open(bucket).missing(PLAN) == [PLAN.tiles[-1]]
     with pytest.raises(StoreError, match="lacks 1"):
         store.gather(PLAN)
     store.write(PLAN.tiles[-1], sums_of(PLAN.tiles[-1]))
-    gathered, expected = Store.open(bucket).gather(PLAN), full_store(tmp_path).gather(PLAN)
+    gathered, expected = MeasurementStore.open(bucket).gather(PLAN), full_store(tmp_path).gather(PLAN)
     assert {kind: sums.tobytes() for kind, sums in gathered.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_or_deleted_chunk_is_found(bucket, harm):
         content = bytearray(obstore.get(files, chunk).bytes())
         content[len(content) // 2] ^= 0x10
         obstore.put(files, chunk, bytes(content))
-    again = Store.open(bucket)
+    again = MeasurementStore.open(bucket)
     assert again.damaged(PLAN.tiles) == [tile]
     assert again.missing(PLAN) == [tile]
     again.write(tile, sums_of(tile))
@@ -99,7 +99,7 @@ def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucke
 def test_other_settings_are_refused(bucket):
     new_store(bucket)
     with pytest.raises(IdentityMismatch, match="weights"):
-        Store.open(bucket).check({**IDENTITY, "weights": "xyz"}, COVERAGE)
+        MeasurementStore.open(bucket).check({**IDENTITY, "weights": "xyz"}, COVERAGE)
 
 
 def test_a_store_whose_making_was_cut_short_is_made_anew(bucket):

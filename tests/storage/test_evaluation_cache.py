@@ -6,7 +6,7 @@ import pytest
 
 from clado.evaluation import Counts
 from clado.space import Assignment
-from clado.storage.evaluation_cache import Ledger
+from clado.storage.evaluation_cache import EvaluationCache
 
 ACTIVATED = Assignment((2, 4, 8), (8, 4, 8))
 ONE, OTHER, PARTIAL = Assignment((2, 4, 8)), Assignment((2, 8, 4)), Assignment((2, None, 8))
@@ -18,15 +18,15 @@ COUNTS = Counts(7, 0.1 + 0.2, 5, 6, ((0, 3, 2), (9, 4, 3)))
     "counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(2, 0.6, brier=1 / 3, hits="01")]
 )
 def test_what_is_put_is_got_bit_for_bit(tmp_path, assignment, counts):
-    Ledger(tmp_path / "evaluations", "abc").put(assignment, counts)
-    assert Ledger(tmp_path / "evaluations", "abc").get(assignment) == counts
+    EvaluationCache(tmp_path / "evaluations", "abc").put(assignment, counts)
+    assert EvaluationCache(tmp_path / "evaluations", "abc").get(assignment) == counts
 
 
 def test_each_assignment_has_one_file_and_the_last_word_counts(tmp_path):
-    ledger = Ledger(tmp_path, "abc")
+    cache = EvaluationCache(tmp_path, "abc")
     for assignment in (ONE, OTHER, PARTIAL, ACTIVATED, ONE):
-        ledger.put(assignment, Counts(1))
-        ledger.put(assignment, COUNTS)
+        cache.put(assignment, Counts(1))
+        cache.put(assignment, COUNTS)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -35,50 +35,50 @@ def test_each_assignment_has_one_file_and_the_last_word_counts(tmp_path):
     [("abc", OTHER), ("abc", ACTIVATED), ("abc", PARTIAL), ("def", ONE), ("0123456789ab-another-tail", ONE), ("", ONE)],
 )
 def test_nothing_else_is_known(tmp_path, identity, assignment):
-    Ledger(tmp_path, "abc").put(ONE, COUNTS)
-    Ledger(tmp_path, "0123456789ab-one-tail").put(ONE, COUNTS)  # its file has the name of the fourth case's
-    assert Ledger(tmp_path, identity).get(assignment) is None
+    EvaluationCache(tmp_path, "abc").put(ONE, COUNTS)
+    EvaluationCache(tmp_path, "0123456789ab-one-tail").put(ONE, COUNTS)  # its file has the name of the fourth case's
+    assert EvaluationCache(tmp_path, identity).get(assignment) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"identity": "abc", "bits": [2, 4, 8]}', "\x00"])
 def test_a_file_that_cannot_be_read_is_evaluated_again(tmp_path, content):
-    ledger = Ledger(tmp_path, "abc")
-    ledger.put(ONE, COUNTS)
+    cache = EvaluationCache(tmp_path, "abc")
+    cache.put(ONE, COUNTS)
     next(tmp_path.iterdir()).write_text(content)
-    assert ledger.get(ONE) is None
-    ledger.put(ONE, COUNTS)
-    assert ledger.get(ONE) == COUNTS
+    assert cache.get(ONE) is None
+    cache.put(ONE, COUNTS)
+    assert cache.get(ONE) == COUNTS
 
 
 def test_activation_bits_are_told_apart_even_in_one_file(tmp_path):
-    ledger = Ledger(tmp_path, "abc")
-    ledger.put(ONE, COUNTS)
+    cache = EvaluationCache(tmp_path, "abc")
+    cache.put(ONE, COUNTS)
     plain = next(tmp_path.iterdir())
-    ledger.put(ACTIVATED, COUNTS)
+    cache.put(ACTIVATED, COUNTS)
     other = next(file for file in tmp_path.iterdir() if file != plain)
     other.write_text(plain.read_text())
-    assert ledger.get(ACTIVATED) is None
+    assert cache.get(ACTIVATED) is None
 
 
 @pytest.mark.parametrize("counts", [{"num_images": 1, "right": 3}, [], None])
 def test_counts_of_another_shape_are_evaluated_again(tmp_path, counts):
-    ledger = Ledger(tmp_path, "abc")
-    ledger.put(ONE, COUNTS)
+    cache = EvaluationCache(tmp_path, "abc")
+    cache.put(ONE, COUNTS)
     file = next(tmp_path.iterdir())
     file.write_text(json.dumps({**json.loads(file.read_text()), "counts": counts}))
-    assert ledger.get(ONE) is None
+    assert cache.get(ONE) is None
 
 
 def test_parts_are_kept_apart_until_the_whole_is_put(tmp_path):
-    ledger = Ledger(tmp_path, "abc")
-    ledger.put(ONE, COUNTS, (0, 7))
-    ledger.put(ONE, Counts(1), (7, 8))
-    ledger.put(OTHER, COUNTS, (0, 7))
-    assert (ledger.get(ONE), ledger.get(ONE, (0, 7)), ledger.get(ONE, (7, 8)), ledger.get(ONE, (0, 8))) == (
+    cache = EvaluationCache(tmp_path, "abc")
+    cache.put(ONE, COUNTS, (0, 7))
+    cache.put(ONE, Counts(1), (7, 8))
+    cache.put(OTHER, COUNTS, (0, 7))
+    assert (cache.get(ONE), cache.get(ONE, (0, 7)), cache.get(ONE, (7, 8)), cache.get(ONE, (0, 8))) == (
         None, COUNTS, Counts(1), None,
     )  # fmt: skip
-    assert Ledger(tmp_path, "def").get(ONE, (0, 7)) is None
-    ledger.put(ONE, COUNTS + Counts(1))
-    assert ledger.get(ONE) == COUNTS + Counts(1)
-    assert ledger.get(ONE, (0, 7)) is None
-    assert ledger.get(OTHER, (0, 7)) == COUNTS
+    assert EvaluationCache(tmp_path, "def").get(ONE, (0, 7)) is None
+    cache.put(ONE, COUNTS + Counts(1))
+    assert cache.get(ONE) == COUNTS + Counts(1)
+    assert cache.get(ONE, (0, 7)) is None
+    assert cache.get(OTHER, (0, 7)) == COUNTS

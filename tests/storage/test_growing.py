@@ -11,17 +11,17 @@ from PIL import Image
 from clado.errors import IdentityMismatch
 from clado.measuring.plan import Tile, grown_blocks, sample_blocks
 from clado.measuring.sweep import measure_tile
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 
 FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]
 
 
-def session_of(folder: Path, store: str | None = None, **data) -> Session:
+def session_of(folder: Path, store: str | None = None, **data) -> OpenedRun:
     """Four layers of the shipped network, without corrections; its store in the folder, or at a URL."""
     settings = {"sensitivity_images": 16, "sample_blocks": 2, "calibration_images": 0, "validation_images": 20, **data}
-    return Session.open(
+    return OpenedRun.open(
         parse_config(
             {
                 "network": {"name": "resnet20_fashion_mnist", "graph": False, "fixed": FIXED},
@@ -37,7 +37,7 @@ def session_of(folder: Path, store: str | None = None, **data) -> Session:
     )
 
 
-def measure(session: Session) -> list[Tile]:
+def measure(session: OpenedRun) -> list[Tile]:
     """Measures what the store lacks and says what that was."""
     store = session.open_store()
     todo = store.missing(session.plan)
@@ -68,7 +68,7 @@ def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only
     assert {name: after[name] for name in chunks} == chunks
     once = session_of(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
     measure(once)
-    stores = [Store.open(session.store_path) for session in (grown, once)]
+    stores = [MeasurementStore.open(session.store_path) for session in (grown, once)]
     assert stores[0].coverage == stores[1].coverage
     assert stores[0].counts.tolist() == stores[1].counts.tolist() == [8, 8, 8, 8]
     both = [store.gather(once.plan) for store in stores]
@@ -83,17 +83,17 @@ def test_a_store_grows_for_weights_that_bring_their_preprocessing(tmp_path):
     weights = tmp_path / "squeezenet.pth"
     torch.save(torchvision.models.get_model("squeezenet1_1", weights=None).state_dict(), weights)
 
-    def of(images: int) -> Session:
+    def of(images: int) -> OpenedRun:
         network = {"source": "torchvision", "name": "squeezenet1_1", "weights": str(weights), "weights_name": "IMAGENET1K_V1"}
         data = {"source": "folder", "path": str(tmp_path / "photos"), "sensitivity_images": images, "sample_blocks": 2}
         document = {"network": {**network, "fixed": ["features.*"]}, "data": {**data, "calibration_images": 0}, "corrections": []}
-        return Session.open(parse_config({**document, "estimators": ["layerwise"], "folder": str(tmp_path / "run")}))
+        return OpenedRun.open(parse_config({**document, "estimators": ["layerwise"], "folder": str(tmp_path / "run")}))
 
     first = of(4)
     assert first.loaded.preprocessing
     first.folder.mkdir()
     first.open_store()
-    assert of(8).adds_images(Store.open(first.store_path))
+    assert of(8).adds_images(MeasurementStore.open(first.store_path))
 
 
 def save_images(folder: Path) -> None:
@@ -117,7 +117,7 @@ def save_images(folder: Path) -> None:
 def test_what_is_not_the_same_images_and_more_is_refused_and_nothing_changes(tmp_path, data, said):
     session_of(tmp_path / "run").open_store()
     before = files(tmp_path)
-    for attempt in (Session.check, Session.open_store):
+    for attempt in (OpenedRun.check, OpenedRun.open_store):
         with pytest.raises(IdentityMismatch, match=said):
             attempt(session_of(tmp_path / "run", **data))
     assert files(tmp_path) == before
@@ -126,9 +126,9 @@ def test_what_is_not_the_same_images_and_more_is_refused_and_nothing_changes(tmp
 def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_path, monkeypatch):
     first = session_of(tmp_path / "run")
     measure(first)
-    sums = Store.open(first.store_path).gather(first.plan)
+    sums = MeasurementStore.open(first.store_path).gather(first.plan)
     grown = session_of(tmp_path / "run", sensitivity_images=24)
-    store, plan, coverage = Store.open(first.store_path), grown.plan, grown.coverage
+    store, plan, coverage = MeasurementStore.open(first.store_path), grown.plan, grown.coverage
 
     class Broken(dict):
         def __setitem__(self, key, value):

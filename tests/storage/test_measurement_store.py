@@ -12,7 +12,7 @@ import zarr
 from clado.errors import IdentityMismatch, StoreError
 from clado.measuring.plan import KINDS, OF_PAIRS, TEMPERATURES, Plan, Tile, sample_blocks
 from clado.space import Layer, SearchSpace
-from clado.storage.measurement_store import Store, differences
+from clado.storage.measurement_store import MeasurementStore, differences
 
 SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 3, 3, 3), "conv2d") for i in range(4)], (2, 4, 8))
 PLAN = Plan(SPACE, sample_blocks(10, 3), KINDS, rows_per_tile=5)
@@ -27,8 +27,8 @@ COVERAGE = {"blocks": [[0, 3], [3, 6], [6, 10]], "sensitivity_set": "123"}
 PROVENANCE = {"torch": "2.8.0", "device": "cpu", "threads": 1}
 
 
-def new_store(folder: Path, plan: Plan = PLAN) -> Store:
-    return Store.create(folder / "store.zarr", plan, IDENTITY, COVERAGE, PROVENANCE)
+def new_store(folder: Path, plan: Plan = PLAN) -> MeasurementStore:
+    return MeasurementStore.create(folder / "store.zarr", plan, IDENTITY, COVERAGE, PROVENANCE)
 
 
 def sums_of(tile: Tile) -> np.ndarray:
@@ -41,7 +41,7 @@ def sums_of(tile: Tile) -> np.ndarray:
     return values
 
 
-def full_store(folder: Path) -> Store:
+def full_store(folder: Path) -> MeasurementStore:
     store = new_store(folder)
     for tile in PLAN.tiles:
         store.write(tile, sums_of(tile))
@@ -52,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def chunk_of(store: Store, tile: Tile) -> Path:
+def chunk_of(store: MeasurementStore, tile: Tile) -> Path:
     """The only file below sums/ that a tile's write changes: found by looking, not by the store's own rule."""
     where = store.path / tile.kind / "sums" / "c" / str(tile.block)
     found = [path for path in where.rglob("*") if path.is_file()]
@@ -61,7 +61,7 @@ def chunk_of(store: Store, tile: Tile) -> Path:
 
 def test_what_is_written_is_read_back_bit_for_bit_by_another_process_too(tmp_path):
     store = full_store(tmp_path)
-    for again in (store, Store.open(store.path)):
+    for again in (store, MeasurementStore.open(store.path)):
         for tile in PLAN.tiles:
             assert again.read(tile).tobytes() == sums_of(tile).tobytes()
 
@@ -90,7 +90,7 @@ def test_missing_is_what_was_not_written_in_the_plans_order(tmp_path):
     written = PLAN.tiles[1::3]
     for tile in written:
         store.write(tile, sums_of(tile))
-    assert Store.open(store.path).missing(PLAN) == [tile for tile in PLAN.tiles if tile not in written]
+    assert MeasurementStore.open(store.path).missing(PLAN) == [tile for tile in PLAN.tiles if tile not in written]
     with pytest.raises(StoreError, match=f"lacks {len(PLAN.tiles) - len(written)} of {len(PLAN.tiles)} tiles"):
         store.gather(PLAN)
 
@@ -128,7 +128,7 @@ def test_a_tile_of_nans_is_not_a_missing_tile(tmp_path, tile):
     store = new_store(tmp_path)
     nans = np.full_like(sums_of(tile), np.nan)
     store.write(tile, nans)
-    again = Store.open(store.path)
+    again = MeasurementStore.open(store.path)
     assert tile not in again.missing(PLAN)
     assert again.damaged([tile]) == []
     assert np.isnan(again.read(tile)).all()
@@ -167,7 +167,7 @@ def test_damage_is_found_and_only_the_damaged_tile_is_measured_again(tmp_path, h
     with pytest.raises(StoreError, match=r"damaged|gone"):
         store.gather(PLAN)
     assert store.damaged(PLAN.tiles) == [tile]
-    assert Store.open(store.path).missing(PLAN) == [tile]
+    assert MeasurementStore.open(store.path).missing(PLAN) == [tile]
     store.write(tile, sums_of(tile))
     assert store.damaged(PLAN.tiles) == []
     assert store.read(tile).tobytes() == sums_of(tile).tobytes()
@@ -175,7 +175,7 @@ def test_damage_is_found_and_only_the_damaged_tile_is_measured_again(tmp_path, h
 
 def used(path: Path) -> list[Tile]:
     """What a run does with a store before it measures: the tiles that it will measure. Then they are written."""
-    store = Store.open(path)
+    store = MeasurementStore.open(path)
     store.check(IDENTITY, COVERAGE)
     plan = replace(PLAN, rows_per_tile=store.rows_per_tile)
     store.extend(plan)
@@ -208,7 +208,7 @@ def test_damage_beside_the_sums_costs_what_it_was_of_and_no_number(tmp_path, pat
     store = full_store(tmp_path)
     harm(store.path / path)
     assert used(store.path) == [tile for tile in PLAN.tiles if lost and (tile.kind, tile.block, tile.number)[: len(lost)] == lost]
-    again = Store.open(store.path)
+    again = MeasurementStore.open(store.path)
     assert all(again.read(tile).tobytes() == sums_of(tile).tobytes() for tile in PLAN.tiles)
     assert (again.missing(PLAN), again.counts.tolist()) == ([], [3, 3, 4])
 
@@ -230,7 +230,7 @@ AGAIN = "measured again"
     ("path", "harm", "words"),
     [
         *(("zarr.json", harm, ["not a store of ours"]) for harm in (truncate(0.5), truncate(0), Path.unlink, flip(0))),
-        ("zarr.json", replaced('"clado-store/2"', '"clado-store/3"'), ["format is 'clado-store/3'"]),
+        ("zarr.json", replaced('"clado-store/1"', '"clado-store/4"'), ["format is 'clado-store/3'"]),
         ("zarr.json", replaced('"coverage"', '"coverbge"'), ["coverage is None", RESTORE]),
         ("zarr.json", replaced('"identity"', '"idemtity"'), ["identity is None", RESTORE]),
         ("zarr.json", replaced('"abc"', '"abd"'), ["fingerprint is not that of the identity", RESTORE]),
@@ -307,7 +307,7 @@ def test_other_settings_are_refused_and_named(tmp_path, identity, coverage, said
 def test_the_same_settings_are_accepted_in_any_order(tmp_path):
     new_store(tmp_path)
     shuffled = dict(reversed(IDENTITY.items()))
-    again = Store.open(tmp_path / "store.zarr")
+    again = MeasurementStore.open(tmp_path / "store.zarr")
     again.check(shuffled, dict(COVERAGE))
     assert (again.identity, again.coverage, again.rows_per_tile) == (IDENTITY, COVERAGE, 5)
     assert len(again.fingerprint) == 64
@@ -336,7 +336,7 @@ FOREIGN = {
     "broken metadata": (lambda path: (path.mkdir(), (path / "zarr.json").write_text("{")), "not a store of ours"),
     "a later format": (
         lambda path: zarr.open_group(path, mode="w", zarr_format=3).attrs.update(format="clado-store/99"),
-        "its format is 'clado-store/99', expected 'clado-store/2'",
+        "its format is 'clado-store/99', expected 'clado-store/1'",
     ),
 }
 
@@ -347,7 +347,7 @@ def test_what_is_not_a_store_of_ours_is_refused_untouched(tmp_path, make, messag
     make(path)
     before = files(tmp_path)
     with pytest.raises(StoreError, match=message):
-        Store.open(path)
+        MeasurementStore.open(path)
     assert files(tmp_path) == before
 
 
@@ -381,7 +381,7 @@ def test_a_store_made_before_a_kind_existed_opens_and_measures_what_is_new(tmp_p
     before = {tile: store.read(tile).tobytes() for tile in PLAN.tiles if tile.kind in ("singles", "pairs", "gram")}
     for kind in ("block_pairs", "gradients", "trace"):
         del store.group[kind]
-    again = Store.open(store.path)
+    again = MeasurementStore.open(store.path)
     assert {tile.kind for tile in again.missing(PLAN)} == {"block_pairs", "gradients", "trace"}
     with pytest.raises(StoreError, match="lacks"):
         again.gather(PLAN)
@@ -407,4 +407,4 @@ def test_other_terms_of_a_kind_are_measured_anew_and_nothing_else_is(tmp_path, c
     assert {tile.kind for tile in store.missing(other)} == lost
     for tile in store.missing(other):
         store.write(tile, sums_of(tile))
-    assert Store.open(store.path).missing(other) == []
+    assert MeasurementStore.open(store.path).missing(other) == []

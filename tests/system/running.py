@@ -16,9 +16,9 @@ import numpy as np
 import yaml
 
 from clado.measuring.plan import KINDS, Tile
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
-from clado.storage.measurement_store import Store
+from clado.storage.measurement_store import MeasurementStore
 from tests.running import config
 
 COMMAND = Path(sys.executable).with_name("clado")
@@ -120,8 +120,8 @@ class Bench:
         log = self.folder / "outside.log"
         return log.read_text().splitlines() if log.exists() else []
 
-    def session(self) -> Session:
-        return Session.open(parse_config(yaml.safe_load((self.folder / "clado.yaml").read_text())))
+    def session(self) -> OpenedRun:
+        return OpenedRun.open(parse_config(yaml.safe_load((self.folder / "clado.yaml").read_text())))
 
     def living(self) -> list[str]:
         """Command lines of the living processes that were started in its folder, of whatever group."""
@@ -138,7 +138,7 @@ class Bench:
         """Tiles that the store has so far."""
         if not (self.run_folder / "store.zarr").exists():
             return []
-        missing = set(Store.open(self.run_folder / "store.zarr").missing(self.session().plan))
+        missing = set(MeasurementStore.open(self.run_folder / "store.zarr").missing(self.session().plan))
         return [tile for tile in self.session().plan.tiles if tile not in missing]
 
 
@@ -151,7 +151,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 def measured(store: Path) -> dict[str, bytes]:
     """Every measured number of a store."""
-    group = Store.open(store).group
+    group = MeasurementStore.open(store).group
     return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in KINDS}
 
 

@@ -16,7 +16,7 @@ from distributed import Status
 
 from clado.errors import ConfigurationError, MeasurementError, ServerError
 from clado.records import RunRecord
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from flows import clusters
 from flows.clusters import _dask, kubernetes, local_gpus
 from flows.clusters._certificates import make_certificates
@@ -338,7 +338,7 @@ def test_a_run_leaves_nothing_on_workers_that_outlive_it(tmp_path):
     with machines(tmp_path) as started:
         config = configuration({"kind": "address", "address": started.address}, folder=str(tmp_path / "run"), **SMALL)
         with clusters.start(config) as workers:
-            session = Session.open(config)
+            session = OpenedRun.open(config)
             session.open_store()
             workers.open_session(config)
             assert len(plugins(workers.client.run_on_scheduler)) == 2
@@ -423,8 +423,8 @@ def test_the_command_on_two_hosts_gives_what_one_process_gives(hosts, tmp_path):
             end_group(process)
     run_pipeline(config(tmp_path / "alone", **measured), tracked=False)
     ours, theirs = (RunRecord.load(folder / "record.json") for folder in (run.run_folder, tmp_path / "alone"))
-    assert [(r.assignment, r.loss_shipped, r.validation) for r in ours.results] == [
-        (r.assignment, r.loss_shipped, r.validation) for r in theirs.results
+    assert [(r.assignment, r.loss_deployed, r.validation) for r in ours.results] == [
+        (r.assignment, r.loss_deployed, r.validation) for r in theirs.results
     ]
     assert all("10.77.0" in bench.printed() for bench, _ in started)
     assert [line for bench in (run, *(bench for bench, _ in started)) for line in bench.outside()] == []

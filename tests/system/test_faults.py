@@ -12,7 +12,7 @@ import pytest
 
 from clado.errors import ServerError
 from clado.records import RunRecord
-from clado.run.opened_run import Session
+from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from flows import clusters
 from flows.clusters import _dask
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 def measure_only(document: dict, during=lambda run: None) -> Run:
     """The measure phase with the configured workers, without Prefect; `during` is called in a thread while tiles are computed."""
     settings = parse_config(document)
-    session = Session.open(settings)
+    session = OpenedRun.open(settings)
     session.open_store()
     with clusters.start(settings) as workers:
         workers.open_session(settings)
@@ -95,7 +95,7 @@ def test_a_scheduler_that_is_killed_ends_the_run_and_the_next_one_goes_on(finish
 
         with pytest.raises(ServerError, match="scheduler was lost; what was measured is kept"):
             measure_only(document, kill_scheduler)
-    session = Session.open(parse_config(document))
+    session = OpenedRun.open(parse_config(document))
     done = len(session.plan.tiles) - len(session.store_todo())
     assert TILES // 2 <= done < TILES
     with machines(tmp_path / "second") as started:
@@ -127,8 +127,8 @@ def check_resumed(bench: Bench, finished, done: list, times: dict[str, int]) -> 
     assert len(later) - len(kept) <= TILES - len(done)  # and no more than the absent ones were computed
     assert measured(store) == measured(finished.folder / "store.zarr")
     ours, theirs = (RunRecord.load(folder / "record.json") for folder in (bench.run_folder, finished.folder))
-    assert [(r.assignment, r.loss_shipped, r.validation.top1) for r in ours.results] == [
-        (r.assignment, r.loss_shipped, r.validation.top1) for r in theirs.results
+    assert [(r.assignment, r.loss_deployed, r.validation.top1) for r in ours.results] == [
+        (r.assignment, r.loss_deployed, r.validation.top1) for r in theirs.results
     ]
     assert re.search(r"^Start-up took \d+\.\d s, shutdown \d+\.\d s; \d+ s in all\.$", text, flags=re.M)
     assert bench.outside() == []

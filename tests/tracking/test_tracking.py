@@ -155,9 +155,9 @@ def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) 
         expected = {
             "size_bytes": result.size_bytes,
             "average_bits": result.average_bits,
-            "loss_shipped": result.loss_shipped,
-            "brier_shipped": result.brier_shipped,
-            "agreement_shipped": result.agreement_shipped,
+            "loss_deployed": result.loss_deployed,
+            "brier_deployed": result.brier_deployed,
+            "agreement_deployed": result.agreement_deployed,
             "loss_predicted": result.loss_predicted,
             "top1": result.validation.top1,
             "top1_low": (result.validation.top1_interval or (None, None))[0],
@@ -201,7 +201,7 @@ def test_the_parent_has_a_curve_of_every_method_with_bytes_as_its_steps(tracked:
     client = MlflowClient(tracked.receipt.uri)
     for method in record.methods:
         rows = sorted((result for result in record.results if result.method == method), key=lambda result: result.size_bytes)
-        for name, value_of in {"top1": lambda row: row.validation.top1, "loss_shipped": lambda row: row.loss_shipped}.items():
+        for name, value_of in {"top1": lambda row: row.validation.top1, "loss_deployed": lambda row: row.loss_deployed}.items():
             points = client.get_metric_history(tracked.receipt.parent_run_id, f"{name}/{method}")
             expected = [(row.size_bytes, value_of(row)) for row in rows]
             assert sorted((point.step, point.value) for point in points) == sorted(expected)
