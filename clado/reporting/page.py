@@ -72,7 +72,7 @@ class Chart:
 
 
 def write(folder: Path) -> Path:
-    """Writes tables.html into a run's folder and returns it; StoreError where the folder holds no finished run."""
+    """Writes report.html into a run's folder and returns it; StoreError where the folder holds no finished run."""
     path = folder / PAGE
     write_text(path, render(folder))
     return path

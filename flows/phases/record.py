@@ -125,7 +125,7 @@ def git_revision(root: Path) -> str:
 
 @task(name="record", cache_policy=NO_CACHE, persist_result=False)
 def record(run: Run) -> None:
-    """Writes record.json, table.md, plots, tables.html and the chosen network of every budget."""
+    """Writes record.json, table.md, plots, report.html and the chosen network of every budget."""
     session = run.session
     chosen = [row for row in run.results() if row.method == CHOSEN]
     if session.config.tracking.models:

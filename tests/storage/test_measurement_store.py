@@ -230,7 +230,7 @@ AGAIN = "measured again"
     ("path", "harm", "words"),
     [
         *(("zarr.json", harm, ["not a store of ours"]) for harm in (truncate(0.5), truncate(0), Path.unlink, flip(0))),
-        ("zarr.json", replaced('"clado-store/1"', '"clado-store/4"'), ["format is 'clado-store/3'"]),
+        ("zarr.json", replaced('"clado-store/1"', '"clado-store/4"'), ["format is 'clado-store/4'"]),
         ("zarr.json", replaced('"coverage"', '"coverbge"'), ["coverage is None", RESTORE]),
         ("zarr.json", replaced('"identity"', '"idemtity"'), ["identity is None", RESTORE]),
         ("zarr.json", replaced('"abc"', '"abd"'), ["fingerprint is not that of the identity", RESTORE]),
