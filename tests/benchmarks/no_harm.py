@@ -70,8 +70,8 @@ A run measures what it chooses without re-estimation too, and the default runs b
 deployed without it.
 
 Names: E equalization, G gptq, A adaround, O output statistics, R batch-norm re-estimation, seen: batch norm's statistics
-replaced by those seen, as R did before. A dash: not measured. Of EfficientNet-Lite0 these are 512 images, most of 128
-images, and adaround, which ran out of time.
+replaced by those seen, as R did before. Equalization and
+adaround were tried with 256 images only; a dash: not measured.
 """
 
 
