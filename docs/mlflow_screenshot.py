@@ -18,7 +18,7 @@ from pathlib import Path
 from playwright.sync_api import Page
 
 from clado.settings.schema import database_of, load_run_config
-from clado.tracking import delivery
+from clado.tracking import stores
 from tests.system.browser import browser
 
 PATIENCE = 420  # seconds until the server has to answer
@@ -29,7 +29,7 @@ COLUMNS = ("attributes.`Models`", "params.`budget`", "params.`method`", "metrics
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The address of a plain `mlflow ui` in a folder, on loopback; it ends with the block."""
-    delivery.set_environment()
+    stores.set_environment()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,7 +87,7 @@ def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str
 
 def main(folder: Path) -> None:
     """The picture of the newest run in the database that a run's folder names."""
-    delivery.set_environment()
+    stores.set_environment()
     from mlflow import MlflowClient
 
     uri = load_run_config(folder).tracking.uri

@@ -23,7 +23,7 @@ from clado.quantization.preparation import names_of
 from clado.records import CHOSEN, Receipt, Result, RunRecord, write_text
 from clado.reporting import page, plots, tables
 from clado.run.opened_run import OpenedRun
-from clado.tracking import delivery
+from clado.tracking import delivery, notes
 from flows import artifacts
 from flows.commands.export import budget_folder, export, model_folder
 from flows.phases.choose import measured_proposals, summaries
@@ -125,7 +125,7 @@ def git_revision(root: Path) -> str:
 
 @task(name="record", cache_policy=NO_CACHE, persist_result=False)
 def record(run: Run) -> None:
-    """Writes record.json, table.md, plots, tables.html and the chosen network of every budget."""
+    """Writes record.json, table.md, plots, report.html and the chosen network of every budget."""
     session = run.session
     chosen = [row for row in run.results() if row.method == CHOSEN]
     if session.config.tracking.models:
@@ -190,7 +190,7 @@ def failure_recorded(session: OpenedRun) -> Iterator[None]:
             tags=_tags(session),
         )
         raise
-    (session.folder / delivery.FAILURE).unlink(missing_ok=True)
+    (session.folder / notes.FAILURE).unlink(missing_ok=True)
 
 
 def _tags(session: OpenedRun) -> dict[str, str]:

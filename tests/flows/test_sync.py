@@ -14,6 +14,8 @@ from clado.errors import MeasurementError
 from clado.records import Receipt, RunRecord
 from clado.settings.schema import load_run_config, parse_config
 from clado.tracking import delivery
+from clado.tracking.content import RecordContent
+from clado.tracking.single_runs import FailureContent
 from flows import clusters
 from flows.cli import app
 from flows.guard import locked
@@ -121,7 +123,7 @@ def check_registered(document: dict[str, Any], parent: Any) -> None:
 def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delivered(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(delivery._Delivery, "send", gone)
+        patch.setattr(RecordContent, "send", gone)
         assert not track(unsent).delivered
     with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
         raise MeasurementError("a later run fails")
@@ -135,11 +137,11 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
 def test_a_failure_that_was_not_delivered_goes_with_the_run_that_came_to_its_end(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(delivery._Failure, "send", gone)
+        patch.setattr(FailureContent, "send", gone)
         with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
             raise MeasurementError("a run fails")
         assert (folder / "mlflow-undelivered-failure.json").exists()
-        patch.setattr(delivery._Delivery, "send", gone)
+        patch.setattr(RecordContent, "send", gone)
         assert not track(unsent).delivered  # and takes its traceback away
     assert [path.name for path in folder.glob("mlflow-undelivered*")] == [NOTE]
     sync(folder)

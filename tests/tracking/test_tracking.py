@@ -17,9 +17,10 @@ import pytest
 
 from clado.records import Receipt, RunRecord
 from clado.reporting.tables import how_to_open
-from clado.tracking import delivery
-from clado.tracking.delivery import redact, track
+from clado.settings.schema import redact
+from clado.tracking.delivery import track
 from clado.tracking.models import alias_of
+from clado.tracking.stores import set_environment
 from tests.synthetic import make_matrix, make_model, make_record, make_space
 
 BUDGETS = (2.5, 4.0)
@@ -500,7 +501,7 @@ def test_telemetry_is_off_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
     for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    delivery.set_environment()
+    set_environment()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
