@@ -30,11 +30,11 @@ def test_activation_bits_are_saved_and_documented(tmp_path: Path, widths: tuple[
         assert space.from_json(document) == result.assignment
 
 
-def test_candidates_are_loaded_with_who_predicts(tmp_path: Path) -> None:
+def test_measured_proposals_are_loaded_with_who_predicts(tmp_path: Path) -> None:
     record = make_record()
     row = record.results[0]
     own = MeasuredProposal("3 bits", "pairwise", row.assignment, row.size_bytes, 0.2, 0.1)
-    record = replace(record, candidates=(own, replace(own, origin="tempered2", predicted_by="gauss_newton")))
+    record = replace(record, measured_proposals=(own, replace(own, origin="tempered2", predicted_by="gauss_newton")))
     record.save(tmp_path / "record.json")
     assert RunRecord.load(tmp_path / "record.json") == record
 
