@@ -111,15 +111,6 @@ class Axes:
         fraction = (max(height, self.floor) - self.floor) / (self.ceiling - self.floor)
         return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
 
-    def x_ticks(self) -> tuple[tuple[float, str], ...]:
-        """(position, text) of round sizes."""
-        return tuple((self.x(tick), f"{tick:g}") for tick in _ticks(self.start, self.stop))
-
-    def y_ticks(self) -> tuple[tuple[float, str], ...]:
-        """(position, text) of round values."""
-        ticks = _decades if self.logarithmic else _ticks
-        return tuple((self.y(tick), f"{tick:g}") for tick in ticks(self.floor, self.ceiling))
-
 
 def write(folder: Path) -> Path:
     """Writes report.html into a run's folder and returns its path.
@@ -199,20 +190,21 @@ def _chart(
             Point(
                 axes.x(size / unit),
                 axes.y(values[result]),
-                f"{method} at {result.budget}: {size_text(size)}, {label} {_number(values[result])}",
+                f"{method} at {result.budget}: {size_text(size)}, {label} {values[result]:.4g}",
                 not axes.logarithmic and values[result] < axes.floor,
             )
             for size, result in sorted(by_size.items())
         ]
         if points:
             lines.append(Line(method, colour, tuple(points)))
+    y_ticks = _decades(axes.floor, axes.ceiling) if axes.logarithmic else _ticks(axes.floor, axes.ceiling)
     return Chart(
         title,
         label,
         f"searched weights ({letters})",
         tuple(lines),
-        axes.x_ticks(),
-        axes.y_ticks(),
+        tuple((axes.x(tick), f"{tick:g}") for tick in _ticks(axes.start, axes.stop)),
+        tuple((axes.y(tick), f"{tick:g}") for tick in y_ticks),
         None if reference is None else axes.y(reference),
         f"float, {size_text(record.float_bytes)}",
     )
@@ -246,10 +238,6 @@ def _decades(low: float, high: float) -> list[float]:
     factors = (1, 2, 5) if high - low < 3 else (1,)
     exponents = range(math.floor(low), math.ceil(high) + 1)
     return [f * 10.0**e for e in exponents for f in factors if low <= math.log10(f * 10.0**e) <= high]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def _colours(record: RunRecord) -> dict[str, str]:

@@ -72,14 +72,6 @@ class Attempt:
             else:
                 self.earlier += [attempt for attempt in attempts if attempt not in self.earlier]
 
-    def connect(self) -> None:
-        """Deletes what earlier attempts left behind, and sends."""
-        client = connect(self.uri)
-        for attempt in self.earlier:
-            _remove(client, attempt["experiment"], attempt["delivery"])
-        self.experiment_id = experiment_id(client, self.uri, self.experiment)
-        self.content.send(Sender(client, self.experiment_id, self.delivery, self.progress))
-
     def write_note(self, problem: str | None) -> Path | None:
         """Writes the note: what has not arrived, and all that a later attempt needs. Returns None if the disk takes no file."""
         document = {
@@ -126,7 +118,11 @@ def send(attempt: Attempt) -> Receipt:
             other.unlink(missing_ok=True)  # its attempts are in this note
     problem = spool = None
     try:
-        attempt.connect()
+        client = connect(attempt.uri)
+        for earlier in attempt.earlier:
+            _remove(client, earlier["experiment"], earlier["delivery"])
+        attempt.experiment_id = experiment_id(client, attempt.uri, attempt.experiment)
+        attempt.content.send(Sender(client, attempt.experiment_id, attempt.delivery, attempt.progress))
         if attempt.progress.pending:
             problem = f"not found: {', '.join(attempt.progress.pending)}"
     except Exception as fault:  # whatever a tracker, its driver or its server may raise: the science goes on
