@@ -1,4 +1,7 @@
-"""The results of a run as plain data. Plots, tables and the tracker read them. Nothing here measures."""
+"""The results of a run as plain data.
+
+Plots, tables and the tracker read them. Nothing here measures.
+"""
 
 import json
 import math
@@ -39,7 +42,9 @@ class Accuracy:
 def wilson(fraction: float, count: int) -> tuple[float, float]:
     """95 % confidence interval of a fraction (Wilson 1927).
 
-    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n). It lies within 0..1. Its length is positive even if p is 0 or 1.
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+
+    It lies within 0..1. Its length is positive even if p is 0 or 1.
 
     Args:
         fraction: The fraction p.
@@ -69,15 +74,24 @@ class Result:
     average_bits: float
     """Mean bit-width of the searched weights."""
     loss_deployed: float
-    """Mean criterion of the deployed network on the sensitivity set. Final corrections are applied."""
+    """Mean criterion of the deployed network on the sensitivity set.
+
+    Final corrections are applied.
+    """
     brier_deployed: float | None = None
-    """Mean Brier score, measured with `loss_deployed`. None if it is not finite or was not measured."""
+    """Mean Brier score, measured with `loss_deployed`.
+
+    None if it is not finite or was not measured.
+    """
     agreement_deployed: float | None = None
-    """Fraction of images whose top class is the label (criterion cross entropy) or the float network's (others)."""
+    """Fraction of images with the right top class.
+
+    With cross entropy it is the label, otherwise the float network's top class.
+    """
     loss_predicted: float | None = None
     """Baseline + ½ αᵀĜα of the method's own matrix."""
     loss_probe_model: float | None = None
-    """As `loss_deployed`, but without final corrections: of the network that tiles are measured with."""
+    """As `loss_deployed`, without final corrections: of the network that tiles are measured with."""
     status: str | None = None
     """Status of the solver."""
     objective: float | None = None
@@ -91,7 +105,10 @@ class Result:
     validation: Accuracy | None = None
     """Accuracy on the validation set. No choice has seen its images."""
     validation_plain: Accuracy | None = None
-    """Accuracy of the same bits, rounded to nearest without corrections. None if the run has no corrections."""
+    """Accuracy of the same bits, rounded to nearest without corrections.
+
+    None if the run has no corrections.
+    """
     winner: str | None = None
     """For `chosen`: the method that proposed the assignment."""
     gain: float | None = None
@@ -122,7 +139,10 @@ class MeasuredProposal:
     agreement_deployed: float | None = None
     """As in `Result`."""
     predicted_by: str = ""
-    """Estimator of `loss_predicted`, if `origin` predicts no loss. Of a local search it is the surrogate."""
+    """Estimator of `loss_predicted`, if `origin` predicts no loss.
+
+    Of a local search it is the surrogate.
+    """
 
 
 @dataclass(frozen=True)
@@ -147,7 +167,10 @@ class SearchSummary:
 
 @dataclass(frozen=True)
 class Stability:
-    """How far the images decide the answer of an estimator to a budget, chosen or not (`stability.py`)."""
+    """How far the images decide an estimator's answer to a budget.
+
+    It need not be the chosen one.
+    """
 
     budget: str
     """Name of the budget."""
@@ -166,7 +189,10 @@ class Stability:
 
     @property
     def settled_by(self) -> int | None:
-        """Number of images that would leave no layer undecided. None if even the largest multiple would."""
+        """Number of images that would leave no layer undecided.
+
+        None if even the largest multiple would.
+        """
         return next((m * self.num_images for m, count in zip(self.multiples, self.undecided, strict=True) if not count), None)
 
 
@@ -195,8 +221,8 @@ class RunRecord:
     forwards: dict[str, int] = field(default_factory=dict)
     """Forward images of each tile kind, and of what is measured to choose.
 
-    The latter are `proposals`, `local_search`, and `batchnorm_reestimation` for both. Preparing and what is only
-    reported (losses as probed, accuracy) are not counted.
+    The latter are `proposals`, `local_search`, and `batchnorm_reestimation` for both. Preparing and
+    what is only reported (losses as probed, accuracy) are not counted.
     """
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the results should know."""
@@ -223,7 +249,10 @@ class RunRecord:
 
     @property
     def top1_name(self) -> str:
-        """`top1`, or `top1_subset` for a part of ImageNet's validation images. A subset's figure is not comparable."""
+        """`top1`, or `top1_subset` for a part of ImageNet's validation images.
+
+        A subset's figure is not comparable.
+        """
         is_subset = self.imagenet and self.float_accuracy.num_images < IMAGENET_VALIDATION_IMAGES
         return "top1_subset" if is_subset else "top1"
 
@@ -247,7 +276,7 @@ class RunRecord:
         return next((r for r in self.results if r.budget == budget and r.method == method), None)
 
     def assignment_document(self, result: Result) -> dict[str, Any]:
-        """A result's assignment as JSON object, as `SearchSpace.to_json` writes it and `SearchSpace.from_json` reads it."""
+        """A result's assignment as the JSON object of `SearchSpace.to_json`."""
         widths = result.assignment.activation_bits
         return {
             "format": "clado-assignment/1",
@@ -398,6 +427,9 @@ def size_text(num_bytes: float) -> str:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Layer names without the ending `.weight`. If that makes two of them equal, the whole names."""
+    """Layer names without the ending `.weight`.
+
+    If that makes two of them equal, the whole names.
+    """
     stems = [name.removesuffix(".weight") for name in names]
     return stems if len(set(stems)) == len(names) else list(names)

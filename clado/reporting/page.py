@@ -1,7 +1,9 @@
-"""The page of a run: one HTML file, made from a run's folder. Nothing here measures, or needs torch or matplotlib.
+"""The page of a run: one HTML file, made from a run's folder.
 
-Everything is inside the file: style, charts (SVG), matrices, and the small script that zooms into them. A content
-policy in its head forbids it to load anything.
+Nothing here measures, or needs torch or matplotlib.
+
+Everything is inside the file: style, charts (SVG), matrices, and the small script that zooms into
+them. A content policy in its head forbids it to load anything.
 """
 
 import math
@@ -24,7 +26,7 @@ from clado.space import bits_text
 
 PAGE = "report.html"
 ROBUST_PERCENTILE = 98.0
-# Okabe & Ito's, as in plots.py; `chosen` takes the ink of the page, which is dark on light and light on dark
+# Okabe & Ito's, as in plots.py. `chosen` has the colour of the page's text, dark or light.
 COLOURS = {UNIFORM: "#8a8a8a", "layerwise": "#e69f00", "pairwise": "#0072b2", "gauss_newton": "#009e73", CHOSEN: "currentColor"}
 OTHERS = ("#d55e00", "#cc79a7", "#56b4e9", "#8c510a", "#5e3c99")
 SHADES = ("#ffffcc", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#0c2c84")  # ColorBrewer YlGnBu
@@ -58,7 +60,10 @@ class Line:
 
     @property
     def path(self) -> str:
-        """The line as SVG path. `uniform` goes by steps, because there is nothing between two uniform widths."""
+        """The line as SVG path.
+
+        `uniform` goes by steps, because there is nothing between two uniform widths.
+        """
         segment = "H{0:.1f}V{1:.1f}" if self.method == UNIFORM else "L{0:.1f} {1:.1f}"
         first, *others = self.points
         return f"M{first.x:.1f} {first.y:.1f}" + "".join(segment.format(point.x, point.y) for point in others)
@@ -234,7 +239,10 @@ def _ticks(low: float, high: float, max_steps: int = 7) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Round numbers between two powers of ten: every decade. If there are few, 2 and 5 of each too."""
+    """Round numbers between two powers of ten: every decade.
+
+    If there are few, 2 and 5 of each too.
+    """
     factors = (1, 2, 5) if high - low < 3 else (1,)
     exponents = range(math.floor(low), math.ceil(high) + 1)
     return [f * 10.0**e for e in exponents for f in factors if low <= math.log10(f * 10.0**e) <= high]
@@ -254,7 +262,11 @@ def _shades(chosen: Sequence[Result]) -> dict[int, tuple[str, str]]:
 
 
 def _bits_table(record: RunRecord, chosen: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row for each layer: its name, its share of the largest layer's weights, (width, text) of each chosen assignment."""
+    """One row for each layer.
+
+    Its cells are (width, text) of each chosen assignment. `share` is in percent of the largest
+    layer.
+    """
     largest, names = max(record.layer_weights, default=1), short_names(record.layer_names)
     return [
         {
@@ -276,8 +288,9 @@ def heat_map(path: Path) -> dict[str, Any]:
         path: File of the matrix.
 
     Returns:
-        Layers, bit-widths, values and standard errors. Pairs that no choice may have are null. `limit` is the value
-        of full colour: a high percentile of the nonzero magnitudes between layers, or else of the diagonal.
+        Layers, bit-widths, values and standard errors. Pairs that no choice may have are null.
+        `limit` is the value of full colour: a high percentile of the nonzero magnitudes between
+        layers, or else of the diagonal.
 
     Raises:
         StoreError: The file is damaged.
@@ -321,7 +334,7 @@ def _allowed(between: NDArray[np.bool_], quarantined: NDArray[np.int64], forbidd
 
 
 def _coverage(record: RunRecord) -> dict[str, Any]:
-    """Parameters that are not searched, by reason, largest first; and the share of what is searched."""
+    """Parameters that are not searched, by reason. `share` is the fraction that is searched."""
     reasons: dict[str, list[tuple[str, int]]] = {}
     for name, size, reason in record.unsearched:
         reasons.setdefault(reason, []).append((name, size))

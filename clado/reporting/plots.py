@@ -1,8 +1,8 @@
 """Pictures of a run: the interaction heat map, bits per layer, and accuracy and loss against size.
 
-Figures are drawn without pyplot, so that no global state changes and any thread can draw. Colour-blind readers can
-tell all colours apart: Okabe and Ito's for methods, pale to dark for bit-widths, blue to red through white for signed
-numbers.
+Figures are drawn without pyplot, so that no global state changes and any thread can draw.
+Colour-blind readers can tell all colours apart: Okabe and Ito's for methods, pale to dark for
+bit-widths, blue to red through white for signed numbers.
 """
 
 import math
@@ -69,7 +69,10 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def heat_map(matrix: InteractionMatrix) -> Figure:
-    """The interaction matrix, with options grouped by layer. Pairs that no choice may have (two options of a layer) are grey."""
+    """The interaction matrix, with options grouped by layer.
+
+    Pairs that no choice may have (two options of a layer) are grey.
+    """
     space = matrix.space
     edges = np.array(space.offsets) - 0.5
     centres = (edges[:-1] + edges[1:]) / 2
@@ -105,7 +108,10 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
 
 
 def colour_limit(matrix: InteractionMatrix) -> float:
-    """The value of full colour: a high percentile of the nonzero magnitudes between layers, or else of the diagonal."""
+    """The value of full colour.
+
+    It is a high percentile of the nonzero magnitudes between layers, or else of the diagonal.
+    """
     magnitudes = np.abs(matrix.values[~matrix.in_layer_mask()])
     if not magnitudes.any():
         magnitudes = np.abs(np.diag(matrix.values))
@@ -114,10 +120,12 @@ def colour_limit(matrix: InteractionMatrix) -> float:
 
 
 def bits_per_layer(record: RunRecord) -> Figure:
-    """Bits of each layer (in execution order) for each budget's chosen assignment, next to the weights of each layer.
+    """Bits of each layer for each budget's chosen assignment, next to the layer's weights.
 
-    Colours are of the weights' bits. If the run's activations have several widths, cells read weight bits/activation
-    bits.
+    Layers are in execution order.
+
+    Colours are of the weights' bits. If the run's activations have several widths, cells read
+    weight bits/activation bits.
 
     Args:
         record: A record with at least one chosen assignment.
@@ -176,12 +184,12 @@ def _draw_weights(axes: Axes, layer_weights: Sequence[int]) -> None:
 
 
 def accuracy_against_size(record: RunRecord) -> Figure:
-    """Top-1 on the validation set against the size of the searched weights, with one line for each method."""
+    """Top-1 on the validation set against the size of the searched weights."""
     points = _points(record, _top1_percent)
     reference = None if record.float_accuracy.top1 is None else 100 * record.float_accuracy.top1
     figure = _against_size(record, points, reference, f"{record.top1_title} (%)")
     axes = figure.axes[0]
-    # one bad uniform assignment would flatten everything else, so a low one is marked at the lower edge, with its number
+    # one bad uniform assignment would flatten everything else, so it is marked at the lower edge
     others = [y for method, line in points.items() if method != UNIFORM for _, y in line]
     others += [] if reference is None else [reference]
     if others:
@@ -245,7 +253,7 @@ def _against_size(
         axes.plot(
             x, y, color=colour, marker=marker, label=method, zorder=5 if chosen else 2,
             linewidth=0.9 if uniform else 1.5,
-            # circles without a line: each is around the point of the method whose assignment was chosen
+            # circles without a line, around the point of the method that was chosen
             linestyle="none" if chosen else ":" if uniform else "-",
             # steps, because there is nothing between two uniform widths
             drawstyle="steps-post" if uniform else "default",
@@ -299,5 +307,8 @@ def _bits_sentence(matrix: InteractionMatrix) -> str:
 
 
 def _ink_on(colour: NDArray[np.float64]) -> str:
-    """Black or white, whichever is legible on the colour. It compares the approximate relative luminance of sRGB."""
+    """Black or white, whichever is legible on the colour.
+
+    It compares the approximate relative luminance of sRGB.
+    """
     return "black" if float(np.dot(colour[:3], (0.299, 0.587, 0.114))) > 0.5 else "white"

@@ -1,7 +1,8 @@
 """The results of a run as text for a terminal and for table.md. Nothing here measures.
 
-Sizes are those of the searched weights. Losses are measured on the sensitivity set with the deployed network. Accuracy
-is measured on the validation set, which no choice has seen. Only printed figures are in percent.
+Sizes are those of the searched weights. Losses are measured on the sensitivity set with the
+deployed network. Accuracy is measured on the validation set, which no choice has seen. Only printed
+figures are in percent.
 """
 
 import math
@@ -23,7 +24,10 @@ from clado.settings.schema import database_of
 
 BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
-"""Rows of a budget. `plain %` is top-1 of the same bits without corrections. It is left out if the run has no corrections.
+"""Rows of a budget.
+
+`plain %` is top-1 of the same bits without corrections. It is left out if the run has no
+corrections.
 
 `corrections` is left out if every answer has all corrections.
 """
@@ -32,7 +36,10 @@ FEWER = {"all": "", "static": "; deployed without the final corrections", "none"
 
 
 def table(record: RunRecord) -> Table:
-    """The table of a record: `QUANTITIES` of every budget × methods. The best loss and top-1 are bold."""
+    """The table of a record: `QUANTITIES` of every budget × methods.
+
+    The best loss and top-1 are bold.
+    """
     grid = Table()
     grid.add_column("budget", no_wrap=True)
     grid.add_column("", no_wrap=True, style="dim")
@@ -57,7 +64,10 @@ def markdown(record: RunRecord) -> str:
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what the interactions change, from `layerwise` to `pairwise` (or else the first of INTERACTING)."""
+    """One sentence: what interactions change.
+
+    It compares `layerwise` with the first method of INTERACTING.
+    """
     rival = next((method for method in INTERACTING if method in record.methods), None)
     if BASE not in record.methods or rival is None:
         methods = ", ".join(record.methods) or "no results"
@@ -90,7 +100,10 @@ def verdict(record: RunRecord) -> str:
 
 
 def winners(record: RunRecord) -> str:
-    """One line for each budget: who proposed the chosen assignment, and how far its measured loss is from the others' least."""
+    """One line for each budget: who proposed the chosen assignment.
+
+    It says how far its measured loss is from the least of the others.
+    """
     chosen = [result for result in record.results if result.method == CHOSEN]
     width = max((len(result.budget) for result in chosen), default=0)
     name_width = max((len(result.winner or "") for result in chosen), default=0)
@@ -103,7 +116,10 @@ def winners(record: RunRecord) -> str:
 
 
 def search_text(record: RunRecord) -> str:
-    """One sentence: how far the local search lowered the measured loss. Empty if there was no local search."""
+    """One sentence: how far the local search lowered the measured loss.
+
+    Empty if there was no local search.
+    """
     if not record.searches:
         return ""
     evaluations = sum(row.evaluations for row in record.searches)
@@ -121,7 +137,9 @@ def search_text(record: RunRecord) -> str:
 
 
 def stability_text(record: RunRecord) -> str:
-    """One sentence: how many layers the images leave undecided at each budget, and how many images would decide them.
+    """One sentence: how many layers the images leave undecided at each budget.
+
+    It also says how many images would decide them.
 
     The layers are those of the surrogate's answers, which need not be the chosen ones.
     """
@@ -143,7 +161,10 @@ def stability_text(record: RunRecord) -> str:
 
 
 def proposals_table(record: RunRecord) -> str:
-    """Every measured proposal as Markdown table, ordered by budget and Brier score. The chosen one is marked."""
+    """Every measured proposal as Markdown table, ordered by budget and Brier score.
+
+    The chosen one is marked.
+    """
     table = [_proposal_cells(proposal, best) for budget in record.budgets for proposal, best in _proposals_of(record, budget)]
     if not table:
         return "No proposals are recorded."
@@ -152,7 +173,10 @@ def proposals_table(record: RunRecord) -> str:
 
 
 def _proposals_of(record: RunRecord, budget: str) -> list[tuple[MeasuredProposal, bool]]:
-    """(proposal, whether it was chosen) of a budget, by Brier score. The chosen one may be a proposal for another budget."""
+    """(proposal, whether it was chosen) of a budget, by Brier score.
+
+    The chosen one may be a proposal for another budget.
+    """
     best = record.find(budget, CHOSEN)
     proposals = [proposal for proposal in record.measured_proposals if proposal.budget == budget]
     if proposals and best and all(proposal.assignment != best.assignment for proposal in proposals):
@@ -166,7 +190,10 @@ def _proposals_of(record: RunRecord, budget: str) -> list[tuple[MeasuredProposal
 
 
 def _proposal_cells(proposal: MeasuredProposal, chosen: bool) -> list[str]:
-    """Cells of a row of `proposals_table`. The predicted loss names its estimator, if that is not the proposing one."""
+    """Cells of a row of `proposals_table`.
+
+    The predicted loss names its estimator, if that is not the proposing one.
+    """
     predicted, brier = (
         "–" if value is None else loss_text(value) for value in (proposal.loss_predicted, proposal.brier_deployed)
     )
@@ -278,7 +305,8 @@ def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str |
     """Rows of a budget in the table.
 
     Yields:
-        A quantity, one cell for each method, and the best cell (None if no cell is better than another).
+        A quantity, one cell for each method, and the best cell (None if no cell is better than
+        another).
     """
     results = [record.find(budget, method) for method in record.methods]
     losses = [None if result is None else result.loss_deployed for result in results]
@@ -319,7 +347,7 @@ def caption(record: RunRecord) -> str:
 
 
 def _forwards(record: RunRecord) -> str:
-    """Forward images of each tile kind, of what is measured to choose, and of each estimator alone."""
+    """Forward images of each tile kind, of choosing, and of each estimator alone."""
     counts = ", ".join(f"{name} {count:,}" for name, count in record.forwards.items())
     costs = ", ".join(
         f"{name} {cost['forwards']:,}" + (f" and {cost['backwards']:,} backward" if cost["backwards"] else "")
@@ -347,7 +375,10 @@ def _relative(base: Result, other: Result) -> float:
 
 
 def _change(budget: str, base: Result, other: Result, signed: bool = True) -> str:
-    """Such as 'by -12.3 % at 2.5 bits, from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'. Without sign: 'by 12.3 %'."""
+    """A change in words, with or without sign.
+
+    An example: 'by -12.3 % at 2.5 bits, from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'.
+    """
     change = 100 * _relative(base, other)
     share = f"by {change:+.1f} % " if signed else f"by {abs(change):.1f} % "
     share = share if base.loss_deployed else ""

@@ -1,4 +1,7 @@
-"""One attempt to send a content to MLflow, with a note in the run's folder for as long as anything is missing."""
+"""One attempt to send a content to MLflow.
+
+A note is in the run's folder while anything is missing.
+"""
 
 import json
 import logging
@@ -61,7 +64,10 @@ class Attempt:
         return [self.record_folder / name for name in self.content.notes]
 
     def supersede(self) -> None:
-        """Takes the earlier attempts over from the notes. A content with a fixed name replaces itself, too."""
+        """Takes the earlier attempts over from the notes.
+
+        A content with a fixed name replaces itself, too.
+        """
         if isinstance(self.content, NestedContent):
             self.earlier = [{"experiment": self.experiment, "delivery": self.delivery}]
         for note in self.notes:
@@ -73,7 +79,11 @@ class Attempt:
                 self.earlier += [attempt for attempt in attempts if attempt not in self.earlier]
 
     def write_note(self, problem: str | None) -> Path | None:
-        """Writes the note: what has not arrived, and all that a later attempt needs. Returns None if the disk takes no file."""
+        """Writes the note: what has not arrived, and all that a later attempt needs.
+
+        Returns:
+            The note. None if the disk takes no file.
+        """
         document = {
             "format": FORMAT,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),

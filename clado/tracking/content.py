@@ -1,4 +1,4 @@
-"""What MLflow gets of a finished record: a parent run with one nested run for each budget and method."""
+"""What MLflow gets of a record: a parent run, and a nested run for each budget and method."""
 
 import json
 import os
@@ -25,7 +25,10 @@ class RecordContent:
     """A finished record and its files."""
 
     notes: ClassVar = (UNDELIVERED, UNDELIVERED_FAILURE)
-    """File names of the note, and of the other notes that this content replaces. A finished run has no failure any more."""
+    """File names of the note, and of the other notes that this content replaces.
+
+    A finished run has no failure any more.
+    """
 
     folder: Path
     """The run's folder. It holds all files."""
@@ -87,7 +90,10 @@ class RecordContent:
         ]
 
     def send(self, sender: Sender) -> None:
-        """Writes a parent run and one nested run for each result. When all are whole, it registers the models."""
+        """Writes a parent run and one nested run for each result.
+
+        When all are whole, it registers the models.
+        """
         logged = []
         with sender.run(self.record.network, self._parent_tags()) as parent_id:
             if self.record.data:
@@ -121,7 +127,10 @@ class RecordContent:
         return {**matrices, **{f"plots/{path.name}": path for path in self.plots}}
 
     def _send_artifacts(self, sender: Sender, run_id: str) -> None:
-        """Uploads record, settings, matrices and plots at once. Files that do not exist stay pending."""
+        """Uploads record, settings, matrices and plots at once.
+
+        Files that do not exist stay pending.
+        """
         with tempfile.TemporaryDirectory(prefix="clado-mlflow-") as name:
             tree = Path(name)
             write_text(tree / "record.json", json.dumps(redacted(asdict(self.record)), indent=1, default=str))

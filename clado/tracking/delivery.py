@@ -1,12 +1,13 @@
 """Delivers records, failures and nested runs to MLflow.
 
-The run's folder is the truth, and MLflow is a mirror of it. Before anything is sent, a note is written beside
-the record (`mlflow-undelivered.json`). So a tracker that is down or slow, or a process that is killed, costs
-a warning and never a result. When all has arrived, the note becomes `mlflow-delivered.json`.
+The run's folder is the truth, and MLflow is a mirror of it. Before anything is sent, a note is
+written beside the record (`mlflow-undelivered.json`). So a tracker that is down or slow, or a
+process that is killed, costs a warning and never a result. When all has arrived, the note becomes
+`mlflow-delivered.json`.
 
-`deliver` sends what is undelivered, and what was delivered to another tracker than the one used now. Every
-MLflow run carries the name of its delivery as a tag. The next attempt finds by it what an earlier attempt
-left behind, ends it and deletes it. So nothing is in MLflow twice.
+`deliver` sends what is undelivered, and what was delivered to another tracker than the one used
+now. Every MLflow run carries the name of its delivery as a tag. The next attempt finds by it what
+an earlier attempt left behind, ends it and deletes it. So nothing is in MLflow twice.
 """
 
 import logging
@@ -81,8 +82,8 @@ def track_failure(
 ) -> Receipt:
     """Writes a run that ended with an error as a FAILED MLflow run with its traceback.
 
-    The redacted traceback is also kept as `failure.txt` in the run's folder. Nothing is raised, because the
-    caller has to raise the error itself.
+    The redacted traceback is also kept as `failure.txt` in the run's folder. Nothing is raised,
+    because the caller has to raise the error itself.
 
     Args:
         error: The error.
@@ -119,12 +120,14 @@ def track_nested(
 ) -> Receipt:
     """Writes one run, such as a fine-tuning, nested under the latest parent run of a run's folder.
 
-    The same content again replaces the first one. A fault of the tracker is a warning, as in `track`.
+    The same content again replaces the first one. A fault of the tracker is a warning, as in
+    `track`.
 
     Args:
         folder: The run's folder.
         name: Name of the nested run.
-        record_folder: Folder within `folder` that belongs to this nested run alone. It gets the note.
+        record_folder: Folder within `folder` that belongs to this nested run alone. It gets the
+            note.
         experiment: Name of the experiment.
         uri: URI of the tracker. See `stores.destination`.
         params: Value of each parameter.
@@ -164,7 +167,10 @@ def deliver(folder: Path, config: Mapping[str, Any], uri: str | None = None) -> 
 
 
 def _arrived(note: Path, uri: str) -> bool:
-    """Whether a tracker has what a note says was delivered to it. A run that a user deleted in MLflow counts as arrived."""
+    """Whether a tracker has what a note says was delivered to it.
+
+    A run that a user deleted in MLflow counts as arrived.
+    """
     document = read_note(note)
     if document.get("uri") != redact(uri):
         return False

@@ -50,7 +50,10 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
 
 
 def _interval(record: RunRecord, accuracy: Accuracy, prefix: str = "") -> dict[str, float | None]:
-    """Ends of top-1's confidence interval. With a part of ImageNet, also the number of its images."""
+    """Ends of top-1's confidence interval.
+
+    With a part of ImageNet, also the number of its images.
+    """
     name, (low, high) = f"{prefix}{record.top1_name}", accuracy.top1_interval or (None, None)
     count = {f"{name}_images": accuracy.num_images} if record.top1_name != "top1" else {}
     return {f"{name}_low": low, f"{name}_high": high, **count}

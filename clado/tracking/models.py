@@ -1,7 +1,9 @@
-"""MLflow's datasets, logged models and model registry. In the registry, an alias names the newest model of each budget.
+"""MLflow's datasets, logged models and model registry.
 
-Every model and every registered version carries the name of its delivery, as runs do. So `remove` can delete
-what an interrupted delivery left behind.
+In the registry, an alias names the newest model of each budget.
+
+Every model and every registered version carries the name of its delivery, as runs do. So `remove`
+can delete what an interrupted delivery left behind.
 """
 
 import json
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 LOADER = "clado.exporting.model"
 DIGEST = 16
-"""Characters of a slice's hash that name it. The whole hash is in the profile. MLflow takes at most 36 characters."""
+"""Characters of a slice's hash that name it.
+
+The whole hash is in the profile. MLflow takes at most 36 characters.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,10 @@ class LoggedModel:
 
 
 def alias_of(budget: str) -> str:
-    """A budget's name as an alias, of which MLflow takes letters, digits, _ and - alone: `2.25 bits` is `2_25_bits`."""
+    """A budget's name as an alias, such as `2_25_bits`.
+
+    MLflow takes letters, digits, _ and - alone.
+    """
     return re.sub(r"[^A-Za-z0-9-]+", "_", budget)
 
 
@@ -88,7 +96,8 @@ def log_model(
 ) -> LoggedModel:
     """Logs the folder of an `export_model` as a model.
 
-    The signature and the requirements are read from the folder. MLflow would take half a minute to infer them.
+    The signature and the requirements are read from the folder. MLflow would take half a minute to
+    infer them.
 
     Args:
         client: Client of the store.
@@ -113,7 +122,7 @@ def log_model(
     entity = client.create_logged_model(experiment_id, name, run_ids[0], dict(tags), {"budget": budget})
     model = Model(run_id=run_ids[0], model_id=entity.model_id, artifact_path=entity.artifact_location)
     with tempfile.TemporaryDirectory(prefix="clado-mlflow-") as temporary, warnings.catch_warnings():
-        # its import complains of MLflow's own type hints, and its saving of no example input: the signature says as much
+        # warnings of MLflow's own type hints, and of the example input that the signature replaces
         warnings.simplefilter("ignore")
         from mlflow import pyfunc
 
@@ -132,7 +141,8 @@ def log_model(
 def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Mapping[str, str]) -> None:
     """Registers a logged model as the next version of its network.
 
-    The version gets the alias of its budget, unless the version of a newer run has it. A delivery may come late.
+    The version gets the alias of its budget, unless the version of a newer run has it. A delivery
+    may come late.
 
     Args:
         client: Client of the store.
@@ -160,7 +170,10 @@ def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Ma
 
 
 def remove(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> None:
-    """Deletes the models and the registered versions that carry a tag; an alias of such a version goes with it."""
+    """Deletes the models and the registered versions that carry a tag.
+
+    Aliases go with their versions.
+    """
     for version in client.search_model_versions(f"tags.`{tag}` = '{value}'"):
         client.delete_model_version(version.name, version.version)
     for model in client.search_logged_models([experiment_id], f"tags.{tag} = '{value}'"):

@@ -21,7 +21,7 @@ FORMAT = "clado-undelivered/2"
 
 
 def note_paths(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Notes of a run's folder: first of its record, then of sweeps, then of evaluations and fine-tunings."""
+    """Notes of a run's folder. The order is record, sweeps, evaluations and fine-tunings."""
     return [note for depth in ("", "*/", "*/*/") for name in names for note in sorted(folder.glob(f"{depth}{name}"))]
 
 

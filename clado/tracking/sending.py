@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 TAG = "clado_delivery"
 """Tag of every MLflow run, model and registered version: the name of its delivery."""
 MAX_PARAM, MAX_TAG, MAX_BATCH, MAX_METRICS = 500, 5000, 90, 900
-"""Characters of a parameter and of a tag, parameters and metrics of a batch. Every MLflow 2 and 3 server takes as many."""
+"""Characters of a parameter and of a tag, parameters and metrics of a batch.
+
+Every MLflow 2 and 3 server takes as many.
+"""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -81,13 +84,15 @@ class Sender:
     ) -> None:
         """Writes metrics and parameters of a run in batches.
 
-        MLflow stores an infinity as 1.8e308. So a metric that is not finite (a gap without a bound) becomes a tag.
+        MLflow stores an infinity as 1.8e308. So a metric that is not finite (a gap without a bound)
+        becomes a tag.
 
         Args:
             run_id: MLflow's id of the run.
             metrics: Value of each metric. None is left out.
             params: Value of each parameter.
-            subjects: The model and the dataset that a metric belongs to, as arguments of MLflow's `Metric`.
+            subjects: The model and the dataset that a metric belongs to, as arguments of MLflow's
+                `Metric`.
         """
         from mlflow.entities import Metric, Param, RunTag
 
@@ -113,7 +118,7 @@ class Sender:
 
 
 def settings_params(config: Mapping[str, Any], network: str) -> dict[str, str]:
-    """Parameters of a run: its settings under dotted names, without credentials, and the name of its network."""
+    """Parameters of a run: its settings under dotted names, and its network. They are redacted."""
     return {**{name: redact(str(value)) for name, value in _flat(config) if value is not None}, "network": network}
 
 

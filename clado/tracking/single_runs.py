@@ -90,7 +90,10 @@ class NestedContent:
 
     @property
     def delivery(self) -> str:
-        """Name of the delivery. The same content has the same name, so that it replaces what was sent before."""
+        """Name of the delivery.
+
+        The same content has the same name, so that it replaces what was sent before.
+        """
         return fingerprint([self.folder.name, json.dumps(self.note_entries())])[:32]
 
     def items(self) -> list[str]:

@@ -44,8 +44,8 @@ def destination(uri: str | None) -> str:
         uri: URI of the settings. The settings of a finished run keep no credentials.
 
     Returns:
-        The given URI. Where it is missing or has lost its credentials, the URI of the environment, or
-        else MLflow's default.
+        The given URI. Where it is missing or has lost its credentials, the URI of the environment,
+        or else MLflow's default.
     """
     if uri and HIDDEN in uri:
         if TRACKING_VARIABLE not in os.environ:
@@ -57,7 +57,8 @@ def destination(uri: str | None) -> str:
 def connect(uri: str) -> "MlflowClient":
     """A client of an MLflow store.
 
-    Only one process at a time creates an SQLite file, because MLflow creates its tables without a lock.
+    Only one process at a time creates an SQLite file, because MLflow creates its tables without a
+    lock.
     """
     set_environment()
     from mlflow import MlflowClient
@@ -81,8 +82,8 @@ def connect(uri: str) -> "MlflowClient":
 def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     """The id of an experiment. The experiment is created if it is missing.
 
-    An experiment of a moved or copied database would still write to the former folder. It is renamed,
-    and a new experiment takes its name.
+    An experiment of a moved or copied database would still write to the former folder. It is
+    renamed, and a new experiment takes its name.
     """
     database, experiment = database_of(uri), client.get_experiment_by_name(name)
     # MLflow's own default is the working folder. A server has a default of its own.

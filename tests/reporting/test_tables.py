@@ -142,7 +142,7 @@ def test_phase_times_add_up() -> None:
     assert text.endswith("together 135.2.")
 
 
-def test_candidates_say_who_predicts_where_another_proposed() -> None:
+def test_proposals_say_who_predicts_where_another_proposed() -> None:
     record = make_record(budgets=(3.0,))
     chosen = record.find("3 bits", "chosen")
     assert chosen is not None
