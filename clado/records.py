@@ -91,7 +91,7 @@ class Result:
     loss_predicted: float | None = None
     """Baseline + ½ αᵀĜα of the method's own matrix."""
     loss_probe_model: float | None = None
-    """As `loss_deployed`, without final corrections: of the network that tiles are measured with."""
+    """As `loss_deployed`, but of the network that tiles measure: without final corrections."""
     status: str | None = None
     """Status of the solver."""
     objective: float | None = None
