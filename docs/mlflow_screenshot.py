@@ -18,7 +18,7 @@ from pathlib import Path
 from playwright.sync_api import Page
 
 from clado.settings.schema import database_of, load_run_config
-from clado.tracking import delivery
+from clado.tracking import stores
 from tests.system.browser import browser
 
 PATIENCE = 420  # seconds until the server has to answer
@@ -29,7 +29,7 @@ COLUMNS = ("attributes.`Models`", "params.`budget`", "params.`method`", "metrics
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The address of a plain `mlflow ui` in a folder, on loopback; it ends with the block."""
-    delivery.set_environment()
+    stores.set_environment()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +63,7 @@ def _wait(url: str, server: "subprocess.Popen[bytes]") -> None:
 
 
 def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str) -> None:
-    """Opens the list of what is below a run, with columns of `COLUMNS`; `last` is the name of a run to wait for."""
+    """Opens the list of a run's nested runs, with columns of `COLUMNS`. `last` is the name of a run to wait for."""
     state = {
         "selectedColumns": COLUMNS,
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
@@ -87,18 +87,18 @@ def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str
 
 def main(folder: Path) -> None:
     """The picture of the newest run in the database that a run's folder names."""
-    delivery.set_environment()
+    stores.set_environment()
     from mlflow import MlflowClient
 
     uri = load_run_config(folder).tracking.uri
     database = database_of(uri)
     assert database is not None, f"{uri} is no SQLite file"
     client = MlflowClient(uri)
-    [experiment] = [found for found in client.search_experiments() if found.name == "clado"]
+    [experiment] = [item for item in client.search_experiments() if item.name == "clado"]
     parent = client.search_runs([experiment.experiment_id], "tags.mlflow.source.name = 'clado run'", max_results=1)[0]
-    below = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", max_results=1)
+    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", max_results=1)
     with served(database.parent) as address, browser(width=WIDTH, height=HEIGHT) as opened:
-        show(opened.page, address, experiment.experiment_id, parent.info.run_id, below[0].info.run_name)
+        show(opened.page, address, experiment.experiment_id, parent.info.run_id, children[0].info.run_name)
         opened.page.wait_for_timeout(1000)  # for the sidebar to fold
         opened.page.screenshot(path=Path(__file__).with_name("mlflow.png"))
 

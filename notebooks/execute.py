@@ -25,7 +25,7 @@ def execute(path: Path, sockets: Path) -> float:
     The kernel listens on sockets in the folder given, and opens no port.
     """
     notebook = nbformat.read(path, as_version=4)
-    began = time.monotonic()
+    start = time.monotonic()
     NotebookClient(
         notebook,
         timeout=None,
@@ -36,7 +36,7 @@ def execute(path: Path, sockets: Path) -> float:
     ).execute()
     notebook.metadata.language_info = {"name": "python"}  # without the version, which differs between machines
     nbformat.write(notebook, path)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def main() -> None:

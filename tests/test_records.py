@@ -30,11 +30,11 @@ def test_activation_bits_are_saved_and_documented(tmp_path: Path, widths: tuple[
         assert space.from_json(document) == result.assignment
 
 
-def test_candidates_are_loaded_with_who_predicts(tmp_path: Path) -> None:
+def test_measured_proposals_are_loaded_with_who_predicts(tmp_path: Path) -> None:
     record = make_record()
     row = record.results[0]
-    own = MeasuredProposal("3 bits", "pairwise", row.assignment, row.size_bytes, 0.2, 0.1)
-    record = replace(record, measured_proposals=(own, replace(own, origin="tempered2", predicted_by="gauss_newton")))
+    proposal = MeasuredProposal("3 bits", "pairwise", row.assignment, row.size_bytes, 0.2, 0.1)
+    record = replace(record, measured_proposals=(proposal, replace(proposal, origin="tempered2", predicted_by="gauss_newton")))
     record.save(tmp_path / "record.json")
     assert RunRecord.load(tmp_path / "record.json") == record
 
@@ -53,12 +53,12 @@ def test_losses_that_are_not_finite_are_null_in_the_file_and_infinite_again_when
     bad = replace(first, loss_deployed=math.inf, loss_probe_model=math.nan, gain=math.inf, validation=accuracy)
     replace(record, results=(bad, *rest)).save(tmp_path / "record.json")
     assert "Infinity" not in (tmp_path / "record.json").read_text()
-    found = RunRecord.load(tmp_path / "record.json")
+    loaded = RunRecord.load(tmp_path / "record.json")
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
-    assert found.results == (replace(bad, loss_probe_model=None, gain=None), *rest)
-    assert tables.markdown(found)
-    assert [chart.title for chart in page.charts(found)] == [chart.title for chart in page.charts(record)]
-    plots.save_all(found, {}, tmp_path / "plots")
+    assert loaded.results == (replace(bad, loss_probe_model=None, gain=None), *rest)
+    assert tables.markdown(loaded)
+    assert [chart.title for chart in page.charts(loaded)] == [chart.title for chart in page.charts(record)]
+    plots.save_all(loaded, {}, tmp_path / "plots")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"network": "a"}'])

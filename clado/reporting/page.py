@@ -1,7 +1,9 @@
-"""The page of a run: one self-contained HTML file. Reads a run's folder; nothing here measures, or needs torch or matplotlib.
+"""The page of a run: one HTML file, made from a run's folder.
 
-Everything is inside the file: style, pictures (SVG, drawn here), the matrices and the small script that zooms into them. A
-content policy in its head forbids it to load anything.
+Nothing here measures, or needs torch or matplotlib.
+
+Everything is inside the file: style, charts (SVG), matrices, and the small script that zooms into
+them. A content policy in its head forbids it to load anything.
 """
 
 import math
@@ -24,7 +26,7 @@ from clado.space import bits_text
 
 PAGE = "report.html"
 ROBUST_PERCENTILE = 98.0
-# Okabe & Ito's, as in plots.py; `chosen` takes the ink of the page, which is dark on light and light on dark
+# Okabe & Ito's, as in plots.py. `chosen` has the colour of the page's text, dark or light.
 COLOURS = {UNIFORM: "#8a8a8a", "layerwise": "#e69f00", "pairwise": "#0072b2", "gauss_newton": "#009e73", CHOSEN: "currentColor"}
 OTHERS = ("#d55e00", "#cc79a7", "#56b4e9", "#8c510a", "#5e3c99")
 SHADES = ("#ffffcc", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#0c2c84")  # ColorBrewer YlGnBu
@@ -33,12 +35,16 @@ LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 58.0, 16.0, 14.0, 44.0, 660.0, 340.0  
 
 @dataclass(frozen=True)
 class Point:
-    """A result in a chart, in the chart's units; `below` says that it lies under the lower edge."""
+    """A result in a chart."""
 
     x: float
+    """Horizontal position in the chart's units."""
     y: float
+    """Vertical position in the chart's units."""
     text: str
+    """Text that is shown at the point."""
     below: bool = False
+    """Whether the value lies under the lower edge."""
 
 
 @dataclass(frozen=True)
@@ -46,40 +52,84 @@ class Line:
     """The results of a method in a chart."""
 
     method: str
+    """Name of the method."""
     colour: str
+    """CSS colour."""
     points: tuple[Point, ...]
+    """Points, ordered by size."""
 
     @property
     def path(self) -> str:
-        """As SVG draws it; between two uniform widths there is nothing, so `uniform` goes by steps."""
-        middle = "H{0:.1f}V{1:.1f}" if self.method == UNIFORM else "L{0:.1f} {1:.1f}"
+        """The line as SVG path.
+
+        `uniform` goes by steps, because there is nothing between two uniform widths.
+        """
+        segment = "H{0:.1f}V{1:.1f}" if self.method == UNIFORM else "L{0:.1f} {1:.1f}"
         first, *others = self.points
-        return f"M{first.x:.1f} {first.y:.1f}" + "".join(middle.format(point.x, point.y) for point in others)
+        return f"M{first.x:.1f} {first.y:.1f}" + "".join(segment.format(point.x, point.y) for point in others)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Something against the size of the searched weights."""
+    """A quantity against the size of the searched weights."""
 
     title: str
+    """Title."""
     y_label: str
+    """Quantity and unit."""
     x_label: str
+    """Size and unit."""
     lines: tuple[Line, ...]
+    """One line for each method."""
     x_ticks: tuple[tuple[float, str], ...]
+    """(position, text)."""
     y_ticks: tuple[tuple[float, str], ...]
+    """(position, text)."""
     reference: float | None
+    """Vertical position of the float network's value."""
     reference_label: str
+    """Text of the reference."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Maps sizes and values to positions in a chart."""
+
+    start: float
+    """Size at the left edge."""
+    stop: float
+    """Size at the right edge."""
+    floor: float
+    """Value (or its logarithm) at the lower edge."""
+    ceiling: float
+    """Value (or its logarithm) at the upper edge."""
+    logarithmic: bool
+    """Whether the value's axis is logarithmic, to base 10."""
+
+    def x(self, size: float) -> float:
+        """Horizontal position of a size."""
+        return LEFT + (size - self.start) / (self.stop - self.start) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Vertical position of a value. What lies under the lower edge is put on the edge."""
+        height = math.log10(value) if self.logarithmic else value
+        fraction = (max(height, self.floor) - self.floor) / (self.ceiling - self.floor)
+        return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
 
 
 def write(folder: Path) -> Path:
-    """Writes report.html into a run's folder and returns it; StoreError where the folder holds no finished run."""
+    """Writes report.html into a run's folder and returns its path.
+
+    Raises:
+        StoreError: The folder holds no finished run, or a damaged matrix.
+    """
     path = folder / PAGE
     write_text(path, render(folder))
     return path
 
 
 def render(folder: Path) -> str:
-    """The page of a run's folder, as text."""
+    """The page of a run's folder as text. It raises as `write` does."""
     record = RunRecord.load(folder / "record.json")
     environment = Environment(
         loader=PackageLoader("clado.reporting", "."),
@@ -113,28 +163,19 @@ def render(folder: Path) -> str:
 
 
 def charts(record: RunRecord) -> list[Chart]:
-    """Top-1 (where there are labels) and measured loss against size."""
+    """Top-1 (if there are labels) and measured loss against size."""
     top1 = {r: 100 * r.validation.top1 for r in record.results if r.validation is not None and r.validation.top1 is not None}
     loss = {r: r.loss_deployed for r in record.results if math.isfinite(r.loss_deployed)}
-    found = []
+    pictures = []
     if top1:
-        images = record.float_accuracy.num_images
+        images, title = record.float_accuracy.num_images, record.top1_title
         reference = None if record.float_accuracy.top1 is None else 100 * record.float_accuracy.top1
-        found.append(
-            _chart(
-                record,
-                f"Accuracy: {record.top1_title} on {images:,} validation images",
-                f"{record.top1_title} (%)",
-                top1,
-                reference,
-            )
-        )
+        pictures.append(_chart(record, f"Accuracy: {title} on {images:,} validation images", f"{title} (%)", top1, reference))
     if loss:
         title = f"Measured loss ({record.criterion}), lower is better"
-        found.append(
-            _chart(record, title, "loss", loss, record.baseline if 0 < record.baseline < math.inf else None, logarithmic=True)
-        )
-    return found
+        baseline = record.baseline if 0 < record.baseline < math.inf else None
+        pictures.append(_chart(record, title, "loss", loss, baseline, logarithmic=True))
+    return pictures
 
 
 def _chart(
@@ -145,70 +186,66 @@ def _chart(
     reference: float | None,
     logarithmic: bool = False,
 ) -> Chart:
-    logarithmic = logarithmic and min(values.values()) > 0
     unit, letters = (1e6, "MB") if max(r.size_bytes for r in values) >= 1_000_000 else (1e3, "kB")
-    sizes = [r.size_bytes / unit for r in values]
-    # one bad uniform assignment would flatten everything else
-    kept = [value for result, value in values.items() if result.method != UNIFORM] or list(values.values())
-    kept += [] if reference is None else [reference]
-    if logarithmic:
-        kept = [math.log10(value) for value in [*values.values(), *([] if reference is None else [reference])]]
-    low, high = min(kept), max(kept)
-    pad = max(0.08 * (high - low), 1e-6 * max(abs(high), 1.0), 0.0 if logarithmic else 0.02 * abs(high) * (high == low))
-    floor, ceiling = low - (1.0 if logarithmic else 3.0) * pad, high + pad
-    x_pad = max(0.05 * (max(sizes) - min(sizes)), 0.02 * max(sizes))
-    start, stop = max(0.0, min(sizes) - x_pad), max(sizes) + x_pad
-
-    def across(size: float) -> float:
-        return LEFT + (size - start) / (stop - start) * (WIDTH - LEFT - RIGHT)
-
-    def up(value: float) -> float:
-        height = math.log10(value) if logarithmic else value
-        return HEIGHT - BOTTOM - (max(height, floor) - floor) / (ceiling - floor) * (HEIGHT - TOP - BOTTOM)
-
+    axes = _axes([r.size_bytes / unit for r in values], values, reference, logarithmic and min(values.values()) > 0)
     lines = []
     for method, colour in _colours(record).items():
-        of_method = {result.size_bytes: result for result in values if result.method == method}
+        by_size = {result.size_bytes: result for result in values if result.method == method}
         points = [
             Point(
-                across(size / unit),
-                up(values[result]),
-                f"{method} at {result.budget}: {size_text(size)}, {label} {_number(values[result])}",
-                not logarithmic and values[result] < floor,
+                axes.x(size / unit),
+                axes.y(values[result]),
+                f"{method} at {result.budget}: {size_text(size)}, {label} {values[result]:.4g}",
+                not axes.logarithmic and values[result] < axes.floor,
             )
-            for size, result in sorted(of_method.items())
+            for size, result in sorted(by_size.items())
         ]
         if points:
             lines.append(Line(method, colour, tuple(points)))
-    y_values = _decades(floor, ceiling) if logarithmic else _ticks(floor, ceiling)
+    y_ticks = _decades(axes.floor, axes.ceiling) if axes.logarithmic else _ticks(axes.floor, axes.ceiling)
     return Chart(
         title,
         label,
         f"searched weights ({letters})",
         tuple(lines),
-        tuple((across(tick), f"{tick:g}") for tick in _ticks(start, stop)),
-        tuple((up(tick), f"{tick:g}") for tick in y_values),
-        None if reference is None else up(reference),
+        tuple((axes.x(tick), f"{tick:g}") for tick in _ticks(axes.start, axes.stop)),
+        tuple((axes.y(tick), f"{tick:g}") for tick in y_ticks),
+        None if reference is None else axes.y(reference),
         f"float, {size_text(record.float_bytes)}",
     )
 
 
-def _ticks(low: float, high: float, most: int = 7) -> list[float]:
+def _axes(sizes: Sequence[float], values: Mapping[Result, float], reference: float | None, logarithmic: bool) -> Axes:
+    """Axes that hold all sizes, and the values that a reader compares."""
+    references = [] if reference is None else [reference]
+    if logarithmic:
+        heights = [math.log10(value) for value in [*values.values(), *references]]
+    else:
+        # one bad uniform assignment would flatten everything else
+        heights = [value for result, value in values.items() if result.method != UNIFORM] or list(values.values())
+        heights += references
+    low, high = min(heights), max(heights)
+    margin = max(0.08 * (high - low), 1e-6 * max(abs(high), 1.0), 0.0 if logarithmic else 0.02 * abs(high) * (high == low))
+    x_margin = max(0.05 * (max(sizes) - min(sizes)), 0.02 * max(sizes))
+    floor = low - (1.0 if logarithmic else 3.0) * margin
+    return Axes(max(0.0, min(sizes) - x_margin), max(sizes) + x_margin, floor, high + margin, logarithmic)
+
+
+def _ticks(low: float, high: float, max_steps: int = 7) -> list[float]:
     """Round numbers within a range: steps of 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10((high - low) / most))
-    step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= most)
+    power = 10 ** math.floor(math.log10((high - low) / max_steps))
+    step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= max_steps)
     return [round(step * k, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Round numbers between two powers of ten: every decade, and 2 and 5 of each where there are few."""
+    """Round numbers between two powers of ten: every decade.
+
+    If there are few, 2 and 5 of each too.
+    """
     factors = (1, 2, 5) if high - low < 3 else (1,)
     exponents = range(math.floor(low), math.ceil(high) + 1)
     return [f * 10.0**e for e in exponents for f in factors if low <= math.log10(f * 10.0**e) <= high]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def _colours(record: RunRecord) -> dict[str, str]:
@@ -220,18 +257,22 @@ def _colours(record: RunRecord) -> dict[str, str]:
 def _shades(chosen: Sequence[Result]) -> dict[int, tuple[str, str]]:
     """(paper, ink) of each bit-width that was chosen, pale to dark."""
     widths = sorted({bits for result in chosen for bits in result.assignment.bits if bits is not None})
-    spread = np.linspace(1, len(SHADES) - 1, len(widths)).round().astype(int) if len(widths) != 1 else [2]
-    return {b: (SHADES[k], "#111" if k < 4 else "#fff") for b, k in zip(widths, spread, strict=True)}
+    indices = np.linspace(1, len(SHADES) - 1, len(widths)).round().astype(int) if len(widths) != 1 else [2]
+    return {b: (SHADES[k], "#111" if k < 4 else "#fff") for b, k in zip(widths, indices, strict=True)}
 
 
 def _bits_table(record: RunRecord, chosen: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row a layer: its name, its share of the weights, and (width, text) of each chosen assignment."""
-    most, names = max(record.layer_weights, default=1), short_names(record.layer_names)
+    """One row for each layer.
+
+    Its cells are (width, text) of each chosen assignment. `share` is in percent of the largest
+    layer.
+    """
+    largest, names = max(record.layer_weights, default=1), short_names(record.layer_names)
     return [
         {
             "name": name,
             "num_weights": count,
-            "share": 100 * count / most,
+            "share": 100 * count / largest,
             "cells": [
                 (r.assignment.bits[i], bits_text(*r.assignment.pairs[i]) if r.assignment.bits[i] else "float") for r in chosen
             ],
@@ -241,10 +282,18 @@ def _bits_table(record: RunRecord, chosen: Sequence[Result]) -> list[dict[str, A
 
 
 def heat_map(path: Path) -> dict[str, Any]:
-    """A saved matrix as the page's script reads it, without what no choice may have; StoreError where the file is damaged.
+    """A saved matrix as the page's script reads it.
 
-    `limit` is the value of full colour: a high percentile of the magnitudes between layers that are not zero, or else of the
-    diagonal.
+    Args:
+        path: File of the matrix.
+
+    Returns:
+        Layers, bit-widths, values and standard errors. Pairs that no choice may have are null.
+        `limit` is the value of full colour: a high percentile of the nonzero magnitudes between
+        layers, or else of the diagonal.
+
+    Raises:
+        StoreError: The file is damaged.
     """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -253,18 +302,14 @@ def heat_map(path: Path) -> dict[str, Any]:
             options = [str(option).rpartition(":") for option in file["options"]]
             quarantined, forbidden, ranking_only = (file[name] for name in ("quarantined", "forbidden", "ranking_only"))
         names = [name for name, _, _ in options]
-        counts = Counter(names)
         between = np.array([[one != other for other in names] for one in names])
         magnitudes = np.abs(values[between] if values[between].any() else np.diag(values))
     except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile) as error:
         raise StoreError(
             f"{path} is damaged ({error}); delete it and run `clado run` again: nothing is measured twice"
         ) from error
-    magnitudes = magnitudes[magnitudes > 0]
-    allowed = between | np.eye(len(values), dtype=bool)
-    allowed[list(quarantined), :] = allowed[:, list(quarantined)] = False
-    for one, other in forbidden:
-        allowed[one, other] = allowed[other, one] = False
+    magnitudes, counts = magnitudes[magnitudes > 0], Counter(names)
+    allowed = _allowed(between, quarantined, forbidden)
     return {
         "name": path.stem,
         "ranking_only": bool(ranking_only),
@@ -279,21 +324,30 @@ def heat_map(path: Path) -> dict[str, Any]:
     }
 
 
+def _allowed(between: NDArray[np.bool_], quarantined: NDArray[np.int64], forbidden: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The pairs of options that a choice may have. `between` marks pairs of different layers."""
+    allowed = between | np.eye(len(between), dtype=bool)
+    allowed[list(quarantined), :] = allowed[:, list(quarantined)] = False
+    for one, other in forbidden:
+        allowed[one, other] = allowed[other, one] = False
+    return allowed
+
+
 def _coverage(record: RunRecord) -> dict[str, Any]:
-    """What is searched, and what is not: grouped by why, largest first."""
+    """Parameters that are not searched, by reason. `share` is the fraction that is searched."""
     reasons: dict[str, list[tuple[str, int]]] = {}
-    for name, size, why in record.unsearched:
-        reasons.setdefault(why, []).append((name, size))
+    for name, size, reason in record.unsearched:
+        reasons.setdefault(reason, []).append((name, size))
     groups = [
-        {"why": why, "bytes": sum(size for _, size in found), "parameters": found}
-        for why, found in sorted(reasons.items(), key=lambda item: -sum(size for _, size in item[1]))
+        {"why": reason, "bytes": sum(size for _, size in parameters), "parameters": parameters}
+        for reason, parameters in sorted(reasons.items(), key=lambda item: -sum(size for _, size in item[1]))
     ]
-    left = sum(size for _, size, _ in record.unsearched)
-    return {"groups": groups, "bytes": left, "share": record.float_bytes / (record.float_bytes + left)}
+    unsearched = sum(size for _, size, _ in record.unsearched)
+    return {"groups": groups, "bytes": unsearched, "share": record.float_bytes / (record.float_bytes + unsearched)}
 
 
 def _provenance(record: RunRecord) -> list[tuple[str, str]]:
-    """(what, value) of where the numbers come from."""
+    """(name, value) of everything that says where the numbers come from."""
     rows = [("fingerprint", record.fingerprint), ("criterion", record.criterion), ("corrections", record.corrections)]
     rows += [(name.replace("_", " "), value) for name, value in record.provenance.items() if value]
     rows += [(name.replace("_", " "), f"{d['num_images']:,} images, sha256 {d['sha256']}") for name, d in record.data.items()]

@@ -1,7 +1,8 @@
-"""Pictures of a run: the interaction heat map, bits per layer, and accuracy and loss against size. Names are those of the code.
+"""Pictures of a run: the interaction heat map, bits per layer, and accuracy and loss against size.
 
-Figures are made without pyplot, so nothing global changes and any thread may draw. Colours are safe for colour-blind readers:
-Okabe and Ito's for methods, pale to dark for bit-widths, blue to red through white for signed numbers.
+Figures are drawn without pyplot, so that no global state changes and any thread can draw.
+Colour-blind readers can tell all colours apart: Okabe and Ito's for methods, pale to dark for
+bit-widths, blue to red through white for signed numbers.
 """
 
 import math
@@ -24,7 +25,7 @@ from clado.space import bits_text
 DOTS_PER_INCH = 150
 ROBUST_PERCENTILE = 98.0
 INK, PALE = "#222222", "#d9d9d9"
-# Okabe & Ito 2008; the pale yellow is left out, it is faint on white
+# Okabe & Ito 2008, without the pale yellow, which is faint on white
 STYLES: dict[str, tuple[str, str]] = {
     UNIFORM: ("#7f7f7f", "s"),
     "layerwise": ("#e69f00", "v"),
@@ -36,7 +37,16 @@ OTHER_STYLES = (("#d55e00", "P"), ("#cc79a7", "X"), ("#56b4e9", "<"), ("#8c510a"
 
 
 def save_all(record: RunRecord, matrices: Mapping[str, InteractionMatrix], folder: Path) -> list[Path]:
-    """Draws every picture into `folder` as PNG and returns the files; `matrices` are named as their files will be."""
+    """Draws every picture of a run as PNG.
+
+    Args:
+        record: The record.
+        matrices: Interaction matrices, by the name that their files get.
+        folder: Folder of the files.
+
+    Returns:
+        The files.
+    """
     figures = {f"heat_map_{name}": heat_map(matrix) for name, matrix in matrices.items()}
     if CHOSEN in record.methods:
         figures["bits_per_layer"] = bits_per_layer(record)
@@ -49,17 +59,20 @@ def save_all(record: RunRecord, matrices: Mapping[str, InteractionMatrix], folde
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        figure.savefig(part, format="png", dpi=DOTS_PER_INCH, facecolor="white")
-        part.replace(path)
+        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, facecolor="white")
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
 def heat_map(matrix: InteractionMatrix) -> Figure:
-    """The interaction matrix, options grouped by layer. What no choice may have (two options of a layer) is grey."""
+    """The interaction matrix, with options grouped by layer.
+
+    Pairs that no choice may have (two options of a layer) are grey.
+    """
     space = matrix.space
     edges = np.array(space.offsets) - 0.5
     centres = (edges[:-1] + edges[1:]) / 2
@@ -85,8 +98,8 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
     for edge in edges[1:-1]:
         axes.axhline(edge, color=PALE, linewidth=0.4)
         axes.axvline(edge, color=PALE, linewidth=0.4)
-    beyond = bool((np.abs(values[~np.isnan(values)]) > limit).any())
-    bar = figure.colorbar(image, ax=axes, extend="both" if beyond else "neither", fraction=0.04, pad=0.02)
+    clipped = bool((np.abs(values[~np.isnan(values)]) > limit).any())
+    bar = figure.colorbar(image, ax=axes, extend="both" if clipped else "neither", fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.set_label("Ĝ (orders assignments, is not a loss)" if matrix.ranking_only else "Ĝ (twice the loss increase)", fontsize=9)
     images = f"{matrix.num_samples:,} images" if matrix.num_samples != 1 else "1 image"
@@ -95,7 +108,10 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
 
 
 def colour_limit(matrix: InteractionMatrix) -> float:
-    """The value of full colour: a high percentile of what is not zero between layers; of the diagonal where nothing interacts."""
+    """The value of full colour.
+
+    It is a high percentile of the nonzero magnitudes between layers, or else of the diagonal.
+    """
     magnitudes = np.abs(matrix.values[~matrix.in_layer_mask()])
     if not magnitudes.any():
         magnitudes = np.abs(np.diag(matrix.values))
@@ -104,45 +120,29 @@ def colour_limit(matrix: InteractionMatrix) -> float:
 
 
 def bits_per_layer(record: RunRecord) -> Figure:
-    """Layers in execution order × budgets for the chosen assignments (at least one); beside them the weights of each layer.
+    """Bits of each layer for each budget's chosen assignment, next to the layer's weights.
 
-    Colours are of the weights' bits; where the run's activations have several widths, cells read weight bits/activation bits.
+    Layers are in execution order.
+
+    Colours are of the weights' bits. If the run's activations have several widths, cells read
+    weight bits/activation bits.
+
+    Args:
+        record: A record with at least one chosen assignment.
     """
     columns = [result for budget in record.budgets if (result := record.find(budget, CHOSEN)) is not None]
-    bits = np.array([[b or 0 for b in result.assignment.bits] for result in columns], dtype=np.int64).T
-    widths = sorted(set(bits.ravel().tolist()))
     activation_widths = {a for result in record.results for a in result.assignment.activation_bits if a is not None}
     names = short_names(record.layer_names)
-    rows = len(names)
 
-    height = max(3.2, 0.2 * rows + 1.3)
     width = 0.075 * max(map(len, names)) + 0.78 * max(len(columns), 2) + 2.4
-    figure = _canvas(width, height)
+    figure = _canvas(width, max(3.2, 0.2 * len(names) + 1.3))
     axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(max(len(columns), 2) * 0.78, 1.5))
-    shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 0.9, max(len(widths), 2)))[: len(widths)]
-    colour = dict(zip(widths, shades, strict=True))
-    cells = np.array([[colour[b] for b in row] for row in bits.tolist()])
-    axes.imshow(cells, aspect="auto", interpolation="nearest")
-    for i, row in enumerate(bits.tolist()):
-        for k, b in enumerate(row):
-            pair = columns[k].assignment.pairs[i]
-            text = (bits_text(*pair) if len(activation_widths) > 1 else str(b)) if b else "float"
-            axes.text(k, i, text, ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(colour[b]))
+    _draw_cells(axes, columns, with_activations=len(activation_widths) > 1)
     axes.set_xticks(range(len(columns)), [f"{result.budget}\n{size_text(result.size_bytes)}" for result in columns], fontsize=7.5)
     axes.xaxis.tick_top()
-    axes.set_yticks(range(rows), names, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.tick_params(length=0)
-    for k in range(1, len(columns)):
-        axes.axvline(k - 0.5, color="white", linewidth=2)
-    for i in range(1, rows):
-        axes.axhline(i - 0.5, color="white", linewidth=0.6)
-
-    side.barh(range(rows), [count / 1000 for count in record.layer_weights], color="#8f8f8f", height=0.7)
-    side.set_title("thousand weights", fontsize=8, color=INK)
-    side.tick_params(axis="x", labelsize=7.5)
-    side.tick_params(axis="y", length=0)
-    side.grid(axis="x", color=PALE, linewidth=0.5)
-    side.set_axisbelow(True)
+    _draw_weights(side, record.layer_weights)
     for axis in (axes, side):
         axis.spines[:].set_visible(False)
     title = f"Bits per layer, {record.network}"
@@ -154,26 +154,55 @@ def bits_per_layer(record: RunRecord) -> Figure:
     return figure
 
 
+def _draw_cells(axes: Axes, columns: Sequence[Result], with_activations: bool) -> None:
+    """One coloured cell with its bits for each layer (row) and chosen assignment (column)."""
+    bits = np.array([[b or 0 for b in result.assignment.bits] for result in columns], dtype=np.int64).T
+    widths = sorted(set(bits.ravel().tolist()))
+    shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 0.9, max(len(widths), 2)))[: len(widths)]
+    colour = dict(zip(widths, shades, strict=True))
+    cells = np.array([[colour[b] for b in row] for row in bits.tolist()])
+    axes.imshow(cells, aspect="auto", interpolation="nearest")
+    for i, row in enumerate(bits.tolist()):
+        for k, b in enumerate(row):
+            pair = columns[k].assignment.pairs[i]
+            text = (bits_text(*pair) if with_activations else str(b)) if b else "float"
+            axes.text(k, i, text, ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(colour[b]))
+    for k in range(1, len(columns)):
+        axes.axvline(k - 0.5, color="white", linewidth=2)
+    for i in range(1, len(bits)):
+        axes.axhline(i - 0.5, color="white", linewidth=0.6)
+
+
+def _draw_weights(axes: Axes, layer_weights: Sequence[int]) -> None:
+    """One bar for each layer."""
+    axes.barh(range(len(layer_weights)), [count / 1000 for count in layer_weights], color="#8f8f8f", height=0.7)
+    axes.set_title("thousand weights", fontsize=8, color=INK)
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=PALE, linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
 def accuracy_against_size(record: RunRecord) -> Figure:
-    """Top-1 on the validation set against the size of the searched weights, one line a method."""
+    """Top-1 on the validation set against the size of the searched weights."""
     points = _points(record, _top1_percent)
     reference = None if record.float_accuracy.top1 is None else 100 * record.float_accuracy.top1
     figure = _against_size(record, points, reference, f"{record.top1_title} (%)")
     axes = figure.axes[0]
-    # one bad uniform assignment would flatten everything else: what lies far below is marked at the lower edge, with its number
+    # one bad uniform assignment would flatten everything else, so it is marked at the lower edge
     others = [y for method, line in points.items() if method != UNIFORM for _, y in line]
     others += [] if reference is None else [reference]
     if others:
         low, high = min(others), max(others)
-        pad = max(0.08 * (high - low), 0.1)
-        floor = low - 3 * pad
-        below = [(x, y) for x, y in points.get(UNIFORM, []) if y < floor]
+        margin = max(0.08 * (high - low), 0.1)
+        floor = low - 3 * margin
+        outliers = [(x, y) for x, y in points.get(UNIFORM, []) if y < floor]
         colour, marker = STYLES[UNIFORM]
-        for x, y in below:
+        for x, y in outliers:
             axes.plot([x], [floor], marker=marker, color=colour, clip_on=False, markersize=6, zorder=3)
             _note(axes, f"uniform {y:.1f} %  ↓", (x, floor), (8, 5))
-        if below:
-            axes.set_ylim(floor, high + pad)
+        if outliers:
+            axes.set_ylim(floor, high + margin)
     images = record.float_accuracy.num_images
     _title(axes, f"Accuracy against size, {record.network}", f"{images:,} validation images")
     return figure
@@ -198,12 +227,12 @@ def _top1_percent(result: Result) -> float | None:
 
 
 def _points(record: RunRecord, value: Callable[[Result], float | None]) -> dict[str, list[tuple[float, float]]]:
-    """(bytes, value) of each method's results, by size, each size once."""
-    found: dict[str, dict[float, float]] = {method: {} for method in record.methods}
+    """(bytes, value) of each method's results, ordered by size, with each size once."""
+    lines: dict[str, dict[float, float]] = {method: {} for method in record.methods}
     for result in record.results:
         if (number := value(result)) is not None and math.isfinite(number):
-            found[result.method][result.size_bytes] = number
-    return {method: sorted(line.items()) for method, line in found.items()}
+            lines[result.method][result.size_bytes] = number
+    return {method: sorted(line.items()) for method, line in lines.items()}
 
 
 def _against_size(
@@ -224,9 +253,9 @@ def _against_size(
         axes.plot(
             x, y, color=colour, marker=marker, label=method, zorder=5 if chosen else 2,
             linewidth=0.9 if uniform else 1.5,
-            # circles alone for what was chosen: they ring the method that it was taken from
+            # circles without a line, around the point of the method that was chosen
             linestyle="none" if chosen else ":" if uniform else "-",
-            # between two uniform widths there is nothing: a larger budget buys nothing until the next one fits
+            # steps, because there is nothing between two uniform widths
             drawstyle="steps-post" if uniform else "default",
             markersize=10 if chosen else 5.5,
             markerfacecolor="none" if chosen else colour,
@@ -262,21 +291,24 @@ def _title(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], coordinates: str = "data") -> None:
-    """Small grey text, its offset in points."""
+    """Small grey text. Its offset is in points."""
     axes.annotate(text, at, offset, xycoords=coordinates, textcoords="offset points", fontsize=8.5, color="#555555")
 
 
 def _bits_sentence(matrix: InteractionMatrix) -> str:
     space = matrix.space
-    kinds = {space.candidates(layer) for layer in range(space.num_layers)}
-    if len(kinds) > 1:
+    candidates = {space.candidates(layer) for layer in range(space.num_layers)}
+    if len(candidates) > 1:
         return "in each layer narrow bits first"
-    several = len(space.activation_widths) > 1
-    texts = [bits_text(b, a if several else None) for b, a in kinds.pop()]
-    what = "bits of weights/activations" if several else "bits"
-    return f"in each layer {', '.join(texts)} {what} from the left and the top"
+    with_activations = len(space.activation_widths) > 1
+    texts = [bits_text(b, a if with_activations else None) for b, a in candidates.pop()]
+    unit = "bits of weights/activations" if with_activations else "bits"
+    return f"in each layer {', '.join(texts)} {unit} from the left and the top"
 
 
 def _ink_on(colour: NDArray[np.float64]) -> str:
-    """Black or white, whichever is legible on the colour (relative luminance of sRGB, roughly)."""
+    """Black or white, whichever is legible on the colour.
+
+    It compares the approximate relative luminance of sRGB.
+    """
     return "black" if float(np.dot(colour[:3], (0.299, 0.587, 0.114))) > 0.5 else "white"

@@ -1,7 +1,8 @@
-"""What a run found, as text for a terminal and for table.md. Reads a `RunRecord`; nothing here measures.
+"""The results of a run as text for a terminal and for table.md. Nothing here measures.
 
-Sizes are those of the searched weights. Losses are measured on the sensitivity set with the network that would ship; accuracy
-on the validation set, which no choice has seen. Percent exist only here, in print.
+Sizes are those of the searched weights. Losses are measured on the sensitivity set with the
+deployed network. Accuracy is measured on the validation set, which no choice has seen. Only printed
+figures are in percent.
 """
 
 import math
@@ -22,24 +23,34 @@ from clado.records import CHOSEN, MeasuredProposal, Receipt, Result, RunRecord, 
 from clado.settings.schema import database_of
 
 BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
-# "plain %" only where a run corrects: the same bits without corrections; "corrections" only where an answer has not all of them
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
+"""Rows of a budget.
+
+`plain %` is top-1 of the same bits without corrections. It is left out if the run has no
+corrections.
+
+`corrections` is left out if every answer has all corrections.
+"""
 FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
+"""What is said of an answer, by `Assignment.corrected`."""
 
 
 def table(record: RunRecord) -> Table:
-    """Rows of a budget (size, loss, top-1, plain top-1 where a run corrects) × methods; the best loss and top-1 are bold."""
-    result = Table()
-    result.add_column("budget", no_wrap=True)
-    result.add_column("", no_wrap=True, style="dim")
+    """The table of a record: `QUANTITIES` of every budget × methods.
+
+    The best loss and top-1 are bold.
+    """
+    grid = Table()
+    grid.add_column("budget", no_wrap=True)
+    grid.add_column("", no_wrap=True, style="dim")
     for method in record.methods:
-        result.add_column(method, justify="right", overflow="fold", min_width=9)
+        grid.add_column(method, justify="right", overflow="fold", min_width=9)
     for budget in record.budgets:
         lines = list(rows(record, budget))
         for k, (quantity, cells, best) in enumerate(lines):
-            shown = [Text(cell, style="bold green" if cell == best else "") for cell in cells]
-            result.add_row(Text("" if k else budget, style="bold"), quantity, *shown, end_section=k == len(lines) - 1)
-    return result
+            texts = [Text(cell, style="bold green" if cell == best else "") for cell in cells]
+            grid.add_row(Text("" if k else budget, style="bold"), quantity, *texts, end_section=k == len(lines) - 1)
+    return grid
 
 
 def markdown(record: RunRecord) -> str:
@@ -53,7 +64,10 @@ def markdown(record: RunRecord) -> str:
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what the interactions changed, from `layerwise` to `pairwise` (or else the first of INTERACTING)."""
+    """One sentence: what interactions change.
+
+    It compares `layerwise` with the first method of INTERACTING.
+    """
     rival = next((method for method in INTERACTING if method in record.methods), None)
     if BASE not in record.methods or rival is None:
         methods = ", ".join(record.methods) or "no results"
@@ -66,28 +80,30 @@ def verdict(record: RunRecord) -> str:
     ]
     if not pairs:
         return f"Interactions: no verdict, for at no budget both {BASE} and {rival} have a finite loss."
-    changed = [_num_changed(base, other) for _, base, other in pairs]
-    of = f"of {len(record.layer_names)} layers"
-    if not any(changed):
+    counts = [_num_changed(base, other) for _, base, other in pairs]
+    if not any(counts):
         where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
         return f"Interactions change nothing: {rival} and {BASE} agree on all {len(record.layer_names)} layers at {where}."
+    layers = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
+    parts = [f"Interactions change {layers} of {len(record.layer_names)} layers"]
+    if len(pairs) == 1:
+        return f"{parts[0]} and the measured loss {_change(*pairs[0])} ({rival} against {BASE})."
     lower = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed < base.loss_deployed]
     higher = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed > base.loss_deployed]
-    layers = f"{min(changed)} to {max(changed)}" if min(changed) < max(changed) else str(max(changed))
-    if len(pairs) == 1:
-        return f"Interactions change {layers} {of} and the measured loss {_change(*pairs[0])} ({rival} against {BASE})."
-    parts = [f"Interactions change {layers} {of}"]
-    for word, found, extreme in (("lower", lower, min), ("raise", higher, max)):
-        if found:
-            most = extreme(found, key=lambda pair: _relative(pair[1], pair[2]))
-            parts.append(f"{word} the measured loss at {len(found)} of {len(pairs)} budgets, most {_change(*most, signed=False)}")
+    for word, group, extreme in (("lower", lower, min), ("raise", higher, max)):
+        if group:
+            pair = extreme(group, key=lambda pair: _relative(pair[1], pair[2]))
+            parts.append(f"{word} the measured loss at {len(group)} of {len(pairs)} budgets, most {_change(*pair, signed=False)}")
     if not lower and not higher:
         parts.append("leave the measured loss as it is")
     return f"{'; they '.join(parts)} ({rival} against {BASE})."
 
 
 def winners(record: RunRecord) -> str:
-    """One line a budget: whose assignment was chosen, and how far its measured loss is from the least of the others."""
+    """One line for each budget: who proposed the chosen assignment.
+
+    It says how far its measured loss is from the least of the others.
+    """
     chosen = [result for result in record.results if result.method == CHOSEN]
     width = max((len(result.budget) for result in chosen), default=0)
     name_width = max((len(result.winner or "") for result in chosen), default=0)
@@ -100,26 +116,33 @@ def winners(record: RunRecord) -> str:
 
 
 def search_text(record: RunRecord) -> str:
-    """What the local search gained at each budget; empty where there was none."""
+    """One sentence: how far the local search lowered the measured loss.
+
+    Empty if there was no local search.
+    """
     if not record.searches:
         return ""
     evaluations = sum(row.evaluations for row in record.searches)
-    gained = [row for row in record.searches if row.gain > 0]
+    successes = [row for row in record.searches if row.gain > 0]
     surrogate = record.searches[0].surrogate
     head = f"Local search on the measured loss ({evaluations} evaluations, moves ranked by {surrogate}) "
-    if not gained:
+    if not successes:
         return head + f"found nothing better at any of {len(record.searches)} budgets."
-    most = max(gained, key=lambda row: row.gain / row.start_loss if row.start_loss else row.gain)
-    share = f" ({100 * most.gain / most.start_loss:.1f} %)" if most.start_loss else ""
+    best = max(successes, key=lambda row: row.gain / row.start_loss if row.start_loss else row.gain)
+    share = f" ({100 * best.gain / best.start_loss:.1f} %)" if best.start_loss else ""
     return (
-        head + f"lowered it at {len(gained)} of {len(record.searches)} budgets, most at {most.budget}: "
-        f"from {loss_text(most.start_loss)} ({most.start}) to {loss_text(most.best_loss)}{share}."
+        head + f"lowered it at {len(successes)} of {len(record.searches)} budgets, most at {best.budget}: "
+        f"from {loss_text(best.start_loss)} ({best.start}) to {loss_text(best.best_loss)}{share}."
     )
 
 
 def stability_text(record: RunRecord) -> str:
-    """One sentence: how many layers of the surrogate's answers, which need not be the chosen ones, the images leave undecided at
-    each budget, and how many images would settle them."""
+    """One sentence: how many layers the images leave undecided at each budget.
+
+    It also says how many images would decide them.
+
+    The layers are those of the surrogate's answers, which need not be the chosen ones.
+    """
     if not record.stability:
         return ""
     first, num_layers = record.stability[0], len(record.layer_names)
@@ -127,52 +150,73 @@ def stability_text(record: RunRecord) -> str:
     for row in record.stability:
         if not row.undecided[0]:
             continue
-        settled = row.settled_by
-        most = row.multiples[-1] * row.num_images
-        after = f"even {most:,} would leave {row.undecided[-1]}" if settled is None else f"about {settled:,} would settle them"
-        parts.append(f"{row.undecided[0]} of {num_layers} at {row.budget} ({after})")
+        images, largest = row.settled_by, row.multiples[-1] * row.num_images
+        outlook = f"even {largest:,} would leave {row.undecided[-1]}" if images is None else f"about {images:,} would settle them"
+        parts.append(f"{row.undecided[0]} of {num_layers} at {row.budget} ({outlook})")
     head = f"With {first.num_images:,} images, {first.estimator}'s own answers, chosen or not, have"
-    how = f"bootstrap over sample blocks, {first.num_resamples} resamples"
+    procedure = f"bootstrap over sample blocks, {first.num_resamples} resamples"
     if not parts:
-        return f"{head} every layer's bits decided at every budget ({how})."
-    return f"{head} undecided layers: {'; '.join(parts)} ({how})."
+        return f"{head} every layer's bits decided at every budget ({procedure})."
+    return f"{head} undecided layers: {'; '.join(parts)} ({procedure})."
 
 
 def proposals_table(record: RunRecord) -> str:
-    """Every candidate that was measured, by budget and Brier score, as Markdown; the chosen one is marked, and who predicts where
-    another proposed."""
-    rows = []
-    for budget in record.budgets:
-        best = record.find(budget, CHOSEN)
-        own = [c for c in record.measured_proposals if c.budget == budget]
-        if own and best and all(c.assignment != best.assignment for c in own):  # proposed for another budget
-            own += [
-                replace(c, budget=budget, origin=best.winner or CHOSEN)
-                for c in record.measured_proposals
-                if c.assignment == best.assignment
-            ][:1]
-        for c in sorted(own, key=_by_what_is_measured):
-            predicted = "–" if c.loss_predicted is None else loss_text(c.loss_predicted)
-            predicted += f" ({c.predicted_by})" if c.predicted_by else ""
-            measured = "not finite" if c.loss_deployed is None else loss_text(c.loss_deployed)
-            brier = "–" if c.brier_deployed is None else loss_text(c.brier_deployed)
-            origin = f"{c.origin} (chosen)" if best and c.assignment == best.assignment else c.origin
-            agreement = "–" if c.agreement_deployed is None else percent(c.agreement_deployed)
-            rows.append([budget, origin, f"{c.size_bytes:,}", predicted, measured, brier, agreement, str(c.assignment)])
-    if not rows:
+    """Every measured proposal as Markdown table, ordered by budget and Brier score.
+
+    The chosen one is marked.
+    """
+    table = [_proposal_cells(proposal, best) for budget in record.budgets for proposal, best in _proposals_of(record, budget)]
+    if not table:
         return "No proposals are recorded."
     header = ["budget", "proposed by", "bytes", "predicted loss", "measured loss", "Brier score", "agreement %", "bits"]
-    return markdown_table(header, rows)
+    return markdown_table(header, table)
 
 
-def _by_what_is_measured(candidate: MeasuredProposal) -> tuple[float, float]:
-    """Brier score, then loss; what has not been measured comes last."""
-    brier, loss = candidate.brier_deployed, candidate.loss_deployed
+def _proposals_of(record: RunRecord, budget: str) -> list[tuple[MeasuredProposal, bool]]:
+    """(proposal, whether it was chosen) of a budget, by Brier score.
+
+    The chosen one may be a proposal for another budget.
+    """
+    best = record.find(budget, CHOSEN)
+    proposals = [proposal for proposal in record.measured_proposals if proposal.budget == budget]
+    if proposals and best and all(proposal.assignment != best.assignment for proposal in proposals):
+        proposals += [
+            replace(proposal, budget=budget, origin=best.winner or CHOSEN)
+            for proposal in record.measured_proposals
+            if proposal.assignment == best.assignment
+        ][:1]
+    is_best = [best is not None and proposal.assignment == best.assignment for proposal in proposals]
+    return sorted(zip(proposals, is_best, strict=True), key=lambda pair: _measured_rank(pair[0]))
+
+
+def _proposal_cells(proposal: MeasuredProposal, chosen: bool) -> list[str]:
+    """Cells of a row of `proposals_table`.
+
+    The predicted loss names its estimator, if that is not the proposing one.
+    """
+    predicted, brier = (
+        "–" if value is None else loss_text(value) for value in (proposal.loss_predicted, proposal.brier_deployed)
+    )
+    return [
+        proposal.budget,
+        f"{proposal.origin} (chosen)" if chosen else proposal.origin,
+        f"{proposal.size_bytes:,}",
+        f"{predicted} ({proposal.predicted_by})" if proposal.predicted_by else predicted,
+        "not finite" if proposal.loss_deployed is None else loss_text(proposal.loss_deployed),
+        brier,
+        percent(proposal.agreement_deployed),
+        str(proposal.assignment),
+    ]
+
+
+def _measured_rank(proposal: MeasuredProposal) -> tuple[float, float]:
+    """Brier score, then loss. What has not been measured comes last."""
+    brier, loss = proposal.brier_deployed, proposal.loss_deployed
     return math.inf if brier is None else brier, math.inf if loss is None else loss
 
 
 def _lead(result: Result) -> str:
-    """How far a chosen assignment is ahead of what the other methods proposed."""
+    """How far the measured loss of a chosen assignment is from the least of the other methods."""
     if result.gain is None:
         return ""
     if result.gain == 0:
@@ -185,14 +229,14 @@ def _lead(result: Result) -> str:
 
 
 def solver_line(record: RunRecord) -> str:
-    """How the programs were solved: statuses, the largest gap, the longest time."""
-    solved = [result for result in record.results if result.status is not None and result.method != CHOSEN]
-    if not solved:
+    """One sentence on the solver: statuses, the largest gap, the longest time."""
+    answers = [result for result in record.results if result.status is not None and result.method != CHOSEN]
+    if not answers:
         return "Solver: no program was solved."
-    counts = Counter(result.status for result in solved)
-    parts = [", ".join(f"{count} of {len(solved)} {status}" for status, count in counts.most_common())]
-    gaps = [result.gap for result in solved if result.gap is not None]
-    seconds = [result.seconds for result in solved if result.seconds is not None]
+    counts = Counter(result.status for result in answers)
+    parts = [", ".join(f"{count} of {len(answers)} {status}" for status, count in counts.most_common())]
+    gaps = [result.gap for result in answers if result.gap is not None]
+    seconds = [result.seconds for result in answers if result.seconds is not None]
     if gaps:
         parts.append(f"largest gap {100 * max(gaps):.3g} %")
     if seconds:
@@ -209,36 +253,39 @@ def phase_times(record: RunRecord) -> str:
 
 
 def how_to_open(receipt: Receipt) -> str:
-    """The address of the run's page, or the command that serves it; in the database's own folder that needs no address."""
+    """The address of the run's page in MLflow, or the command that serves it.
+
+    In the folder of the database, the command needs no address.
+    """
     if receipt.uri.startswith(("http://", "https://")):
         page = f"/#/experiments/{receipt.experiment_id}/runs/{receipt.parent_run_id}" if receipt.parent_run_id else ""
         return receipt.uri.rstrip("/") + page
     installed = Path(sys.executable).with_name("mlflow")
     command = shlex.quote(str(installed)) if shutil.which("mlflow") is None and installed.exists() else "mlflow"
-    default = database_of(receipt.uri) == Path.cwd() / "mlflow.db"
-    store = "" if default else f" --backend-store-uri {shlex.quote(receipt.uri)}"
+    is_default = database_of(receipt.uri) == Path.cwd() / "mlflow.db"
+    store = "" if is_default else f" --backend-store-uri {shlex.quote(receipt.uri)}"
     return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui{store}"
 
 
 def locations(folder: Path, plots: Sequence[Path] = (), receipt: Receipt | None = None) -> str:
-    """Where the run, the plots and the MLflow store are, and how to open them."""
-    rows = [("run", str(folder)), ("shown by", f"clado show {folder}")]
+    """The places of the run, the plots and the MLflow store, and how to open them."""
+    lines = [("run", str(folder)), ("shown by", f"clado show {folder}")]
     if plots:
-        places = sorted({str(path.parent) for path in plots})
-        rows.append(("plots", f"{', '.join(places)} ({', '.join(path.name for path in plots)})"))
+        folders = sorted({str(path.parent) for path in plots})
+        lines.append(("plots", f"{', '.join(folders)} ({', '.join(path.name for path in plots)})"))
     if receipt is not None:
-        rows.append(("MLflow", f"{receipt.uri}, experiment {receipt.experiment}"))
+        lines.append(("MLflow", f"{receipt.uri}, experiment {receipt.experiment}"))
         if receipt.parent_run_id is not None:
-            rows.append(("", f"run {receipt.parent_run_id}, {receipt.num_children} below it"))
+            lines.append(("", f"run {receipt.parent_run_id}, {receipt.num_children} below it"))
         if receipt.problem is not None:
-            rows.append(("", f"NOT all delivered: {receipt.problem}"))
+            lines.append(("", f"NOT all delivered: {receipt.problem}"))
         if receipt.parent_run_id is not None:
-            rows.append(("opened by", how_to_open(receipt)))
-    return "\n".join(f"{name.ljust(10)}{value}" for name, value in rows)
+            lines.append(("opened by", how_to_open(receipt)))
+    return "\n".join(f"{name.ljust(10)}{value}" for name, value in lines)
 
 
 def show(record: RunRecord) -> Group:
-    """Everything there is to say about a record, to print with rich."""
+    """All texts of a record, to print with rich."""
     parts: list[RenderableType] = [Text(f"{record.network}: {caption(record)}"), table(record)]
     texts = [
         verdict(record),
@@ -255,25 +302,30 @@ def show(record: RunRecord) -> Group:
 
 
 def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str | None]]:
-    """(quantity, one cell a method, the best cell where best has a meaning) of a budget."""
-    found = [record.find(budget, method) for method in record.methods]
-    losses = [None if result is None else result.loss_deployed for result in found]
-    accuracies = [_top1(result) for result in found]
+    """Rows of a budget in the table.
+
+    Yields:
+        A quantity, one cell for each method, and the best cell (None if no cell is better than
+        another).
+    """
+    results = [record.find(budget, method) for method in record.methods]
+    losses = [None if result is None else result.loss_deployed for result in results]
+    accuracies = [_top1(result) for result in results]
     least = min((loss for loss in losses if loss is not None), default=None)
-    most = max((top1 for top1 in accuracies if top1 is not None), default=None)
-    yield QUANTITIES[0], ["–" if result is None else size_text(result.size_bytes) for result in found], None
+    highest = max((top1 for top1 in accuracies if top1 is not None), default=None)
+    yield QUANTITIES[0], ["–" if result is None else size_text(result.size_bytes) for result in results], None
     yield (
         QUANTITIES[1],
         ["–" if loss is None else loss_text(loss) for loss in losses],
         None if least is None else loss_text(least),
     )
-    yield _top1_label(record), [percent(top1) for top1 in accuracies], None if most is None else percent(most)
-    plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in found]
+    yield _top1_label(record), [percent(top1) for top1 in accuracies], None if highest is None else percent(highest)
+    plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in results]
     if any(top1 is not None for top1 in plain):
         yield QUANTITIES[3], [percent(top1) for top1 in plain], None
-    corrected = ["–" if result is None else result.assignment.corrected for result in found]
-    if any(level not in ("–", "all") for level in corrected):
-        yield QUANTITIES[4], corrected, None
+    corrections = ["–" if result is None else result.assignment.corrected for result in results]
+    if any(level not in ("–", "all") for level in corrections):
+        yield QUANTITIES[4], corrections, None
 
 
 def _top1(result: Result | None) -> float | None:
@@ -285,7 +337,7 @@ def _top1_label(record: RunRecord) -> str:
 
 
 def caption(record: RunRecord) -> str:
-    """Size, loss and accuracy of the float network, and what is corrected."""
+    """Size, loss and accuracy of the float network, and the corrections."""
     accuracy = record.float_accuracy
     top1 = "" if accuracy.top1 is None else f", {record.top1_title} {percent(accuracy.top1)} % on {accuracy.num_images:,} images"
     if interval := accuracy.top1_interval:
@@ -295,14 +347,14 @@ def caption(record: RunRecord) -> str:
 
 
 def _forwards(record: RunRecord) -> str:
-    """How many forward images each kind of tile and what was measured to choose took, and each estimator."""
+    """Forward images of each tile kind, of choosing, and of each estimator alone."""
     counts = ", ".join(f"{name} {count:,}" for name, count in record.forwards.items())
-    own = ", ".join(
+    costs = ", ".join(
         f"{name} {cost['forwards']:,}" + (f" and {cost['backwards']:,} backward" if cost["backwards"] else "")
         for name, cost in record.costs.items()
     )
     text = f"Forward images, as whole forwards would need: {counts}." if counts else ""
-    return f"{text} Each estimator alone: {own}." if own else text
+    return f"{text} Each estimator alone: {costs}." if costs else text
 
 
 def loss_text(value: float) -> str:
@@ -317,13 +369,16 @@ def _num_changed(one: Result, other: Result) -> int:
 
 
 def _relative(base: Result, other: Result) -> float:
-    """Relative change of the measured loss; the absolute one where the base is 0."""
+    """Relative change of the measured loss. If the base is 0, the absolute change."""
     change = other.loss_deployed - base.loss_deployed
     return change / abs(base.loss_deployed) if base.loss_deployed else change
 
 
 def _change(budget: str, base: Result, other: Result, signed: bool = True) -> str:
-    """'by -12.3 % at 2.5 bits (12.3 % unless signed), from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'."""
+    """A change in words, with or without sign.
+
+    An example: 'by -12.3 % at 2.5 bits, from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'.
+    """
     change = 100 * _relative(base, other)
     share = f"by {change:+.1f} % " if signed else f"by {abs(change):.1f} % "
     share = share if base.loss_deployed else ""

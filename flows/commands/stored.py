@@ -32,7 +32,7 @@ from clado.run.opened_run import EVALUATION_BATCH, OpenedRun, limit_of, limits_o
 from clado.settings.schema import RunConfig, load_run_config, parse_limit
 from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
-from clado.tracking import delivery
+from clado.tracking import delivery, metrics
 from flows.commands.export import file_name
 from flows.guard import uninterrupted
 from flows.phases.run import chosen_of, with_fewer_corrections
@@ -315,7 +315,7 @@ def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget |
         experiment=settings.experiment,
         uri=settings.uri,
         params={"budget": name, "method": "evaluated"},
-        series=delivery.curves(RunRecord.load(stored.folder / "record.json"), rows),
+        series=metrics.curves(RunRecord.load(stored.folder / "record.json"), rows),
         artifacts=[folder / "table.md"],
     )
 

@@ -23,7 +23,7 @@ from clado.quantization.preparation import names_of
 from clado.records import CHOSEN, Receipt, Result, RunRecord, write_text
 from clado.reporting import page, plots, tables
 from clado.run.opened_run import OpenedRun
-from clado.tracking import delivery
+from clado.tracking import delivery, notes
 from flows import artifacts
 from flows.commands.export import budget_folder, export, model_folder
 from flows.phases.choose import measured_proposals, summaries
@@ -190,7 +190,7 @@ def failure_recorded(session: OpenedRun) -> Iterator[None]:
             tags=_tags(session),
         )
         raise
-    (session.folder / delivery.FAILURE).unlink(missing_ok=True)
+    (session.folder / notes.FAILURE).unlink(missing_ok=True)
 
 
 def _tags(session: OpenedRun) -> dict[str, str]:

@@ -62,7 +62,7 @@ from clado.quantization.preparation import Prepared, Recipe, calibration_batches
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment, SearchSpace
-from clado.tracking.delivery import set_environment
+from clado.tracking.stores import set_environment
 from tests.benchmarks.study_table import DATA, NUM_CALIBRATION, key, lines, methods, rows
 
 NETWORKS = ("resnet20_fashion_mnist", "mobilenetv2_fashion_mnist", "vit_fashion_mnist")

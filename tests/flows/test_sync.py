@@ -14,6 +14,8 @@ from clado.errors import MeasurementError
 from clado.records import Receipt, RunRecord
 from clado.settings.schema import load_run_config, parse_config
 from clado.tracking import delivery
+from clado.tracking.content import RecordContent
+from clado.tracking.single_runs import FailureContent
 from flows import clusters
 from flows.cli import app
 from flows.guard import locked
@@ -77,7 +79,8 @@ def runs_of(document: dict[str, Any]) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(document["tracking"]["uri"])
-    return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id], max_results=500)]
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(ids, max_results=500))
 
 
 def check_delivered(document: dict[str, Any]) -> None:
@@ -121,7 +124,7 @@ def check_registered(document: dict[str, Any], parent: Any) -> None:
 def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delivered(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(delivery._Delivery, "send", gone)
+        patch.setattr(RecordContent, "send", gone)
         assert not track(unsent).delivered
     with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
         raise MeasurementError("a later run fails")
@@ -135,11 +138,11 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
 def test_a_failure_that_was_not_delivered_goes_with_the_run_that_came_to_its_end(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(delivery._Failure, "send", gone)
+        patch.setattr(FailureContent, "send", gone)
         with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
             raise MeasurementError("a run fails")
         assert (folder / "mlflow-undelivered-failure.json").exists()
-        patch.setattr(delivery._Delivery, "send", gone)
+        patch.setattr(RecordContent, "send", gone)
         assert not track(unsent).delivered  # and takes its traceback away
     assert [path.name for path in folder.glob("mlflow-undelivered*")] == [NOTE]
     sync(folder)
@@ -296,8 +299,8 @@ def test_a_run_whose_mlflow_is_gone_is_delivered_to_the_default_of_the_working_f
     shutil.move(home / "run", tmp_path / "moved")
     shutil.rmtree(home)
     shutil.copy(template, tmp_path)
-    told = sync(tmp_path / "moved")
-    assert f"Delivered to sqlite:///{tmp_path}/mlflow.db" in told
+    output = sync(tmp_path / "moved")
+    assert f"Delivered to sqlite:///{tmp_path}/mlflow.db" in output
     assert f"{home}/tracker.db is gone" in caplog.text
     check_delivered({"folder": str(tmp_path / "moved"), "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}})
     assert "Nothing to deliver" in sync(tmp_path / "moved")
@@ -335,10 +338,10 @@ def test_a_run_that_fails_is_recorded_as_failed_with_its_traceback(unsent, away,
     assert failed.info.status == "FAILED"
     assert failed.data.tags["error"] == "MeasurementError: tile 3 is bad: see http://***@host/"
     assert failed.data.params["network"]
-    [told] = Path(failed.info.artifact_uri.removeprefix("file://")).iterdir()
-    assert told.read_bytes() == (folder / "failure.txt").read_bytes()
-    assert "in poison" in told.read_text()
-    assert "hunter2" not in told.read_text()
+    [traceback] = Path(failed.info.artifact_uri.removeprefix("file://")).iterdir()
+    assert traceback.read_bytes() == (folder / "failure.txt").read_bytes()
+    assert "in poison" in traceback.read_text()
+    assert "hunter2" not in traceback.read_text()
     assert track(unsent).delivered
     assert not (folder / "failure.txt").exists()
     assert Counter(run.info.status for run in runs_of(unsent)) == {"FAILED": 1, "FINISHED": CHILDREN + 1}
@@ -368,8 +371,8 @@ NOTES = {
 def test_a_note_that_cannot_be_followed_is_one_message_and_nothing_is_sent(unsent, name):
     folder, (text, expected) = Path(unsent["folder"]), NOTES[name]
     (folder / NOTE).write_text(text)
-    told = sync(folder, ends=2)
-    assert all(words in told for words in expected), told
+    output = sync(folder, ends=2)
+    assert all(words in output for words in expected), output
     assert (folder / NOTE).read_text() == text
     assert runs_of(unsent) == []
 
@@ -384,13 +387,13 @@ def test_what_is_no_run_is_refused(tmp_path, unsent):
 
 def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
     folder = Path(unsent["folder"])
-    found = RunRecord.load(folder / "record.json")
-    found.save(folder / "sweep" / "record.json")
+    sweep = RunRecord.load(folder / "record.json")
+    sweep.save(folder / "sweep" / "record.json")
     with monkeypatch.context() as patch:
         Outage(patch, "create_run", 0)
         track(unsent)
         delivery.track(
-            found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, record_folder=folder / "sweep"
+            sweep, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, record_folder=folder / "sweep"
         )
     assert sync(folder).count(f"{CHILDREN} below it") == 2
     assert [run.data.tags["sweep"] for run in runs_of(unsent) if "sweep" in run.data.tags] == ["size"]
@@ -440,17 +443,17 @@ def test_evaluations_and_fine_tunings_are_delivered_below_their_run_once(unsent,
         assert run.data.metrics["top1"] == 0.9
         points = client.get_metric_history(run.info.run_id, "top1/chosen")
         assert sorted((point.step, point.value) for point in points) == [(1000, 0.8), (2000, 0.9)]
-        [told] = Path(run.info.artifact_uri.removeprefix("file://")).iterdir()
-        assert told.read_text() == name
+        [table] = Path(run.info.artifact_uri.removeprefix("file://")).iterdir()
+        assert table.read_text() == name
 
 
 def test_what_belongs_to_a_run_is_not_put_below_a_front_of_it(unsent):
     folder = Path(unsent["folder"])
     run = track(unsent)
-    found = RunRecord.load(folder / "record.json")
-    found.save(folder / "sweep" / "record.json")
+    sweep = RunRecord.load(folder / "record.json")
+    sweep.save(folder / "sweep" / "record.json")
     front = delivery.track(
-        found, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, record_folder=folder / "sweep"
+        sweep, folder, unsent, uri=unsent["tracking"]["uri"], tags={"sweep": "size"}, record_folder=folder / "sweep"
     )
     assert front.delivered
     assert nested(unsent, "evaluated").delivered

@@ -52,11 +52,11 @@ class Parsed(HTMLParser):
 
 
 def parsed(folder: Path) -> Parsed:
-    found = Parsed()
-    found.feed(page.write(folder).read_text(encoding="utf-8"))
-    found.close()
-    assert found.open == []
-    return found
+    html = Parsed()
+    html.feed(page.write(folder).read_text(encoding="utf-8"))
+    html.close()
+    assert html.open == []
+    return html
 
 
 def make_run(folder: Path, record: RunRecord | None = None) -> Path:
@@ -75,7 +75,7 @@ def make_run(folder: Path, record: RunRecord | None = None) -> Path:
 
 def test_it_says_what_the_record_holds(tmp_path: Path) -> None:
     record = RunRecord.load(make_run(tmp_path) / "record.json")
-    found = parsed(tmp_path)
+    html = parsed(tmp_path)
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", (tmp_path / "report.html").read_text())
     for result in record.results:
         assert result.validation is not None
@@ -83,25 +83,25 @@ def test_it_says_what_the_record_holds(tmp_path: Path) -> None:
             cells
         )
     for text in (tables.verdict(record), tables.caption(record), tables.winners(record), tables.solver_line(record)):
-        assert " ".join(text.split()) in found.flat
+        assert " ".join(text.split()) in html.flat
     for text in ("3 parameters are not, 320 bytes", "batch norm: 2 parameters, 256 bytes", "a bias: 1 parameters, 64 bytes"):
-        assert text in found.flat
+        assert text in html.flat
     for text in (record.fingerprint, "2.15.0", "fe" * 32, f"256 images, sha256 {'ab' * 32}", "activations are not quantized"):
-        assert text in found.flat
+        assert text in html.flat
 
 
 def test_it_needs_nothing_from_outside(tmp_path: Path) -> None:
-    found = parsed(make_run(tmp_path))
+    html = parsed(make_run(tmp_path))
     source = (tmp_path / "report.html").read_text()
     targets = [
-        value for _, attributes in found.elements for name, value in attributes.items() if name in ("src", "href", "xlink:href")
+        value for _, attributes in html.elements for name, value in attributes.items() if name in ("src", "href", "xlink:href")
     ]
     assert targets
     assert all(target == "data:," or str(target).startswith("#") for target in targets)
     assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|import\(", source)
-    [policy] = [a["content"] for tag, a in found.elements if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    [policy] = [a["content"] for tag, a in html.elements if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
     assert str(policy).startswith("default-src 'none';")
-    names = {a["id"] for _, a in found.elements if a.get("id")}
+    names = {a["id"] for _, a in html.elements if a.get("id")}
     assert {str(target)[1:] for target in targets if str(target).startswith("#")} <= names
 
 
@@ -113,31 +113,31 @@ def test_what_it_is_given_stays_text(tmp_path: Path) -> None:
     space = make_space()
     space = replace(space, layers=(replace(space.layers[0], name=names[0]), *space.layers[1:]))
     make_matrix(space).save(tmp_path / "matrices" / "pairwise.npz")
-    found = parsed(tmp_path)
-    assert len(found.scripts) == 2
-    assert "alert(1)" not in found.scripts[1]
-    assert found.flat.count(NASTY) >= 5
-    assert found.matrices[1]["layers"][0] == [NASTY, 3]
+    html = parsed(tmp_path)
+    assert len(html.scripts) == 2
+    assert "alert(1)" not in html.scripts[1]
+    assert html.flat.count(NASTY) >= 5
+    assert html.matrices[1]["layers"][0] == [NASTY, 3]
 
 
 def test_no_secret_is_in_it(tmp_path: Path) -> None:
-    found = parsed(make_run(tmp_path))
-    assert "postgresql://***@db/mlflow" in found.flat
+    html = parsed(make_run(tmp_path))
+    assert "postgresql://***@db/mlflow" in html.flat
     assert "hunter2" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_script_gets_the_matrix(tmp_path: Path) -> None:
-    found = parsed(make_run(tmp_path))
-    assert [matrix["name"] for matrix in found.matrices] == ["layerwise", "pairwise"]
+    html = parsed(make_run(tmp_path))
+    assert [matrix["name"] for matrix in html.matrices] == ["layerwise", "pairwise"]
     matrix = make_matrix(make_space())
-    values = np.array(found.matrices[1]["values"], dtype=float)
+    values = np.array(html.matrices[1]["values"], dtype=float)
     outside = matrix.in_layer_mask() & ~np.eye(len(matrix.values), dtype=bool)
     assert np.array_equal(np.isnan(values), outside)
     np.testing.assert_allclose(values[~outside], matrix.values[~outside], rtol=1e-3)
     for k, expected in enumerate((make_matrix(make_space(), "layerwise"), matrix)):
-        assert found.matrices[k]["limit"] == pytest.approx(plots.colour_limit(expected))
-    assert found.matrices[1]["layers"][-1] == ["fc", 3]
-    assert found.matrices[1]["bits"][:3] == ["2", "4", "8"]
+        assert html.matrices[k]["limit"] == pytest.approx(plots.colour_limit(expected))
+    assert html.matrices[1]["layers"][-1] == ["fc", 3]
+    assert html.matrices[1]["bits"][:3] == ["2", "4", "8"]
 
 
 def test_marks_lie_where_the_numbers_say() -> None:
@@ -175,11 +175,11 @@ def test_what_has_no_finite_loss_is_no_zero_in_the_map(tmp_path: Path) -> None:
     space = make_space()
     matrix = replace(make_matrix(space), quarantined=(4,), forbidden=((7, 20),), ranking_only=True)
     matrix.save(tmp_path / "hawq.npz")
-    found = page.heat_map(tmp_path / "hawq.npz")
-    values = found["values"]
+    drawing = page.heat_map(tmp_path / "hawq.npz")
+    values = drawing["values"]
     assert {*values[4], *(row[4] for row in values), values[7][20], values[20][7]} == {None}
     assert values[0][20] is not None
-    assert found["ranking_only"]
+    assert drawing["ranking_only"]
     replace(matrix, quarantined=(), forbidden=(), ranking_only=False).save(tmp_path / "pairwise.npz")
     whole = page.heat_map(tmp_path / "pairwise.npz")
     assert whole["values"][4][4] is not None

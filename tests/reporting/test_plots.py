@@ -30,8 +30,8 @@ def texts(figure: Figure) -> list[Text]:
             low, high = sorted(axis.get_view_interval())
             for tick in axis.get_major_ticks():
                 undrawn |= set() if low <= tick.get_loc() <= high else {tick.label1, tick.label2}
-    found = [text for text in figure.findobj(Text) if isinstance(text, Text) and text not in undrawn]
-    return [text for text in found if text.get_visible() and text.get_text().strip()]
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and text not in undrawn]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
 
 
 def assert_legible(figure: Figure) -> None:
@@ -145,7 +145,7 @@ def test_bits_are_those_of_the_chosen_assignments() -> None:
             assert bits is not None
             assert written[i, k] == str(bits)
             of_bits.setdefault(bits, set()).add(tuple(colours[i, k]))
-    assert all(len(found) == 1 for found in of_bits.values())
+    assert all(len(shades) == 1 for shades in of_bits.values())
     luminance = [np.dot(next(iter(of_bits[bits]))[:3], (0.299, 0.587, 0.114)) for bits in sorted(of_bits)]
     assert all(a - b > 0.1 for a, b in pairwise(luminance)), "wide bits are darker, so grey print works too"
 

@@ -142,14 +142,14 @@ def test_phase_times_add_up() -> None:
     assert text.endswith("together 135.2.")
 
 
-def test_candidates_say_who_predicts_where_another_proposed() -> None:
+def test_proposals_say_who_predicts_where_another_proposed() -> None:
     record = make_record(budgets=(3.0,))
     chosen = record.find("3 bits", "chosen")
     assert chosen is not None
-    own = MeasuredProposal("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
-    other = replace(own, origin="tempered2", predicted_by="gauss_newton", brier_deployed=0.3)
+    first = MeasuredProposal("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
+    other = replace(first, origin="tempered2", predicted_by="gauss_newton", brier_deployed=0.3)
     none = replace(other, origin="hawq", loss_predicted=None, predicted_by="", brier_deployed=0.4)
-    _, _, *lines = tables.proposals_table(replace(record, measured_proposals=(own, other, none))).splitlines()
+    _, _, *lines = tables.proposals_table(replace(record, measured_proposals=(first, other, none))).splitlines()
     assert [line.split("|")[4].strip() for line in lines] == ["0.1250", "0.1250 (gauss_newton)", "–"]
 
 

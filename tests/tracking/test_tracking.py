@@ -17,9 +17,10 @@ import pytest
 
 from clado.records import Receipt, RunRecord
 from clado.reporting.tables import how_to_open
-from clado.tracking import delivery
-from clado.tracking.delivery import redact, track
+from clado.settings.schema import redact
+from clado.tracking.delivery import track
 from clado.tracking.models import alias_of
+from clado.tracking.stores import set_environment
 from tests.synthetic import make_matrix, make_model, make_record, make_space
 
 BUDGETS = (2.5, 4.0)
@@ -65,7 +66,8 @@ def runs_of(uri: str) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
-    return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id], max_results=5000)]
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(ids, max_results=5000))
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +149,10 @@ def test_parent_holds_network_settings_and_provenance(tracked: Tracked, record: 
 
 
 def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) -> None:
-    found = {(run.data.params["budget"], run.data.params["method"]): run for run in children(tracked)}
-    assert len(found) == len(record.results)
+    runs = {(run.data.params["budget"], run.data.params["method"]): run for run in children(tracked)}
+    assert len(runs) == len(record.results)
     for result in record.results:
-        run = found[result.budget, result.method]
+        run = runs[result.budget, result.method]
         assert result.validation is not None
         expected = {
             "size_bytes": result.size_bytes,
@@ -184,10 +186,10 @@ def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) 
 
 def test_the_parent_names_its_images_by_their_hashes_and_what_each_was_for(tracked: Tracked, record: RunRecord) -> None:
     [parent] = [run for run in tracked.runs if run.info.run_id == tracked.receipt.parent_run_id]
-    found = {given.tags[0].value: given.dataset for given in parent.inputs.dataset_inputs}
-    assert {given.tags[0].key for given in parent.inputs.dataset_inputs} == {"mlflow.data.context"}
-    assert set(found) == {"calibration", "sensitivity", "validation"}
-    for context, dataset in found.items():
+    datasets = {entry.tags[0].value: entry.dataset for entry in parent.inputs.dataset_inputs}
+    assert {entry.tags[0].key for entry in parent.inputs.dataset_inputs} == {"mlflow.data.context"}
+    assert set(datasets) == {"calibration", "sensitivity", "validation"}
+    for context, dataset in datasets.items():
         whole = record.data[f"{context}_set"]
         assert dataset.name == f"{context}_set"
         assert whole["sha256"].startswith(dataset.digest)
@@ -257,8 +259,8 @@ def aliases_of(uri: str) -> dict[str, Any]:
 
 
 def test_every_budget_is_an_alias_of_the_registered_network(tracked: Tracked) -> None:
-    found = aliases_of(tracked.receipt.uri)
-    assert {alias: version.tags["budget"] for alias, version in found.items()} == {"2_5_bits": "2.5 bits", "4_bits": "4 bits"}
+    versions = aliases_of(tracked.receipt.uri)
+    assert {alias: version.tags["budget"] for alias, version in versions.items()} == {"2_5_bits": "2.5 bits", "4_bits": "4 bits"}
 
 
 def test_the_newest_run_owns_an_alias_however_late_an_older_one_is_delivered(tmp_path: Path, template: Path) -> None:
@@ -500,7 +502,7 @@ def test_telemetry_is_off_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
     for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    delivery.set_environment()
+    set_environment()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"

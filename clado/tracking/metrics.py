@@ -1,0 +1,85 @@
+"""The metrics of a record: names and values that MLflow gets. Nothing here needs MLflow."""
+
+import math
+from collections.abc import Sequence
+
+from clado.records import Accuracy, Result, RunRecord
+from clado.tracking.sending import key
+
+
+def parent_metrics(record: RunRecord) -> dict[str, float | None]:
+    """Metrics of a parent run: the float network, and the cost of measuring and choosing."""
+    accuracy = record.float_accuracy
+    return {
+        "baseline": record.baseline,
+        f"float_{record.top1_name}": accuracy.top1,
+        **_interval(record, accuracy, "float_"),
+        "float_top5": accuracy.top5,
+        "float_validation_loss": accuracy.loss,
+        "float_bytes": record.float_bytes,
+        "validation_images": accuracy.num_images,
+        "num_layers": len(record.layer_names),
+        "num_weights": sum(record.layer_weights),
+        **{f"seconds/{key(name)}": value for name, value in record.seconds.items()},
+        **{f"forwards/{key(name)}": value for name, value in record.forwards.items()},
+        **{f"costs/{key(name)}_{way}": value for name, cost in record.costs.items() for way, value in cost.items()},
+    }
+
+
+def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
+    """Metrics of a nested run: one result."""
+    accuracy = result.validation
+    return {
+        "size_bytes": result.size_bytes,
+        "average_bits": result.average_bits,
+        "loss_predicted": result.loss_predicted,
+        "loss_deployed": result.loss_deployed,
+        "brier_deployed": result.brier_deployed,
+        "agreement_deployed": result.agreement_deployed,
+        record.top1_name: accuracy.top1 if accuracy else None,
+        **(_interval(record, accuracy) if accuracy else {}),
+        "top5": accuracy.top5 if accuracy else None,
+        "validation_loss": accuracy.loss if accuracy else None,
+        "validation_images": accuracy.num_images if accuracy else None,
+        "solver_objective": result.objective,
+        "solver_bound": result.bound,
+        "solver_gap": result.gap,
+        "solver_seconds": result.seconds,
+        "gain": result.gain,
+    }
+
+
+def _interval(record: RunRecord, accuracy: Accuracy, prefix: str = "") -> dict[str, float | None]:
+    """Ends of top-1's confidence interval.
+
+    With a part of ImageNet, also the number of its images.
+    """
+    name, (low, high) = f"{prefix}{record.top1_name}", accuracy.top1_interval or (None, None)
+    count = {f"{name}_images": accuracy.num_images} if record.top1_name != "top1" else {}
+    return {f"{name}_low": low, f"{name}_high": high, **count}
+
+
+def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple[int, float]]]:
+    """Accuracy and measured loss of every method over bytes.
+
+    Bytes are the step, because they are whole numbers and every kind of budget has them.
+
+    Args:
+        record: The record of the run. It says how top-1 is called.
+        results: Results to draw.
+
+    Returns:
+        (bytes, value) of each metric, ordered by bytes. Values that are not finite are left out.
+    """
+    series: dict[str, list[tuple[int, float]]] = {}
+    for result in sorted(results, key=lambda result: result.size_bytes):
+        accuracy = result.validation
+        values = {
+            record.top1_name: accuracy.top1 if accuracy else None,
+            "validation_loss": accuracy.loss if accuracy else None,
+            "loss_deployed": result.loss_deployed,
+        }
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                series.setdefault(f"{name}/{result.method}", []).append((result.size_bytes, value))
+    return series
