@@ -29,7 +29,7 @@ def manifest() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def deployed() -> dict[str, np.ndarray]:
+def shipped() -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for file in zoo.ZOO.glob("*.npz"):
         with np.load(file) as archive:
