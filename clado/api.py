@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clado.bits import check_bits
 from clado.choosing import constraints, solvers
 from clado.choosing.program import Solution
 from clado.choosing.proposals import program_of
@@ -23,7 +24,7 @@ from clado.quantization import preparation
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import Accuracy
-from clado.space import Assignment, SearchSpace, check_bits
+from clado.space import Assignment, SearchSpace
 
 
 def prepare(
@@ -37,16 +38,29 @@ def prepare(
     seed: int = 0,
     adaround_steps: int = 1000,
 ) -> Prepared:
-    """Every layer at every candidate, with the named corrections (`clado.quantization.corrections`) and, where the space has
-    activation widths, the grids of its input. `calibration` is data as in `measure`, without need of labels; 256 images are
-    plenty.
+    """Quantizes every layer at every option.
 
-    Raises DataError where images are needed and there are none, or too few; ConfigurationError for an unknown correction.
+    Args:
+        network: The float network.
+        space: The layers and their candidates.
+        calibration: Data as in `measure`; labels are not needed. 256 images are plenty.
+        quantizer: Rounds the weights; by default `WeightQuantizer()`.
+        corrections: Names of `clado.quantization.corrections`.
+        activation_range: How the range of an input is fitted, if the space has activation widths.
+        seed: Seed of the corrections that draw random numbers.
+        adaround_steps: Steps of the correction `adaround`.
+
+    Returns:
+        The quantized layers, with the grids of their inputs if the space has activation widths.
+
+    Raises:
+        DataError: Images are needed, and there are none or too few.
+        ConfigurationError: A correction is unknown.
     """
     recipe = Recipe(quantizer or WeightQuantizer(), activation_range, tuple(corrections), seed, adaround_steps)
     batches: list[Tensor] = []
     if calibration is not None:
-        images = _checked(network, calibration)
+        images = _image_slice(network, calibration)
         batches = calibration_batches(images.load(0, len(images))[0], network.images_at_once)
     return preparation.prepare(network, space, recipe, batches)
 
@@ -65,28 +79,41 @@ def measure(
     memory_limit_mb: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> InteractionMatrix:
-    """The interaction matrix of a network on `data`: a batch of images (N, C, H, W), (images, labels), or an iterable of either.
+    """The interaction matrix of a network.
 
-    `estimator` is a name of `clado.interaction.estimators`, `criterion` of `clado.criteria`: `kl_to_float` needs no labels,
-    `cross_entropy` does. `prepared` (see `prepare`) brings corrections and activations; without it weights are rounded to
-    nearest by `quantizer`.
-    `batch_images` is how many images one run takes (default: as many as are fast), `memory_limit_mb` bounds what stored prefixes
-    and a run take together. `progress(done, total)` is called after every tile. Raises DataError for images that do not fit,
-    ConfigurationError where the limit is too small or `prepared` is of another network or space, MeasurementError where a layer
-    has no finite loss.
+    Args:
+        network: The float network.
+        space: The layers and their candidates.
+        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either.
+        estimator: A name of `clado.interaction.estimators`.
+        criterion: A name of `clado.criteria`. `kl_to_float` needs no labels, `cross_entropy` does.
+        quantizer: Rounds the weights, if there is no `prepared`.
+        prepared: Layers with corrections and activations; see `prepare`.
+        num_blocks: Number of sample blocks.
+        batch_images: Images of one forward pass; by default as many as are fast.
+        memory_limit_mb: Limit on the memory of stored prefixes and one forward pass, in megabytes.
+        progress: It is called with (tiles that are measured, all tiles) after every tile.
+
+    Raises:
+        DataError: The images do not fit.
+        ConfigurationError: The memory limit is too small, or `prepared` is of another network or
+            space.
+        MeasurementError: A layer has no finite loss.
     """
-    images = _checked(network, data)
-    blocks = sample_blocks(len(images), min(num_blocks, len(images)))
-    limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
-    ready = _matching(network, space, prepared, quantizer) or prepare(network, space, quantizer=quantizer)
-    bench = Workbench(ready, criterion, blocks, images.load, batch_images, limit)
-    plan = Plan(space, blocks, estimators.kinds_of([estimator]), rows_per_tile(network, space, bench.batching, limit))
+    images = _image_slice(network, data)
+    block_ranges = sample_blocks(len(images), min(num_blocks, len(images)))
+    memory_limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
+    prepared_layers = _check_prepared(network, space, prepared, quantizer) or prepare(network, space, quantizer=quantizer)
+    bench = Workbench(prepared_layers, criterion, block_ranges, images.load, batch_images, memory_limit)
+    plan = Plan(
+        space, block_ranges, estimators.kinds_of([estimator]), rows_per_tile(network, space, bench.batching, memory_limit)
+    )
     tiles: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
     for done, tile in enumerate(plan.tiles):  # block by block, and row tile by row tile in a block
         tiles[tile.kind].append(measure_tile(bench, tile))
         progress(done + 1, len(plan.tiles))
-    counts = np.array([stop - start for start, stop in blocks])
-    sums = {kind: np.concatenate(parts).reshape(len(blocks), -1, *parts[0].shape[1:]) for kind, parts in tiles.items()}
+    counts = np.array([stop - start for start, stop in block_ranges])
+    sums = {kind: np.concatenate(parts).reshape(len(block_ranges), -1, *parts[0].shape[1:]) for kind, parts in tiles.items()}
     return estimators.estimate(estimator, Measured(space, criterion, counts, sums))
 
 
@@ -98,12 +125,22 @@ def solve(
     solver: str = "scip",
     time_limit: float = 60.0,
 ) -> Solution:
-    """The assignment of least predicted loss within every budget that is given.
+    """The assignment of least predicted loss within all budgets.
 
-    `average_bits` is per searched weight, `size_bytes` of the searched weights, each tensor packed. `solver` is a name of
-    `clado.choosing.solvers`: `scip` proves optimality, or gives the gap left after `time_limit` seconds. Further limits (BOPs,
-    latency) are `clado.choosing.constraints`; `clado.choosing.proposals.program_of` poses a program under them. Raises
-    InfeasibleError with the reachable range, ConfigurationError for an unknown solver.
+    Other limits (BOPs, latency) are in `clado.choosing.constraints`.
+    `clado.choosing.proposals.program_of` makes a program with them.
+
+    Args:
+        matrix: The interaction matrix.
+        average_bits: Largest average of bits per searched weight.
+        size_bytes: Largest size of the searched weights in bytes, each tensor packed.
+        solver: A name of `clado.choosing.solvers`. `scip` proves that the answer is optimal, or
+            gives the gap that is left.
+        time_limit: Seconds that the solver may take.
+
+    Raises:
+        InfeasibleError: No assignment keeps the budgets. The message has the reachable range.
+        ConfigurationError: The solver is unknown.
     """
     limits = []
     if average_bits is not None:
@@ -121,34 +158,45 @@ def evaluate(
     quantizer: WeightQuantizer | None = None,
     prepared: Prepared | None = None,
 ) -> Accuracy:
-    """Top-1, top-5 and loss of an assignment on `data` (as in `measure`; labels give top-1 and cross entropy, none give KL).
+    """Top-1, top-5 and loss of an assignment. A layer without bits stays in float.
 
-    A layer without bits stays in float. With `prepared` it is the network that ships, final corrections applied; without it
-    weights are rounded to nearest by `quantizer`. Raises DataError for images or labels that do not fit, NetworkError for an
-    assignment of another network, ConfigurationError for one with activation bits where there is no `prepared`.
+    Args:
+        network: The float network.
+        assignment: A bit-width for each layer.
+        data: Data as in `measure`. With labels the loss is cross entropy, without labels KL.
+        quantizer: Rounds the weights, if there is no `prepared`.
+        prepared: With it, the deployed network is evaluated, with all final corrections.
+
+    Raises:
+        DataError: Images or labels do not fit.
+        NetworkError: The assignment is of another network.
+        ConfigurationError: The assignment has activation bits, and there is no `prepared`.
     """
     network.check_assignment(assignment)
-    _matching(network, None, prepared, quantizer)
-    images = _checked(network, data)
+    _check_prepared(network, None, prepared, quantizer)
+    images = _image_slice(network, data)
     if prepared is not None:
         return count(*prepared.deployed(assignment), images, 0, len(images), reference=network).accuracy()
     if assignment.activation_bits:
         raise ConfigurationError("the assignment has activation bits; expected prepared=clado.prepare(...), with their grids")
     for bits in {bits for bits in assignment.bits if bits is not None}:
         check_bits((bits,), "the assignment")
-    chosen = quantizer or WeightQuantizer()
+    weight_quantizer = quantizer or WeightQuantizer()
     weights = {
-        i: chosen.fake_quantize(network.weights[i], bits, network.layers[i].channel_axis)
+        i: weight_quantizer.fake_quantize(network.weights[i], bits, network.layers[i].channel_axis)
         for i, bits in enumerate(assignment.bits)
         if bits is not None
     }
     return evaluate_weights(network, weights, images)
 
 
-def _matching(
+def _check_prepared(
     network: Network, space: SearchSpace | None, prepared: Prepared | None, quantizer: WeightQuantizer | None
 ) -> Prepared | None:
-    """`prepared` as it is; refused where it is of another network or space, or a quantizer stands beside it."""
+    """`prepared` itself.
+
+    Raises ConfigurationError if it is of another network or space, or if there is also a quantizer.
+    """
     if prepared is None:
         return None
     if prepared.network.model is not network.model:
@@ -160,8 +208,8 @@ def _matching(
     return prepared
 
 
-def _checked(network: Network, data: Any) -> ImageSlice:
-    """The data as a slice that fits the network: image shape, and labels within its classes."""
+def _image_slice(network: Network, data: Any) -> ImageSlice:
+    """The data as a slice that fits the network. Raises DataError if shapes or labels do not."""
     images = as_slice(data, image_shape=network.image_shape)
     check_slice(images, network.image_shape, int(network.logits(network.example).shape[1]))
     return images

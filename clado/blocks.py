@@ -1,17 +1,24 @@
-"""Blocks of layers, read off the module tree that qualified names spell. Integers and names only; no torch.
+"""Blocks of layers, from the module tree in qualified names. Integers and names only; no torch.
 
-A block is what a network repeats: a residual block, an inverted bottleneck, an encoder layer. It is the unit within which BRECQ
-(arXiv 2102.05426, section 3.2) finds that the errors of layers depend on one another.
+A block is a part that a network repeats: a residual block, an inverted bottleneck, an encoder
+layer. BRECQ (arXiv 2102.05426, section 3.2) finds that the errors of the layers in a block depend
+on one another.
 """
 
 from collections.abc import Sequence
 
 
 def module_blocks(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Blocks of layers (by index), given the qualified names of their weights; each layer is in one, alone where nothing repeats.
+    """Blocks of layers, by index. Each layer is in one block, which may hold that layer only.
 
-    From the root down, a module with several layers is a block where its name ends in a number and it holds no numbered module
-    of several layers itself (`layer1.0` is one, `layer1` is not), or where none of its children has several layers.
+    The search begins at the root of the module tree. A module with several layers is a block if
+
+    - its name ends in a number, and none of its children is a numbered module with several layers
+      (`layer1.0` is a block, `layer1` is not), or
+    - none of its children has several layers.
+
+    Args:
+        names: Qualified names of the layers' weights.
     """
     paths = [tuple(name.split(".")[:-1]) for name in names]
 
@@ -24,9 +31,9 @@ def module_blocks(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         numbered = bool(prefix) and prefix[-1][-1:].isdigit()
         if prefix and (not large or (numbered and not any(name[-1].isdigit() for name in large))):
             return [tuple(members)]
-        found: list[tuple[int, ...]] = []
+        blocks: list[tuple[int, ...]] = []
         for name, inner in children.items():
-            found += split((*prefix, name), inner) if name in large else [(i,) for i in inner]
-        return found
+            blocks += split((*prefix, name), inner) if name in large else [(i,) for i in inner]
+        return blocks
 
     return tuple(sorted(split((), list(range(len(names))))))

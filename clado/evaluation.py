@@ -1,4 +1,7 @@
-"""What an assignment is worth: top-1, top-5 and loss, as counts and sums that add up over shards of the images."""
+"""Evaluates an assignment: top-1, top-5 and loss.
+
+They are counts and sums, which add up over evaluation batches.
+"""
 
 import math
 from collections import Counter
@@ -22,17 +25,22 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over a shard of images: `loss` is the sum of losses; `top1` and `top5` count hits, None without labels. `classes` has
-    (class, images, top-1 hits) of each class that was met, in order of the classes. Of
-    sensitivity images `brier` is the sum of Brier scores, and `hits` has a 1 or 0 for each (`measure.Scores`)."""
+    """Counts and sums over images."""
 
     num_images: int = 0
+    """Number of images."""
     loss: float = 0.0
+    """Sum of the losses."""
     top1: int | None = None
+    """Number of top-1 hits; None without labels."""
     top5: int | None = None
+    """Number of top-5 hits; None without labels."""
     classes: tuple[tuple[int, int, int], ...] = ()
+    """(class, images, top-1 hits) of each class that has images, in order of the classes."""
     brier: float | None = None
+    """Sum of the Brier scores of sensitivity images; None if they were not measured."""
     hits: str = ""
+    """A 1 or a 0 for each sensitivity image: whether its top class is right."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))  # from JSON
@@ -43,10 +51,10 @@ class Counts:
         return Counts(
             self.num_images + other.num_images,
             self.loss + other.loss,
-            _added(self.top1, other.top1),
-            _added(self.top5, other.top5),
-            _merged(self.classes, other.classes),
-            _added(self.brier, other.brier),
+            _sum_or_none(self.top1, other.top1),
+            _sum_or_none(self.top5, other.top5),
+            _merge_classes(self.classes, other.classes),
+            _sum_or_none(self.brier, other.brier),
             self.hits + other.hits,
         )
 
@@ -68,17 +76,19 @@ class Counts:
         return np.array([float(hit) for hit in self.hits])
 
 
-def _added(a: Number | None, b: Number | None) -> Number | None:
+def _sum_or_none(a: Number | None, b: Number | None) -> Number | None:
     return None if a is None or b is None else a + b
 
 
-def _merged(one: tuple[tuple[int, int, int], ...], other: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
-    images: Counter[int] = Counter()
-    right: Counter[int] = Counter()
-    for label, num_images, hits in (*one, *other):
-        images[label] += num_images
-        right[label] += hits
-    return tuple((label, images[label], right[label]) for label in sorted(images))
+def _merge_classes(
+    first: tuple[tuple[int, int, int], ...], second: tuple[tuple[int, int, int], ...]
+) -> tuple[tuple[int, int, int], ...]:
+    num_images: Counter[int] = Counter()
+    num_hits: Counter[int] = Counter()
+    for label, images, hits in (*first, *second):
+        num_images[label] += images
+        num_hits[label] += hits
+    return tuple((label, num_images[label], num_hits[label]) for label in sorted(num_images))
 
 
 def count(
@@ -92,8 +102,16 @@ def count(
 ) -> Counts:
     """Counts over images start..stop−1 of a slice, with layers replaced.
 
-    The loss is cross entropy where the images have labels, else KL to the float network, which is `reference` where final
-    corrections have changed `network`. `batch_images` are those of one run (default: as many as are fast).
+    The loss is cross entropy if the images have labels. Otherwise it is KL to the float network.
+
+    Args:
+        network: The network, as final corrections have changed it.
+        replaced: Layers by index.
+        images: The slice.
+        start: The first image.
+        stop: The image after the last.
+        batch_images: Images of one forward pass; by default as many as are fast.
+        reference: The float network, if final corrections have changed `network`.
     """
     return count_each([(network, replaced)], images, start, stop, batch_images, reference)[0]
 
@@ -106,7 +124,10 @@ def count_each(
     batch_images: int | None = None,
     reference: Network | None = None,
 ) -> list[Counts]:
-    """`count` of several networks with layers replaced, in one pass: each image is decoded once. The same sums, bit for bit."""
+    """`count` of several networks with layers replaced, in one pass. Each image is decoded once.
+
+    The sums are the same, bit for bit.
+    """
     totals = [Counts() for _ in variants]
     folded = [network.folded_with(replaced) for network, replaced in variants]
     step = batch_images or variants[0][0].images_at_once
@@ -118,29 +139,32 @@ def count_each(
             float_network = reference or plain
             if labels is None and id(float_network) not in floats:
                 floats[id(float_network)] = float_network.logits(x)
-            totals[k] += _counted(network.logits(x, replaced), labels, floats.get(id(float_network)))
+            totals[k] += _batch_counts(network.logits(x, replaced), labels, floats.get(id(float_network)))
     return totals
 
 
-def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
-    """Of one batch: cross entropy and hits where there are labels, else KL to the float logits."""
+def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
+    """Counts of one batch: cross entropy and hits with labels, KL to the float logits without."""
     if labels is None:
         if floats is None:
             raise DataError("the images have no labels and no float network to compare with; expected one of them")
         return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
-    there = labels.to(logits.device)
-    loss = criteria.cross_entropy(logits, there).sum()
-    top5 = logits.topk(min(5, logits.shape[1]), 1).indices == there[:, None]
-    best, labels = (top5 & _finite(logits)[:, None]).cpu(), labels.cpu()
-    images, hits = Counter(labels.tolist()), Counter(labels[best[:, 0]].tolist())
-    classes = tuple((label, images[label], hits[label]) for label in sorted(images))
-    return Counts(len(logits), float(loss), int(best[:, 0].sum()), int(best.sum()), classes)
+    targets = labels.to(logits.device)
+    loss = criteria.cross_entropy(logits, targets).sum()
+    top5 = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+    hits, labels = (top5 & _is_finite(logits)[:, None]).cpu(), labels.cpu()  # column k: the class of rank k is the label
+    num_images, num_hits = Counter(labels.tolist()), Counter(labels[hits[:, 0]].tolist())
+    classes = tuple((label, num_images[label], num_hits[label]) for label in sorted(num_images))
+    return Counts(len(logits), float(loss), int(hits[:, 0].sum()), int(hits.sum()), classes)
 
 
 def per_image(
     network: Network, replaced: Replaced, images: ImageSlice, batch_images: int | None = None, reference: Network | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(loss, top-1 hit) of each image (n,): for paired comparisons. Without labels: KL, and agreement with the float network."""
+    """(loss, top-1 hit) of each image, both (n,), for paired comparisons.
+
+    Without labels: KL to the float network, and whether the top class is the float network's.
+    """
     losses, hits, float_network = [], [], reference or network
     network, replaced = network.folded_with(replaced)
     for low, high in evaluation_batches(len(images), batch_images or network.images_at_once):
@@ -149,17 +173,20 @@ def per_image(
         logits = network.logits(x, replaced)
         if labels is None:
             floats = float_network.logits(x)
-            loss, expected = criteria.kl_to_float(logits, floats), floats.argmax(1)
+            loss, targets = criteria.kl_to_float(logits, floats), floats.argmax(1)
         else:
-            expected = labels.to(network.device)
-            loss = criteria.cross_entropy(logits, expected)
+            targets = labels.to(network.device)
+            loss = criteria.cross_entropy(logits, targets)
         losses.append(loss.cpu().numpy())
-        hits.append(((logits.argmax(1) == expected) & _finite(logits)).cpu().numpy())
+        hits.append(((logits.argmax(1) == targets) & _is_finite(logits)).cpu().numpy())
     return np.concatenate(losses), np.concatenate(hits)
 
 
-def _finite(logits: Tensor) -> Tensor:
-    """Rows that may hit: of NaN any class may be called the largest."""
+def _is_finite(logits: Tensor) -> Tensor:
+    """Rows without a NaN or an infinity.
+
+    Only these can be hits: any class may be the largest of NaNs.
+    """
     return logits.isfinite().all(1)
 
 

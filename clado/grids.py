@@ -9,11 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Codes:
-    """The integers of a b-bit grid: symmetric −(2^(b−1)−1) .. 2^(b−1)−1 (b = 1: −1 and +1), affine 0 .. 2^b − 1."""
+    """The integers of a b-bit grid.
+
+    Symmetric: −(2^(b−1)−1) .. 2^(b−1)−1, and −1 and +1 for b = 1. Affine: 0 .. 2^b − 1.
+    """
 
     low: int
+    """The least code."""
     high: int
+    """The largest code."""
     step: int = 1
+    """Distance of neighbouring codes."""
 
     @classmethod
     def of(cls, bits: int, symmetric: bool) -> "Codes":
@@ -27,11 +33,14 @@ class Codes:
 
 @dataclass(frozen=True)
 class Grid:
-    """A b-bit grid: value = (code − zero_point) · scale; scale and zero point broadcast against the tensor."""
+    """A b-bit grid: value = (code − zero_point) · scale."""
 
     scale: Tensor
+    """Distance of neighbouring integers; it broadcasts against the tensor."""
     zero_point: Tensor
+    """The integer that stands for zero; it broadcasts against the tensor."""
     codes: Codes
+    """The integers of the grid."""
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest codes (int32) of a float tensor; values beyond the range saturate."""
@@ -54,8 +63,11 @@ class ActivationGrid:
     """An affine per-tensor grid of 2^bits codes for a layer's input: value = (code − zero_point) · scale."""
 
     bits: int
+    """Bit-width of the codes."""
     scale: float
+    """Distance of neighbouring codes."""
     zero_point: int
+    """The code that stands for zero."""
 
     @classmethod
     def of_range(cls, low: float, high: float, bits: int) -> "ActivationGrid":
@@ -82,28 +94,32 @@ class ActivationGrid:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """What stands in a layer's place: its weight on a grid and, where there is one, a bias of its own and its input's grid.
-
-    `weight` has the layer's shape in float; `grid` is what its values lie on; `bias` (channels,) None leaves the layer's own.
-    """
+    """A layer at one option: its weight, and perhaps its bias and the grid of its input."""
 
     weight: Tensor
+    """Float values, with the shape of the layer's weight."""
     bias: Tensor | None = None
+    """The bias (channels,) of a correction; None keeps the layer's bias."""
     activation: ActivationGrid | None = None
+    """The grid of the layer's input; None keeps the input in float."""
     grid: Grid | None = None
+    """The grid that the weight lies on; None for a weight in float."""
 
 
 def grid_of_range(low: Tensor, high: Tensor, codes: Codes, symmetric: bool) -> Grid:
-    """The grid whose codes span low..high. An empty range (an all-zero channel, or one whose step is too small for a float) gets
-    scale 1, so that zeros stay zeros."""
-    one = torch.ones_like(high)
+    """The grid whose codes span low..high.
+
+    An empty range gets scale 1, so that zeros stay zeros. A range is empty if a channel is all
+    zero, or if its step is too small for a float.
+    """
+    ones = torch.ones_like(high)
     if symmetric:
-        reach = torch.maximum(low.abs(), high.abs())
+        magnitude = torch.maximum(low.abs(), high.abs())
         # a one-bit grid has no zero: an all-zero channel keeps the least positive scale instead of becoming ±1
-        empty = torch.full_like(reach, torch.finfo(reach.dtype).tiny) if codes.step == 2 else one
-        scale = reach / codes.high
-        return Grid(torch.where(scale > 0, scale, empty), torch.zeros_like(reach), codes)
+        empty = torch.full_like(magnitude, torch.finfo(magnitude.dtype).tiny) if codes.step == 2 else ones
+        scale = magnitude / codes.high
+        return Grid(torch.where(scale > 0, scale, empty), torch.zeros_like(magnitude), codes)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is always on an affine grid
     scale = (high - low) / codes.high
-    scale = torch.where(scale > 0, scale, one)
+    scale = torch.where(scale > 0, scale, ones)
     return Grid(scale, (-low / scale).round().clamp(codes.low, codes.high), codes)

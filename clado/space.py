@@ -1,42 +1,45 @@
-"""What can be chosen: layers, their candidate bit-widths, and an assignment of one to each. Integers only; no torch.
+"""Layers, their candidate bit-widths, and assignments of bit-widths to layers.
 
-An *option* is one layer at one bit-width of its weights and, where activations are quantized, one of its input activations.
-Options are numbered layer by layer in execution order, narrow before wide: option `offsets[i] + m` is the m-th candidate of
-layer i, a pair (weight bits, activation bits). Matrices, programs and plans index options; only this file knows what an
-option means.
+Integers only; no torch.
+
+An *option* is one layer at one bit-width of its weights. If activations are quantized, an option
+also has one bit-width of the layer's input activations. Options are numbered layer by layer in
+execution order, narrow before wide. Option `offsets[i] + m` is the m-th candidate of layer i: a
+pair (weight bits, activation bits). Matrices, programs and plans index options. Only this file
+knows what an option means.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
-from numbers import Integral
 from typing import Any, NamedTuple
 
+from clado.bits import FLOAT_BITS, bits_text, check_bits, label
 from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
-MIN_BITS, MAX_BITS = 1, 16
-CORRECTED = ("all", "static", "none")  # which of a run's corrections an assignment is deployed with
-FLOAT_BITS = 32
+CORRECTED = ("all", "static", "none")
+"""Which of a run's corrections an assignment is deployed with."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A named weight tensor that a convolution or a linear operator consumes.
-
-    `name` is the parameter's qualified name; `macs` counts multiply-accumulates of one image; `num_channels` is the length of
-    `channel_axis`, the axis kept when a scale is fitted per channel.
-    """
+    """A weight tensor that a convolution or a linear operator reads."""
 
     name: str
+    """Qualified name of the parameter."""
     shape: tuple[int, ...]
+    """Shape of the tensor."""
     operator: str
+    """Name of the operator, such as conv2d or linear."""
     macs: int = 0
+    """Multiply-accumulates of one image."""
     channel_axis: int = 0
+    """The axis of the output channels, each of which has a scale."""
 
     @property
     def num_weights(self) -> int:
@@ -57,27 +60,36 @@ class Layer:
 
 
 class Option(NamedTuple):
-    """A layer (its index) at a bit-width of its weights and one of its input activations (None: they stay in float)."""
+    """A layer at a bit-width of its weights and of its input activations."""
 
     layer: int
+    """Index of the layer."""
     bits: int
+    """Bit-width of the weights."""
     activation_bits: int | None
+    """Bit-width of the input activations; None: they stay in float."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A bit-width for each layer, in the order of the space; None leaves the layer in float.
+    """A bit-width for each layer, in the order of the space.
 
-    `activation_bits` holds the width of each layer's input activations (None where the layer is in float), and is empty where
-    activations are not quantized. Partial assignments (some None) are probes; full ones are answers.
-
-    `corrected` says which corrections of the run it is deployed with: "all"; "static", those made before measuring, without
-    the final ones; or "none", rounding to nearest. A run without corrections knows only "all".
+    Partial assignments leave some layers in float: they are measured. Full ones are answers.
     """
 
     bits: tuple[int | None, ...]
+    """Bit-width of each layer's weights; None leaves the layer in float."""
     activation_bits: tuple[int | None, ...] = ()
+    """Bit-width of each layer's input activations, None for a layer in float.
+
+    Empty if activations are not quantized.
+    """
     corrected: str = "all"
+    """The corrections of the run that the assignment is deployed with.
+
+    "static": those that are made before measuring, without the final ones. "none": rounding to
+    nearest. A run without corrections has only "all".
+    """
 
     def __post_init__(self) -> None:
         if self.corrected not in CORRECTED:
@@ -114,59 +126,33 @@ class Assignment:
         return " ".join(bits_text(bits, activation_bits) for bits, activation_bits in self.pairs)
 
 
-def bits_text(bits: int | None, activation_bits: int | None = None) -> str:
-    """Short text of a layer's bits: "4", "4/8" with activation bits, "-" in float."""
-    if bits is None:
-        return "-"
-    return str(bits) if activation_bits is None else f"{bits}/{activation_bits}"
+def check_patterns(patterns: Sequence[str], subject: str) -> tuple[str, ...]:
+    """Name patterns (`fnmatch`) as a tuple.
 
-
-def label(name: str, bits: int, activation_bits: int | None = None) -> str:
-    """A layer's candidate in words: "fc.weight at 4 bits", and ", activations at 8" where they are quantized."""
-    text = f"{name} at {bits} bits"
-    return text if activation_bits is None else f"{text}, activations at {activation_bits}"
-
-
-def check_patterns(patterns: Sequence[str], whose: str) -> tuple[str, ...]:
-    """Name patterns (`fnmatch`) as a tuple, refused where they are one string, which is a sequence of one-letter patterns too."""
+    Raises ConfigurationError for a string, which would be a sequence of one-letter patterns.
+    """
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigurationError(f"{whose} is {patterns!r}; expected a list of name patterns, such as ['head.*']")
+        raise ConfigurationError(f"{subject} is {patterns!r}; expected a list of name patterns, such as ['head.*']")
     return tuple(patterns)
-
-
-def check_bits(bits: Sequence[int | None], whose: str = "bits") -> tuple[int, ...]:
-    """The bit-widths as a tuple, refused unless ascending integers within 1..16."""
-    if isinstance(bits, str | bytes) or not isinstance(bits, Iterable):
-        raise ConfigurationError(f"{whose} is {bits!r}; expected a list of integers, such as [2, 4, 8]")
-    bits = tuple(bits)
-    if not bits:
-        raise ConfigurationError(
-            f"{whose} is empty; expected ascending integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]"
-        )
-    checked: list[int] = []
-    for b in bits:
-        if isinstance(b, bool) or not isinstance(b, Integral) or not MIN_BITS <= b <= MAX_BITS:
-            raise ConfigurationError(f"{whose} holds {b!r}; expected integers within {MIN_BITS}..{MAX_BITS}, such as [2, 4, 8]")
-        checked.append(int(b))
-    if checked != sorted(set(checked)):
-        raise ConfigurationError(f"{whose} is {checked}; expected ascending and distinct, so {sorted(set(checked))}")
-    return tuple(checked)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Layers × candidate bit-widths, with groups of layers that must share a candidate (`ties`, of layer indices).
-
-    `activation_widths` are the candidate widths of every layer's input activations, ascending, or (None,): they stay in float.
-    `given_blocks` are blocks of layers (indices) in place of those of the module tree; they change what is measured, not what
-    can be chosen.
-    """
+    """The layers and the bit-widths that each may have."""
 
     layers: tuple[Layer, ...]
+    """The searched layers, in execution order."""
     bit_widths: tuple[tuple[int, ...], ...]
-    ties: tuple[tuple[int, ...], ...] = field(default=())
+    """Candidate bit-widths of each layer's weights, ascending."""
+    ties: tuple[tuple[int, ...], ...] = ()
+    """Groups of layers (indices) that must have the same candidate."""
     activation_widths: tuple[int | None, ...] = (None,)
-    given_blocks: tuple[tuple[int, ...], ...] = ()
+    """Candidate bit-widths of every layer's input activations, ascending; (None,) for float."""
+    custom_blocks: tuple[tuple[int, ...], ...] = ()
+    """Blocks of layers (indices) that replace those of the module tree.
+
+    They change what is measured, not what can be chosen.
+    """
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -179,71 +165,84 @@ class SearchSpace:
             check_bits(bits, f"bits of {layer.name}")
         if self.activation_widths != (None,):
             check_bits(self.activation_widths, "activation_widths")
-        seen: set[int] = set()
+        tied_layers: set[int] = set()
         for group in self.ties:
             if len(set(group)) < max(2, len(group)) or not all(0 <= i < len(self.layers) for i in group):
                 raise ConfigurationError(
                     f"the tie {group} is not of two or more different layers; expected numbers within 0..{len(self.layers) - 1}"
                 )
             names = [self.layers[i].name for i in group]
-            if seen & set(group):
+            if tied_layers & set(group):
                 raise ConfigurationError(f"a layer of the tie {names} is in another tie as well; join the two ties into one")
             if len({self.bit_widths[i] for i in group}) > 1:
                 raise ConfigurationError(f"tied layers {names} have different bit-widths; give them the same candidates")
-            seen |= set(group)
+            tied_layers |= set(group)
 
     @classmethod
     def uniform(cls, layers: Sequence[Layer], bits: Sequence[int], ties: Sequence[Sequence[int]] = ()) -> "SearchSpace":
         """The same bit-widths for every layer."""
         return cls(tuple(layers), (check_bits(bits),) * len(layers), tuple(tuple(t) for t in ties))
 
+    def _matches(self, patterns: Sequence[str]) -> tuple[int, ...]:
+        """Layers (indices) whose name matches a pattern (`fnmatch`)."""
+        return tuple(i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns))
+
     def restricted(self, candidates: Mapping[str, Sequence[int]]) -> "SearchSpace":
-        """Other bit-widths for the layers whose name matches a pattern (`fnmatch`); a single one pins the layer."""
+        """Other bit-widths for the layers whose name matches a pattern (`fnmatch`).
+
+        A single bit-width pins the layer.
+        """
         widths = list(self.bit_widths)
         for pattern, bits in candidates.items():
-            matched = [i for i, layer in enumerate(self.layers) if fnmatchcase(layer.name, pattern)]
-            if not matched:
+            indices = self._matches([pattern])
+            if not indices:
                 raise ConfigurationError(f"no searched layer matches {pattern!r}; layers are {', '.join(self.names)}")
-            for i in matched:
+            for i in indices:
                 widths[i] = check_bits(bits, f"bits of {self.layers[i].name}")
         return replace(self, bit_widths=tuple(widths))
 
     def tied(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
-        """The same space with groups of layers, given by name patterns, that must share a bit-width."""
+        """The same space with groups of layers, by name patterns, that must have equal bits."""
         ties = []
         for patterns in (check_patterns(group, "a tie") for group in groups):
-            matched = [i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns)]
-            if len(matched) < 2:
-                found = ", ".join(self.layers[i].name for i in matched) or "no layer"
+            indices = self._matches(patterns)
+            if len(indices) < 2:
+                names = ", ".join(self.layers[i].name for i in indices) or "no layer"
                 raise ConfigurationError(
-                    f"the tie {list(patterns)} matches {found}; expected two or more of {', '.join(self.names)}"
+                    f"the tie {list(patterns)} matches {names}; expected two or more of {', '.join(self.names)}"
                 )
-            ties.append(tuple(matched))
+            ties.append(indices)
         return replace(self, ties=tuple(ties))
 
     def blocked(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
-        """The same space with blocks of layers given by name patterns, instead of the module tree's; other layers are alone."""
+        """The same space with blocks of layers, by name patterns, instead of the module tree's.
+
+        Each other layer is a block.
+        """
         blocks: list[tuple[int, ...]] = []
         for patterns in (check_patterns(group, "a block") for group in groups):
-            matched = tuple(i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns))
-            if not matched:
+            indices = self._matches(patterns)
+            if not indices:
                 raise ConfigurationError(f"the block {list(patterns)} matches no layer; layers are {', '.join(self.names)}")
-            twice = [self.layers[i].name for i in matched if any(i in block for block in blocks)]
-            if twice:
-                raise ConfigurationError(f"{', '.join(twice)} is in two blocks; expected each layer in one at most")
-            blocks.append(matched)
-        return replace(self, given_blocks=tuple(blocks))
+            duplicates = [self.layers[i].name for i in indices if any(i in block for block in blocks)]
+            if duplicates:
+                raise ConfigurationError(f"{', '.join(duplicates)} is in two blocks; expected each layer in one at most")
+            blocks.append(indices)
+        return replace(self, custom_blocks=tuple(blocks))
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
-        """Layers (indices) that depend on one another, each in one block: as given, or as the module tree has them."""
-        if not self.given_blocks:
+        """Groups of layers (indices) that depend on one another. Each layer is in one block."""
+        if not self.custom_blocks:
             return module_blocks(self.names)
-        alone = set(range(self.num_layers)).difference(*self.given_blocks)
-        return tuple(sorted([*self.given_blocks, *((i,) for i in alone)]))
+        other_layers = set(range(self.num_layers)).difference(*self.custom_blocks)
+        return tuple(sorted([*self.custom_blocks, *((i,) for i in other_layers)]))
 
     def with_activations(self, widths: Sequence[int]) -> "SearchSpace":
-        """The same space with these candidate widths of the input activations of every layer; none: they stay in float."""
+        """The same space with these candidate bit-widths of every layer's input activations.
+
+        Without any, they stay in float.
+        """
         return replace(self, activation_widths=check_bits(widths, "activation_widths") if widths else (None,))
 
     @property
@@ -282,14 +281,17 @@ class SearchSpace:
     @cached_property
     def options(self) -> tuple[Option, ...]:
         """Layer, weight bits and activation bits of each option, in order."""
-        return tuple(Option(i, *candidate) for i in range(self.num_layers) for candidate in self.candidates(i))
+        return tuple(Option(i, *widths) for i in range(self.num_layers) for widths in self.candidates(i))
 
     def options_of(self, layer: int) -> range:
         """Numbers of a layer's options."""
         return range(self.offsets[layer], self.offsets[layer + 1])
 
     def option(self, layer: int, bits: int, activation_bits: int | None = None) -> int:
-        """Number of the option; `activation_bits` may be left out where there is one activation width."""
+        """Number of the option.
+
+        `activation_bits` may be left out if there is one activation width.
+        """
         name = self.layers[layer].name
         if activation_bits is None and len(self.activation_widths) > 1:
             raise ConfigurationError(f"{name} has no activation bits; expected one of {list(self.activation_widths)}")
@@ -301,8 +303,8 @@ class SearchSpace:
                 f"{name} has no candidate with {width}-bit activations; its activations "
                 + (f"are at one of {list(self.activation_widths)} bits" if self.has_activations else "stay in float")
             )
-        place = self.bit_widths[layer].index(bits) * len(self.activation_widths) + self.activation_widths.index(width)
-        return self.offsets[layer] + place
+        position = self.bit_widths[layer].index(bits) * len(self.activation_widths) + self.activation_widths.index(width)
+        return self.offsets[layer] + position
 
     def label(self, option: int) -> str:
         """Layer and bits of an option, for messages and axes."""
@@ -310,17 +312,22 @@ class SearchSpace:
         return label(self.layers[layer].name, bits, activation_bits)
 
     def completed(self, assignment: Assignment) -> Assignment:
-        """The assignment as this space writes it: with the one activation width where it names none, and without activation
-        bits where activations stay in float. Refuses another number of layers, and activation bits that are missing or where
-        none can be.
+        """The assignment with activation bits for each layer.
+
+        If the space has no activation widths, the result has no activation bits. If the space has
+        one, an assignment without activation bits gets that one.
+
+        Raises:
+            ConfigurationError: The number of layers is another, activation bits are missing, or a
+                layer has some whose activations stay in float.
         """
         if len(assignment.bits) != self.num_layers:
             raise ConfigurationError(f"the assignment has {len(assignment.bits)} layers, the space {self.num_layers}")
         activation_bits: list[int | None] = []
         for layer, (bits, width) in zip(self.layers, assignment.pairs, strict=True):
             if width is not None and (bits is None or not self.has_activations):
-                why = "the layer itself stays in float" if bits is None else "activations stay in float here"
-                raise ConfigurationError(f"the assignment has {width}-bit activations for {layer.name}, but {why}")
+                reason = "the layer itself stays in float" if bits is None else "activations stay in float here"
+                raise ConfigurationError(f"the assignment has {width}-bit activations for {layer.name}, but {reason}")
             if bits is not None and width is None and len(self.activation_widths) > 1:
                 raise ConfigurationError(
                     f"the assignment has no activation bits for {layer.name}; expected one of {list(self.activation_widths)}"
@@ -334,7 +341,7 @@ class SearchSpace:
         return [self.option(i, bits, width) for i, (bits, width) in enumerate(pairs) if bits is not None]
 
     def check(self, assignment: Assignment) -> None:
-        """Refuses an assignment of another number of layers, or one that `completed` refuses."""
+        """Raises ConfigurationError if the assignment does not fit, as `completed` does."""
         self.completed(assignment)
 
     def assignment(self, options: Sequence[int]) -> Assignment:
@@ -364,8 +371,9 @@ class SearchSpace:
         return self._everywhere([bits[-1] for bits in self.bit_widths], self.activation_widths[-1])
 
     def uniform_assignments(self) -> Iterator[tuple[int, Assignment]]:
-        """(bits, assignment) of every bit-width some layer offers, ascending, at each activation width; a layer without it
-        takes its nearest.
+        """(bits, assignment) of every candidate bit-width of any layer, ascending.
+
+        There is one at each activation width. A layer without that candidate takes its nearest one.
         """
         for b in sorted({b for bits in self.bit_widths for b in bits}):
             nearest = [min(bits, key=lambda c: (abs(c - b), -c)) for bits in self.bit_widths]
@@ -392,7 +400,7 @@ class SearchSpace:
         return self.size_bits(assignment) / self.num_weights
 
     def to_json(self, assignment: Assignment) -> dict[str, Any]:
-        """The assignment as a JSON object: layer name to bits, and to activation bits where there are any, with its size."""
+        """The assignment as a JSON object: bits and activation bits by layer name, and its size."""
         assignment = self.completed(assignment)
         widths = assignment.activation_bits
         return {
@@ -405,9 +413,13 @@ class SearchSpace:
         }
 
     def from_json(self, document: Mapping[str, Any]) -> Assignment:
-        """The assignment of a JSON object that `to_json` wrote, refused unless it names exactly the layers of this space.
+        """The assignment of a JSON object that `to_json` wrote.
 
-        A document without activation bits takes the space's one activation width.
+        A document without activation bits takes the space's activation width, if there is one.
+
+        Raises:
+            ConfigurationError: The document is no assignment, or its layers or bits are not this
+                space's.
         """
         bits = document.get("bits") if document.get("format") == "clado-assignment/1" else None
         if not isinstance(bits, Mapping):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clado.bits import check_bits
 from clado.errors import ConfigurationError
-from clado.space import Assignment, Layer, SearchSpace, check_bits
+from clado.space import Assignment, Layer, SearchSpace
 
 LAYERS = (Layer("a.weight", (3, 5), "linear"), Layer("b.weight", (2, 2, 3, 3), "conv2d"), Layer("c.weight", (7,), "linear"))
 SPACE = SearchSpace(LAYERS, ((2, 4, 8), (4, 8), (1, 16)))

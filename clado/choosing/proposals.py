@@ -11,6 +11,7 @@ from math import inf, isfinite
 
 import numpy as np
 
+from clado.bits import FLOAT_BITS
 from clado.choosing import constraints, solvers
 from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import ordered
@@ -21,7 +22,7 @@ from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import Array, InteractionMatrix
 from clado.records import CHOSEN, UNIFORM, Result
-from clado.space import FLOAT_BITS, Assignment, SearchSpace
+from clado.space import Assignment, SearchSpace
 
 # Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
 CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}

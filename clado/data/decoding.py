@@ -1,7 +1,10 @@
-"""Encoded images, listed, numbered and cut into slices, decoded when they are read: what image folders and tar shards share.
+"""Lists encoded images, numbers their classes, and cuts them into slices.
 
-Within one listing the slices are cut from one seeded permutation: sensitivity from its front, calibration from its back,
-validation from between; so a larger slice of the same seed holds the smaller (of the first two).
+Folders and tar shards share it.
+
+An image is decoded when it is read. The slices of one listing are cut from one seeded permutation:
+sensitivity from its front, calibration from its back, validation from between. So, of sensitivity
+and calibration, a larger slice with the same seed holds the smaller one.
 """
 
 import hashlib
@@ -43,10 +46,15 @@ class Preprocessing:
     """Resize of the shorter side (antialiased), centre crop, pixels / 255, minus mean, divided by std."""
 
     image_shape: ImageShape
+    """Channels, height and width after the crop."""
     resize: int
+    """Length of the shorter side before the crop, in pixels."""
     mean: tuple[float, ...]
+    """Mean of each channel, for pixels within 0..1."""
     std: tuple[float, ...]
+    """Standard deviation of each channel, for pixels within 0..1."""
     interpolation: str = "bilinear"
+    """torchvision's name of the interpolation."""
 
     @classmethod
     def of(cls, settings: DataSettings, image_shape: ImageShape) -> "Preprocessing":
@@ -98,8 +106,11 @@ def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
     return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
 
 
-def no_folder(path: Path | None, expected: str) -> DataError:
-    """What to say of a path that is none: settings keep a relative one as it was given, and commands may be called anywhere."""
+def folder_error(path: Path | None, expected: str) -> DataError:
+    """The error for a path that is no folder.
+
+    Settings keep a relative path, and a command may run in any directory. So the message names it.
+    """
     where = "" if path is None or path.is_absolute() else f" (in {Path.cwd()})"
     return DataError(f"data.path {path}{where} is not a folder; expected {expected}")
 
@@ -141,56 +152,72 @@ class EncodedSlice:
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images start..stop-1 as float32 (n, C, H, W), and labels int64 (n,) or None."""
-        chosen = self.images[start:stop]
-        images = torch.stack([self.preprocessing(image) for image in chosen]) if chosen else torch.empty(0, *self.image_shape)
+        encoded_images = self.images[start:stop]
+        images = (
+            torch.stack([self.preprocessing(image) for image in encoded_images])
+            if encoded_images
+            else torch.empty(0, *self.image_shape)
+        )
         return images, None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Encoded images in a fixed order; the class number of each and the classes' names, where there are any."""
+    """Encoded images in a fixed order, with or without classes."""
 
     root: Path
+    """The folder that holds the images, for messages."""
     images: tuple[EncodedImage, ...]
+    """The images in order."""
     labels: tuple[int, ...] | None = None
+    """Class number of each image; None without labels."""
     classes: tuple[str, ...] | None = None
+    """Name of each class, by its number; None if classes have no names."""
     imagenet: bool = False
+    """Whether the class numbers are those of ImageNet's thousand classes."""
 
-    def slice(self, chosen: Sequence[int], preprocessing: Preprocessing) -> EncodedSlice:
-        """The images of these positions."""
-        labels = None if self.labels is None else [self.labels[k] for k in chosen]
-        return EncodedSlice([self.images[k] for k in chosen], labels, self.classes, preprocessing)
+    def slice(self, positions: Sequence[int], preprocessing: Preprocessing) -> EncodedSlice:
+        """The images at these positions."""
+        labels = None if self.labels is None else [self.labels[k] for k in positions]
+        return EncodedSlice([self.images[k] for k in positions], labels, self.classes, preprocessing)
 
     def with_classes(self, classes: tuple[str, ...]) -> "Listing":
-        """With the class numbers of another listing; images without classes stay without."""
+        """The listing with the class numbers of another one.
+
+        Images without classes stay without.
+        """
         if self.classes is None or self.labels is None:
             return self
         if unknown := [name for name in self.classes if name not in classes]:
             raise DataError(
                 f"{self.root} has classes that the run lacks: {', '.join(unknown[:5])}; expected the same sub-folders, or some"
             )
-        number = [classes.index(name) for name in self.classes]
-        return replace(self, labels=tuple(number[label] for label in self.labels), classes=classes)
+        numbers = [classes.index(name) for name in self.classes]
+        return replace(self, labels=tuple(numbers[label] for label in self.labels), classes=classes)
 
-    def numbered(self, class_numbers: str) -> "Listing":
-        """With ImageNet's class numbers (0..999, of sorted synsets) where synsets name every class, or where they must.
+    def with_class_numbers(self, class_numbers: str) -> "Listing":
+        """The listing with ImageNet's class numbers: 0..999, of the sorted synsets.
 
-        A folder of 50 of the thousand classes is then labelled as the network counts, not 0..49.
+        It changes only if synsets name every class, or if `class_numbers` is "imagenet". A folder
+        with 50 of the thousand classes is then labelled as the network counts, not 0..49.
+
+        Raises:
+            DataError: `class_numbers` is "imagenet", and a class is none of ImageNet's.
         """
         if class_numbers == "folders" or self.labels is None:
             return self
-        number = imagenet_numbers()
+        synset_numbers = imagenet_numbers()
         if self.classes is None:
-            return replace(self, classes=tuple(number), imagenet=True) if class_numbers == "imagenet" else self
-        if unknown := [name for name in self.classes if name not in number]:
+            return replace(self, classes=tuple(synset_numbers), imagenet=True) if class_numbers == "imagenet" else self
+        if unknown := [name for name in self.classes if name not in synset_numbers]:
             if class_numbers == "imagenet":
                 raise DataError(
                     f"{self.root} has classes that are not ImageNet's: {', '.join(unknown[:5])}; expected names such as "
                     "n01440764, or data.class_numbers: folders, which numbers them in alphabetical order"
                 )
             return self
-        labels = tuple(number[self.classes[label]] for label in self.labels)
-        return replace(self, labels=labels, classes=tuple(number), imagenet=True)
+        labels = tuple(synset_numbers[self.classes[label]] for label in self.labels)
+        return replace(self, labels=labels, classes=tuple(synset_numbers), imagenet=True)
 
 
 @cache
@@ -203,55 +230,70 @@ def imagenet_numbers() -> dict[str, int]:
 def cut(settings: DataSettings, image_shape: ImageShape, training: Listing, separate: Listing | None) -> DataSlices:
     """The slices of one listing, or of two: validation from `separate`, the others from `training`.
 
-    Names in `data.skip` are left out; the order of the others stays as it was.
+    Names in `data.skip` are left out. The order of the others stays the same.
+
+    Raises:
+        DataError: There are too few images, or classes or preprocessing do not fit.
     """
     preprocessing = Preprocessing.of(settings, image_shape)
-    training = training.numbered(settings.class_numbers)
-    validation = training if separate is None else _relabelled(separate.numbered(settings.class_numbers), training)
+    training = training.with_class_numbers(settings.class_numbers)
+    validation = training if separate is None else _relabel(separate.with_class_numbers(settings.class_numbers), training)
     skip = set(settings.skip)
-    num_sensitivity, num_calibration = settings.sensitivity_images, settings.calibration_images
-    asked = f"{num_sensitivity} for sensitivity and {num_calibration} for calibration"
-    order = _order(training, settings.seed, skip)
+    sensitivity, calibration, rest = _training_positions(settings, training, skip, separate is None)
     if separate is None:
-        num_validation = settings.validation_images or 1
-        asked += f", and {'at least ' if settings.validation_images is None else ''}{num_validation} for validation"
-        _enough(training, len(order), num_sensitivity + num_calibration + num_validation, asked)
-    else:
-        _enough(training, len(order), num_sensitivity + num_calibration, asked)
-    if settings.class_balanced:
-        sensitivity = _balanced(training, order, num_sensitivity, settings.seed)
-        calibration = _balanced(training, order[::-1], num_calibration, settings.seed)
-        if shared := set(sensitivity) & set(calibration):
-            raise DataError(
-                f"class {_class_name(training, next(iter(shared)))} of {training.root} has too few images for balanced slices "
-                f"({asked}); expected more of them, or data.class_balanced: false"
-            )
-        taken = {*sensitivity, *calibration}
-        left = [k for k in order if k not in taken]
-    else:
-        sensitivity, calibration = order[:num_sensitivity], order[::-1][:num_calibration]
-        left = order[num_sensitivity : len(order) - num_calibration]
-    if separate is None:
-        pool = left
+        pool = rest
     elif settings.validation_images is None:
         pool = [k for k, image in enumerate(validation.images) if image.name not in skip]
     else:
         pool = _order(validation, settings.seed, skip)
-    num_validation = settings.validation_images or len(pool)
-    _enough(validation, len(pool), num_validation, f"{num_validation} for validation")
-    chosen = pool[:num_validation]
-    if settings.class_balanced and settings.validation_images is not None:
-        chosen = _balanced(validation, pool, num_validation, settings.seed)
+    validation_positions = _validation_positions(settings, validation, pool)
     if separate is None:
-        taken = set(chosen)
-        left = [k for k in pool if k not in taken]
+        validation_set = set(validation_positions)
+        rest = [k for k in pool if k not in validation_set]
     return DataSlices(
         calibration=training.slice(calibration, preprocessing),
         sensitivity=training.slice(sensitivity, preprocessing),
-        validation=validation.slice(chosen, preprocessing),
-        selection=training.slice(left[: settings.selection_images], preprocessing),
+        validation=validation.slice(validation_positions, preprocessing),
+        selection=training.slice(rest[: settings.selection_images], preprocessing),
         imagenet=validation.imagenet,
     )
+
+
+def _training_positions(
+    settings: DataSettings, training: Listing, skip: set[str], has_validation: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Positions of the sensitivity images, of the calibration images, and of all others.
+
+    With `has_validation`, the others hold the validation images too, and must suffice.
+    """
+    num_sensitivity, num_calibration = settings.sensitivity_images, settings.calibration_images
+    request, num_validation = f"{num_sensitivity} for sensitivity and {num_calibration} for calibration", 0
+    order = _order(training, settings.seed, skip)
+    if has_validation:
+        num_validation = settings.validation_images or 1
+        request += f", and {'at least ' if settings.validation_images is None else ''}{num_validation} for validation"
+    _check_count(training, len(order), num_sensitivity + num_calibration + num_validation, request)
+    if not settings.class_balanced:
+        rest = order[num_sensitivity : len(order) - num_calibration]
+        return order[:num_sensitivity], order[::-1][:num_calibration], rest
+    sensitivity = _balance(training, order, num_sensitivity, settings.seed)
+    calibration = _balance(training, order[::-1], num_calibration, settings.seed)
+    if overlap := set(sensitivity) & set(calibration):
+        raise DataError(
+            f"class {_class_name(training, next(iter(overlap)))} of {training.root} has too few images for balanced slices "
+            f"({request}); expected more of them, or data.class_balanced: false"
+        )
+    positions = {*sensitivity, *calibration}
+    return sensitivity, calibration, [k for k in order if k not in positions]
+
+
+def _validation_positions(settings: DataSettings, validation: Listing, pool: list[int]) -> list[int]:
+    """Positions of the validation images: the first of a pool, or of each class in it."""
+    count = settings.validation_images or len(pool)
+    _check_count(validation, len(pool), count, f"{count} for validation")
+    if settings.class_balanced and settings.validation_images is not None:
+        return _balance(validation, pool, count, settings.seed)
+    return pool[:count]
 
 
 def _order(listing: Listing, seed: int, skip: set[str]) -> list[int]:
@@ -259,28 +301,32 @@ def _order(listing: Listing, seed: int, skip: set[str]) -> list[int]:
     return [k for k in order if listing.images[k].name not in skip] if skip else order
 
 
-def _balanced(listing: Listing, order: Sequence[int], count: int, seed: int) -> list[int]:
-    """The first `count` of an order that takes one image of each class in turn: no two classes differ by more than one image."""
+def _balance(listing: Listing, order: Sequence[int], count: int, seed: int) -> list[int]:
+    """The first `count` positions of an order that takes one image of each class in turn.
+
+    So no two classes differ by more than one image.
+    """
     if listing.labels is None:
         raise DataError(f"{listing.root} has no labels; data.class_balanced needs them: expected one sub-folder a class")
-    present = sorted({listing.labels[k] for k in order})
-    turn = dict(zip(present, np.random.default_rng(seed).permutation(len(present)).tolist(), strict=True))
-    met: Counter[int] = Counter()
+    classes = sorted({listing.labels[k] for k in order})
+    turns = dict(zip(classes, np.random.default_rng(seed).permutation(len(classes)).tolist(), strict=True))
+    counts: Counter[int] = Counter()
     rounds = []
     for k in order:
         label = listing.labels[k]
-        rounds.append((met[label], turn[label], k))
-        met[label] += 1
-    chosen = sorted(rounds)[:count]
-    last = chosen[-1][0] if chosen else 0
-    if last > min(met.values()):
-        fewest = min(met, key=lambda label: met[label])
-        short = next(k for k in order if listing.labels[k] == fewest)
+        rounds.append((counts[label], turns[label], k))
+        counts[label] += 1
+    entries = sorted(rounds)[:count]
+    num_rounds = entries[-1][0] if entries else 0
+    if num_rounds > min(counts.values()):
+        fewest = min(counts, key=lambda label: counts[label])
+        example = next(k for k in order if listing.labels[k] == fewest)
         raise DataError(
-            f"class {_class_name(listing, short)} of {listing.root} has {met[fewest]} images left; balanced slices of {count} "
-            f"images need {last} or more of each of {len(present)} classes: expected fewer images, or data.class_balanced: false"
+            f"class {_class_name(listing, example)} of {listing.root} has {counts[fewest]} images left; balanced slices of "
+            f"{count} images need {num_rounds} or more of each of {len(classes)} classes: expected fewer images, or "
+            "data.class_balanced: false"
         )
-    return [k for _, _, k in chosen]
+    return [k for _, _, k in entries]
 
 
 def _class_name(listing: Listing, k: int) -> str:
@@ -288,8 +334,8 @@ def _class_name(listing: Listing, k: int) -> str:
     return str(label) if listing.classes is None else listing.classes[label]
 
 
-def _relabelled(validation: Listing, training: Listing) -> Listing:
-    """The validation images with the training images' class numbers."""
+def _relabel(validation: Listing, training: Listing) -> Listing:
+    """The validation images with the class numbers of the training images."""
     if (validation.labels is None) != (training.labels is None) or (validation.classes is None) != (training.classes is None):
         raise DataError(
             f"one of {training.root} and {validation.root} has class sub-folders, the other has not; expected both or neither"
@@ -300,10 +346,10 @@ def _relabelled(validation: Listing, training: Listing) -> Listing:
         raise DataError(
             f"{validation.root} has classes that {training.root} lacks: {', '.join(unknown[:5])}; expected the same sub-folders"
         )
-    number = [training.classes.index(name) for name in validation.classes]
-    return replace(validation, labels=tuple(number[label] for label in validation.labels), classes=training.classes)
+    numbers = [training.classes.index(name) for name in validation.classes]
+    return replace(validation, labels=tuple(numbers[label] for label in validation.labels), classes=training.classes)
 
 
-def _enough(listing: Listing, found: int, needed: int, asked: str) -> None:
-    if found < needed:
-        raise DataError(f"{listing.root} holds {found} images; {needed} are needed ({asked})")
+def _check_count(listing: Listing, num_images: int, num_needed: int, request: str) -> None:
+    if num_images < num_needed:
+        raise DataError(f"{listing.root} holds {num_images} images; {num_needed} are needed ({request})")

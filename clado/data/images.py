@@ -42,19 +42,25 @@ class ImageSlice(Protocol):
 
 @dataclass(frozen=True)
 class DataSlices:
-    """Disjoint slices: calibration fits ranges, sensitivity is measured on, validation is seen by no choice. `selection` is what
-    these leave over: an answer that must keep a measured loss or accuracy is chosen on it."""
+    """Disjoint slices of the images."""
 
     calibration: ImageSlice
+    """Ranges and corrections are fitted to these images."""
     sensitivity: ImageSlice
+    """The interaction matrix is measured on these images."""
     validation: ImageSlice
+    """Results are reported on these images. No choice uses them."""
     selection: ImageSlice
-    imagenet: bool = False  # labelled by ImageNet's thousand classes
+    """The other images. An answer that must keep a measured loss or accuracy is chosen on them."""
+    imagenet: bool = False
+    """Whether labels are the numbers of ImageNet's thousand classes."""
 
 
 class MemorySlice:
-    """Images (N, C, H, W) float32, or vectors, signals or volumes, and labels (N,) int64 or None, held in memory. The hash covers
-    every pixel and label."""
+    """Images (N, C, H, W) float32, and labels (N,) int64 or None, in memory.
+
+    The images may also be vectors, signals or volumes. The hash covers every pixel and label.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
         self._images, self._labels, self._num_classes = images, labels, num_classes
@@ -87,32 +93,36 @@ class MemorySlice:
 
 
 class PickedSlice:
-    """Some images of other slices, all of one shape, in an order: numbers count through the slices one after another.
+    """Some images of other slices, in an order. All images have one shape.
 
-    The hash covers the slices' hashes and the numbers. Labelled where every slice is.
+    Numbers count through the slices one after another. The hash covers the slices' hashes and the
+    numbers. The images have labels if every slice has labels.
     """
 
-    def __init__(self, parts: Sequence[ImageSlice], numbers: Sequence[int] | None = None) -> None:
-        self._parts = [part for part in parts if len(part)]
-        if len({part.image_shape for part in self._parts}) != 1:
-            raise DataError(f"images of shapes {sorted({part.image_shape for part in self._parts})}; expected one, and an image")
-        self._ends = list(accumulate(map(len, self._parts)))
+    def __init__(self, slices: Sequence[ImageSlice], numbers: Sequence[int] | None = None) -> None:
+        self._slices = [image_slice for image_slice in slices if len(image_slice)]
+        shapes = {image_slice.image_shape for image_slice in self._slices}
+        if len(shapes) != 1:
+            raise DataError(f"images of shapes {sorted(shapes)}; expected one, and an image")
+        self._ends = list(accumulate(map(len, self._slices)))
         self._numbers = range(self._ends[-1]) if numbers is None else numbers
 
     @property
     def image_shape(self) -> ImageShape:
         """Channels, height, width."""
-        return self._parts[0].image_shape
+        return self._slices[0].image_shape
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes, or None."""
-        return self._parts[0].num_classes
+        return self._slices[0].num_classes
 
     @cached_property
     def sha256(self) -> str:
         """Of the slices' hashes and the numbers picked, in order."""
-        return hashlib.sha256(repr(([part.sha256 for part in self._parts], list(self._numbers))).encode()).hexdigest()
+        return hashlib.sha256(
+            repr(([image_slice.sha256 for image_slice in self._slices], list(self._numbers))).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -122,8 +132,8 @@ class PickedSlice:
         images, labels = [], []
         for number in self._numbers[start:stop]:
             k = bisect_right(self._ends, number)
-            first = number - (self._ends[k - 1] if k else 0)
-            x, y = self._parts[k].load(first, first + 1)
+            position = number - (self._ends[k - 1] if k else 0)
+            x, y = self._slices[k].load(position, position + 1)
             images.append(x)
             labels += [] if y is None else [y]
         if not images:
@@ -132,7 +142,7 @@ class PickedSlice:
 
 
 class AbsentSlice:
-    """So many images that are not there: enough to plan with."""
+    """A number of images that are absent. That is enough for a plan."""
 
     num_classes = None
     sha256 = "absent"
@@ -153,48 +163,60 @@ def check_batch(
     labels: object,
     image_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
-    whose: str = "the batch",
+    subject: str = "the batch",
 ) -> None:
-    """Refuses (DataError) all but float32 images (N, C, H, W), or (N, *image_shape), finite, with integer labels (N,) in range
-    or None."""
-    usual = image_shape is None or len(image_shape) == 3
-    axes = "(N, C, H, W)" if usual else f"(N, {', '.join(map(str, image_shape or ()))})"
+    """Checks one batch.
+
+    Args:
+        images: Finite float32 images (N, C, H, W), or (N, *image_shape).
+        labels: Integer labels (N,), or None.
+        image_shape: The shape that each image must have, if it is known.
+        num_classes: Labels must lie within 0..num_classes − 1, if it is known.
+        subject: What the batch is, for messages.
+
+    Raises:
+        DataError: The batch is anything else.
+    """
+    is_image = image_shape is None or len(image_shape) == 3
+    axes = "(N, C, H, W)" if is_image else f"(N, {', '.join(map(str, image_shape or ()))})"
     if not isinstance(images, Tensor):
-        raise DataError(f"{whose} holds images of type {type(images).__name__}; expected a torch tensor {axes} of float32")
+        raise DataError(f"{subject} holds images of type {type(images).__name__}; expected a torch tensor {axes} of float32")
     shape = tuple(images.shape)
     if images.ndim != _axes(image_shape):
         hint = "; a single image becomes a batch with image.unsqueeze(0), a dataset with torch.utils.data.DataLoader"
-        expected, one_less = f"four axes {axes}" if usual else axes, images.ndim == _axes(image_shape) - 1
-        raise DataError(f"{whose} holds images of shape {shape}; expected {expected}" + (hint if one_less else ""))
+        expected, one_less = f"four axes {axes}" if is_image else axes, images.ndim == _axes(image_shape) - 1
+        raise DataError(f"{subject} holds images of shape {shape}; expected {expected}" + (hint if one_less else ""))
     if 0 in shape:
-        raise DataError(f"{whose} is empty: its images have shape {shape}; expected at least one image {axes}")
+        raise DataError(f"{subject} is empty: its images have shape {shape}; expected at least one image {axes}")
     if image_shape is not None and shape[1:] != tuple(image_shape):
-        named = " (channels, height, width)" if usual else ""
-        raise DataError(f"{whose} holds images of shape {shape[1:]}; expected {tuple(image_shape)}{named}")
+        axis_names = " (channels, height, width)" if is_image else ""
+        raise DataError(f"{subject} holds images of shape {shape[1:]}; expected {tuple(image_shape)}{axis_names}")
     if images.dtype != torch.float32:
         hint = "images.float() / 255, then normalise" if not images.dtype.is_floating_point else "images.float()"
-        raise DataError(f"{whose} holds images of {images.dtype}; expected torch.float32: {hint}")
-    bad = (~torch.isfinite(images)).flatten(1).any(1)
-    if bad.any():
-        first = int(bad.nonzero()[0, 0])
+        raise DataError(f"{subject} holds images of {images.dtype}; expected torch.float32: {hint}")
+    unfit = (~torch.isfinite(images)).flatten(1).any(1)
+    if unfit.any():
+        index = int(unfit.nonzero()[0, 0])
         raise DataError(
-            f"{whose} has NaN or infinite pixels in {int(bad.sum())} of {len(images)} images, the first at index {first}"
+            f"{subject} has NaN or infinite pixels in {int(unfit.sum())} of {len(images)} images, the first at index {index}"
         )
     if labels is not None:
-        _check_labels(labels, len(images), num_classes, whose)
+        _check_labels(labels, len(images), num_classes, subject)
 
 
-def _check_labels(labels: object, num_images: int, num_classes: int | None, whose: str) -> None:
+def _check_labels(labels: object, num_images: int, num_classes: int | None, subject: str) -> None:
     if not isinstance(labels, Tensor):
-        raise DataError(f"{whose} holds labels of type {type(labels).__name__}; expected a torch tensor (N,) of int64, or none")
+        raise DataError(f"{subject} holds labels of type {type(labels).__name__}; expected a torch tensor (N,) of int64, or none")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise DataError(f"{whose} holds labels of {labels.dtype}; expected class numbers of torch.int64")
+        raise DataError(f"{subject} holds labels of {labels.dtype}; expected class numbers of torch.int64")
     if tuple(labels.shape) != (num_images,):
-        raise DataError(f"{whose} holds labels of shape {tuple(labels.shape)} for {num_images} images; expected ({num_images},)")
+        raise DataError(
+            f"{subject} holds labels of shape {tuple(labels.shape)} for {num_images} images; expected ({num_images},)"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         bound = "at least 0" if num_classes is None else f"within 0..{num_classes - 1}, for {num_classes} classes"
-        raise DataError(f"{whose} has labels from {low} to {high}; expected labels {bound}")
+        raise DataError(f"{subject} has labels from {low} to {high}; expected labels {bound}")
 
 
 def check_slice(
@@ -204,10 +226,14 @@ def check_slice(
     batch: int = 256,
     unreadable: dict[int, str] | None = None,
 ) -> None:
-    """Reads every image once, `batch` at a time, and refuses (DataError) what `check_batch` refuses, or an empty slice.
+    """Reads every image once, `batch` at a time, and checks it with `check_batch`.
 
-    Images that cannot be read are added to `unreadable` where it is given, names by position; what is read beside them is not
-    checked.
+    With `unreadable`, an image that cannot be read is added to it: position -> name. The other
+    images of its batch are then not checked.
+
+    Raises:
+        DataError: An image does not fit, or the slice is empty.
+        UnreadableImage: An image cannot be read, and there is no `unreadable`.
     """
     if len(images) == 0:
         raise DataError("the data is empty; expected at least one image")
@@ -235,8 +261,15 @@ def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[tuple[int
 def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes: int | None = None) -> ImageSlice:
     """Any of the usual forms of data as one slice, in memory and checked.
 
-    `data`: images (N, C, H, W); a pair (images, labels); an iterable (list, DataLoader, generator) of such batches, all of one
-    image shape and all labelled or none; or an ImageSlice, which is returned as it is. Raises DataError.
+    Args:
+        data: Images (N, C, H, W), a pair (images, labels), an iterable (list, DataLoader, generator)
+            of either, or an ImageSlice, which is returned itself. All batches have one image shape,
+            and all have labels or none has.
+        image_shape: The shape that each image must have, if it is known.
+        num_classes: Labels must lie within 0..num_classes − 1, if it is known.
+
+    Raises:
+        DataError: The data are anything else.
     """
     if isinstance(data, ImageSlice):
         return data
@@ -249,17 +282,17 @@ def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes:
     batches: list[Tensor] = []
     labels: list[Tensor] = []
     for number, batch in enumerate(data):
-        x, y = _split(batch, number)
-        whose = f"batch {number}"
-        check_batch(x, y, image_shape, num_classes, whose)
+        x, y = _images_and_labels(batch, number)
+        subject = f"batch {number}"
+        check_batch(x, y, image_shape, num_classes, subject)
         if batches and x.shape[1:] != batches[0].shape[1:]:
             raise DataError(
-                f"images of mixed size: {whose} has shape {tuple(x.shape[1:])}, batch 0 has {tuple(batches[0].shape[1:])}; "
+                f"images of mixed size: {subject} has shape {tuple(x.shape[1:])}, batch 0 has {tuple(batches[0].shape[1:])}; "
                 "expected one size, so resize or crop them first"
             )
         if batches and (y is not None) != bool(labels):
             raise DataError(
-                f"{whose} is {'un' if y is None else ''}labelled, the batches before are not so; expected labels on all or none"
+                f"{subject} is {'un' if y is None else ''}labelled, the batches before are not so; expected labels on all or none"
             )
         batches.append(x.detach().cpu())
         if y is not None:
@@ -276,12 +309,12 @@ def _axes(image_shape: tuple[int, ...] | None) -> int:
 
 def _is_pair(data: object, axes: int) -> bool:
     # A tuple of two image batches is an iterable of batches; of images and anything else, one labelled batch.
-    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(element, Tensor) for element in data)):
         return False
     return bool(data[0].ndim == axes and data[1].ndim != axes)
 
 
-def _split(batch: Any, number: int) -> tuple[Any, Any]:
+def _images_and_labels(batch: Any, number: int) -> tuple[Any, Any]:
     if isinstance(batch, tuple | list):
         if len(batch) in (1, 2):
             return batch[0], batch[1] if len(batch) == 2 else None

@@ -1,5 +1,6 @@
-"""Ways to hand a quantized network to others: one module a format.
+"""Formats of an exported network, one module for each.
 
-An exporter writes a folder that can be read without this package's settings or stores, writes every file through a temporary
-name and a rename, refuses what it cannot express (naming it), and has a reader that refuses a network that does not fit.
+An exporter writes a folder that can be read without this package's settings or stores. Each file
+is written through a temporary name and a rename. An exporter names what it cannot express, and
+refuses it. Its reader refuses a network that does not fit.
 """

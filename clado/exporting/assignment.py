@@ -1,10 +1,16 @@
-"""Reads an assignment from a file: our JSON (assignment.schema.json), a plain mapping of names to bits, or a peer's settings.
+"""Reads an assignment from a file: our JSON, a mapping of names to bits, or a peer's settings.
 
-Peers' files are: ModelOpt's `quant_cfg` list, alone or in its configuration; what `config_to_dict` of torchao makes of an
-FqnToConfig; what `json.dumps(config, default=vars)` makes of MCT's BitWidthConfig; and the Python files that `snippets` writes,
-of which only the literals `BITS` and `ACTIVATION_BITS` are read and nothing is run. Of a peer's own settings the bit-widths of
-weights are all that is taken: ranges, groups and activations are not, since an assignment is scored as our quantizer measured
-it. Whatever is unknown, missing, no integer or no candidate is refused by name.
+assignment.schema.json describes our JSON. Peers' files are:
+
+- ModelOpt's `quant_cfg` list, alone or in its configuration
+- torchao's FqnToConfig, written by `config_to_dict`
+- MCT's BitWidthConfig, written by `json.dumps(config, default=vars)`
+- the Python files that `snippets` writes. Only the literals `BITS` and `ACTIVATION_BITS` are read.
+  Nothing is run.
+
+Only the bit-widths of weights are taken from a peer's settings. Ranges, groups and activations are
+not: an assignment is scored as our quantizer measured it. A layer that is unknown or missing, and
+bits that are no integer or no candidate, are refused by name.
 """
 
 import ast
@@ -15,9 +21,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from clado.bits import MAX_BITS, MIN_BITS
 from clado.errors import ConfigurationError
 from clado.plugins import nearest
-from clado.space import MAX_BITS, MIN_BITS, Assignment, SearchSpace
+from clado.space import Assignment, SearchSpace
 
 FORMAT = "clado-assignment/1"
 EXPECTED = (
@@ -38,7 +45,7 @@ def read_assignment(path: Path, space: SearchSpace) -> Assignment:
             if document is None:
                 raise ConfigurationError(f"no literal BITS = {{layer: bits}}; {EXPECTED}")
         else:
-            document = json.loads(text, object_pairs_hook=_without_duplicates)
+            document = json.loads(text, object_pairs_hook=_unique_mapping)
             widths = document.get("activation_bits") if isinstance(document, dict) and document.get("format") == FORMAT else None
         return _assignment(_bits(document, space), widths or {}, space, document)
     except ConfigurationError as error:
@@ -47,12 +54,12 @@ def read_assignment(path: Path, space: SearchSpace) -> Assignment:
         raise ConfigurationError(f"{path} cannot be read ({error}); {EXPECTED}") from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         raise ConfigurationError(f"named twice: {_list(sorted({name for name in names if names.count(name) > 1}))}")
-    return found
+    return mapping
 
 
 def _literal(text: str, name: str) -> Any:
@@ -73,7 +80,7 @@ def _bits(document: Any, space: SearchSpace) -> dict[str, Any]:
     if not isinstance(document, dict) or not document:
         raise ConfigurationError(f"not an assignment; {EXPECTED}")
     if isinstance(document.get("format"), str):
-        return _ours(document)
+        return _clado_format(document)
     if "quant_cfg" in document:
         return _modelopt(document["quant_cfg"], space)
     if "_type" in document:
@@ -82,10 +89,10 @@ def _bits(document: Any, space: SearchSpace) -> dict[str, Any]:
         return _mct(document["manual_weights_bit_width_selection_list"], space)
     if any(isinstance(value, (dict, list)) for value in document.values()):
         raise ConfigurationError(f"not an assignment; {EXPECTED}")
-    return _named(document, space)
+    return _plain_mapping(document, space)
 
 
-def _ours(document: dict[str, Any]) -> dict[str, Any]:
+def _clado_format(document: dict[str, Any]) -> dict[str, Any]:
     """The bits of our own format, whose every field is as the schema says."""
     if document["format"] != FORMAT:
         raise ConfigurationError(f"format is {document['format']!r}; expected {FORMAT!r}")
@@ -99,14 +106,17 @@ def _ours(document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigurationError(f"average_bits is {average!r}; expected a number from 0")
     if (_integer(size) or 0) < 0 or _integer(size) is None:
         raise ConfigurationError(f"size_bytes is {size!r}; expected an integer from 0")
-    for key, kind in (("estimator", str), ("loss_predicted", (int, float)), ("status", str)):
-        if key in document and (isinstance(document[key], bool) or not isinstance(document[key], kind)):
-            raise ConfigurationError(f"{key} is {document[key]!r}; expected {'a string' if kind is str else 'a number'}")
+    for key, types in (("estimator", str), ("loss_predicted", (int, float)), ("status", str)):
+        if key in document and (isinstance(document[key], bool) or not isinstance(document[key], types)):
+            raise ConfigurationError(f"{key} is {document[key]!r}; expected {'a string' if types is str else 'a number'}")
     return bits
 
 
 def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: SearchSpace, document: Any) -> Assignment:
-    """The bits in the order of the space, refused unless every layer has a candidate of its own or is left in float."""
+    """The bits in the order of the space. Each layer has one of its candidates, or stays in float.
+
+    Raises ConfigurationError, with all faults, for anything else.
+    """
     faults = []
     if unknown := [f"{name}{nearest(name, space.names)}" for name in {**bits, **widths} if name not in space.names]:
         faults.append(f"no searched layer is called {_list(unknown)}")
@@ -114,14 +124,16 @@ def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: Searc
         faults.append(f"these layers are missing: {_list(missing)}")
     for layer, candidates in zip(space.layers, space.bit_widths, strict=True):
         if layer.name in bits and bits[layer.name] is not None:
-            found = _integer(bits[layer.name])
-            if found is None or not MIN_BITS <= found <= MAX_BITS:
+            weight_bits = _integer(bits[layer.name])
+            if weight_bits is None or not MIN_BITS <= weight_bits <= MAX_BITS:
                 faults.append(f"{layer.name} has {bits[layer.name]!r}, expected an integer within {MIN_BITS}..{MAX_BITS}")
-            elif found not in candidates:
-                faults.append(f"{layer.name} has {found} bits, which is not measured; its candidates are {list(candidates)}")
+            elif weight_bits not in candidates:
+                faults.append(
+                    f"{layer.name} has {weight_bits} bits, which is not measured; its candidates are {list(candidates)}"
+                )
         if (width := widths.get(layer.name)) is not None:
-            found = _integer(width)
-            if found is None or not MIN_BITS <= found <= MAX_BITS:
+            input_bits = _integer(width)
+            if input_bits is None or not MIN_BITS <= input_bits <= MAX_BITS:
                 faults.append(f"{layer.name} has activations at {width!r}, expected an integer within {MIN_BITS}..{MAX_BITS}")
     if faults:
         raise ConfigurationError("; ".join(faults))
@@ -137,55 +149,58 @@ def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: Searc
     return assignment
 
 
-def _named(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """A mapping whose names are parameters, or modules that stand for their weight."""
-    found: dict[str, Any] = {}
+def _plain_mapping(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
+    """Bits by parameter, from a mapping whose names are parameters, or modules with one weight."""
+    bits: dict[str, Any] = {}
     for name, value in document.items():
         layer = name if name in space.names or f"{name}.weight" not in space.names else f"{name}.weight"
-        if layer in found:
+        if layer in bits:
             raise ConfigurationError(f"named twice: {layer}, as a parameter and as its module")
-        found[layer] = value
-    return found
+        bits[layer] = value
+    return bits
 
 
 def _modelopt(entries: Any, space: SearchSpace) -> dict[str, Any]:
     """ModelOpt's ordered list: the last entry that matches a weight quantizer's name counts; `enable` alone keeps the width."""
     if not isinstance(entries, list):
         raise ConfigurationError("quant_cfg is no list; the mapping of older ModelOpt is not read: its order is ambiguous")
-    width: dict[str, Any] = {}
-    enabled: dict[str, bool] = {}
+    widths: dict[str, Any] = {}
+    is_enabled: dict[str, bool] = {}
     for entry in entries:
         pattern = entry.get("quantizer_name") if isinstance(entry, dict) else None
         if not isinstance(pattern, str):
             raise ConfigurationError(f"quant_cfg holds {entry!r}; expected {{'quantizer_name': ..., 'cfg': ..., 'enable': ...}}")
         parent, cfg = entry.get("parent_class"), entry.get("cfg")
-        matched = [
+        matches = [
             layer.name
             for layer in space.layers
             if fnmatchcase(f"{layer.name}_quantizer", pattern)
             and (parent is None or str(parent).lower() == f"nn.{layer.operator.replace('_', '')}")
         ]
-        if not matched and pattern.endswith("weight_quantizer") and not re.search(r"[*?\[]", pattern):
+        if not matches and pattern.endswith("weight_quantizer") and not re.search(r"[*?\[]", pattern):
             raise ConfigurationError(f"no searched layer has the quantizer {pattern!r}{nearest(pattern, space.names)}")
-        for name in matched:
-            enabled[name] = entry.get("enable", True) is not False
+        for name in matches:
+            is_enabled[name] = entry.get("enable", True) is not False
             if isinstance(cfg, dict):
-                width[name] = cfg.get("num_bits", 8)
+                widths[name] = cfg.get("num_bits", 8)
             elif cfg is not None:
-                width[name] = cfg  # quantizers one after the other: no single width
+                widths[name] = cfg  # quantizers one after the other: no single width
             else:
-                width.setdefault(name, 8)
-    return {name: width[name] if on else None for name, on in enabled.items()}
+                widths.setdefault(name, 8)
+    return {name: widths[name] if enabled else None for name, enabled in is_enabled.items()}
 
 
 def _torchao(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """torchao's FqnToConfig: parameter, module, pattern of either, default of linear layers; the first found counts."""
+    """torchao's FqnToConfig: parameter, module, pattern of either, default of linear layers.
+
+    The first match counts.
+    """
     data = document.get("_data")
     table = (data.get("fqn_to_config") or data.get("module_fqn_to_config")) if isinstance(data, dict) else None
     if document["_type"] not in ("FqnToConfig", "ModuleFqnToConfig") or not isinstance(table, dict):
         raise ConfigurationError(f"a torchao configuration {document['_type']!r} names no layers; expected an FqnToConfig")
     exact = {key for key in table if not key.startswith("re:") and key != "_default"}
-    found: dict[str, Any] = {}
+    widths: dict[str, Any] = {}
     for layer in space.layers:
         module = layer.name.rpartition(".")[0]
         patterns = [key for key in table if key.startswith("re:")]
@@ -196,8 +211,8 @@ def _torchao(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
         ]
         exact -= {layer.name, module}
         if keys:
-            found[layer.name] = _torchao_width(table[keys[0]])
-    return found | {name: table[name] for name in exact}  # what is left is unknown, and refused as such
+            widths[layer.name] = _torchao_width(table[keys[0]])
+    return widths | {name: table[name] for name in exact}  # the other names are unknown: the caller refuses them
 
 
 def _torchao_width(config: Any) -> Any:
@@ -216,19 +231,19 @@ def _mct(selections: Any, space: SearchSpace) -> dict[str, Any]:
     """MCT's manual choices; the last one counts. A node is called as its module, with '_bn' behind where a norm is folded."""
     if not isinstance(selections, list):
         raise ConfigurationError("manual_weights_bit_width_selection_list is not a list")
-    found: dict[str, Any] = {}
+    widths: dict[str, Any] = {}
     for selection in selections:
         names = _mct_names(selection.get("filter")) if isinstance(selection, dict) else None
         if not names:
             raise ConfigurationError(f"only choices by node name can be read, not {selection!r}")
         if selection.get("attr") not in ("weight", "kernel_attr"):
             continue
-        matched = [layer.name for layer in space.layers if names & _mct_nodes(layer.name)]
-        if len(matched) > 1:
-            raise ConfigurationError(f"the node {_list(sorted(names))} could be any of {_list(matched)}")
+        matches = [layer.name for layer in space.layers if names & _mct_nodes(layer.name)]
+        if len(matches) > 1:
+            raise ConfigurationError(f"the node {_list(sorted(names))} could be any of {_list(matches)}")
         bits = selection.get("bit_width")
-        found[matched[0] if matched else min(names, key=len)] = None if bits == _MCT_FLOAT else bits
-    return found
+        widths[matches[0] if matches else min(names, key=len)] = None if bits == _MCT_FLOAT else bits
+    return widths
 
 
 def _mct_names(node_filter: Any) -> set[str]:
@@ -236,17 +251,17 @@ def _mct_names(node_filter: Any) -> set[str]:
     if not isinstance(node_filter, dict):
         return set()
     if set(node_filter) == {"matcher_a", "matcher_b"}:  # of "or", as far as one can tell
-        parts = [_mct_names(part) for part in node_filter.values()]
-        return parts[0] | parts[1] if all(parts) else set()
+        sides = [_mct_names(side) for side in node_filter.values()]
+        return sides[0] | sides[1] if all(sides) else set()
     name = node_filter.get("node_name")
     return {name} if isinstance(name, str) else set()
 
 
 def _mct_nodes(parameter: str) -> set[str]:
-    """What torch.fx and MCT may call the node of a parameter's module."""
+    """Names that torch.fx and MCT may give to the node of a parameter's module."""
     node = re.sub(r"(?<=[a-z])([A-Z])", r"_\1", parameter.rpartition(".")[0].replace(".", "_")).lower()
-    plain = {node, f"_{node}", parameter.rpartition(".")[0].replace(".", "_")}
-    return plain | {f"{name}_bn" for name in plain}
+    names = {node, f"_{node}", parameter.rpartition(".")[0].replace(".", "_")}
+    return names | {f"{name}_bn" for name in names}
 
 
 def _full_match(pattern: str, name: str) -> bool:
@@ -263,7 +278,7 @@ def _integer(value: Any) -> int | None:
     return int(value)
 
 
-def _list(names: Iterable[str], most: int = 8) -> str:
+def _list(names: Iterable[str], limit: int = 8) -> str:
     """The names, at most eight of them."""
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,10 +1,12 @@
-"""A packed network beside what builds it again: the folder that MLflow gets as a model, and loads without unpickling anything.
+"""The folder that MLflow gets as a model: a packed network, and how to build it.
 
-    packed.safetensors   the network that ships (`packed.py`)
-    model.json           how to build its float network, what it takes and gives, and the versions it was made with
+Nothing is unpickled.
 
-MLflow's `python_function` flavour names this module and calls `_load_pyfunc`; nothing here imports MLflow. A network from a
-Python factory needs that factory's module where it is loaded.
+    packed.safetensors   the deployed network (`packed.py`)
+    model.json           how to build the float network, its inputs and outputs, and library versions
+
+MLflow's `python_function` flavour names this module and calls `_load_pyfunc`. Nothing here imports
+MLflow. A network from a Python factory can be loaded where the factory's module is installed.
 """
 
 import json
@@ -55,9 +57,12 @@ def name_of(settings: NetworkSettings) -> str:
 
 
 def requirements(settings: NetworkSettings) -> list[str]:
-    """What loading needs, each pinned to the version installed here; +cpu and the like name builds that no index has."""
-    own = {"torchvision": ("torchvision",), "timm": ("timm", "torchvision")}.get(settings.source, ())
-    return [f"{name}=={version(name).partition('+')[0]}" for name in (*LIBRARIES, *own)]
+    """The libraries that loading needs, each pinned to the installed version.
+
+    A local version such as +cpu is cut off, because no package index has it.
+    """
+    source_libraries = {"torchvision": ("torchvision",), "timm": ("timm", "torchvision")}.get(settings.source, ())
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*LIBRARIES, *source_libraries)]
 
 
 def read_model(folder: Path) -> dict[str, Any]:

@@ -60,9 +60,9 @@ def snippet(space: SearchSpace, assignment: Assignment) -> str:
     """The file's text; ConfigurationError names what ModelOpt cannot express."""
     assignment = space.completed(assignment)
     check_expressible("ModelOpt", space, assignment, OPERATORS, least=2, most=16)
-    images, what, inputs = "", "Weights only,", ""
+    images, weights_clause, inputs = "", "Weights only,", ""
     if assignment.activation_bits:
-        images, what, inputs = ", images", "Weights are", _INPUTS
+        images, weights_clause, inputs = ", images", "Weights are", _INPUTS
     axes = {layer.name: layer.channel_axis for layer in space.layers if layer.channel_axis != 0}
     return f'''"""{headline("NVIDIA ModelOpt", space, assignment)}
 
@@ -70,7 +70,7 @@ def snippet(space: SearchSpace, assignment: Assignment) -> str:
 
     quantize(network{images})
 
-{what} symmetric, one scale per output channel. ModelOpt fits the scales itself (least squared error), so the loss
+{weights_clause} symmetric, one scale per output channel. ModelOpt fits the scales itself (least squared error), so the loss
 differs a little from the one that was measured. None leaves a layer in float.
 {inputs}"""
 

@@ -1,8 +1,11 @@
-"""The network with its chosen weights as float tensors in one safetensors file: loads wherever the float network loads.
+"""The deployed network as float tensors in one safetensors file.
 
-The searched weights are already rounded (fake-quantized), so the outputs are those that were measured, where activations
-stayed in float: their rounding is not in a state dict. The weights are kept as floats: the file has the size of the float
-network, and `size_bytes` in the assignment is what the codes need once packed.
+It loads wherever the float network loads.
+
+The searched weights are already rounded (fake-quantized). So the outputs are those that were
+measured, if activations stay in float: a state dict does not hold their rounding. The weights are
+floats, so the file has the size of the float network. `size_bytes` in the assignment is the size of
+the packed codes.
 """
 
 import json
@@ -17,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clado.errors import NetworkError, StoreError
-from clado.exporting.packed import bias_place
+from clado.exporting._torch_module import bias_place, shape_and_dtype
 from clado.network.network import unfit
 from clado.records import write_text
 
@@ -26,11 +29,24 @@ FORMAT = "clado-export/1"
 
 
 def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_document: Mapping[str, Any], snippet: str) -> Path:
-    """Writes weights.safetensors, assignment.json and README.md into `folder` and returns it; an earlier export is replaced.
+    """Writes weights.safetensors, assignment.json and README.md into a folder.
 
-    `state` is the network's whole state dict, its searched weights already fake-quantized; `assignment_document` is what
-    `SearchSpace.to_json` makes; `snippet` is the Python that loads the folder again. NetworkError where a searched layer is not
-    in the state or a tensor holds a NaN or an infinity, StoreError where the folder has another's README: nothing is written.
+    Replaces an earlier export.
+
+    Args:
+        folder: Where to write.
+        state: The network's whole state dict. Its searched weights are already fake-quantized.
+        assignment_document: The JSON object that `SearchSpace.to_json` makes.
+        snippet: The Python code that loads the folder again.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NetworkError: A searched layer is not in the state, or a tensor holds a NaN or an infinity.
+            Nothing is written then.
+        StoreError: The document is no assignment, or the folder holds a README of something else.
+            Nothing is written then.
     """
     bits = assignment_document.get("bits")
     if assignment_document.get("format") != "clado-assignment/1" or not isinstance(bits, Mapping):
@@ -38,36 +54,71 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
     if (folder / README).exists() and not (folder / WEIGHTS).exists():
         raise StoreError(f"{folder} holds a {README} and no {WEIGHTS}: it is no export's; name another folder, or a new one")
     # the parts of a split weight stand in the state as the one tensor that they are rows of
-    absent = sorted(name for name in bits if name not in state and _whole(name) not in state)
-    if absent:
+    missing = sorted(name for name in bits if name not in state and _split_weight(name) not in state)
+    if missing:
         raise NetworkError(
-            f"the state lacks layers of the assignment: {_some(absent)}; expected the state dict of the same network"
+            f"the state lacks layers of the assignment: {_some(missing)}; expected the state dict of the same network"
         )
-    if bad := sorted(unfit(state)):
-        raise NetworkError(f"weights hold a NaN or an infinity: {_some(bad)}")
-    # safetensors refuses tensors that share memory (tied weights): each gets its own
+    if unfit_names := sorted(unfit(state)):
+        raise NetworkError(f"weights hold a NaN or an infinity: {_some(unfit_names)}")
+    # safetensors refuses tensors that share memory (tied weights): each gets its own copy
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(assignment_document, indent=1)
-    part = folder / f".{WEIGHTS}.{os.getpid()}.part"
+    temporary = folder / f".{WEIGHTS}.{os.getpid()}.part"
     try:
         # the weights carry the assignment too, so that a reader sees when the two files are of different exports
-        save_file(tensors, str(part), metadata={"format": FORMAT, "assignment": document})
-        part.chmod(0o644)  # safetensors makes it readable for its owner alone
-        part.replace(folder / WEIGHTS)
+        save_file(tensors, str(temporary), metadata={"format": FORMAT, "assignment": document})
+        temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
+        temporary.replace(folder / WEIGHTS)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     write_text(folder / ASSIGNMENT, document)
     write_text(folder / README, _readme(assignment_document, snippet))
     return folder
 
 
 def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
-    """Loads exported weights into `network`, in place, and returns the assignment's JSON object. Layers without a bias get those
-    that corrections added.
+    """Loads exported weights into `network`, in place.
 
-    NetworkError where names, shapes or dtypes differ from the network's, StoreError where the folder is no whole export; the
-    network is untouched then.
+    A layer without a bias gets the bias that a correction added.
+
+    Returns:
+        The assignment's JSON object.
+
+    Raises:
+        NetworkError: Names, shapes or dtypes differ from the network's. The network is not changed.
+        StoreError: The folder is no whole export. The network is not changed.
+    """
+    state, document = _read(folder)
+    model_state = network.state_dict()
+    new_biases: dict[str, tuple[torch.nn.Module, str]] = {}
+    for name in set(state) - set(model_state):
+        with suppress(NetworkError, AttributeError):  # any other name is unknown
+            new_biases[name] = bias_place(network, name)
+    faults = []
+    if missing := sorted(set(model_state) - set(state)):
+        faults.append(f"the file lacks {_some(missing)}")
+    if unknown := sorted(set(state) - set(model_state) - set(new_biases)):
+        faults.append(f"the network has no {_some(unknown)}")
+    if differences := [
+        f"{name} ({shape_and_dtype(state[name])} in the file, {shape_and_dtype(model_state[name])} in the network)"
+        for name in sorted(set(model_state) & set(state))
+        if shape_and_dtype(model_state[name]) != shape_and_dtype(state[name])
+    ]:
+        faults.append(f"tensors differ: {_some(differences)}")
+    if faults:
+        raise NetworkError(f"{folder / WEIGHTS} does not fit: {'; '.join(faults)}; expected the network that was exported")
+    for name, (module, attribute) in new_biases.items():
+        module.register_parameter(attribute, torch.nn.Parameter(state[name].clone()))
+    network.load_state_dict(state)
+    return document
+
+
+def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(state dict, the assignment's JSON object) of an export.
+
+    Raises StoreError if it is not whole.
     """
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
@@ -80,32 +131,7 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
         ) from error
     if metadata.get("format") != FORMAT or json.loads(metadata.get("assignment", "null")) != document:
         raise StoreError(f"{WEIGHTS} and {ASSIGNMENT} in {folder} are not of one export; export again")
-    own = network.state_dict()
-    added: dict[str, tuple[torch.nn.Module, str]] = {}
-    for name in set(state) - set(own):
-        with suppress(NetworkError, AttributeError):  # what is no bias that corrections added is unknown
-            added[name] = bias_place(network, name)
-    faults = []
-    if missing := sorted(set(own) - set(state)):
-        faults.append(f"the file lacks {_some(missing)}")
-    if unknown := sorted(set(state) - set(own) - set(added)):
-        faults.append(f"the network has no {_some(unknown)}")
-    if unlike := [
-        f"{name} ({_kind(state[name])} in the file, {_kind(own[name])} in the network)"
-        for name in sorted(set(own) & set(state))
-        if _kind(own[name]) != _kind(state[name])
-    ]:
-        faults.append(f"tensors differ: {_some(unlike)}")
-    if faults:
-        raise NetworkError(f"{folder / WEIGHTS} does not fit: {'; '.join(faults)}; expected the network that was exported")
-    for name, (module, attribute) in added.items():
-        module.register_parameter(attribute, torch.nn.Parameter(state[name].clone()))
-    network.load_state_dict(state)
-    return dict(document)
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return state, dict(document)
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -139,7 +165,7 @@ Packed, the searched weights take {document["size_bytes"]:,} bytes.
 """
 
 
-def _whole(name: str) -> str:
-    """The tensor that a part of a split weight is rows of."""
+def _split_weight(name: str) -> str:
+    """The tensor whose rows include this part of a split weight."""
     stem, _, part = name.rpartition(".")
     return stem if part in ("q", "k", "v") else name

@@ -1,9 +1,14 @@
-"""A ready Python file that applies an assignment with a peer's library: what the peers' modules here have in common.
+"""A Python file (snippet) that applies an assignment with a peer's library: the common parts.
 
-Every snippet holds the assignment as the literal `BITS` (`read_assignment` reads it back, without running the file), quantizes
-weights symmetric, with one scale per output channel where the peer allows, and checks that each layer came out as assigned.
-Activation bits are the literal `ACTIVATION_BITS`; ModelOpt applies them, MCT (which quantizes outputs of layers, not inputs)
-and torchao do not, and their snippets say so. What a peer cannot express is refused here, by name.
+Every snippet
+
+- holds the assignment as the literal `BITS`; `read_assignment` reads it without running the file
+- quantizes weights symmetrically, with one scale per output channel if the peer allows it
+- checks that each layer has the assigned bits.
+
+Activation bits are the literal `ACTIVATION_BITS`. ModelOpt applies them. torchao does not, and MCT
+does not, because it quantizes outputs of layers and not inputs; their snippets say so. Assignments
+that a peer cannot express are refused, with the names of the layers.
 """
 
 import json
@@ -32,7 +37,7 @@ def refuse_shared(model):
 
 def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment) -> Path:
     """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path."""
-    text = import_module(f"clado.exporting.{known(peer)}").snippet(space, assignment)
+    text = import_module(f"clado.exporting.{check_peer(peer)}").snippet(space, assignment)
     document, assignment_file = space.to_json(assignment), folder / ASSIGNMENT
     if not assignment_file.is_file():
         write_text(assignment_file, json.dumps(document, indent=1))
@@ -51,8 +56,8 @@ def holds(file: Path, document: Mapping[str, object]) -> bool:
         return False
 
 
-def known(peer: str) -> str:
-    """The peer's name, refused unless there is a snippet for it."""
+def check_peer(peer: str) -> str:
+    """The peer's name. Raises ConfigurationError if there is no snippet for it."""
     if peer not in PEERS:
         raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(PEERS[:-1])} or {PEERS[-1]}")
     return peer
@@ -85,8 +90,10 @@ def headline(peer: str, space: SearchSpace, assignment: Assignment) -> str:
 def check_expressible(
     peer: str, space: SearchSpace, assignment: Assignment, operators: Container[str], least: int, most: int
 ) -> None:
-    """Refuses, naming them, layers that are not `<module>.weight` of a known operator, and widths outside least..most (of
-    activations too, where the assignment has some).
+    """Raises ConfigurationError, with the layers' names, for what a peer cannot express.
+
+    A layer must be the `<module>.weight` of one of the operators. The bit-widths of its weights and
+    activations must lie within least..most.
     """
     faults = []
     for layer, (bits, width) in zip(space.layers, assignment.pairs, strict=True):

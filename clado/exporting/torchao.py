@@ -29,9 +29,9 @@ def quantize(model):
         codes = IntxUnpackedToInt8Tensor.from_hp(weight.detach(), (1, *weight.shape[1:]), getattr(torch, f"int{BITS[name]}"))
         module.weight = torch.nn.Parameter(codes, requires_grad=False)
     for name, bits in BITS.items():
-        found = getattr(model.get_parameter(name), "target_dtype", None)
-        if found != (None if bits is None else getattr(torch, f"int{bits}")):
-            raise ValueError(f"{name} came out as {found}, expected {bits} bits")
+        dtype = getattr(model.get_parameter(name), "target_dtype", None)
+        if dtype != (None if bits is None else getattr(torch, f"int{bits}")):
+            raise ValueError(f"{name} came out as {dtype}, expected {bits} bits")
     return model
 '''
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clado.bits import bits_text
 from clado.errors import MeasurementError
-from clado.space import Assignment, SearchSpace, bits_text
+from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
 

@@ -18,11 +18,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from clado.bits import bits_text
 from clado.errors import StoreError
 from clado.records import CHOSEN, UNIFORM, Result, RunRecord, percent, short_names, size_text, write_text
 from clado.reporting import tables
 from clado.settings.schema import redact
-from clado.space import bits_text
 
 PAGE = "report.html"
 ROBUST_PERCENTILE = 98.0

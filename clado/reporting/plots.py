@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
+from clado.bits import bits_text
 from clado.interaction.matrix import InteractionMatrix
 from clado.records import CHOSEN, UNIFORM, Result, RunRecord, short_names, size_text
-from clado.space import bits_text
 
 DOTS_PER_INCH = 150
 ROBUST_PERCENTILE = 98.0

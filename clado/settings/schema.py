@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from clado.bits import check_bits
 from clado.errors import ConfigurationError, StoreError
 from clado.plugins import PACKAGE, available, nearest
-from clado.space import check_bits
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""Evaluations that are done, one small file each: an assignment is evaluated once, whichever methods or budgets share it."""
+"""Evaluations on disk, one small file each.
+
+An assignment is evaluated once, even if several methods or budgets share it.
+"""
 
 import json
 from dataclasses import asdict
@@ -8,43 +11,53 @@ from clado.evaluation import Counts
 from clado.records import write_text
 from clado.space import Assignment
 
-Part = tuple[int, int]
+Batch = tuple[int, int]
+"""An evaluation batch: the first image, and the image after the last."""
 
 
 class EvaluationCache:
-    """Counts by assignment on one data slice: a folder of JSON files, each written whole. `identity` names slice and network.
+    """Counts by assignment on one data slice: a folder of JSON files, each written whole.
 
-    A part (start, stop) of the slice is kept beside the whole until that is put: an evaluation that is killed goes on from there.
+    `identity` names the slice and the network. The counts of an evaluation batch are kept until the
+    whole slice is evaluated. An evaluation that was killed continues with the other batches.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
         self.identity = identity
 
-    def _file(self, assignment: Assignment, part: Part | None = None) -> Path:
+    def _file(self, assignment: Assignment, batch: Batch | None = None) -> Path:
         name = f"{self.identity[:12]}-{assignment.key}"
-        return self.folder / (f"{name}.json" if part is None else f"parts/{name}-{part[0]}-{part[1]}.json")
+        return self.folder / (f"{name}.json" if batch is None else f"parts/{name}-{batch[0]}-{batch[1]}.json")
 
-    def get(self, assignment: Assignment, part: Part | None = None) -> Counts | None:
-        """The counts of an assignment, None where it is not evaluated yet or its file cannot be read."""
+    def get(self, assignment: Assignment, batch: Batch | None = None) -> Counts | None:
+        """The counts of an assignment; None if it is not evaluated yet, or its file cannot be read."""
         try:
-            document = json.loads(self._file(assignment, part).read_text(encoding="utf-8"))
-            stored = document["bits"], document["activation_bits"], document["identity"], document["part"]
-            wanted = list(assignment.bits), list(assignment.activation_bits), self.identity, None if part is None else list(part)
-            return Counts(**document["counts"]) if stored == wanted else None
+            document = json.loads(self._file(assignment, batch).read_text(encoding="utf-8"))
+            key = document["bits"], document["activation_bits"], document["identity"], document["part"]
+            expected = (
+                list(assignment.bits),
+                list(assignment.activation_bits),
+                self.identity,
+                None if batch is None else list(batch),
+            )
+            return Counts(**document["counts"]) if key == expected else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def put(self, assignment: Assignment, counts: Counts, part: Part | None = None) -> None:
-        """Keeps the counts of an assignment; those of the whole slice take the place of its parts'."""
+    def put(self, assignment: Assignment, counts: Counts, batch: Batch | None = None) -> None:
+        """Keeps the counts of an assignment.
+
+        The counts of the whole slice replace those of its evaluation batches.
+        """
         document = {
             "identity": self.identity,
             "bits": assignment.bits,
             "activation_bits": assignment.activation_bits,
-            "part": part,
+            "part": batch,
             "counts": asdict(counts),
         }
-        write_text(self._file(assignment, part), json.dumps(document))
-        if part is None:
+        write_text(self._file(assignment, batch), json.dumps(document))
+        if batch is None:
             for file in self.folder.glob(f"parts/{self._file(assignment).stem}-*.json"):
                 file.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
-"""Quantized layers on disk: a folder named after what they depend on, one safetensors file for each layer, written whole.
+"""Quantized layers on disk: one folder for each key, and one safetensors file for each layer.
 
     KEY/network.safetensors     parameters and buffers that corrections of the float network changed, by name
-    KEY/0007.safetensors        layer 7 at each of its candidates: k.weight, k.scale, k.zero_point, k.bias; grids in the header
+    KEY/0007.safetensors        layer 7 at each of its options: k.weight, k.scale, k.zero_point, k.bias; grids in the header
     KEY/final/HASH.safetensors  parameters and buffers that final corrections changed for one assignment, by name
 
-Made by one task a layer, in any order, by any process; read memory-mapped by every worker. A file that is there is complete.
+KEY is a hash of everything that the layers depend on. One task makes the file of one layer. Tasks
+run in any order, in any process. Each file is written whole, so a file that exists is complete.
+Every worker reads the files memory-mapped.
 """
 
 import json
@@ -44,25 +46,25 @@ class PreparedLayers:
         return self.folder / "final" / f"{assignment.key}.safetensors"
 
     def missing(self, num_layers: int) -> list[int]:
-        """Layers that are not there yet."""
+        """Layers without a file."""
         return [layer for layer in range(num_layers) if not self.layer_file(layer).exists()]
 
-    def write_layer(self, layer: int, quantized: Sequence[QuantizedLayer], notes: Sequence[str]) -> None:
-        """Keeps a layer at each of its candidates."""
+    def write_layer(self, layer: int, options: Sequence[QuantizedLayer], notes: Sequence[str]) -> None:
+        """Keeps a layer at each of its options, in order."""
         tensors: dict[str, Tensor] = {}
         grids = []
-        for k, made in enumerate(quantized):
-            tensors[f"{k}.weight"] = made.weight
-            if made.bias is not None:
-                tensors[f"{k}.bias"] = made.bias
-            if made.grid is not None:
-                tensors |= {f"{k}.scale": made.grid.scale, f"{k}.zero_point": made.grid.zero_point}
-            codes = None if made.grid is None else [made.grid.codes.low, made.grid.codes.high, made.grid.codes.step]
-            activation = made.activation
+        for k, option in enumerate(options):
+            tensors[f"{k}.weight"] = option.weight
+            if option.bias is not None:
+                tensors[f"{k}.bias"] = option.bias
+            if option.grid is not None:
+                tensors |= {f"{k}.scale": option.grid.scale, f"{k}.zero_point": option.grid.zero_point}
+            codes = None if option.grid is None else [option.grid.codes.low, option.grid.codes.high, option.grid.codes.step]
+            activation = option.activation
             grids.append(
                 {
                     "codes": codes,
-                    "channels_last": _is_channels_last(made.weight),
+                    "channels_last": _is_channels_last(option.weight),
                     # hexadecimal: the same float again
                     "activation": activation and [activation.bits, activation.scale.hex(), activation.zero_point],
                 }
@@ -70,9 +72,12 @@ class PreparedLayers:
         _write(self.layer_file(layer), tensors, {"candidates": json.dumps(grids), "notes": json.dumps(list(notes))})
 
     def read_layer(self, layer: int, device: torch.device) -> tuple[list[QuantizedLayer], list[str]]:
-        """(a layer at each of its candidates, notes). Raises StoreError where it is absent or damaged."""
+        """(a layer at each of its options, notes).
+
+        Raises StoreError if the file is absent or damaged.
+        """
         tensors, header = _read(self.layer_file(layer), device)
-        made = []
+        options = []
         try:
             for k, row in enumerate(json.loads(header["candidates"])):
                 grid = activation = None
@@ -84,8 +89,8 @@ class PreparedLayers:
                 weight = tensors[f"{k}.weight"]
                 if row["channels_last"]:
                     weight = weight.contiguous(memory_format=torch.channels_last)
-                made.append(QuantizedLayer(weight, tensors.get(f"{k}.bias"), activation, grid))
-            return made, json.loads(header["notes"])
+                options.append(QuantizedLayer(weight, tensors.get(f"{k}.bias"), activation, grid))
+            return options, json.loads(header["notes"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.layer_file(layer), error) from None
 
@@ -106,7 +111,7 @@ class PreparedLayers:
         _write(self.final_file(assignment), dict(tensors), {"assignment": str(assignment)})
 
     def read_final(self, assignment: Assignment, device: torch.device) -> dict[str, Tensor] | None:
-        """The final corrections of an assignment, None where they are not there or another's."""
+        """The final corrections of an assignment; None if they are absent, or another assignment's."""
         if not self.final_file(assignment).exists():
             return None
         tensors, header = _read(self.final_file(assignment), device)
@@ -119,11 +124,11 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(owned, part, {"format": FORMAT, **header})
-    part.chmod(0o644)  # safetensors writes it for its owner alone
-    part.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, temporary, {"format": FORMAT, **header})
+    temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
+    temporary.replace(path)
 
 
 def _damaged(path: Path, error: Exception) -> StoreError:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clado.errors import ConfigurationError, StoreError
-from clado.exporting.packed import as_layers, as_module
+from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
 from clado.exporting.snippets import PEERS, holds, write_snippet
 from clado.records import write_text
@@ -59,7 +59,8 @@ def export_as(kind: str, session: OpenedRun, assignment: Assignment, folder: Pat
             f"{size.total_bytes:,} bytes of tensors, {size.weight_bytes:,} of them weights, and a header of {size.header_bytes:,}"
         )
         return file, f"{told}; load it with clado.load_packed({str(file)!r}, network)"
-    from clado.exporting.onnx import compare, export_onnx
+    from clado.exporting._onnx_agreement import compare
+    from clado.exporting.onnx import export_onnx
 
     file = folder / ONNX
     written = export_onnx(file, network, layers)

@@ -12,7 +12,8 @@ import numpy as np
 from clado.data.images import ImageSlice, PickedSlice, check_slice
 from clado.errors import DataError
 from clado.evaluation import Counts, count, evaluation_batches
-from clado.exporting.packed import as_module, export_packed
+from clado.exporting._torch_module import as_module
+from clado.exporting.packed import export_packed
 from clado.exporting.safetensors import ASSIGNMENT
 from clado.grids import QuantizedLayer
 from clado.network.network import Network

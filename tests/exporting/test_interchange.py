@@ -362,7 +362,7 @@ def test_an_export_of_another_assignment_is_left_alone(tmp_path):
 def test_every_peer_has_a_module():
     assert all(callable(import_module(f"clado.exporting.{peer}").snippet) for peer in PEERS)
     with pytest.raises(ConfigurationError, match="unknown format 'onnx'; expected safetensors, modelopt, mct or torchao"):
-        snippets.known("onnx")
+        snippets.check_peer("onnx")
 
 
 # --- a run's commands

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from clado.data.sources.zoo import load_network
 from clado.data.zoo.networks import VisionTransformer
 from clado.errors import ConfigurationError
-from clado.exporting import onnx as exporter
-from clado.exporting.onnx import Agreement, OnnxSize, compare, export_onnx
-from clado.exporting.packed import as_module
+from clado.exporting import _onnx_agreement
+from clado.exporting._onnx_agreement import Agreement, compare
+from clado.exporting._torch_module import as_module
+from clado.exporting.onnx import OnnxSize, export_onnx
 from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
@@ -258,7 +259,7 @@ def test_missing_packages_are_named_with_the_extra(absent, tmp_path, monkeypatch
     x = torch.zeros(1, 1, 2, 3)
     network, file = Network(Shown(1), x), tmp_path / "n.onnx"
     call = (lambda: compare(file, network, {}, x)) if absent == "onnxruntime" else (lambda: export_onnx(file, network, {}))
-    monkeypatch.setattr(exporter, "import_module", without)
+    monkeypatch.setattr(_onnx_agreement, "import_module", without)
     with pytest.raises(ConfigurationError, match=rf"not installed \({absent}\); install them with: pip install 'clado\[onnx\]'"):
         call()
     assert list(tmp_path.iterdir()) == []

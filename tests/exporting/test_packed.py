@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import clado
 from clado.errors import CladoError, ConfigurationError, NetworkError, StoreError
 from clado.exporting import packed
-from clado.exporting.packed import PackedSize, as_module, bits_of, export_packed, load_packed, pack, packed_size, rounded, unpack
+from clado.exporting._torch_module import OpenAttention, as_module, exportable_fake_quantize
+from clado.exporting.packed import PackedSize, bits_of, export_packed, load_packed, pack, packed_size, unpack
 from clado.grids import ActivationGrid, Codes, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
@@ -255,7 +256,7 @@ def test_rounding_of_inputs_is_that_of_fake_quantization(bits, scale, values, sh
     grid = ActivationGrid(bits, scale, round(share * (2**bits - 1)))
     steps = (torch.arange(-4, 2**bits + 4, 0.5) - grid.zero_point) * torch.tensor(scale)  # ends and ties
     x = torch.cat([torch.tensor(values), steps[:: max(1, len(steps) // 500)]])
-    assert torch.equal(rounded(x, grid), grid.fake_quantize(x))
+    assert torch.equal(exportable_fake_quantize(x, grid), grid.fake_quantize(x))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -265,7 +266,7 @@ def test_open_attention_is_attention(batch_first, bias, need_weights):
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).eval()
     opened = copy.deepcopy(attention)
-    opened.__class__ = packed.OpenAttention
+    opened.__class__ = OpenAttention
     x, y, z = torch.randn(3, 4, 5, 12).unbind()
     with torch.no_grad():
         for sources in ((x, x, x), (x, y, z)):

@@ -309,7 +309,7 @@ def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
 def test_blocks_that_interleave_are_measured_as_any_others(rows):
     """As those of a network that comes back to its first module."""
     b = bench(Residual)
-    given = replace(b.space, given_blocks=((0,), (1, 4), (2, 3)))
+    given = replace(b.space, custom_blocks=((0,), (1, 4), (2, 3)))
     b.prepared = replace(b.prepared, space=given)
     whole = measure_tile(b, Tile("block_pairs", 0, 0, 0, given.num_options))
     plan = Plan(given, tuple(b.blocks), ("block_pairs",), rows)

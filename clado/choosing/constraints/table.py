@@ -7,9 +7,10 @@ import csv
 from math import isfinite
 from pathlib import Path
 
+from clado.bits import label
 from clado.choosing.constraints import Constraint
 from clado.errors import ConfigurationError
-from clado.space import SearchSpace, label
+from clado.space import SearchSpace
 
 
 def constraint(space: SearchSpace, bound: float, path: str | Path, name: str = "table") -> Constraint:

@@ -43,12 +43,16 @@ BUILD_SEED = 0
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network on the CPU in eval mode, an example input (2, C, H, W) float32, and one line that says what it is."""
+    """A network and what is known of it."""
 
     model: nn.Module
+    """The network, on the CPU and in eval mode."""
     example_input: Tensor
+    """Example images (2, C, H, W), float32."""
     description: str
-    preprocessing: dict[str, Any] = field(default_factory=dict)  # of DataSettings: what belongs to its weights
+    """One line that says what the network is."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """Values of `DataSettings` that belong to the network's weights."""
 
     @property
     def image_shape(self) -> ImageShape:
@@ -75,14 +79,16 @@ def load_network(settings: NetworkSettings) -> LoadedNetwork:
     model = model.cpu().eval()
     _check_weights(model)
     origin = "" if settings.weights is None else f" with {'random weights' if settings.weights == 'random' else settings.weights}"
-    own = source.preprocessing(settings) if hasattr(source, "preprocessing") else {}
-    return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}", own)
+    preprocessing = source.preprocessing(settings) if hasattr(source, "preprocessing") else {}
+    return LoadedNetwork(model, _example_input(example, settings), f"{settings.source}:{settings.name}{origin}", preprocessing)
 
 
 def build_network(settings: NetworkSettings) -> tuple[nn.Module, Any]:
-    """(the network that the settings name, its example input or image shape), whatever weights file they name left unread.
+    """(the network that the settings name, its example input or image shape).
 
-    It is built with torch's random numbers seeded, so that every process that builds it gets the same one.
+    The weights file of the settings is not read.
+
+    Torch's random numbers are seeded, so that every process builds the same network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BUILD_SEED)
@@ -106,7 +112,7 @@ def load_data(
 
 
 def absent_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """Slices of the sizes asked for, of images that are not there: a plan needs no more."""
+    """Slices with the sizes that the settings name, without images. A plan needs no more."""
 
     def absent(count: int | None) -> AbsentSlice:
         return AbsentSlice(count or 0, image_shape, settings.path)
@@ -116,7 +122,11 @@ def absent_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Puts a safetensors file, or one of torch.save, into the network, refused (NetworkError) unless names and shapes fit."""
+    """Loads a safetensors file, or one of torch.save, into the network.
+
+    Raises:
+        NetworkError: The file cannot be read, or its names or shapes do not fit.
+    """
     if not path.is_file():
         raise NetworkError(
             f"weights file {path} does not exist; expected a safetensors file with the network's state_dict, or .pth "
@@ -124,11 +134,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         )
     from clado.data.sources.torchvision import current_names
 
-    saved = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
-    state, known = OrderedDict(current_names(saved)), getattr(saved, "_metadata", None)
+    file_state = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
+    state, versions = OrderedDict(current_names(file_state)), getattr(file_state, "_metadata", None)
     faults: list[str] = []
-    # modules read there by which version of theirs they were saved; a file without word of it may be of the first, or of today's
-    for state._metadata in (known,) if known else ({}, model.state_dict()._metadata):  # type: ignore[attr-defined]
+    # `_metadata` holds the version of each module that was saved; without it, try the first versions and today's
+    for state._metadata in (versions,) if versions else ({}, model.state_dict()._metadata):  # type: ignore[attr-defined]
         if not (faults := _faults(model, state)):
             return
     raise NetworkError(
@@ -138,29 +148,32 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _faults(model: nn.Module, state: OrderedDict[str, Tensor]) -> list[str]:
-    """What is wrong with a state that is put into a network; modules may rename what earlier versions of theirs have saved."""
-    own = model.state_dict()
+    """Loads a state into a network, and says what does not fit.
+
+    A module may rename tensors that an earlier version of it has saved.
+    """
+    tensors = model.state_dict()
     shapes = [
         f"{name} is {tuple(state[name].shape)}, the network's {tuple(tensor.shape)}"
-        for name, tensor in own.items()
+        for name, tensor in tensors.items()
         if name in state and state[name].shape != tensor.shape
     ]
     if shapes:
-        lacking, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
+        absent, unexpected = [name for name in tensors if name not in state], [name for name in state if name not in tensors]
     else:
         try:
-            lacking, unexpected = model.load_state_dict(state, strict=False)
+            absent, unexpected = model.load_state_dict(state, strict=False)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             return [str(error)]
     # A tensor that two names share is stored once; the count of batches never acts in eval mode.
-    given = {(tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if name not in lacking and tensor.numel()}
+    memory = {(tensor.data_ptr(), tensor.shape) for name, tensor in tensors.items() if name not in absent and tensor.numel()}
     missing = [
         name
-        for name, tensor in own.items()
-        if name in lacking and (tensor.data_ptr(), tensor.shape) not in given and not name.endswith("num_batches_tracked")
+        for name, tensor in tensors.items()
+        if name in absent and (tensor.data_ptr(), tensor.shape) not in memory and not name.endswith("num_batches_tracked")
     ]
-    found = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("other shapes:", shapes, "; "))
-    return [f"{what} {_some(names, between)}" for what, names, between in found if names]
+    faults = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("other shapes:", shapes, "; "))
+    return [f"{title} {_some(names, separator)}" for title, names, separator in faults if names]
 
 
 def _safetensors_file(path: Path) -> dict[str, Tensor]:
@@ -179,7 +192,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
     """A state_dict as torchvision publishes it. Only tensors are unpickled: a file cannot run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # it raises many kinds, its own for what is no tensor
+    except Exception as error:  # it raises many types, one of its own for what is no tensor
         raise NetworkError(
             f"weights file {path} is not a state_dict that torch.load reads without running code "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected torch.save(model.state_dict(), FILE)"
@@ -200,14 +213,14 @@ def _check_weights(model: nn.Module) -> None:
             continue
         if tensor.dtype != torch.float32:
             raise NetworkError(f"{name} is {tensor.dtype}; expected a network of torch.float32: model.float()")
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            raise NetworkError(f"{name} has {bad} NaN or infinite values of {tensor.numel()}; expected a sound checkpoint")
+        if num_unfit := int((~torch.isfinite(tensor)).sum()):
+            raise NetworkError(f"{name} has {num_unfit} NaN or infinite values of {tensor.numel()}; expected a sound checkpoint")
 
 
 def _example_input(example: Tensor | ImageShape | None, settings: NetworkSettings) -> Tensor:
     shape = settings.image_shape
     if isinstance(example, Tensor):
-        check_batch(example, None, shape, whose=f"the example input of {settings.name}")
+        check_batch(example, None, shape, subject=f"the example input of {settings.name}")
         return (
             example.detach().cpu()[:EXAMPLE_BATCH] if len(example) > 1 else example.detach().cpu().repeat(EXAMPLE_BATCH, 1, 1, 1)
         )

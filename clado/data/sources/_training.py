@@ -20,9 +20,13 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def load_training(folder: Path, settings: DataSettings, image_shape: ImageShape, validation: ImageSlice) -> ImageSlice:
-    """All training images of a folder, prepared as the run's own: idx files, FOLDER/train of an image folder, or FOLDER.
+    """All training images of a folder, prepared as the run's images.
 
-    Image files that are validation images too are left out. DataError where the folder holds neither, or is damaged.
+    The folder holds idx files, images below FOLDER/train, or images below FOLDER. Image files that
+    are also validation images are left out.
+
+    Raises:
+        DataError: The folder holds neither idx files nor images, or a file is damaged.
     """
     if settings.source == "zoo":
         settings = settings.model_copy(update={"mean": (zoo.MEAN,), "std": (zoo.STD,)})
@@ -31,22 +35,24 @@ def load_training(folder: Path, settings: DataSettings, image_shape: ImageShape,
     if (images := _idx(folder, IMAGES)) is not None:
         return _from_idx(images, _idx(folder, LABELS), settings, image_shape)
     try:
-        known = validation.classes if isinstance(validation, EncodedSlice) else None
-        training = training_slice(folder, settings, image_shape, known)
+        classes = validation.classes if isinstance(validation, EncodedSlice) else None
+        training = training_slice(folder, settings, image_shape, classes)
     except DataError as error:
         raise DataError(f"{error}; or idx files named {IMAGES}.gz and {LABELS}.gz") from None
     if not isinstance(validation, EncodedSlice):
         return training
-    return without(training, [image.path for image in validation.images if isinstance(image, ImageFile)])
+    return _exclude_files(training, [image.path for image in validation.images if isinstance(image, ImageFile)])
 
 
-def without(training: EncodedSlice, files: Iterable[Path]) -> ImageSlice:
-    """The slice without files that are held back for another use."""
-    held = {file.resolve() for file in files}
-    kept = [k for k, image in enumerate(training.images) if not isinstance(image, ImageFile) or image.path.resolve() not in held]
-    if not kept:
+def _exclude_files(training: EncodedSlice, files: Iterable[Path]) -> ImageSlice:
+    """The slice without some files."""
+    paths = {file.resolve() for file in files}
+    numbers = [
+        k for k, image in enumerate(training.images) if not isinstance(image, ImageFile) or image.path.resolve() not in paths
+    ]
+    if not numbers:
         raise DataError("every image of --data is a validation image of the run; expected images to train on")
-    return training if len(kept) == len(training) else PickedSlice([training], kept)
+    return training if len(numbers) == len(training) else PickedSlice([training], numbers)
 
 
 def _from_idx(images: Path, labels: Path | None, settings: DataSettings, image_shape: ImageShape) -> ImageSlice:

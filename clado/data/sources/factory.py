@@ -13,36 +13,41 @@ from clado.settings.schema import NetworkSettings
 
 
 def load_network(settings: NetworkSettings) -> tuple[nn.Module, Tensor | None]:
-    """What the function returns when called without arguments; modules of the current directory can be named too."""
-    made = _call(settings.name)
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    """The network and the example input that the function returns.
+
+    It is called without arguments. It may be in a module of the current directory.
+    """
+    result = _call(settings.name)
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module) or not (example is None or isinstance(example, Tensor)):
-        shown = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else type(made).__name__
+        type_names = (
+            f"({', '.join(type(element).__name__ for element in result)})" if isinstance(result, tuple) else type(result).__name__
+        )
         raise NetworkError(
-            f"{settings.name} returned {shown}; expected a torch.nn.Module, or (torch.nn.Module, example input tensor)"
+            f"{settings.name} returned {type_names}; expected a torch.nn.Module, or (torch.nn.Module, example input tensor)"
         )
     return model, example
 
 
 def _call(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # it stays: the network may import its own modules when it runs
+    directory = str(Path.cwd())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)  # it stays: the network may import its own modules when it runs
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise NetworkError(
-                f"factory {name!r}: no module {error.name!r}; expected package.module:function, installed or below {here}"
+                f"factory {name!r}: no module {error.name!r}; expected package.module:function, installed or below {directory}"
             ) from None
         raise NetworkError(f"factory {name!r}: importing {module_name} failed: {error}") from error
     except Exception as error:
         raise NetworkError(f"factory {name!r}: importing {module_name} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        valid = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise NetworkError(f"factory {name!r}: {module_name} has no function {function_name!r}{nearest(function_name, valid)}")
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise NetworkError(f"factory {name!r}: {module_name} has no function {function_name!r}{nearest(function_name, names)}")
     try:
         return function()
     except CladoError:

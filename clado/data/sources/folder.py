@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clado.data.decoding import EncodedSlice, Listing, Preprocessing, cut, no_folder
+from clado.data.decoding import EncodedSlice, Listing, Preprocessing, cut, folder_error
 from clado.data.images import DataSlices, ImageShape
 from clado.errors import DataError
 from clado.settings.schema import DataSettings
@@ -16,10 +16,12 @@ from clado.settings.schema import DataSettings
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file below the folder `top`."""
+    """An image file."""
 
     top: Path
+    """The folder `data.path`."""
     path: Path
+    """The file, which lies below `top`."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -35,12 +37,15 @@ class ImageFile:
 
 
 def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """The slices of the folder `settings.path`; file names only are read here, images when they are loaded."""
+    """The slices of the folder `settings.path`.
+
+    Only file names are read here; images are read when they are loaded.
+    """
     root = settings.path
     if root is None or not root.is_dir():
-        raise no_folder(root, "one with a sub-folder of images for each class")
+        raise folder_error(root, "one with a sub-folder of images for each class")
     train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
-    if not train_and_val and any((root / part).is_dir() and _has_folders(root / part) for part in ("train", "val", "test")):
+    if not train_and_val and any((root / name).is_dir() and _has_folders(root / name) for name in ("train", "val", "test")):
         raise DataError(
             f"{root} has class sub-folders one level down; expected both {root}/train and {root}/val, or the path of one of them"
         )
@@ -51,13 +56,15 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
 def training_slice(
     root: Path, settings: DataSettings, image_shape: ImageShape, classes: tuple[str, ...] | None = None
 ) -> EncodedSlice:
-    """Every image of root/train, or of root where there is no such folder, but those to skip, prepared as the settings say; with
-    the numbers that `classes` (their names) have where they are known."""
-    listing = _list(root, root / "train" if (root / "train").is_dir() else root).numbered(settings.class_numbers)
+    """Every image of root/train, or of root if there is no such folder, without those to skip.
+
+    With `classes`, the names of classes in order, labels are the numbers of these.
+    """
+    listing = _list(root, root / "train" if (root / "train").is_dir() else root).with_class_numbers(settings.class_numbers)
     if classes is not None:
         listing = listing.with_classes(classes)
-    chosen = [k for k, image in enumerate(listing.images) if image.name not in settings.skip]
-    return listing.slice(chosen, Preprocessing.of(settings, image_shape))
+    positions = [k for k, image in enumerate(listing.images) if image.name not in settings.skip]
+    return listing.slice(positions, Preprocessing.of(settings, image_shape))
 
 
 def _list(top: Path, root: Path) -> Listing:
@@ -71,10 +78,10 @@ def _list(top: Path, root: Path) -> Listing:
     files = sorted(file for file in root.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
     listing = Listing(root, tuple(ImageFile(top, file) for file in files))
     if _has_folders(root):
-        found = VisibleFolders(str(root), allow_empty=True)
-        if found.samples or not files:  # folders without an image beside images are no classes
-            images = tuple(ImageFile(top, Path(file)) for file, _ in found.samples)
-            listing = Listing(root, images, tuple(label for _, label in found.samples), tuple(found.classes))
+        dataset = VisibleFolders(str(root), allow_empty=True)
+        if dataset.samples or not files:  # folders without an image beside images are no classes
+            images = tuple(ImageFile(top, Path(file)) for file, _ in dataset.samples)
+            listing = Listing(root, images, tuple(label for _, label in dataset.samples), tuple(dataset.classes))
     if not listing.images:
         raise DataError(
             f"{root} holds no images; expected files of the kinds {' '.join(IMG_EXTENSIONS)}, in one sub-folder a class or flat"

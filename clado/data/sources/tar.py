@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from clado.data.decoding import Listing, cut, imagenet_numbers, no_folder
+from clado.data.decoding import Listing, cut, folder_error, imagenet_numbers
 from clado.data.images import DataSlices, ImageShape
 from clado.errors import DataError
 from clado.settings.schema import DataSettings
@@ -18,13 +18,18 @@ from clado.settings.schema import DataSettings
 
 @dataclass(frozen=True)
 class TarMember:
-    """`size` bytes from `offset` of a shard below the folder `top`."""
+    """An image in a tar shard."""
 
     top: Path
+    """The folder `data.path`."""
     shard: Path
+    """The shard, which lies below `top`."""
     member: str
+    """The image's name in the shard."""
     offset: int
+    """Where the image begins in the shard, in bytes."""
     size: int
+    """Bytes of the image."""
 
     def __str__(self) -> str:
         return f"{self.member} in {self.shard}"
@@ -45,7 +50,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
     """The slices of the shards below `settings.path`; headers and labels are read here, images when they are loaded."""
     root = settings.path
     if root is None or not root.is_dir():
-        raise no_folder(root, "one of tar shards, or with train/ and val/ of such")
+        raise folder_error(root, "one of tar shards, or with train/ and val/ of such")
     train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
     training = _list(root, root / "train" if train_and_val else root)
     return cut(settings, image_shape, training, _list(root, root / "val") if train_and_val else None)
@@ -58,29 +63,29 @@ def _list(top: Path, folder: Path) -> Listing:
     images: list[TarMember] = []
     classes: list[str | None] = []
     for shard in shards:
-        found = _members(top, shard)
-        for key in sorted(found[0]):
-            images.append(found[0][key])
-            classes.append(found[1].get(key))
+        shard_images, shard_classes = _members(top, shard)
+        for key in sorted(shard_images):
+            images.append(shard_images[key])
+            classes.append(shard_classes.get(key))
     if not images:
         raise DataError(f"the shards of {folder} hold no images; expected members such as KEY.jpg and KEY.cls")
-    named = [name for name in classes if name is not None]
-    if not named:
+    names = [name for name in classes if name is not None]
+    if not names:
         return Listing(folder, tuple(images))
-    if len(named) < len(images):
-        bare = images[classes.index(None)]
-        raise DataError(f"{bare} has no .cls beside it and {len(named)} other images have; expected labels on all or none")
-    numbers = imagenet_numbers()
-    if all(name in numbers for name in named):
-        synsets = tuple(sorted(set(named)))
-        place = {synset: k for k, synset in enumerate(synsets)}
-        return Listing(folder, tuple(images), tuple(place[name] for name in named), synsets)
-    for image, name in zip(images, named, strict=True):
+    if len(names) < len(images):
+        unlabelled = images[classes.index(None)]
+        raise DataError(f"{unlabelled} has no .cls beside it and {len(names)} other images have; expected labels on all or none")
+    synset_numbers = imagenet_numbers()
+    if all(name in synset_numbers for name in names):
+        synsets = tuple(sorted(set(names)))
+        class_numbers = {synset: k for k, synset in enumerate(synsets)}
+        return Listing(folder, tuple(images), tuple(class_numbers[name] for name in names), synsets)
+    for image, name in zip(images, names, strict=True):
         if not name.isdecimal():
             raise DataError(
                 f"the .cls of {image} says {name!r}; expected a class number such as 7, or a synset such as n01440764"
             )
-    return Listing(folder, tuple(images), tuple(map(int, named)))
+    return Listing(folder, tuple(images), tuple(map(int, names)))
 
 
 def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, str]]:
@@ -89,32 +94,33 @@ def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, st
 
     images: dict[str, TarMember] = {}
     classes: dict[str, str] = {}
-    further: dict[str, str] = {}  # key -> an image that names more than its kind behind the first dot, as masks do
+    dotted_images: dict[str, str] = {}  # key -> an image with more than its suffix behind the first dot, such as a mask
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key, kind = f"{folder}{slash}{stem}", f".{extension.lower()}"
+                folder, slash, file_name = member.name.rpartition("/")
+                stem, _, extension = file_name.partition(".")
+                key, suffix = f"{folder}{slash}{stem}", f".{extension.lower()}"
                 if member.isdir():
                     continue
                 if not member.isfile():
-                    if kind in IMG_EXTENSIONS or extension == "cls":
+                    if suffix in IMG_EXTENSIONS or extension == "cls":
                         raise DataError(
                             f"{member.name} in {shard} is a link; expected files themselves (tar -h --hard-dereference)"
                         )
-                elif kind in IMG_EXTENSIONS:
+                elif suffix in IMG_EXTENSIONS:
                     if key in images:
                         raise DataError(f"{shard} holds both {images[key].member} and {member.name}; expected one image of a key")
                     images[key] = TarMember(top, shard, member.name, member.offset_data, member.size)
-                elif kind.endswith(IMG_EXTENSIONS):
-                    further[key] = member.name
+                elif suffix.endswith(IMG_EXTENSIONS):
+                    dotted_images[key] = member.name
                 elif extension == "cls" and (file := archive.extractfile(member)) is not None:
                     classes[key] = file.read().decode("ascii", "replace").strip()
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{shard} is not a readable tar file ({error}); expected one without compression") from None
-    if alone := [name for key, name in further.items() if key not in images]:
+    if lone_images := [name for key, name in dotted_images.items() if key not in images]:
         raise DataError(
-            f"{alone[0]} in {shard} has a dot in its key, which webdataset ends at the first one; expected names such as KEY.jpg"
+            f"{lone_images[0]} in {shard} has a dot in its key, which webdataset ends at the first one; "
+            "expected names such as KEY.jpg"
         )
     return images, classes

@@ -18,14 +18,14 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
     Networks made for one image size (vision transformers) are built for `network.image_shape` where it is given.
     """
     timm = _timm()
-    valid: list[str] = timm.list_models()
+    names: list[str] = timm.list_models()
     name, _, tag = settings.name.partition(".")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")] if tag else []
-    if tag and name in valid and tag not in tags:
+    if tag and name in names and tag not in tags:
         raise NetworkError(f"timm has no weights {tag!r} of {name}{nearest(tag, tags)}; it has {', '.join(tags) or 'none'}")
-    if name not in valid:
+    if name not in names:
         raise NetworkError(
-            f"timm has no network {settings.name!r}{nearest(settings.name, valid)}; timm.list_models() names its {len(valid)}"
+            f"timm has no network {settings.name!r}{nearest(settings.name, names)}; timm.list_models() names its {len(names)}"
         )
     options: dict[str, object] = {}
     if settings.image_shape is not None:
@@ -38,21 +38,24 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
 
 
 def preprocessing(settings: NetworkSettings) -> dict[str, Any]:
-    """What timm lists with the weights of that name and tag: the resize is the crop divided by the share that it keeps."""
-    listed = _timm().get_pretrained_cfg(settings.name)
-    shape = settings.image_shape or listed.input_size
-    found: dict[str, Any] = {"interpolation": listed.interpolation}
-    if shape[0] == listed.input_size[0]:
-        found |= {"mean": tuple(listed.mean), "std": tuple(listed.std)}
-    if listed.crop_mode == "center":
-        found["resize"] = int(max(shape[1:]) / listed.crop_pct)
-    return found
+    """The preprocessing that timm lists with the weights of that name and tag.
+
+    The resize is the crop divided by the share of the image that the crop keeps.
+    """
+    config = _timm().get_pretrained_cfg(settings.name)
+    shape = settings.image_shape or config.input_size
+    values: dict[str, Any] = {"interpolation": config.interpolation}
+    if shape[0] == config.input_size[0]:
+        values |= {"mean": tuple(config.mean), "std": tuple(config.std)}
+    if config.crop_mode == "center":
+        values["resize"] = int(max(shape[1:]) / config.crop_pct)
+    return values
 
 
 def _timm() -> ModuleType:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # timm imports modules that it has deprecated itself
+            warnings.simplefilter("ignore")  # timm imports modules that timm itself has deprecated
             import timm
     except ImportError as error:
         raise NetworkError(f"network.source timm needs timm ({error}); install it: pip install timm") from None

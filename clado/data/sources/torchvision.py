@@ -15,7 +15,7 @@ from clado.plugins import nearest
 from clado.settings.schema import NetworkSettings
 
 IMAGE_SHAPE: ImageShape = (3, 224, 224)
-TRANSFORMING = ("googlenet", "inception_v3")
+INPUT_TRANSFORM = ("googlenet", "inception_v3")
 _OF_DENSE = re.compile(
     r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))"
 )
@@ -24,16 +24,16 @@ _OF_DENSE = re.compile(
 def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
     """The architecture of that name; its weights are the file `network.weights`, or random numbers if the settings say so."""
     models = _models()
-    valid: list[str] = models.list_models(module=models)
-    if settings.name not in valid:
+    names: list[str] = models.list_models(module=models)
+    if settings.name not in names:
         raise NetworkError(
-            f"torchvision has no network {settings.name!r}{nearest(settings.name, valid)}; it has {', '.join(valid)}"
+            f"torchvision has no network {settings.name!r}{nearest(settings.name, names)}; it has {', '.join(names)}"
         )
     crop = IMAGE_SHAPE[1] if (weights := _weights(settings)) is None else _transform(weights).crop_size[0]
     # a vision transformer is built for one image size
     options: dict[str, Any] = {"image_size": crop} if crop != IMAGE_SHAPE[1] and settings.name.startswith("vit_") else {}
-    if settings.name in TRANSFORMING and weights is not None:
-        options["transform_input"] = True  # its published weights are of images normalised otherwise than they are listed with
+    if settings.name in INPUT_TRANSFORM and weights is not None:
+        options["transform_input"] = True  # the weights expect another normalisation than torchvision lists with them
     with warnings.catch_warnings():
         # googlenet and inception_v3 announce another initialisation; the weights that follow replace it.
         warnings.simplefilter("ignore", FutureWarning)
@@ -42,15 +42,18 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
 
 
 def preprocessing(settings: NetworkSettings) -> dict[str, Any]:
-    """What torchvision lists with the weights that are named, or whose published file this is; nothing for others."""
+    """The preprocessing that torchvision lists with its weights; nothing for other weights.
+
+    Its weights are those that the settings name, or whose published file the settings name.
+    """
     if (weights := _weights(settings)) is None:
         return {}
-    found = _transform(weights)
+    transform = _transform(weights)
     return {
-        "resize": found.resize_size[0],
-        "interpolation": found.interpolation.value,
-        "mean": tuple(found.mean),
-        "std": tuple(found.std),
+        "resize": transform.resize_size[0],
+        "interpolation": transform.interpolation.value,
+        "mean": tuple(transform.mean),
+        "std": tuple(transform.std),
     }
 
 
@@ -66,10 +69,10 @@ def _weights(settings: NetworkSettings) -> Any:
     enumeration = _models().get_model_weights(settings.name)
     if settings.weights_name is not None:
         if settings.weights_name not in enumeration.__members__:
-            valid = list(enumeration.__members__)
+            names = list(enumeration.__members__)
             raise NetworkError(
                 f"network.weights_name {settings.weights_name!r} is not among torchvision's weights of {settings.name}"
-                f"{nearest(settings.weights_name, valid)}; it has {', '.join(valid)}"
+                f"{nearest(settings.weights_name, names)}; it has {', '.join(names)}"
             )
         return enumeration[settings.weights_name]
     stem = settings.weights.stem if isinstance(settings.weights, Path) else None

@@ -25,12 +25,12 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
     from clado.data.sources import load_weights
 
     if settings.name not in zoo.NETWORKS:
-        valid = sorted(zoo.NETWORKS)
-        raise NetworkError(f"the zoo has no network {settings.name!r}{nearest(settings.name, valid)}; it has {', '.join(valid)}")
+        names = sorted(zoo.NETWORKS)
+        raise NetworkError(f"the zoo has no network {settings.name!r}{nearest(settings.name, names)}; it has {', '.join(names)}")
     model = zoo.NETWORKS[settings.name]()
     if settings.weights is None:
         name = f"{settings.name}.safetensors"
-        verified(name, NetworkError)
+        read_file(name, NetworkError)
         load_weights(model, zoo.ZOO / name)
     return model, IMAGE_SHAPE
 
@@ -43,15 +43,18 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
         )
     train, test = _arrays(TRAIN_SLICES), _arrays(TEST)
     return DataSlices(
-        calibration=_drawn(train, "calibration", settings.calibration_images, settings.seed),
-        sensitivity=_drawn(train, "sensitivity", settings.sensitivity_images, settings.seed),
-        validation=_drawn(test, "test", settings.validation_images, settings.seed, "validation_images"),
-        selection=_left(train, settings),
+        calibration=_draw(train, "calibration", settings.calibration_images, settings.seed),
+        sensitivity=_draw(train, "sensitivity", settings.sensitivity_images, settings.seed),
+        validation=_draw(test, "test", settings.validation_images, settings.seed, "validation_images"),
+        selection=_selection(train, settings),
     )
 
 
-def verified(name: str, error: type[NetworkError] | type[DataError]) -> bytes:
-    """The bytes of one of the zoo's files, refused unless their SHA-256 is the manifest's."""
+def read_file(name: str, error: type[NetworkError] | type[DataError]) -> bytes:
+    """The bytes of one of the zoo's files.
+
+    Raises `error` if their SHA-256 is not the manifest's.
+    """
     path, manifest = zoo.ZOO / name, zoo.ZOO / "manifest.json"
     for file in (path, manifest):
         if not file.is_file():
@@ -61,9 +64,9 @@ def verified(name: str, error: type[NetworkError] | type[DataError]) -> bytes:
             )
     raw = path.read_bytes()
     expected: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
-    found = hashlib.sha256(raw).hexdigest()
-    if found != expected.get(name):
-        raise error(f"{path} is damaged: its SHA-256 is {found[:16]}…, not {str(expected.get(name))[:16]}…; install clado again")
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != expected.get(name):
+        raise error(f"{path} is damaged: its SHA-256 is {digest[:16]}…, not {str(expected.get(name))[:16]}…; install clado again")
     return raw
 
 
@@ -73,29 +76,32 @@ def normalise(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Tensor:
 
 
 def _arrays(name: str) -> dict[str, Any]:
-    with np.load(io.BytesIO(verified(name, DataError))) as file:
+    with np.load(io.BytesIO(read_file(name, DataError))) as file:
         return {key: file[key] for key in file.files}
 
 
-def _left(arrays: dict[str, Any], settings: DataSettings) -> MemorySlice:
-    """The training images that neither the calibration nor the sensitivity set has drawn: calibration's first."""
+def _selection(arrays: dict[str, Any], settings: DataSettings) -> MemorySlice:
+    """The training images in neither the calibration nor the sensitivity set.
+
+    The rest of calibration's images comes first.
+    """
     images, labels = [], []
-    for part, count in (("calibration", settings.calibration_images), ("sensitivity", settings.sensitivity_images)):
-        left = np.random.default_rng(settings.seed).permutation(len(arrays[f"{part}_images"]))[count:]
-        images.append(arrays[f"{part}_images"][left])
-        labels.append(arrays[f"{part}_labels"][left])
-    kept = slice(settings.selection_images)
+    for name, count in (("calibration", settings.calibration_images), ("sensitivity", settings.sensitivity_images)):
+        rest = np.random.default_rng(settings.seed).permutation(len(arrays[f"{name}_images"]))[count:]
+        images.append(arrays[f"{name}_images"][rest])
+        labels.append(arrays[f"{name}_labels"][rest])
+    limit = slice(settings.selection_images)
     return MemorySlice(
-        normalise(np.concatenate(images)[kept]), torch.from_numpy(np.concatenate(labels).astype(np.int64)[kept]), NUM_CLASSES
+        normalise(np.concatenate(images)[limit]), torch.from_numpy(np.concatenate(labels).astype(np.int64)[limit]), NUM_CLASSES
     )
 
 
-def _drawn(arrays: dict[str, Any], part: str, count: int | None, seed: int, setting: str | None = None) -> MemorySlice:
-    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+def _draw(arrays: dict[str, Any], name: str, count: int | None, seed: int, setting: str | None = None) -> MemorySlice:
+    images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
     if count is not None:
         if count > len(images):
-            raise DataError(f"data.{setting or f'{part}_images'} asks for {count} images; the zoo ships {len(images)}")
+            raise DataError(f"data.{setting or f'{name}_images'} asks for {count} images; the zoo ships {len(images)}")
         # The first of one permutation, so that a larger set of the same seed holds the smaller one.
-        chosen = np.random.default_rng(seed).permutation(len(images))[:count]
-        images, labels = images[chosen], labels[chosen]
+        positions = np.random.default_rng(seed).permutation(len(images))[:count]
+        images, labels = images[positions], labels[positions]
     return MemorySlice(normalise(images), torch.from_numpy(labels.astype(np.int64)), NUM_CLASSES)

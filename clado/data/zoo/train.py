@@ -45,9 +45,9 @@ def read_idx(path: Path) -> np.ndarray:
 def read_fashion_mnist(folder: Path) -> dict[str, np.ndarray]:
     """The four arrays: train_images (60000, 28, 28), train_labels (60000,), test_images, test_labels; all uint8."""
     return {
-        f"{split}_{kind}s": read_idx(folder / f"{file}-{kind}s-idx{rank}-ubyte.gz")
+        f"{split}_{content}s": read_idx(folder / f"{file}-{content}s-idx{rank}-ubyte.gz")
         for split, file in (("train", "train"), ("test", "t10k"))
-        for kind, rank in (("image", 3), ("label", 1))
+        for content, rank in (("image", 3), ("label", 1))
     }
 
 
@@ -97,7 +97,11 @@ def optimiser_for(name: str, network: nn.Module, lr: float) -> torch.optim.Optim
 def train(
     name: str, data: dict[str, np.ndarray], epochs: int, lr: float, batch: int, seed: int
 ) -> tuple[nn.Module, dict[str, object]]:
-    """One cycle of the learning rate with cosine decay; the checkpoint best on the selection slice."""
+    """Trains with one cycle of the learning rate, with cosine decay.
+
+    Returns:
+        The checkpoint with the best top-1 on the selection slice, and facts for the manifest.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     slices = split_training_images()
@@ -107,15 +111,15 @@ def train(
     optimiser = optimiser_for(name, network, lr)
     num_steps = epochs * (len(images["training"]) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=num_steps, pct_start=0.15, cycle_momentum=False)
-    best, best_state, best_epoch = 0.0, {}, -1
+    best_top1, best_state, best_epoch = 0.0, {}, -1
     for epoch in range(epochs):
         network.train()
         begin = time.perf_counter()
         order = torch.randperm(len(images["training"]), generator=generator)
-        for chosen in torch.split(order, batch)[: len(order) // batch]:
-            x = augment(images["training"][chosen], generator).contiguous(memory_format=torch.channels_last)
+        for indices in torch.split(order, batch)[: len(order) // batch]:
+            x = augment(images["training"][indices], generator).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=name in IN_BFLOAT16):
-                loss = F.cross_entropy(network(x), labels["training"][chosen])
+                loss = F.cross_entropy(network(x), labels["training"][indices])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -124,11 +128,18 @@ def train(
         print(
             f"{name} epoch {epoch + 1}/{epochs}: selection top-1 {accuracy:.4f}, {time.perf_counter() - begin:.0f} s", flush=True
         )
-        if accuracy >= best:
-            best, best_epoch = accuracy, epoch + 1
+        if accuracy >= best_top1:
+            best_top1, best_epoch = accuracy, epoch + 1
             best_state = {k: v.detach().clone() for k, v in network.state_dict().items()}
     network.load_state_dict(best_state)
-    return network, {"epochs": epochs, "lr": lr, "batch": batch, "seed": seed, "best_epoch": best_epoch, "selection_top1": best}
+    return network, {
+        "epochs": epochs,
+        "lr": lr,
+        "batch": batch,
+        "seed": seed,
+        "best_epoch": best_epoch,
+        "selection_top1": best_top1,
+    }
 
 
 def pack_images(data: dict[str, np.ndarray]) -> None:
