@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from clado.network.program import expression_of, size_at
+
 _LINEAR = torch.ops.aten.linear.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 # Operators whose result holds elements of their first argument in another order.
@@ -58,10 +60,10 @@ def images_first(program: ExportedProgram) -> None:
     graph = program.graph_module.graph
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     images = next((node for node in graph.nodes if node.op == "placeholder" and node.name in inputs), None)
-    expression = None if images is None else getattr(getattr(images.meta["val"].shape[0], "node", None), "expr", None)
-    if expression is None:
+    symbol = None if images is None else expression_of(images.meta["val"].shape[0])
+    if symbol is None:
         return
-    sizes = _Sizes(expression)
+    sizes = _Sizes(symbol)
     for node in list(graph.nodes):
         if node.target is _ATTENTION:
             for projection in {source for source in map(_source, node.args[:3]) if source.target is _LINEAR}:
@@ -76,8 +78,7 @@ class _Sizes:
     symbol: Any
 
     def number(self, value: Any, count: int) -> int:
-        expression = getattr(getattr(value, "node", None), "expr", None)
-        return int(value) if expression is None else int(expression.subs(self.symbol, count))
+        return size_at(value, self.symbol, count)
 
     def shape(self, node: fx.Node, count: int) -> tuple[int, ...]:
         return tuple(self.number(length, count) for length in node.meta["val"].shape)
@@ -206,13 +207,13 @@ def _moved(node: Any, source: fx.Node, value: Tensor, sizes: _Sizes, count: int)
     path = [node]
     while path[-1] is not source:
         path.append(path[-1].args[0])
-    found: Any = value.reshape(*sizes.shape(source, count)[:-1], -1)
+    result: Any = value.reshape(*sizes.shape(source, count)[:-1], -1)
     for step in reversed(path[:-1]):
         rest = fx.map_arg(step.args[1:], lambda argument: sizes.number(argument.meta["val"], count))
         function = torch.ops.aten.reshape.default if str(step.target) in _AS_RESHAPE else step.target
-        found = function(found, *rest, **step.kwargs)
-    assert isinstance(found, Tensor)
-    return found
+        result = function(result, *rest, **step.kwargs)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _rows(numbers: Tensor) -> Tensor | None:
@@ -224,14 +225,14 @@ def _rows(numbers: Tensor) -> Tensor | None:
 
 def _movement(indices: Callable[[int], Tensor | None], shapes: Sequence[tuple[int, ...]]) -> Movement | None:
     """The movement that gives these indices into a contiguous source with the images first, for every number of images."""
-    found = set()
+    movements = set()
     for count, shape in zip(_COUNTS, shapes, strict=True):
         numbers = indices(count)
         movement = None if numbers is None else _worked_out(numbers, shape)
         if movement is None:
             return None
-        found.add(movement)
-    return found.pop() if len(found) == 1 else None
+        movements.add(movement)
+    return movements.pop() if len(movements) == 1 else None
 
 
 def _worked_out(numbers: Tensor, shape: tuple[int, ...]) -> Movement | None:
@@ -259,13 +260,13 @@ def _worked_out(numbers: Tensor, shape: tuple[int, ...]) -> Movement | None:
 
 def _factors(line: Sequence[int]) -> list[tuple[int, int]]:
     """(length, stride) of the nested runs that a line of indices consists of, outer before inner."""
-    found: list[tuple[int, int]] = []
+    factors: list[tuple[int, int]] = []
     while len(line) > 1:
         stride = line[1] - line[0]
         length = next((k for k in range(len(line)) if line[k] != line[0] + k * stride), len(line))
-        found.insert(0, (length, stride))
+        factors.insert(0, (length, stride))
         line = line[::length]
-    return found
+    return factors
 
 
 def _cut(factor: tuple[int, int], bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
