@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from clado.errors import NetworkError, StoreError
 from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
-from clado.network.network import Network, Replaced, computing, unfit
+from clado.network.network import Network, Replaced, computing
+from clado.network.tensors import unfit
 from clado.network.whole_forwards import WholeForwards
 
 FORMAT = "clado-packed/1"

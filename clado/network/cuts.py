@@ -1,4 +1,4 @@
-"""Where a run of a graph may be resumed, along which axis the values alive there are stacked, and what may run in place."""
+"""Where a run of a graph may be resumed, how values stack there, and what may run in place."""
 
 import operator
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _FRESH = {
 
 
 def find_cuts(program: Program, lowered: Lowered, axes: dict[int, int]) -> list[Cut]:
-    """For each searched weight the last place before its first use where every value alive can be stacked.
+    """The cut of each searched weight: the last place before its first use where all values stack.
 
     Args:
         program: The exported program.
@@ -58,7 +58,7 @@ def find_cuts(program: Program, lowered: Lowered, axes: dict[int, int]) -> list[
 
 
 def _peak_bytes(steps: Sequence[Instruction], alive: dict[int, int], sizes: dict[int, int]) -> int:
-    """Most bytes of one image's values that exist at once in these steps; a view counts as what it shows."""
+    """Most bytes of one image's values that exist at once. A view counts as what it shows."""
     held = dict(alive)
     peak = sum(held.values())
     for step in steps:
@@ -70,10 +70,20 @@ def _peak_bytes(steps: Sequence[Instruction], alive: dict[int, int], sizes: dict
 
 
 def image_axes(program: Program, lowered: Lowered, graph: Graph, example: Tensor) -> dict[int, int]:
-    """Slot -> axis along which values of separate images, put one after another, are the value of all images.
+    """Axes along which values of separate images, one after another, are the value of all images.
 
-    Read off the symbolic shapes, then checked by running two images together and apart: an axis that merges batch and
-    positions with the batch inside (as attention's output projection has it) fails the check and is not cut at.
+    They are read off the symbolic shapes, then checked by running two images together and apart. An
+    axis that merges batch and positions, with the batch inside, fails the check and is not cut at.
+    Attention's output projection has such an axis.
+
+    Args:
+        program: The exported program.
+        lowered: Its operators that run.
+        graph: The same, ready to run.
+        example: Images (N, ...); only their shape and type matter.
+
+    Returns:
+        Slot -> axis.
     """
     device = next((t.device for t in graph.constants.values() if isinstance(t, Tensor)), example.device)
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +119,10 @@ def _values(graph: Graph, images: Tensor) -> dict[int, Any]:
 
 
 def in_place(program: Program, lowered: Lowered, cuts: Sequence[Cut]) -> tuple[Instruction, ...]:
-    """The instructions, with in-place twins where the first argument is fresh, read by nobody else, and alive at no cut."""
+    """The instructions, with in-place twins where nothing needs the first argument any more.
+
+    It must be memory of its own, with no other reader, and alive at no cut.
+    """
     births = {node: k for k, node in enumerate(lowered.operators)}
     positions = {cut.position for cut in cuts}
     steps = []
@@ -127,7 +140,7 @@ def in_place(program: Program, lowered: Lowered, cuts: Sequence[Cut]) -> tuple[I
 
 
 def _may_be_overwritten(node: fx.Node, argument: fx.Node) -> bool:
-    """Whether a node's first argument is memory of its own, of the result's form, that nothing else reads."""
+    """Whether the first argument is fresh memory of the result's form with no other reader."""
     before, after = argument.meta["val"], node.meta["val"]
     return (
         argument not in node.args[1:]

@@ -65,13 +65,16 @@ class LayerPlace:
     takes_bias: bool
     """Whether the bias may be replaced, or given to the layer."""
     norm_mean: str | None
-    """Name of the mean of the batch norm that alone reads the layer's result; None: there is none."""
+    """Name of the mean of the batch norm that alone reads the layer's result, if there is one."""
     cut: Cut
     """The last place before the first use of the weight where a run may be resumed."""
 
 
 class Engine(Protocol[S]):
-    """Runs a network in part. A state goes back to the engine that made it. Layer `len(layers)` means the end."""
+    """Runs a network in part.
+
+    A state goes back to the engine that made it. Layer number `len(layers)` means the end.
+    """
 
     layers: Sequence[LayerPlace]
     """Searched layers in execution order."""
@@ -106,10 +109,10 @@ class Engine(Protocol[S]):
         """Runs to the cut before `layer` with layers replaced; `state` is left as it is."""
 
     def stack(self, states: Sequence[S], layer: int) -> S:
-        """States at the cut before `layer` as one, images after images. Their `stack_key` must be equal."""
+        """States at the cut before `layer` as one, images after images; of equal `stack_key`."""
 
     def observe(self, state: S, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run that goes on from a state, in order of execution."""
+        """Calls that consume a layer's weight in a float run from a state, in execution order."""
 
     def output(self, state: S) -> Tensor:
         """Logits (images, classes) of a finished run."""

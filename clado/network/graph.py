@@ -1,7 +1,8 @@
-"""A network as a flat list of ATen operators that can be run in part: from the input or from the values alive at a cut.
+"""A network as a flat list of ATen operators that can be run in part: from the input or from a cut.
 
-tracing.py decides once, in integers, what each operator reads, when a value dies, where the run may be cut and along which axis
-the values alive there can be stacked. Running is then a loop without decisions.
+tracing.py decides once, in integers, what each operator reads, when a value dies, where the run may
+be cut and along which axis the values alive there are stacked. Running is then a loop without
+decisions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.tensors import logits_of
 
-# Pure operators with an in-place twin, used where the argument is fresh and dies: it saves a pass over new memory.
+# Pure operators with an in-place twin, used where the argument is fresh and dies: less new memory.
 IN_PLACE = {
     torch.ops.aten.relu.default: torch.ops.aten.relu_.default,
     torch.ops.aten.hardtanh.default: torch.ops.aten.hardtanh_.default,
@@ -51,7 +52,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One operator: where its arguments come from, where its result goes, and which values die with it."""
+    """One operator: where its arguments come from, where its result goes, what dies with it."""
 
     function: Callable[..., Any]
     """The operator."""
@@ -86,7 +87,7 @@ class GraphState:
 
     @property
     def stack_key(self) -> tuple[tuple[int, int], ...]:
-        """States may be stacked where this is equal: the replaced layers that they have yet to use."""
+        """The replaced layers that are yet to be used. States of equal keys may be stacked."""
         return tuple((i, id(layer)) for i, layer in self.pending.items())
 
 
@@ -127,7 +128,7 @@ class Graph(Engine[GraphState]):
     instructions: tuple[Instruction, ...]
     """Operators in execution order."""
     constants: dict[int, Any]
-    """Parameters, buffers and folded constants: slot -> tensor, or None for a bias that a layer may be given."""
+    """Parameters, buffers and folded constants by slot; None for a bias that may be given."""
     scalars: Callable[[int], Mapping[int, int]]
     """Integers that follow from the number of images: number of images -> slot -> integer."""
     norms: tuple[Norm, ...]
@@ -216,7 +217,7 @@ class Graph(Engine[GraphState]):
         return GraphState(values, stop, state.num_images, state.probe_images, pending)
 
     def observe(self, state: GraphState, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run that goes on from a state, in order of execution."""
+        """Calls that consume a layer's weight in a float run from a state, in execution order."""
         calls = []
         for position, step in enumerate(self.instructions):
             if layer not in step.layers:
@@ -229,7 +230,7 @@ class Graph(Engine[GraphState]):
         return calls
 
     def stack(self, states: Sequence[GraphState], layer: int) -> GraphState:
-        """Several states at the cut before `layer` as one, images after images; at the end for the number of layers."""
+        """States at the cut before `layer` as one, images after images; of equal `stack_key`."""
         first = states[0]
         if len(states) == 1:
             return first
@@ -244,7 +245,7 @@ class Graph(Engine[GraphState]):
 
 
 def resolved(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
-    """An instruction's argument with what it reads: `tables` hold the values of each kind of slot."""
+    """An argument with what it reads; `tables` hold the values, constants and scalars by slot."""
     table = tables.get(type(argument))
     if table is not None:
         return table[argument.slot]

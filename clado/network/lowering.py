@@ -1,4 +1,4 @@
-"""From an exported program to instructions: what runs, what is computed once, and when each value dies."""
+"""From an exported program to instructions: what runs, what is constant, when each value dies."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class Lowered:
     instructions: tuple[Instruction, ...]
     """The same as instructions."""
     constants: dict[int, Any]
-    """Parameters, buffers and folded constants: slot -> tensor, or None for a bias that a layer may be given."""
+    """Parameters, buffers and folded constants by slot; None for a bias that may be given."""
     scalars: Callable[[int], Mapping[int, int]]
     """Integers that follow from the number of images: number of images -> slot -> integer."""
     last_reads: dict[int, int]
-    """Slot -> position of the last instruction that reads it; the number of instructions for what the network returns."""
+    """Slot -> position of the last instruction that reads it; the output is read behind all."""
     weights: list[SearchedWeight]
     """Searched weights in the order of their first use."""
     bias_slots: tuple[int | None, ...]
-    """Slot of the bias of each weight, also of one that it may be given; None: it can have no bias of its own."""
+    """Slot of each weight's bias, or of one that it may be given; None: it can have none."""
 
 
 def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
@@ -78,7 +78,7 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
 def _classified(
     program: Program, weights: set[fx.Node]
 ) -> tuple[list[fx.Node], dict[fx.Node, Any], dict[int, Callable[[int], int]]]:
-    """Operators that depend on the images or on a searched weight, in order; folded constants; rules of scalars."""
+    """(operators that depend on images or searched weights, folded constants, rules of scalars)."""
     operators: list[fx.Node] = []
     constants: dict[fx.Node, Any] = dict(program.tensors)
     rules: dict[int, Callable[[int], int]] = {}
@@ -144,7 +144,7 @@ def _slots_read(program: Program, node: fx.Node) -> list[int]:
 def _call(
     node: fx.Node, read: Callable[[Any], Any], given_bias: int | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """An operator, its arguments and its keywords; `given_bias` is the slot of a bias that the program does not have."""
+    """(operator, arguments, keywords); `given_bias` is the slot of a bias that it lacks."""
     function = node.target
     assert callable(function)
     arguments = tuple(read(argument) for argument in node.args)
@@ -155,7 +155,7 @@ def _call(
     elif str(function) in CONSUMERS and "bias" in keywords:
         arguments = (*arguments, keywords.pop("bias"))
     if str(function) == "aten._native_batch_norm_legit_no_training.default":
-        # the same operator as modules run: the decomposed one returns empty statistics that only cost a tuple
+        # the operator that modules run: the decomposed one returns empty statistics as well
         function = batch_norm
     elif function is torch.ops.aten.view.default:
         function = torch.ops.aten.reshape.default  # the same, and it copies where channels_last leaves no view
@@ -165,5 +165,5 @@ def _call(
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor]:
-    """Batch norm in eval mode of x (N, channels, ...), with the result of a tuple that the exported operator has."""
+    """Batch norm of x (N, channels, ...) in eval mode; a tuple, as the exported operator gives."""
     return (torch.ops.aten.batch_norm.default(x, weight, bias, mean, var, False, momentum, eps, False),)

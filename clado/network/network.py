@@ -1,4 +1,4 @@
-"""A torch network whose weights can be replaced by name, run whole or resumed from any searched layer."""
+"""A torch network whose weights can be replaced, run whole or resumed from any searched layer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +17,7 @@ from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.graph import Graph, GraphState
 from clado.network.normalisation import Statistics, as_seen, normalisation
 from clado.network.program import eval_mode
-from clado.network.tensors import laid_out_like
+from clado.network.tensors import laid_out_like, unfit
 from clado.network.tracing import compile_graph
 from clado.network.whole_forwards import DeferredRuns, WholeForwards
 from clado.space import Assignment, Layer, SearchSpace, check_patterns
@@ -31,30 +31,37 @@ Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its 
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Whether a module's 2-d convolutions are faster in (N, H, W, C), as measured (notebooks/LOG.md): on a CPU with AVX2 alone
-    all of them, on other CPUs those with one channel a group. On a GPU it is the user's to say."""
+    """Whether a module's 2-d convolutions are faster in (N, H, W, C): see notebooks/LOG.md.
+
+    On a CPU with AVX2 alone all of them are, on other CPUs those with one channel a group. On a GPU
+    it is the user's to say.
+    """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     depthwise = any(1 < part.groups == part.in_channels for part in convolutions)
     return device.type == "cpu" and (depthwise or (ONLY_AVX2 and bool(convolutions)))
 
 
 class Network:
-    """Wraps a `torch.nn.Module` that `torch.export` accepts; the module itself is never changed.
+    """Wraps a `torch.nn.Module`. The module itself is never changed.
 
-    `example_input` is one batch (N, C, H, W) or a single image (C, H, W); it gives shapes and the type that images are cast to,
-    its values do not matter. Three axes that the network does not take as one image are a batch of signals (N, C, L). `fixed`
-    holds name patterns of layers that stay in float. All runs are in inference mode and in eval mode, on the device where the
-    module lies.
+    All runs are in inference mode and in eval mode, on the device where the module lies.
 
-    `numeric` is how products are computed: float32 (default; on CUDA without TF32, which keeps ten bits of a float32: less than
-    the differences we measure), tf32, or bfloat16 (autocast). `channels_last` lays images out as (N, H, W, C); weights follow
-    where the module was converted with `model.to(memory_format=torch.channels_last)`.
-
-    `split` names linear weights (patterns) whose rows are queries, keys and values, such as "*.in_proj_weight" or "*.qkv.weight":
-    each becomes three layers instead of one.
-
-    `graph=False` is for networks that torch.export refuses: the same numbers by whole forwards, with layers as the example meets
-    them (so its values matter where the network branches on them), at three times the cost and more.
+    Args:
+        model: A module that `torch.export` accepts.
+        example_input: One batch (N, C, H, W) or a single image (C, H, W). It gives shapes and the
+            type that images are cast to. Its values do not matter. Three axes that the network does
+            not take as one image are a batch of signals (N, C, L).
+        fixed: Name patterns of layers that stay in float.
+        split: Name patterns of linear weights whose rows are queries, keys and values, such as
+            "*.in_proj_weight" or "*.qkv.weight". Each becomes three layers instead of one.
+        graph: False is for networks that torch.export refuses: the same numbers by whole forwards,
+            at three times the cost and more. Layers are as the example meets them, so its values
+            matter where the network branches on them.
+        numeric: How products are computed: float32, tf32, or bfloat16 (autocast). float32 on CUDA
+            is without TF32, which keeps ten bits of a float32: less than the differences we
+            measure.
+        channels_last: Lays images out as (N, H, W, C). Weights follow where the module was
+            converted with `model.to(memory_format=torch.channels_last)`.
     """
 
     def __init__(
@@ -128,23 +135,26 @@ class Network:
 
     @property
     def images_at_once(self) -> int:
-        """Images of one whole run that is fast: on a CPU as many as its cache holds, on a GPU as many as keep it busy."""
+        """Images of one whole run that is fast.
+
+        On a CPU as many as its cache holds, on a GPU as many as keep it busy.
+        """
         peak = max(1, self.places[0].cut.peak_bytes_per_image)
         if self.device.type == "cuda":
             return min(max(GPU_BYTES // peak, 32), 1024)
         return min(max(CACHE_BYTES // peak, 4), 128)
 
     def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
-        """The same candidate bit-widths for every layer; `SearchSpace.restricted` gives some layers others."""
+        """The same candidate bit-widths for every layer; `restricted` gives some layers others."""
         return SearchSpace.uniform(self.layers, bits, ties)
 
     @torch.inference_mode()
     def logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), with layers (by index) replaced: by a weight, or by a `QuantizedLayer`."""
+        """Logits (N, classes) of images (N, C, H, W), with layers (by index) replaced."""
         return self.finish(self.begin(images), replaced)
 
     def differentiable_logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
-        """`logits` with gradients, for training: to the replaced weights and biases, and to what `updated` has put in place."""
+        """`logits` with gradients to replaced weights and biases, and to values of `updated`."""
         with computing(self.numeric, images.device):
             return self._recorded(images, replaced)
 
@@ -154,7 +164,7 @@ class Network:
         return dict(self._changed)
 
     def trainable(self, replaced: Replaced) -> dict[str, Tensor]:
-        """Values by name of the float parameters that runs with these layers replaced still read as they are."""
+        """Float parameters by name that runs with these layers replaced still read as they are."""
         unread, replaceable = set[str | None](), self.engine.replaceable
         for i, layer in _quantized_layers(replaced).items():
             unread |= {self.places[i].parameter, self.places[i].bias_name if layer.bias is not None else None}
@@ -178,7 +188,7 @@ class Network:
 
     @torch.inference_mode()
     def advance(self, state: State, layer: int, replaced: Replaced | None = None) -> State:
-        """Runs from a state to the cut before `layer`, or to the end where that is the number of layers."""
+        """Runs from a state to the cut before `layer`; to the end for the number of layers."""
         with computing(self.numeric, self.device):
             return self._runner.advance(state, layer, _quantized_layers(replaced))
 
@@ -203,23 +213,27 @@ class Network:
     def normalisation(
         self, images: Sequence[Tensor], replaced: Replaced | None = None, statistics: Statistics = as_seen
     ) -> dict[str, Tensor]:
-        """New statistics of batch norms by buffer name, measured with layers replaced and pooled over all batches of images.
+        """New statistics of batch norms by buffer name, measured with layers replaced.
 
-        In execution order: each batch norm's input is that of a network whose earlier batch norms have their new statistics
-        already. Sums are float64, so the result does not depend on how images are cut into batches beyond rounding.
+        In execution order: each batch norm's input is that of a network whose earlier batch norms
+        have their new statistics already. They are pooled over all batches. Sums are float64, so
+        the result does not depend on how images are cut into batches beyond rounding.
 
         Args:
             images: Batches (n, C, H, W).
             replaced: Layer -> what stands in its place.
-            statistics: What a batch norm gets, of those that it has and those of what it sees; default: the latter.
+            statistics: What a batch norm gets, of those that it has and those of what it sees;
+                default: the latter.
         """
         with computing(self.numeric, self.device):
             batches = [self._laid_out(batch) for batch in images]
             return normalisation(self.engine, batches, _quantized_layers(replaced), statistics)
 
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
-        """The same network with other values of parameters and buffers, by name; the module is not changed. They are laid out as
-        the module's own are."""
+        """The same network with other values of parameters and buffers, by name.
+
+        They are laid out as the module's own are. The module is not changed.
+        """
         floats = self.model.state_dict()
         named = {name: laid_out_like(tensor, floats[name]) if name in floats else tensor for name, tensor in named.items()}
         other = copy(self)
@@ -229,8 +243,14 @@ class Network:
         return other
 
     def folded(self) -> "tuple[Network, Callable[[int, QuantizedLayer], QuantizedLayer]]":
-        """The same function with batch norms folded into the layers before them, and what turns a layer (by index) that is put in
-        place into one that fits there. Results are the same up to rounding: for measuring, not for export."""
+        """The same function with batch norms folded into the layers before them.
+
+        Results are the same up to rounding: for measuring, not for export.
+
+        Returns:
+            The network, and what turns a layer (by index) that is put in place into one that fits
+            there.
+        """
         other = copy(self)
         other.engine, folds = transforms.folded(self.engine)
         return other, lambda i, layer: folds[i](layer) if i in folds else layer
@@ -241,7 +261,7 @@ class Network:
         return network, {i: fold(i, layer) for i, layer in _quantized_layers(replaced).items()}
 
     def with_batch_statistics(self) -> "Network":
-        """The same network with every batch norm on the statistics of each probe's own images, as in training."""
+        """The same network with batch norms on the statistics of each probe's own images."""
         other = copy(self)
         other.engine = transforms.with_batch_statistics(self.engine)
         return other
@@ -253,9 +273,9 @@ class Network:
         return other
 
     def recorded_logits(self, images: Tensor, replaced: Replaced) -> Tensor:
-        """Logits (N, classes) with autograd's record, for first and second derivatives in the tensors put in place.
+        """Logits (N, classes) of a `differentiable` network, with autograd's record.
 
-        Of a `differentiable` network.
+        For first and second derivatives in the tensors put in place.
         """
         with torch.enable_grad(), computing(self.numeric, images.device), sdpa_kernel(SDPBackend.MATH):
             return self._recorded(images, replaced)
@@ -266,14 +286,17 @@ class Network:
 
     @torch.inference_mode()
     def stack(self, states: Sequence[State], layer: int) -> State:
-        """States at the cut before `layer` as one state, images after images; finished runs for the number of layers."""
+        """States at the cut before `layer` as one state, images after images; of equal `stack_key`.
+
+        They are finished runs for the number of layers.
+        """
         return self._runner.stack(states, layer)
 
     def state_dict(self, replaced: Replaced) -> dict[str, Tensor]:
-        """The module's state with layers replaced, tied names included; grids of activations are no part of it.
+        """The module's state with layers replaced, tied names included; no grids of activations.
 
-        A bias given to a layer that had none goes into the batch norm behind it (its mean, less the bias), and stands under a
-        name of its own, beside the weight's, only where there is no batch norm.
+        A bias given to a layer that had none goes into the batch norm behind it (its mean, less the
+        bias). It stands under a name of its own only where there is no batch norm.
         """
         floats = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         values = {floats[name].data_ptr(): tensor for name, tensor in self._changed.items()}  # by address: tied names are one
@@ -311,7 +334,10 @@ class Network:
 
 
 def _one_image(model: nn.Module, example: Tensor) -> Tensor:
-    """A batch of one. Three axes are an image where the module runs on it so, and signals where it runs on those alone."""
+    """A batch of one.
+
+    Three axes are an image where the module runs on it so, else signals where it runs on those.
+    """
     if example.ndim != 3:
         return example[:1]
     image, signals = example.unsqueeze(0), example[:1]
@@ -324,7 +350,7 @@ def _one_image(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
-    """A pattern that matches nothing is a typing error, and would search a layer that should stay."""
+    """A pattern that matches nothing is a typing error: a layer would be searched."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigurationError(f"{key}: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")
@@ -335,7 +361,7 @@ def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _added_bias_name(weight: str) -> str:
-    """What a bias is called that the module has no place for: fc.bias, in_proj_bias, and w_bias beside a parameter w."""
+    """Name of a bias that the module lacks: fc.bias, in_proj_bias, w_bias of a parameter w."""
     folder, dot, name = weight.rpartition(".")
     return folder + dot + (name.replace("weight", "bias") if "weight" in name else f"{name}_bias")
 
@@ -347,7 +373,7 @@ def _quantized_layers(replaced: Replaced | None) -> dict[int, QuantizedLayer]:
 
 @contextmanager
 def computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
-    """Products in a numeric mode while the context lasts; what the process had chosen comes back."""
+    """Products in a numeric mode while the context lasts; the process's own mode comes back."""
     autocast = torch.autocast(device.type, torch.bfloat16) if numeric == "bfloat16" else nullcontext()
     if device.type != "cuda":
         with autocast:
@@ -368,12 +394,3 @@ def _refuse_bad_weights(model: nn.Module) -> None:
         raise NetworkError(
             f"{bad[0]} holds a NaN or an infinity; expected finite weights: was the training that made them finished?"
         )
-
-
-def unfit(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold a NaN or an infinity; an attention mask, of nothing but 0 and −∞, is none of them."""
-    return [
-        name
-        for name, tensor in state.items()
-        if not bool(torch.isfinite(tensor).all()) and not bool(((tensor == 0) | (tensor == -torch.inf)).all())
-    ]

@@ -1,4 +1,4 @@
-"""The statistics that batch norms see with layers replaced, measured batch norm by batch norm in execution order."""
+"""The statistics that batch norms see with layers replaced, measured in execution order."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Moments = tuple[Tensor, Tensor]  # mean and variance of each channel, (channels,
 
 @dataclass(frozen=True)
 class NormStatistics:
-    """The statistics that a batch norm has, and those of what it sees, over all images and positions."""
+    """The statistics that a batch norm has, and those of its input over images and positions."""
 
     mean: str
     """Name of the buffer of the running mean."""
@@ -43,8 +43,8 @@ def normalisation(
 ) -> dict[str, Tensor]:
     """New statistics of batch norms, measured with layers replaced.
 
-    Each batch norm's input is that of a network whose earlier batch norms have their new statistics already. A graph runs once
-    in all, whole forwards once for each batch norm.
+    Each batch norm's input is that of a network whose earlier batch norms have their new statistics
+    already. A graph runs once in all, whole forwards once for each batch norm.
 
     Args:
         engine: What runs the network.
@@ -101,7 +101,7 @@ def _of_modules(
 
 
 def _norms_in_order(engine: WholeForwards, image: Tensor, replaced: Mapping[int, QuantizedLayer]) -> dict[str, _BatchNorm]:
-    """Batch norms with statistics by name, in execution order; without those that run twice, which see two places."""
+    """Batch norms with statistics, by name in execution order; without those that run twice."""
     modules = {
         name: module
         for name, module in engine.model.named_modules()
@@ -118,9 +118,17 @@ def _norms_in_order(engine: WholeForwards, image: Tensor, replaced: Mapping[int,
 
 
 def pooled_moments(batches: Sequence[Tensor], dtype: torch.dtype) -> Moments:
-    """Mean and variance (unbiased, as batch norm keeps it) of each channel over batches (n, channels, ...), in a type.
+    """Mean and unbiased variance of each channel.
 
-    Sums over one image are taken in float32 at least, which is several times as fast, those over images in float64.
+    Sums over one image are taken in float32 at least, which is several times as fast. Sums over
+    images are taken in float64.
+
+    Args:
+        batches: Values (n, channels, ...).
+        dtype: Type of the results.
+
+    Returns:
+        (mean, variance), (channels,) each.
     """
 
     def total(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a module to an exported program: `torch.export` gives a flat list of ATen operators, and `Program` reads what they name.
+"""From a module to an exported program: a flat list of ATen operators, and what they read.
 
 Sizes in a program are symbolic: each follows from the number of images.
 """
@@ -15,7 +15,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from clado.errors import NetworkError
 
-# of one run: cuDNN's batch norm takes no more, and torch.export refuses a range on CUDA that another kernel would serve in part
+# of one run: cuDNN's batch norm takes no more. On CUDA torch.export refuses a range of sizes that
+# another kernel would serve in part.
 MOST_IMAGES = 65_535
 INSTEAD = (
     "Measure it by whole forwards instead (slower, the same numbers): clado.Network(model, example_input, graph=False), "
@@ -37,7 +38,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def export(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """`torch.export` with a dynamic batch, in eval mode whatever mode the model arrives in; functional, nothing decomposed.
+    """`torch.export` with a dynamic batch, in eval mode; functional, nothing decomposed.
 
     Args:
         model: The network.
@@ -127,7 +128,10 @@ class Program:
         return images
 
     def _read_output(self) -> fx.Node:
-        """The logits: what the network returns, not what torch.export puts beside it where the images are changed in place."""
+        """The logits.
+
+        torch.export also returns the images where the network changes them in place.
+        """
         nodes: Any = next(node for node in self.nodes if node.op == "output").args[0]
         specs = self.exported.graph_signature.output_specs
         returned = [node for node, spec in zip(nodes, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]

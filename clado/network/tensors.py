@@ -1,5 +1,6 @@
-"""What both engines do to tensors: refuse bad logits, leave inference mode, keep a memory format."""
+"""Small functions of tensors: check logits and weights, leave inference mode, keep a layout."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,3 +29,12 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in the memory format of another of its shape."""
     nhwc = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     return tensor.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def unfit(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold a NaN or an infinity; without masks of nothing but 0 and −∞."""
+    return [
+        name
+        for name, tensor in state.items()
+        if not bool(torch.isfinite(tensor).all()) and not bool(((tensor == 0) | (tensor == -torch.inf)).all())
+    ]

@@ -1,6 +1,7 @@
-"""From a module to a `Graph`: exports it, finds its searched weights, and decides in integers where a run may be cut.
+"""From a module to a `Graph`, step by step.
 
-`program` exports, `weights` finds the layers, `lowering` makes instructions, `cuts` finds where a run may be resumed.
+`program` exports the module, `weights` finds the searched layers, `lowering` makes instructions,
+and `cuts` finds where a run may be resumed.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ def compile_graph(
         model: The network.
         example: Images (N, ...); their values do not matter.
         fixed: Whether the parameter of a name is left in float.
-        split: Whether the linear weight of a name becomes three layers, its rows for queries, keys and values: name.q,
-            name.k, name.v.
+        split: Whether the linear weight of a name becomes three layers, its rows for queries, keys
+            and values: name.q, name.k, name.v.
 
     Raises:
         NetworkError: The model cannot be exported, or cannot be run in part.
@@ -89,7 +90,7 @@ def _norms(program: Program, instructions: Sequence[Instruction]) -> tuple[Norm,
 
 
 def _norm_mean(program: Program, norms: Sequence[Norm], weight: SearchedWeight) -> str | None:
-    """Name of the mean of the batch norm that alone reads what the one consumer of a layer gives, over its channels."""
+    """Name of the mean of the batch norm over channels that alone reads a layer's result."""
     consumer = weight.consumer
     channels_last = weight.layer.operator == "linear" and consumer.meta["val"].ndim != 2  # batch norm's are on axis 1
     if len(weight.consumers) > 1 or len(consumer.users) != 1 or channels_last:
@@ -99,7 +100,7 @@ def _norm_mean(program: Program, norms: Sequence[Norm], weight: SearchedWeight) 
 
 
 def _named(program: Program, operators: Sequence[fx.Node]) -> dict[str, tuple[int, ...]]:
-    """Slots of the parameters and buffers that only operators read that run: none of them is part of a folded constant."""
+    """Slots of the parameters and buffers that are part of no folded constant, by name."""
     running = set(operators)
     named: dict[str, tuple[int, ...]] = {}
     constant = set()

@@ -1,4 +1,4 @@
-"""What an engine can be turned into: batch norms folded or on batch statistics, and the same network for autograd."""
+"""What an engine can be turned into: batch norms folded, on batch statistics, or for autograd."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from clado.network.whole_forwards import WholeForwards
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """How a layer takes in the batch norm behind it: weight · γ/σ, and bias · γ/σ + β − μ γ/σ, in float64."""
+    """How a layer takes in a batch norm: weight · γ/σ and bias · γ/σ + β − μ γ/σ, in float64."""
 
     weight_factor: Tensor
     """γ/σ in a shape that multiplies the weight's channels."""
@@ -25,7 +25,7 @@ class Fold:
     """β − μ γ/σ (channels,)."""
 
     def __call__(self, layer: QuantizedLayer) -> QuantizedLayer:
-        """The folded layer: no longer on its grid; a bias of None stays the network's own, which is folded already."""
+        """The folded layer, off its grid. A bias of None stays: the network's own is folded."""
         weight = (layer.weight.double() * self.weight_factor).to(layer.weight.dtype)
         bias = None if layer.bias is None else self.shifted(layer.bias, weight)
         return QuantizedLayer(laid_out_like(weight, layer.weight), bias, layer.activation)
@@ -38,9 +38,9 @@ class Fold:
 def folded(engine: Graph | WholeForwards) -> tuple[Graph | WholeForwards, dict[int, Fold]]:
     """The same network with batch norms inside the layers before them.
 
-    Folded are batch norms that alone read the result of a layer with one use, where no run is resumed in between. Their
-    instructions stay, as identities. So positions and cuts are the same. Results are the same up to rounding. Whole forwards
-    fold nothing: the module runs its own code.
+    Folded are batch norms that alone read the result of a layer with one use, where no run is
+    resumed in between. Their instructions stay, as identities. So positions and cuts are the same.
+    Results are the same up to rounding. Whole forwards fold nothing: the module runs its own code.
 
     Returns:
         The network, and layer -> how to fold what replaces it.
@@ -71,7 +71,10 @@ def folded(engine: Graph | WholeForwards) -> tuple[Graph | WholeForwards, dict[i
 
 
 def _fold(graph: Graph, place: GraphLayer, norm: Norm) -> Fold | None:
-    """How a layer takes in the batch norm behind it; None for a grouped transposed convolution: its axis is not all channels."""
+    """How a layer takes in the batch norm behind it.
+
+    None for a grouped transposed convolution: its channels are on two axes.
+    """
     tables: dict[type, dict[int, Any]] = {Constant: graph.constants}
     _, gamma, beta, mean, variance, *_ = (resolved(a, tables) for a in graph.instructions[norm.position].arguments)
     factor = (variance.double() + norm.eps).rsqrt() * (1.0 if gamma is None else gamma.double())
@@ -84,10 +87,10 @@ def _fold(graph: Graph, place: GraphLayer, norm: Norm) -> Fold | None:
 
 
 def with_batch_statistics(engine: Graph | WholeForwards) -> Graph:
-    """The same graph with every batch norm on the statistics of each probe's own images, also where probes are stacked.
+    """The same graph with every batch norm on the statistics of each probe's own images.
 
     Raises:
-        NetworkError: The engine makes whole forwards, which cannot keep the statistics of stacked probes apart.
+        NetworkError: The engine makes whole forwards, which cannot keep stacked probes apart.
     """
     if isinstance(engine, WholeForwards):
         raise NetworkError("probes on batch statistics need a graph; expected graph: true under network")
@@ -100,7 +103,10 @@ def with_batch_statistics(engine: Graph | WholeForwards) -> Graph:
 
 
 def differentiable(engine: Graph | WholeForwards) -> Graph | WholeForwards:
-    """The same network for autograd: no operator writes over what a gradient needs, no constant is of inference mode."""
+    """The same network for autograd.
+
+    No operator writes over what a gradient needs, and no constant is of inference mode.
+    """
     if isinstance(engine, WholeForwards):
         return engine.updated({name: outside_inference(tensor) for name, tensor in engine.changed.items()})
     twins = {twin: function for function, twin in IN_PLACE.items()}
@@ -113,7 +119,10 @@ def differentiable(engine: Graph | WholeForwards) -> Graph | WholeForwards:
 
 
 def _batch_norm_of_probes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, num_probes: int) -> tuple[Tensor]:
-    """Batch norm on the statistics of each probe: x (probes · n, channels, ...), n images, or their tokens one after another."""
+    """Batch norm on the statistics of each probe.
+
+    x (probes · n, channels, ...) holds n images of each probe, or their tokens one after another.
+    """
     probes = x.reshape(num_probes, -1, *x.shape[1:])
     around = [1, *range(3, probes.ndim)]
     variance, mean = torch.var_mean(probes, around, correction=0, keepdim=True)

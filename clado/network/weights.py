@@ -1,4 +1,4 @@
-"""The searched weights of an exported program: which operators read them, and where their biases are."""
+"""The searched weights of an exported program: the operators that read them, and their biases."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ CONSUMERS: dict[str, tuple[int, int]] = {
     "aten.conv_transpose3d.input": (1, 1),
     "aten.linear.default": (1, 0),
 }
-# Operators through which a weight may pass on its way to a consumer (attention splits in_proj into q, k and v).
+# Operators through which a weight may pass on its way to a consumer (attention splits in_proj).
 _WEIGHT_VIEWS = {
     f"aten.{name}"
     for name in (
@@ -87,7 +87,7 @@ def searched_weights(program: Program, fixed: Callable[[str], bool], split: Call
 
 
 def _searched_weight(program: Program, nodes: Sequence[fx.Node]) -> tuple[SearchedWeight, bool]:
-    """The weight that the program reads at some nodes, and whether one operator reads it as it is."""
+    """(the weight that is read at these nodes, whether one operator alone reads it as it is)."""
     pairs = [pair for node in nodes for pair in _consumed(node)]
     consumers = tuple(dict.fromkeys(consumer for consumer, _ in pairs))
     first = str(consumers[0].target)
@@ -120,7 +120,7 @@ def _thirds(whole: SearchedWeight, direct: bool) -> list[SearchedWeight]:
 
 
 def _consumed(node: fx.Node) -> Iterable[tuple[fx.Node, int]]:
-    """Consumers that a weight reaches, directly or through views of itself, with the weight's channel axis there."""
+    """(consumer, the weight's channel axis) of each that a weight reaches, also through views."""
     for user in node.users:
         target = str(user.target)
         if target in CONSUMERS and user.args[CONSUMERS[target][0]] is node:
@@ -143,7 +143,8 @@ def macs_of(program: Program, node: fx.Node) -> int:
     if target not in CONSUMERS:
         return 0
     weight = node.args[CONSUMERS[target][0]]
-    # transposed, with a weight (in, out / groups, ...), each input value meets shape[1:] of them; else each output value
+    # Each output value meets shape[1:] of the weight. Of a transposed convolution, with a weight
+    # (in, out / groups, ...), each input value does.
     counted = node.args[0] if "transpose" in target else node
     assert isinstance(weight, fx.Node)
     assert isinstance(counted, fx.Node)

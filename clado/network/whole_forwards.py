@@ -1,7 +1,8 @@
-"""The slower engine, for networks that have no graph: every probe is a whole forward of the module with weights replaced.
+"""The slower engine, for networks that have no graph: every probe is a whole forward of the module.
 
-A state is a run that has not been made yet. Advancing it notes which weights to replace, and finishing it makes the run.
-Stacked states are finished one by one, since each has weights of its own.
+A state is a run that has not been made yet. Advancing it notes which weights to replace, and
+finishing it makes the run. Stacked states are finished one by one, since each has weights of its
+own.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -22,7 +23,7 @@ from clado.network.tensors import logits_of
 from clado.network.weights import why_unsearched
 from clado.space import Layer
 
-# Functions that consume a weight as their second argument `weight`, and the weight's axis of output channels.
+# Functions that consume a weight as their second argument, and its axis of output channels.
 _CONSUMERS: dict[Any, tuple[str, int]] = {
     F.linear: ("linear", 0),
     **{getattr(torch, f"conv{n}d"): (f"conv{n}d", 0) for n in (1, 2, 3)},
@@ -31,7 +32,8 @@ _CONSUMERS: dict[Any, tuple[str, int]] = {
 # The arguments behind weight and bias, in order, with their defaults.
 _CONVOLUTION = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-# Attention calls linear where no mode sees it; these of its arguments (with their positions) are its weights, in order of use.
+# Attention calls linear where no mode sees it. These of its arguments (with their positions) are
+# its weights, in order of use.
 _ATTENTION = {"in_proj_weight": 5, "q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None, "out_proj_weight": 11}
 _UNSEEN = "no convolution, linear function or attention that the example met"
 
@@ -57,7 +59,11 @@ class DeferredRuns:
 
 
 class WholeForwards(Engine[DeferredRuns]):
-    """A module run whole. Layers are the weights that convolutions, linear functions and attention read when the example runs."""
+    """A module run whole.
+
+    Layers are the weights that convolutions, linear functions and attention read when the example
+    runs.
+    """
 
     def __init__(self, model: nn.Module, example: Tensor, fixed: Callable[[str], bool]) -> None:
         self.model = model
@@ -111,7 +117,7 @@ class WholeForwards(Engine[DeferredRuns]):
         return DeferredRuns(((images, {}),))
 
     def advance(self, state: DeferredRuns, layer: int, replaced: Mapping[int, QuantizedLayer]) -> DeferredRuns:
-        """The same runs with these layers replaced as well; made at once where `layer` is the number of layers."""
+        """The same runs with these layers replaced as well; made where `layer` means the end."""
         parts = tuple((images, {**earlier, **replaced}) for images, earlier in state.parts)
         if layer < len(self.layers) or state.logits is not None:
             return DeferredRuns(parts, state.logits)
@@ -123,7 +129,7 @@ class WholeForwards(Engine[DeferredRuns]):
         return DeferredRuns(tuple(part for state in states for part in state.parts), torch.cat(logits) if logits else None)
 
     def observe(self, state: DeferredRuns, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run; none for attention's weights, which no mode sees."""
+        """Calls that consume a layer's weight in a float run; none for attention's weights."""
         ((images, replaced),) = state.parts
         with _Seen(self.weights[layer]) as seen:
             self.forward(images, replaced)
@@ -159,7 +165,7 @@ class WholeForwards(Engine[DeferredRuns]):
 
 
 def _watched(model: nn.Module, example: Tensor) -> "_Watch":
-    """What a run of the example reads as weights; refuses a network that whole forwards cannot repeat."""
+    """What a run of the example reads as weights; refuses a network that cannot be repeated."""
     with eval_mode(model), torch.inference_mode():
         watch = _Watch(model, len(example))
         before = {name: tensor.clone() for name, tensor in model.named_buffers()}
@@ -186,7 +192,7 @@ def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
 
 
 def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """(input, weight, bias, and what is behind them) of a call of a consumer, however it was written."""
+    """(input, weight, bias, and what is behind them) of a call of a consumer."""
     operator, axis = _CONSUMERS[func]
     rest = {} if operator == "linear" else _TRANSPOSED if axis else _CONVOLUTION
     given = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
@@ -229,7 +235,7 @@ class _QuantizedInputs(TorchFunctionMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes, while the example runs, which parameters are read as weights, in order, with multiply-accumulates of one image."""
+    """Notes the parameters that a run of the example reads as weights, in order, and their cost."""
 
     def __init__(self, model: nn.Module, num_images: int) -> None:
         super().__init__()
