@@ -50,7 +50,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     new_biases = [name for name in state if name not in network.model.state_dict()]
     inputs: dict[str, ActivationGrid] = {}
     for i, layer in as_layers(layers).items():
-        merge_input_grid(inputs, network.graph.parameters[i][0], layer.activation)
+        merge_input_grid(inputs, network.places[i].parameter, layer.activation)
     model, readers = assemble(network.model, state, new_biases, inputs, rounding or exportable_fake_quantize)
     called_modules: set[nn.Module] = set()
     hooks = [reader.register_forward_pre_hook(lambda module, _: called_modules.add(module)) for reader in readers.values()]
@@ -68,7 +68,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
 def _refuse_another_function(model: nn.Module, network: Network, layers: Replaced) -> None:
     """Raises NetworkError if the module's logits are not those of the replaced layers."""
     images = network.example.to(network.device)
-    if not isinstance(network.graph, WholeForwards):  # whole forwards hold the network as it ran on this one image
+    if not isinstance(network.engine, WholeForwards):  # whole forwards hold the network as it ran on this one image
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         images = torch.cat([images, noise.to(images)])
     with torch.no_grad(), computing(network.numeric, network.device):

@@ -179,8 +179,8 @@ def _put_codes(
 ) -> dict[str, Any]:
     """Puts codes and DequantizeLinear in place of float weights; layer -> its codes."""
     members: dict[str, list[int]] = {}
-    for i, (parameter, _) in enumerate(network.graph.parameters):
-        members.setdefault(parameter, []).append(i)
+    for i, place in enumerate(network.places):
+        members.setdefault(place.parameter, []).append(i)
     codes: dict[str, Any] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for parameter, indices in members.items():

@@ -38,7 +38,8 @@ from clado.exporting._torch_module import (
     shape_and_dtype,
 )
 from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
-from clado.network.network import Network, Replaced, unfit
+from clado.network.network import Network, Replaced
+from clado.network.tensors import unfit
 
 FORMAT = "clado-packed/1"
 CHUNK = 2**20  # codes that are packed at a time; a multiple of eight, so that each part ends on a byte
@@ -175,11 +176,11 @@ def _document_and_tensors(network: Network, layers: Replaced) -> tuple[dict[str,
     replaced, state = as_layers(layers), network.state_dict(layers)
     model_state = network.model.state_dict()
     aliases = _aliases(model_state)
-    coded_parameters = {network.graph.parameters[i][0] for i, layer in replaced.items() if layer.grid is not None}
+    coded_parameters = {network.places[i].parameter for i, layer in replaced.items() if layer.grid is not None}
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for i, spec in enumerate(network.layers):
-        parameter, part = network.graph.parameters[i]
+        parameter, part = network.places[i].parameter, network.places[i].rows
         layer = replaced.get(i, QuantizedLayer(network.weights[i]))
         if layer.grid is None and layer.activation is None and parameter not in coded_parameters:
             continue

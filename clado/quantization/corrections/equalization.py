@@ -78,7 +78,7 @@ def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
 
     A layer has one row for the nearest layer that its result reaches, and one for the batch norm behind it where there is one.
     """
-    graph = network.graph
+    graph = network.engine
     if not isinstance(graph, Graph):
         reason = "the network is run by whole forwards, which do not show what lies between two layers"
         return Equalization({}, (Pair("every layer", "every layer", False, reason),))
@@ -277,7 +277,7 @@ class _Survey:
         """One for every batch norm that alone reads a layer's result, and one to the nearest layer, in order of execution."""
         for position, step in enumerate(self.graph.instructions):
             for layer in step.layers:
-                name = self.graph.layers[layer].name
+                name = self.graph.layers[layer].layer.name
                 path = self._path(position)
                 if path.norm is not None:
                     yield self._to_norm(name, layer, position, path.norm)
@@ -322,7 +322,8 @@ class _Survey:
             biases = (self.names.get(bias.slot, "") if isinstance(bias, Constant) else "",)
             fault = self._changeable(*biases)
         transposed, groups = _form(step)
-        side = _Side(self.graph.parameters[layer][0], 1, groups) if transposed else _Side(self.graph.parameters[layer][0], 0)
+        name = self.graph.layers[layer].parameter
+        side = _Side(name, 1, groups) if transposed else _Side(name, 0)
         return side, biases, fault
 
     def _inputs(self, position: int, path: _Path) -> tuple[_Side | None, str | None]:
@@ -333,21 +334,22 @@ class _Survey:
         fault = self._weight_fault(step.layers[0], step)
         if fault:
             return None, fault
-        name = self.graph.parameters[step.layers[0]][0]
+        name = self.graph.layers[step.layers[0]].parameter
         transposed, groups = _form(step)
         shape = self.shapes[0][path.slot]
         kernel = 0 if _operator(step) == "linear" else self.graph.constants[step.arguments[1].slot].ndim - 2
         if path.layout.axis != len(shape) - 1 - kernel:
-            return None, f"channels of {self.graph.layers[step.layers[0]].name} lie on another axis"
+            return None, f"channels of {self.graph.layers[step.layers[0]].layer.name} lie on another axis"
         block = path.layout.block
         return (_Side(name, 0, 1, block) if transposed else _Side(name, 1, groups, block)), None
 
     def _weight_fault(self, layer: int, step: Instruction) -> str | None:
-        name, rows = self.graph.parameters[layer]
-        if rows is not None or len(step.layers) > 1:
+        place = self.graph.layers[layer]
+        name = place.parameter
+        if place.rows is not None or len(step.layers) > 1:
             return f"{name} is split"
         weight = step.arguments[1]
-        if not isinstance(weight, Constant) or weight.slot not in self.graph.slots[layer]:
+        if not isinstance(weight, Constant) or weight.slot not in place.slots:
             return f"{name} passes through other operators before it is used"
         return self._changeable(name)
 
@@ -362,7 +364,7 @@ class _Survey:
         """The layer whose weight an operator uses, searched or not."""
         step = self.graph.instructions[position]
         if step.layers:
-            return self.graph.layers[step.layers[0]].name
+            return self.graph.layers[step.layers[0]].layer.name
         weight = step.arguments[1]
         return self.names.get(weight.slot, step.name) if isinstance(weight, Constant) else step.name
 
