@@ -17,8 +17,9 @@ from clado.evaluation import count, evaluate_weights
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import Kind, Plan, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
 from clado.quantization import preparation
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches
@@ -108,7 +109,7 @@ def measure(
     plan = Plan(
         space, block_ranges, estimators.kinds_of([estimator]), rows_per_tile(network, space, bench.batching, memory_limit)
     )
-    tiles: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
+    tiles: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
     for done, tile in enumerate(plan.tiles):  # block by block, and row tile by row tile in a block
         tiles[tile.kind].append(measure_tile(bench, tile))
         progress(done + 1, len(plan.tiles))

@@ -8,6 +8,8 @@ PACKAGE = Path(__file__).parent
 FOLDERS = {
     "quantizers": "quantization/quantizers",
     "corrections": "quantization/corrections",
+    "kinds": "measuring/kinds",
+    "measurements": "measuring/measurements",
     "estimators": "interaction/estimators",
     "constraints": "choosing/constraints",
     "solvers": "choosing/solvers",

@@ -508,7 +508,7 @@ def _plan_text(session: "OpenedRun") -> str:
         )
     for kind in plan.kinds:
         tiles = [tile for tile in plan.tiles if tile.kind == kind]
-        evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.blocks)
+        evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.sample_blocks)
         gmacs = sum(plan.macs(tile, session.workload) for tile in tiles) / 1e9
         lines.append(
             f"  {kind:<11} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "

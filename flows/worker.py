@@ -11,8 +11,8 @@ from distributed import Worker, WorkerPlugin
 
 from clado.errors import ServerError
 from clado.evaluation import Counts, evaluation_batches
+from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
-from clado.measuring.sweep import measure_tile
 from clado.run.opened_run import EVALUATION_BATCH, OpenedRun
 from clado.settings.schema import RunConfig, parse_config
 from clado.space import Assignment

@@ -301,7 +301,7 @@ def test_images_may_be_vectors_or_volumes(model, example):
 def test_names_are_loaded_when_they_are_used():
     assert set(clado.__all__) <= set(dir(clado))
     assert all(getattr(clado, name) is not None for name in clado.__all__)
-    from clado.measuring.sweep import measure_tile
+    from clado.measuring.measurements import measure_tile
 
     assert callable(measure_tile)
     assert clado.measure.__name__ == "measure"

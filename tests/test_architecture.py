@@ -28,7 +28,7 @@ DOORS = {
     "yaml": ("clado/settings/",),
 }
 CORE = (
-    "clado.measuring.sweep",
+    "clado.measuring.measurements",
     "clado.quantization.preparation",
     "clado.quantization.corrections.gptq",
     "clado.quantization.corrections.output_statistics",
@@ -43,7 +43,8 @@ CORE_RUN = """
 import numpy as np, torch
 from torch import nn
 from clado.interaction import estimators
-from clado.measuring.sweep import Workbench, measure_tile
+from clado.measuring.measurements import measure_tile
+from clado.measuring.workbench import Workbench
 from clado.network.network import Network
 from clado.measuring.plan import Plan
 from clado.quantization.preparation import Recipe, prepare

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from clado.grids import QuantizedLayer
+from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, calibration_batches, prepare
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images, labels

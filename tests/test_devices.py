@@ -10,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clado.data.images import as_slice
 from clado.evaluation import count, per_image
 from clado.grids import QuantizedLayer
-from clado.measuring.plan import KINDS, Plan, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, scores
+from clado.measuring.kinds import tile_kinds
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.scores import scores
+from clado.measuring.workbench import Workbench
 from clado.network.network import Network
 from clado.plugins import available
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
@@ -114,12 +117,12 @@ def bench_of(ready: Prepared, statistics: bool = False) -> Workbench:
 @pytest.mark.parametrize("statistics", [False, True], ids=["running", "batch"])
 def test_tiles_are_measured_there(kind, statistics) -> None:
     network = network_of(kind)
-    kinds = tuple(name for name in KINDS if name not in ("gradients", "trace"))  # such a device keeps no gradients
+    kinds = tuple(name for name in tile_kinds() if name not in ("gradients", "trace"))  # such a device keeps no gradients
     tiles, measured = {}, {}
     with elsewhere():
         for name, place in (("here", network), ("there", moved(network))):
             bench = bench_of(prepared(place), statistics)
-            plan = Plan(bench.space, tuple(bench.blocks), kinds, bench.space.num_options)
+            plan = Plan(bench.space, tuple(bench.sample_blocks), kinds, bench.space.num_options)
             tiles[name] = [measure_tile(bench, tile) for tile in plan.tiles]
             measured[name] = scores(bench, bench.space.narrowest, 0).losses
     tolerance.close_losses(measured["there"], measured["here"])
@@ -137,7 +140,7 @@ def test_pairs_are_read_back_once_a_layer(kind) -> None:
             place = moved(network)
             space = place.search_space(bits)
             bench = bench_of(prepare(place, space, Recipe()))
-            plan = Plan(space, tuple(bench.blocks), ("pairs",), space.num_options)
+            plan = Plan(space, tuple(bench.sample_blocks), ("pairs",), space.num_options)
             measure_tile(bench, plan.tiles[0])
             Reads.count = 0
             measure_tile(bench, plan.tiles[0])
@@ -157,7 +160,7 @@ def test_no_number_of_a_trace_is_read_back_by_itself(num_vectors) -> None:
             return func(*args, **(kwargs or {}))
 
     with Counted():
-        measure_tile(bench, Plan(bench.space, tuple(bench.blocks), ("trace",), bench.space.num_options).tiles[0])
+        measure_tile(bench, Plan(bench.space, tuple(bench.sample_blocks), ("trace",), bench.space.num_options).tiles[0])
     assert sum(reads) == 0
 
 

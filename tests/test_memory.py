@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import numpy as np, torch
 from torch import nn
-from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.measuring.measurements import measure_tile
+from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
 from clado.measuring.plan import Plan, Tile
 from clado.quantization.preparation import Recipe, prepare

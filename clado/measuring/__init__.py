@@ -1,1 +1,1 @@
-"""What is measured: the plan in integers, and the sweep that executes it."""
+"""What is measured: the plan in integers, the kinds of tiles, and the sweep that executes them."""

@@ -21,8 +21,10 @@ from clado.errors import ConfigurationError, DataError, IdentityMismatch, Unread
 from clado.evaluation import Counts, count_each
 from clado.grids import QuantizedLayer
 from clado.interaction import estimators
-from clado.measuring.plan import Kind, Plan, Tile, Workload, grown_blocks, sample_blocks
-from clado.measuring.sweep import Scores, Workbench, deployed_scores, network_batching, rows_per_tile, scores
+from clado.measuring.kinds import tile_kind
+from clado.measuring.plan import Plan, Tile, Workload, grown_sample_blocks, sample_blocks
+from clado.measuring.scores import Scores, deployed_scores, scores
+from clado.measuring.workbench import Workbench, network_batching, rows_per_tile
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.corrections import at_stage
 from clado.quantization.corrections.batchnorm_reestimation import MOST_IMAGES
@@ -193,7 +195,7 @@ class OpenedRun:
         num_images, num_blocks = len(self.slices.sensitivity), self.config.data.sample_blocks
         if not exists(self.store_path):
             return sample_blocks(num_images, num_blocks)
-        return grown_blocks(MeasurementStore.open(self.store_path).coverage["blocks"], num_images, num_blocks)
+        return grown_sample_blocks(MeasurementStore.open(self.store_path).coverage["blocks"], num_images, num_blocks)
 
     @property
     def recipe(self) -> Recipe:
@@ -281,9 +283,9 @@ class OpenedRun:
         """The same with layers that are rounded to nearest, without corrections."""
         return self._bench(self.plain)
 
-    def bench_of(self, kind: Kind) -> Workbench:
+    def bench_of(self, kind: str) -> Workbench:
         """What measuring a kind of tile needs."""
-        return self.plain_bench if kind == "plain_singles" else self.bench
+        return self.plain_bench if tile_kind(kind).is_uncorrected else self.bench
 
     def _bench(self, prepared: Prepared) -> Workbench:
         return Workbench(

@@ -8,7 +8,7 @@ holds one cell per tile, written after the tile: a tile of NaNs is not a missing
       counts       (blocks,)            images per sample block
       singles/sums (blocks, 1 + K)      singles/done (blocks, 1)
       pairs/sums   (blocks, K, K)       pairs/done   (blocks, row tiles)
-      …                                 the other kinds of `plan.py`, each a group with its shape behind the blocks
+      …                                 each other tile kind is a group too, with its shape behind the sample blocks
 
 A kind whose numbers depend on more than the identity keeps that as the attribute `terms` of its group; under other terms its
 tiles count as missing.
@@ -20,10 +20,9 @@ the endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,24 +33,20 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store as Backend
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
+from zarr.storage import ObjectStore
 
-from clado.errors import ConfigurationError, IdentityMismatch, StoreError
-from clado.measuring.plan import KINDS, OF_PAIRS, Kind, Plan, Tile
+from clado.errors import IdentityMismatch, StoreError
+from clado.measuring.kinds import tile_kind, tile_kinds
+from clado.measuring.plan import Plan, Tile
 from clado.settings.schema import fingerprint, redact
 from clado.space import Layer, SearchSpace
+from clado.storage.buckets import open_bucket
+from clado.storage.differences import differences
 
 FORMAT = "clado-store/1"
-NAMES: dict[Kind, tuple[str, ...]] = {
-    "singles": ("probe",),
-    "plain_singles": ("probe",),
-    "pairs": ("option", "later_option"),
-    "gram": ("probe", "option"),
-    "block_pairs": ("option", "later_option"),
-    "gradients": ("estimator", "probe"),
-    "trace": ("probe",),
-}
 Array = NDArray[np.float64]
 DTYPES: dict[str, np.dtype[Any]] = {"sums": np.dtype("f8"), "done": np.dtype("u1")}
+COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
 DONE = 1
 RESTORE = "restore the store from a copy"
 
@@ -62,7 +57,7 @@ class MeasurementStore:
     def __init__(self, path: Path | str, group: zarr.Group) -> None:
         self.path = path
         self.group = group
-        self._arrays: dict[str, zarr.Array[Any]] = {}  # opened: to open one takes as long as to write a chunk
+        self._kinds = _KindArrays(path, group)
 
     @classmethod
     def create(
@@ -76,7 +71,8 @@ class MeasurementStore:
         """A new store for a plan: a folder appears whole under `path`; in a bucket, which renames nothing, `format` is last."""
         if isinstance(path, str):
             group = zarr.open_group(_bucket(path), mode="a", zarr_format=3)
-            if group.attrs or not set(group.keys()) <= {*KINDS, "counts"}:  # else: one whose making was cut short is made anew
+            # one whose making was cut short is made anew
+            if group.attrs or not set(group.keys()) <= {*tile_kinds(), "counts"}:
                 raise StoreError(f"{redact(path)} holds something that is not ours; name another prefix (store: s3://…)")
             _fill(group, plan, identity, coverage, provenance)
             return cls(path, group)
@@ -95,14 +91,14 @@ class MeasurementStore:
             raise StoreError(f"{path} {what}; expected a store that `clado run` made")
         try:
             group = zarr.open_group(path if isinstance(path, Path) else _bucket(path), mode="r+", zarr_format=3)
-            found = group.attrs.get("format")
+            stored_format = group.attrs.get("format")
         except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
             raise StoreError(
                 f"{path} is not a store of ours: it holds no Zarr v3 group ({type(error).__name__}); choose another folder"
             ) from None
-        if found != FORMAT:
+        if stored_format != FORMAT:
             raise StoreError(
-                f"{path} is not a store of ours: its format is {found!r}, expected {FORMAT!r}; choose another folder"
+                f"{path} is not a store of ours: its format is {stored_format!r}, expected {FORMAT!r}; choose another folder"
             )
         return cls(path, group)
 
@@ -118,33 +114,19 @@ class MeasurementStore:
                 + "\n  Use the old settings, or name another folder for this run (folder: runs/…)"
             )
 
-    def grow(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
-        """Makes room for the plan's further sample blocks, which are absent; no chunk of the others is touched.
-
-        The coverage is written last: a process that dies before leaves the old coverage, and growing again is harmless.
-        """
-        blocks = len(plan.blocks)
-        for kind in (kind for kind in KINDS if self._is_there(kind)):
-            for part in ("sums", "done"):
-                array = self._array(f"{kind}/{part}")
-                array.resize((blocks, *array.shape[1:]))
-        self._arrays.clear()
-        _write_counts(self.group, plan)
-        self.group.attrs["coverage"] = dict(coverage)
+    def provenance_differences(self, provenance: Mapping[str, Any]) -> list[str]:
+        """How code, libraries and device differ from those that began the store: a warning, not an error."""
+        return differences(self._attribute("provenance"), provenance)
 
     @cached_property
     def space(self) -> SearchSpace:
-        """Layers and candidates that were measured; ties and blocks are the configuration's."""
+        """Layers and candidates that were measured; ties and blocks of layers are the settings'."""
         identity, layers, bits = self.identity, [], []
         for row in identity["layers"]:
             fields = {**row, "shape": tuple(row["shape"])}
             bits.append(tuple(fields.pop("bits")))
             layers.append(Layer(**fields))
         return SearchSpace(tuple(layers), tuple(bits)).with_activations(identity.get("activations", {}).get("bits", ()))
-
-    def provenance_differences(self, provenance: Mapping[str, Any]) -> list[str]:
-        """How code, libraries and device differ from those that began the store: a warning, not an error."""
-        return differences(self._attribute("provenance"), provenance)
 
     def _attribute(self, name: str) -> dict[str, Any]:
         value = self.group.attrs.get(name)
@@ -159,7 +141,7 @@ class MeasurementStore:
 
     @property
     def coverage(self) -> dict[str, Any]:
-        """Which images were measured, in which blocks."""
+        """Which images were measured, in which sample blocks."""
         return self._attribute("coverage")
 
     @property
@@ -175,64 +157,37 @@ class MeasurementStore:
             raise StoreError(f"the attributes of {self.path} are damaged: rows_per_tile is {rows!r}; {RESTORE}")
         return rows
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Images per sample block, by the coverage, which every run compares with its own. The array `counts` says the same to
+        other readers of the store."""
+        return np.array([stop - start for start, stop in self.coverage["blocks"]], dtype=np.int64)
+
+    def grow(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
+        """Makes room for the plan's new sample blocks, which are absent; no chunk of the others is touched.
+
+        The coverage is written last: a process that dies before leaves the old coverage, and growing again is harmless.
+        """
+        self._kinds.lengthen(len(plan.sample_blocks))
+        _write_counts(self.group, plan)
+        self.group.attrs["coverage"] = dict(coverage)
+
     def extend(self, plan: Plan) -> None:
         """Makes room for the plan's kinds: those that the store has not, or holds under other terms, begin empty."""
+        covered = self._covered(plan)
         for kind in plan.kinds:
-            if not self._holds(plan, kind):
-                _create_kind(self.group, plan, kind)
-                self._arrays.clear()
+            if not self._kinds.holds(covered, kind):
+                self._kinds.create(plan, kind)
 
-    def _holds(self, plan: Plan, kind: Kind) -> bool:
-        """Whether the arrays of a kind are there, under the plan's terms; StoreError where they have another shape."""
-        if not self._is_there(kind) or self._opened(kind).attrs.get("terms", {}) != plan.terms(kind):
-            return False
-        own = replace(plan, blocks=plan.blocks[: len(self.counts)])  # the plan may be of a store that is yet to grow
-        for part, (shape, chunks) in _geometry(own, kind).items():
-            array = self._array(f"{kind}/{part}")
-            # a growth that was cut short leaves more blocks than the coverage has
-            found, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
-            if found != expected or array.shape[0] < shape[0]:
-                raise StoreError(
-                    f"{self.path}/{kind}/{part} is damaged: it is {array.shape} in chunks of {array.chunks}, "
-                    f"{array.dtype}, expected {shape} in chunks of {chunks}, {DTYPES[part]}; {self._remedy(kind)}"
-                )
-        return True
-
-    def _is_there(self, kind: Kind) -> bool:
-        """Whether a kind has its group and both arrays: `done` is made last."""
-        return all(self._opened(name) is not None for name in (kind, f"{kind}/sums", f"{kind}/done"))
-
-    def _opened(self, name: str) -> Any:
-        """A group or an array of the kinds, None where there is none; StoreError where what describes it cannot be read."""
-        try:
-            return self.group[name]
-        except KeyError:
-            return None
-        except Exception as error:  # whatever damaged metadata leads to
-            raise StoreError(
-                f"{self.path}/{name}/zarr.json is damaged ({type(error).__name__}: {error}); {self._remedy(name)}"
-            ) from error
-
-    def _remedy(self, name: str) -> str:
-        return f"{RESTORE}, or delete {self.path}/{name.partition('/')[0]}: that kind of tiles is then measured again"
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            found = self._opened(name)
-            if not isinstance(found, zarr.Array):
-                raise StoreError(f"{self.path}/{name} is gone; run `clado run` again to measure what it held")
-            # not kept in the store, and a tile of NaNs must be written
-            self._arrays[name] = found.with_config({"write_empty_chunks": True})
-        return self._arrays[name]
-
-    def _where(self, tile: Tile) -> tuple[Any, ...]:
-        return (tile.block, slice(tile.first, tile.stop)) if tile.kind in OF_PAIRS else (tile.block,)
+    def _covered(self, plan: Plan) -> Plan:
+        """The plan's part that the store has room for: it may be the plan of a store that is yet to grow."""
+        return replace(plan, sample_blocks=plan.sample_blocks[: len(self.counts)])
 
     def write(self, tile: Tile, sums: Array) -> None:
         """Writes one tile whole, then marks it done; StoreError where the disk takes neither."""
         try:
-            self._array(f"{tile.kind}/sums")[self._where(tile)] = sums
-            self._array(f"{tile.kind}/done")[tile.block, tile.number] = DONE
+            self._kinds.array(tile.kind, "sums")[_place(tile)] = sums
+            self._kinds.array(tile.kind, "done")[tile.sample_block, tile.number] = DONE
         except OSError as error:
             raise StoreError(
                 f"{tile} could not be written to {self.path} ({error.strerror or error}); expected a disk with room that may be "
@@ -241,32 +196,102 @@ class MeasurementStore:
 
     def read(self, tile: Tile) -> Array:
         """The sums of one tile; StoreError where its chunk fails its checksum or is gone."""
-        array = self._array(f"{tile.kind}/sums")
+        array = self._kinds.array(tile.kind, "sums")
         try:
-            values = np.asarray(array[self._where(tile)], dtype=np.float64)
+            values = np.asarray(array[_place(tile)], dtype=np.float64)
         except Exception as error:  # codecs raise ValueError, RuntimeError or their own kinds
             raise StoreError(f"the chunk of {tile} in {self.path} is damaged ({error})") from error
-        if not sync(self.group.store.exists(self._chunk_key(tile))):
+        if not sync(self.group.store.exists(_chunk_key(tile))):
             raise StoreError(f"the chunk of {tile} in {self.path} is gone")
         return values
 
-    def _chunk_key(self, tile: Tile) -> str:
-        key = (
-            [tile.block, tile.number, 0]
-            if tile.kind in OF_PAIRS
-            else [tile.block] + [0] * (self._array(f"{tile.kind}/sums").ndim - 1)
-        )
-        return "/".join([tile.kind, "sums", "c", *map(str, key)])
-
     def missing(self, plan: Plan) -> list[Tile]:
-        """Tiles of the plan that are not done, in the plan's order: blocks that the store has no room for yet are not, and a mark
-        that cannot be read is none."""
-        marks = {kind: self._marks(kind) for kind in plan.kinds if self._holds(plan, kind)}
-        done = {(kind, *where) for kind, held in marks.items() for where in zip(*np.nonzero(held == DONE), strict=True)}
-        return [tile for tile in plan.tiles if (tile.kind, tile.block, tile.number) not in done]
+        """Tiles of the plan that are not done, in the plan's order: sample blocks that the store has no room for yet are not, and
+        a mark that cannot be read is none."""
+        done: set[tuple[Any, ...]] = set()
+        covered = self._covered(plan)
+        for kind in plan.kinds:
+            if self._kinds.holds(covered, kind):
+                done |= {(kind, *where) for where in zip(*np.nonzero(self._kinds.marks(kind) == DONE), strict=True)}
+        return [tile for tile in plan.tiles if (tile.kind, tile.sample_block, tile.number) not in done]
 
-    def _marks(self, kind: Kind) -> NDArray[np.uint8]:
-        array = self._array(f"{kind}/done")
+    def damaged(self, tiles: Iterable[Tile]) -> list[Tile]:
+        """Those of the tiles whose chunk fails its checksum or is gone; they are marked as not done."""
+        bad = []
+        for tile in tiles:
+            try:
+                self.read(tile)
+            except StoreError:
+                self._kinds.array(tile.kind, "done")[tile.sample_block, tile.number] = 0
+                bad.append(tile)
+        return bad
+
+    def gather(self, plan: Plan) -> dict[str, Array]:
+        """All sums of the plan's kinds; StoreError where a tile is missing or damaged."""
+        missing = self.missing(plan)
+        if missing:
+            raise StoreError(
+                f"{self.path} lacks {len(missing)} of {len(plan.tiles)} tiles, the first {missing[0]}; "
+                "run `clado run` again to measure them"
+            )
+        gathered: dict[str, Array] = {}
+        for tile in plan.tiles:
+            shape = (len(plan.sample_blocks), *tile_kind(tile.kind).shape(plan.space))
+            whole = gathered.setdefault(tile.kind, np.full(shape, np.nan))
+            whole[_place(tile)] = self.read(tile)
+        return gathered
+
+
+class _KindArrays:
+    """The arrays `sums` and `done` of each tile kind. What is damaged is told with its remedy."""
+
+    def __init__(self, path: Path | str, group: zarr.Group) -> None:
+        self._path = path
+        self._group = group
+        self._opened: dict[str, zarr.Array[Any]] = {}  # to open one takes as long as to write a chunk
+
+    def array(self, kind: str, part: str) -> zarr.Array[Any]:
+        """The array `sums` or `done` of a kind; StoreError where it is gone."""
+        name = f"{kind}/{part}"
+        if name not in self._opened:
+            array = self._node(name)
+            if not isinstance(array, zarr.Array):
+                raise StoreError(f"{self._path}/{name} is gone; run `clado run` again to measure what it held")
+            # not kept in the store, and a tile of NaNs must be written
+            self._opened[name] = array.with_config({"write_empty_chunks": True})
+        return self._opened[name]
+
+    def create(self, plan: Plan, kind: str) -> None:
+        """Empty arrays of a kind, in place of any that exist."""
+        _create_kind(self._group, plan, kind)
+        self._opened.clear()
+
+    def lengthen(self, num_blocks: int) -> None:
+        """Makes room for more sample blocks."""
+        for kind in filter(self._exists, tile_kinds()):
+            for part in ("sums", "done"):
+                array = self.array(kind, part)
+                array.resize((num_blocks, *array.shape[1:]))
+        self._opened.clear()
+
+    def holds(self, plan: Plan, kind: str) -> bool:
+        """Whether the arrays of a kind exist, under the plan's terms; StoreError where they have another shape."""
+        if not self._exists(kind) or self._node(kind).attrs.get("terms", {}) != tile_kind(kind).terms(plan):
+            return False
+        for part, (shape, chunks) in _geometry(plan, kind).items():
+            array = self.array(kind, part)
+            # a growth that was cut short leaves more sample blocks than the coverage has
+            stored, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
+            if stored != expected or array.shape[0] < shape[0]:
+                raise StoreError(
+                    f"{self._path}/{kind}/{part} is damaged: it is {array.shape} in chunks of {array.chunks}, "
+                    f"{array.dtype}, expected {shape} in chunks of {chunks}, {DTYPES[part]}; {self._remedy(kind)}"
+                )
+        return True
+
+    def marks(self, kind: str) -> NDArray[np.uint8]:
+        """The cells of `done`; those that cannot be read are 0."""
+        array = self.array(kind, "done")
         try:
             return np.asarray(array[:], dtype=np.uint8)
         except Exception:  # one by one, to lose no more than the damaged ones
@@ -276,69 +301,70 @@ class MeasurementStore:
                     marks[where] = array[where]
             return marks
 
-    def damaged(self, tiles: Iterable[Tile]) -> list[Tile]:
-        """Those of the tiles whose chunk fails its checksum or is gone; they are marked as not done."""
-        bad = []
-        for tile in tiles:
-            try:
-                self.read(tile)
-            except StoreError:
-                self._array(f"{tile.kind}/done")[tile.block, tile.number] = 0
-                bad.append(tile)
-        return bad
+    def _exists(self, kind: str) -> bool:
+        """Whether a kind has its group and both arrays: `done` is made last."""
+        return all(self._node(name) is not None for name in (kind, f"{kind}/sums", f"{kind}/done"))
 
-    def gather(self, plan: Plan) -> dict[Kind, Array]:
-        """All sums of the plan's kinds; StoreError where a tile is missing or damaged."""
-        missing = self.missing(plan)
-        if missing:
+    def _node(self, name: str) -> Any:
+        """A group or an array, None where there is none; StoreError where what describes it cannot be read."""
+        try:
+            return self._group[name]
+        except KeyError:
+            return None
+        except Exception as error:  # whatever damaged metadata leads to
             raise StoreError(
-                f"{self.path} lacks {len(missing)} of {len(plan.tiles)} tiles, the first {missing[0]}; "
-                "run `clado run` again to measure them"
-            )
-        gathered: dict[Kind, Array] = {}
-        for tile in plan.tiles:
-            shape = (len(plan.blocks), *self._array(f"{tile.kind}/sums").shape[1:])
-            whole = gathered.setdefault(tile.kind, np.full(shape, np.nan))
-            whole[self._where(tile)] = self.read(tile)
-        return gathered
+                f"{self._path}/{name}/zarr.json is damaged ({type(error).__name__}: {error}); {self._remedy(name)}"
+            ) from error
 
-    @property
-    def counts(self) -> NDArray[np.int64]:
-        """Images per sample block, by the coverage, which every run compares with its own. The array `counts` says the same to
-        other readers of the store."""
-        return np.array([stop - start for start, stop in self.coverage["blocks"]], dtype=np.int64)
+    def _remedy(self, name: str) -> str:
+        return f"{RESTORE}, or delete {self._path}/{name.partition('/')[0]}: that kind of tiles is then measured again"
 
 
-def _geometry(plan: Plan, kind: Kind) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shape and chunks of the arrays of one kind: one chunk a tile."""
-    shape, blocks, rows = plan.shape(kind), len(plan.blocks), kind in OF_PAIRS
-    chunks = (1, plan.rows_per_tile, *shape[1:]) if rows else (1, *shape)
-    tiles = plan.num_row_tiles if rows else 1
+def _place(tile: Tile) -> tuple[Any, ...]:
+    """Where a tile lies in the array of its kind."""
+    rows = (slice(tile.first, tile.stop),) if tile_kind(tile.kind).has_row_tiles else ()
+    return tile.sample_block, *rows
+
+
+def _chunk_key(tile: Tile) -> str:
+    """The key of a tile's chunk in the store."""
+    later = [0] * (len(tile_kind(tile.kind).dimensions) - 1)  # chunks are whole behind the first dimension
+    return "/".join([tile.kind, "sums", "c", *map(str, (tile.sample_block, tile.number, *later))])
+
+
+def _geometry(plan: Plan, kind: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shape and chunks of the arrays of one kind, one chunk a tile; `done`, which says that the kind exists, is last."""
+    shape, blocks, has_row_tiles = tile_kind(kind).shape(plan.space), len(plan.sample_blocks), tile_kind(kind).has_row_tiles
+    chunks = (1, plan.rows_per_tile, *shape[1:]) if has_row_tiles else (1, *shape)
+    tiles = plan.num_row_tiles if has_row_tiles else 1
     return {"sums": ((blocks, *shape), chunks), "done": ((blocks, tiles), (1, 1))}
 
 
-def _create_kind(group: zarr.Group, plan: Plan, kind: Kind) -> None:
-    """Empty arrays of one kind, in place of any that are there."""
-    kept = group.create_group(kind, overwrite=True)
-    geometry = _geometry(plan, kind)
-    options: dict[str, Any] = {
-        "compressors": [ZstdCodec(level=1), Crc32cCodec()],
-        "serializer": BytesCodec(),
-        "filters": None,
-    }
-    for part, names in (("sums", NAMES[kind]), ("done", ("tile",))):  # `done` is last
-        shape, chunks = geometry[part]
-        form: dict[str, Any] = {"shape": shape, "chunks": chunks, "dtype": DTYPES[part], "dimension_names": ("block", *names)}
-        kept.create_array(part, fill_value=0 if part == "done" else np.nan, **form, **options)
-    if plan.terms(kind):
-        kept.attrs["terms"] = plan.terms(kind)
+def _create_kind(group: zarr.Group, plan: Plan, kind: str) -> None:
+    """Empty arrays of one kind, in place of any that exist."""
+    kind_group, terms = group.create_group(kind, overwrite=True), tile_kind(kind).terms(plan)
+    names = {"sums": tile_kind(kind).dimensions, "done": ("tile",)}
+    for part, (shape, chunks) in _geometry(plan, kind).items():
+        kind_group.create_array(
+            part,
+            shape=shape,
+            chunks=chunks,
+            dtype=DTYPES[part],
+            dimension_names=("block", *names[part]),
+            fill_value=0 if part == "done" else np.nan,
+            compressors=COMPRESSORS,
+            serializer=BytesCodec(),
+            filters=None,
+        )
+    if terms:
+        kind_group.attrs["terms"] = terms
 
 
 def _fill(
     group: zarr.Group, plan: Plan, identity: Mapping[str, Any], coverage: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> None:
     """The arrays of a plan, empty, and then the attributes that make the group a store of ours."""
-    for kind in KINDS:
+    for kind in tile_kinds():
         _create_kind(group, plan, kind)
     _write_counts(group, plan)
     group.attrs.update(
@@ -352,8 +378,8 @@ def _fill(
 
 
 def _write_counts(group: zarr.Group, plan: Plan) -> None:
-    counts = np.array([plan.block_images(block) for block in range(len(plan.blocks))], dtype="i8")
-    group.create_array("counts", data=counts, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=True)
+    counts = np.array([stop - start for start, stop in plan.sample_blocks], dtype="i8")
+    group.create_array("counts", data=counts, compressors=COMPRESSORS, overwrite=True)
 
 
 def exists(path: Path | str) -> bool:
@@ -368,67 +394,4 @@ def exists(path: Path | str) -> bool:
 
 def _bucket(url: str) -> Backend:
     """Zarr's store for a prefix of a bucket."""
-    try:
-        from obstore.store import S3Store
-        from zarr.storage import ObjectStore
-    except ImportError as error:
-        raise ConfigurationError(f"a store at {url} needs obstore ({error}); expected: pip install 'clado[s3]'") from None
-    # a server that does not answer is given up within a minute, not in obstore's three
-    bucket = S3Store.from_url(url, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)})
-    try:
-        next(iter(bucket.list(chunk_size=1)), None)
-    except Exception as error:  # of obstore, by kind of server and fault
-        told = redact(" ".join(str(error).split()))[:300]
-        raise StoreError(
-            f"{url} cannot be used ({told}); expected a bucket that exists, its keys and AWS_ENDPOINT_URL "
-            "in the environment, and AWS_ALLOW_HTTP=true for a server without TLS"
-        ) from None
-    return ObjectStore(bucket)
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """One line for each leaf in which two plain documents differ; rows that have names, such as layers, are compared by name."""
-    if all(value is None or isinstance(value, Mapping) for value in (old, new)):
-        before, after, lines = old or {}, new or {}, []
-        for key in sorted({*before, *after}):
-            lines += differences(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
-        return lines
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        return [] if list(old) == list(new) else _differences_of_lists(list(old), list(new), where)
-    return [] if old == new else [f"{where}: the store has {old!r}, this run {new!r}"]
-
-
-def _differences_of_lists(old: list[Any], new: list[Any], where: str) -> list[str]:
-    if _have_names(old) and _have_names(new):
-        return _differences_by_name(old, new, where)
-    if all(isinstance(entry, int | str) for entry in (*old, *new)):
-        return [f"{where}: the store has {old!r}, this run {new!r}"]
-    if len(old) == len(new):
-        first = next(k for k, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
-        return [f"{where}[{first}]: the store has {old[first]!r}, this run {new[first]!r}"]
-    return [f"{where}: the store has {len(old)} entries, this run {len(new)}"]
-
-
-def _have_names(rows: Sequence[Any]) -> bool:
-    return all(isinstance(row, Mapping) and "name" in row for row in rows)
-
-
-def _differences_by_name(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], where: str) -> list[str]:
-    """A line for the rows that only one has, and a line for each difference with the names of all rows that have it."""
-    before, after = ({row["name"]: row for row in rows} for rows in (old, new))
-    lines = []
-    if only := [name for name in before if name not in after]:
-        lines.append(f"{where}: only the store has {_listed(only)}")
-    if only := [name for name in after if name not in before]:
-        lines.append(f"{where}: only this run has {_listed(only)}")
-    alike: dict[str, list[str]] = {}
-    for name in before:
-        for line in differences(before[name], after[name]) if name in after else []:
-            alike.setdefault(line, []).append(name)
-    lines += [f"{line} ({where}: {_listed(names)})" for line, names in alike.items()]
-    return lines or [f"{where}: the store has them in another order than this run"]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Up to three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ObjectStore(open_bucket(url))

@@ -4,8 +4,9 @@ import time
 from dataclasses import dataclass
 
 from clado.choosing.proposals import CONVEXITY, merge_limits, unreported_estimators, widest_uniform
+from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
-from clado.measuring.sweep import Workbench, measure_tile
+from clado.measuring.workbench import Workbench
 from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
 from clado.run.opened_run import OpenedRun

@@ -29,8 +29,9 @@ from clado.evaluation import count
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import Kind, Plan, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, rows_per_tile
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, prepare_layer
 from clado.records import markdown_table
@@ -83,7 +84,7 @@ def matrices(ready: Prepared, sensitivity: ImageSlice, first: int) -> dict[str, 
     plan = Plan(
         ready.space, blocks, estimators.kinds_of(METHODS), rows_per_tile(ready.network, ready.space, bench.batching, None)
     )
-    tiles: dict[Kind, list[Any]] = {kind: [] for kind in plan.kinds}
+    tiles: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
     for tile in plan.tiles:
         tiles[tile.kind].append(measure_tile(bench, tile))
     counts = np.array([stop - start for start, stop in blocks])

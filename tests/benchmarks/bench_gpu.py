@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, Workload, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile
+from clado.measuring.workbench import Workbench
 from clado.network.graph import Graph
 from clado.network.network import Network, Numeric
 from clado.quantization.preparation import Recipe, prepare
@@ -91,7 +92,7 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
     suffix, offsets = [float(best[place.cut.position :].sum()) for place in graph.layers], plan.space.offsets
     pairs = sum((offsets[j + 1] - offsets[j]) * offsets[j] * suffix[j] for j in range(plan.space.num_layers))
     singles = sum(suffix[option.layer] for option in plan.space.options)
-    num_images = plan.blocks[-1][1]
+    num_images = plan.sample_blocks[-1][1]
     return {"pairs": pairs * num_images, "gram": singles * num_images, "inference": float(best.sum())}
 
 
@@ -192,7 +193,7 @@ def main() -> None:
     measure_tile(bench, plan.tiles[0])  # warms up; counted again below
     longest = 0.0
     for tile in plan.tiles:
-        key = f"{tile.kind} {tile.block} {tile.number}"
+        key = f"{tile.kind} {tile.sample_block} {tile.number}"
         if key in state["tiles"]:
             continue
         if time.perf_counter() - begin + 1.5 * longest > 60 * arguments.minutes:
@@ -215,7 +216,7 @@ def report(state: dict[str, Any], plan: Plan, network: Network) -> str:
     work = Workload(network.macs, tuple(place.cut.suffix_macs for place in network.places))
     complete = len(state["tiles"]) == len(plan.tiles)
     lines = [f"{state['settings']}", f"{len(state['tiles'])} of {len(plan.tiles)} tiles{': complete' if complete else ''}"]
-    done = [tile for tile in plan.tiles if f"{tile.kind} {tile.block} {tile.number}" in state["tiles"]]
+    done = [tile for tile in plan.tiles if f"{tile.kind} {tile.sample_block} {tile.number}" in state["tiles"]]
     for kind in ("pairs", "gram"):
         spent = sum(seconds for key, seconds in state["tiles"].items() if key.startswith(kind))
         if spent:

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from clado import criteria
+from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, Tile
-from clado.measuring.sweep import Workbench, measure_tile
+from clado.measuring.workbench import Workbench
 from clado.network.graph import Graph, GraphState
 from clado.network.network import Network, prefers_channels_last
 from clado.network.tracing import compile_graph

@@ -25,7 +25,8 @@ import numpy as np
 import psutil
 
 from clado.interaction.estimators import kinds_of
-from clado.measuring.plan import OF_PAIRS, Plan, Tile
+from clado.measuring.kinds import tile_kind
+from clado.measuring.plan import Plan, Tile
 from clado.records import markdown_table, write_text
 from clado.run.opened_run import OpenedRun
 from clado.settings.schema import RunConfig, load_config
@@ -91,8 +92,8 @@ def measured(config: RunConfig, workers: clusters.Workers, watch: Watch) -> Watc
 
 def zeros(session: OpenedRun, tile: Tile) -> np.ndarray:
     """A tile that costs nothing to measure."""
-    shape = session.plan.shape(tile.kind)
-    return np.zeros((tile.stop - tile.first, *shape[1:]) if tile.kind in OF_PAIRS else shape)
+    shape = tile_kind(tile.kind).shape(session.space)
+    return np.zeros((len(tile.rows), *shape[1:]) if tile.rows else shape)
 
 
 def host(address: str, count: int) -> None:
@@ -204,7 +205,7 @@ def own(folder: Path, workers: int) -> RunConfig:
 
 def loop(folder: Path) -> None:
     """Prints the seconds of a plain loop over the tiles in this process."""
-    from clado.measuring.sweep import measure_tile
+    from clado.measuring.measurements import measure_tile
 
     config = own(folder, 1)
     session = OpenedRun.open(config)

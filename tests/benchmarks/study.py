@@ -55,8 +55,11 @@ from clado.evaluation import count
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import Kind, Plan, sample_blocks
-from clado.measuring.sweep import Workbench, deployed_scores, measure_tile, rows_per_tile
+from clado.measuring.kinds import tile_kind
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.scores import deployed_scores
+from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
@@ -214,14 +217,14 @@ class Study:
         begin = 0 if known is None else len(known.counts)
         bench = Workbench(self.prepared, "kl_to_float", blocks, lambda a, b: (images[a:b], None))
         plan = Plan(self.space, blocks, kinds, rows_per_tile(self.prepared.network, self.space, bench.batching, None))
-        tiles: dict[Kind, list[Any]] = {kind: [] for kind in kinds}
+        tiles: dict[str, list[Any]] = {kind: [] for kind in kinds}
         seconds: dict[str, float] = dict.fromkeys(kinds, 0.0)
-        for tile in sorted(plan.tiles, key=lambda tile: tile.block):
-            if tile.block >= begin:
+        for tile in sorted(plan.tiles, key=lambda tile: tile.sample_block):
+            if tile.sample_block >= begin:
                 start = time.perf_counter()
                 tiles[tile.kind].append(measure_tile(bench, tile))
                 seconds[tile.kind] += time.perf_counter() - start
-        sums = {k: np.concatenate(parts).reshape(-1, *plan.shape(k)) for k, parts in tiles.items()}
+        sums = {k: np.concatenate(parts).reshape(-1, *tile_kind(k).shape(plan.space)) for k, parts in tiles.items()}
         if known is not None:
             sums = {kind: np.concatenate([known.sums[kind], part]) for kind, part in sums.items()}
         counts = np.array([stop - start for start, stop in blocks])

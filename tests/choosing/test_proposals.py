@@ -32,7 +32,7 @@ from clado.choosing.proposals import (
 from clado.errors import InfeasibleError
 from clado.interaction.estimators import Measured, estimate, kinds_of, uncorrected
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import TEMPERATURES
+from clado.measuring.kinds.gram import TEMPERATURES
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.space import Assignment, Layer, SearchSpace
 from tests.networks import all_assignments

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from clado.interaction.estimators import Measured, estimate, kinds_of
-from clado.measuring.plan import KINDS, Plan, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile, scores
+from clado.measuring.kinds import tile_kinds
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.scores import scores
+from clado.measuring.workbench import Workbench
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
@@ -30,7 +33,7 @@ def measured_network(
     x, y = images(num_images), labels(num_images)
     blocks = sample_blocks(num_images, num_blocks)
     bench = Workbench(prepare(network, space, Recipe(WeightQuantizer())), criterion, blocks, lambda a, b: (x[a:b], y[a:b]), 16)
-    plan = Plan(space, blocks, KINDS, space.num_options)
+    plan = Plan(space, blocks, tuple(tile_kinds()), space.num_options)
     sums = {kind: np.stack([measure_tile(bench, t) for t in plan.tiles if t.kind == kind]) for kind in plan.kinds}
     return bench, Measured(space, criterion, np.array([b - a for a, b in blocks]), sums)
 
@@ -38,9 +41,10 @@ def measured_network(
 def true_increase(bench: Workbench, assignment: Assignment) -> float:
     """The increase of the mean loss, by whole forwards."""
     sums = [
-        [scores(bench, a, block).losses.sum() for block in range(len(bench.blocks))] for a in (assignment, bench.space.nothing)
+        [scores(bench, a, block).losses.sum() for block in range(len(bench.sample_blocks))]
+        for a in (assignment, bench.space.nothing)
     ]
-    return float((sum(sums[0]) - sum(sums[1])) / bench.blocks[-1][1])
+    return float((sum(sums[0]) - sum(sums[1])) / bench.sample_blocks[-1][1])
 
 
 class EstimatorContract:

@@ -15,7 +15,8 @@ import pytest
 from distributed import Client, LocalCluster
 
 from clado.errors import MeasurementError, ServerError
-from clado.measuring.plan import KINDS, OF_PAIRS, Plan, sample_blocks
+from clado.measuring.kinds import tile_kinds
+from clado.measuring.plan import Plan, sample_blocks
 from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from flows import worker
@@ -96,12 +97,13 @@ def test_items_that_are_not_asked_for_yet_are_not_made_yet(cluster):
 
 
 def test_tiles_begin_in_the_order_of_the_plan_which_keeps_a_block_and_its_prefixes_together(cluster):
-    plan = Plan(make_space(), sample_blocks(12, 4), KINDS, rows_per_tile=2)
+    plan = Plan(make_space(), sample_blocks(12, 4), tuple(tile_kinds()), rows_per_tile=2)
     with workers(cluster, 1) as started:
         assert set(started.map(begin, CONFIG, plan.tiles)) == set(plan.tiles)
     assert begun == list(plan.tiles)
-    of_pairs = [(tile.kind, tile.block) for tile in begun if tile.kind in OF_PAIRS]
-    assert sum(a != b for a, b in zip(of_pairs[:-1], of_pairs[1:], strict=True)) == 4 * len(OF_PAIRS) - 1
+    row_kinds = [name for name, kind in tile_kinds().items() if kind.has_row_tiles]
+    of_pairs = [(tile.kind, tile.sample_block) for tile in begun if tile.kind in row_kinds]
+    assert sum(a != b for a, b in zip(of_pairs[:-1], of_pairs[1:], strict=True)) == 4 * len(row_kinds) - 1
 
 
 def test_a_slow_task_holds_up_no_other(cluster):

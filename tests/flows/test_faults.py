@@ -186,7 +186,7 @@ def empty(file: Path) -> None:
 def test_a_chunk_that_is_damaged_is_the_only_one_measured_again(damage, kind, finished_phase, undisturbed):
     damage(finished_phase.store / kind / "sums" / "c" / "1" / "0" / "0")
     run = finished_phase.run()
-    assert finished_phase.attempts == {next(t for t in finished_phase.tiles() if (t.kind, t.block) == (kind, 1)): 1}
+    assert finished_phase.attempts == {next(t for t in finished_phase.tiles() if (t.kind, t.sample_block) == (kind, 1)): 1}
     assert any("1 damaged" in note for note in run.notes)
     assert finished_phase.matrices() == undisturbed.matrices()
 
@@ -203,7 +203,7 @@ def test_damage_beside_the_sums_costs_what_it_was_of_and_no_number(path, damage,
     """Each kind of damage is in tests/storage/test_measurement_store.py."""
     damage(finished_phase.store / path)
     finished_phase.run()
-    assert finished_phase.attempts == dict.fromkeys([t for t in finished_phase.tiles() if (t.kind, t.block) in again], 1)
+    assert finished_phase.attempts == dict.fromkeys([t for t in finished_phase.tiles() if (t.kind, t.sample_block) in again], 1)
     assert finished_phase.matrices() == undisturbed.matrices()
 
 

@@ -20,7 +20,7 @@ import clado
 from clado.choosing.proposals import LAYERWISE_PLAIN, SAFE, TEMPERED, Budget
 from clado.data.sources import load_data, load_network
 from clado.evaluation import Counts
-from clado.measuring.plan import KINDS
+from clado.measuring.kinds import tile_kinds
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposal, RunRecord
 from clado.run.opened_run import OpenedRun
@@ -81,7 +81,7 @@ def kl(floats: torch.Tensor, quantized: torch.Tensor) -> float:
 def arrays(folder: Path) -> dict[str, bytes]:
     """Every measured number of a store, and every matrix."""
     group = MeasurementStore.open(folder / "store.zarr").group
-    found = {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in KINDS}
+    found = {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in tile_kinds()}
     return found | {file.name: np.load(file)["values"].tobytes() for file in (folder / "matrices").iterdir()}
 
 
@@ -352,7 +352,7 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
     document = copy_of(finished, tmp_path / "run")
     plan = OpenedRun.open(parse_config(document)).plan
-    damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.block == 2) for kind in ("gram", "pairs"))
+    damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.sample_block == 2) for kind in ("gram", "pairs"))
     chunks = tmp_path / "run" / "store.zarr"
     file = chunks / "gram" / "sums" / "c" / "2" / "0" / "0"
     content = bytearray(file.read_bytes())
@@ -374,7 +374,7 @@ def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, t
     absent = [tile for k, tile in enumerate(plan.tiles) if k % 4 == 1 and tile.kind != "pairs"]
     store = MeasurementStore.open(tmp_path / "run" / "store.zarr")
     for tile in absent:
-        store.group[f"{tile.kind}/done"][tile.block, tile.number] = 0
+        store.group[f"{tile.kind}/done"][tile.sample_block, tile.number] = 0
     calls, _ = run_pipeline(document, tracked=False)
     assert calls.of("run_tile") == absent
     assert arrays(tmp_path / "run") == arrays(finished.folder)

@@ -10,7 +10,8 @@ import clado
 from clado.errors import ConfigurationError, MeasurementError
 from clado.interaction.estimators import Measured, costs, estimate, kinds_of, non_finite
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import TEMPERATURES, Plan
+from clado.measuring.kinds.gram import TEMPERATURES
+from clado.measuring.plan import Plan
 from clado.network.network import Network
 from clado.plugins import available
 from clado.space import Assignment, Layer, SearchSpace
@@ -276,7 +277,7 @@ class TestTempered8(EstimatorContract):
 
 def logits_and_changes(bench):
     """The float network's logits (n, classes) of all images, and how each option alone changes them (K, n, classes)."""
-    images, space = bench.load(0, bench.blocks[-1][1])[0], bench.space
+    images, space = bench.load(0, bench.sample_blocks[-1][1])[0], bench.space
     z, *changed = (
         bench.network.logits(images, bench.chosen(assignment)).double().numpy()
         for assignment in (space.nothing, *(space.assignment([k]) for k in range(space.num_options)))

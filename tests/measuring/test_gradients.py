@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from clado import criteria
 from clado.errors import ConfigurationError
-from clado.measuring import gradients
+from clado.measuring.measurements import gradients, measure_tile, trace
 from clado.measuring.plan import Plan, Tile, sample_blocks
-from clado.measuring.sweep import Workbench, measure_tile
+from clado.measuring.workbench import Workbench
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
@@ -158,7 +158,7 @@ def test_traces_are_hutchinsons_estimate_of_the_exact_hessian_and_their_mean_is_
     parts = [(images(NUM_IMAGES, size=2), labels(NUM_IMAGES, 2))]
     draws = []
     for seed in range(60):
-        found = gradients.average_traces(ready, criterion, parts, 1, np.random.default_rng(seed))
+        found = trace.average_traces(ready, criterion, parts, 1, np.random.default_rng(seed))
         random = np.random.default_rng(seed)
         v = np.concatenate([(random.integers(0, 2, tuple(w.shape)) * 2.0 - 1.0).reshape(-1) for w in weights])
         products = v * (exact @ v)
@@ -194,7 +194,7 @@ def test_what_is_drawn_depends_on_seed_and_block_alone(kind, criterion):
 @pytest.mark.parametrize("kind", ["gradients", "trace"])
 def test_images_forward_and_backward_are_those_of_the_plan(kind, monkeypatch):
     bench = bench_of(prepared_of(Tiny, size=2), "kl_to_float", num_vectors=3)
-    plan = Plan(bench.space, tuple(bench.blocks), (kind,), 1, num_vectors=3)
+    plan = Plan(bench.space, tuple(bench.sample_blocks), (kind,), 1, num_vectors=3)
     seen = {"forward": 0, "backward": 0, "images": 0}
     forward, backward = Network.recorded_logits, torch.autograd.grad
 

@@ -3,7 +3,8 @@
 import pytest
 
 from clado.errors import ConfigurationError
-from clado.measuring.plan import Plan, Workload, batching, rows_within_memory, sample_blocks
+from clado.measuring.batching import batching, rows_within_memory
+from clado.measuring.plan import Plan, Workload, sample_blocks
 from clado.space import Layer, SearchSpace
 
 
@@ -24,7 +25,7 @@ def test_evaluations_are_those_of_the_methods_table(layers, evaluations):
 @pytest.mark.parametrize("rows", [1, 2, 5, 9])
 def test_row_tiles_cover_every_row_of_every_block_once(rows):
     plan = Plan(space(3), sample_blocks(10, 4), ("pairs",), rows)
-    covered = [(tile.block, row) for tile in plan.tiles for row in range(tile.first, tile.stop)]
+    covered = [(tile.sample_block, row) for tile in plan.tiles for row in range(tile.first, tile.stop)]
     assert sorted(covered) == [(block, row) for block in range(4) for row in range(9)]
 
 

@@ -1,6 +1,5 @@
 """Laws of measuring: every number of a tile is the loss of an independent run of the module with its weights replaced."""
 
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -11,8 +10,12 @@ import torch
 from clado import criteria
 from clado.errors import ConfigurationError
 from clado.grids import ActivationGrid, QuantizedLayer
-from clado.measuring.plan import TEMPERATURES, Plan, Tile, sample_blocks
-from clado.measuring.sweep import Workbench, deployed_scores, measure_tile, network_batching, scores
+from clado.measuring import workbench
+from clado.measuring.kinds.gram import TEMPERATURES
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, Tile, sample_blocks
+from clado.measuring.scores import deployed_scores, scores
+from clado.measuring.workbench import Workbench, network_batching
 from clado.network.graph import Graph
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
@@ -86,7 +89,7 @@ def bench(
 
 def reference_logits(bench: Workbench, assignment: Assignment, block: int) -> torch.Tensor:
     """The module itself with these layers: no graph, no store, no folding, weights quantized again."""
-    x, _ = bench.load(*bench.blocks[block])
+    x, _ = bench.load(*bench.sample_blocks[block])
     replaced = {}
     for i, (layer, bits) in enumerate(zip(bench.space.layers, assignment.bits, strict=True)):
         if bits is not None:
@@ -102,14 +105,14 @@ def reference_logits(bench: Workbench, assignment: Assignment, block: int) -> to
 
 def reference(bench: Workbench, assignment: Assignment, block: int) -> np.ndarray:
     """Per-sample losses by the module itself."""
-    _, y = bench.load(*bench.blocks[block])
+    _, y = bench.load(*bench.sample_blocks[block])
     floats = reference_logits(bench, bench.space.nothing, block)
     return criteria.bind(bench.criterion, floats, y)(reference_logits(bench, assignment, block)).numpy()
 
 
 def check_tile(bench: Workbench, plan: Plan, sums: np.ndarray, block: int) -> None:
     """The law for `pairs`: each sum is Σ of the reference losses, within 1e-5 · max(1, loss) a sample."""
-    k, n = bench.space.num_options, plan.block_images(block)
+    k, n = bench.space.num_options, plan.num_images(block)
     for row in range(k):
         for column in range(k):
             if bench.space.options[row][0] >= bench.space.options[column][0]:
@@ -123,14 +126,14 @@ def check_tile(bench: Workbench, plan: Plan, sums: np.ndarray, block: int) -> No
 @CRITERIA
 def test_pairs_are_the_losses_of_whole_runs_with_both_weights_replaced(kind, criterion):
     b = bench(kind, criterion)
-    plan = Plan(b.space, tuple(b.blocks), ("pairs",), b.space.num_options)
-    check_tile(b, plan, measure_tile(b, plan.pair_tile(1, 0)), 1)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("pairs",), b.space.num_options)
+    check_tile(b, plan, measure_tile(b, plan.row_tile("pairs", 1, 0)), 1)
 
 
 def test_the_law_fails_for_a_wrong_entry():
     b = bench(Residual)
-    plan = Plan(b.space, tuple(b.blocks), ("pairs",), b.space.num_options)
-    sums = measure_tile(b, plan.pair_tile(0, 0))
+    plan = Plan(b.space, tuple(b.sample_blocks), ("pairs",), b.space.num_options)
+    sums = measure_tile(b, plan.row_tile("pairs", 0, 0))
     sums[1, 7] += 1e-3
     with pytest.raises(AssertionError):
         check_tile(b, plan, sums, 0)
@@ -140,20 +143,20 @@ def test_the_law_fails_for_a_wrong_entry():
 @pytest.mark.parametrize("part", ["bias", "activation"])
 def test_the_law_fails_where_a_part_of_a_layer_is_forgotten(kind, part):
     b = bench(kind)
-    plan = Plan(b.space, tuple(b.blocks), ("pairs",), b.space.num_options)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("pairs",), b.space.num_options)
     b.quantized = tuple(replace(layer, **{part: None}) for layer in b.quantized)
     with pytest.raises(AssertionError):
-        check_tile(b, plan, measure_tile(b, plan.pair_tile(0, 0)), 0)
+        check_tile(b, plan, measure_tile(b, plan.row_tile("pairs", 0, 0)), 0)
 
 
 def test_the_law_fails_where_the_second_use_of_a_weight_is_forgotten(monkeypatch):
     b = bench(Recurrent)
-    plan = Plan(b.space, tuple(b.blocks), ("pairs",), b.space.num_options)
-    check_tile(b, plan, measure_tile(b, plan.pair_tile(0, 0)), 0)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("pairs",), b.space.num_options)
+    check_tile(b, plan, measure_tile(b, plan.row_tile("pairs", 0, 0)), 0)
     run = Graph.run
     monkeypatch.setattr(Graph, "run", lambda *arguments: replace(run(*arguments), pending={}))
     with pytest.raises(AssertionError):
-        check_tile(b, plan, measure_tile(b, plan.pair_tile(0, 0)), 0)
+        check_tile(b, plan, measure_tile(b, plan.row_tile("pairs", 0, 0)), 0)
 
 
 @NETWORKS
@@ -162,27 +165,27 @@ def test_whole_forwards_measure_the_same_numbers(kind, criterion):
     tiles = []
     for graph in (True, False):
         b = bench(kind, criterion, graph=graph, within_reach=True)
-        plan = Plan(b.space, tuple(b.blocks), ("singles", "pairs", "gram"), 3)
+        plan = Plan(b.space, tuple(b.sample_blocks), ("singles", "pairs", "gram"), 3)
         tiles.append([measure_tile(b, tile) for tile in plan.tiles])
     for tile, resumed, whole in zip(plan.tiles, *tiles, strict=True):
-        tolerance.close_tile(tile.kind, whole, resumed, plan.block_images(tile.block))
+        tolerance.close_tile(tile.kind, whole, resumed, plan.num_images(tile.sample_block))
 
 
 def test_a_network_without_a_graph_is_measured_by_whole_forwards():
     b = bench(Branching, graph=False, within_reach=True)
-    plan = Plan(b.space, tuple(b.blocks), ("pairs",), b.space.num_options)
-    check_tile(b, plan, measure_tile(b, plan.pair_tile(2, 0)), 2)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("pairs",), b.space.num_options)
+    check_tile(b, plan, measure_tile(b, plan.row_tile("pairs", 2, 0)), 2)
 
 
 @NETWORKS
 @CRITERIA
 def test_singles_are_the_losses_of_whole_runs(kind, criterion):
     b = bench(kind, criterion)
-    plan = Plan(b.space, tuple(b.blocks), ("singles",), b.space.num_options)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("singles",), b.space.num_options)
     sums = measure_tile(b, plan.tiles[2])
     expected = [reference(b, b.space.nothing, 2).sum()]
     expected += [reference(b, b.space.assignment([option]), 2).sum() for option in range(b.space.num_options)]
-    tolerance.close_losses(sums, expected, plan.block_images(2))
+    tolerance.close_losses(sums, expected, plan.num_images(2))
 
 
 def check_gram(b: Workbench, sums: np.ndarray, block: int) -> None:
@@ -202,7 +205,7 @@ def check_gram(b: Workbench, sums: np.ndarray, block: int) -> None:
         gram = sums[2 + number * k : 2 + (number + 1) * k, 1:]
         assert (np.abs(gram - expected) <= tolerance.of_gram(np.diag(expected), n, n * classes)).all()
         assert np.linalg.eigvalsh(gram)[0] >= -tolerance.of_eigenvalue(np.diag(gram), n * classes)
-    y = torch.nn.functional.one_hot(b.load(*b.blocks[block])[1], 4)
+    y = torch.nn.functional.one_hot(b.load(*b.sample_blocks[block])[1], 4)
     slope = p - y if b.criterion == "cross_entropy" else torch.zeros_like(p)
     # |p − y| is at most √2, and u is a difference of two logits
     off = n * 2**0.5 * 2 * tolerance.FORWARD
@@ -213,7 +216,7 @@ def check_gram(b: Workbench, sums: np.ndarray, block: int) -> None:
 @CRITERIA
 def test_gram_is_the_gauss_newton_form_of_the_logits_changes(kind, criterion):
     b = bench(kind, criterion)
-    plan = Plan(b.space, tuple(b.blocks), ("gram",), b.space.num_options)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("gram",), b.space.num_options)
     sums = measure_tile(b, plan.tiles[1])
     check_gram(b, sums, 1)
     for row in (0, 1, 3, 3 + b.space.num_options, -1):
@@ -225,8 +228,8 @@ def test_gram_is_the_gauss_newton_form_of_the_logits_changes(kind, criterion):
 
 def tiles_of(b: Workbench, rows: int | None = None) -> dict[str, np.ndarray]:
     """Everything about the first block, whatever the rows of a tile."""
-    plan = Plan(b.space, tuple(b.blocks), ("singles", "pairs", "gram"), rows or b.space.num_options)
-    tiles = [tile for tile in plan.tiles if tile.block == 0]
+    plan = Plan(b.space, tuple(b.sample_blocks), ("singles", "pairs", "gram"), rows or b.space.num_options)
+    tiles = [tile for tile in plan.tiles if tile.sample_block == 0]
     return {kind: np.concatenate([measure_tile(b, t) for t in tiles if t.kind == kind]) for kind in plan.kinds}
 
 
@@ -244,7 +247,7 @@ def test_equal_settings_give_equal_bits(kind):
     tiles = []
     for _ in range(2):
         b = bench(kind)
-        plan = Plan(b.space, tuple(b.blocks), ("singles", "pairs", "gram"), b.space.num_options)
+        plan = Plan(b.space, tuple(b.sample_blocks), ("singles", "pairs", "gram"), b.space.num_options)
         tiles.append([measure_tile(b, tile) for tile in plan.tiles])
     for first, second in zip(*tiles, strict=True):
         assert first.tobytes() == second.tobytes()
@@ -260,7 +263,7 @@ def test_losses_of_an_assignment_are_those_of_the_module(kind):
 @NETWORKS
 def test_scores_of_an_assignment_are_those_of_its_logits(kind):
     b = bench(kind)
-    x, y = b.load(*b.blocks[1])
+    x, y = b.load(*b.sample_blocks[1])
     found = scores(b, b.space.narrowest, 1)
     given = b.criterion, b.network.logits(x, b.chosen(b.space.narrowest)), b.network.logits(x), y
     # a softmax moves by no more than half of what its logits do, and a score by 2√2 of that
@@ -270,7 +273,7 @@ def test_scores_of_an_assignment_are_those_of_its_logits(kind):
 
 def test_losses_of_what_ships_are_against_the_float_network_too():
     b = bench(Normed)
-    x, _ = b.load(*b.blocks[1])
+    x, _ = b.load(*b.sample_blocks[1])
     changed = {"first.running_mean": torch.full((6,), 0.4)}
     shipped = b.prepared.network.updated(changed)
     layers = {b.space.layers[i].name: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
@@ -283,9 +286,7 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
 
 @pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
 def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["clado.measuring.sweep"], "FLOAT_LOGITS_BYTES", kept
-    )  # the package has a function of that name
+    monkeypatch.setattr(workbench, "FLOAT_LOGITS_BYTES", kept)
     b = bench(Normed)
     logits, asked = b.network.logits, []
     monkeypatch.setattr(b.network, "logits", lambda x, replaced=None: asked.append(replaced is None) or logits(x, replaced))
@@ -299,7 +300,7 @@ def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     b = bench(Normed, batch_statistics=statistics)
     shipped = b.prepared.network
     assert deployed_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=tolerance.of_no_change())
-    x, _ = b.load(*b.blocks[1])
+    x, _ = b.load(*b.sample_blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
     tolerance.close_losses(deployed_scores(b, shipped, layers, 1).losses, expected)
@@ -312,9 +313,9 @@ def test_blocks_that_interleave_are_measured_as_any_others(rows):
     given = replace(b.space, custom_blocks=((0,), (1, 4), (2, 3)))
     b.prepared = replace(b.prepared, space=given)
     whole = measure_tile(b, Tile("block_pairs", 0, 0, 0, given.num_options))
-    plan = Plan(given, tuple(b.blocks), ("block_pairs",), rows)
-    found = np.concatenate([measure_tile(b, tile) for tile in plan.tiles if tile.block == 0])
-    tolerance.close_losses(found, whole, plan.block_images(0))
+    plan = Plan(given, tuple(b.sample_blocks), ("block_pairs",), rows)
+    found = np.concatenate([measure_tile(b, tile) for tile in plan.tiles if tile.sample_block == 0])
+    tolerance.close_losses(found, whole, plan.num_images(0))
     assert np.isfinite(found).sum() == 2 * 2 * 2
 
 
@@ -322,19 +323,19 @@ def test_blocks_that_interleave_are_measured_as_any_others(rows):
 @CRITERIA
 def test_on_batch_statistics_a_probe_is_the_module_with_its_batch_norms_in_training_on_the_block(kind, criterion):
     b = bench(kind, criterion, batch_statistics=True)
-    plan = Plan(b.space, tuple(b.blocks), ("singles", "pairs", "gram"), b.space.num_options)
-    check_tile(b, plan, measure_tile(b, plan.pair_tile(1, 0)), 1)
+    plan = Plan(b.space, tuple(b.sample_blocks), ("singles", "pairs", "gram"), b.space.num_options)
+    check_tile(b, plan, measure_tile(b, plan.row_tile("pairs", 1, 0)), 1)
     singles = measure_tile(b, plan.tiles[1])
     expected = [reference(b, b.space.nothing, 1).sum()]
     expected += [reference(b, b.space.assignment([option]), 1).sum() for option in range(b.space.num_options)]
-    tolerance.close_losses(singles, expected, plan.block_images(1))
+    tolerance.close_losses(singles, expected, plan.num_images(1))
     check_gram(b, measure_tile(b, plan.tiles[4]), 1)
     tolerance.close_losses(scores(b, b.space.narrowest, 1).losses, reference(b, b.space.narrowest, 1))
     before = build(kind).state_dict()  # momentum has moved nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in b.prepared.network.model.state_dict().items())
     running = bench(kind, criterion)
     with pytest.raises(AssertionError):
-        check_tile(b, plan, measure_tile(running, plan.pair_tile(1, 0)), 1)
+        check_tile(b, plan, measure_tile(running, plan.row_tile("pairs", 1, 0)), 1)
 
 
 @NORMED

@@ -67,7 +67,10 @@ def test_a_damaged_or_deleted_chunk_is_found(bucket, harm):
         store.write(each, sums_of(each))
     files = obstore.store.from_url(bucket)
     found = [
-        one["path"] for page in obstore.list(files) for one in page if one["path"].startswith(f"{tile.kind}/sums/c/{tile.block}/")
+        one["path"]
+        for page in obstore.list(files)
+        for one in page
+        if one["path"].startswith(f"{tile.kind}/sums/c/{tile.sample_block}/")
     ]
     (chunk,) = sorted(found)[tile.number :][:1]
     if harm == "delete":
@@ -88,7 +91,7 @@ def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucke
     assert measure(first) == list(first.plan.tiles)
     grown = session_of(tmp_path / "run", bucket, sensitivity_images=32)
     grown.check()
-    assert measure(grown) == [tile for tile in grown.plan.tiles if tile.block >= 2]
+    assert measure(grown) == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]
     assert not (tmp_path / "run" / "store.zarr").exists()
     at_once = session_of(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
     measure(at_once)

@@ -9,8 +9,8 @@ import torchvision
 from PIL import Image
 
 from clado.errors import IdentityMismatch
-from clado.measuring.plan import Tile, grown_blocks, sample_blocks
-from clado.measuring.sweep import measure_tile
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Tile, grown_sample_blocks, sample_blocks
 from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from clado.storage.measurement_store import MeasurementStore
@@ -59,10 +59,10 @@ def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only
     grown.check()
     assert grown.blocks == sample_blocks(32, 4)
     before = files(first.store_path)
-    assert grown.store_todo() == [tile for tile in grown.plan.tiles if tile.block >= 2]  # what `clado plan` says
+    assert grown.store_todo() == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]  # what `clado plan` says
     assert files(first.store_path) == before
     new = measure(grown)
-    assert new == [tile for tile in grown.plan.tiles if tile.block >= 2]
+    assert new == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]
     assert measure(session_of(tmp_path / "grown", sensitivity_images=32)) == []
     after = files(grown.store_path)
     assert {name: after[name] for name in chunks} == chunks
@@ -145,7 +145,7 @@ def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_
     assert {kind: values.tobytes() for kind, values in kept.gather(again.plan).items()} == {
         kind: values.tobytes() for kind, values in sums.items()
     }
-    assert measure(session_of(tmp_path / "run", sensitivity_images=24)) == [t for t in grown.plan.tiles if t.block == 2]
+    assert measure(session_of(tmp_path / "run", sensitivity_images=24)) == [t for t in grown.plan.tiles if t.sample_block == 2]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])
@@ -153,10 +153,10 @@ def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_
 def test_blocks_stay_cover_the_images_and_new_ones_are_as_large_as_the_old(first, count):
     stored = sample_blocks(first, count)
     for images in (first, first + 1, 2 * first, 5 * first + 3):
-        blocks = grown_blocks(stored, images, count)
+        blocks = grown_sample_blocks(stored, images, count)
         assert blocks[: len(stored)] == stored
         assert [start for start, _ in blocks[1:]] == [stop for _, stop in blocks[:-1]]
         assert (blocks[0][0], blocks[-1][1]) == (0, images)
         assert max(stop - start for start, stop in blocks) <= 1.5 * max(stop - start for start, stop in stored) + 1
-        assert grown_blocks(blocks, images, count) == blocks
-    assert grown_blocks(stored, 2 * first, count) == sample_blocks(2 * first, 2 * count)
+        assert grown_sample_blocks(blocks, images, count) == blocks
+    assert grown_sample_blocks(stored, 2 * first, count) == sample_blocks(2 * first, 2 * count)

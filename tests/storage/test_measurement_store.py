@@ -10,11 +10,15 @@ import pytest
 import zarr
 
 from clado.errors import IdentityMismatch, StoreError
-from clado.measuring.plan import KINDS, OF_PAIRS, TEMPERATURES, Plan, Tile, sample_blocks
+from clado.measuring.kinds import tile_kind, tile_kinds
+from clado.measuring.kinds.gram import TEMPERATURES
+from clado.measuring.plan import Plan, Tile, sample_blocks
 from clado.space import Layer, SearchSpace
-from clado.storage.measurement_store import MeasurementStore, differences
+from clado.storage.differences import differences
+from clado.storage.measurement_store import MeasurementStore
 
 SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 3, 3, 3), "conv2d") for i in range(4)], (2, 4, 8))
+KINDS = tuple(tile_kinds())
 PLAN = Plan(SPACE, sample_blocks(10, 3), KINDS, rows_per_tile=5)
 LAYERS = [{"name": layer.name, "shape": [4, 3, 3, 3], "operator": "conv2d", "bits": [2, 4, 8]} for layer in SPACE.layers]
 IDENTITY = {
@@ -33,10 +37,11 @@ def new_store(folder: Path, plan: Plan = PLAN) -> MeasurementStore:
 
 def sums_of(tile: Tile) -> np.ndarray:
     """Made-up sums, other ones for each tile, with the NaNs that a `pairs` tile has."""
-    shape = PLAN.shape(tile.kind)
-    shape = (tile.stop - tile.first, *shape[1:]) if tile.kind in OF_PAIRS else shape
-    values = np.random.default_rng([KINDS.index(tile.kind), tile.block, tile.number]).normal(size=shape)
-    if tile.kind in OF_PAIRS:
+    kind = tile_kind(tile.kind)
+    shape = kind.shape(SPACE)
+    shape = (len(tile.rows), *shape[1:]) if kind.has_row_tiles else shape
+    values = np.random.default_rng([KINDS.index(tile.kind), tile.sample_block, tile.number]).normal(size=shape)
+    if kind.has_row_tiles:
         values[:, :2] = np.nan
     return values
 
@@ -54,9 +59,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def chunk_of(store: MeasurementStore, tile: Tile) -> Path:
     """The only file below sums/ that a tile's write changes: found by looking, not by the store's own rule."""
-    where = store.path / tile.kind / "sums" / "c" / str(tile.block)
+    where = store.path / tile.kind / "sums" / "c" / str(tile.sample_block)
     found = [path for path in where.rglob("*") if path.is_file()]
-    return sorted(found)[tile.number if tile.kind in OF_PAIRS else 0]
+    return sorted(found)[tile.number]
 
 
 def test_what_is_written_is_read_back_bit_for_bit_by_another_process_too(tmp_path):
@@ -79,8 +84,8 @@ def test_gather_puts_every_tile_in_its_place_whatever_the_order_of_writing(tmp_p
         "gradients": (3, 2, 1 + k), "trace": (3, 1 + k), "plain_singles": (3, 1 + k),
     }  # fmt: skip
     for tile in PLAN.tiles:
-        rows = slice(tile.first, tile.stop) if tile.kind in OF_PAIRS else slice(None)
-        assert gathered[tile.kind][tile.block][rows].tobytes() == sums_of(tile).tobytes()
+        rows = slice(tile.first, tile.stop) if tile.rows else slice(None)
+        assert gathered[tile.kind][tile.sample_block][rows].tobytes() == sums_of(tile).tobytes()
     assert store.counts.tolist() == [3, 3, 4]
 
 
@@ -207,7 +212,7 @@ def used(path: Path) -> list[Tile]:
 def test_damage_beside_the_sums_costs_what_it_was_of_and_no_number(tmp_path, path, harm, lost):
     store = full_store(tmp_path)
     harm(store.path / path)
-    assert used(store.path) == [tile for tile in PLAN.tiles if lost and (tile.kind, tile.block, tile.number)[: len(lost)] == lost]
+    assert used(store.path) == [t for t in PLAN.tiles if lost and (t.kind, t.sample_block, t.number)[: len(lost)] == lost]
     again = MeasurementStore.open(store.path)
     assert all(again.read(tile).tobytes() == sums_of(tile).tobytes() for tile in PLAN.tiles)
     assert (again.missing(PLAN), again.counts.tolist()) == ([], [3, 3, 4])

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from clado.measuring.plan import KINDS, Tile
+from clado.measuring.kinds import tile_kinds
+from clado.measuring.plan import Tile
 from clado.run.opened_run import OpenedRun
 from clado.settings.schema import parse_config
 from clado.storage.measurement_store import MeasurementStore
@@ -152,7 +153,7 @@ def end_group(process: subprocess.Popen) -> None:
 def measured(store: Path) -> dict[str, bytes]:
     """Every measured number of a store."""
     group = MeasurementStore.open(store).group
-    return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in KINDS}
+    return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in tile_kinds()}
 
 
 def chunk_times(store: Path) -> dict[str, int]:

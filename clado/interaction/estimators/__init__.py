@@ -2,7 +2,7 @@
 
 An estimator is a module of this folder with
 
-    KINDS: tuple of the kinds of tiles it needs (`plan.py`)
+    KINDS: tuple of the tile kinds that it needs (names of files in `clado/measuring/kinds/`)
     estimate(measured: Measured) -> InteractionMatrix
 
 Its docstring cites its source and says what it costs. Names are file names; a new file is a new estimator.
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from clado.errors import ConfigurationError, MeasurementError
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import KINDS, OF_PAIRS, Kind, Plan, pair_mask
+from clado.measuring.kinds import tile_kind, tile_kinds
+from clado.measuring.pair_kind import PairKind
+from clado.measuring.plan import Plan
 from clado.plugins import available, nearest
 from clado.space import SearchSpace
 
@@ -30,15 +32,14 @@ Array = NDArray[np.float64]
 class Measured:
     """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
 
-    `counts` (blocks,) are images per block. Shapes behind the first axis: singles and trace (1 + K,), pairs and
-    block_pairs (K, K), gram (2 + TK, 1 + K) of T temperatures, gradients (2, 1 + K). Singles are the first row of gram, where
-    that was measured.
+    `counts` (blocks,) are images per block. The shape behind the first axis is that of the tile kind (`TileKind.shape`). Singles
+    are the first row of gram, where that was measured.
     """
 
     space: SearchSpace
     criterion: str
     counts: NDArray[np.int64]
-    sums: Mapping[Kind, Array]
+    sums: Mapping[str, Array]
 
     def __post_init__(self) -> None:
         if "gram" in self.sums and "singles" not in self.sums:
@@ -49,7 +50,7 @@ class Measured:
         """Images of the sensitivity set."""
         return int(self.counts.sum())
 
-    def block_means(self, kind: Kind) -> Array:
+    def block_means(self, kind: str) -> Array:
         """Means over each block's images."""
         values = self.sums[kind]
         return values / self.counts.reshape(-1, *[1] * (values.ndim - 1))
@@ -70,7 +71,7 @@ class Measured:
 
     def baseline(self) -> float:
         """Mean loss of the float network."""
-        kind: Kind = next(kind for kind in ("singles", "trace", "gradients") if kind in self.sums)
+        kind = next(kind for kind in ("singles", "trace", "gradients") if kind in self.sums)
         loss = float(self.mean(self.block_means(kind)).flat[0])
         if not np.isfinite(loss):
             raise MeasurementError(
@@ -85,16 +86,13 @@ class Measured:
         return means[:, 1:] - means[:, :1]
 
 
-def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[Kind, ...]:
+def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[str, ...]:
     """Kinds of tiles that these estimators need between them, and those of uncorrected layers where there are corrections."""
     needed = {kind for name in estimators for kind in _module(name).KINDS}
     if has_corrections:
-        needed.add("plain_singles")
-    if "pairs" in needed:
-        needed.discard("block_pairs")  # they are among all pairs
-    if "gram" in needed:
-        needed.discard("singles")  # its first row
-    return tuple(kind for kind in KINDS if kind in needed)
+        needed |= {name for name, kind in tile_kinds().items() if kind.is_uncorrected}
+    needed -= {name for name in needed if tile_kind(name).contained_in in needed}
+    return tuple(name for name in tile_kinds() if name in needed)
 
 
 def costs(estimators: Iterable[str], plan: Plan) -> dict[str, tuple[int, int]]:
@@ -145,11 +143,11 @@ def non_finite(measured: Measured) -> list[str]:
         f"{space.label(int(k))} has a NaN or infinite loss {where(singles[:, k])}: this candidate is excluded"
         for k in np.flatnonzero(alone)
     ]
-    for kind in OF_PAIRS:
-        if kind not in measured.sums:
+    for name, kind in tile_kinds().items():
+        if name not in measured.sums or not isinstance(kind, PairKind):
             continue
-        counted = pair_mask(space, kind) & ~alone[:, None] & ~alone[None, :]
-        pairs: NDArray[np.bool_] = ~np.isfinite(measured.sums[kind]) & counted
+        counted = kind.mask(space) & ~alone[:, None] & ~alone[None, :]
+        pairs: NDArray[np.bool_] = ~np.isfinite(measured.sums[name]) & counted
         lines += [
             f"{space.label(int(k))} with {space.label(int(m))} has a NaN or infinite loss {where(pairs[:, k, m])}: "
             "the two are not chosen together"

@@ -10,12 +10,12 @@ Costs 1 + K forwards of the sensitivity set and one for every pair of options of
 from clado.interaction.estimators import Measured
 from clado.interaction.estimators.pairwise import of_pairs
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import Kind, pair_mask
+from clado.measuring.kinds import block_pairs
 
 KINDS = ("singles", "block_pairs")
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Block matrix, up to the order of layers."""
-    kind: Kind = "pairs" if "pairs" in measured.sums else "block_pairs"
-    return of_pairs("blockwise", measured, kind, pair_mask(measured.space, "block_pairs"))
+    kind = "pairs" if "pairs" in measured.sums else "block_pairs"
+    return of_pairs("blockwise", measured, kind, block_pairs.KIND.mask(measured.space))

@@ -12,7 +12,7 @@ import numpy as np
 
 from clado.interaction.estimators import Measured, quarantine
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import TEMPERATURES
+from clado.measuring.kinds.gram import TEMPERATURES
 
 KINDS = ("gram",)
 

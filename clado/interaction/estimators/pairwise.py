@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from clado.interaction.estimators import Measured, quarantine
 from clado.interaction.matrix import InteractionMatrix
-from clado.measuring.plan import Kind, pair_mask
+from clado.measuring.kinds import pairs
 
 KINDS = ("singles", "pairs")
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix; standard errors from the per-block combination on the same images."""
-    return of_pairs("pairwise", measured, "pairs", pair_mask(measured.space, "pairs"))
+    return of_pairs("pairwise", measured, "pairs", pairs.KIND.mask(measured.space))
 
 
-def of_pairs(estimator: str, measured: Measured, kind: Kind, upper: NDArray[np.bool_]) -> InteractionMatrix:
+def of_pairs(estimator: str, measured: Measured, kind: str, upper: NDArray[np.bool_]) -> InteractionMatrix:
     """The matrix of measured pairs: those of `kind` where the mask `upper` (K, K) is True, and 0 for all others."""
     space = measured.space
     singles = measured.increases()

@@ -1,0 +1,29 @@
+"""Losses as in singles, and Gram matrices of the logits' changes, one for each temperature: (2 + T K) × (1 + K) values."""
+
+from typing import Any
+
+from clado.measuring.kinds import TileKind
+from clado.measuring.plan import Plan
+from clado.space import SearchSpace
+
+TEMPERATURES = (1, 2, 4, 8)
+"""Temperatures of the softmax that a Gram matrix is taken at. 1 is the float network's own."""
+
+
+class Gram(TileKind):
+    """Row 0 holds the singles, row 1 first-order changes of the loss; then come the Gram matrices, K rows each."""
+
+    name = "gram"
+    order = 40
+    dimensions = ("probe", "option")
+
+    def shape(self, space: SearchSpace) -> tuple[int, ...]:
+        """(2 + T K, 1 + K) of T temperatures."""
+        return 2 + len(TEMPERATURES) * space.num_options, 1 + space.num_options
+
+    def terms(self, plan: Plan) -> dict[str, Any]:
+        """What the rows hold."""
+        return {"rows": ["losses", "first order", *(f"gram at {t:g}" for t in TEMPERATURES)]}
+
+
+KIND = Gram()

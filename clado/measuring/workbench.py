@@ -1,0 +1,164 @@
+"""What a process needs to measure tiles: the network, every layer at every candidate, and the images of a sample block."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clado import criteria
+from clado.errors import ConfigurationError
+from clado.grids import QuantizedLayer
+from clado.measuring.batching import Batching, batching, rows_within_memory
+from clado.measuring.plan import NUM_VECTORS, sample_blocks
+from clado.network.network import GPU_BYTES, Network
+from clado.quantization.preparation import Prepared
+from clado.space import Assignment, SearchSpace
+
+Array = NDArray[np.float64]
+Batch = tuple[Tensor, Tensor | None]
+GPU_BATCH = 4096
+"""Images of one run that keep a large GPU busy."""
+FLOAT_LOGITS_BYTES = 2**24
+"""Float logits of all sample blocks together that a workbench keeps: 4,096 images of 1,000 classes."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Images of a sample block that are measured at a time."""
+
+    images: Tensor
+    """(n, C, H, W)."""
+    labels: Tensor | None
+    """(n,), or None where there are none."""
+    float_logits: Tensor
+    """(n, classes) of the float network."""
+
+    def criterion(self, name: str) -> criteria.Criterion:
+        """The per-sample loss as a function of logits (..., n, classes)."""
+        return criteria.bind(name, self.float_logits, self.labels)
+
+
+@dataclass
+class Workbench:
+    """What measuring needs. One process keeps it, with the images of the sample block that was asked for last."""
+
+    prepared: Prepared
+    """The float network, and every layer at every candidate."""
+    criterion: str
+    """Name of the loss that must not grow."""
+    sample_blocks: Sequence[tuple[int, int]]
+    """(start, stop) ranges of the sensitivity set."""
+    load: Callable[[int, int], Batch]
+    """(images, labels or None) of a range of the sensitivity set."""
+    batch_images: int | None = None
+    """Images that one resumed run takes. None: as many as are fast (`batching`)."""
+    memory_limit: int | None = None
+    """Bytes that a run may take."""
+    batch_statistics: bool = False
+    """Whether batch norms of probes use the statistics of the whole sample block."""
+    num_vectors: int = NUM_VECTORS
+    """As in a plan."""
+    seed: int = 0
+    """As in a plan."""
+    network: Network = field(init=False)
+    """The network that probes run: batch norms are folded, or on batch statistics."""
+    quantized: tuple[QuantizedLayer, ...] = field(init=False)
+    """What stands in the place of a layer in `network`, for each option."""
+    batching: Batching = field(init=False)
+    """How images travel through `network`."""
+    _kept: tuple[int, tuple[Pass, ...]] | None = None
+    _float_logits: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        largest = max(stop - start for start, stop in self.sample_blocks)
+        self.network, self.quantized = self.prepared.network, self.prepared.layers
+        self.batching = network_batching(self.network, largest, self.batch_images, self.memory_limit, self.batch_statistics)
+        if self.batch_statistics:
+            self.network = self.network.with_batch_statistics()
+        else:
+            self.network, fold = self.network.folded()
+            self.quantized = tuple(
+                fold(option.layer, layer) for option, layer in zip(self.space.options, self.quantized, strict=True)
+            )
+
+    @property
+    def space(self) -> SearchSpace:
+        """Layers and their candidates."""
+        return self.prepared.space
+
+    def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
+        """Layer -> what stands in its place in `network`, for the layers that an assignment quantizes."""
+        return {self.space.options[k].layer: self.quantized[k] for k in self.space.chosen_options(assignment)}
+
+    def loaded(self, sample_block: int) -> Batch:
+        """Images and labels of one sample block, on the device of the network."""
+        images, labels = self.load(*self.sample_blocks[sample_block])
+        device = self.network.device
+        return images.to(device), None if labels is None else labels.to(device)
+
+    def passes(self, sample_block: int) -> tuple[Pass, ...]:
+        """One sample block with its float logits, in passes as even as integers allow."""
+        if self._kept is None or self._kept[0] != sample_block:
+            images, labels = self.loaded(sample_block)
+            parts = split(images, labels, self.batching.images_per_pass)
+            logits = self._float_logits.get(sample_block) or [self.network.logits(x) for x, _ in parts]
+            if sum(part.nbytes for part in logits) * len(self.sample_blocks) <= FLOAT_LOGITS_BYTES:
+                self._float_logits[sample_block] = logits
+            self._kept = sample_block, tuple(Pass(x, y, z) for (x, y), z in zip(parts, logits, strict=True))
+        return self._kept[1]
+
+    def deployed_passes(self, sample_block: int) -> tuple[Pass, ...]:
+        """The same with the logits of the float network as it is deployed, which differ where probes use batch statistics."""
+        if not self.batch_statistics:
+            return self.passes(sample_block)
+        return tuple(replace(part, float_logits=self.prepared.network.logits(part.images)) for part in self.passes(sample_block))
+
+
+def split(images: Tensor, labels: Tensor | None, images_per_part: int) -> list[Batch]:
+    """Images and labels in parts of at most `images_per_part`, as even as integers allow."""
+    count = -(-len(images) // images_per_part)
+    return [(images[a:b], None if labels is None else labels[a:b]) for a, b in sample_blocks(len(images), count)]
+
+
+def network_batching(
+    network: Network,
+    images_per_block: int,
+    batch_images: int | None = None,
+    memory_limit: int | None = None,
+    whole_blocks: bool = False,
+) -> Batching:
+    """How images travel through this network on its device; `whole_blocks` sends the images of a sample block together."""
+    cuts = [place.cut for place in network.places]
+    default = batching(
+        [cut.bytes_per_image for cut in cuts],
+        [cut.peak_bytes_per_image for cut in cuts],
+        images_per_block,
+        batch_images,
+        memory_limit,
+        **({"cache_bytes": GPU_BYTES, "most": GPU_BATCH} if network.device.type == "cuda" else {}),
+    )
+    if not whole_blocks or default.images_per_pass >= images_per_block:
+        return default
+    if memory_limit is not None:
+        raise ConfigurationError(
+            f"batch statistics need a block of {images_per_block} images at once, and the memory limit holds "
+            f"{default.images_per_pass}; raise memory_limit_mb or use more sample_blocks (fewer images each)"
+        )
+    batches = tuple(max(batch, images_per_block) for batch in default.batch_images)
+    return Batching(images_per_block, batches, default.working_bytes * -(-images_per_block // default.images_per_pass))
+
+
+def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memory_limit: int | None) -> int:
+    """Rows of a row tile: all of them, or as many as the limit (bytes) holds prefixes of."""
+    if memory_limit is None:
+        return space.num_options
+    alive = [place.cut.bytes_per_image for place in network.places]
+    usable = memory_limit - memory_limit // 6  # allocators keep some of what they were given back
+    return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """The values in float64."""
+    return tensor.double().cpu().numpy()
