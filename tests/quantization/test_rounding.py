@@ -106,10 +106,10 @@ class TestGptq(SmallProblems):
             other[0, column] = code
             assert output_error(layer, grid, other) >= error - rounding(layer, grid, codes, other)
 
-    @pytest.mark.parametrize("block", [3, 128])
+    @pytest.mark.parametrize("panel", [3, 128])
     @pytest.mark.parametrize("bits", [1, 2, 4])
-    def test_the_sweep_in_plain_order_is_obq(self, monkeypatch, bits, block):
-        monkeypatch.setattr(gptq, "BLOCK", block)
+    def test_the_sweep_in_plain_order_is_obq(self, monkeypatch, bits, panel):
+        monkeypatch.setattr(gptq, "PANEL", panel)
         layer = sample("linear")
         grid = grid_of(layer, bits)
         x = torch.cat(layer.inputs.batches).double()
@@ -249,7 +249,7 @@ class TestAdaround(SmallProblems):
         [("conv2d", 4, 4 * 168 + 100), ("conv2d", 1, 5), ("linear, tokens", 28, 28 * 12)],
     )
     def test_inputs_are_kept_up_to_a_bound_and_further_ones_are_not(self, name, images, elements, monkeypatch):
-        monkeypatch.setattr(adaround, "KEPT", elements)
+        monkeypatch.setattr(adaround, "INPUT_ELEMENTS", elements)
         layer = sample(name)
         kept = adaround._kept_inputs(layer)
         everything = torch.cat(layer.inputs.batches).reshape(-1, *kept.shape[1:])
