@@ -1,4 +1,4 @@
-"""From the widest bits down: take the narrowing that costs least per unit of budget, until everything fits. Proves nothing."""
+"""From the widest bits down: takes the narrowing that costs least per unit of budget, until every limit holds. No proof."""
 
 import numpy as np
 
@@ -8,7 +8,10 @@ from clado.choosing.solvers._start import Descent, start
 
 
 def search(program: Program, task: Task) -> Outcome:
-    """Repair from the widest, then single moves that fit; with forbidden pairs, what the start search finds."""
+    """Repairs the widest choices, then takes single moves that fit.
+
+    Where the repair fails, or takes a forbidden pair, the start search gives the choices.
+    """
     descent = Descent(program)
     choices = descent.repair(program.widest)
     if choices is None or not program.is_feasible(choices):
