@@ -112,12 +112,12 @@ def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def moved(network: Network) -> Network:
     """The network with everything it computes with elsewhere."""
-    graph, other, there = network.graph, network.updated({}), dict[int, Tensor]()
+    graph, other, there = network.engine, network.updated({}), dict[int, Tensor]()
 
     def move(value: Any) -> Any:
         return there.setdefault(value.data_ptr(), value.to(ELSEWHERE)) if isinstance(value, Tensor) else value
 
-    other.graph = replace(graph, constants={slot: move(value) for slot, value in graph.constants.items()})  # type: ignore[type-var,attr-defined]
-    other.weights = other.graph.weights
+    other.engine = replace(graph, constants={slot: move(value) for slot, value in graph.constants.items()})  # type: ignore[type-var,attr-defined]
+    other.weights = other.engine.weights
     other.example = move(network.example)
     return other

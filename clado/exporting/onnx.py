@@ -220,8 +220,8 @@ def _put_codes(
 ) -> dict[str, Any]:
     """Puts codes and DequantizeLinear in place of float weights; layer -> its codes."""
     members: dict[str, list[int]] = {}
-    for i, (parameter, _) in enumerate(network.graph.parameters):
-        members.setdefault(parameter, []).append(i)
+    for i, place in enumerate(network.places):
+        members.setdefault(place.parameter, []).append(i)
     stored: dict[str, Any] = {}
     named = dict(model.named_parameters(remove_duplicate=False))
     for parameter, parts in members.items():

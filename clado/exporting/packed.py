@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from clado.errors import NetworkError, StoreError
 from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
-from clado.network.network import Network, Replaced, computing, unfit
+from clado.network.network import Network, Replaced, computing
+from clado.network.tensors import unfit
 from clado.network.whole_forwards import WholeForwards
 
 FORMAT = "clado-packed/1"
@@ -143,7 +144,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     added = [name for name in state if name not in network.model.state_dict()]
     inputs: dict[str, ActivationGrid] = {}
     for i, layer in as_layers(layers).items():
-        _note_input(inputs, network.graph.parameters[i][0], layer.activation)
+        _note_input(inputs, network.places[i].parameter, layer.activation)
     model, readers = _assembled(network.model, state, added, inputs, rounding or rounded)
     called: set[nn.Module] = set()
     hooks = [reader.register_forward_pre_hook(lambda module, _: called.add(module)) for reader in readers.values()]
@@ -161,7 +162,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
 def _refuse_another_function(model: nn.Module, network: Network, layers: Replaced) -> None:
     """NetworkError where a module's logits are not those of the network with its layers replaced."""
     images = network.example.to(network.device)
-    if not isinstance(network.graph, WholeForwards):  # which is the network as this one image met it
+    if not isinstance(network.engine, WholeForwards):  # which is the network as this one image met it
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         images = torch.cat([images, noise.to(images)])
     with torch.no_grad(), computing(network.numeric, network.device):
@@ -208,11 +209,11 @@ def _packed(network: Network, layers: Replaced) -> tuple[dict[str, Any], dict[st
     chosen, state = as_layers(layers), network.state_dict(layers)
     own = network.model.state_dict()
     aliases = _aliases(own)
-    packed = {network.graph.parameters[i][0] for i, layer in chosen.items() if layer.grid is not None}
+    packed = {network.places[i].parameter for i, layer in chosen.items() if layer.grid is not None}
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for i, spec in enumerate(network.layers):
-        parameter, part = network.graph.parameters[i]
+        parameter, part = network.places[i].parameter, network.places[i].rows
         layer = chosen.get(i, QuantizedLayer(network.weights[i]))
         if layer.grid is None and layer.activation is None and parameter not in packed:
             continue

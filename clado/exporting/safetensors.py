@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from clado.errors import NetworkError, StoreError
 from clado.exporting.packed import bias_place
-from clado.network.network import unfit
+from clado.network.tensors import unfit
 from clado.records import write_text
 
 WEIGHTS, ASSIGNMENT, README = "weights.safetensors", "assignment.json", "README.md"

@@ -14,8 +14,8 @@ from torch import Tensor
 from clado import criteria
 from clado.errors import NetworkError
 from clado.grids import QuantizedLayer
-from clado.network.graph import outside_inference
 from clado.network.network import Network
+from clado.network.tensors import outside_inference
 from clado.quantization.preparation import Prepared
 
 Array = NDArray[np.float64]
@@ -129,7 +129,7 @@ def average_traces(
 def images_at_once(network: Network, most: int, limit_bytes: int | None) -> int:
     """Images of one recorded run, at most `most`: autograd keeps every layer's input and output, and second derivatives as much
     again twice over, within a quarter of the limit (default 2 GB)."""
-    kept = 8 * sum(cut.bytes_per_image for cut in network.graph.cuts)
+    kept = 8 * sum(place.cut.bytes_per_image for place in network.places)
     return max(1, min(most, (limit_bytes or 2 * 10**9) // (4 * max(1, kept))))
 
 
@@ -139,7 +139,7 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _biases(prepared: Prepared) -> list[Tensor | None]:
     """Leaves for the biases that some option of the layer changes; zeros where the float layer has none."""
-    space, own = prepared.space, prepared.network.graph.biases
+    space, own = prepared.space, prepared.network.biases
     found: list[Tensor | None] = []
     for layer in range(space.num_layers):
         given = [made.bias for made in prepared.layers[space.offsets[layer] : space.offsets[layer + 1]] if made.bias is not None]

@@ -137,7 +137,7 @@ def network_batching(
     whole_blocks: bool = False,
 ) -> Batching:
     """How images travel through this network on its device; `whole_blocks` sends the images of a block together."""
-    cuts = network.graph.cuts
+    cuts = [place.cut for place in network.places]
     found = batching(
         [cut.bytes_per_image for cut in cuts],
         [cut.peak_bytes_per_image for cut in cuts],
@@ -161,7 +161,7 @@ def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memo
     """Rows of a `pairs` tile: all of them, or as many as the limit (bytes) holds prefixes of."""
     if memory_limit is None:
         return space.num_options
-    alive = [cut.bytes_per_image for cut in network.graph.cuts]
+    alive = [place.cut.bytes_per_image for place in network.places]
     usable = memory_limit - memory_limit // 6  # allocators keep some of what they were given back
     return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
 
@@ -333,7 +333,7 @@ def _each_option(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tens
     space = bench.space
     for _, stacks in _sweep(bench, part, range(space.num_options), bench.network.begin(part.images), space.num_layers):
         for stack in stacks:
-            logits = bench.network.graph.output(stack.state)
+            logits = bench.network.finish(stack.state)
             yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)
 
 
@@ -385,7 +385,7 @@ def _packed(network: Network, stacks: list[_Stack], capacity: int, layer: int) -
     alike: dict[Hashable, list[_Stack]] = {}
     for stack in stacks:
         if len(stack.rows) < capacity:
-            alike.setdefault(network.graph.stack_key(stack.state), []).append(stack)
+            alike.setdefault(stack.state.stack_key, []).append(stack)
     for loose in alike.values():
         group: list[_Stack] = []
         for stack in loose:

@@ -1,9 +1,10 @@
-"""Attention with the images first: takes detours through other orders of axes out of an exported graph.
+"""Attention with the images first: takes detours through other orders of axes out of a program.
 
-`nn.MultiheadAttention` computes with the positions first, whatever order its input has: the graph that torch.export gives of it
-transposes before each projection, copies queries, keys and values apart, and transposes back, while the module itself takes a
-fused path in inference. A linear operator treats rows alone, so the order of rows may be changed behind it instead of before it.
-What moves elements is evaluated on their numbers: nothing here knows which operators a detour is made of.
+`nn.MultiheadAttention` computes with the positions first, whatever order its input has. Its
+exported graph transposes before each projection, copies queries, keys and values apart, and
+transposes back. The module itself takes a fused path in inference. A linear operator treats rows
+alone, so the order of rows may be changed behind it instead of before it. What moves elements is
+evaluated on their numbers: nothing here knows which operators a detour is made of.
 """
 
 import math
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+
+from clado.network.program import expression_of, size_at
 
 _LINEAR = torch.ops.aten.linear.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -33,7 +36,7 @@ _COUNTS = (2, 3)  # of images, for which a movement is worked out
 
 @dataclass(frozen=True)
 class Movement:
-    """Splits axes, picks one index of some, permutes what is left, and merges: a view wherever one exists."""
+    """Splits axes, picks one index of some, permutes the rest, merges: a view where one exists."""
 
     split: tuple[int, ...]
     picks: tuple[tuple[int, int], ...]
@@ -54,14 +57,14 @@ class Movement:
 
 
 def images_first(program: ExportedProgram) -> None:
-    """Changes the graph in place: the same function, its projections around attention on rows image by image."""
+    """Changes the graph in place: the same function, projections image by image."""
     graph = program.graph_module.graph
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     images = next((node for node in graph.nodes if node.op == "placeholder" and node.name in inputs), None)
-    expression = None if images is None else getattr(getattr(images.meta["val"].shape[0], "node", None), "expr", None)
-    if expression is None:
+    symbol = None if images is None else expression_of(images.meta["val"].shape[0])
+    if symbol is None:
         return
-    sizes = _Sizes(expression)
+    sizes = _Sizes(symbol)
     for node in list(graph.nodes):
         if node.target is _ATTENTION:
             for projection in {source for source in map(_source, node.args[:3]) if source.target is _LINEAR}:
@@ -76,8 +79,7 @@ class _Sizes:
     symbol: Any
 
     def number(self, value: Any, count: int) -> int:
-        expression = getattr(getattr(value, "node", None), "expr", None)
-        return int(value) if expression is None else int(expression.subs(self.symbol, count))
+        return size_at(value, self.symbol, count)
 
     def shape(self, node: fx.Node, count: int) -> tuple[int, ...]:
         return tuple(self.number(length, count) for length in node.meta["val"].shape)
@@ -89,7 +91,7 @@ class _Sizes:
 
 
 def _project_first(graph: fx.Graph, linear: fx.Node, sizes: _Sizes) -> None:
-    """linear(moved rows) -> moved(linear(rows)), where attention alone reads the result, and no copy is left behind it."""
+    """linear(moved rows) -> moved(linear(rows)), where attention alone reads it, without a copy."""
     source: Any = linear.args[0]
     while str(source.target) in _MOVES and not sizes.images_lead(source):
         source = source.args[0]
@@ -123,7 +125,7 @@ def _project_first(graph: fx.Graph, linear: fx.Node, sizes: _Sizes) -> None:
 
 
 def _move_first(graph: fx.Graph, attention: fx.Node, sizes: _Sizes) -> None:
-    """moved(linear(copied)) -> linear(moved): of what attention gives at most one copy, in the order in which it is needed."""
+    """moved(linear(copied)) -> linear(moved): at most one copy of what attention gives."""
     linear = attention
     while len(linear.users) == 1 and linear.target is not _LINEAR:
         (user,) = linear.users
@@ -186,7 +188,7 @@ def _source(node: Any) -> Any:
 
 
 def _ends(node: fx.Node) -> list[fx.Node]:
-    """The node, or what is left of it behind the last operators that only move elements; none where some readers do more."""
+    """The node, or its parts behind operators that move elements; none if a reader does more."""
     users = list(node.users)
     moving = [user for user in users if str(user.target) in _MOVES]
     if not moving:
@@ -202,36 +204,36 @@ def _numbered(shape: Sequence[int]) -> Tensor:
 
 
 def _moved(node: Any, source: fx.Node, value: Tensor, sizes: _Sizes, count: int) -> Tensor:
-    """What the operators between `source` and `node` make of the source's value, reshaped to what the source gives."""
+    """What the operators between `source` and `node` make of a value in the source's shape."""
     path = [node]
     while path[-1] is not source:
         path.append(path[-1].args[0])
-    found: Any = value.reshape(*sizes.shape(source, count)[:-1], -1)
+    result: Any = value.reshape(*sizes.shape(source, count)[:-1], -1)
     for step in reversed(path[:-1]):
         rest = fx.map_arg(step.args[1:], lambda argument: sizes.number(argument.meta["val"], count))
         function = torch.ops.aten.reshape.default if str(step.target) in _AS_RESHAPE else step.target
-        found = function(found, *rest, **step.kwargs)
-    assert isinstance(found, Tensor)
-    return found
+        result = function(result, *rest, **step.kwargs)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _rows(numbers: Tensor) -> Tensor | None:
-    """Numbers of the rows that a movement of numbered elements gives, None where it does not leave rows whole."""
+    """Numbers of the rows that a movement of numbered elements gives; None where rows are torn."""
     width = numbers.shape[-1]
     whole = bool((numbers % width == torch.arange(width)).all()) and bool((numbers // width == numbers[..., :1] // width).all())
     return numbers[..., 0] // width if whole else None
 
 
 def _movement(indices: Callable[[int], Tensor | None], shapes: Sequence[tuple[int, ...]]) -> Movement | None:
-    """The movement that gives these indices into a contiguous source with the images first, for every number of images."""
-    found = set()
+    """The movement that gives these indices into a contiguous source for any number of images."""
+    movements = set()
     for count, shape in zip(_COUNTS, shapes, strict=True):
         numbers = indices(count)
         movement = None if numbers is None else _worked_out(numbers, shape)
         if movement is None:
             return None
-        found.add(movement)
-    return found.pop() if len(found) == 1 else None
+        movements.add(movement)
+    return movements.pop() if len(movements) == 1 else None
 
 
 def _worked_out(numbers: Tensor, shape: tuple[int, ...]) -> Movement | None:
@@ -258,14 +260,14 @@ def _worked_out(numbers: Tensor, shape: tuple[int, ...]) -> Movement | None:
 
 
 def _factors(line: Sequence[int]) -> list[tuple[int, int]]:
-    """(length, stride) of the nested runs that a line of indices consists of, outer before inner."""
-    found: list[tuple[int, int]] = []
+    """(length, stride) of the nested runs in a line of indices, outer before inner."""
+    factors: list[tuple[int, int]] = []
     while len(line) > 1:
         stride = line[1] - line[0]
         length = next((k for k in range(len(line)) if line[k] != line[0] + k * stride), len(line))
-        found.insert(0, (length, stride))
+        factors.insert(0, (length, stride))
         line = line[::length]
-    return found
+    return factors
 
 
 def _cut(factor: tuple[int, int], bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -279,7 +281,7 @@ def _cut(factor: tuple[int, int], bounds: Sequence[tuple[int, int]]) -> list[tup
 
 
 def _split(factors: Sequence[tuple[int, int]], bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
-    """(length, stride) of the source's axes, outer before inner, split so that every factor is one; None where they overlap."""
+    """(length, stride) of the source's axes, outer first, in factors; None if they overlap."""
     split: list[tuple[int, int]] = []
     for low, high in bounds:
         at = low

@@ -1,10 +1,10 @@
-"""A torch network whose weights can be replaced by name, run whole or resumed from any searched layer."""
+"""A torch network whose weights can be replaced, run whole or resumed from any searched layer."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,109 +12,56 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import QuantizedLayer
-from clado.network.graph import Call, Cut, Fold, Norm, Statistics, as_seen, laid_out_like
-from clado.network.tracing import compile_graph, eval_mode
-from clado.network.whole_forwards import WholeForwards
+from clado.network import transforms
+from clado.network.engine import Call, Engine, LayerPlace
+from clado.network.graph import Graph, GraphState
+from clado.network.normalisation import Statistics, as_seen, normalisation
+from clado.network.program import eval_mode
+from clado.network.tensors import laid_out_like, unfit
+from clado.network.tracing import compile_graph
+from clado.network.whole_forwards import DeferredRuns, WholeForwards
 from clado.space import Assignment, Layer, SearchSpace, check_patterns
 
 CACHE_BYTES = 32 * 10**6  # values of one run that the cache of a CPU holds
 GPU_BYTES = 2 * 10**9  # values of one run that keep a large GPU busy
 ONLY_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 Numeric = Literal["float32", "tf32", "bfloat16"]
-State = Any  # of a run that is not finished: what the engine that made it knows how to resume
+State = GraphState | DeferredRuns  # of a run that is not finished; it goes back to the network that made it
 Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its place: a weight, or a weight and more
 
 
-class Engine(Protocol):
-    """What runs a network in part. States are opaque; layer number `len(layers)` means the end."""
-
-    layers: tuple[Layer, ...]
-    cuts: tuple[Cut, ...]
-    macs: int
-    unsearched: tuple[tuple[str, int, str], ...]
-
-    norms: tuple[Norm, ...]
-    parameters: tuple[tuple[str, slice | None], ...]
-    bias_names: tuple[str | None, ...]
-    norm_means: tuple[str | None, ...]
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """Float weight of each layer."""
-
-    @property
-    def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias of each layer, None where it has none of its own."""
-
-    @property
-    def takes_bias(self) -> tuple[bool, ...]:
-        """Whether a layer's bias may be replaced, or given to it."""
-
-    @property
-    def replaceable(self) -> frozenset[str]:
-        """Names of parameters and buffers that `updated` takes."""
-
-    def begin(self, images: Tensor) -> State:
-        """The state before the first layer."""
-
-    def advance(self, state: State, layer: int, replaced: Mapping[int, QuantizedLayer]) -> State:
-        """Runs to the cut before `layer` with layers replaced; `state` is left as it is."""
-
-    def stack(self, states: Sequence[State], layer: int) -> State:
-        """Several states at the cut before `layer` as one, images after images."""
-
-    def stack_key(self, state: State) -> Hashable:
-        """States may be stacked where this is equal."""
-
-    def observe(self, state: State, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run that goes on from a state."""
-
-    def updated(self, named: Mapping[str, Tensor]) -> "Engine":
-        """The same network with other values of parameters and buffers, by name."""
-
-    def folded(self) -> "tuple[Engine, dict[int, Fold]]":
-        """The same network with batch norms folded where that can be done, and how to fold what replaces such a layer."""
-
-    def normalisation(
-        self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics
-    ) -> dict[str, Tensor]:
-        """What `statistics` makes of those that batch norms see with layers replaced, by buffer name, in execution order."""
-
-    def with_batch_statistics(self) -> "Engine":
-        """The same network with every batch norm on the statistics of each probe's own images."""
-
-    def differentiable(self) -> "Engine":
-        """The same network for autograd."""
-
-    def output(self, state: State) -> Tensor:
-        """Logits (images, classes) of a finished run."""
-
-
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Whether a module's 2-d convolutions are faster in (N, H, W, C), as measured (notebooks/LOG.md): on a CPU with AVX2 alone
-    all of them, on other CPUs those with one channel a group. On a GPU it is the user's to say."""
+    """Whether a module's 2-d convolutions are faster in (N, H, W, C): see notebooks/LOG.md.
+
+    On a CPU with AVX2 alone all of them are, on other CPUs those with one channel a group. On a GPU
+    it is the user's to say.
+    """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     depthwise = any(1 < part.groups == part.in_channels for part in convolutions)
     return device.type == "cpu" and (depthwise or (ONLY_AVX2 and bool(convolutions)))
 
 
 class Network:
-    """Wraps a `torch.nn.Module` that `torch.export` accepts; the module itself is never changed.
+    """Wraps a `torch.nn.Module`. The module itself is never changed.
 
-    `example_input` is one batch (N, C, H, W) or a single image (C, H, W); it gives shapes and the type that images are cast to,
-    its values do not matter. Three axes that the network does not take as one image are a batch of signals (N, C, L). `fixed`
-    holds name patterns of layers that stay in float. All runs are in inference mode and in eval mode, on the device where the
-    module lies.
+    All runs are in inference mode and in eval mode, on the device where the module lies.
 
-    `numeric` is how products are computed: float32 (default; on CUDA without TF32, which keeps ten bits of a float32: less than
-    the differences we measure), tf32, or bfloat16 (autocast). `channels_last` lays images out as (N, H, W, C); weights follow
-    where the module was converted with `model.to(memory_format=torch.channels_last)`.
-
-    `split` names linear weights (patterns) whose rows are queries, keys and values, such as "*.in_proj_weight" or "*.qkv.weight":
-    each becomes three layers instead of one.
-
-    `graph=False` is for networks that torch.export refuses: the same numbers by whole forwards, with layers as the example meets
-    them (so its values matter where the network branches on them), at three times the cost and more.
+    Args:
+        model: A module that `torch.export` accepts.
+        example_input: One batch (N, C, H, W) or a single image (C, H, W). It gives shapes and the
+            type that images are cast to. Its values do not matter. Three axes that the network does
+            not take as one image are a batch of signals (N, C, L).
+        fixed: Name patterns of layers that stay in float.
+        split: Name patterns of linear weights whose rows are queries, keys and values, such as
+            "*.in_proj_weight" or "*.qkv.weight". Each becomes three layers instead of one.
+        graph: False is for networks that torch.export refuses: the same numbers by whole forwards,
+            at three times the cost and more. Layers are as the example meets them, so its values
+            matter where the network branches on them.
+        numeric: How products are computed: float32, tf32, or bfloat16 (autocast). float32 on CUDA
+            is without TF32, which keeps ten bits of a float32: less than the differences we
+            measure.
+        channels_last: Lays images out as (N, H, W, C). Weights follow where the module was
+            converted with `model.to(memory_format=torch.channels_last)`.
     """
 
     def __init__(
@@ -141,22 +88,40 @@ class Network:
         _refuse_bad_weights(model)
         if split and not graph:
             raise NetworkError("a weight can be split in a graph only; expected graph=True, or no split")
-        self.graph: Engine
+        self.engine: Graph | WholeForwards
         with computing("float32", example_input.device):
             self.example = _one_image(model, example_input)
             if graph:
-                self.graph = compile_graph(model, self.example, _matching(fixed), _matching(split))
+                self.engine = compile_graph(model, self.example, _matching(fixed), _matching(split))
             else:
-                self.graph = WholeForwards(model, self.example, _matching(fixed))
-        if not self.graph.layers:
+                self.engine = WholeForwards(model, self.example, _matching(fixed))
+        if not self.engine.layers:
             raise NetworkError("no convolution or linear weight is left to search; is every layer named in fixed?")
-        self.weights: tuple[Tensor, ...] = self.graph.weights
+        self.layers: tuple[Layer, ...] = tuple(place.layer for place in self.engine.layers)
+        """Searched layers in execution order."""
+        self.weights: tuple[Tensor, ...] = self.engine.weights
+        """Float weight of each layer."""
         self._changed: dict[str, Tensor] = {}
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """Searched layers in execution order."""
-        return self.graph.layers
+    def _runner(self) -> Engine[State]:
+        """The engine, trusting that each state goes back to the engine that made it."""
+        return cast(Engine[State], self.engine)
+
+    @property
+    def places(self) -> Sequence[LayerPlace]:
+        """Where each searched layer stands: its parameter, its bias, its cut."""
+        return self.engine.layers
+
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """Float bias (channels,) of each layer, None where it has none of its own."""
+        return self.engine.biases
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return self.engine.macs
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -170,26 +135,28 @@ class Network:
 
     @property
     def images_at_once(self) -> int:
-        """Images of one whole run that is fast: on a CPU as many as its cache holds, on a GPU as many as keep it busy."""
-        peak = max(1, self.graph.cuts[0].peak_bytes_per_image)
+        """Images of one whole run that is fast.
+
+        On a CPU as many as its cache holds, on a GPU as many as keep it busy.
+        """
+        peak = max(1, self.places[0].cut.peak_bytes_per_image)
         if self.device.type == "cuda":
             return min(max(GPU_BYTES // peak, 32), 1024)
         return min(max(CACHE_BYTES // peak, 4), 128)
 
     def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
-        """The same candidate bit-widths for every layer; `SearchSpace.restricted` gives some layers others."""
+        """The same candidate bit-widths for every layer; `restricted` gives some layers others."""
         return SearchSpace.uniform(self.layers, bits, ties)
 
     @torch.inference_mode()
     def logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), with layers (by index) replaced: by a weight, or by a `QuantizedLayer`."""
+        """Logits (N, classes) of images (N, C, H, W), with layers (by index) replaced."""
         return self.finish(self.begin(images), replaced)
 
     def differentiable_logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
-        """`logits` with gradients, for training: to the replaced weights and biases, and to what `updated` has put in place."""
+        """`logits` with gradients to replaced weights and biases, and to values of `updated`."""
         with computing(self.numeric, images.device):
-            state = self.graph.begin(self._laid_out(images))
-            return self.graph.output(self.graph.advance(state, len(self.layers), _quantized_layers(replaced)))
+            return self._recorded(images, replaced)
 
     @property
     def changed(self) -> dict[str, Tensor]:
@@ -197,21 +164,21 @@ class Network:
         return dict(self._changed)
 
     def trainable(self, replaced: Replaced) -> dict[str, Tensor]:
-        """Values by name of the float parameters that runs with these layers replaced still read as they are."""
-        gone = set[str | None]()
+        """Float parameters by name that runs with these layers replaced still read as they are."""
+        unread, replaceable = set[str | None](), self.engine.replaceable
         for i, layer in _quantized_layers(replaced).items():
-            gone |= {self.graph.parameters[i][0], self.graph.bias_names[i] if layer.bias is not None else None}
+            unread |= {self.places[i].parameter, self.places[i].bias_name if layer.bias is not None else None}
         return {
             name: self._changed.get(name, parameter.detach())
             for name, parameter in self.model.named_parameters()
-            if name in self.graph.replaceable and name not in gone and parameter.is_floating_point()
+            if name in replaceable and name not in unread and parameter.is_floating_point()
         }
 
     @torch.inference_mode()
     def begin(self, images: Tensor) -> State:
         """The values alive before the first layer."""
         with computing(self.numeric, images.device):
-            return self.graph.begin(self._laid_out(images))
+            return self._runner.begin(self._laid_out(images))
 
     def _laid_out(self, images: Tensor) -> Tensor:
         images = images.to(self.example.dtype)
@@ -221,14 +188,14 @@ class Network:
 
     @torch.inference_mode()
     def advance(self, state: State, layer: int, replaced: Replaced | None = None) -> State:
-        """Runs from a state to the cut before `layer`, or to the end where that is the number of layers."""
+        """Runs from a state to the cut before `layer`; to the end for the number of layers."""
         with computing(self.numeric, self.device):
-            return self.graph.advance(state, layer, _quantized_layers(replaced))
+            return self._runner.advance(state, layer, _quantized_layers(replaced))
 
     @torch.inference_mode()
     def finish(self, state: State, replaced: Replaced | None = None) -> Tensor:
         """Runs from a state to the logits (images of the state, classes)."""
-        return self.graph.output(self.advance(state, len(self.layers), replaced))
+        return self._runner.output(self.advance(state, len(self.layers), replaced))
 
     @torch.inference_mode()
     def observe(self, run: Tensor | State, layer: int) -> list[Call]:
@@ -240,42 +207,52 @@ class Network:
         """
         state = self.begin(run) if isinstance(run, Tensor) else run
         with computing(self.numeric, self.device):
-            return self.graph.observe(state, layer)
+            return self._runner.observe(state, layer)
 
     @torch.inference_mode()
     def normalisation(
         self, images: Sequence[Tensor], replaced: Replaced | None = None, statistics: Statistics = as_seen
     ) -> dict[str, Tensor]:
-        """New statistics of batch norms by buffer name, measured with layers replaced and pooled over all batches of images.
+        """New statistics of batch norms by buffer name, measured with layers replaced.
 
-        In execution order: each batch norm's input is that of a network whose earlier batch norms have their new statistics
-        already. Sums are float64, so the result does not depend on how images are cut into batches beyond rounding.
+        In execution order: each batch norm's input is that of a network whose earlier batch norms
+        have their new statistics already. They are pooled over all batches. Sums are float64, so
+        the result does not depend on how images are cut into batches beyond rounding.
 
         Args:
             images: Batches (n, C, H, W).
             replaced: Layer -> what stands in its place.
-            statistics: What a batch norm gets, of those that it has and those of what it sees; default: the latter.
+            statistics: What a batch norm gets, of those that it has and those of what it sees;
+                default: the latter.
         """
         with computing(self.numeric, self.device):
             batches = [self._laid_out(batch) for batch in images]
-            return self.graph.normalisation(batches, _quantized_layers(replaced), statistics)
+            return normalisation(self.engine, batches, _quantized_layers(replaced), statistics)
 
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
-        """The same network with other values of parameters and buffers, by name; the module is not changed. They are laid out as
-        the module's own are."""
-        own = self.model.state_dict()
-        named = {name: laid_out_like(tensor, own[name]) if name in own else tensor for name, tensor in named.items()}
+        """The same network with other values of parameters and buffers, by name.
+
+        They are laid out as the module's own are. The module is not changed.
+        """
+        floats = self.model.state_dict()
+        named = {name: laid_out_like(tensor, floats[name]) if name in floats else tensor for name, tensor in named.items()}
         other = copy(self)
-        other.graph = self.graph.updated(named)
-        other.weights = other.graph.weights
+        other.engine = self.engine.updated(named)
+        other.weights = other.engine.weights
         other._changed = {**self._changed, **named}
         return other
 
     def folded(self) -> "tuple[Network, Callable[[int, QuantizedLayer], QuantizedLayer]]":
-        """The same function with batch norms folded into the layers before them, and what turns a layer (by index) that is put in
-        place into one that fits there. Results are the same up to rounding: for measuring, not for export."""
+        """The same function with batch norms folded into the layers before them.
+
+        Results are the same up to rounding: for measuring, not for export.
+
+        Returns:
+            The network, and what turns a layer (by index) that is put in place into one that fits
+            there.
+        """
         other = copy(self)
-        other.graph, folds = self.graph.folded()
+        other.engine, folds = transforms.folded(self.engine)
         return other, lambda i, layer: folds[i](layer) if i in folds else layer
 
     def folded_with(self, replaced: Replaced) -> "tuple[Network, dict[int, QuantizedLayer]]":
@@ -284,66 +261,71 @@ class Network:
         return network, {i: fold(i, layer) for i, layer in _quantized_layers(replaced).items()}
 
     def with_batch_statistics(self) -> "Network":
-        """The same network with every batch norm on the statistics of each probe's own images, as in training."""
+        """The same network with batch norms on the statistics of each probe's own images."""
         other = copy(self)
-        other.graph = self.graph.with_batch_statistics()
+        other.engine = transforms.with_batch_statistics(self.engine)
         return other
 
     def differentiable(self) -> "Network":
         """The same network for `recorded_logits`."""
         other = copy(self)
-        other.graph = self.graph.differentiable()
+        other.engine = transforms.differentiable(self.engine)
         return other
 
     def recorded_logits(self, images: Tensor, replaced: Replaced) -> Tensor:
-        """Logits (N, classes) with autograd's record, for first and second derivatives in the tensors put in place.
+        """Logits (N, classes) of a `differentiable` network, with autograd's record.
 
-        Of a `differentiable` network.
+        For first and second derivatives in the tensors put in place.
         """
         with torch.enable_grad(), computing(self.numeric, images.device), sdpa_kernel(SDPBackend.MATH):
-            state = self.graph.begin(self._laid_out(images))
-            return self.graph.output(self.graph.advance(state, len(self.layers), _quantized_layers(replaced)))
+            return self._recorded(images, replaced)
+
+    def _recorded(self, images: Tensor, replaced: Replaced | None) -> Tensor:
+        state = self._runner.begin(self._laid_out(images))
+        return self._runner.output(self._runner.advance(state, len(self.layers), _quantized_layers(replaced)))
 
     @torch.inference_mode()
     def stack(self, states: Sequence[State], layer: int) -> State:
-        """States at the cut before `layer` as one state, images after images; finished runs for the number of layers."""
-        return self.graph.stack(states, layer)
+        """States at the cut before `layer` as one state, images after images; of equal `stack_key`.
+
+        They are finished runs for the number of layers.
+        """
+        return self._runner.stack(states, layer)
 
     def state_dict(self, replaced: Replaced) -> dict[str, Tensor]:
-        """The module's state with layers replaced, tied names included; grids of activations are no part of it.
+        """The module's state with layers replaced, tied names included; no grids of activations.
 
-        A bias given to a layer that had none goes into the batch norm behind it (its mean, less the bias), and stands under a
-        name of its own, beside the weight's, only where there is no batch norm.
+        A bias given to a layer that had none goes into the batch norm behind it (its mean, less the
+        bias). It stands under a name of its own only where there is no batch norm.
         """
-        own = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        values = {own[name].data_ptr(): tensor for name, tensor in self._changed.items()}  # by address: tied names are one
+        floats = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        values = {floats[name].data_ptr(): tensor for name, tensor in self._changed.items()}  # by address: tied names are one
         added: dict[str, Tensor] = {}
 
         def put(name: str, rows: slice | None, tensor: Tensor) -> None:
-            address = own[name].data_ptr()
+            address = floats[name].data_ptr()
             if rows is not None:
-                whole = values.get(address, own[name]).clone()
+                whole = values.get(address, floats[name]).clone()
                 whole[rows] = tensor
                 tensor = whole
             values[address] = tensor
 
         for i, layer in _quantized_layers(replaced).items():
-            name, rows = self.graph.parameters[i]
-            put(name, rows, layer.weight)
+            place = self.places[i]
+            put(place.parameter, place.rows, layer.weight)
             if layer.bias is not None:
-                bias, mean = self.graph.bias_names[i], self.graph.norm_means[i]
-                if bias is not None:
-                    put(bias, rows, layer.bias)
-                elif mean is not None:
-                    put(mean, None, values.get(own[mean].data_ptr(), own[mean]) - layer.bias)
+                if place.bias_name is not None:
+                    put(place.bias_name, place.rows, layer.bias)
+                elif (mean := place.norm_mean) is not None:
+                    put(mean, None, values.get(floats[mean].data_ptr(), floats[mean]) - layer.bias)
                 else:
-                    added[_bias_beside(name)] = layer.bias
-        state = {name: values.get(tensor.data_ptr(), tensor).contiguous() for name, tensor in own.items()}
+                    added[_added_bias_name(place.parameter)] = layer.bias
+        state = {name: values.get(tensor.data_ptr(), tensor).contiguous() for name, tensor in floats.items()}
         return {**state, **added}
 
     def coverage(self) -> list[tuple[str, int, str]]:
         """(name, bytes, why) of every parameter that is not searched."""
-        return list(self.graph.unsearched)
+        return list(self.engine.unsearched)
 
     def check_assignment(self, assignment: Assignment) -> None:
         """Refuses an assignment of another network."""
@@ -352,7 +334,10 @@ class Network:
 
 
 def _one_image(model: nn.Module, example: Tensor) -> Tensor:
-    """A batch of one. Three axes are an image where the module runs on it so, and signals where it runs on those alone."""
+    """A batch of one.
+
+    Three axes are an image where the module runs on it so, else signals where it runs on those.
+    """
     if example.ndim != 3:
         return example[:1]
     image, signals = example.unsqueeze(0), example[:1]
@@ -365,7 +350,7 @@ def _one_image(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
-    """A pattern that matches nothing is a typing error, and would search a layer that should stay."""
+    """A pattern that matches nothing is a typing error: a layer would be searched."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigurationError(f"{key}: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")
@@ -375,8 +360,8 @@ def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _bias_beside(weight: str) -> str:
-    """What a bias is called that the module has no place for: fc.bias, in_proj_bias, and w_bias beside a parameter w."""
+def _added_bias_name(weight: str) -> str:
+    """Name of a bias that the module lacks: fc.bias, in_proj_bias, w_bias of a parameter w."""
     folder, dot, name = weight.rpartition(".")
     return folder + dot + (name.replace("weight", "bias") if "weight" in name else f"{name}_bias")
 
@@ -388,7 +373,7 @@ def _quantized_layers(replaced: Replaced | None) -> dict[int, QuantizedLayer]:
 
 @contextmanager
 def computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
-    """Products in a numeric mode while the context lasts; what the process had chosen comes back."""
+    """Products in a numeric mode while the context lasts; the process's own mode comes back."""
     autocast = torch.autocast(device.type, torch.bfloat16) if numeric == "bfloat16" else nullcontext()
     if device.type != "cuda":
         with autocast:
@@ -409,12 +394,3 @@ def _refuse_bad_weights(model: nn.Module) -> None:
         raise NetworkError(
             f"{bad[0]} holds a NaN or an infinity; expected finite weights: was the training that made them finished?"
         )
-
-
-def unfit(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold a NaN or an infinity; an attention mask, of nothing but 0 and −∞, is none of them."""
-    return [
-        name
-        for name, tensor in state.items()
-        if not bool(torch.isfinite(tensor).all()) and not bool(((tensor == 0) | (tensor == -torch.inf)).all())
-    ]

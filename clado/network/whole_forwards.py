@@ -1,11 +1,10 @@
-"""The slower path for networks that have no graph: every probe is a whole forward of the module with weights replaced.
+"""The slower engine, for networks that have no graph: every probe is a whole forward of the module.
 
-Same interface as `Graph`, so that measuring does not know which of the two it drives: a state is a run that has not been made
-yet, advancing it notes which weights to replace, and finishing it makes the run. Stacked states are finished one by one, since
-each has weights of its own.
+A state is a run that has not been made yet. Advancing it notes which weights to replace, and
+finishing it makes the run. Stacked states are finished one by one, since each has weights of its
+own.
 """
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -14,27 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clado.errors import NetworkError
 from clado.grids import ActivationGrid, QuantizedLayer
-from clado.network.graph import (
-    Call,
-    Cut,
-    Fold,
-    Norm,
-    NormStatistics,
-    Statistics,
-    as_seen,
-    logits_of,
-    outside_inference,
-    pooled_moments,
-)
-from clado.network.tracing import eval_mode, why_unsearched
+from clado.network.engine import Call, Cut, Engine, LayerPlace
+from clado.network.program import eval_mode
+from clado.network.tensors import logits_of
+from clado.network.weights import why_unsearched
 from clado.space import Layer
 
-# Functions that consume a weight as their second argument `weight`, and the weight's axis of output channels.
+# Functions that consume a weight as their second argument, and its axis of output channels.
 _CONSUMERS: dict[Any, tuple[str, int]] = {
     F.linear: ("linear", 0),
     **{getattr(torch, f"conv{n}d"): (f"conv{n}d", 0) for n in (1, 2, 3)},
@@ -43,89 +32,71 @@ _CONSUMERS: dict[Any, tuple[str, int]] = {
 # The arguments behind weight and bias, in order, with their defaults.
 _CONVOLUTION = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-# Attention calls linear where no mode sees it; these of its arguments (with their positions) are its weights, in order of use.
+# Attention calls linear where no mode sees it. These of its arguments (with their positions) are
+# its weights, in order of use.
 _ATTENTION = {"in_proj_weight": 5, "q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None, "out_proj_weight": 11}
 _UNSEEN = "no convolution, linear function or attention that the example met"
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """Runs that are not made yet: (images, weights to replace) of each, and their logits once they are."""
+class DeferredRuns:
+    """Runs that are not made yet."""
 
     parts: tuple[tuple[Tensor, Mapping[int, QuantizedLayer]], ...]
+    """(images, layers to replace) of each run."""
     logits: Tensor | None = None
+    """Logits (images, classes) of all runs once they are made."""
 
     @property
     def num_images(self) -> int:
         """Images of all runs."""
         return sum(len(images) for images, _ in self.parts)
 
+    @property
+    def stack_key(self) -> Hashable:
+        """Deferred runs may always be stacked."""
+        return ()
 
-class WholeForwards:
-    """A module run whole. Layers are the weights that convolutions, linear functions and attention read when the example runs."""
+
+class WholeForwards(Engine[DeferredRuns]):
+    """A module run whole.
+
+    Layers are the weights that convolutions, linear functions and attention read when the example
+    runs.
+    """
 
     def __init__(self, model: nn.Module, example: Tensor, fixed: Callable[[str], bool]) -> None:
         self.model = model
-        with eval_mode(model), torch.inference_mode():
-            watch = _Watch(model, len(example))
-            before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-            images = example.clone()
-            first = model(images)
-            if not torch.equal(images, example):
-                raise NetworkError("the network changes its images in place; expected one that leaves its input as it is")
-            second = model(example)
-            with watch:  # on its own: attention leaves its fused path where it is watched
-                model(example)
-        for name, tensor in model.named_buffers():
-            if not torch.equal(tensor, before[name]):
-                raise NetworkError(f"the network changes its buffer {name} when it runs; expected an eval mode that does not")
-        if not torch.equal(logits_of(first), logits_of(second)):
-            raise NetworkError("two runs on the same images differ: the network draws random numbers or keeps a state")
-        self.layers: tuple[Layer, ...] = tuple(layer for layer in watch.layers.values() if not fixed(layer.name))
+        self.changed: dict[str, Tensor] = {}
+        watch = _watched(model, example)
         parameters = dict(model.named_parameters())
-        self.weights: tuple[Tensor, ...] = tuple(parameters[layer.name].detach() for layer in self.layers)
-        self.parameters: tuple[tuple[str, slice | None], ...] = tuple((layer.name, None) for layer in self.layers)
-        self.bias_names: tuple[str | None, ...] = tuple(_bias_name(layer.name, parameters) for layer in self.layers)
-        self.biases: tuple[Tensor | None, ...] = tuple(
-            None if name is None else parameters[name].detach() for name in self.bias_names
-        )
-        self.takes_bias: tuple[bool, ...] = tuple(name is not None for name in self.bias_names)
-        self.norms: tuple[Norm, ...] = ()  # batch norm is inside the modules' code, where no run stops
-        self.norm_means: tuple[str | None, ...] = (None,) * len(self.layers)
-        self._changed: dict[str, Tensor] = {}
         self.macs: int = sum(layer.macs for layer in watch.layers.values())
         # nothing is kept of a run, and resuming it costs all of it
-        self.cuts: tuple[Cut, ...] = tuple(Cut(0, {}, 0, self.macs, watch.peak_bytes) for _ in self.layers)
-        searched = {layer.name for layer in self.layers}
+        cut = Cut(0, {}, 0, self.macs, watch.peak_bytes)
+        self.layers: tuple[LayerPlace, ...] = tuple(
+            # a batch norm is inside the modules' code, where no run stops
+            LayerPlace(layer, layer.name, None, bias := _bias_name(layer.name, parameters), bias is not None, None, cut)
+            for layer in watch.layers.values()
+            if not fixed(layer.name)
+        )
+        searched = {place.parameter for place in self.layers}
         self.unsearched: tuple[tuple[str, int, str], ...] = tuple(
             (name, tensor.numel() * tensor.element_size(), why_unsearched(tensor, fixed(name), _UNSEEN))
             for name, tensor in parameters.items()
             if name not in searched
         )
 
-    def begin(self, images: Tensor) -> Deferred:
-        """A run of images (N, ...) with no weight replaced."""
-        return Deferred(((images, {}),))
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Float weight of each layer."""
+        values = {**dict(self.model.named_parameters()), **self.changed}
+        return tuple(values[place.parameter].detach() for place in self.layers)
 
-    def advance(self, state: Deferred, layer: int, replaced: Mapping[int, QuantizedLayer]) -> Deferred:
-        """The same runs with these layers replaced as well; made at once where `layer` is the number of layers."""
-        parts = tuple((images, {**earlier, **replaced}) for images, earlier in state.parts)
-        if layer < len(self.layers) or state.logits is not None:
-            return Deferred(parts, state.logits)
-        return Deferred(parts, torch.cat([self._forward(images, chosen) for images, chosen in parts]))
-
-    def stack_key(self, state: Deferred) -> Hashable:
-        """States may always be stacked."""
-        return ()
-
-    def stack(self, states: Sequence[Deferred], layer: int) -> Deferred:
-        """Several states as one."""
-        logits = [state.logits for state in states if state.logits is not None]
-        return Deferred(tuple(part for state in states for part in state.parts), torch.cat(logits) if logits else None)
-
-    def output(self, state: Deferred) -> Tensor:
-        """Logits (images, classes) of finished runs."""
-        return logits_of(state.logits)
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """Float bias of each layer, None where it has none."""
+        values = {**dict(self.model.named_parameters()), **self.changed}
+        return tuple(None if place.bias_name is None else values[place.bias_name].detach() for place in self.layers)
 
     @property
     def replaceable(self) -> frozenset[str]:
@@ -138,77 +109,48 @@ class WholeForwards:
         if unknown:
             raise NetworkError(f"the network has no {', '.join(unknown)}; it cannot be given another value")
         other = copy(self)
-        other._changed = {**self._changed, **named}
-        values = {**dict(self.model.named_parameters()), **other._changed}
-        other.weights = tuple(values[layer.name].detach() for layer in self.layers)
-        other.biases = tuple(None if name is None else values[name].detach() for name in self.bias_names)
+        other.changed = {**self.changed, **named}
         return other
 
-    def differentiable(self) -> "WholeForwards":
-        """The same network with values that autograd may save."""
-        return self.updated({name: outside_inference(tensor) for name, tensor in self._changed.items()})
+    def begin(self, images: Tensor) -> DeferredRuns:
+        """A run of images (N, ...) with no weight replaced."""
+        return DeferredRuns(((images, {}),))
 
-    def with_batch_statistics(self) -> "WholeForwards":
-        """Refused: the statistics of stacked probes can be kept apart in a graph only."""
-        raise NetworkError("probes on batch statistics need a graph; expected graph: true under network")
+    def advance(self, state: DeferredRuns, layer: int, replaced: Mapping[int, QuantizedLayer]) -> DeferredRuns:
+        """The same runs with these layers replaced as well; made where `layer` means the end."""
+        parts = tuple((images, {**earlier, **replaced}) for images, earlier in state.parts)
+        if layer < len(self.layers) or state.logits is not None:
+            return DeferredRuns(parts, state.logits)
+        return DeferredRuns(parts, torch.cat([self.forward(images, chosen) for images, chosen in parts]))
 
-    def normalisation(
-        self, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics = as_seen
-    ) -> dict[str, Tensor]:
-        """What `statistics` makes of those that batch norms see with layers replaced, by buffer name; all runs for each."""
-        network, found = self, dict[str, Tensor]()
-        modules = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        }
-        order: list[str] = []
-        inputs: list[Tensor] = []
-        hooks = [m.register_forward_pre_hook(lambda _, __, n=name: order.append(n)) for name, m in modules.items()]
-        try:
-            self._forward(batches[0][:1], replaced)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name in (name for name, uses in Counter(order).items() if uses == 1):  # else it has no statistics of one place
-            inputs.clear()
-            hook = modules[name].register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
-            try:
-                for batch in batches:
-                    network._forward(batch, replaced)
-            finally:
-                hook.remove()
-            if inputs:  # else the images themselves decide whether it runs
-                mean, variance = (f"{name}.{kind}".lstrip(".") for kind in ("running_mean", "running_var"))
-                own_mean, own_variance = (self._changed.get(n, self.model.get_buffer(n)) for n in (mean, variance))
-                moments = pooled_moments(inputs, own_mean.dtype)
-                of_norm = NormStatistics(mean, variance, modules[name].eps, (own_mean, own_variance), moments)
-                found |= zip((mean, variance), statistics(of_norm), strict=True)
-                network = network.updated(found)
-        return found
+    def stack(self, states: Sequence[DeferredRuns], layer: int) -> DeferredRuns:
+        """Several states as one."""
+        logits = [state.logits for state in states if state.logits is not None]
+        return DeferredRuns(tuple(part for state in states for part in state.parts), torch.cat(logits) if logits else None)
 
-    def folded(self) -> "tuple[WholeForwards, dict[int, Fold]]":
-        """Nothing is folded: the module runs its own code."""
-        return self, {}
-
-    def observe(self, state: Deferred, layer: int) -> list[Call]:
-        """The calls that consume a layer's weight in a float run; none for attention's weights, which no mode sees."""
+    def observe(self, state: DeferredRuns, layer: int) -> list[Call]:
+        """Calls that consume a layer's weight in a float run; none for attention's weights."""
         ((images, replaced),) = state.parts
         with _Seen(self.weights[layer]) as seen:
-            self._forward(images, replaced)
+            self.forward(images, replaced)
         calls: list[Call] = seen.calls
         return calls
 
-    def _forward(self, images: Tensor, replaced: Mapping[int, QuantizedLayer]) -> Tensor:
-        named = dict(self._changed)
+    def output(self, state: DeferredRuns) -> Tensor:
+        """Logits (images, classes) of finished runs."""
+        return logits_of(state.logits)
+
+    def forward(self, images: Tensor, replaced: Mapping[int, QuantizedLayer]) -> Tensor:
+        """Logits (N, classes) of images (N, ...) with these layers replaced."""
+        named = dict(self.changed)
         grids = {}
         for i, layer in replaced.items():
-            named[self.layers[i].name] = layer.weight
-            bias_name = self.bias_names[i]
+            place = self.layers[i]
+            named[place.parameter] = layer.weight
             if layer.bias is not None:
-                if bias_name is None:
-                    raise NetworkError(f"{self.layers[i].name} has no bias, and whole forwards give it none")
-                named[bias_name] = layer.bias
+                if place.bias_name is None:
+                    raise NetworkError(f"{place.layer.name} has no bias, and whole forwards give it none")
+                named[place.bias_name] = layer.bias
             if layer.activation is not None:
                 grids[layer.weight.data_ptr()] = layer.activation
         with eval_mode(self.model):
@@ -217,9 +159,29 @@ class WholeForwards:
             with _QuantizedInputs(grids) as inputs:
                 logits = logits_of(torch.func.functional_call(self.model, named, (images,)))
         if inputs.met != set(grids):
-            names = [self.layers[i].name for i, layer in replaced.items() if layer.weight.data_ptr() not in inputs.met]
+            names = [self.layers[i].layer.name for i, layer in replaced.items() if layer.weight.data_ptr() not in inputs.met]
             raise NetworkError(f"the input of {', '.join(names)} is out of reach of whole forwards; leave activations in float")
         return logits
+
+
+def _watched(model: nn.Module, example: Tensor) -> "_Watch":
+    """What a run of the example reads as weights; refuses a network that cannot be repeated."""
+    with eval_mode(model), torch.inference_mode():
+        watch = _Watch(model, len(example))
+        before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+        images = example.clone()
+        first = model(images)
+        if not torch.equal(images, example):
+            raise NetworkError("the network changes its images in place; expected one that leaves its input as it is")
+        second = model(example)
+        with watch:  # on its own: attention leaves its fused path where it is watched
+            model(example)
+    for name, tensor in model.named_buffers():
+        if not torch.equal(tensor, before[name]):
+            raise NetworkError(f"the network changes its buffer {name} when it runs; expected an eval mode that does not")
+    if not torch.equal(logits_of(first), logits_of(second)):
+        raise NetworkError("two runs on the same images differ: the network draws random numbers or keeps a state")
+    return watch
 
 
 def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
@@ -230,7 +192,7 @@ def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
 
 
 def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """(input, weight, bias, and what is behind them) of a call of a consumer, however it was written."""
+    """(input, weight, bias, and what is behind them) of a call of a consumer."""
     operator, axis = _CONSUMERS[func]
     rest = {} if operator == "linear" else _TRANSPOSED if axis else _CONVOLUTION
     given = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
@@ -273,7 +235,7 @@ class _QuantizedInputs(TorchFunctionMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes, while the example runs, which parameters are read as weights, in order, with multiply-accumulates of one image."""
+    """Notes the parameters that a run of the example reads as weights, in order, and their cost."""
 
     def __init__(self, model: nn.Module, num_images: int) -> None:
         super().__init__()

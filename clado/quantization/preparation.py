@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import ActivationGrid, QuantizedLayer
-from clado.network.graph import laid_out_like
 from clado.network.network import Network, State
+from clado.network.tensors import laid_out_like
 from clado.plugins import available
 from clado.quantization.corrections import LayerSample, at_stage, module_of
 from clado.quantization.quantizers import WeightQuantizer, range_of
@@ -162,7 +162,7 @@ def check_space(network: Network, space: SearchSpace) -> None:
             f"the space is of another network: they differ in {', '.join(names[:3]) or 'the shapes or the order of layers'}; "
             "expected network.search_space(...) of this network"
         )
-    if len(space.activation_widths) > 1 and any(rows is not None for _, rows in network.graph.parameters):
+    if len(space.activation_widths) > 1 and any(place.rows is not None for place in network.places):
         raise ConfigurationError(
             f"activations of {list(space.activation_widths)} bits where a weight is split: queries, keys and values read one "
             "input, which has one width; expected a single width, or no split"
@@ -196,7 +196,7 @@ def advanced(network: Network, runs: Sequence[Run], layer: int) -> Sequence[Run]
 
     Returns the runs unchanged where they would keep more than `RUNS_BYTES`.
     """
-    bytes_per_image = max(cut.bytes_per_image for cut in network.graph.cuts)
+    bytes_per_image = max(place.cut.bytes_per_image for place in network.places)
     if bytes_per_image * sum(map(num_images, runs)) > RUNS_BYTES:
         return runs
     return [network.advance(network.begin(run) if isinstance(run, Tensor) else run, layer) for run in runs]
@@ -268,16 +268,16 @@ def layer_sample(network: Network, layer: int, runs: Sequence[Run]) -> LayerSamp
         for run in runs:
             yield network.observe(run, layer)[0].input.to(network.weights[layer].dtype)  # autocast may have made it coarser
 
-    graph, call = network.graph, calls[0]
+    call = calls[0]
     return LayerSample(
         layer=network.layers[layer],
         weight=network.weights[layer],
-        bias=graph.biases[layer],
+        bias=network.biases[layer],
         num_images=sum(map(num_images, runs)),
         inputs=inputs,
         apply=partial(_apply, call.apply),
         arguments=call.arguments,
-        takes_bias=graph.takes_bias[layer] and len(calls) == 1,
+        takes_bias=network.places[layer].takes_bias and len(calls) == 1,
     )
 
 

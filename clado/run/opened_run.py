@@ -412,8 +412,8 @@ class OpenedRun:
     @property
     def workload(self) -> Workload:
         """Cost of the network and of its suffixes."""
-        graph = self.float_network.graph
-        return Workload(graph.macs, tuple(cut.suffix_macs for cut in graph.cuts))
+        network = self.float_network
+        return Workload(network.macs, tuple(place.cut.suffix_macs for place in network.places))
 
     @property
     def folder(self) -> Path:

@@ -100,7 +100,7 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
     network = Network(loaded.model.to(device), loaded.example_input.to(device))
     slices = load_data(DataSettings(sensitivity_images=1024, calibration_images=NUM_CALIBRATION), loaded.image_shape)
     variants = [v for v in SHIPPED if singly or v in ("none", "all")]
-    if not network.graph.norms:
+    if not network.engine.norms:
         variants = [v for v in variants if v != "batchnorm_reestimation"]
     known = [row for row in rows() if (row["network"], row["draw"]) == (name, draw)]
     asked = list(product(("plain", "corrected"), METHODS, BUDGETS))

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from clado.measuring.plan import Plan, Workload, sample_blocks
 from clado.measuring.sweep import Workbench, measure_tile
-from clado.network.graph import Graph, State
+from clado.network.graph import Graph
 from clado.network.network import Network, Numeric
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
@@ -73,7 +73,7 @@ def synchronised(device: torch.device) -> float:
 @torch.inference_mode()
 def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, ...]) -> dict[str, float]:
     """Σ over the plan's probes of the operators behind the cut, each at its best batch size; `inference`: a whole image."""
-    graph = network.graph
+    graph = network.engine
     assert isinstance(graph, Graph)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.numeric == "tf32"
     best = np.full(len(graph.instructions), np.inf)
@@ -82,13 +82,13 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
         if network.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         for _ in range(4):
-            state = State({graph.input_slot: images}, 0, batch, batch)
+            state = graph.start(images)
             for k in range(len(best)):
                 begin = synchronised(network.device)
                 with torch.autocast(network.device.type, torch.bfloat16, enabled=network.numeric == "bfloat16"):
                     state = graph.run(state, k + 1, {})
                 best[k] = min(best[k], (synchronised(network.device) - begin) / batch)
-    suffix, offsets = [float(best[cut.position :].sum()) for cut in graph.cuts], plan.space.offsets
+    suffix, offsets = [float(best[place.cut.position :].sum()) for place in graph.layers], plan.space.offsets
     pairs = sum((offsets[j + 1] - offsets[j]) * offsets[j] * suffix[j] for j in range(plan.space.num_layers))
     singles = sum(suffix[option.layer] for option in plan.space.options)
     num_images = plan.blocks[-1][1]
@@ -212,7 +212,7 @@ def main() -> None:
 
 def report(state: dict[str, Any], plan: Plan, network: Network) -> str:
     """The sums so far, in lines."""
-    work = Workload(network.graph.macs, tuple(cut.suffix_macs for cut in network.graph.cuts))
+    work = Workload(network.macs, tuple(place.cut.suffix_macs for place in network.places))
     complete = len(state["tiles"]) == len(plan.tiles)
     lines = [f"{state['settings']}", f"{len(state['tiles'])} of {len(plan.tiles)} tiles{': complete' if complete else ''}"]
     done = [tile for tile in plan.tiles if f"{tile.kind} {tile.block} {tile.number}" in state["tiles"]]
@@ -223,7 +223,7 @@ def report(state: dict[str, Any], plan: Plan, network: Network) -> str:
             line = f"{kind}: {spent:.2f} s, {2 * macs / spent / 1e12:.3f} TFLOP/s"
             lines.append(line + (f", {spent / state['floor'][kind]:.2f} x floor" if "floor" in state else ""))
     if "floor" in state:
-        rate = 2 * network.graph.macs / state["floor"]["inference"] / 1e12
+        rate = 2 * network.macs / state["floor"]["inference"] / 1e12
         lines.append(f"inference: {rate:.3f} TFLOP/s (operators, each at its best batch size)")
     lines.append(f"peak memory: {state['peak_bytes'] / 1e9:.2f} GB")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from clado import criteria
 from clado.measuring.plan import Plan, Tile
 from clado.measuring.sweep import Workbench, measure_tile
-from clado.network.graph import Graph, State
+from clado.network.graph import Graph, GraphState
 from clado.network.network import Network, prefers_channels_last
 from clado.network.tracing import compile_graph
 from clado.quantization.preparation import Recipe, prepare
@@ -160,7 +160,7 @@ def forward_seconds(
             begin = now()
             model(images)
             runs.append(now() - begin)
-            state, times = State({graph.input_slot: images}, 0, batch, batch), []
+            state, times = graph.start(images), []
             for k in range(len(graph.instructions)):
                 begin = now()
                 state = graph.run(state, k + 1, {})
@@ -172,7 +172,7 @@ def forward_seconds(
     return np.min(typical, 0), np.min(least, 0), typical[int(np.argmin(whole))], min(whole)
 
 
-def resumable(network: Network, batch: int) -> Iterator[State]:
+def resumable(network: Network, batch: int) -> Iterator[GraphState]:
     """What a run of noise has come to at the cut of each layer."""
     state = network.begin(torch.randn(batch, 3, SIZE, SIZE))
     for j in range(len(network.layers)):
@@ -250,7 +250,7 @@ class Profile:
         self.now = now
         self.instructions, run, bind = 0, graph.run, criteria.bind
 
-        def counted(state: State, stop: int, replaced: Any) -> State:
+        def counted(state: GraphState, stop: int, replaced: Any) -> GraphState:
             self.instructions += stop - state.position
             return run(state, stop, replaced)
 
@@ -283,7 +283,7 @@ def loop_seconds(model: nn.Module, now: Now) -> float:
     from dataclasses import replace
 
     graph.instructions = tuple(replace(step, function=lambda *_, **__: (nothing,) * 3) for step in graph.instructions)
-    state = State({graph.input_slot: nothing}, 0, 1, 1)
+    state = GraphState({graph.input_slot: nothing}, 0, 1, 1)
     return seconds(lambda: graph.run(state, len(graph.instructions), {}), now, 50) / len(graph.instructions)
 
 
@@ -295,7 +295,7 @@ def batch_sweep(network: Network, now: Now) -> list[tuple[str, float, list[float
         for batch in BATCHES:
             state = network.advance(network.begin(torch.randn(batch, 3, SIZE, SIZE)), j)
             times.append(seconds(lambda s=state: network.finish(s), now, 2) / batch)
-        peak = network.graph.cuts[j].peak_bytes_per_image / 1e6
+        peak = network.places[j].cut.peak_bytes_per_image / 1e6
         rows.append((network.layers[j].name, peak, [t / min(times) for t in times]))
     return rows
 
@@ -331,7 +331,7 @@ def measure(name: str, folder: Path) -> Result:
         return Workbench(prepared, "kl_to_float", ((0, count),), lambda a, b: (images[a:b], None))
 
     bench = workbench(IMAGES)
-    graph = bench.network.graph
+    graph = bench.network.engine
     assert isinstance(graph, Graph)
     plan = Plan(space, ((0, IMAGES),), ("singles", "pairs", "gram"), space.num_options)
     MeasurementStore.create(folder / f"{name}.zarr", plan, {}, {}, {})
@@ -355,9 +355,9 @@ def measure(name: str, folder: Path) -> Result:
     per_instruction = loop_seconds(model, now)
 
     watched = workbench(IMAGES)
-    assert isinstance(watched.network.graph, Graph)
+    assert isinstance(watched.network.engine, Graph)
     measure_tile(watched, Tile("singles", 0))  # warms up
-    profile = Profile(watched.network.graph, now)
+    profile = Profile(watched.network.engine, now)
     begin = now()
     with patch.object(criteria, "bind", profile.bind):
         sums = measure_tile(watched, tile := next(tile for tile in plan.tiles if tile.kind == "pairs"))
@@ -368,7 +368,9 @@ def measure(name: str, folder: Path) -> Result:
     for count in (IMAGES, MANY):
         for kind, ratio in over_suffixes(workbench(count), count, best, folder / f"{name}.zarr", now).items():
             ratios[kind if count == IMAGES else f"{kind} of {count}"] = ratio
-    floor, least_floor = (summed([float(times[cut.position :].sum()) for cut in graph.cuts]) for times in (operators, least))
+    floor, least_floor = (
+        summed([float(times[place.cut.position :].sum()) for place in graph.layers]) for times in (operators, least)
+    )
     suffixes = summed(resumed.min(0).tolist())
     measured |= {kind: ratio * suffixes[kind] for kind, ratio in ratios.items()}
     return Result(

@@ -24,8 +24,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from clado import criteria
 from clado.grids import QuantizedLayer
-from clado.network.graph import as_seen
 from clado.network.network import Network
+from clado.network.normalisation import as_seen
 from clado.quantization import preparation
 from clado.quantization.corrections import batchnorm_reestimation, output_statistics
 from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer

@@ -174,7 +174,7 @@ class Study:
         searched = network.search_space(bits)
         if activations:
             searched = searched.with_activations(activations)
-        corrections = tuple(c for c in SETTINGS[setting] if c != "batchnorm_reestimation" or network.graph.norms)
+        corrections = tuple(c for c in SETTINGS[setting] if c != "batchnorm_reestimation" or network.engine.norms)
         calibration = load_data(DataSettings(calibration_images=NUM_CALIBRATION), loaded.image_shape).calibration
         images = calibration.load(0, NUM_CALIBRATION)[0].to(self.device)
         return prepare(network, searched, Recipe(corrections=corrections), calibration_batches(images, 256))

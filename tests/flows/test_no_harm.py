@@ -9,7 +9,7 @@ import torch
 
 from clado.choosing.proposals import SAFE, Budget
 from clado.grids import Grid, QuantizedLayer
-from clado.network.graph import Moments, NormStatistics
+from clado.network.normalisation import Moments, NormStatistics
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics
 from clado.records import CHOSEN, RunRecord
 from clado.reporting.tables import markdown, rows, winners

@@ -44,7 +44,7 @@ class Tiny(nn.Module):
 def prepared_of(kind, graph=True, biases=True, size=8) -> Prepared:
     network = Network(build(kind), images(1, size=size), graph=graph)
     ready = prepare(network, network.search_space((2, 4)), Recipe(WeightQuantizer()))
-    own = network.graph.biases
+    own = network.biases
     layers = [
         layer if own[option.layer] is None or not biases else replace(layer, bias=own[option.layer] + 0.1 / option.bits)
         for option, layer in zip(ready.space.options, ready.layers, strict=True)

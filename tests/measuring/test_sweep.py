@@ -55,9 +55,9 @@ def prepared_of(kind, graph: bool = True, within_reach: bool = False) -> Prepare
     ready = prepare(network, network.search_space((2, 4)), Recipe(WeightQuantizer()))
     layers = []
     for option, layer in zip(ready.space.options, ready.layers, strict=True):
-        name, own = network.layers[option.layer].name, network.graph.biases[option.layer]
+        name, own = network.layers[option.layer].name, network.biases[option.layer]
         bias = None
-        if network.graph.takes_bias[option.layer] and name not in ("second.weight", "again.weight"):  # used twice
+        if network.places[option.layer].takes_bias and name not in ("second.weight", "again.weight"):  # used twice
             zeros = torch.zeros(network.layers[option.layer].num_channels)
             bias = torch.linspace(-0.2, 0.3, len(zeros if own is None else own)) / option.bits + (zeros if own is None else own)
         grid = ActivationGrid.of_range(-1.0 - 0.1 * option.layer, 1.3, option.bits)

@@ -7,7 +7,7 @@ from torch import nn
 
 from clado.network.attention import Movement, images_first
 from clado.network.network import Network
-from clado.network.tracing import export
+from clado.network.program import export
 from tests import tolerance
 
 pytestmark = pytest.mark.numeric

@@ -72,7 +72,7 @@ def test_every_weight_of_a_convolution_or_linear_operator_is_a_layer_in_executio
 def test_whole_forwards_know_the_same_layers_and_the_same_rest(kind):
     graph, whole = network_of(kind), network_of(kind, False)
     assert graph.layers == whole.layers
-    assert graph.graph.macs == whole.graph.macs
+    assert graph.macs == whole.macs
     assert {row[:2] for row in graph.coverage()} == {row[:2] for row in whole.coverage()}
 
 
@@ -139,8 +139,8 @@ def test_the_mode_it_arrives_in_does_not_matter_and_is_left_as_it_was(graph):
 def test_macs_are_those_of_the_textbook():
     network = network_of(Residual)
     assert [layer.macs for layer in network.layers] == [8 * 8 * 6 * 9, 8 * 8 * 6 * 9, 8 * 8 * 6 * 3 * 9, 8 * 8 * 6 * 6 * 4, 6 * 4]
-    assert network.graph.macs == sum(layer.macs for layer in network.layers)
-    assert [cut.suffix_macs for cut in network.graph.cuts] == [sum(y.macs for y in network.layers[i:]) for i in range(5)]
+    assert network.macs == sum(layer.macs for layer in network.layers)
+    assert [place.cut.suffix_macs for place in network.places] == [sum(y.macs for y in network.layers[i:]) for i in range(5)]
 
 
 @PATHS
@@ -406,12 +406,12 @@ def test_an_unknown_numeric_mode_is_refused():
 
 def other_layer(network: Network, i: int, activation: bool = True, bias: bool = True) -> QuantizedLayer:
     """Something else in the place of a layer: another weight and, where it may have them, another bias and a coarse input."""
-    own = network.graph.biases[i]
+    own = network.biases[i]
     own = torch.zeros(network.layers[i].num_channels) if own is None else own
     moved = own + torch.linspace(-0.3, 0.4, len(own))
     return QuantizedLayer(
         network.weights[i] * 0.7 + 0.01,
-        moved if bias and network.graph.takes_bias[i] else None,
+        moved if bias and network.places[i].takes_bias else None,
         ActivationGrid.of_range(-0.5 - 0.1 * i, 0.8, 2) if activation else None,
     )
 
@@ -438,9 +438,9 @@ TAKES_BIAS = {kind: LAYERS[kind] for kind in ALL} | {
 @KINDS
 def test_a_layer_takes_a_bias_unless_its_weight_is_used_twice(kind):
     network = network_of(kind)
-    assert [name for name, takes in zip(LAYERS[kind], network.graph.takes_bias, strict=True) if takes] == TAKES_BIAS[kind]
+    assert [place.layer.name for place in network.places if place.takes_bias] == TAKES_BIAS[kind]
     parameters = dict(network.model.named_parameters())
-    for name, bias in zip(LAYERS[kind], network.graph.biases, strict=True):
+    for name, bias in zip(LAYERS[kind], network.biases, strict=True):
         own = parameters.get(name.replace("weight", "bias")) if name in TAKES_BIAS[kind] else None
         assert (bias is None) == (own is None)
         assert bias is None or torch.equal(bias, own)
@@ -485,10 +485,10 @@ def test_whole_forwards_do_the_same_where_they_can_and_say_where_they_cannot(kin
             ):
                 whole.logits(x, {i: layer})
             layer = QuantizedLayer(layer.weight, layer.bias)
-        if not whole.graph.takes_bias[i]:
+        if not whole.places[i].takes_bias:
             with pytest.raises(NetworkError, match=f"{name} has no bias, and whole forwards give it none"):
                 whole.logits(x, {i: QuantizedLayer(layer.weight, torch.ones(whole.layers[i].num_channels))})
-        if graph.graph.takes_bias[i] or layer.bias is None:
+        if graph.places[i].takes_bias or layer.bias is None:
             possible[i] = layer
             assert_same(whole.logits(x, {i: layer}), expected_logits(whole, {i: layer}, x))
     assert_same(whole.logits(x, possible), expected_logits(whole, possible, x))
@@ -524,11 +524,11 @@ def test_states_with_unlike_layers_yet_to_use_are_not_for_one_stack():
     states = [network.advance(network.begin(images(2)), 2, {1: layer}) for layer in layers]
     again = network.advance(network.begin(images(2, seed=5)), 2, {1: layers[0]})
     floats = network.advance(network.begin(images(2)), 2)
-    keys = [network.graph.stack_key(state) for state in (*states, again, floats)]
+    keys = [state.stack_key for state in (*states, again, floats)]
     assert keys[0] == keys[2]
     assert len(set(keys)) == 3
     behind = [network.advance(state, 3) for state in (*states, again, floats)]
-    assert len({network.graph.stack_key(state) for state in behind}) == 1  # used for the last time: all alike
+    assert len({state.stack_key for state in behind}) == 1  # used for the last time: all alike
     stacked = network.stack([states[0], again], 2)
     expected = expected_logits(network, {1: layers[0]}, torch.cat([images(2), images(2, seed=5)]))
     assert_same(network.finish(stacked), expected)
@@ -579,7 +579,7 @@ def test_a_split_weight_is_three_layers_in_the_place_of_one():
     assert [layer.name for layer in network.layers] == ["patch.weight", *SPLIT, *LAYERS[Attention][2:]]
     assert [network.layers[i].shape for i in (1, 2, 3)] == [(8, 8)] * 3
     assert torch.equal(torch.cat(network.weights[1:4]), network.model.attention.in_proj_weight)
-    assert torch.equal(torch.cat(network.graph.biases[1:4]), network.model.attention.in_proj_bias)
+    assert torch.equal(torch.cat(network.biases[1:4]), network.model.attention.in_proj_bias)
     fused = network_of(Attention)
     assert sum(layer.macs for layer in network.layers[1:4]) == fused.layers[1].macs
     assert sum(layer.num_weights for layer in network.layers) == sum(layer.num_weights for layer in fused.layers)
@@ -611,7 +611,7 @@ def test_parts_replaced_one_after_another_are_the_module_with_all_of_their_rows_
         for i, j in pairwise([*chosen, len(layers)]):
             state = network.advance(network.advance(state, i), j, {i: layers[i]})
         expected = expected_logits(network, {i: layers[i] for i in chosen}, x)
-        assert_same(network.graph.output(state), expected)
+        assert_same(network.finish(state), expected)
         assert_same(network.logits(x, {i: layers[i] for i in chosen}), expected)
     loaded = copy.deepcopy(network.model).eval()
     loaded.load_state_dict(network.state_dict(layers))
@@ -664,7 +664,7 @@ def test_other_values_give_what_a_module_with_that_state_gives(kind, graph):
     names = [name for name, _ in other.named_parameters()] + [name for name, b in other.named_buffers() if b.is_floating_point()]
     state = {name: other.state_dict()[name] for name in names}
     if graph:  # a token expanded over the batch is not read as it is
-        state = {name: tensor for name, tensor in state.items() if name in network.graph.named}
+        state = {name: tensor for name, tensor in state.items() if name in network.engine.named}
     expected = copy.deepcopy(network.model)
     expected.load_state_dict({**state, **({"third.weight": state["second.weight"]} if kind is Tied else {})}, strict=False)
     changed = network.updated(state)
@@ -916,7 +916,7 @@ def test_folded_networks_compute_the_same(kind, graph):
     assert_same(folded.logits(x, fitting), network.logits(x, layers))
     plain = {i: fold(i, QuantizedLayer(layer.weight)) for i, layer in layers.items()}
     assert_same(folded.logits(x, plain), network.logits(x, {i: layer.weight for i, layer in layers.items()}))
-    assert [cut.position for cut in folded.graph.cuts] == [cut.position for cut in network.graph.cuts]
+    assert [place.cut for place in folded.places] == [place.cut for place in network.places]
 
 
 def test_every_batch_norm_behind_a_layer_is_folded():
@@ -928,7 +928,7 @@ def test_every_batch_norm_behind_a_layer_is_folded():
 
 def test_a_batch_norm_over_tokens_is_not_that_of_the_layer_before_it():
     network = network_of(Tokens)
-    assert network.graph.norm_means == (None, None, None)
+    assert [place.norm_mean for place in network.places] == [None, None, None]
     bias = torch.linspace(-1, 1, 8)
     state = network.state_dict({0: QuantizedLayer(network.weights[0], bias)})
     assert torch.equal(state["embed.bias"], bias)

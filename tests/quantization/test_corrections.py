@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import Codes, Grid, QuantizedLayer
-from clado.network.graph import NormStatistics
 from clado.network.network import Network
+from clado.network.normalisation import NormStatistics
 from clado.plugins import available
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, module_of, output_statistics
 from clado.quantization.preparation import Prepared, Recipe, layer_sample, prepare

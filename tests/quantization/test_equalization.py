@@ -140,7 +140,7 @@ def case(kind: str) -> Case:
             nn.init.normal_(module.bias, 0, 0.3)
     x = images(4, size=28 if kind in ("resnet", "mobilenet") else 8)
     single = Network(model.eval(), x[:1])
-    network = single.updated({name: tensor.double() for name, tensor in state(model).items() if name in single.graph.named})
+    network = single.updated({name: tensor.double() for name, tensor in state(model).items() if name in single.engine.named})
     network.example, x = network.example.double(), x.double()
     result = equalize(network, [x[:3], x[3:]])
     return Case(copy.deepcopy(model).double(), single, network, result, network.updated(result.tensors), x)
@@ -333,7 +333,7 @@ def scrambled(kind: str, seed: int) -> Network:
         for block, count, more in (("expand", 6, ["expand.0.bias"]), ("depthwise", 6, []), ("project", 8, [])):
             drawn = factor(count, f"{block}.0.weight", f"{block}.1.running_mean", *more)
             new[f"{block}.1.running_var"] = (new[f"{block}.1.running_var"] + 1e-5) / drawn.square() - 1e-5
-    return found.network.updated({name: tensor for name, tensor in new.items() if name in found.network.graph.named})
+    return found.network.updated({name: tensor for name, tensor in new.items() if name in found.network.engine.named})
 
 
 @pytest.mark.parametrize("quantizer", ["minmax", "mse"])

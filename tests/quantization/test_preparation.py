@@ -321,9 +321,7 @@ def test_whole_forwards_prepare_the_same_layers(kind):
         network = Network(build(kind), images(1), graph=graph)
         space = network.search_space((2, 4)).with_activations((8,))
         ready.append(prepare(network, space, recipe, list(CALIBRATION.split(13))))
-    biases = {
-        layer.name for layer, own in zip(ready[1].space.layers, ready[1].network.graph.biases, strict=True) if own is not None
-    }
+    biases = {layer.name for layer, own in zip(ready[1].space.layers, ready[1].network.biases, strict=True) if own is not None}
     for (i, _, _), one, other in zip(ready[0].space.options, ready[0].layers, ready[1].layers, strict=True):
         assert one.activation.scale == pytest.approx(other.activation.scale, rel=tolerance.FORWARD)
         if ready[0].space.layers[i].name in biases:  # whole forwards give no layer a bias that has none

@@ -62,7 +62,7 @@ class Survey:
         """One for every batch norm that alone reads a layer's result, and one to the nearest layer, in order of execution."""
         for position, step in enumerate(self.graph.instructions):
             for layer in step.layers:
-                name = self.graph.layers[layer].name
+                name = self.graph.layers[layer].layer.name
                 path = self._path(position)
                 if path.norm is not None:
                     yield self._to_norm(name, layer, position, path.norm)
@@ -107,7 +107,8 @@ class Survey:
             biases = (self.names.get(bias.slot, "") if isinstance(bias, Constant) else "",)
             fault = self._fault(*biases)
         transposed, groups = _form(step)
-        side = Side(self.graph.parameters[layer][0], 1, groups) if transposed else Side(self.graph.parameters[layer][0], 0)
+        name = self.graph.layers[layer].parameter
+        side = Side(name, 1, groups) if transposed else Side(name, 0)
         return side, biases, fault
 
     def _inputs(self, position: int, path: _Path) -> tuple[Side | None, str | None]:
@@ -118,22 +119,23 @@ class Survey:
         fault = self._weight_fault(step.layers[0], step)
         if fault:
             return None, fault
-        name = self.graph.parameters[step.layers[0]][0]
+        name = self.graph.layers[step.layers[0]].parameter
         transposed, groups = _form(step)
         shape = self.shapes[0][path.slot]
         kernel = 0 if _operator(step) == "linear" else self.graph.constants[step.arguments[1].slot].ndim - 2
         if path.layout.axis != len(shape) - 1 - kernel:
-            return None, f"channels of {self.graph.layers[step.layers[0]].name} lie on another axis"
+            return None, f"channels of {self.graph.layers[step.layers[0]].layer.name} lie on another axis"
         repeat = path.layout.repeat
         return (Side(name, 0, 1, repeat) if transposed else Side(name, 1, groups, repeat)), None
 
     def _weight_fault(self, layer: int, step: Instruction) -> str | None:
         """Why a layer's weight cannot be scaled where an operator uses it, or None."""
-        name, rows = self.graph.parameters[layer]
-        if rows is not None or len(step.layers) > 1:
+        place = self.graph.layers[layer]
+        name = place.parameter
+        if place.rows is not None or len(step.layers) > 1:
             return f"{name} is split"
         weight = step.arguments[1]
-        if not isinstance(weight, Constant) or weight.slot not in self.graph.slots[layer]:
+        if not isinstance(weight, Constant) or weight.slot not in place.slots:
             return f"{name} passes through other operators before it is used"
         return self._fault(name)
 
@@ -148,7 +150,7 @@ class Survey:
         """The layer whose weight an operator uses, searched or not."""
         step = self.graph.instructions[position]
         if step.layers:
-            return self.graph.layers[step.layers[0]].name
+            return self.graph.layers[step.layers[0]].layer.name
         weight = step.arguments[1]
         return self.names.get(weight.slot, step.name) if isinstance(weight, Constant) else step.name
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from clado.errors import DataError, NetworkError
 from clado.grids import QuantizedLayer
-from clado.network.graph import Moments, NormStatistics
 from clado.network.network import Network
+from clado.network.normalisation import Moments, NormStatistics
 
 STAGE = "final"
 MIN_IMAGES = 16

@@ -77,7 +77,7 @@ def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
             below their clip. A channel is scaled there only if its measured maximum is below the clip, and the scaled maximum
             keeps a distance. Everywhere else the float network stays the same for every input, up to rounding.
     """
-    graph = network.graph
+    graph = network.engine
     if not isinstance(graph, Graph):
         reason = "the network is run by whole forwards, which do not show what lies between two layers"
         return Equalization({}, (Pair("every layer", "every layer", False, reason),))

@@ -1,0 +1,144 @@
+"""The statistics that batch norms see with layers replaced, measured in execution order."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clado.grids import QuantizedLayer
+from clado.network.graph import Graph
+from clado.network.whole_forwards import WholeForwards
+
+Moments = tuple[Tensor, Tensor]  # mean and variance of each channel, (channels,) each
+
+
+@dataclass(frozen=True)
+class NormStatistics:
+    """The statistics that a batch norm has, and those of its input over images and positions."""
+
+    mean: str
+    """Name of the buffer of the running mean."""
+    variance: str
+    """Name of the buffer of the running variance."""
+    eps: float
+    trained: Moments
+    """What the network has."""
+    seen: Moments
+    """What was measured."""
+
+
+Statistics = Callable[[NormStatistics], Moments]
+
+
+def as_seen(norm: NormStatistics) -> Moments:
+    """The statistics of what a batch norm sees, in place of those that it has."""
+    return norm.seen
+
+
+def normalisation(
+    engine: Graph | WholeForwards, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics
+) -> dict[str, Tensor]:
+    """New statistics of batch norms, measured with layers replaced.
+
+    Each batch norm's input is that of a network whose earlier batch norms have their new statistics
+    already. A graph runs once in all, whole forwards once for each batch norm.
+
+    Args:
+        engine: What runs the network.
+        batches: Batches of images (n, C, H, W).
+        replaced: Layer -> what stands in its place.
+        statistics: What a batch norm gets, of those that it has and those of what it sees.
+
+    Returns:
+        Buffer name -> statistic (channels,), in execution order.
+    """
+    if isinstance(engine, Graph):
+        return _of_graph(engine, batches, replaced, statistics)
+    return _of_modules(engine, batches, replaced, statistics)
+
+
+def _of_graph(
+    graph: Graph, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics
+) -> dict[str, Tensor]:
+    buffers: dict[str, Tensor] = {}
+    # from the images on: a layer before the first batch norm may be none that is searched
+    states = [graph.start(batch) for batch in batches]
+    for norm in graph.norms:
+        states = [graph.run(state, norm.position, replaced) for state in states]
+        trained_mean, trained_variance = (graph.constants[graph.named[name][0]] for name in (norm.mean, norm.variance))
+        seen = pooled_moments([state.values[norm.input_slot] for state in states], trained_mean.dtype)
+        moments = statistics(NormStatistics(norm.mean, norm.variance, norm.eps, (trained_mean, trained_variance), seen))
+        changed = dict(zip((norm.mean, norm.variance), moments, strict=True))
+        buffers |= changed
+        graph = graph.updated(changed)
+    return buffers
+
+
+def _of_modules(
+    engine: WholeForwards, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics
+) -> dict[str, Tensor]:
+    buffers: dict[str, Tensor] = {}
+    changed = engine.changed
+    for name, module in _norms_in_order(engine, batches[0][:1], replaced).items():
+        inputs: list[Tensor] = []
+        hook = module.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0].clone()))
+        try:
+            for batch in batches:
+                engine.forward(batch, replaced)
+        finally:
+            hook.remove()
+        if inputs:  # else the images themselves decide whether it runs
+            mean, variance = (f"{name}.{buffer}".lstrip(".") for buffer in ("running_mean", "running_var"))
+            trained_mean, trained_variance = (changed.get(n, engine.model.get_buffer(n)) for n in (mean, variance))
+            seen = pooled_moments(inputs, trained_mean.dtype)
+            moments = statistics(NormStatistics(mean, variance, module.eps, (trained_mean, trained_variance), seen))
+            buffers |= zip((mean, variance), moments, strict=True)
+            engine = engine.updated(buffers)
+    return buffers
+
+
+def _norms_in_order(engine: WholeForwards, image: Tensor, replaced: Mapping[int, QuantizedLayer]) -> dict[str, _BatchNorm]:
+    """Batch norms with statistics, by name in execution order; without those that run twice."""
+    modules = {
+        name: module
+        for name, module in engine.model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    order: list[str] = []
+    hooks = [m.register_forward_pre_hook(lambda _, __, n=name: order.append(n)) for name, m in modules.items()]
+    try:
+        engine.forward(image, replaced)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: modules[name] for name, uses in Counter(order).items() if uses == 1}
+
+
+def pooled_moments(batches: Sequence[Tensor], dtype: torch.dtype) -> Moments:
+    """Mean and unbiased variance of each channel.
+
+    Sums over one image are taken in float32 at least, which is several times as fast. Sums over
+    images are taken in float64.
+
+    Args:
+        batches: Values (n, channels, ...).
+        dtype: Type of the results.
+
+    Returns:
+        (mean, variance), (channels,) each.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return (values.sum(list(range(2, values.ndim))) if values.ndim > 2 else values).double().sum(0)
+
+    count = sum(batch.numel() // batch.shape[1] for batch in batches)
+    inner = torch.promote_types(batches[0].dtype, torch.float32)
+    mean = torch.stack([total(batch.to(inner)) for batch in batches]).sum(0) / count
+    centre = mean.to(inner)
+    around = centre.reshape([1, -1, *[1] * (batches[0].ndim - 2)])
+    squares = torch.stack([total((batch.to(inner) - around).square_()) for batch in batches]).sum(0)
+    squares -= count * (mean - centre.double()).square()  # the squares are around a rounded mean
+    return mean.to(dtype), (squares / max(1, count - 1)).to(dtype)
