@@ -7,6 +7,7 @@ Row and column k is option k of the space (`space.py`). For a one-hot choice α 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from clado.errors import MeasurementError
 from clado.space import Assignment, SearchSpace, bits_text
 
 Array = NDArray[np.float64]
+Convexity = Literal["raw", "clip_psd"]
+"""How a matrix is solved: as it is, or without its negative eigenvalues."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class InteractionMatrix:
     `baseline` is the mean loss of the float network on the sensitivity set; `standard_error` (K, K) belongs to `values`, where
     the estimator has one; `ranking_only` says that ½ αᵀ Ĝ α orders assignments but is not a loss. `quarantined` options
     have a loss that is NaN or infinite on their own, `forbidden` pairs of options together: a program must not choose them.
+    `convexity` is how its estimator wants it solved.
     """
 
     space: SearchSpace
@@ -36,6 +40,7 @@ class InteractionMatrix:
     ranking_only: bool = False
     quarantined: tuple[int, ...] = ()
     forbidden: tuple[tuple[int, int], ...] = ()
+    convexity: Convexity = "raw"
 
     def __post_init__(self) -> None:
         k = self.space.num_options
@@ -96,12 +101,12 @@ class InteractionMatrix:
         """
         if self.standard_error is None:
             return self
-        kinds = {candidate: k for k, candidate in enumerate(sorted({o[1:] for o in self.space.options}, key=str))}
-        kind = np.array([kinds[option[1:]] for option in self.space.options])
-        pool = np.maximum(kind[:, None], kind[None, :]) * len(kinds) + np.minimum(kind[:, None], kind[None, :])
+        numbers = {candidate: k for k, candidate in enumerate(sorted({o[1:] for o in self.space.options}, key=str))}
+        number = np.array([numbers[option[1:]] for option in self.space.options])
+        pool = np.maximum(number[:, None], number[None, :]) * len(numbers) + np.minimum(number[:, None], number[None, :])
         factor = np.ones_like(self.values)
-        for number in np.unique(pool):
-            cross = (pool == number) & ~self.in_layer_mask()
+        for pair in np.unique(pool):
+            cross = (pool == pair) & ~self.in_layer_mask()
             signal, noise = float((self.values[cross] ** 2).sum()), float((self.standard_error[cross] ** 2).sum())
             factor[cross] = max(0.0, 1.0 - noise / signal) if signal else 1.0
         return replace(self, values=self.values * factor, standard_error=self.standard_error * factor)

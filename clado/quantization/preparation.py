@@ -7,7 +7,6 @@ included. What can only be known of a whole assignment (statistics of batch norm
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +16,17 @@ from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.graph import laid_out_like
 from clado.network.network import Network, State
-from clado.plugins import available
-from clado.quantization.corrections import LayerSample, at_stage, module_of
-from clado.quantization.quantizers import WeightQuantizer, range_of
+from clado.quantization.corrections import (
+    STAGES,
+    FinalCorrection,
+    LayerCorrection,
+    LayerSample,
+    NetworkCorrection,
+    Rounding,
+    at_stage,
+    correction_of,
+)
+from clado.quantization.quantizers import WeightQuantizer, quantizer_of, range_of
 from clado.space import Assignment, Layer, SearchSpace
 
 SAMPLED_VALUES = 2**20  # of a layer's input: what a range of activations is fitted on, beside the exact extremes
@@ -42,12 +49,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(set(self.corrections)) < len(self.corrections):
             raise ConfigurationError(f"corrections {list(self.corrections)} name one twice; expected each once")
-        rounding = [module.__name__.rpartition(".")[2] for module in at_stage(self.corrections, "rounding")]
-        if len(rounding) > 1:
-            raise ConfigurationError(f"corrections name both {' and '.join(rounding)}; expected one way of rounding")
-        if self.activation_range not in available("quantizers"):
-            known = ", ".join(available("quantizers"))
-            raise ConfigurationError(f"unknown range of activations {self.activation_range!r}; expected one of {known}")
+        check_rounding(self.corrections)
+        quantizer_of(self.activation_range)  # refuses an unknown name
 
     @property
     def plain(self) -> "Recipe":
@@ -74,24 +77,19 @@ class Prepared:
     @property
     def has_final(self) -> bool:
         """Whether corrections are left that need the whole assignment."""
-        return bool(at_stage(self.recipe.corrections, "final"))
+        return bool(at_stage(self.recipe.corrections, FinalCorrection))
 
     def final(self, assignment: Assignment) -> dict[str, Tensor]:
         """Parameters and buffers that the final corrections change for an assignment, by name; nothing for the float network."""
         chosen = self.chosen(assignment)
         changed: dict[str, Tensor] = {}
         if chosen:
-            for module in at_stage(self.recipe.corrections, "final"):
-                reference = self._reference(module)
-                changed |= module.reestimate(self.network.updated(changed), chosen, self.images, reference)
+            for name, correction in at_stage(self.recipe.corrections, FinalCorrection).items():
+                if name not in self._references:
+                    self._references[name] = correction.reference(self.network, self.images)
+                updated = self.network.updated(changed)
+                changed |= correction.reestimate(updated, chosen, self.images, self._references[name])
         return changed
-
-    def _reference(self, module: ModuleType) -> Any:
-        """What a final correction measures of the float network, once."""
-        name = _name(module)
-        if name not in self._references:
-            self._references[name] = module.reference(self.network, self.images)
-        return self._references[name]
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers as they ship, final corrections applied unless the assignment is deployed without them.
@@ -160,10 +158,10 @@ def equalized(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> tup
     """(values of parameters and buffers that corrections of the float network change, a note for each of them)."""
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
-    for module in at_stage(recipe.corrections, "network"):
-        found = module.equalize(network.updated(tensors) if tensors else network, images)
-        tensors |= found.tensors
-        notes += [f"{_name(module)}: {pair}" for pair in found.report]
+    for name, correction in at_stage(recipe.corrections, NetworkCorrection).items():
+        changed = correction.equalize(network.updated(tensors) if tensors else network, images)
+        tensors |= changed.tensors
+        notes += [f"{name}: {line}" for line in changed.report]
     return tensors, notes
 
 
@@ -193,12 +191,12 @@ def prepare_layer(
     sample = layer_sample(network, layer, runs)
     notes = []
     rounders = []
-    for module in at_stage(recipe.corrections, "rounding"):
-        reason = module.skipped(network.layers[layer]) if sample else "no run of it can be observed"
+    for name, rounding in at_stage(recipe.corrections, Rounding).items():
+        reason = rounding.skipped(network.layers[layer]) if sample else "no run of it can be observed"
         if reason or sample is None:
-            notes.append(f"{_name(module)} leaves {network.layers[layer].name} to rounding to nearest: {reason}")
+            notes.append(f"{name} leaves {network.layers[layer].name} to rounding to nearest: {reason}")
         else:
-            rounders.append(module.rounder(sample, recipe.seed, recipe.adaround_steps))
+            rounders.append(rounding.rounder(sample, recipe.seed, recipe.adaround_steps))
     quantized: dict[tuple[int, int | None], QuantizedLayer] = {}
     activations: dict[int, ActivationGrid] = {}
     for bits, width in space.candidates(layer):
@@ -211,12 +209,12 @@ def prepare_layer(
             known = QuantizedLayer(grid.dequantize(codes).to(weight.dtype), None, None, grid)
         quantized[bits, width] = replace(known, activation=None if width is None else activations[width])
     layers = list(quantized.values())
-    for module in at_stage(recipe.corrections, "layer"):
-        reason = module.skipped(sample) if sample else "no run of it can be observed"
+    for name, correction in at_stage(recipe.corrections, LayerCorrection).items():
+        reason = correction.skipped(sample) if sample else "no run of it can be observed"
         if reason or sample is None:
-            notes.append(f"{_name(module)} leaves {network.layers[layer].name} as it is: {reason}")
+            notes.append(f"{name} leaves {network.layers[layer].name} as it is: {reason}")
         else:
-            layers = module.correct(sample, layers)
+            layers = correction.correct(sample, layers)
     return [replace(made, weight=laid_out_like(made.weight, weight)) for made in layers], notes
 
 
@@ -272,11 +270,14 @@ def calibration_batches(images: Tensor, batch_images: int = BATCH_IMAGES) -> lis
     return list(torch.split(images, batch_images)) if len(images) else []
 
 
-def _name(module: object) -> str:
-    return str(getattr(module, "__name__", module)).rpartition(".")[2]
+def check_rounding(corrections: Sequence[str]) -> None:
+    """Refuses two ways of rounding."""
+    names = list(at_stage(corrections, Rounding))
+    if len(names) > 1:
+        raise ConfigurationError(f"corrections names both {' and '.join(names)}; expected one way of rounding")
 
 
 def names_of(corrections: Sequence[str]) -> str:
     """Corrections as tables call them, in the order in which they act."""
-    ordered = sorted(corrections, key=lambda name: ("network", "rounding", "layer", "final").index(module_of(name).STAGE))
+    ordered = sorted(corrections, key=lambda name: STAGES.index(correction_of(name).stage))
     return " + ".join(ordered) or "none"

@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 
 from clado.grids import Grid
-from clado.quantization.corrections import LayerSample
-from clado.space import Layer
-
-STAGE = "rounding"
+from clado.quantization.corrections import LayerSample, Rounding
 
 # ResNet-20 at 2 and 4 bits chose the settings below; halving or doubling one changes the error by 8 % at most
 LEARNING_RATE = 0.1
@@ -34,11 +31,6 @@ MARGIN = 0.01  # V starts at least so far from where h is cut, and its gradient 
 KEPT = 2**25  # input elements in memory (128 MB): the first that come
 POSITIONS = 2048  # of the input in a mini-batch, of 4 to 256 images or rows
 FEWEST, MOST = 4, 256
-
-
-def skipped(layer: Layer) -> str | None:
-    """Why a layer is rounded to nearest instead: never, AdaRound acts on every operator."""
-    return None
 
 
 def rounder(sample: LayerSample, seed: int = 0, steps: int = 1000) -> Callable[[Grid], Tensor]:
@@ -70,7 +62,7 @@ def rounder(sample: LayerSample, seed: int = 0, steps: int = 1000) -> Callable[[
         nearest_error = total_error(grid.dequantize(nearest))
         if not 0 < nearest_error < inf:
             return nearest
-        rounding = _Rounding(weight, grid)
+        rounding = _Codes(weight, grid)
         adam = _Adam(rounding.v)
         generator = torch.Generator().manual_seed(seed)
         weighting = weight.numel() * len(inputs) / (batch * nearest_error)
@@ -90,7 +82,7 @@ def rounder(sample: LayerSample, seed: int = 0, steps: int = 1000) -> Callable[[
     return codes
 
 
-class _Rounding:
+class _Codes:
     """Each weight's lower code (`base`), and how far it goes to the next one up, as a function of `v`; the weight's shape."""
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
@@ -147,3 +139,6 @@ def _kept_inputs(sample: LayerSample) -> Tensor:
 
 def _deterministic_convolutions() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+correction = Rounding(rounder)

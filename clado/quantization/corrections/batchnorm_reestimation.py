@@ -17,14 +17,14 @@ network keeps its operations.
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clado.errors import DataError, NetworkError
 from clado.grids import QuantizedLayer
 from clado.network.graph import Moments, NormStatistics
 from clado.network.network import Network
+from clado.quantization.corrections import FinalCorrection
 
-STAGE = "final"
 MIN_IMAGES = 16
 MOST_IMAGES = 128  # the first of them: both networks see the same, so that more move the loss by less than its standard error
 
@@ -89,6 +89,15 @@ def _first(batches: Sequence[Tensor]) -> list[Tensor]:
     return first
 
 
+def forward_images(model: nn.Module, num_images: int, has_graph: bool) -> int:
+    """Forward images of one assignment: those that are read, by whole forwards once for each batch norm. None without batch norm.
+
+    It is an upper bound: a batch norm that a forward meets twice is left as it is.
+    """
+    norms = sum(name.endswith("running_var") for name, _ in model.named_buffers())
+    return min(num_images, MOST_IMAGES) * (min(norms, 1) if has_graph else norms)
+
+
 def matched(norm: NormStatistics, floats: Moments) -> Moments:
     """The statistics under which a batch norm's output has the float network's mean and deviation in each channel.
 
@@ -104,3 +113,6 @@ def matched(norm: NormStatistics, floats: Moments) -> Moments:
     moved = seen_mean - (float_mean - mean) * ratio.sqrt()
     widened = ((variance + norm.eps) * ratio - norm.eps).clamp(min=0.0)
     return moved.to(norm.trained[0]), widened.to(norm.trained[1])
+
+
+correction = FinalCorrection(reference, reestimate, forward_images)

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from clado.network.graph import Constant, Graph, Instruction, Norm, Value
 from clado.network.network import Network
-
-STAGE = "network"
+from clado.quantization.corrections import NetworkCorrection
 
 LIMIT = 2.0**10  # a scale is within 1 / LIMIT .. LIMIT: beyond it a channel is as good as dead, and float has its limits too
 HEADROOM = 0.9  # of a clip: scaling brings no activation nearer to it than this, since other images go beyond what was measured
@@ -549,3 +548,6 @@ def _maxima(graph: Graph, clips: Sequence[_Clip], images: Sequence[Tensor]) -> l
             largest = value.reshape(value.shape[0] // clip.layout.block, -1).amax(1).double()
             found[clip] = torch.maximum(found[clip], largest) if clip in found else largest
     return [found.get(clip) for clip in clips]
+
+
+correction = NetworkCorrection(equalize)
