@@ -37,6 +37,7 @@ FOLDERS = {
     "estimators": Folder("clado.interaction.estimators", "estimator", "Estimator"),
     "constraints": Folder("clado.choosing.constraints", "constraint", "ConstraintKind"),
     "solvers": Folder("clado.choosing.solvers", "solver", "Solver"),
+    "snippets": Folder("clado.exporting.snippets", "snippet"),
     "clusters": Folder("flows.clusters", "cluster"),
 }
 """Folders of plug-ins, by the names that `available` and `load` take."""

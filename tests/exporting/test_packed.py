@@ -517,7 +517,7 @@ def refuse(*_: object) -> None:
 
 def test_an_unknown_format_is_refused():
     with pytest.raises(
-        ConfigurationError, match="unknown format 'paked'; expected safetensors, packed, onnx, modelopt, mct or torchao"
+        ConfigurationError, match="unknown format 'paked'; expected safetensors, packed, onnx, mct, modelopt or torchao"
     ):
         check_format("paked")
     assert issubclass(ConfigurationError, CladoError)
