@@ -128,7 +128,8 @@ def test_a_wrong_object_is_refused_with_what_it_is_and_what_is_expected(folder, 
     module = f"wrong_{next(NUMBERS)}"
     (tmp_path / f"{module}.py").write_text("thing = 3\n")
     place = FOLDERS[folder]
-    expected = rf"{place.noun} '{module}:thing' is an object of type int; expected an object of the class {place.package}.{place.interface}"
+    interface = f"{place.package}.{place.interface}"
+    expected = f"{place.noun} '{module}:thing' is an object of type int; expected an object of the class {interface}"
     with pytest.raises(ConfigurationError, match=expected):
         load(folder, f"{module}:thing")
     with pytest.raises(ConfigurationError, match=rf"{module} has no name 'thong' \(did you mean 'thing'\?\)"):
