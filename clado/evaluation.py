@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clado import criteria
+from clado.criteria.cross_entropy import cross_entropy
+from clado.criteria.kl_to_float import kl_to_float
 from clado.data.images import ImageSlice
 from clado.errors import DataError
 from clado.network.network import Network, Replaced
@@ -127,9 +128,9 @@ def _counted(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Co
     if labels is None:
         if floats is None:
             raise DataError("the images have no labels and no float network to compare with; expected one of them")
-        return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
+        return Counts(len(logits), float(kl_to_float(logits, floats).sum()))
     there = labels.to(logits.device)
-    loss = criteria.cross_entropy(logits, there).sum()
+    loss = cross_entropy(logits, there).sum()
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices == there[:, None]
     best, labels = (top5 & _finite(logits)[:, None]).cpu(), labels.cpu()
     images, hits = Counter(labels.tolist()), Counter(labels[best[:, 0]].tolist())
@@ -149,10 +150,10 @@ def per_image(
         logits = network.logits(x, replaced)
         if labels is None:
             floats = float_network.logits(x)
-            loss, expected = criteria.kl_to_float(logits, floats), floats.argmax(1)
+            loss, expected = kl_to_float(logits, floats), floats.argmax(1)
         else:
             expected = labels.to(network.device)
-            loss = criteria.cross_entropy(logits, expected)
+            loss = cross_entropy(logits, expected)
         losses.append(loss.cpu().numpy())
         hits.append(((logits.argmax(1) == expected) & _finite(logits)).cpu().numpy())
     return np.concatenate(losses), np.concatenate(hits)

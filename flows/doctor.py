@@ -64,6 +64,6 @@ def _answer(url: str) -> tuple[bool, str]:
 
 
 def _redacted(uri: str) -> str:
-    from clado.settings.schema import redact
+    from clado.settings.redaction import redact
 
     return redact(uri)

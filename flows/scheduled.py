@@ -9,7 +9,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from clado.errors import ConfigurationError, FolderBusy
-from clado.settings.schema import load_config, redact
+from clado.settings.loading import load_config
+from clado.settings.redaction import redact
 from flows.environment import set_defaults
 from flows.pipeline import pipeline
 

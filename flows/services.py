@@ -27,7 +27,8 @@ import psutil
 
 from clado.errors import ConfigurationError, ServerError, StoreError
 from clado.records import write_text
-from clado.settings.schema import ClusterSettings, redact
+from clado.settings.cluster import ClusterSettings
+from clado.settings.redaction import redact
 
 HOST, POOL, LIST = "127.0.0.1", "clado", "services.json"
 NAMES = ("prefect", "mlflow", "scheduler", "workers", "runner")  # in the order in which they start

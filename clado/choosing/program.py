@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,10 @@ from clado.choosing._building import (
 )
 from clado.choosing.constraints import Constraint
 from clado.errors import ConfigurationError, InfeasibleError
-from clado.interaction.matrix import Array, InteractionMatrix
+from clado.interaction.matrix import Array, Convexity, InteractionMatrix
 from clado.space import Assignment, SearchSpace
 
 Choices = NDArray[np.intp]
-Convexity = Literal["raw", "clip_psd"]
 
 
 class Status(StrEnum):

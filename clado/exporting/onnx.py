@@ -119,8 +119,8 @@ def export_onnx(path: Path, network: Network, layers: Replaced, opset: int = OPS
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    kinds = {name: value.dtype for name, value in stored.items()}
-    widened = tuple((name, bits[name], kind.name.lower()) for name, kind in kinds.items() if bits[name] < kind.bitwidth)
+    dtypes = {name: value.dtype for name, value in stored.items()}
+    widened = tuple((name, bits[name], dtype.name.lower()) for name, dtype in dtypes.items() if bits[name] < dtype.bitwidth)
     weight_bytes = sum(int(left[content].const_value.nbytes) for content in set(codes.values()))
     return OnnxSize(path.stat().st_size, weight_bytes, widened)
 
@@ -201,10 +201,10 @@ def _translated(opset: int) -> Callable[..., Any]:
 
     def on_grid(x: Any, scale: float, zero_point: int, bits: int) -> Any:
         # ONNX Runtime's optimisation takes no four-bit inputs behind a Clip
-        codes, kind = Codes.of(bits, False), _kind(ir, Codes.of(max(bits, 8), False), opset)
+        codes, dtype = Codes.of(bits, False), _integer_dtype(ir, Codes.of(max(bits, 8), False), opset)
         step = op.Constant(value=ir.tensor(np.float32(scale)))
-        zero = op.Constant(value=ir.tensor(np.array(zero_point, kind.numpy()), dtype=kind))
-        if kind.bitwidth > bits:  # the type would saturate beyond the grid
+        zero = op.Constant(value=ir.tensor(np.array(zero_point, dtype.numpy()), dtype=dtype))
+        if dtype.bitwidth > bits:  # the type would saturate beyond the grid
             ends = [np.float32((code - zero_point) * scale) for code in (codes.low, codes.high)]
             x = op.Clip(x, *(op.Constant(value=ir.tensor(end)) for end in ends))
         return op.DequantizeLinear(op.QuantizeLinear(x, step, zero), step, zero)
@@ -233,7 +233,7 @@ def _put_codes(
             if layer.grid is None:
                 values.append(_initializer(ir, graph, f"{name}.values", layer.weight.detach().float().cpu().numpy()))
                 continue
-            grid, kind = layer.grid, _kind(ir, layer.grid.codes, opset)
+            grid, dtype = layer.grid, _integer_dtype(ir, layer.grid.codes, opset)
             codes = integers(name, layer, grid).cpu().numpy()
             zero_point = grid.zero_point.expand_as(grid.scale).flatten().cpu().numpy()
             if (zero_point != zero_point.round()).any():
@@ -241,9 +241,9 @@ def _put_codes(
             one = grid.scale.numel() == 1
             shape = () if one else (-1,)
             inputs = [
-                _initializer(ir, graph, f"{name}.codes", codes, kind),
+                _initializer(ir, graph, f"{name}.codes", codes, dtype),
                 _initializer(ir, graph, f"{name}.scale", grid.scale.detach().float().cpu().numpy().reshape(shape)),
-                _initializer(ir, graph, f"{name}.zero_point", zero_point.reshape(shape), kind),
+                _initializer(ir, graph, f"{name}.zero_point", zero_point.reshape(shape), dtype),
             ]
             axis = [] if one else [ir.AttrInt64("axis", network.layers[i].channel_axis)]
             nodes.append(_node(ir, f"{name}.values", "DequantizeLinear", inputs, axis))
@@ -275,15 +275,15 @@ def _content(value: Any) -> tuple[Any, tuple[int, ...], bytes]:
     return value.dtype, tuple(value.const_value.shape), value.const_value.tobytes()
 
 
-def _initializer(ir: ModuleType, graph: Any, name: str, array: NDArray[Any], kind: Any = None) -> Any:
-    array = np.array(array, None if kind is None else kind.numpy(), order="C")
-    tensor = ir.tensor(array, dtype=kind, name=name)
+def _initializer(ir: ModuleType, graph: Any, name: str, array: NDArray[Any], dtype: Any = None) -> Any:
+    array = np.array(array, None if dtype is None else dtype.numpy(), order="C")
+    tensor = ir.tensor(array, dtype=dtype, name=name)
     value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
     graph.register_initializer(value)
     return value
 
 
-def _kind(ir: ModuleType, codes: Codes, opset: int) -> Any:
+def _integer_dtype(ir: ModuleType, codes: Codes, opset: int) -> Any:
     """The narrowest integer type that holds the codes."""
     for bits in (2, 4, 8, 16):
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if codes.low < 0 else (0, 2**bits - 1)

@@ -250,8 +250,8 @@ def _coded(name: str, layer: QuantizedLayer, grid: Grid, bits: int) -> dict[str,
     zero_point = grid.zero_point.expand_as(grid.scale).flatten()
     if bool(zero_point.any()) or grid.codes.low == 0:
         whole = bool((zero_point == zero_point.round()).all())
-        kind = torch.uint8 if bits <= 8 else torch.int32
-        tensors["zero_point"] = zero_point.to(kind) if whole and grid.codes.low == 0 else zero_point
+        dtype = torch.uint8 if bits <= 8 else torch.int32
+        tensors["zero_point"] = zero_point.to(dtype) if whole and grid.codes.low == 0 else zero_point
     return tensors
 
 
@@ -324,9 +324,9 @@ def _faults(state: Mapping[str, Tensor], added: Sequence[str], model: nn.Module)
     if unknown := sorted(expected - set(own)):
         faults.append(f"the network has no {', '.join(unknown[:8])}")
     unlike = [
-        f"{name} ({_kind(state[name])} in the file, {_kind(own[name])} in the network)"
+        f"{name} ({_shape_and_dtype(state[name])} in the file, {_shape_and_dtype(own[name])} in the network)"
         for name in sorted(expected & set(own))
-        if _kind(state[name]) != _kind(own[name])
+        if _shape_and_dtype(state[name]) != _shape_and_dtype(own[name])
     ]
     if unlike:
         faults.append(f"tensors differ: {', '.join(unlike[:8])}")
@@ -336,7 +336,7 @@ def _faults(state: Mapping[str, Tensor], added: Sequence[str], model: nn.Module)
     return faults
 
 
-def _kind(tensor: Tensor) -> str:
+def _shape_and_dtype(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 

@@ -91,9 +91,9 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
     if unknown := sorted(set(state) - set(own) - set(added)):
         faults.append(f"the network has no {_some(unknown)}")
     if unlike := [
-        f"{name} ({_kind(state[name])} in the file, {_kind(own[name])} in the network)"
+        f"{name} ({_shape_and_dtype(state[name])} in the file, {_shape_and_dtype(own[name])} in the network)"
         for name in sorted(set(own) & set(state))
-        if _kind(own[name]) != _kind(state[name])
+        if _shape_and_dtype(own[name]) != _shape_and_dtype(state[name])
     ]:
         faults.append(f"tensors differ: {_some(unlike)}")
     if faults:
@@ -104,7 +104,7 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
     return dict(document)
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _shape_and_dtype(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 

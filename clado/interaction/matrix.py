@@ -7,6 +7,7 @@ Row and column k is option k of the space (`space.py`). For a one-hot choice α 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from clado.errors import MeasurementError
 from clado.space import Assignment, SearchSpace, bits_text
 
 Array = NDArray[np.float64]
+Convexity = Literal["raw", "clip_psd"]
+"""How a matrix is solved: as it is, or without its negative eigenvalues."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class InteractionMatrix:
     """Options whose loss is NaN or infinite. A program must not choose them."""
     forbidden: tuple[tuple[int, int], ...] = ()
     """Pairs of options whose common loss is NaN or infinite. A program must not choose them together."""
+    convexity: Convexity = "raw"
+    """How a program of this matrix is made convex, as the estimator says."""
 
     def __post_init__(self) -> None:
         k = self.space.num_options

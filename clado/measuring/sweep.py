@@ -116,7 +116,7 @@ class Pass:
     labels: Tensor | None
     float_logits: Tensor
 
-    def criterion(self, name: str) -> criteria.Criterion:
+    def criterion(self, name: str) -> criteria.Loss:
         """The per-sample loss as a function of logits (..., N, C)."""
         return criteria.bind(name, self.float_logits, self.labels)
 

@@ -8,7 +8,6 @@ A final correction (statistics of batch norm) needs the whole assignment. It com
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +17,17 @@ from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.network import Network, State
 from clado.network.tensors import laid_out_like
-from clado.plugins import available
-from clado.quantization.corrections import LayerSample, at_stage, module_of
-from clado.quantization.quantizers import WeightQuantizer, range_of
+from clado.quantization.corrections import (
+    STAGES,
+    FinalCorrection,
+    LayerCorrection,
+    LayerSample,
+    NetworkCorrection,
+    Rounding,
+    at_stage,
+    correction_of,
+)
+from clado.quantization.quantizers import WeightQuantizer, quantizer_of, range_of
 from clado.space import Assignment, Layer, SearchSpace
 
 SAMPLED_VALUES = 2**20  # values of a layer's input that an activation range is fitted on, with the exact extremes
@@ -47,12 +54,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(set(self.corrections)) < len(self.corrections):
             raise ConfigurationError(f"corrections {list(self.corrections)} name one twice; expected each once")
-        rounding = [module.__name__.rpartition(".")[2] for module in at_stage(self.corrections, "rounding")]
-        if len(rounding) > 1:
-            raise ConfigurationError(f"corrections name both {' and '.join(rounding)}; expected one way of rounding")
-        if self.activation_range not in available("quantizers"):
-            names = ", ".join(available("quantizers"))
-            raise ConfigurationError(f"unknown range of activations {self.activation_range!r}; expected one of {names}")
+        check_rounding(self.corrections)
+        quantizer_of(self.activation_range)  # refuses an unknown name
 
     @property
     def plain(self) -> "Recipe":
@@ -85,24 +88,19 @@ class Prepared:
     @property
     def has_final(self) -> bool:
         """Whether corrections are left that need the whole assignment."""
-        return bool(at_stage(self.recipe.corrections, "final"))
+        return bool(at_stage(self.recipe.corrections, FinalCorrection))
 
     def final(self, assignment: Assignment) -> dict[str, Tensor]:
         """Parameters and buffers that final corrections change for an assignment, by name. Empty for the float network."""
         layers = self.chosen(assignment)
         tensors: dict[str, Tensor] = {}
         if layers:
-            for module in at_stage(self.recipe.corrections, "final"):
-                reference = self._reference(module)
-                tensors |= module.reestimate(self.network.updated(tensors), layers, self.images, reference)
+            for name, correction in at_stage(self.recipe.corrections, FinalCorrection).items():
+                if name not in self._references:
+                    self._references[name] = correction.reference(self.network, self.images)
+                network = self.network.updated(tensors)
+                tensors |= correction.reestimate(network, layers, self.images, self._references[name])
         return tensors
-
-    def _reference(self, module: ModuleType) -> Any:
-        """What a final correction measures of the float network, once."""
-        name = _name(module)
-        if name not in self._references:
-            self._references[name] = module.reference(self.network, self.images)
-        return self._references[name]
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The deployed network and its quantized layers.
@@ -184,10 +182,10 @@ def equalized(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> tup
     """
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
-    for module in at_stage(recipe.corrections, "network"):
-        equalization = module.equalize(network.updated(tensors) if tensors else network, images)
+    for name, correction in at_stage(recipe.corrections, NetworkCorrection).items():
+        equalization = correction.equalize(network.updated(tensors) if tensors else network, images)
         tensors |= equalization.tensors
-        notes += [f"{_name(module)}: {pair}" for pair in equalization.report]
+        notes += [f"{name}: {pair}" for pair in equalization.report]
     return tensors, notes
 
 
@@ -227,12 +225,12 @@ def prepare_layer(
     sample = layer_sample(network, layer, runs)
     notes = []
     rounders = []
-    for module in at_stage(recipe.corrections, "rounding"):
-        reason = module.skipped(network.layers[layer]) if sample else "no run of it can be observed"
+    for name, rounding in at_stage(recipe.corrections, Rounding).items():
+        reason = rounding.skipped(network.layers[layer]) if sample else "no run of it can be observed"
         if reason or sample is None:
-            notes.append(f"{_name(module)} leaves {network.layers[layer].name} to rounding to nearest: {reason}")
+            notes.append(f"{name} leaves {network.layers[layer].name} to rounding to nearest: {reason}")
         else:
-            rounders.append(module.rounder(sample, recipe.seed, recipe.adaround_steps))
+            rounders.append(rounding.rounder(sample, recipe.seed, recipe.adaround_steps))
     quantized: dict[tuple[int, int | None], QuantizedLayer] = {}
     activations: dict[int, ActivationGrid] = {}
     for bits, width in space.candidates(layer):
@@ -245,12 +243,12 @@ def prepare_layer(
             weight_only = QuantizedLayer(grid.dequantize(codes).to(weight.dtype), None, None, grid)
         quantized[bits, width] = replace(weight_only, activation=None if width is None else activations[width])
     layers = list(quantized.values())
-    for module in at_stage(recipe.corrections, "layer"):
-        reason = module.skipped(sample) if sample else "no run of it can be observed"
+    for name, correction in at_stage(recipe.corrections, LayerCorrection).items():
+        reason = correction.skipped(sample) if sample else "no run of it can be observed"
         if reason or sample is None:
-            notes.append(f"{_name(module)} leaves {network.layers[layer].name} as it is: {reason}")
+            notes.append(f"{name} leaves {network.layers[layer].name} as it is: {reason}")
         else:
-            layers = module.correct(sample, layers)
+            layers = correction.correct(sample, layers)
     return [replace(option, weight=laid_out_like(option.weight, weight)) for option in layers], notes
 
 
@@ -309,11 +307,14 @@ def calibration_batches(images: Tensor, batch_images: int = BATCH_IMAGES) -> lis
     return list(torch.split(images, batch_images)) if len(images) else []
 
 
-def _name(module: object) -> str:
-    return str(getattr(module, "__name__", module)).rpartition(".")[2]
+def check_rounding(corrections: Sequence[str]) -> None:
+    """Refuses two ways of rounding."""
+    names = list(at_stage(corrections, Rounding))
+    if len(names) > 1:
+        raise ConfigurationError(f"corrections names both {' and '.join(names)}; expected one way of rounding")
 
 
 def names_of(corrections: Sequence[str]) -> str:
     """Names of corrections for a table, in the order in which they act."""
-    ordered = sorted(corrections, key=lambda name: ("network", "rounding", "layer", "final").index(module_of(name).STAGE))
+    ordered = sorted(corrections, key=lambda name: STAGES.index(correction_of(name).stage))
     return " + ".join(ordered) or "none"

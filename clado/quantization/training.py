@@ -57,8 +57,12 @@ class Training:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; expected {least} or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; expected a number above 0, such as 0.001")
-        if self.criterion not in ("kl_to_float", "cross_entropy"):
-            raise ConfigurationError(f"unknown criterion {self.criterion!r}; expected kl_to_float or cross_entropy")
+        criteria.criterion_of(self.criterion)  # refuses an unknown name
+
+    @property
+    def objective(self) -> criteria.Criterion:
+        """The criterion that training minimises."""
+        return criteria.criterion_of(self.criterion)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ class _Pupil:
             for i, layer in self.layers.items()
         }
         # cloned: autograd cannot save a tensor of inference mode for the backward pass
-        floats = reference.logits(x).clone() if self.training.criterion == "kl_to_float" else x.new_zeros(())
+        floats = reference.logits(x).clone() if self.training.objective.needs_float_logits else x.new_zeros(())
         logits = self.network.updated(self.others).differentiable_logits(x, layers)
         _check_labels(labels, logits, self.training)
         return criteria.bind(self.training.criterion, floats, device_labels)(logits).mean()
@@ -286,7 +290,7 @@ def _on_device(batch: tuple[Tensor, Tensor | None], network: Network) -> tuple[T
 
 def _check_labels(labels: Tensor | None, logits: Tensor, training: Training) -> None:
     """Raises DataError for labels beyond the network's outputs."""
-    if training.criterion == "cross_entropy" and labels is not None:
+    if training.objective.needs_labels and labels is not None:
         low, high, classes = int(labels.min()), int(labels.max()), logits.shape[-1]
         if low < 0 or high >= classes:
             raise DataError(f"labels reach from {low} to {high}; expected 0 to {classes - 1}, one for each output of the network")
@@ -300,5 +304,5 @@ def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out:
     for images, name in ((training_set, "training"), (held_out, "held-out")):
         if len(images) < 2:
             raise DataError(f"there are {len(images)} {name} images; expected two or more")
-        if training.criterion == "cross_entropy" and images.load(0, 1)[1] is None:
-            raise DataError(f"cross_entropy needs labels and the {name} images have none; use the criterion kl_to_float")
+        if training.objective.needs_labels and images.load(0, 1)[1] is None:
+            raise DataError(f"{training.criterion} needs labels and the {name} images have none; use the criterion kl_to_float")

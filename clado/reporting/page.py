@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from clado.errors import StoreError
 from clado.records import CHOSEN, UNIFORM, Result, RunRecord, percent, short_names, size_text, write_text
 from clado.reporting import tables
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 from clado.space import bits_text
 
 PAGE = "report.html"

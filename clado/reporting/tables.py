@@ -17,11 +17,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from clado.choosing.proposals import TEMPERED
+from clado.interaction.estimators import safe_estimators, with_interactions
+from clado.plugins import available
 from clado.records import CHOSEN, MeasuredProposal, Receipt, Result, RunRecord, markdown_table, percent, size_text
-from clado.settings.schema import database_of
+from clado.settings.tracking import database_of
 
-BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
 # "plain %" only where a run corrects: the same bits without corrections; "corrections" only where an answer has not all of them
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
 FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
@@ -53,29 +53,31 @@ def markdown(record: RunRecord) -> str:
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what the interactions changed, from `layerwise` to `pairwise` (or else the first of INTERACTING)."""
-    rival = next((method for method in INTERACTING if method in record.methods), None)
-    if BASE not in record.methods or rival is None:
+    """One sentence: what the interactions changed, from `layerwise` to `pairwise` (or else the next by `interaction_order`)."""
+    base_name = safe_estimators()[0]
+    rival = next(iter(with_interactions(record.methods)), None)
+    if base_name not in record.methods or rival is None:
         methods = ", ".join(record.methods) or "no results"
-        return f"Interactions: no verdict, for it compares {BASE} with {INTERACTING[0]} and the run has {methods}."
+        usual = with_interactions(available("estimators"))[0]
+        return f"Interactions: no verdict, for it compares {base_name} with {usual} and the run has {methods}."
     pairs = [
         (budget, base, other)
         for budget in record.budgets
-        if (base := record.find(budget, BASE)) is not None and (other := record.find(budget, rival)) is not None
+        if (base := record.find(budget, base_name)) is not None and (other := record.find(budget, rival)) is not None
         if math.isfinite(base.loss_deployed) and math.isfinite(other.loss_deployed)
     ]
     if not pairs:
-        return f"Interactions: no verdict, for at no budget both {BASE} and {rival} have a finite loss."
+        return f"Interactions: no verdict, for at no budget both {base_name} and {rival} have a finite loss."
     changed = [_num_changed(base, other) for _, base, other in pairs]
     of = f"of {len(record.layer_names)} layers"
     if not any(changed):
         where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
-        return f"Interactions change nothing: {rival} and {BASE} agree on all {len(record.layer_names)} layers at {where}."
+        return f"Interactions change nothing: {rival} and {base_name} agree on all {len(record.layer_names)} layers at {where}."
     lower = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed < base.loss_deployed]
     higher = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed > base.loss_deployed]
     layers = f"{min(changed)} to {max(changed)}" if min(changed) < max(changed) else str(max(changed))
     if len(pairs) == 1:
-        return f"Interactions change {layers} {of} and the measured loss {_change(*pairs[0])} ({rival} against {BASE})."
+        return f"Interactions change {layers} {of} and the measured loss {_change(*pairs[0])} ({rival} against {base_name})."
     parts = [f"Interactions change {layers} {of}"]
     for word, found, extreme in (("lower", lower, min), ("raise", higher, max)):
         if found:
@@ -83,7 +85,7 @@ def verdict(record: RunRecord) -> str:
             parts.append(f"{word} the measured loss at {len(found)} of {len(pairs)} budgets, most {_change(*most, signed=False)}")
     if not lower and not higher:
         parts.append("leave the measured loss as it is")
-    return f"{'; they '.join(parts)} ({rival} against {BASE})."
+    return f"{'; they '.join(parts)} ({rival} against {base_name})."
 
 
 def winners(record: RunRecord) -> str:

@@ -37,7 +37,8 @@ from zarr.core.sync import sync
 
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
 from clado.measuring.plan import KINDS, OF_PAIRS, Kind, Plan, Tile
-from clado.settings.schema import fingerprint, redact
+from clado.settings.identity import fingerprint
+from clado.settings.redaction import redact
 from clado.space import Layer, SearchSpace
 
 FORMAT = "clado-store/1"

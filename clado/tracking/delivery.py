@@ -31,7 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from clado.errors import ServerError, StoreError
 from clado.records import CHOSEN, Accuracy, Receipt, Result, RunRecord, write_text
-from clado.settings.schema import HIDDEN, TRACKING_VARIABLE, database_of, fingerprint, redact, tracking_uri
+from clado.settings.identity import fingerprint
+from clado.settings.redaction import HIDDEN, redact
+from clado.settings.tracking import TRACKING_VARIABLE, database_of, tracking_uri
 from clado.tracking import models
 from clado.tracking.models import Logged
 

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from clado.errors import ConfigurationError, MeasurementError
-from clado.settings.schema import ClusterSettings, RunConfig
+from clado.plugins import load
+from clado.settings.schema import RunConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,13 +42,13 @@ class Workers(Protocol):
 
 def start(config: RunConfig) -> AbstractContextManager[Workers]:
     """The workers that the configuration names, until the context ends."""
-    workers: AbstractContextManager[Workers] = _kind(config.cluster).start(config.cluster)
+    workers: AbstractContextManager[Workers] = load("clusters", config.cluster.name).start(config.cluster)
     return workers
 
 
 def describe(config: RunConfig) -> str:
     """What `start` would start: a sentence, or the script or manifest for another system. Starts nothing."""
-    text: str = _kind(config.cluster).describe(config.cluster)
+    text: str = load("clusters", config.cluster.name).describe(config.cluster)
     return text
 
 
@@ -57,10 +58,6 @@ def given_up(item: object, error: Exception) -> MeasurementError:
         f"{item} failed {RETRIES + 1} times, the last time with {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
         "What was measured is kept, and the same command goes on from there; the traceback is in failure.txt of the run's folder"
     )
-
-
-def _kind(settings: ClusterSettings) -> ModuleType:
-    return import_module(f"flows.clusters.{settings.kind}")
 
 
 def optional(module: str, package: str, kind: str) -> ModuleType:

@@ -13,7 +13,8 @@ from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
 from clado.errors import CladoError, MeasurementError, ServerError
-from clado.settings.schema import ClusterSettings, RunConfig
+from clado.settings.cluster import ClusterSettings
+from clado.settings.schema import RunConfig
 from flows.clusters import RETRIES, given_up
 from flows.clusters._inspection import Inspection, located
 from flows.clusters._tls import protocol, security

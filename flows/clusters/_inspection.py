@@ -8,7 +8,8 @@ from typing import Any
 from distributed import Worker, WorkerPlugin
 
 from clado.errors import ServerError
-from clado.settings.schema import RunConfig, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import RunConfig
 from clado.storage.measurement_store import exists
 
 SAME = ("clado", "torch", "numpy")  # packages whose version may change a number

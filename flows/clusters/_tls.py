@@ -3,7 +3,7 @@
 from distributed import Security
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 
 ROLES = ("client", "scheduler", "worker")
 

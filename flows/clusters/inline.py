@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import CladoError
-from clado.settings.schema import ClusterSettings, RunConfig
+from clado.settings.cluster import ClusterSettings
+from clado.settings.schema import RunConfig
 from flows.clusters import RETRIES, given_up
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import ServerError
-from clado.settings.schema import ClusterSettings, KubernetesSettings
+from clado.settings.cluster import ClusterSettings, KubernetesSettings
 from flows.clusters import optional
 from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected, quiet, scheduler_environment, threads
 

@@ -4,7 +4,7 @@ import os
 from contextlib import AbstractContextManager
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 from flows.clusters._dask import DaskWorkers, processes
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 from flows.clusters import optional
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, security

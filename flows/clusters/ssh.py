@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import ServerError
-from clado.settings.schema import ClusterSettings, SshSettings
+from clado.settings.cluster import ClusterSettings, SshSettings
 from flows.clusters import optional
 from flows.clusters._dask import LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, tls_options

@@ -406,7 +406,7 @@ def test_a_wrong_convex_form_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_refused() -> None:
     program = program_of()
-    with pytest.raises(ConfigurationError, match="the solvers are exhaustive, greedy, scip"):
+    with pytest.raises(ConfigurationError, match="unknown solver 'gurobi'; expected one of exhaustive, greedy, scip"):
         solvers.solve(program, "gurobi")
     with pytest.raises(SolverError, match="assignments"):
         solvers.solve(program, "exhaustive")

@@ -17,7 +17,7 @@ from distributed import Client, LocalCluster
 from clado.errors import MeasurementError, ServerError
 from clado.measuring.plan import KINDS, OF_PAIRS, Plan, sample_blocks
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from flows import worker
 from flows.clusters import _dask
 from flows.clusters._dask import DaskWorkers, configure, quiet

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from clado.errors import MeasurementError
 from clado.records import Receipt, RunRecord
-from clado.settings.schema import load_run_config, parse_config
+from clado.settings.loading import load_run_config, parse_config
 from clado.tracking import delivery
 from flows import clusters
 from flows.cli import app

@@ -149,7 +149,7 @@ def test_candidates_say_who_predicts_where_another_proposed() -> None:
     own = MeasuredProposal("3 bits", "pairwise", chosen.assignment, chosen.size_bytes, 0.2, 0.125, 0.1)
     other = replace(own, origin="tempered2", predicted_by="gauss_newton", brier_deployed=0.3)
     none = replace(other, origin="hawq", loss_predicted=None, predicted_by="", brier_deployed=0.4)
-    _, _, *lines = tables.proposals_table(replace(record, candidates=(own, other, none))).splitlines()
+    _, _, *lines = tables.proposals_table(replace(record, measured_proposals=(own, other, none))).splitlines()
     assert [line.split("|")[4].strip() for line in lines] == ["0.1250", "0.1250 (gauss_newton)", "–"]
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from clado.measuring.plan import KINDS, Tile
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
 from tests.running import config
 

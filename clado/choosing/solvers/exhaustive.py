@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from clado.choosing.program import Program, Status
-from clado.choosing.solvers import Outcome, Task
+from clado.choosing.solvers import Outcome, Solver, Task
 from clado.errors import SolverError
 
 MOST = 20_000_000
@@ -46,3 +46,6 @@ def search(program: Program, task: Task) -> Outcome:
     if best is None:
         return Outcome(Status.INFEASIBLE, None, np.inf, nodes)
     return Outcome(Status.OPTIMAL, best, program.minimised(best), nodes)
+
+
+solver = Solver(search)

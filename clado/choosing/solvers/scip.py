@@ -29,7 +29,7 @@ from pyscipopt.scip import PY_SCIP_RESULT as SCIP_RESULT
 from pyscipopt.scip import Relax
 
 from clado.choosing.program import Choices, Program, Status
-from clado.choosing.solvers import TOLERANCE, Outcome, Task
+from clado.choosing.solvers import TOLERANCE, Outcome, Solver, Task
 from clado.choosing.solvers._bound import Mask
 from clado.choosing.solvers._convexify import Form
 from clado.choosing.solvers._forms import Forms
@@ -464,3 +464,6 @@ def _factored(program: Program, form: Form, task: Task, initial: Choices | None)
         model.setParam("propagating/obbt/freq", -1)
 
     return _plain(program, task, initial, unit, form.constant, build)
+
+
+solver = Solver(search)

@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 
 from clado.grids import Grid
-from clado.quantization.corrections import LayerSample
-from clado.space import Layer
-
-STAGE = "rounding"
+from clado.quantization.corrections import LayerSample, Rounding
 
 # ResNet-20 at 2 and 4 bits chose the settings below; halving or doubling one changes the error by 8 % at most
 LEARNING_RATE = 0.1
@@ -34,11 +31,6 @@ MARGIN = 0.01  # V starts at least so far from where h is cut, and its gradient 
 INPUT_ELEMENTS = 2**25  # most input elements in memory (128 MB); the first ones are read
 POSITIONS = 2048  # positions of the input in a mini-batch, which has FEWEST to MOST images or rows
 FEWEST, MOST = 4, 256
-
-
-def skipped(layer: Layer) -> str | None:
-    """Why a layer is rounded to nearest instead. Always None: AdaRound acts on every operator."""
-    return None
 
 
 def rounder(sample: LayerSample, seed: int = 0, steps: int = 1000) -> Callable[[Grid], Tensor]:
@@ -79,7 +71,7 @@ class _Learner:
         nearest_error = self._total_error(grid.dequantize(nearest))
         if not 0 < nearest_error < inf:
             return nearest
-        rounding = _Rounding(weight, grid)
+        rounding = _Codes(weight, grid)
         adam = _Adam(rounding.v)
         generator = torch.Generator().manual_seed(self.seed)
         weighting = weight.numel() * len(inputs) / (batch * nearest_error)
@@ -104,7 +96,7 @@ class _Learner:
             return sum(float(self._squared_error(part, quantized)) for part in torch.split(self.inputs, self.batch))
 
 
-class _Rounding:
+class _Codes:
     """The lower code (`base`) of each weight, and its share of the way to the next code as a function of `v`.
 
     Both have the weight's shape.
@@ -164,3 +156,6 @@ def _kept_inputs(sample: LayerSample) -> Tensor:
 
 def _deterministic_convolutions() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+correction = Rounding(rounder)

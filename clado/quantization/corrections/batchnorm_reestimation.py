@@ -17,14 +17,14 @@ network keeps its operations.
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clado.errors import DataError, NetworkError
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import Moments, NormStatistics
+from clado.quantization.corrections import FinalCorrection
 
-STAGE = "final"
 MIN_IMAGES = 16
 # Both networks see the same images. More images than these move the loss by less than its standard error.
 MOST_IMAGES = 128
@@ -90,6 +90,15 @@ def _first_images(batches: Sequence[Tensor]) -> list[Tensor]:
     return parts
 
 
+def forward_images(model: nn.Module, num_images: int, has_graph: bool) -> int:
+    """Forward images of one assignment: those that are read, by whole forwards once for each batch norm. None without batch norm.
+
+    It is an upper bound: a batch norm that a forward meets twice is left as it is.
+    """
+    norms = sum(name.endswith("running_var") for name, _ in model.named_buffers())
+    return min(num_images, MOST_IMAGES) * (min(norms, 1) if has_graph else norms)
+
+
 def matched(norm: NormStatistics, floats: Moments) -> Moments:
     """The statistics under which a batch norm's output has the float network's mean and deviation in each channel.
 
@@ -105,3 +114,6 @@ def matched(norm: NormStatistics, floats: Moments) -> Moments:
     new_mean = seen_mean - (float_mean - mean) * ratio.sqrt()
     new_variance = ((variance + norm.eps) * ratio - norm.eps).clamp(min=0.0)
     return new_mean.to(norm.trained[0]), new_variance.to(norm.trained[1])
+
+
+correction = FinalCorrection(reference, reestimate, forward_images)

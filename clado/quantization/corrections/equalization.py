@@ -23,10 +23,9 @@ from torch import Tensor
 
 from clado.network.graph import Graph
 from clado.network.network import Network
+from clado.quantization.corrections import NetworkCorrection
 from clado.quantization.corrections._connections import Clip, Connection
 from clado.quantization.corrections._survey import Survey, value_shapes
-
-STAGE = "network"
 
 ROUNDS = 200
 TOLERANCE = 1e-8  # of the logarithm of a scale, in float64
@@ -128,3 +127,6 @@ def _maxima(graph: Graph, clips: Sequence[Clip], images: Sequence[Tensor]) -> li
             largest = value.reshape(value.shape[0] // clip.layout.repeat, -1).amax(1).double()
             maxima[clip] = torch.maximum(maxima[clip], largest) if clip in maxima else largest
     return [maxima.get(clip) for clip in clips]
+
+
+correction = NetworkCorrection(equalize)

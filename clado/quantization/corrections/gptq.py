@@ -20,10 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clado.grids import Grid
-from clado.quantization.corrections import LayerSample
+from clado.quantization.corrections import LayerSample, Rounding
 from clado.space import Layer
-
-STAGE = "rounding"
 
 ARGUMENTS = ("stride", "padding", "dilation", "groups")
 TRANSPOSED_ARGUMENTS = ("stride", "padding", "output_padding", "groups", "dilation")
@@ -239,3 +237,6 @@ def _per_axis(value: int | list[int] | tuple[int, ...], kernel: tuple[int, ...])
     """A number for each spatial axis, from one number for all or from one for each."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * len(kernel) if len(values) == 1 else values
+
+
+correction = Rounding(rounder, skipped)

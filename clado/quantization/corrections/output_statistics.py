@@ -14,9 +14,8 @@ from torch import Tensor
 
 from clado.errors import DataError
 from clado.grids import Grid, QuantizedLayer
-from clado.quantization.corrections import LayerSample
+from clado.quantization.corrections import LayerCorrection, LayerSample
 
-STAGE = "layer"
 MIN_OBSERVATIONS = 32  # of one channel; its deviation is then known to about an eighth
 ROUNDING = 1e-6  # share of a layer's largest values; a smaller deviation is the rounding of sums in float32
 
@@ -112,3 +111,6 @@ class _Moments:
     def varies(self) -> Tensor:
         """Whether a channel varies by more than the rounding of float32."""
         return self.deviation > ROUNDING * float((self.mean.abs() + self.deviation).max())
+
+
+correction = LayerCorrection(correct, skipped)

@@ -1,4 +1,7 @@
-"""A ready Python file that applies an assignment with a peer's library: what the peers' modules here have in common.
+"""A ready Python file that applies an assignment with a peer's library: one module for each peer.
+
+To add a peer, add a file to this folder with a function `snippet(space, assignment) -> str`. The file's name is the format's
+name.
 
 Every snippet holds the assignment as the literal `BITS` (`read_assignment` reads it back, without running the file), quantizes
 weights symmetric, with one scale per output channel where the peer allows, and checks that each layer came out as assigned.
@@ -8,14 +11,13 @@ and torchao do not, and their snippets say so. What a peer cannot express is ref
 
 import json
 from collections.abc import Container, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 
 from clado.errors import ConfigurationError, StoreError
+from clado.plugins import available, load
 from clado.records import write_text
 from clado.space import Assignment, SearchSpace
 
-PEERS = ("modelopt", "mct", "torchao")
 ASSIGNMENT = "assignment.json"
 
 NO_SHARED_WEIGHTS = '''
@@ -32,7 +34,7 @@ def refuse_shared(model):
 
 def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment) -> Path:
     """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path."""
-    text = import_module(f"clado.exporting.{known(peer)}").snippet(space, assignment)
+    text = load("snippets", known(peer)).snippet(space, assignment)
     document, assignment_file = space.to_json(assignment), folder / ASSIGNMENT
     if not assignment_file.is_file():
         write_text(assignment_file, json.dumps(document, indent=1))
@@ -53,8 +55,9 @@ def holds(file: Path, document: Mapping[str, object]) -> bool:
 
 def known(peer: str) -> str:
     """The peer's name, refused unless there is a snippet for it."""
-    if peer not in PEERS:
-        raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(PEERS[:-1])} or {PEERS[-1]}")
+    peers = available("snippets")
+    if peer not in peers:
+        raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(peers[:-1])} or {peers[-1]}")
     return peer
 
 
