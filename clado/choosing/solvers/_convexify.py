@@ -173,12 +173,12 @@ class Relaxation:
             eigenvalues, vectors = np.linalg.eigh(v)
             positive = eigenvalues > 0
             if positive.sum() * 2 > len(eigenvalues):
-                few = vectors[:, ~positive]
-                negative = (few * -eigenvalues[~positive]) @ few.T
+                basis = vectors[:, ~positive]
+                negative = (basis * -eigenvalues[~positive]) @ basis.T
                 new_z = v + negative
             else:
-                few = vectors[:, positive]
-                new_z = (few * eigenvalues[positive]) @ few.T
+                basis = vectors[:, positive]
+                new_z = (basis * eigenvalues[positive]) @ basis.T
                 negative = new_z - v
             v_slack = -knapsack - penalty * self.slack
             new_x, new_slack = negative / penalty, np.maximum(-v_slack, 0) / penalty
