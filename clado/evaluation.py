@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clado import criteria
+from clado.criteria.cross_entropy import cross_entropy
+from clado.criteria.kl_to_float import kl_to_float
 from clado.data.images import ImageSlice
 from clado.errors import DataError
 from clado.network.network import Network, Replaced
@@ -148,9 +149,9 @@ def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) 
     if labels is None:
         if floats is None:
             raise DataError("the images have no labels and no float network to compare with; expected one of them")
-        return Counts(len(logits), float(criteria.kl_to_float(logits, floats).sum()))
+        return Counts(len(logits), float(kl_to_float(logits, floats).sum()))
     targets = labels.to(logits.device)
-    loss = criteria.cross_entropy(logits, targets).sum()
+    loss = cross_entropy(logits, targets).sum()
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
     hits, labels = (top5 & _is_finite(logits)[:, None]).cpu(), labels.cpu()  # column k: the class of rank k is the label
     num_images, num_hits = Counter(labels.tolist()), Counter(labels[hits[:, 0]].tolist())
@@ -173,10 +174,10 @@ def per_image(
         logits = network.logits(x, replaced)
         if labels is None:
             floats = float_network.logits(x)
-            loss, targets = criteria.kl_to_float(logits, floats), floats.argmax(1)
+            loss, targets = kl_to_float(logits, floats), floats.argmax(1)
         else:
             targets = labels.to(network.device)
-            loss = criteria.cross_entropy(logits, targets)
+            loss = cross_entropy(logits, targets)
         losses.append(loss.cpu().numpy())
         hits.append(((logits.argmax(1) == targets) & _is_finite(logits)).cpu().numpy())
     return np.concatenate(losses), np.concatenate(hits)

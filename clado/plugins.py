@@ -1,25 +1,120 @@
-"""Names of plug-ins: a public module file in one of the package's folders is a name. Imports nothing but the standard library."""
+"""Plug-ins: how a file in a folder becomes a name in the settings. Imports nothing but the standard library.
+
+A public module file of a plug-in folder is a plug-in, and its name is the file's. `available` lists names and imports nothing.
+`load` imports a plug-in when it is first used. `package.module:name` names a plug-in that lives elsewhere.
+"""
 
 import difflib
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from clado.errors import CladoError, ConfigurationError
 
 PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of plug-ins."""
+
+    package: str
+    """Dotted name of the package whose public modules are the plug-ins."""
+    noun: str
+    """What messages call a plug-in, and the name of the object in a plug-in's file."""
+    interface: str | None = None
+    """Class of the package that a plug-in is an object of. None: the module itself is the plug-in."""
+
+
 FOLDERS = {
-    "quantizers": "quantization/quantizers",
-    "corrections": "quantization/corrections",
-    "kinds": "measuring/kinds",
-    "measurements": "measuring/measurements",
-    "estimators": "interaction/estimators",
-    "constraints": "choosing/constraints",
-    "solvers": "choosing/solvers",
+    "sources": Folder("clado.data.sources", "source"),
+    "criteria": Folder("clado.criteria", "criterion", "Criterion"),
+    "quantizers": Folder("clado.quantization.quantizers", "quantizer", "Quantizer"),
+    "corrections": Folder("clado.quantization.corrections", "correction", "Correction"),
+    "kinds": Folder("clado.measuring.kinds", "kind", "TileKind"),
+    "measurements": Folder("clado.measuring.measurements", "measurement"),
+    "estimators": Folder("clado.interaction.estimators", "estimator", "Estimator"),
+    "constraints": Folder("clado.choosing.constraints", "constraint", "ConstraintKind"),
+    "solvers": Folder("clado.choosing.solvers", "solver", "Solver"),
+    "snippets": Folder("clado.exporting.snippets", "snippet"),
+    "clusters": Folder("flows.clusters", "cluster"),
 }
-"""Folders of plug-ins, by their name."""
+"""Folders of plug-ins, by the names that `available` and `load` take."""
 
 
 def available(folder: str) -> tuple[str, ...]:
-    """Names of the plug-ins in one of the package's folders: its public module files. A new file is a new name."""
-    return tuple(sorted(file.stem for file in (PACKAGE / FOLDERS[folder]).glob("*.py") if not file.stem.startswith("_")))
+    """Names of the plug-ins in a folder, in alphabetical order. Imports nothing.
+
+    Args:
+        folder: A key of `FOLDERS`.
+    """
+    package = FOLDERS[folder].package
+    paths = getattr(sys.modules.get(package), "__path__", [PACKAGE.parent.joinpath(*package.split("."))])
+    names = {file.stem for path in paths for file in Path(path).glob("*.py")}
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+def load(folder: str, name: str) -> Any:
+    """The plug-in of a name: an object of the folder's interface class, or a module where the folder has none.
+
+    Args:
+        folder: A key of `FOLDERS`.
+        name: One of `available(folder)`, or `package.module:name`.
+
+    Raises:
+        ConfigurationError: There is no such plug-in, or it is something else.
+    """
+    place = FOLDERS[folder]
+    if ":" in name:
+        plugin = imported(name, place.noun)
+    elif name in available(folder):
+        module = import_module(f"{place.package}.{name}")
+        plugin = getattr(module, place.noun, None) if place.interface else module
+    else:
+        raise ConfigurationError(f"unknown {place.noun} {name!r}; {expected(folder, name)}")
+    if place.interface and not isinstance(plugin, getattr(import_module(place.package), place.interface)):
+        shown = f"the class {plugin.__name__}" if isinstance(plugin, type) else f"an object of type {type(plugin).__name__}"
+        raise ConfigurationError(
+            f"{place.noun} {name!r} is {shown}; expected an object of the class {place.package}.{place.interface}"
+        )
+    return plugin
+
+
+def imported(name: str, noun: str, attribute: str = "name", error: type[CladoError] = ConfigurationError) -> Any:
+    """What `package.module:attribute` names: of an installed module, or of one below the working folder.
+
+    Args:
+        name: The dotted name.
+        noun: What the name stands for, in messages.
+        attribute: What is looked for in the module, in messages.
+        error: Raised where there is no such module or attribute.
+    """
+    module_name, _, key = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # it stays: what is imported may import its own modules later
+    try:
+        module = import_module(module_name)
+    except Exception as cause:
+        missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise error(
+                f"{noun} {name!r}: no module {missing!r}; expected package.module:{attribute}, installed or below {here}"
+            ) from None
+        text = str(cause) if isinstance(cause, ModuleNotFoundError) else f"{type(cause).__name__}: {cause}"
+        raise error(f"{noun} {name!r}: importing {module_name} failed: {text}") from cause
+    if not hasattr(module, key):
+        names = [public for public in vars(module) if not public.startswith("_")]
+        raise error(f"{noun} {name!r}: {module_name} has no {attribute} {key!r}{nearest(key, names)}")
+    return getattr(module, key)
+
+
+def expected(folder: str, name: str) -> str:
+    """The valid names of a folder, and the one that is nearest to a wrong name."""
+    return f"expected one of {', '.join(available(folder))}{nearest(name, available(folder))}"
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-from clado.settings.schema import database_of, load_run_config
+from clado.settings.loading import load_run_config
+from clado.settings.tracking import database_of
 from clado.tracking import stores
 from tests.system.browser import browser
 

@@ -1,4 +1,4 @@
-"""What a flow run shows on Prefect's page: the table, and where MLflow has the run, as MLflow has the id of the flow run."""
+"""The artifacts of a flow run on Prefect's page: the table, and a link to the MLflow run."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ TABLE, MLFLOW = "clado-table", "clado-mlflow"  # keys of the artifacts
 
 
 def show(record: RunRecord, receipt: Receipt) -> None:
-    """Adds table, link and label to the flow run that is going on, if one is; a server that does not answer costs a warning."""
+    """Adds table, link and label to the present flow run, if there is one. A server that does not answer causes a warning."""
     if not flow_run.id:
         return
     try:
@@ -31,12 +31,12 @@ def show(record: RunRecord, receipt: Receipt) -> None:
         )
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow_run.id, {"mlflow_run_id": receipt.parent_run_id})
-    except Exception as error:  # the results are in the folder: no fault of a page may cost them
+    except Exception as error:  # the results are in the folder, and a fault of the page must not stop the run
         log.warning("Prefect does not show the results of this run (%s); they are in its folder", type(error).__name__)
 
 
 def address(receipt: Receipt) -> str:
-    """The run's page on a server, else the place of the SQLite file, which `mlflow ui` serves."""
+    """The run's page on a server, or else the SQLite file, which `mlflow ui` serves."""
     if receipt.uri.startswith(("http://", "https://")):
         return tables.how_to_open(receipt)
     return Path(receipt.uri.removeprefix("sqlite:///")).as_uri() if receipt.uri.startswith("sqlite:///") else receipt.uri

@@ -58,7 +58,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except CladoError as error:
-            from clado.settings.schema import redact
+            from clado.settings.redaction import redact
 
             typer.echo(f"clado: {redact(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
@@ -256,7 +256,7 @@ def finetune(
     if data is None:
         session = session.with_readable_selection()
 
-    chosen_images = images_of(session, data, seed, images, labels=criterion == "cross_entropy")
+    chosen_images = images_of(session, data, seed, images, labels=training.objective.needs_labels)
     with locked(folder):
         text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
     kept = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
@@ -337,7 +337,7 @@ def sync(
     """Deliver to MLflow what it has not got of a run, from the run's folder alone. A second time delivers nothing."""
     from clado.errors import ServerError, StoreError
     from clado.records import write_text
-    from clado.settings.schema import load_run_config
+    from clado.settings.loading import load_run_config
     from clado.tracking.delivery import deliver
     from flows.guard import locked
 
@@ -461,7 +461,7 @@ def down(folder: ServicesFolder = Path("runs/services")) -> None:
 
 
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
-    from clado.settings.schema import load_config
+    from clado.settings.loading import load_config
 
     settings = load_config(path, overrides or [])
     from flows.environment import set_defaults

@@ -16,7 +16,7 @@ SERVERS = {"PREFECT_API_URL": "/health", "MLFLOW_TRACKING_URI": "/health"}
 
 
 def report() -> tuple[str, bool]:
-    """(lines for the terminal, whether everything needed is there)."""
+    """(lines for the terminal, whether everything necessary is installed and answers)."""
     lines, healthy = [f"{'python':<12} {platform.python_version()} on {platform.platform()}"], True
     for package in PACKAGES:
         try:
@@ -42,13 +42,14 @@ def report() -> tuple[str, bool]:
         if not uri.startswith("http"):
             lines.append(f"{variable:<12} {_redacted(uri)}: no server to ask")
             continue
-        reachable, said = _answers(uri.rstrip("/") + path)
-        lines.append(f"{variable:<12} {_redacted(uri)}: {said}")
+        reachable, answer = _answer(uri.rstrip("/") + path)
+        lines.append(f"{variable:<12} {_redacted(uri)}: {answer}")
         healthy &= reachable
     return "\n".join(lines), healthy
 
 
-def _answers(url: str) -> tuple[bool, str]:
+def _answer(url: str) -> tuple[bool, str]:
+    """(whether a server answers, a description of its answer)."""
     try:
         parts = urlsplit(url)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
@@ -63,6 +64,6 @@ def _answers(url: str) -> tuple[bool, str]:
 
 
 def _redacted(uri: str) -> str:
-    from clado.settings.schema import redact
+    from clado.settings.redaction import redact
 
     return redact(uri)

@@ -19,9 +19,9 @@ def set_defaults(folder: Path) -> None:
         "PREFECT_CLI_COLORS": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    if url := _profiles_server():  # what Prefect would use without a word, and nobody else would know of
+    if url := _profiles_server():  # Prefect would use it silently, and no other code would know it
         defaults["PREFECT_API_URL"] = url
-    elif "PREFECT_API_URL" not in os.environ:  # the embedded server is on this machine: it answers at once, or it has ended
+    elif "PREFECT_API_URL" not in os.environ:  # the embedded server is on this machine and answers at once, or it has ended
         defaults["PREFECT_CLIENT_MAX_RETRIES"] = "2"
     if not Path("~/.prefect").expanduser().exists():  # a user who has Prefect keeps its profiles and its server
         defaults["PREFECT_HOME"] = str((folder / ".prefect").resolve())
@@ -38,7 +38,7 @@ def _profiles_server() -> str | None:
         document = tomllib.loads(Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).read_text("utf-8"))
         profile = document["profiles"][os.environ.get("PREFECT_PROFILE", document.get("active"))]
         return str(profile["PREFECT_API_URL"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that Prefect itself will speak of
+    except (OSError, ValueError, KeyError, TypeError):  # no profile, or one that Prefect itself will report
         return None
 
 

@@ -1,4 +1,4 @@
-"""What the command keeps from the user of Prefect's faults: tracebacks of errors that are not Prefect's, and of an interrupt."""
+"""Signals and faults of Prefect: one message for each, and no traceback for an interrupt or an error of this project."""
 
 import logging
 import os
@@ -18,12 +18,12 @@ from clado.choosing.program import Program, Solution, Solve, Status
 from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted, StoreError
 from clado.space import Assignment
 
-GRACE = 10.0  # seconds in which what was started is ended, before a further signal ends the command at once
+GRACE = 10.0  # seconds for an orderly end, after which another signal ends the command at once
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for this process; a second run on it is refused. The lock dies with the process, however it ends."""
+    """Locks a run's folder for this process. A second run on it is refused. The lock ends with the process."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,51 +47,53 @@ class Terminated(KeyboardInterrupt):
 
 
 def farewell(interrupt: type[BaseException]) -> tuple[str, int]:
-    """What the command says when a signal ends it, and its exit code."""
+    """The message and the exit code of a command that a signal ends."""
     word, code = ("terminated", 143) if issubclass(interrupt, Terminated) else ("interrupted", 130)
     return f"clado: {word}; what was measured is kept, and the same command goes on from there", code
 
 
 def end_in_peace(interrupt: type[BaseException]) -> None:
-    """From here on the command ends because of a signal, and one more does not disturb it: a second Ctrl-C in the middle of
-    Dask's end would leave workers and tracebacks. Where that takes longer than GRACE, the next one ends the process at once."""
+    """Ignores further signals while the command ends, for GRACE seconds. After that, the next one ends the process at once.
+
+    A second Ctrl-C while Dask ends would leave workers and tracebacks.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
-    began = time.monotonic()
+    begin = time.monotonic()
 
-    def heed(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - began > GRACE:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - begin > GRACE:
             text, code = farewell(interrupt)
             os.write(2, f"{text}\n".encode())
             os._exit(code)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, heed)
+        signal.signal(number, handle)
 
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Around a solver, which heeds Ctrl-C and returns its best: SIGTERM is as good here. Gives the signals that came."""
-    came: list[int] = []
+    """Around a solver, which returns its best after Ctrl-C: SIGTERM has the same effect here. Yields the received signals."""
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield came
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield came
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def uninterrupted(solve: Solve, keep: Callable[[Solution], None] = lambda best: None) -> Solve:
-    """The solver, but Ctrl-C or SIGTERM ends what it is part of, as anywhere else; `keep` is given its best until then."""
+    """The solver, but Ctrl-C or SIGTERM ends the command. `keep` receives the best solution until then."""
 
-    def heeding(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
+    def solve_or_end(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
         solution = None
         with interruptible() as signals:
             try:
@@ -106,52 +108,55 @@ def uninterrupted(solve: Solve, keep: Callable[[Solution], None] = lambda best: 
         signal.raise_signal(signals[0] if signals else signal.SIGINT)
         raise KeyboardInterrupt
 
-    return heeding
+    return solve_or_end
 
 
 @contextmanager
 def insistent(seconds: float = 5.0) -> Iterator[None]:
-    """Within a flow: SIGTERM comes again after some seconds, until it has ended what is inside.
+    """Within a flow: sends SIGTERM again after some seconds, until the context has ended.
 
-    Prefect's handler raises, and Python drops what is raised while it collects garbage or deletes an object: the run would go on.
+    Prefect's handler raises an exception. Python drops exceptions of garbage collection and of deleting an object, and the run
+    would continue.
     """
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    waiting: list[threading.Timer] = []
+    timers: list[threading.Timer] = []
 
-    def heed(number: int, frame: FrameType | None) -> None:
-        waiting.append(threading.Timer(seconds, os.kill, (os.getpid(), number)))
-        waiting[-1].daemon = True
-        waiting[-1].start()
+    def repeat(number: int, frame: FrameType | None) -> None:
+        timers.append(threading.Timer(seconds, os.kill, (os.getpid(), number)))
+        timers[-1].daemon = True
+        timers[-1].start()
         handler(number, frame)
 
-    signal.signal(signal.SIGTERM, heed)
+    signal.signal(signal.SIGTERM, repeat)
     try:
         yield
     finally:
-        for timer in waiting:
+        for timer in timers:
             timer.cancel()
-        if signal.getsignal(signal.SIGTERM) is heed:
+        if signal.getsignal(signal.SIGTERM) is repeat:
             signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
 def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Around the call of a flow: a failure of Prefect itself (`outside` the flow's phases) is one message, an interrupt is one.
-    Where the flow is `complete` and only Prefect could not be told, that is said and the run stands.
+    """Around the call of a flow: a failure of Prefect is one message, and so is an interrupt.
 
-    Whatever Prefect says of an interrupt is not heard.
-    SIGTERM is Prefect's while the flow runs: it unwinds the flow, then sends the signal again, to the handler that is set here.
-    The embedded server ends when this process does, however that ends.
+    Prefect handles SIGTERM while the flow runs. It unwinds the flow, then sends the signal again to the handler that is set here.
+    Prefect's own messages about an interrupt are dropped. The embedded server ends with this process.
+
+    Args:
+        outside: Whether an error comes from outside the flow's phases, that is from Prefect.
+        complete: Whether the flow is complete. Then only Prefect does not know it, which is printed, and the run is good.
     """
     from prefect.exceptions import TerminationSignal
 
     interrupted: list[type[KeyboardInterrupt]] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if interrupted:  # one more while this handler runs: an exception here would leave logging's lock taken for ever
+        if interrupted:  # a second one while this handler runs: an exception here would leave logging's lock locked
             return
         interrupted.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
         end_in_peace(interrupted[0])
@@ -160,9 +165,9 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
 
     _watch_embedded_server()
     in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_is_not_the_users)
+        logging.getLogger(name).addFilter(_is_for_the_user)
     try:
         yield
     except TerminationSignal:
@@ -171,34 +176,36 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
         if interrupted:
             raise interrupted[0] from None
         if complete():
-            print(f"clado: the run is complete, but Prefect was not told ({type(error).__name__}): {_told()}", file=sys.stderr)
+            print(
+                f"clado: the run is complete, but Prefect was not told ({type(error).__name__}): {_leftover()}", file=sys.stderr
+            )
             return
         if isinstance(error, CladoError) or not outside():
             raise
         raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}") from None
     finally:
         if not interrupted:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def _is_not_the_users(record: logging.LogRecord) -> bool:
-    """Drops the traceback of an error that the command prints as one message, and what Prefect says of a signal."""
-    told = isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], CladoError)
-    return not told and not any(words in record.getMessage() for words in ("Crash detected!", "Finished in state Crashed"))
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Drops the traceback of an error that the command prints as one message, and Prefect's messages about a signal."""
+    is_message = isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], CladoError)
+    return not is_message and not any(words in record.getMessage() for words in ("Crash detected!", "Finished in state Crashed"))
 
 
 def _watch_embedded_server() -> None:
-    """Makes Prefect's embedded server end with this process, also where that is killed with -9, and not before: Ctrl-C in a
-    terminal reaches every process, and so does what ends a batch job; the server would be gone before the run has ended.
+    """Makes Prefect's embedded server end with this process, also where the process is killed with -9, and not earlier.
 
-    A shell holds the other end of a pipe that only this process keeps open: it reads the end of it when this process is no more.
+    Ctrl-C in a terminal reaches every process, and so does the signal that ends a batch job. Without this, the server would end
+    before the run. A shell reads a pipe that only this process keeps open. The pipe ends with this process.
     """
     from prefect.server.api import server as prefects
 
     class Watched(prefects.SubprocessASGIServer):
         def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-            # in a session of its own, which signals to this one do not reach; Prefect offers no way to ask for that
+            # in a session of its own, which signals to this process do not reach; Prefect has no setting for that
             names = vars(prefects)
             names["subprocess"] = SimpleNamespace(Popen=partial(subprocess.Popen, start_new_session=True))
             try:
@@ -218,10 +225,10 @@ def _watch_embedded_server() -> None:
                 watcher.communicate()
 
     if os.name == "posix":
-        Watched()  # Prefect keeps one server for each port, and None is the port of the embedded one: it will take this
+        Watched()  # Prefect keeps one server for each port. The embedded one has the port None, and will be this object
 
 
-def _told() -> str:
+def _leftover() -> str:
     return f"{os.environ.get('PREFECT_API_URL', 'its page')} shows it as running until somebody deletes it there"
 
 

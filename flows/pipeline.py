@@ -7,7 +7,8 @@ from prefect import flow
 
 from clado.records import Receipt, write_text
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import RunConfig, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import RunConfig
 from flows import clusters
 from flows.guard import insistent, locked
 from flows.phases.choose import allocate, measure_proposals, search

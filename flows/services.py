@@ -3,8 +3,9 @@
     prefect     server of flow runs and schedules     mlflow    server of records
     scheduler   of Dask, and `workers` its processes   runner    Prefect's worker: starts scheduled runs in this folder
 
-Each is a process of its own session that outlives the command. A folder keeps who they are (services.json: process ids and when
-each began, so that another process of the same id is not taken for ours), what they print (NAME.log) and their SQLite databases.
+Each is a process in a session of its own, and outlives the command. A folder has their process ids and start times
+(services.json), their output (NAME.log) and their SQLite databases. With the start time, another process of the same id is told
+apart.
 """
 
 import json
@@ -26,25 +27,29 @@ import psutil
 
 from clado.errors import ConfigurationError, ServerError, StoreError
 from clado.records import write_text
-from clado.settings.schema import ClusterSettings, redact
+from clado.settings.cluster import ClusterSettings
+from clado.settings.redaction import redact
 
 HOST, POOL, LIST = "127.0.0.1", "clado", "services.json"
 NAMES = ("prefect", "mlflow", "scheduler", "workers", "runner")  # in the order in which they start
 DATABASES = ("prefect", "mlflow")  # on PostgreSQL
-GRACE = 20.0  # seconds between the request to end and the end
+GRACE = 20.0  # seconds that a process has to end before it is killed
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the servers listen; Dask's scheduler answers HTTP on the port after its own."""
+    """The ports of the servers."""
 
     prefect: int = 4200
+    """The port of Prefect's server."""
     mlflow: int = 5000
+    """The port of MLflow's server."""
     dask: int = 8786
+    """The port of Dask's scheduler. The next port answers HTTP."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a shell exports so that commands use the servers."""
+        """Environment variables with which commands use the servers."""
         return {
             "PREFECT_API_URL": f"http://{HOST}:{self.prefect}/api",
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{self.mlflow}",
@@ -54,39 +59,42 @@ class Ports:
 
 @dataclass(frozen=True)
 class Service:
-    """A command, what it needs in its environment beside ours, and how to tell that it is well."""
+    """A process that `up` starts."""
 
-    words: tuple[str, ...]
+    command: tuple[str, ...]
+    """The words of its command."""
     environment: Mapping[str, str]
-    well: Callable[[], bool]
+    """Environment variables that it needs in addition to those of this process."""
+    is_healthy: Callable[[], bool]
+    """Whether it answers."""
 
 
 def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> dict[str, Service]:
-    """The services by name, in the order in which they start; a database is the URL of a PostgreSQL server, else SQLite."""
+    """The services by name, in the order in which they start.
+
+    `database` is the URL of a PostgreSQL server; None means SQLite.
+    """
     from flows.clusters._dask import ON_LOOPBACK, scheduler_environment, threads
 
     url = ports.environment
     prefect, mlflow, scheduler = url["PREFECT_API_URL"], url["MLFLOW_TRACKING_URI"], url["DASK_SCHEDULER_ADDRESS"]
     quiet = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     home = {**quiet, "PREFECT_HOME": str(folder / "prefect")}
-    if database is None:
-        stores = {"prefect": f"sqlite+aiosqlite:///{folder}/prefect.db", "mlflow": f"sqlite:///{folder}/mlflow.db"}
-    else:
-        stores = {"prefect": _on(database, "postgresql+asyncpg", "prefect"), "mlflow": _on(database, "postgresql", "mlflow")}
+    prefect_database, mlflow_database = _database_urls(folder, database)
     # jobs are MLflow's seven processes for judging language models
     records = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ARTIFACTS_DESTINATION": f"{folder}/mlflow-artifacts"}
     http = f"{HOST}:{ports.dask + 1}"
     counts = f"http://{http}/json/counts.json"
-    # URLs of databases hold passwords, and command lines are everybody's to read: they go into the environment
+    # URLs of databases hold passwords, and everybody can read command lines: they go into the environment
     return {
         "prefect": Service(
             ("prefect", "server", "start", "--host", HOST, "--port", str(ports.prefect)),
-            {**home, "PREFECT_SERVER_DATABASE_CONNECTION_URL": stores["prefect"]},
+            {**home, "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database},
             lambda: _get(f"{prefect}/health") is True,
         ),
         "mlflow": Service(
             ("mlflow", "server", "--host", HOST, "--port", str(ports.mlflow), "--workers", "1"),
-            {**quiet, **records, "MLFLOW_BACKEND_STORE_URI": stores["mlflow"]},
+            {**quiet, **records, "MLFLOW_BACKEND_STORE_URI": mlflow_database},
             lambda: _get(f"{mlflow}/health") is not None,
         ),
         "scheduler": Service(
@@ -102,24 +110,35 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
         "runner": Service(
             ("prefect", "worker", "start", "--pool", POOL, "--type", "process"),
             {**home, **url},
-            lambda: "ONLINE" in [_member(one, "status") for one in _get(f"{prefect}/work_pools/{POOL}/workers/filter", {}) or []],
+            lambda: "ONLINE" in [_member(w, "status") for w in _get(f"{prefect}/work_pools/{POOL}/workers/filter", {}) or []],
         ),
     }  # fmt: skip
 
 
 def up(folder: Path, ports: Ports, workers: int, database: str | None, patience: float) -> bool:
-    """Starts the services and waits until each is well; False where they are up already. On a failure none is left.
+    """Starts the services and waits until each answers. After a failure none runs.
 
-    Raises: ConfigurationError where a port or the database cannot be used, ServerError where a service ends or is not well in
-    time.
+    Args:
+        folder: Where the services keep their files.
+        ports: Where the servers listen.
+        workers: How many Dask workers there are.
+        database: The URL of a PostgreSQL server; None means SQLite.
+        patience: Seconds until a service must answer.
+
+    Returns:
+        False where the services already run, else True.
+
+    Raises:
+        ConfigurationError: A port or the database cannot be used.
+        ServerError: A service ends, or does not answer in time.
     """
     folder = folder.resolve()
-    known = _read(folder)
-    if known:
-        gone = [name for name in NAMES if known.get(name) is None]  # also what an `up` that was killed did not start
-        if gone:
+    processes = _read(folder)
+    if processes:
+        absent = [name for name in NAMES if processes.get(name) is None]  # also services that a killed `up` did not start
+        if absent:
             raise ServerError(
-                f"of the services in {folder}, {', '.join(gone)} ended or never began ({_log(folder, gone[0])}); "
+                f"of the services in {folder}, {', '.join(absent)} ended or never began ({_log(folder, absent[0])}); "
                 "clado down, then up"
             )
         return False
@@ -130,7 +149,7 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
     services = declare(folder, ports, workers, database)
     started: dict[str, Popen[bytes]] = {}
     try:
-        # workers of either kind connect to servers that answer
+        # Dask's and Prefect's workers connect to servers that answer
         for names in (NAMES[:3], NAMES[3:]):
             for name in names:
                 started[name] = _start(folder, name, services[name])
@@ -144,7 +163,7 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
 
 
 def down(folder: Path) -> list[str]:
-    """Ends the services of a folder with all that they started, the last first; names of those that were running."""
+    """Ends the services of a folder with their descendants, the last first. Returns the names of those that ran."""
     folder = folder.resolve()
     running = {name: process for name, process in reversed(_read(folder).items()) if process is not None}
     for process in running.values():
@@ -159,15 +178,20 @@ def exported(folder: Path) -> dict[str, str]:
     return dict(document["environment"])
 
 
-def _on(database: str, driver: str, name: str) -> str:
-    """The URL of a database of a server."""
+def _database_urls(folder: Path, database: str | None) -> tuple[str, str]:
+    """The URLs of Prefect's and MLflow's databases."""
+    if database is None:
+        return f"sqlite+aiosqlite:///{folder}/prefect.db", f"sqlite:///{folder}/mlflow.db"
     from sqlalchemy.engine import make_url
 
-    return make_url(database).set(drivername=driver, database=name).render_as_string(hide_password=False)
+    server = make_url(database)
+    prefect = server.set(drivername="postgresql+asyncpg", database="prefect")
+    mlflow = server.set(drivername="postgresql", database="mlflow")
+    return prefect.render_as_string(hide_password=False), mlflow.render_as_string(hide_password=False)
 
 
 def _make_databases(database: str) -> None:
-    """Makes the databases that are absent. Their tables are the servers' own to make, and to migrate."""
+    """Makes the databases that are absent. The servers make and migrate their tables."""
     from sqlalchemy import create_engine, text
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -184,25 +208,26 @@ def _make_databases(database: str) -> None:
             url.set(drivername="postgresql", database=url.database or "postgres"), isolation_level="AUTOCOMMIT"
         )
         with engine.connect() as connection:
-            there = set(connection.execute(text("SELECT datname FROM pg_database")).scalars())
+            existing = set(connection.execute(text("SELECT datname FROM pg_database")).scalars())
             for name in DATABASES:
-                if name not in there:
+                if name not in existing:
                     connection.execute(text(f"CREATE DATABASE {name}"))
         engine.dispose()
     except (ImportError, SQLAlchemyError) as error:
-        told = redact(str(error)).splitlines()[0]
-        raise ConfigurationError(f"--database {redact(database)} cannot be used ({told}); {expected}") from None
+        reason = redact(str(error)).splitlines()[0]
+        raise ConfigurationError(f"--database {redact(database)} cannot be used ({reason}); {expected}") from None
 
 
 def _refuse_taken(ports: Ports) -> None:
-    wanted = {"prefect": ports.prefect, "mlflow": ports.mlflow, "dask": ports.dask, "dask and one": ports.dask + 1}
-    if len(set(wanted.values())) < len(wanted):
-        raise ConfigurationError(f"ports {sorted(wanted.values())} are not all different; Dask takes its own and the next")
-    for name, port in wanted.items():
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Raises ConfigurationError for ports that are not different or cannot be bound."""
+    numbers = {"prefect": ports.prefect, "mlflow": ports.mlflow, "dask": ports.dask, "dask and one": ports.dask + 1}
+    if len(set(numbers.values())) < len(numbers):
+        raise ConfigurationError(f"ports {sorted(numbers.values())} are not all different; Dask takes its own and the next")
+    for name, port in numbers.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                tried.bind((HOST, port))
+                probe.bind((HOST, port))
             except (OSError, OverflowError) as error:
                 option = f"--{name.split()[0]}-port"
                 raise ConfigurationError(
@@ -211,12 +236,12 @@ def _refuse_taken(ports: Ports) -> None:
 
 
 def _start(folder: Path, name: str, service: Service) -> Popen[bytes]:
-    program = Path(sys.executable).with_name(service.words[0])
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_BACKEND"))}
+    program = Path(sys.executable).with_name(service.command[0])
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_BACKEND"))}
     with _log(folder, name).open("wb") as output:
         return Popen(
-            [str(program), *service.words[1:]], env={**kept, **service.environment}, stdin=DEVNULL, stdout=output, stderr=STDOUT,
-            start_new_session=True,
+            [str(program), *service.command[1:]], env={**inherited, **service.environment}, stdin=DEVNULL, stdout=output,
+            stderr=STDOUT, start_new_session=True,
         )  # fmt: skip
 
 
@@ -226,7 +251,7 @@ def _log(folder: Path, name: str) -> Path:
 
 def _wait(folder: Path, name: str, service: Service, process: Popen[bytes], patience: float) -> None:
     end = time.monotonic() + patience
-    while not service.well():
+    while not service.is_healthy():
         log = _log(folder, name)
         if process.poll() is not None:
             last = redact("\n  ".join(log.read_text(errors="replace").splitlines()[-5:]))
@@ -261,35 +286,35 @@ def _read(folder: Path) -> dict[str, psutil.Process | None]:
 
 def _process(pid: int, began: float) -> psutil.Process | None:
     try:
-        found = psutil.Process(pid)
-        same = abs(found.create_time() - began) < 1 and found.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        runs = abs(process.create_time() - began) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
-    return found if same else None
+    return process if runs else None
 
 
 def _end(process: psutil.Process) -> None:
-    """Ends a service and its descendants: asked first, then by force. Prefect's worker, for one, may not heed being asked."""
+    """Ends a service and its descendants: first by SIGTERM, then by SIGKILL. Prefect's worker may ignore SIGTERM."""
     family = [process]
     with suppress(psutil.NoSuchProcess):
         family += process.children(recursive=True)
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=GRACE)
-    for one in alive:
+    for survivor in alive:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
+            survivor.kill()
     psutil.wait_procs(alive, timeout=GRACE)
 
 
-def _get(url: str, question: dict[str, Any] | None = None) -> Any:
-    """A server's answer as JSON (text where it is none), None where there is no good answer."""
-    body = None if question is None else json.dumps(question).encode()
+def _get(url: str, document: dict[str, Any] | None = None) -> Any:
+    """A server's answer as JSON, or as text where it is no JSON. None where there is no good answer."""
+    body = None if document is None else json.dumps(document).encode()
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10) as response:
             text = response.read().decode(errors="replace")
-    except (OSError, HTTPException):  # not there yet, or what listens there does not speak HTTP
+    except (OSError, HTTPException):  # nothing listens yet, or something that does not speak HTTP
         return None
     try:
         return json.loads(text)
@@ -298,5 +323,5 @@ def _get(url: str, question: dict[str, Any] | None = None) -> Any:
 
 
 def _member(answer: Any, key: str) -> Any:
-    """A member of an answer, None where the answer is no object: a stranger may have taken the port."""
+    """A member of an answer. None where the answer is no object: another program may have taken the port."""
     return answer.get(key) if isinstance(answer, dict) else None

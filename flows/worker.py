@@ -14,7 +14,8 @@ from clado.evaluation import Counts, evaluation_batches
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
 from clado.run.opened_run import EVALUATION_BATCH, OpenedRun
-from clado.settings.schema import RunConfig, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import RunConfig
 from clado.space import Assignment
 
 

@@ -44,7 +44,8 @@ def make_matrix(space: SearchSpace, estimator: str = "pairwise", seed: int = 0) 
     values[inside & ~np.eye(len(values), dtype=bool)] = 0.0
     if estimator == "layerwise":
         values = np.diag(np.diag(values))
-    return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.0, 256)
+    convexity = "clip_psd" if estimator == "pairwise" else "raw"
+    return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.0, 256, convexity=convexity)
 
 
 def make_record(

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import clado
-from clado import criteria
+from clado.criteria.cross_entropy import cross_entropy
+from clado.criteria.kl_to_float import kl_to_float
 from clado.errors import CladoError, ConfigurationError, DataError, InfeasibleError, NetworkError
 from tests import tolerance
 from tests.contracts.correction import STATISTICS
@@ -63,7 +64,7 @@ def test_measure_solve_evaluate(network, space):
     }
     z = replaced_logits(network.model, weights, data[0])
     assert report.top1 == float((z.argmax(1) == data[1]).double().mean())
-    tolerance.close_losses(report.loss, float(criteria.cross_entropy(z, data[1]).mean()))
+    tolerance.close_losses(report.loss, float(cross_entropy(z, data[1]).mean()))
     assert report.num_images == NUM_IMAGES
 
 
@@ -160,7 +161,7 @@ def test_prepare_measure_solve_evaluate(network, space, prepared):
     report = clado.evaluate(network, solution.assignment, data, prepared=prepared)
     z = shipped_logits(prepared, solution.assignment, data[0])
     assert report.top1 == float((z.argmax(1) == data[1]).double().mean())
-    assert report.loss == pytest.approx(float(criteria.cross_entropy(z, data[1]).mean()), rel=0, abs=SHIPPED)
+    assert report.loss == pytest.approx(float(cross_entropy(z, data[1]).mean()), rel=0, abs=SHIPPED)
     plain = clado.evaluate(network, solution.assignment, data)
     assert abs(plain.loss - report.loss) > 2 * SHIPPED
 
@@ -171,7 +172,7 @@ def test_the_matrix_is_that_of_the_prepared_layers(network, space, prepared):
     floats = replaced_logits(network.model, {}, x)
     for k, (i, _, _) in enumerate(space.options):
         z = replaced_logits(rebuilt(network.model, {space.layers[i].name: prepared.layers[k]}), {}, x)
-        loss = float(criteria.kl_to_float(z, floats).mean())  # of the probe: final corrections come with an assignment
+        loss = float(kl_to_float(z, floats).mean())  # of the probe: final corrections come with an assignment
         # the slope of a loss of ℓ is about √(2ℓ)
         assert matrix.values[k, k] == pytest.approx(2 * loss, rel=0, abs=4 * tolerance.FORWARD * (2 * loss) ** 0.5)
     plain = clado.measure(network, space, x, "layerwise")
@@ -182,7 +183,7 @@ def test_without_labels_what_ships_is_compared_with_the_float_network(network, s
     x = images(NUM_IMAGES)
     report = clado.evaluate(network, space.narrowest, x, prepared=prepared)
     z, floats = shipped_logits(prepared, space.narrowest, x), replaced_logits(network.model, {}, x)
-    assert report.loss == pytest.approx(float(criteria.kl_to_float(z, floats).mean()), rel=0, abs=SHIPPED)
+    assert report.loss == pytest.approx(float(kl_to_float(z, floats).mean()), rel=0, abs=SHIPPED)
 
 
 def test_without_corrections_preparing_changes_no_number(network, space):
@@ -211,9 +212,7 @@ def test_activations_are_part_of_what_ships(network):
         layer.name: prepared.layers[space.option(i, *pair)]
         for i, (layer, pair) in enumerate(zip(space.layers, assignment.pairs, strict=True))
     }
-    expected = criteria.kl_to_float(
-        replaced_logits(rebuilt(network.model, layers), {}, x), replaced_logits(network.model, {}, x)
-    ).mean()
+    expected = kl_to_float(replaced_logits(rebuilt(network.model, layers), {}, x), replaced_logits(network.model, {}, x)).mean()
     assert clado.evaluate(network, assignment, x, prepared=prepared).loss == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -226,7 +225,7 @@ NETWORK_ERRORS = {
     "labels too high": (lambda n, s: clado.evaluate(n, s.widest, (images(4), labels(4) + 4)), DataError, r"0\.\.3"),
     "labels below 0": (lambda n, s: clado.measure(n, s, (images(4), labels(4) - 4), "layerwise"), DataError, "at least 0"),
     "no labels": (lambda n, s: clado.measure(n, s, images(4), criterion="cross_entropy"), DataError, "kl_to_float"),
-    "criterion": (lambda n, s: clado.measure(n, s, images(4), criterion="kl"), ConfigurationError, "expected kl_to_float"),
+    "criterion": (lambda n, s: clado.measure(n, s, images(4), criterion="kl"), ConfigurationError, "one of cross_entropy"),
     "estimator": (lambda n, s: clado.measure(n, s, images(4), "pair_wise"), ConfigurationError, "did you mean 'pairwise'"),
     "quantizer": (lambda n, s: clado.WeightQuantizer("max"), ConfigurationError, "minmax"),
     "bits": (lambda n, s: n.search_space((4, 2)), ConfigurationError, "ascending"),

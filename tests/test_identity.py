@@ -7,7 +7,8 @@ import pytest
 
 from clado.errors import IdentityMismatch
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import fingerprint, parse_config
+from clado.settings.identity import fingerprint
+from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
 from flows import cli
 from tests.storage.test_growing import FIXED, files

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clado.settings.schema import load_config
+from clado.settings.loading import load_config
 
 INFRA = Path(__file__).parents[1] / "infra"
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
@@ -146,7 +146,7 @@ def test_a_command_takes_its_options(name, tmp_path):
 @pytest.mark.parametrize("file", ["clado.yaml", "slurm/clado.yaml", "kubernetes/clado-run.yaml"])
 def test_a_configuration_loads(file):
     config = load_config(INFRA / file)
-    assert config.cluster.kind in ("address", "slurm", "kubernetes")
+    assert config.cluster.name in ("address", "slurm", "kubernetes")
 
 
 def test_configurations_fit_the_declarations():

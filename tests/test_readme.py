@@ -9,7 +9,7 @@ import typer
 import yaml
 
 import clado
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.settings.template import render
 from flows.cli import app
 from tests.networks import Residual, build, images, labels

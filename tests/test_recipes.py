@@ -6,7 +6,7 @@ import pytest
 from torchvision import models
 from typer.testing import CliRunner
 
-from clado.settings.schema import load_config
+from clado.settings.loading import load_config
 from flows.cli import app
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from clado.errors import ServerError, StoreError
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from flows.commands.export import budget_folder
 from flows.services import HOST, LIST, NAMES, Ports, declare, down, up
 from tests.running import config
@@ -49,7 +49,7 @@ def test_the_check_of_pickles_can_fail(source):
 
 def test_our_yaml_makes_no_objects(tmp_path):
     from clado.errors import ConfigurationError
-    from clado.settings.schema import load_config
+    from clado.settings.loading import load_config
 
     (tmp_path / "clado.yaml").write_text(f"network: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
     with pytest.raises(ConfigurationError):

@@ -1,11 +1,11 @@
-"""Local search on the true loss: around the best measured candidate, measure the moves that a surrogate likes best. NumPy only.
+"""Local search on the measured loss, around the best measured assignment. NumPy only.
 
-A *move* gives one group of layers another candidate, or two groups at once: one narrower and another wider, say, within every
-limit. Moves are ranked by the change of the surrogate, ½ xᵀ Q x of a program, and measured in batches. The search is best-first:
-it goes on from the assignment of least measured loss that has moves left, so it climbs down as long as it can, then looks around;
-with enough evaluations it sees everything that moves can reach.
+A *move* gives one group of layers another candidate, or two groups at once, such as one narrower and one wider. It keeps every
+limit. Moves are ranked by the change of the surrogate, ½ xᵀ Q x of a program, and the best ones are measured in batches. The
+search is best-first: it continues from the assignment with the smallest measured loss that has moves left. It therefore descends
+as long as it can, and then looks around. With enough evaluations it measures everything that moves can reach.
 
-What is measured next depends on what was measured before and on nothing else: any number of workers finds the same answer.
+The next measurements depend only on earlier ones. Any number of workers gives the same answer.
 """
 
 import math
@@ -22,18 +22,23 @@ from clado.space import Assignment
 
 Key = TypeVar("Key")
 Search = Generator[list[Assignment], Mapping[Assignment, float], "Searched"]
-"""Yields assignments to measure, is sent their losses, and returns what it found."""
+"""Yields assignments to measure, receives their losses, and returns a result."""
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search found: `tried` maps each assignment that it asked for to its measured loss, in the order asked."""
+    """The result of a search."""
 
     start: Assignment
+    """The assignment with the smallest loss before the search."""
     start_loss: float
+    """Its measured loss."""
     best: Assignment
+    """The assignment with the smallest loss after the search."""
     best_loss: float
+    """Its measured loss."""
     tried: Mapping[Assignment, float]
+    """The measured loss of each assignment that the search asked for, in this order."""
 
     @property
     def gain(self) -> float:
@@ -42,84 +47,95 @@ class Searched:
 
 
 def moves(program: Program, choices: Choices) -> Iterator[Choices]:
-    """Every feasible assignment one or two groups away, the one of least surrogate first, ties by the numbers of the choices."""
+    """Every feasible assignment one or two groups away, in ascending order of the surrogate.
+
+    Equal ones are in the order of the numbers of their choices.
+    """
     change, single = _changes(program, choices)
     room = program.limits - program.costs[:, choices].sum(axis=1)
     step = program.costs - program.costs[:, choices[program.owner]]
     fits = (step <= room[:, None]).all(axis=0)
     fits_both = np.ones(change.shape, dtype=bool)
-    for k, left in enumerate(room):
-        fits_both &= step[k][:, None] + step[k][None, :] <= left
+    for k, slack in enumerate(room):
+        fits_both &= step[k][:, None] + step[k][None, :] <= slack
     owner, n = program.owner, program.num_choices
-    moved = np.ones(n, dtype=bool)
-    moved[choices] = False
-    fits &= moved
-    fits_both &= moved[:, None] & moved[None, :] & (owner[:, None] < owner[None, :])
-    alone, both = np.flatnonzero(fits), np.argwhere(fits_both)
-    targets = [(int(k),) for k in alone] + [(int(k), int(m)) for k, m in both]
-    cost = np.concatenate([single[alone], change[fits_both]])
+    is_move = np.ones(n, dtype=bool)
+    is_move[choices] = False
+    fits &= is_move
+    fits_both &= is_move[:, None] & is_move[None, :] & (owner[:, None] < owner[None, :])
+    singles, pairs = np.flatnonzero(fits), np.argwhere(fits_both)
+    targets = [(int(k),) for k in singles] + [(int(k), int(m)) for k, m in pairs]
+    cost = np.concatenate([single[singles], change[fits_both]])
     for place in np.argsort(cost, kind="stable"):
-        after = choices.copy()
+        neighbour = choices.copy()
         for k in targets[place]:
-            after[owner[k]] = k
-        if program.is_feasible(after):  # sums of fractions, and forbidden pairs
-            yield after
+            neighbour[owner[k]] = k
+        if program.is_feasible(neighbour):  # sums of fractions, and forbidden pairs
+            yield neighbour
 
 
 def _changes(program: Program, choices: Choices) -> tuple[Array, Array]:
     """Change of ½ xᵀ Q x for moving to choices k and m (n, n), of two groups, and to k alone (n,)."""
-    q, taken = program.quadratic, choices[program.owner]
+    q, present = program.quadratic, choices[program.owner]
     row, half = q[:, choices].sum(axis=1), 0.5 * np.diag(q)
-    single: Array = row - row[taken] + half + half[taken] - q[np.arange(len(taken)), taken]
-    crossed = q - q[:, taken] - q[taken, :] + q[np.ix_(taken, taken)]
-    return crossed + single[:, None] + single[None, :], single
+    single: Array = row - row[present] + half + half[present] - q[np.arange(len(present)), present]
+    cross = q - q[:, present] - q[present, :] + q[np.ix_(present, present)]
+    return cross + single[:, None] + single[None, :], single
 
 
 def settle(program: Program, choices: Choices) -> Choices:
-    """The best move on the surrogate, again and again, until none lowers it: a local optimum near the given choices."""
+    """Takes the best move on the surrogate until none lowers it: a local optimum near the choices."""
     scale = 1e-12 * max(1e-300, float(np.abs(program.quadratic).max()))
     value = program.minimised(choices)
-    while (after := next(moves(program, choices), None)) is not None and (lower := program.minimised(after)) < value - scale:
-        choices, value = after, lower
+    while (move := next(moves(program, choices), None)) is not None and (lower := program.minimised(move)) < value - scale:
+        choices, value = move, lower
     return choices
 
 
 def search(program: Program, losses: Mapping[Assignment, float], evaluations: int, batch: int) -> Search:
-    """A search from the best of `losses`, which are measured already; asks for `evaluations` more at most, `batch` at a time.
+    """A search from the best of the measured assignments. Its moves keep the corrections of this assignment.
 
-    The surrogate is the function that `program` minimises. Moves keep the corrections of what the search starts from. Raises
-    ConfigurationError where none of the measured assignments is one that the program offers and allows.
+    Args:
+        program: Its minimised function is the surrogate, and its limits hold for every move.
+        losses: Measured losses before the search.
+        evaluations: Most assignments that the search asks for.
+        batch: Most assignments that it asks for at a time.
+
+    Raises:
+        ConfigurationError: The program offers and allows none of the measured assignments.
     """
     feasible: dict[Assignment, Choices] = {}
     for assignment in losses:
         try:
             choices = program.choices(assignment)
         except ConfigurationError:
-            continue  # it takes a candidate that is excluded
+            continue  # it takes an excluded candidate
         if program.is_feasible(choices):
             feasible[assignment] = choices
     if not feasible:
         raise ConfigurationError("a local search needs a measured assignment that meets every limit to start from; there is none")
     start = min(feasible, key=lambda a: ordered(losses[a]))
     tried: dict[Assignment, float] = {}
-    # assignments that moves are taken from: loss and the moves left
-    open_: dict[Assignment, tuple[float, Iterator[Choices]]] = {start: (ordered(losses[start]), moves(program, feasible[start]))}
-    while len(tried) < evaluations and open_:
-        asked: dict[Assignment, Choices] = {}
-        source = min(open_, key=lambda a: open_[a][0])  # of equal ones the first measured
-        for choices in open_[source][1]:
+    # assignments with moves left: loss and these moves
+    sources: dict[Assignment, tuple[float, Iterator[Choices]]] = {
+        start: (ordered(losses[start]), moves(program, feasible[start]))
+    }
+    while len(tried) < evaluations and sources:
+        requests: dict[Assignment, Choices] = {}
+        source = min(sources, key=lambda a: sources[a][0])  # of equal ones the first measured
+        for choices in sources[source][1]:
             assignment = program.assignment(choices).with_corrections(start.corrected)
             if assignment not in tried and assignment not in losses:
-                asked[assignment] = choices
-                if len(asked) == min(batch, evaluations - len(tried)):
+                requests[assignment] = choices
+                if len(requests) == min(batch, evaluations - len(tried)):
                     break
         else:
-            del open_[source]
-        if asked:
-            found = yield list(asked)
-            for assignment, choices in asked.items():
-                tried[assignment] = found[assignment]
-                open_[assignment] = ordered(found[assignment]), moves(program, choices)
+            del sources[source]
+        if requests:
+            answers = yield list(requests)
+            for assignment, choices in requests.items():
+                tried[assignment] = answers[assignment]
+                sources[assignment] = ordered(answers[assignment]), moves(program, choices)
     every = {start: losses[start], **tried}
     best = min(every, key=lambda a: ordered(every[a]))
     return Searched(start, losses[start], best, every[best], tried)
@@ -128,26 +144,26 @@ def search(program: Program, losses: Mapping[Assignment, float], evaluations: in
 def local_search(
     searches: Mapping[Key, Search], measure_losses: Callable[[Sequence[Assignment]], Mapping[Assignment, float]]
 ) -> dict[Key, Searched]:
-    """Runs searches side by side: what all of them ask for in a round is measured in one call, each assignment once."""
-    found: dict[Key, Searched] = {}
-    sent: dict[Assignment, float] = {}
-    asked: dict[Key, list[Assignment]] = {}
-    while len(found) < len(searches):
+    """Runs several searches at once. One call measures the requests of a round, each assignment once."""
+    results: dict[Key, Searched] = {}
+    losses: dict[Assignment, float] = {}
+    requests: dict[Key, list[Assignment]] = {}
+    while len(results) < len(searches):
         for key, running in searches.items():
-            if key in found:
+            if key in results:
                 continue
             try:
-                answer = {a: sent[a] for a in asked[key]} if key in asked else None
-                asked[key] = next(running) if answer is None else running.send(answer)
+                answer = {a: losses[a] for a in requests[key]} if key in requests else None
+                requests[key] = next(running) if answer is None else running.send(answer)
             except StopIteration as stop:
-                found[key] = stop.value
-                asked.pop(key, None)
-        wanted = list(dict.fromkeys(a for batch in asked.values() for a in batch if a not in sent))
-        if wanted:
-            sent |= measure_losses(wanted)
-    return found
+                results[key] = stop.value
+                requests.pop(key, None)
+        unmeasured = list(dict.fromkeys(a for batch in requests.values() for a in batch if a not in losses))
+        if unmeasured:
+            losses |= measure_losses(unmeasured)
+    return results
 
 
 def ordered(loss: float) -> float:
-    """A loss to sort by: NaN is as bad as infinity."""
+    """A loss to sort by: NaN counts as infinity."""
     return math.inf if math.isnan(loss) else loss

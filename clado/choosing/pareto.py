@@ -1,7 +1,7 @@
 """Budget sweeps: the best assignment at each of many bounds of one constraint. NumPy only.
 
-Nothing here knows a solver: a `solve(program, starts)` callable is given. `clado.choosing.solvers.prepare(program)` makes
-one that computes once what all bounds share.
+Every function takes a solver as a callable `solve(program, starts)`. `clado.choosing.solvers.prepare(program)` makes one that
+computes once what all bounds share.
 """
 
 from collections.abc import Sequence
@@ -15,26 +15,36 @@ from clado.errors import ConfigurationError, InfeasibleError
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """The answer at one bound; `value` is what it takes of the bound."""
+    """The answer at one bound."""
 
     bound: float
+    """The bound of the constraint, in its unit."""
     value: float
+    """The value of the constraint, which is at most the bound."""
     solution: Solution
+    """The solver's answer."""
 
 
 def within_reach(program: Program, constraint: str, bounds: Sequence[float]) -> list[float]:
-    """The bounds that some assignment meets, the other constraints aside."""
+    """The bounds that some assignment meets, without the other constraints."""
     index = _index(program, constraint)
     smallest = program.reachable(index)[0]
     return [bound for bound in bounds if smallest <= program.constraints[index].with_bound(bound).limit]
 
 
 def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Solve) -> list[ParetoPoint]:
-    """Solves the program at each bound of one constraint, the others as they are. Points in ascending order of their bounds.
+    """Solves the program at each bound of one constraint. The other constraints keep their bounds.
 
-    From the largest bound down: an answer that fits the next bound is proven there as well, and starts the search where it does
-    not. A bound that is out of reach raises InfeasibleError before anything is solved. Where limits or forbidden pairs together
-    leave nothing at a bound, it and those below it have no point; InfeasibleError where none has.
+    The largest bound is solved first. An answer that meets the next smaller bound is proven there as well. An answer that does
+    not meet it starts the search there. Where limits or forbidden pairs together leave nothing at a bound, this bound and smaller
+    ones have no point.
+
+    Returns:
+        Points in ascending order of their bounds.
+
+    Raises:
+        InfeasibleError: A bound is out of reach, before anything is solved; or no bound has a point.
+        ConfigurationError: There are no bounds, or the program does not have the constraint.
     """
     index = _index(program, constraint)
     if not bounds:
@@ -43,13 +53,13 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
     points: list[ParetoPoint] = []
     for bounded in programs:
         bound, limit = bounded.constraints[index].bound, bounded.constraints[index].limit
-        before = points[-1].solution if points else None
-        if before is not None and before.values[constraint] <= limit:
-            slack = {**before.slack, constraint: bound - before.values[constraint]}
-            solution = replace(before, slack=slack, seconds=0.0, nodes=0)
+        previous = points[-1].solution if points else None
+        if previous is not None and previous.values[constraint] <= limit:
+            slack = {**previous.slack, constraint: bound - previous.values[constraint]}
+            solution = replace(previous, slack=slack, seconds=0.0, nodes=0)
         else:
             try:
-                solution = solve(bounded, () if before is None else (before.assignment,))
+                solution = solve(bounded, () if previous is None else (previous.assignment,))
             except InfeasibleError:
                 if not points:
                     raise
@@ -59,35 +69,38 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
 
 
 def smallest_bound(program: Program, constraint: str, largest_increase: float, solve: Solve, resolution: float = 1.0) -> Solution:
-    """The other direction: the smallest value of one constraint whose minimised function stays at or under `largest_increase`.
+    """The smallest value of one constraint whose minimised function stays at or under `largest_increase`.
 
-    Bisection, since the optimum does not rise with the bound; exact to `resolution` (in the constraint's unit) as far as the
-    solver's answers are proven. Raises InfeasibleError when even the program's own bound predicts a larger increase.
+    Bisection works because the optimum does not rise with the bound. The result is exact to `resolution` (in the constraint's
+    unit) where the solver's answers are proven.
+
+    Raises:
+        InfeasibleError: The program predicts a larger increase at its own bound.
     """
     index = _index(program, constraint)
     low, most = program.reachable(index)
     high = min(most, program.constraints[index].bound)
     best = solve(program.with_bounds({constraint: high}))
     if best.minimised > largest_increase:
-        within = f"whatever the {constraint}" if high == most else f"within a {constraint} of {high:g}"
+        condition = f"whatever the {constraint}" if high == most else f"within a {constraint} of {high:g}"
         raise InfeasibleError(
-            f"the predicted increase is at least {best.bound:.6g} (found: {best.minimised:.6g}) {within}; "
+            f"the predicted increase is at least {best.bound:.6g} (found: {best.minimised:.6g}) {condition}; "
             f"asked for was at most {largest_increase:.6g}"
         )
-    below = low - resolution  # nothing is that small
-    while best.values[constraint] - below > resolution:
-        middle = max(low, (below + best.values[constraint]) / 2)
+    too_small = low - resolution  # no assignment has this value
+    while best.values[constraint] - too_small > resolution:
+        middle = max(low, (too_small + best.values[constraint]) / 2)
         if program.constraints[index].is_integral:
             middle = float(np.floor(middle))
         try:
-            tried = solve(program.with_bounds({constraint: middle}), (best.assignment,))
+            solution = solve(program.with_bounds({constraint: middle}), (best.assignment,))
         except InfeasibleError:
-            below = middle
+            too_small = middle
             continue
-        if tried.minimised <= largest_increase:
-            best = tried
+        if solution.minimised <= largest_increase:
+            best = solution
         else:
-            below = middle
+            too_small = middle
     return best
 
 

@@ -1,33 +1,42 @@
-"""The integer quadratic program as data: what is minimised, what limits it, and what an answer says. NumPy only.
+"""The integer quadratic program as data: its function, its limits, and its answer. NumPy only.
 
-A *group* is a set of layers that share a candidate (a tie, or one layer alone); a *choice* is a group at one candidate, its bits
-of weights and activations, that may be taken. With x the 0/1 vector of choices the program is
+A *group* is a set of layers that share a candidate: a tie, or one layer. A *choice* is a group at one of its candidates (bits of
+weights and activations). With x the 0/1 vector of choices the program is
 
     min ½ xᵀ Q x    s.t.  exactly one choice per group,  A x ≤ limits,  x_k + x_l ≤ 1 for forbidden pairs.
 
-Q = Tᵀ Ĝ T, where T maps a choice to the options it takes: ties merge rows, columns and inner pairs in one product.
+Q = Tᵀ Ĝ T, where T maps a choice to its options. One product merges the rows, columns and inner pairs of ties.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clado.choosing._building import (
+    check_constraints,
+    choices_of,
+    clashing_choices,
+    excluded_options,
+    forbidden_pairs,
+    groups_of,
+    listed,
+    merged,
+)
 from clado.choosing.constraints import Constraint
 from clado.errors import ConfigurationError, InfeasibleError
-from clado.interaction.matrix import Array, InteractionMatrix
+from clado.interaction.matrix import Array, Convexity, InteractionMatrix
 from clado.space import Assignment, SearchSpace
 
 Choices = NDArray[np.intp]
-Convexity = Literal["raw", "clip_psd"]
 
 
 class Status(StrEnum):
-    """How a solve ended; `advice` says what that means and what to try."""
+    """How a solve ended. `advice` says what that means and what to try."""
 
     OPTIMAL = "optimal"
     LIMIT = "limit"
@@ -57,55 +66,67 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Solution:
-    """An assignment, what it is worth, and how far that is proven.
-
-    `objective` is the predicted loss increase ½ αᵀ Ĝ α on the *raw* matrix. `minimised` is the value of the function that was
-    minimised: another number only where the program clips (`convexity='clip_psd'`) or leaves terms out (`Program.layerwise`).
-    `bound` and `gap` = (minimised − bound) / |minimised| belong to `minimised`; a heuristic has bound −∞ and gap ∞. `values`
-    and `slack` (unused budget) are per constraint, in its unit. `better_than_widest` is an assignment that the raw matrix
-    prefers to the widest bits everywhere, when a local search finds one: a sign of sampling noise (None: none was found).
-    """
+    """An assignment, its value, and how far that is proven."""
 
     assignment: Assignment
+    """One bit-width per layer."""
     status: Status
+    """How the solve ended."""
     objective: float
+    """The predicted loss increase ½ αᵀ Ĝ α on the *raw* matrix."""
     minimised: float
+    """The value of the minimised function. It differs from `objective` with clipping or in `Program.layerwise`."""
     bound: float
+    """A lower bound on the minimised function; −∞ for a heuristic."""
     gap: float
+    """(minimised − bound) / |minimised|; ∞ for a heuristic."""
     seconds: float
+    """How long the solve took."""
     nodes: int
+    """Nodes of the search tree."""
     values: dict[str, float]
+    """The value of each constraint by name, in its unit."""
     slack: dict[str, float]
+    """The unused budget of each constraint by name, in its unit."""
     solver: str
+    """The solver's name."""
     estimator: str
+    """The name of the estimator that made the matrix."""
     convexity: Convexity
+    """What was minimised: the matrix as measured, or clipped."""
     better_than_widest: Assignment | None = None
+    """An assignment that the raw matrix prefers to the widest bits everywhere, which is a sign of sampling noise."""
     message: str = ""
+    """What the solver says about this solve."""
 
     @property
     def advice(self) -> str:
-        """What happened and what to try, with the solver's own words where it has any."""
+        """What happened and what to try, followed by the solver's message."""
         return f"{self.status.advice} {self.message}".strip()
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The program; build it with `Program.build`.
-
-    `groups`: the layers of each group. `starts`: first choice of each group, then n. `options`: the options that each of the n
-    choices takes. `quadratic` (n, n) symmetric: the minimised function. `costs` (number of constraints, n),
-    `limits`. `forbidden`: pairs of choices that may not be taken together.
-    """
+    """The program over n choices. Build it with `Program.build`."""
 
     matrix: InteractionMatrix
+    """The interaction matrix as measured."""
     constraints: tuple[Constraint, ...]
+    """The constraints, each with its own name."""
     convexity: Convexity
+    """What is minimised: the matrix as measured, or clipped."""
     groups: tuple[tuple[int, ...], ...]
+    """The layers of each group."""
     starts: Choices
+    """The first choice of each group, then n."""
     options: tuple[tuple[int, ...], ...]
+    """The options of each choice, one for each layer of its group."""
     quadratic: Array
+    """Q of the minimised function, (n, n), symmetric."""
     costs: Array
+    """What each choice costs in each constraint, (number of constraints, n)."""
     forbidden: tuple[tuple[int, int], ...] = field(default=())
+    """Pairs of choices that may not be taken together."""
 
     @classmethod
     def build(
@@ -120,68 +141,43 @@ class Program:
     ) -> "Program":
         """The program of a matrix under constraints.
 
-        `candidates` narrows the weights' bit-widths of the layers whose name matches a pattern (one bit-width pins them), and
-        leaves every activation width.
-        `quarantined` are options that may not be taken, `forbidden` pairs of options that may not be taken together.
-        `convexity` says what is minimised: `raw` the matrix as measured (solvers convexify it exactly where they need to);
-        `clip_psd` the nearest positive semidefinite matrix (CLADO, section 4.2), which changes the function and acts as a
-        regulariser on noisy matrices. Raises InfeasibleError when a single constraint, or what is left to choose from, rules
-        everything out.
+        Args:
+            matrix: The interaction matrix.
+            constraints: Constraints on the space of the matrix, with different names.
+            candidates: Pattern of layer names -> the bit-widths of weights that remain. One bit-width pins these layers.
+            quarantined: Options that may not be taken.
+            forbidden: Pairs of options that may not be taken together.
+            convexity: `raw` minimises the matrix as measured; solvers make it convex without changing its values. `clip_psd`
+                minimises the nearest positive semidefinite matrix (CLADO, section 4.2). This changes the function, and
+                regularises noisy matrices.
+
+        Raises:
+            ConfigurationError: An argument does not fit the space.
+            InfeasibleError: A group has no choice left, or no assignment meets a constraint alone.
         """
         if convexity not in get_args(Convexity):
             raise ConfigurationError(f"unknown convexity {convexity!r}; expected one of {', '.join(get_args(Convexity))}")
         space = matrix.space
-        names = [constraint.name for constraint in constraints]
-        for constraint in constraints:
-            if len(constraint.costs) != space.num_options:
-                raise ConfigurationError(
-                    f"constraint {constraint.name} has {len(constraint.costs)} costs; the space has {space.num_options} options"
-                )
-            if names.count(constraint.name) > 1:
-                raise ConfigurationError(f"two constraints are called {constraint.name}; keep one of them, or rename one")
-        groups, pairs = _groups(space), set(_checked_pairs(space, forbidden))
-        excluded = _excluded(space, candidates or {}, quarantined)
-        options: list[tuple[int, ...]] = []
-        starts = [0]
-        for group in groups:
-            for candidate in space.candidates(group[0]):
-                taken = tuple(space.option(layer, *candidate) for layer in group)
-                if not excluded & set(taken) and not any((a, b) in pairs for a in taken for b in taken):
-                    options.append(taken)
-            if len(options) == starts[-1]:
-                raise InfeasibleError(
-                    f"no bit-width is left for {_listed(space, group)}; release a quarantined or pinned candidate"
-                )
-            starts.append(len(options))
+        check_constraints(space, constraints)
+        groups, pairs = groups_of(space), forbidden_pairs(space, forbidden)
+        excluded = excluded_options(space, candidates or {}, quarantined)
+        options, starts = choices_of(space, groups, excluded, pairs)
         minimised = matrix.clip_psd().values if convexity == "clip_psd" else matrix.values
-        costs = np.array([[sum(c.costs[o] for o in taken) for taken in options] for c in constraints]).reshape(
+        costs = np.array([[sum(c.costs[o] for o in choice) for choice in options] for c in constraints]).reshape(
             len(constraints), len(options)
         )
-        clashes = (
-            {
-                (k, m)
-                for k in range(len(options))
-                for m in range(k)
-                if any((a, b) in pairs for a in options[k] for b in options[m])
-            }
-            if pairs
-            else set()
-        )
-        owner = np.repeat(np.arange(len(groups)), np.diff(starts))
         program = cls(
             matrix,
             tuple(constraints),
             convexity,
             groups,
-            np.array(starts, dtype=np.intp),
+            starts,
             tuple(options),
-            _merged(minimised, options),
+            merged(minimised, options),
             costs,
-            tuple(sorted((m, k) for k, m in clashes if owner[k] != owner[m])),
+            clashing_choices(options, starts, pairs),
         )
-        for index in range(len(constraints)):
-            if program.reachable(index)[0] > constraints[index].limit:
-                raise InfeasibleError(program.why_infeasible())
+        program._check_reach()
         return program
 
     @property
@@ -229,19 +225,23 @@ class Program:
         return self.space.assignment([option for k in choices for option in self.options[k]])
 
     def choices(self, assignment: Assignment) -> Choices:
-        """One choice per group; refuses an assignment that is partial, unties a tie or takes an excluded candidate."""
-        taken = set(self.space.chosen_options(assignment))
-        found = [k for k, options in enumerate(self.options) if taken.issuperset(options)]
-        if len(found) != self.num_groups:
-            reached = {self.owner[k] for k in found}
-            lacking = [self.groups[g] for g in range(self.num_groups) if g not in reached]
+        """One choice per group.
+
+        Raises:
+            ConfigurationError: The assignment is partial, breaks a tie, or takes an excluded candidate.
+        """
+        options = set(self.space.chosen_options(assignment))
+        choices = [k for k, choice in enumerate(self.options) if options.issuperset(choice)]
+        if len(choices) != self.num_groups:
+            complete = {self.owner[k] for k in choices}
+            incomplete = [self.groups[g] for g in range(self.num_groups) if g not in complete]
             raise ConfigurationError(
-                f"the assignment gives {_listed(self.space, lacking[0])} a bit-width that the program does not offer"
+                f"the assignment gives {listed(self.space, incomplete[0])} a bit-width that the program does not offer"
             )
-        return np.array(found, dtype=np.intp)
+        return np.array(choices, dtype=np.intp)
 
     def offers(self, assignment: Assignment) -> bool:
-        """Whether an assignment is one of choices: it keeps the ties and takes no excluded candidate."""
+        """Whether an assignment consists of choices: it keeps the ties and takes no excluded candidate."""
         try:
             self.choices(assignment)
         except ConfigurationError:
@@ -256,17 +256,17 @@ class Program:
         """Whether every constraint holds (whole numbers exactly) and no forbidden pair is taken."""
         if np.any(self.costs[:, choices].sum(axis=1) > self.limits):
             return False
-        taken = set(choices.tolist())
-        return not any(a in taken and b in taken for a, b in self.forbidden)
+        numbers = set(choices.tolist())
+        return not any(a in numbers and b in numbers for a, b in self.forbidden)
 
     def reachable(self, constraint: int) -> tuple[float, float]:
-        """Smallest and largest value of one constraint, the others and forbidden pairs left aside."""
+        """Smallest and largest value of one constraint, without the other constraints and forbidden pairs."""
         smallest = np.minimum.reduceat(self.costs[constraint], self.starts[:-1])
         largest = np.maximum.reduceat(self.costs[constraint], self.starts[:-1])
         return float(smallest.sum()), float(largest.sum())
 
     def why_infeasible(self) -> str:
-        """What each constraint could reach alone, and what pins it."""
+        """The range of each constraint alone, and what holds its smallest value up."""
         lines = []
         for index, constraint in enumerate(self.constraints):
             smallest, largest = self.reachable(index)
@@ -284,9 +284,9 @@ class Program:
         least = np.minimum.reduceat(self.costs[constraint], self.starts[:-1])
         pinned = np.flatnonzero(np.diff(self.starts) == 1)
         if not len(pinned):
-            heaviest = _listed(self.space, self.groups[int(least.argmax())])
+            heaviest = listed(self.space, self.groups[int(least.argmax())])
             return f"every layer is at its least there, {heaviest} with {least.max():.9g} the largest"
-        heaviest = _listed(self.space, self.groups[pinned[least[pinned].argmax()]])
+        heaviest = listed(self.space, self.groups[pinned[least[pinned].argmax()]])
         return (
             f"{len(pinned)} groups have one candidate (pinned, or the others are quarantined) and hold {least[pinned].sum():.9g} "
             f"of it, {heaviest} the most"
@@ -299,26 +299,30 @@ class Program:
             raise ConfigurationError(
                 f"the program has no constraint {unknown[0]!r}; it has {', '.join(c.name for c in self.constraints) or 'none'}"
             )
-        changed = replace(self, constraints=tuple(c.with_bound(bounds.get(c.name, c.bound)) for c in self.constraints))
-        for index, constraint in enumerate(changed.constraints):
-            if changed.reachable(index)[0] > constraint.limit:
-                raise InfeasibleError(changed.why_infeasible())
-        return changed
+        program = replace(self, constraints=tuple(c.with_bound(bounds.get(c.name, c.bound)) for c in self.constraints))
+        program._check_reach()
+        return program
+
+    def _check_reach(self) -> None:
+        """Raises InfeasibleError where no assignment meets one of the constraints alone."""
+        for index, constraint in enumerate(self.constraints):
+            if self.reachable(index)[0] > constraint.limit:
+                raise InfeasibleError(self.why_infeasible())
 
     def layerwise(self) -> "Program":
-        """The same program without interactions: what a layerwise method would minimise; `Solution.objective` stays on the raw
-        matrix.
+        """The same program without interactions, as a layerwise method minimises it.
+
+        `Solution.objective` stays on the raw matrix.
         """
-        return replace(self, quadratic=_merged(self.matrix.diagonal_only().values, self.options), convexity="raw")
+        return replace(self, quadratic=merged(self.matrix.diagonal_only().values, self.options), convexity="raw")
 
     def unlimited(self) -> "Program":
         """The same choices with the raw matrix, no constraint and no forbidden pair."""
-        quadratic = _merged(self.matrix.values, self.options)
-        none = np.zeros((0, self.num_choices))
-        return replace(self, constraints=(), costs=none, forbidden=(), quadratic=quadratic, convexity="raw")
+        quadratic, costs = merged(self.matrix.values, self.options), np.zeros((0, self.num_choices))
+        return replace(self, constraints=(), costs=costs, forbidden=(), quadratic=quadratic, convexity="raw")
 
     def minimising(self, constraint: int) -> "Program":
-        """The program that minimises one constraint's value under all the others (that one itself without a bound)."""
+        """The program that minimises one constraint's value under all other constraints. This constraint has no bound."""
         constraints = tuple(c.with_bound(np.inf) if k == constraint else c for k, c in enumerate(self.constraints))
         return replace(self, constraints=constraints, quadratic=np.diag(2 * self.costs[constraint]), convexity="raw")
 
@@ -334,8 +338,10 @@ class Program:
         better_than_widest: Assignment | None = None,
         message: str = "",
     ) -> Solution:
-        """The answer that these choices mean, with everything recomputed from the raw matrix and the costs; refuses infeasible
-        choices.
+        """The answer that these choices mean. Everything is recomputed from the raw matrix and the costs.
+
+        Raises:
+            ValueError: The choices are not feasible.
         """
         if not self.is_feasible(choices):
             raise ValueError(f"{solver} returned choices that break a constraint")
@@ -364,60 +370,8 @@ class Program:
 
 
 class Solve(Protocol):
-    """A solver with its settings: what `pareto` and `candidates` are given."""
+    """A solver with its settings, as `pareto` and `proposals` call it."""
 
     def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution:
         """The best assignment of the program, from any number of assignments to start from."""
         ...
-
-
-def _groups(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
-    """Ties and single layers, in the order of their first layer."""
-    tie = {layer: tuple(sorted(group)) for group in space.ties for layer in group}
-    return tuple(sorted({tie.get(layer, (layer,)) for layer in range(space.num_layers)}))
-
-
-def _excluded(space: SearchSpace, candidates: Mapping[str, Sequence[int]], quarantined: Collection[int]) -> set[int]:
-    """Options that may not be taken."""
-    for option in quarantined:
-        if not 0 <= option < space.num_options:
-            raise ConfigurationError(f"quarantined option {option} is not within 0..{space.num_options - 1}")
-    excluded = set(quarantined)
-    # Ties are left out here: a pin on one layer of a tie pins the tie, because a choice needs all of its options.
-    narrowed = SearchSpace(space.layers, space.bit_widths).restricted(candidates)
-    for layer, (measured, wanted) in enumerate(zip(space.bit_widths, narrowed.bit_widths, strict=True)):
-        if not set(wanted) <= set(measured):
-            raise ConfigurationError(
-                f"{space.layers[layer].name} was measured at {list(measured)} bits; of the candidates {list(wanted)} not all are"
-            )
-        excluded |= {space.option(layer, *pair) for pair in space.candidates(layer) if pair[0] not in wanted}
-    return excluded
-
-
-def _checked_pairs(space: SearchSpace, forbidden: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-    """Both orders of each pair of options."""
-    for a, b in forbidden:
-        if not (0 <= a < space.num_options and 0 <= b < space.num_options) or a == b:
-            raise ConfigurationError(
-                f"forbidden pair ({a}, {b}); expected two different options within 0..{space.num_options - 1}"
-            )
-        yield a, b
-        yield b, a
-
-
-def _merged(values: Array, options: Sequence[tuple[int, ...]]) -> Array:
-    """Tᵀ G T: sums over the options that each choice takes."""
-    if all(len(taken) == 1 for taken in options):
-        kept = [taken[0] for taken in options]
-        return np.ascontiguousarray(values[np.ix_(kept, kept)])
-    indicator = np.zeros((len(values), len(options)))
-    for k, taken in enumerate(options):
-        indicator[list(taken), k] = 1.0
-    merged = indicator.T @ values @ indicator
-    return np.asarray((merged + merged.T) / 2)
-
-
-def _listed(space: SearchSpace, layers: Sequence[int]) -> str:
-    """Names of layers for a message, at most three."""
-    shown = ", ".join(space.layers[i].name for i in layers[:3])
-    return shown + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")

@@ -15,54 +15,47 @@ from clado.bits import FLOAT_BITS
 from clado.choosing import constraints, solvers
 from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import ordered
-from clado.choosing.program import Convexity, Program, Solution
+from clado.choosing.program import Program, Solution
 from clado.choosing.solvers import Solve
 from clado.errors import InfeasibleError
 from clado.interaction import estimators
-from clado.interaction.estimators import Measured
-from clado.interaction.matrix import Array, InteractionMatrix
+from clado.interaction.estimators import Measured, unreported_estimators
+from clado.interaction.matrix import Array, Convexity, InteractionMatrix
 from clado.records import CHOSEN, UNIFORM, Result
 from clado.space import Assignment, SearchSpace
 
-# Noisy measured pairs make the matrix indefinite, and an optimiser exploits that; clipping regularises (CLADO, section 4.2).
-CONVEXITY: Mapping[str, Convexity] = {"pairwise": "clip_psd", "blockwise": "clip_psd"}
-SAFE = (UNIFORM, "layerwise")  # methods that nothing chosen is worse than, as measured; nor than what is deployed uncorrected
 SIGNIFICANT = 2.0  # standard errors
 LAYERWISE_PLAIN = "layerwise_plain"  # `layerwise` of layers without corrections, deployed without them
-TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose for no forward beside what gauss_newton measures
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit on the answer: `kind` is a constraint of `clado.choosing.constraints` and `bound` its limit, in its unit."""
+    """One limit on the answer of a row of the table."""
 
-    kind: str
+    constraint: str
+    """Name of a constraint (`clado.choosing.constraints`)."""
     bound: float
+    """The most that an answer may cost, in the constraint's unit."""
     path: str | None = None
+    """Table of costs, where the constraint reads one."""
 
     @property
     def name(self) -> str:
         """How tables and files call it; two budgets of a run never share a name."""
-        text = {
-            "average_bits": f"{self.bound:.12g} bits",
-            "size": f"{self.bound / 1000:.12g} kB",
-            "relative_size": f"{self.bound:.12g} % of 8-bit",
-            "bops": f"{self.bound / 1e9:.12g} GBOP",
-            "latency": f"{self.bound * 1000:g} ms",
-        }
-        return text.get(self.kind, f"{self.kind} {self.bound:g}")
+        text = constraints.kind_of(self.constraint).text
+        return text(self.bound) if text else f"{self.constraint} {self.bound:g}"
 
-    def constraint(self, space: SearchSpace) -> Constraint:
-        """The limit as a constraint on a space."""
+    def limit(self, space: SearchSpace) -> Constraint:
+        """The budget as a constraint on a space."""
         settings = {} if self.path is None else {"path": self.path}
-        return constraints.constraint(self.kind, space, self.bound, **settings)
+        return constraints.constraint(self.constraint, space, self.bound, **settings)
 
 
 @dataclass(frozen=True)
 class Proposal:
     """One method's answer to one budget, not yet measured; `solution` is None for the uniform assignment.
 
-    `listed` methods have a row of their own in tables; the others (variants, what a local search found) only compete.
+    `reported` methods have a row of their own in tables; the others (variants, what a local search found) only compete.
     """
 
     budget: Budget
@@ -80,8 +73,8 @@ def budgets_of(
     bops: Iterable[float] = (),
 ) -> tuple[Budget, ...]:
     """Budgets in the order given, duplicates dropped."""
-    kinds = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
-    return tuple(dict.fromkeys(Budget(kind, bound) for kind, bounds in kinds for bound in bounds))
+    asked = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
+    return tuple(dict.fromkeys(Budget(constraint, bound) for constraint, bounds in asked for bound in bounds))
 
 
 def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequence[Constraint] = ()) -> None:
@@ -91,7 +84,7 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
     least, most = space.narrowest, space.widest
     for budget in budgets:
         try:
-            program = Program.build(nothing, merge_limits(budget.constraint(space), limits))
+            program = Program.build(nothing, merge_limits(budget.limit(space), limits))
             if len(program.limits) > 1:  # each can be kept alone; whether all can is for a solver to say
                 solvers.solve(program, "scip", time_limit=10)
         except InfeasibleError as error:
@@ -114,8 +107,8 @@ def merge_limits(budget: Constraint, limits: Sequence[Constraint]) -> list[Const
 
 
 def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint], convexity: Convexity | None = None) -> Program:
-    """The program that a matrix poses, without its quarantined options; default convexity: what suits its estimator."""
-    convexity = convexity or CONVEXITY.get(matrix.estimator, "raw")
+    """The program that a matrix poses, without its quarantined options; default convexity: the matrix's own."""
+    convexity = convexity or matrix.convexity
     return Program.build(matrix, limits, convexity=convexity, quarantined=matrix.quarantined, forbidden=matrix.forbidden)
 
 
@@ -145,11 +138,11 @@ def propose(
     """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
 
     Convexification is shared over the budgets of one kind. Without what is quarantined or forbidden a matrix may have no
-    assignment for a budget, which `unreached` is told; InfeasibleError where no matrix has one for any budget, or where a layer
-    has no candidate left.
+    assignment for a budget, which `without_answer` is told; InfeasibleError where no matrix has one for any budget, or where a
+    layer has no candidate left.
     """
     space = next(iter(matrices.values())).space
-    fit = {budget: merge_limits(budget.constraint(space), limits) for budget in budgets}
+    fit = {budget: merge_limits(budget.limit(space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
     errors: list[InfeasibleError] = []
 
@@ -164,18 +157,13 @@ def propose(
     return proposals
 
 
-def unreported_estimators(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
-    """Estimators that compete beside the `named` ones, for solver time only: `layerwise`, which SAFE is to hold, where `kinds` of
-    tiles have the losses of single options, and TEMPERED where they have Gram tiles.
-
-    The latter order assignments of large losses better (tests/benchmarks/STUDY.md).
-    """
-    found = [*(["layerwise"] if {"singles", "gram"} & set(kinds) else []), *(TEMPERED if "gram" in kinds else ())]
-    return tuple(name for name in found if name not in named)
+def safe_methods() -> tuple[str, ...]:
+    """Methods that nothing chosen is worse than, as measured. Nor is it worse than what is deployed without corrections."""
+    return UNIFORM, *estimators.safe_estimators()
 
 
 def extra_matrices(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
-    """The matrices of the `unlisted` estimators."""
+    """The matrices of `unreported_estimators`."""
     return {name: estimators.estimate(name, measured) for name in unreported_estimators(named, measured.sums)}
 
 
@@ -187,17 +175,17 @@ def propose_variants(
     further: Mapping[str, InteractionMatrix] | None = None,
 ) -> list[Proposal]:
     """Unlisted answers, for solver time only: of the matrices that are solved clipped also unclipped, and with noisy terms
-    shrunk; and those of `further` matrices, as of `beside`.
+    shrunk; and those of `further` matrices, as of `extra_matrices`.
 
     """
     proposals: list[Proposal] = []
 
     def add(method: str, matrix: InteractionMatrix, convexity: Convexity | None = None) -> None:
-        fit = {budget: merge_limits(budget.constraint(matrix.space), limits) for budget in budgets}
+        fit = {budget: merge_limits(budget.limit(matrix.space), limits) for budget in budgets}
         proposals.extend(_optima(method, matrix, fit, prepare, convexity))
 
     for method, matrix in matrices.items():
-        if CONVEXITY.get(method) == "clip_psd":
+        if matrix.convexity == "clip_psd":
             add(f"{method}_raw", matrix, "raw")
             if matrix.standard_error is not None:
                 add(f"{method}_shrunk", matrix.shrink())
@@ -222,7 +210,7 @@ def propose_uncorrected(
     """
     if matrix is None:
         return []
-    fit = {budget: merge_limits(budget.constraint(matrix.space), limits) for budget in budgets}
+    fit = {budget: merge_limits(budget.limit(matrix.space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
     with suppress(InfeasibleError):  # a layer that works at no bit-width without corrections
         proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
@@ -245,10 +233,10 @@ def _optima(
         program_of(matrix, [], "raw")  # refuses a layer without candidates, whatever the budget
     for budget, limits in fit.items():
         try:
-            if budget.kind not in solvers:
+            if budget.constraint not in solvers:
                 program = program_of(matrix, limits, convexity)
-                solvers[budget.kind] = program, prepare(program)
-            program, solve = solvers[budget.kind]
+                solvers[budget.constraint] = program, prepare(program)
+            program, solve = solvers[budget.constraint]
             solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
             proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
         except InfeasibleError as error:
@@ -264,7 +252,7 @@ def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignm
     measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
 
     def quality(name: str) -> tuple[float, int]:
-        matrix = matrices[name].clip_psd() if CONVEXITY.get(name) == "clip_psd" else matrices[name]
+        matrix = matrices[name].clip_psd() if matrices[name].convexity == "clip_psd" else matrices[name]
         predicted = np.array([matrix.predicted_increase(a) for a in measured])
         return round(rank_correlation(predicted, np.array(list(measured.values()))), 9), int(np.count_nonzero(matrix.values))
 
@@ -303,13 +291,14 @@ def choose(
     """One Result for each listed proposal, and one `chosen` for each budget, of all proposals that fit it, made for it or for a
     smaller one. Without `scores` it is the one of least measured loss, the smaller on a tie.
 
-    With them: of those whose loss is not above that of SAFE, nor of any that is deployed without corrections, and whose hits are
-    not significantly fewer than the most, the one of least Brier score (then of least loss). So `chosen` is never worse than what
-    is proposed of these, listed or not, on the images that it was measured on. A loss, or a Brier score, of NaN is as bad as an
-    infinite one.
+    With them: of those whose loss is not above that of `safe_methods`, nor of any that is deployed without corrections, and whose
+    hits are not significantly fewer than the most, the one of least Brier score (then of least loss). So `chosen` is never worse
+    than what is proposed of these, listed or not, on the images that it was measured on. A loss, or a Brier score, of NaN is as
+    bad as an infinite one.
     """
     budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
-    fit = {budget: merge_limits(budget.constraint(space), limits) for budget in budgets}
+    fit = {budget: merge_limits(budget.limit(space), limits) for budget in budgets}
+    safe = safe_methods()
     worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
     briers = worth if scores is None else {assignment: ordered(score.brier) for assignment, score in scores.items()}
 
@@ -320,10 +309,10 @@ def choose(
     def taken(fitting: Sequence[Proposal]) -> Proposal:
         if scores is None:
             return min(fitting, key=order)
-        most = min((worth[p.assignment] for p in fitting if p.method in SAFE or p.assignment.corrected == "none"), default=inf)
-        safe = sorted((p for p in fitting if worth[p.assignment] <= most), key=order)
-        best = scores[max(safe, key=lambda p: scores[p.assignment].hits.sum()).assignment]
-        return next(p for p in safe if not scores[p.assignment].misses_significantly(best))
+        most = min((worth[p.assignment] for p in fitting if p.method in safe or p.assignment.corrected == "none"), default=inf)
+        ranked = sorted((p for p in fitting if worth[p.assignment] <= most), key=order)
+        best = scores[max(ranked, key=lambda p: scores[p.assignment].hits.sum()).assignment]
+        return next(p for p in ranked if not scores[p.assignment].misses_significantly(best))
 
     def result(proposal: Proposal) -> Result:
         a = proposal.assignment

@@ -1,7 +1,8 @@
-"""The other direction: the smallest network whose *measured* loss increase or top-1 drop stays under a bound. NumPy only.
+"""The smallest network whose *measured* loss increase or top-1 drop stays under a bound. NumPy only.
 
-What is measured need not fall with the size, so nothing is bisected blindly: candidates are measured from small to large until
-one meets the bound, the gap below it is filled with new candidates, and both neighbours of the answer are reported as measured.
+A larger network can have a larger measured loss. Bisection alone could therefore miss the answer. All first proposals are
+measured. The gap below the smallest one that meets the bound is then filled with new proposals, several times. Both neighbours
+of the answer in size are reported with their measurements.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +22,13 @@ class Interval:
     """A mean over paired per-image differences with its 95 % confidence interval."""
 
     mean: float
+    """The mean difference: quantized minus float."""
     low: float
+    """The lower end of the interval."""
     high: float
+    """The upper end of the interval."""
     num_images: int
+    """How many images were measured."""
 
     @classmethod
     def of(cls, differences: NDArray[np.float64]) -> "Interval":
@@ -34,14 +39,14 @@ class Interval:
         return cls(mean, mean - reach, mean + reach, n)
 
     @classmethod
-    def of_hits(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> "Interval":
-        """The interval of a drop of top-1, from which images (n,) were right before and after.
+    def of_hits(cls, float_hits: NDArray[np.bool_], hits: NDArray[np.bool_]) -> "Interval":
+        """The interval of a drop of top-1, from which images (n,) the float and the quantized network have right.
 
-        Half an image more is counted in each of the four cells, so that agreement on all of a few images proves little
-        (Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005).
+        Each of the four cells counts half an image more, so that agreement on few images proves little (Agresti and Min,
+        "Simple improved confidence intervals for comparing matched proportions", 2005).
         """
-        n = len(before)
-        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        n = len(float_hits)
+        lost, won = int((float_hits & ~hits).sum()), int((hits & ~float_hits).sum())
         drop = (lost - won) / (n + 2)
         reach = Z95 * ((lost + won + 1) / (n + 2) - drop**2) ** 0.5 / (n + 2) ** 0.5
         return cls((lost - won) / n, drop - reach, drop + reach, n)
@@ -49,70 +54,89 @@ class Interval:
 
 @dataclass(frozen=True)
 class MeasuredProposal:
-    """An assignment, its size in bytes, and what it was measured to cost."""
+    """A proposal with its measured loss increase or top-1 drop."""
 
     assignment: Assignment
+    """The proposed assignment."""
     size_bytes: int
+    """Its size in bytes."""
     measured: Interval
+    """Its measured loss increase or top-1 drop."""
 
 
 @dataclass(frozen=True)
 class Smallest:
-    """The smallest candidate found whose interval lies under the bound, with its measured neighbours in size (None at an end)."""
+    """The smallest measured proposal whose interval lies under the bound."""
 
     answer: MeasuredProposal
+    """The proposal itself."""
     smaller: MeasuredProposal | None
+    """The next smaller measured proposal, if there is one."""
     larger: MeasuredProposal | None
+    """The next larger measured proposal, if there is one."""
     candidates: tuple[MeasuredProposal, ...]
+    """All measured proposals in ascending order of size."""
     bound: float
+    """The bound on the upper end of the interval."""
 
 
 def smallest(
     space: SearchSpace,
     front: Sequence[Assignment],
     measure: Callable[[Assignment], Interval],
-    between: Callable[[int, int], Sequence[Assignment]],
+    propose: Callable[[int, int], Sequence[Assignment]],
     bound: float,
     rounds: int = 4,
 ) -> Smallest:
     """The smallest assignment whose measured cost has its upper 95 % limit at or under `bound`.
 
-    `front` are first candidates; `between(low, high)` proposes assignments of more than `low` and less than `high` bytes, at
-    most `rounds` times. Raises InfeasibleError where no candidate meets the bound, with the best that was measured.
+    Args:
+        space: The space of the assignments.
+        front: The first proposals.
+        measure: Measures the loss increase or the top-1 drop of an assignment.
+        propose: Is called with (low, high) and proposes assignments of more than `low` and less than `high` bytes.
+        bound: Largest allowed upper end of the interval.
+        rounds: How often `propose` is called at most.
+
+    Raises:
+        InfeasibleError: No proposal meets the bound. The message has the closest one.
     """
-    found: dict[Assignment, MeasuredProposal] = {}
+    measured: dict[Assignment, MeasuredProposal] = {}
 
-    def add(assignments: Sequence[Assignment]) -> None:
+    def add(assignments: Sequence[Assignment]) -> list[MeasuredProposal]:
+        """Measures what is new, and returns all measured proposals from small to large."""
         for assignment in dict.fromkeys(assignments):
-            if assignment not in found:
-                found[assignment] = MeasuredProposal(assignment, space.size_bytes(assignment), measure(assignment))
+            if assignment not in measured:
+                measured[assignment] = MeasuredProposal(assignment, space.size_bytes(assignment), measure(assignment))
+        return sorted(measured.values(), key=lambda proposal: (proposal.size_bytes, ordered(proposal.measured.high)))
 
-    def in_order() -> list[MeasuredProposal]:
-        return sorted(found.values(), key=lambda c: (c.size_bytes, ordered(c.measured.high)))
-
-    add(front)
+    proposals = add(front)
     for _ in range(rounds):
-        order = in_order()
-        first = _first_within(order, bound)
-        if first is None or first == 0:
+        number = _first_under(proposals, bound)
+        if number is None or number == 0:
             break
-        low, high = order[first - 1].size_bytes, order[first].size_bytes
-        fresh = [a for a in between(low, high) if a not in found] if high - low > 1 else []
-        if not fresh:
+        low, high = proposals[number - 1].size_bytes, proposals[number].size_bytes
+        new = [a for a in propose(low, high) if a not in measured] if high - low > 1 else []
+        if not new:
             break
-        add(fresh)
-    order = in_order()
-    first = _first_within(order, bound)
-    if first is None:
-        best = min(order, key=lambda c: ordered(c.measured.high))
-        raise InfeasibleError(
-            f"no candidate is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
-            f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} "
-            "bytes: allow more, measure on more images (selection_images), or offer wider bits"
-        )
-    larger = order[first + 1] if first + 1 < len(order) else None
-    return Smallest(order[first], order[first - 1] if first else None, larger, tuple(order), bound)
+        proposals = add(new)
+    number = _first_under(proposals, bound)
+    if number is None:
+        raise InfeasibleError(_none_under(proposals, bound))
+    smaller = proposals[number - 1] if number else None
+    larger = proposals[number + 1] if number + 1 < len(proposals) else None
+    return Smallest(proposals[number], smaller, larger, tuple(proposals), bound)
 
 
-def _first_within(order: Sequence[MeasuredProposal], bound: float) -> int | None:
-    return next((k for k, candidate in enumerate(order) if candidate.measured.high <= bound), None)
+def _first_under(proposals: Sequence[MeasuredProposal], bound: float) -> int | None:
+    return next((number for number, proposal in enumerate(proposals) if proposal.measured.high <= bound), None)
+
+
+def _none_under(proposals: Sequence[MeasuredProposal], bound: float) -> str:
+    """The message where no proposal meets the bound."""
+    best = min(proposals, key=lambda proposal: ordered(proposal.measured.high))
+    return (
+        f"no candidate is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
+        f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} "
+        "bytes: allow more, measure on more images (selection_images), or offer wider bits"
+    )

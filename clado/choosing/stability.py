@@ -1,12 +1,12 @@
-"""How far the images decide: each layer's bits in one estimator's answer under a bootstrap over sample blocks. NumPy only.
+"""How far the sensitivity images decide the bits of each layer, by a bootstrap over sample blocks. NumPy only.
 
-A resample draws sample blocks with replacement (Efron, 1979), estimates the matrix anew, and descends from the answer by the
-moves of the local search (`local_search.settle`). A layer is *undecided* where fewer than 90 % of the resamples keep its bits.
-What a run chooses, by measured losses, may be another answer, of which this says nothing.
+A resample draws sample blocks with replacement (Efron, 1979), estimates the matrix again, and descends from one estimator's
+answer by the moves of the local search (`local_search.settle`). A layer is *undecided* where fewer than 90 % of the resamples
+keep its bits. A run chooses by measured losses, and may choose another answer. The bootstrap says nothing about that one.
 
-How many images would do: drawing m times as many blocks has the sampling noise of m times as many images, σ/√(mN) (the m out of
-n bootstrap, Bickel, Götze and van Zwet, 1997), around what was measured. The first multiple of 4 and 16 that leaves no layer
-undecided is reported; it supposes that what was measured is the truth, so it is a guess and not a bound.
+It also says how many images would be enough. m times as many blocks have the sampling noise of m times as many images, σ/√(mN)
+(the m out of n bootstrap, Bickel, Götze and van Zwet, 1997). The first multiple of 4 and 16 that leaves no layer undecided is
+reported. The resamples vary around the measured values, not around the true ones, so this is a guess and not a bound.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,18 +20,18 @@ from clado.interaction.matrix import InteractionMatrix
 from clado.records import Stability
 from clado.space import Assignment
 
-DECIDED = 0.9
+DECIDED = 0.9  # share of the resamples that keep a layer's bits
 MULTIPLES = (1, 4, 16)
 RESAMPLES = 24
 
 
 def resampled(measured: Measured, multiple: int, rng: np.random.Generator) -> Measured:
-    """The measurement as another draw of `multiple` times as many blocks would have given it."""
-    blocks = len(measured.counts)
-    times = np.bincount(rng.integers(blocks, size=multiple * blocks), minlength=blocks)
-    drawn = np.flatnonzero(times)
-    sums = {kind: v[drawn] * times[drawn].reshape(-1, *[1] * (v.ndim - 1)) for kind, v in measured.sums.items()}
-    return Measured(measured.space, measured.criterion, measured.counts[drawn] * times[drawn], sums)
+    """The measurement of another draw of sample blocks, of `multiple` times as many."""
+    num_blocks = len(measured.counts)
+    repeats = np.bincount(rng.integers(num_blocks, size=multiple * num_blocks), minlength=num_blocks)
+    blocks = np.flatnonzero(repeats)
+    sums = {kind: v[blocks] * repeats[blocks].reshape(-1, *[1] * (v.ndim - 1)) for kind, v in measured.sums.items()}
+    return Measured(measured.space, measured.criterion, measured.counts[blocks] * repeats[blocks], sums)
 
 
 def stability(
@@ -42,28 +42,31 @@ def stability(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Stability, ...]:
-    """The stability of `answers`, one estimator's own to each budget; nothing with fewer than two sample blocks.
+    """The stability of one estimator's answers, one for each budget. Empty with fewer than two sample blocks.
 
-    `program(matrix, budget)` poses a matrix under the budget called so. Larger multiples are tried while a layer is undecided.
+    Args:
+        measured: The measurement, by sample blocks.
+        estimate: The estimator.
+        program: Makes the program of a matrix under the budget of a name.
+        answers: Name of a budget -> the estimator's answer.
+        resamples: How many resamples are drawn at each multiple. Larger multiples are drawn while a layer is undecided.
+        seed: The seed of the draws.
     """
     if len(measured.counts) < 2:
         return ()
-    kept: dict[str, list[list[float]]] = {budget: [] for budget in answers}
+    shares: dict[str, list[list[float]]] = {budget: [] for budget in answers}
     name = ""
     for multiple in MULTIPLES:
-        left = [b for b, rows in kept.items() if not rows or min(rows[-1]) < DECIDED]
+        undecided = [budget for budget, rows in shares.items() if not rows or min(rows[-1]) < DECIDED]
         rng = np.random.default_rng([seed, multiple])
-        same = {budget: np.zeros(measured.space.num_layers) for budget in left}
-        for _ in range(resamples if left else 0):
+        counts = {budget: np.zeros(measured.space.num_layers) for budget in undecided}
+        for _ in range(resamples if undecided else 0):
             matrix = estimate(resampled(measured, multiple, rng))
             name = matrix.estimator
-            for budget in left:
-                posed = program(matrix, budget)
-                answer = answers[budget]
-                found = posed.assignment(settle(posed, posed.choices(answer)))
-                same[budget] += [a == b for a, b in zip(found.pairs, answer.pairs, strict=True)]
-        for budget in left:
-            kept[budget].append((same[budget] / resamples).tolist())
+            for budget in undecided:
+                counts[budget] += _equal_bits(program(matrix, budget), answers[budget])
+        for budget in undecided:
+            shares[budget].append((counts[budget] / resamples).tolist())
     return tuple(
         Stability(
             budget,
@@ -74,5 +77,11 @@ def stability(
             MULTIPLES[: len(rows)],
             tuple(sum(share < DECIDED for share in row) for row in rows),
         )
-        for budget, rows in kept.items()
+        for budget, rows in shares.items()
     )
+
+
+def _equal_bits(program: Program, answer: Assignment) -> list[bool]:
+    """For each layer, whether a descent from an answer keeps its bits."""
+    settled = program.assignment(settle(program, program.choices(answer)))
+    return [a == b for a, b in zip(settled.pairs, answer.pairs, strict=True)]

@@ -1,4 +1,4 @@
-"""The interaction matrix Ĝ: what an estimator makes of its measurements, and what a program minimises. NumPy only.
+"""The interaction matrix Ĝ, which an estimator makes and a program minimises. NumPy only.
 
 Row and column k is option k of the space (`space.py`). For a one-hot choice α the predicted loss increase is ½ αᵀ Ĝ α
 (CLADO, arXiv 2307.05657, equation 8), so every estimator stores numbers on the scale of twice a loss.
@@ -7,6 +7,7 @@ Row and column k is option k of the space (`space.py`). For a one-hot choice α 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,35 +17,45 @@ from clado.errors import MeasurementError
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
+Convexity = Literal["raw", "clip_psd"]
+"""How a matrix is solved: as it is, or without its negative eigenvalues."""
 
 
 @dataclass(frozen=True)
 class InteractionMatrix:
-    """A symmetric (K, K) float64 matrix over the options of a space.
-
-    `baseline` is the mean loss of the float network on the sensitivity set; `standard_error` (K, K) belongs to `values`, where
-    the estimator has one; `ranking_only` says that ½ αᵀ Ĝ α orders assignments but is not a loss. `quarantined` options
-    have a loss that is NaN or infinite on their own, `forbidden` pairs of options together: a program must not choose them.
-    """
+    """A symmetric matrix over the K options of a space."""
 
     space: SearchSpace
+    """The space of the options."""
     values: Array
+    """The matrix, (K, K), float64."""
     estimator: str
+    """The name of the estimator that made it."""
     criterion: str
+    """The criterion that was measured."""
     baseline: float
+    """Mean loss of the float network on the sensitivity set."""
     num_samples: int
+    """Images of the sensitivity set."""
     standard_error: Array | None = None
+    """Standard errors of the values, (K, K), where the estimator has some."""
     ranking_only: bool = False
+    """Whether ½ αᵀ Ĝ α only orders assignments and is not a loss."""
     quarantined: tuple[int, ...] = ()
+    """Options whose loss is NaN or infinite. A program must not choose them."""
     forbidden: tuple[tuple[int, int], ...] = ()
+    """Pairs of options whose common loss is NaN or infinite. A program must not choose them together."""
+    convexity: Convexity = "raw"
+    """How a program of this matrix is made convex, as the estimator says."""
 
     def __post_init__(self) -> None:
         k = self.space.num_options
         if self.values.shape != (k, k):
             raise MeasurementError(f"the matrix has shape {self.values.shape}; the space has {k} options")
-        bad = np.argwhere(~np.isfinite(self.values))
-        if len(bad):
-            raise MeasurementError(f"the matrix holds a NaN or an infinity at {self.label(bad[0][0])}, {self.label(bad[0][1])}")
+        faults = np.argwhere(~np.isfinite(self.values))
+        if len(faults):
+            row, column = faults[0]
+            raise MeasurementError(f"the matrix holds a NaN or an infinity at {self.label(row)}, {self.label(column)}")
         if not np.array_equal(self.values, self.values.T):
             raise MeasurementError("the matrix is not symmetric")
 
@@ -53,13 +64,15 @@ class InteractionMatrix:
         return self.space.label(option)
 
     def predicted_increase(self, assignment: Assignment) -> float:
-        """½ αᵀ Ĝ α: the predicted increase of the mean loss; exact for at most two layers under `pairwise`. Infinite with an
-        option that is quarantined, or a pair that is forbidden."""
-        chosen = self.space.chosen_options(assignment)
-        taken = set(chosen)
-        if not taken.isdisjoint(self.quarantined) or any(taken.issuperset(pair) for pair in self.forbidden):
+        """½ αᵀ Ĝ α: the predicted increase of the mean loss.
+
+        It is exact for at most two layers under `pairwise`. It is infinite with a quarantined option or a forbidden pair.
+        """
+        options = self.space.chosen_options(assignment)
+        distinct = set(options)
+        if not distinct.isdisjoint(self.quarantined) or any(distinct.issuperset(pair) for pair in self.forbidden):
             return float("inf")
-        return 0.5 * float(self.values[np.ix_(chosen, chosen)].sum())
+        return 0.5 * float(self.values[np.ix_(options, options)].sum())
 
     def in_layer_mask(self) -> NDArray[np.bool_]:
         """True where row and column are options of one layer (diagonal included)."""
@@ -67,7 +80,7 @@ class InteractionMatrix:
         return np.asarray(owner[:, None] == owner[None, :])
 
     def loss_of(self, objective: float) -> float | None:
-        """The loss that a predicted increase stands for; None where the matrix only orders assignments."""
+        """The loss that a predicted increase means. None where the matrix only orders assignments."""
         return None if self.ranking_only else self.baseline + objective
 
     def diagonal_only(self) -> "InteractionMatrix":
@@ -81,7 +94,7 @@ class InteractionMatrix:
         return float(-eigenvalues[eigenvalues < 0].sum()) / total if total else 0.0
 
     def clip_psd(self) -> "InteractionMatrix":
-        """The nearest positive semidefinite matrix: negative eigenvalues become 0 (CLADO, section 4.2). Changes the objective."""
+        """The nearest positive semidefinite matrix: negative eigenvalues become 0 (CLADO, section 4.2)."""
         eigenvalues, vectors = np.linalg.eigh(self.values)
         if eigenvalues[0] >= 0:
             return self
@@ -89,27 +102,29 @@ class InteractionMatrix:
         return replace(self, values=(clipped + clipped.T) / 2)
 
     def shrink(self) -> "InteractionMatrix":
-        """Cross terms drawn towards zero as far as their noise explains them: positive-part James–Stein, v·max(0, 1 − Σs²/Σv²).
+        """Shrinks cross terms by the share of their size that noise explains: positive-part James–Stein, v·max(0, 1 − Σs²/Σv²).
 
-        The sums run over all pairs of layers at the same two candidates (4 and 2 bits, say), whose terms are of one order of
+        The sums run over all pairs of layers at the same two candidates, such as 4 and 2 bits. Their terms have one order of
         magnitude (James and Stein, 1961; empirical Bayes with unequal groups: Efron and Morris, JASA 68, 1973). In-layer entries
-        stay. The same matrix where there is no standard error.
+        stay the same. Without a standard error the matrix stays the same.
         """
         if self.standard_error is None:
             return self
-        kinds = {candidate: k for k, candidate in enumerate(sorted({o[1:] for o in self.space.options}, key=str))}
-        kind = np.array([kinds[option[1:]] for option in self.space.options])
-        pool = np.maximum(kind[:, None], kind[None, :]) * len(kinds) + np.minimum(kind[:, None], kind[None, :])
+        numbers = {candidate: k for k, candidate in enumerate(sorted({o[1:] for o in self.space.options}, key=str))}
+        number = np.array([numbers[option[1:]] for option in self.space.options])
+        pools = np.maximum(number[:, None], number[None, :]) * len(numbers) + np.minimum(number[:, None], number[None, :])
         factor = np.ones_like(self.values)
-        for number in np.unique(pool):
-            cross = (pool == number) & ~self.in_layer_mask()
+        for pool in np.unique(pools):
+            cross = (pools == pool) & ~self.in_layer_mask()
             signal, noise = float((self.values[cross] ** 2).sum()), float((self.standard_error[cross] ** 2).sum())
             factor[cross] = max(0.0, 1.0 - noise / signal) if signal else 1.0
         return replace(self, values=self.values * factor, standard_error=self.standard_error * factor)
 
     def save(self, path: Path) -> None:
-        """Keeps the matrix as .npz: `values`, `standard_error` (empty where there is none), `options`: "layer:4", or "layer:4/8"
-        with activation bits, numbers of those that are `quarantined`, `forbidden` pairs (n, 2), and `ranking_only`.
+        """Writes the matrix as .npz.
+
+        Its arrays are `values`, `standard_error` (empty where there is none), `options` ("layer:4", or "layer:4/8" with
+        activation bits), the numbers of `quarantined` options, `forbidden` pairs (n, 2), and `ranking_only`.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.{os.getpid()}.part.npz")

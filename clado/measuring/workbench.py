@@ -35,7 +35,7 @@ class Pass:
     float_logits: Tensor
     """(n, classes) of the float network."""
 
-    def criterion(self, name: str) -> criteria.Criterion:
+    def criterion(self, name: str) -> criteria.Loss:
         """The per-sample loss as a function of logits (..., n, classes)."""
         return criteria.bind(name, self.float_logits, self.labels)
 

@@ -1,12 +1,13 @@
-"""Fine-tuning: a few epochs of straight-through training that start at the corrected, quantized weights and stay on their grids.
+"""Fine-tuning: a few epochs of straight-through training.
 
-A latent float weight w is trained, and its grid's value ŵ = (clip(round(w / s + z)) − z) · s is what runs; backwards, rounding
-counts as the identity and clipping as what it is (Bengio et al. 2013, arXiv 1308.3432). With `learned_scales` the scales s are
-trained too, as in LSQ (Esser et al. 2020, arXiv 1902.08153), whose gradient follows from the same formula. Biases, batch norm's
-affine parameters and layers that stay in float are trained beside them; grids of inputs keep their range.
+Training starts at the corrected, quantized weights, and every weight stays on its grid. A latent float weight w is trained. The
+forward pass uses its value on the grid, ŵ = (clip(round(w / s + z)) − z) · s. In the backward pass rounding counts as the
+identity, and clipping has its own gradient (Bengio et al. 2013, arXiv 1308.3432). With `learned_scales` the scales s are trained
+too, as in LSQ (Esser et al. 2020, arXiv 1902.08153). Its gradient follows from the same formula. Biases, the affine parameters of
+batch norm and float layers are also trained. Grids of inputs keep their range.
 
-Batch norm keeps the statistics that the network starts with, as it runs once deployed. Statistics of training batches, and their
-pooling afterwards, add the noise of few images: at 4 bits no epoch was then better than the start (notebooks/LOG.md).
+Batch norm keeps its initial statistics, as in the deployed network. Statistics of training batches add the noise of few images:
+with them no epoch at 4 bits was better than the start (notebooks/LOG.md).
 """
 
 import math
@@ -24,27 +25,31 @@ from clado.errors import ConfigurationError, DataError, MeasurementError, Networ
 from clado.grids import Grid, QuantizedLayer
 from clado.network.network import Network
 
-LEAST_SCALE = 1e-2  # of its first value: how small a learned scale may become
+LEAST_SCALE = 1e-2  # least learned scale, as a share of its first value
+HELD_OUT_BATCH = 128  # images
 Layers = Mapping[int, QuantizedLayer]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is fine-tuned.
-
-    `criterion`: kl_to_float distils from the float network and needs no labels; cross_entropy needs them. `learning_rate` is
-    Adam's at first; it falls to zero with a cosine. `patience` is after how many epochs without a lower held-out loss it ends.
-    `augment` shifts each image by up to a fourteenth of its side and mirrors every other, at random.
-    """
+    """How a network is fine-tuned."""
 
     epochs: int = 4
+    """Most epochs; 0 trains nothing."""
     criterion: str = "kl_to_float"
+    """kl_to_float distils from the float network and needs no labels. cross_entropy needs labels."""
     learning_rate: float = 1e-3
+    """Adam's first learning rate. It falls to zero with a cosine."""
     batch_images: int = 64
+    """Images of a training batch."""
     patience: int = 2
+    """Training ends after so many epochs without a lower held-out loss."""
     learned_scales: bool = False
+    """Whether the scales of weights are trained."""
     augment: bool = True
+    """Whether images are shifted by up to a fourteenth of their side, and half of them mirrored, at random."""
     seed: int = 0
+    """The seed of the order of images and of augmentation."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_images", 2), ("patience", 1)):
@@ -52,28 +57,40 @@ class Training:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; expected {least} or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; expected a number above 0, such as 0.001")
-        if self.criterion not in ("kl_to_float", "cross_entropy"):
-            raise ConfigurationError(f"unknown criterion {self.criterion!r}; expected kl_to_float or cross_entropy")
+        criteria.criterion_of(self.criterion)  # refuses an unknown name
+
+    @property
+    def objective(self) -> criteria.Criterion:
+        """The criterion that training minimises."""
+        return criteria.criterion_of(self.criterion)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean losses after so many epochs (0: before training; its `training_loss` is None), and the seconds the epoch took."""
+    """Mean losses of one epoch."""
 
     number: int
+    """The epoch's number from 1; 0 stands for the start, before training."""
     training_loss: float | None
+    """Mean loss of the training batches; None at the start."""
     held_out_loss: float
+    """Mean loss of the held-out images after the epoch."""
     seconds: float
+    """How long the epoch took."""
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The network and its layers as they ship, of the epoch that was best on the held-out images, which may be none."""
+    """The deployed network of the epoch that was best on the held-out images."""
 
     network: Network
+    """The network with its trained float parameters."""
     layers: dict[int, QuantizedLayer]
+    """The quantized layers by number."""
     epochs: tuple[Epoch, ...]
+    """The start and every epoch, in order."""
     best_epoch: int
+    """The number of the best epoch; 0 where no epoch was better than the start."""
 
 
 def finetune(
@@ -83,63 +100,60 @@ def finetune(
     training_set: ImageSlice,
     held_out: ImageSlice,
     training: Training | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    told: Callable[[Epoch], None] = lambda epoch: None,
+    progress: Callable[[int, int], None] = lambda batches, total: None,
+    report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FineTuned:
-    """Trains `layers` (by index, as `Prepared.deployed` gives them with `network`) against the float network `reference`.
+    """Trains quantized layers against the float network. Changes none of its arguments.
 
-    The result's loss on `held_out` is never above the start's; nothing given is changed. `progress(batches, of)` is called after
-    every batch, `told` after every epoch. NetworkError for a layer without a grid, DataError for images that are too few or whose
-    labels are none or too large, MeasurementError where the loss is no longer finite.
+    Args:
+        network: The deployed network, as `Prepared.deployed` returns it.
+        layers: Its quantized layers by number.
+        reference: The float network.
+        training_set: Images to train on.
+        held_out: Images that choose the epoch.
+        training: How to train; by default `Training()`.
+        progress: Is called with (batches so far, all batches) after every batch.
+        report: Is called after every epoch, and before the first.
+
+    Returns:
+        The best epoch's network. Its loss on `held_out` is never above the start's.
+
+    Raises:
+        NetworkError: A layer has no grid.
+        DataError: There are too few images, or their labels are absent or too large.
+        MeasurementError: The loss is no longer finite.
     """
     training = training or Training()
     _check(network, layers, training_set, held_out, training)
-    # made under inference mode, as corrections are, a tensor could not be trained with
+    # corrections make tensors in inference mode, and such tensors cannot be trained
     network = network.updated({name: value.clone() for name, value in network.changed.items()})
     pupil = _Pupil(network, layers, training)
     best: tuple[Network, dict[int, QuantizedLayer]] = network, dict(layers)
     begin = time.perf_counter()
     lowest = held_out_loss(*best, reference, held_out, training)
     epochs = [Epoch(0, None, lowest, time.perf_counter() - begin)]
-    told(epochs[0])
-    best_epoch, generator = 0, torch.Generator().manual_seed(training.seed)
-    batch_images = min(training.batch_images, len(training_set))
-    per_epoch = len(training_set) // batch_images
-    steps = training.epochs * per_epoch
-    optimiser = torch.optim.Adam(pupil.groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps)))
+    report(epochs[0])
+    best_epoch, course = 0, _Course(pupil, training_set, reference)
     for number in range(1, training.epochs + 1):
-        begin, total = time.perf_counter(), 0.0
-        order = torch.randperm(len(training_set), generator=generator)
-        for k, chosen in enumerate(torch.split(order, batch_images)[:per_epoch]):
-            images, labels = PickedSlice([training_set], chosen.tolist()).load(0, batch_images)
-            images = augmented(images, generator) if training.augment else images
-            loss = pupil.loss(images, labels, reference)
-            if not math.isfinite(loss.item()):
-                raise MeasurementError(
-                    f"the loss of batch {k + 1} of epoch {number} is {loss.item()}; training diverged: lower the learning rate"
-                )
-            pupil.step(loss, optimiser)
-            schedule.step()
-            total += loss.item()
-            progress((number - 1) * per_epoch + k + 1, steps)
-        found = pupil.deployed()
-        loss_now = held_out_loss(*found, reference, held_out, training)
-        epochs.append(Epoch(number, total / per_epoch, loss_now, time.perf_counter() - begin))
-        told(epochs[-1])
-        if loss_now < lowest:
-            lowest, best, best_epoch = loss_now, found, number
+        begin = time.perf_counter()
+        training_loss = course.epoch(number, progress)
+        deployed = pupil.deployed()
+        loss = held_out_loss(*deployed, reference, held_out, training)
+        epochs.append(Epoch(number, training_loss, loss, time.perf_counter() - begin))
+        report(epochs[-1])
+        if loss < lowest:
+            lowest, best, best_epoch = loss, deployed, number
         elif number - best_epoch >= training.patience:
             break
     return FineTuned(*best, tuple(epochs), best_epoch)
 
 
 def held_out_loss(network: Network, layers: Layers, reference: Network, images: ImageSlice, training: Training) -> float:
-    """Mean of the training's criterion over a slice, as the network ships."""
+    """Mean of the training's criterion over a slice, of the deployed network."""
     total = 0.0
     folded, replaced = network.folded_with(layers)
-    for start in range(0, len(images), 128):
-        batch = images.load(start, min(start + 128, len(images)))
+    for start in range(0, len(images), HELD_OUT_BATCH):
+        batch = images.load(start, min(start + HELD_OUT_BATCH, len(images)))
         x, labels = _on_device(batch, network)
         floats = reference.logits(x)
         _check_labels(batch[1], floats, training)
@@ -149,53 +163,57 @@ def held_out_loss(network: Network, layers: Layers, reference: Network, images: 
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (n, C, H, W), each shifted by up to a fourteenth of its sides over its edge pixels, and mirrored or not."""
+    """Images (n, C, H, W), each shifted by up to a fourteenth of its sides, and half of them mirrored.
+
+    Edge pixels fill what a shift leaves empty.
+    """
     n, _, height, width = images.shape
     down, right = -(-height // 14), -(-width // 14)
     padded = F.pad(images, (right, right, down, down), mode="replicate")
     rows = torch.arange(height) + torch.randint(0, 2 * down + 1, (n, 1), generator=generator)
     columns = torch.arange(width) + torch.randint(0, 2 * right + 1, (n, 1), generator=generator)
     columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    each = torch.arange(n)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+    image = torch.arange(n)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
 
 
 class _Pupil:
-    """What is trained: latent weights, biases, scales where asked, and the network's other parameters."""
+    """The trained tensors: latent weights, biases, scales (with `learned_scales`), and the network's other parameters."""
 
     def __init__(self, network: Network, layers: Layers, training: Training) -> None:
         self.network, self.layers, self.training = network, layers, training
         self.weights = {i: _leaf(layer.weight) for i, layer in layers.items()}
         self.biases = {i: _leaf(layer.bias) for i, layer in layers.items() if layer.bias is not None}
         self.others = {name: _leaf(value) for name, value in network.trainable(layers).items()}
-        self.grids = {i: _owned(layer.grid) for i, layer in layers.items() if layer.grid is not None}
+        self.grids = {i: _cloned(layer.grid) for i, layer in layers.items() if layer.grid is not None}
         self.scales = {i: _leaf(grid.scale) for i, grid in self.grids.items()} if training.learned_scales else {}
         floats = [*self.weights.values(), *self.biases.values(), *self.others.values()]
-        self.trained = [*floats, *self.scales.values()]
+        self.parameters = [*floats, *self.scales.values()]
         self.groups = [{"params": floats, "lr": training.learning_rate}]
         for i, scale in self.scales.items():  # a step of a scale is a part of the scale itself
             self.groups.append({"params": [scale], "lr": training.learning_rate * float(self.grids[i].scale.mean())})
 
     def grid(self, i: int) -> Grid:
-        """A layer's grid as it is now."""
+        """A layer's grid with its present scale."""
         return replace(self.grids[i], scale=self.scales[i]) if i in self.scales else self.grids[i]
 
     def loss(self, images: Tensor, labels: Tensor | None, reference: Network) -> Tensor:
         """Mean criterion of a batch, with gradients."""
-        x, known = _on_device((images, labels), self.network)
-        running = {
+        x, device_labels = _on_device((images, labels), self.network)
+        layers = {
             i: replace(layer, weight=straight_through(self.weights[i], self.grid(i)), bias=self.biases.get(i), grid=None)
             for i, layer in self.layers.items()
         }
-        # cloned: what is made under inference mode cannot be saved for the way back
-        floats = reference.logits(x).clone() if self.training.criterion == "kl_to_float" else x.new_zeros(())
-        logits = self.network.updated(self.others).differentiable_logits(x, running)
+        # cloned: autograd cannot save a tensor of inference mode for the backward pass
+        floats = reference.logits(x).clone() if self.training.objective.needs_float_logits else x.new_zeros(())
+        logits = self.network.updated(self.others).differentiable_logits(x, layers)
         _check_labels(labels, logits, self.training)
-        return criteria.bind(self.training.criterion, floats, known)(logits).mean()
+        return criteria.bind(self.training.criterion, floats, device_labels)(logits).mean()
 
     def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
-        """One step of everything that is trained; parameters of the module itself get no gradient."""
-        for parameter, gradient in zip(self.trained, torch.autograd.grad(loss, self.trained, allow_unused=True), strict=True):
+        """One step of all trained tensors. The module's own parameters get no gradient."""
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
         with torch.no_grad():
@@ -213,15 +231,51 @@ class _Pupil:
         return self.network.updated({name: value.detach().clone() for name, value in self.others.items()}), layers
 
 
+class _Course:
+    """The steps of a training, epoch by epoch."""
+
+    def __init__(self, pupil: _Pupil, images: ImageSlice, reference: Network) -> None:
+        self.pupil, self.images, self.reference = pupil, images, reference
+        self.generator = torch.Generator().manual_seed(pupil.training.seed)
+        self.batch_images = min(pupil.training.batch_images, len(images))
+        self.per_epoch = len(images) // self.batch_images
+        self.steps = steps = pupil.training.epochs * self.per_epoch
+        self.optimiser = torch.optim.Adam(pupil.groups)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps))
+        )
+
+    def epoch(self, number: int, progress: Callable[[int, int], None]) -> float:
+        """Trains one epoch and returns the mean loss of its batches."""
+        total = 0.0
+        order = torch.randperm(len(self.images), generator=self.generator)
+        for k, numbers in enumerate(torch.split(order, self.batch_images)[: self.per_epoch]):
+            images, labels = PickedSlice([self.images], numbers.tolist()).load(0, self.batch_images)
+            images = augmented(images, self.generator) if self.pupil.training.augment else images
+            loss = self.pupil.loss(images, labels, self.reference)
+            if not math.isfinite(loss.item()):
+                raise MeasurementError(
+                    f"the loss of batch {k + 1} of epoch {number} is {loss.item()}; training diverged: lower the learning rate"
+                )
+            self.pupil.step(loss, self.optimiser)
+            self.schedule.step()
+            total += loss.item()
+            progress((number - 1) * self.per_epoch + k + 1, self.steps)
+        return total / self.per_epoch
+
+
 def straight_through(weight: Tensor, grid: Grid) -> Tensor:
-    """The weight on its grid; backwards rounding is the identity, and only a learned scale hears of weights beyond the range."""
+    """The weight on its grid.
+
+    In the backward pass rounding is the identity. A weight beyond the range has gradient 0, and only a learned scale moves.
+    """
     position = weight.float() / grid.scale + grid.zero_point
     inside = position.clamp(grid.codes.low, grid.codes.high)
     codes = inside + (grid.quantize(weight.float()) - inside).detach()
     return grid.dequantize(codes).to(weight.dtype)
 
 
-def _owned(grid: Grid) -> Grid:
+def _cloned(grid: Grid) -> Grid:
     return Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes)
 
 
@@ -236,7 +290,7 @@ def _on_device(batch: tuple[Tensor, Tensor | None], network: Network) -> tuple[T
 
 def _check_labels(labels: Tensor | None, logits: Tensor, training: Training) -> None:
     """Raises DataError for labels beyond the network's outputs."""
-    if training.criterion == "cross_entropy" and labels is not None:
+    if training.objective.needs_labels and labels is not None:
         low, high, classes = int(labels.min()), int(labels.max()), logits.shape[-1]
         if low < 0 or high >= classes:
             raise DataError(f"labels reach from {low} to {high}; expected 0 to {classes - 1}, one for each output of the network")
@@ -245,10 +299,10 @@ def _check_labels(labels: Tensor | None, logits: Tensor, training: Training) -> 
 def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out: ImageSlice, training: Training) -> None:
     if not layers:
         raise ConfigurationError("no layer is quantized; expected an assignment that gives bits to at least one")
-    if bare := [network.layers[i].name for i, layer in layers.items() if layer.grid is None]:
-        raise NetworkError(f"{', '.join(bare[:8])} have no grid to stay on; expected layers as `Prepared.deployed` gives them")
+    if names := [network.layers[i].name for i, layer in layers.items() if layer.grid is None]:
+        raise NetworkError(f"{', '.join(names[:8])} have no grid to stay on; expected layers as `Prepared.deployed` gives them")
     for images, name in ((training_set, "training"), (held_out, "held-out")):
         if len(images) < 2:
             raise DataError(f"there are {len(images)} {name} images; expected two or more")
-        if training.criterion == "cross_entropy" and images.load(0, 1)[1] is None:
-            raise DataError(f"cross_entropy needs labels and the {name} images have none; use the criterion kl_to_float")
+        if training.objective.needs_labels and images.load(0, 1)[1] is None:
+            raise DataError(f"{training.criterion} needs labels and the {name} images have none; use the criterion kl_to_float")

@@ -22,7 +22,7 @@ from clado.bits import bits_text
 from clado.errors import StoreError
 from clado.records import CHOSEN, UNIFORM, Result, RunRecord, percent, short_names, size_text, write_text
 from clado.reporting import tables
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 
 PAGE = "report.html"
 ROBUST_PERCENTILE = 98.0

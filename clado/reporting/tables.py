@@ -18,11 +18,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from clado.choosing.proposals import TEMPERED
+from clado.interaction.estimators import safe_estimators, with_interactions
+from clado.plugins import available
 from clado.records import CHOSEN, MeasuredProposal, Receipt, Result, RunRecord, markdown_table, percent, size_text
-from clado.settings.schema import database_of
+from clado.settings.tracking import database_of
 
-BASE, INTERACTING = "layerwise", ("pairwise", "gauss_newton", "blockwise", *TEMPERED)
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
 """Rows of a budget.
 
@@ -66,28 +66,30 @@ def markdown(record: RunRecord) -> str:
 def verdict(record: RunRecord) -> str:
     """One sentence: what interactions change.
 
-    It compares `layerwise` with the first method of INTERACTING.
+    It compares `layerwise` with `pairwise`, or else with the next estimator by `interaction_order`.
     """
-    rival = next((method for method in INTERACTING if method in record.methods), None)
-    if BASE not in record.methods or rival is None:
+    base_name = safe_estimators()[0]
+    rival = next(iter(with_interactions(record.methods)), None)
+    if base_name not in record.methods or rival is None:
         methods = ", ".join(record.methods) or "no results"
-        return f"Interactions: no verdict, for it compares {BASE} with {INTERACTING[0]} and the run has {methods}."
+        usual = with_interactions(available("estimators"))[0]
+        return f"Interactions: no verdict, for it compares {base_name} with {usual} and the run has {methods}."
     pairs = [
         (budget, base, other)
         for budget in record.budgets
-        if (base := record.find(budget, BASE)) is not None and (other := record.find(budget, rival)) is not None
+        if (base := record.find(budget, base_name)) is not None and (other := record.find(budget, rival)) is not None
         if math.isfinite(base.loss_deployed) and math.isfinite(other.loss_deployed)
     ]
     if not pairs:
-        return f"Interactions: no verdict, for at no budget both {BASE} and {rival} have a finite loss."
+        return f"Interactions: no verdict, for at no budget both {base_name} and {rival} have a finite loss."
     counts = [_num_changed(base, other) for _, base, other in pairs]
     if not any(counts):
         where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
-        return f"Interactions change nothing: {rival} and {BASE} agree on all {len(record.layer_names)} layers at {where}."
+        return f"Interactions change nothing: {rival} and {base_name} agree on all {len(record.layer_names)} layers at {where}."
     layers = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
     parts = [f"Interactions change {layers} of {len(record.layer_names)} layers"]
     if len(pairs) == 1:
-        return f"{parts[0]} and the measured loss {_change(*pairs[0])} ({rival} against {BASE})."
+        return f"{parts[0]} and the measured loss {_change(*pairs[0])} ({rival} against {base_name})."
     lower = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed < base.loss_deployed]
     higher = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed > base.loss_deployed]
     for word, group, extreme in (("lower", lower, min), ("raise", higher, max)):
@@ -96,7 +98,7 @@ def verdict(record: RunRecord) -> str:
             parts.append(f"{word} the measured loss at {len(group)} of {len(pairs)} budgets, most {_change(*pair, signed=False)}")
     if not lower and not higher:
         parts.append("leave the measured loss as it is")
-    return f"{'; they '.join(parts)} ({rival} against {BASE})."
+    return f"{'; they '.join(parts)} ({rival} against {base_name})."
 
 
 def winners(record: RunRecord) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import clado
-from clado.choosing.constraints import Constraint, size
+from clado.choosing.constraints import Constraint, constraint
 from clado.choosing.proposals import Budget, budgets_of, check_budgets
+from clado.criteria import criterion_of
 from clado.data.images import DataSlices, ImageSlice, MemorySlice, check_slice
 from clado.data.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.errors import ConfigurationError, DataError, IdentityMismatch, UnreadableImage
@@ -26,8 +27,7 @@ from clado.measuring.plan import Plan, Tile, Workload, grown_sample_blocks, samp
 from clado.measuring.scores import Scores, deployed_scores, scores
 from clado.measuring.workbench import Workbench, network_batching, rows_per_tile
 from clado.network.network import Network, prefers_channels_last
-from clado.quantization.corrections import at_stage
-from clado.quantization.corrections.batchnorm_reestimation import MOST_IMAGES
+from clado.quantization.corrections import FinalCorrection, NetworkCorrection, at_stage
 from clado.quantization.preparation import (
     Prepared,
     Recipe,
@@ -41,7 +41,9 @@ from clado.quantization.preparation import (
 )
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import IMAGENET_VALIDATION_IMAGES
-from clado.settings.schema import ConstraintSettings, RunConfig, fingerprint
+from clado.run.plugin_checks import check_constraint, check_plugins
+from clado.settings.identity import fingerprint
+from clado.settings.schema import ConstraintSettings, RunConfig
 from clado.space import Assignment, SearchSpace
 from clado.storage.evaluation_cache import EvaluationCache
 from clado.storage.measurement_store import MeasurementStore, exists
@@ -80,6 +82,7 @@ class OpenedRun:
 
         `planning`: images that are not there are counted as the settings ask for them, and cannot be read.
         """
+        check_plugins(config)
         torch.set_num_threads(config.cluster.threads_per_worker)
         loaded = load_network(config.network)
         absent = planning and config.data.path is not None and not config.data.path.exists()
@@ -88,9 +91,9 @@ class OpenedRun:
             if absent
             else load_data(config.data, loaded.image_shape, loaded.preprocessing)
         )
-        if not absent and config.criterion == "cross_entropy" and not _labelled(slices.sensitivity):
+        if not absent and criterion_of(config.criterion).needs_labels and not _labelled(slices.sensitivity):
             raise DataError(
-                "criterion cross_entropy needs labels and the sensitivity images have none; use criterion: kl_to_float"
+                f"criterion {config.criterion} needs labels and the sensitivity images have none; use criterion: kl_to_float"
             )
         device = _device(config.cluster.device)
         channels_last = config.network.channels_last
@@ -242,7 +245,7 @@ class OpenedRun:
     @cached_property
     def network(self) -> Network:
         """The network that is quantized: the float one, as corrections of it left it."""
-        if not at_stage(self.config.corrections, "network"):
+        if not at_stage(self.config.corrections, NetworkCorrection):
             return self.float_network
         tensors, _ = self.prepared_layers().read_network(self.float_network.device)
         return self.float_network.updated(tensors) if tensors else self.float_network
@@ -339,17 +342,14 @@ class OpenedRun:
     @property
     def has_probe_model(self) -> bool:
         """Whether probes measure another network than the one that ships."""
-        return bool(at_stage(self.config.corrections, "final")) or self.config.measure.batch_statistics
+        return bool(at_stage(self.config.corrections, FinalCorrection)) or self.config.measure.batch_statistics
 
     @property
     def images_per_reestimation(self) -> int:
-        """Forward images that batch-norm re-estimation, the only final correction, takes for each assignment: its calibration
-        images once, by whole forwards once for each batch norm (at most: one that a forward meets twice is left as it is); none
-        where it is off or there is no batch norm."""
-        if "batchnorm_reestimation" not in self.config.corrections:
-            return 0
-        norms = sum(name.endswith("running_var") for name, _ in self.loaded.model.named_buffers())
-        return min(len(self.slices.calibration), MOST_IMAGES) * (min(norms, 1) if self.config.network.graph else norms)
+        """Forward images that final corrections take for each assignment, at most."""
+        final = at_stage(self.config.corrections, FinalCorrection).values()
+        arguments = self.loaded.model, len(self.slices.calibration), self.config.network.graph
+        return sum(correction.forward_images(*arguments) for correction in final)
 
     def _summed(self, scored: Callable[[int], Scores]) -> Counts:
         found = [scored(block) for block in range(len(self.blocks))]
@@ -550,10 +550,11 @@ def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
 
 def limit_of(settings: ConstraintSettings, config: RunConfig, space: SearchSpace) -> Constraint:
     """One constraint of a configuration, or of a command line."""
+    check_constraint(settings)
     if settings.scales:
-        counted = size.constraint(space, settings.bound, scale_bytes(config, space))
-        return replace(counted, name="size_with_scales")
-    return Budget(settings.kind, settings.bound, None if settings.path is None else str(settings.path)).constraint(space)
+        limit = constraint(settings.name, space, settings.bound, overhead_bytes=scale_bytes(config, space))
+        return replace(limit, name=f"{settings.name}_with_scales")
+    return Budget(settings.name, settings.bound, None if settings.path is None else str(settings.path)).limit(space)
 
 
 def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:

@@ -5,7 +5,7 @@ import json
 import yaml
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 
 _ZOO_NETWORK = """\
   source: zoo                        # zoo, torchvision or timm (by name), or factory (package.module:function)

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from clado.errors import ConfigurationError, StoreError
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 
 if TYPE_CHECKING:
     from obstore.store import S3Store

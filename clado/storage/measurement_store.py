@@ -38,7 +38,8 @@ from zarr.storage import ObjectStore
 from clado.errors import IdentityMismatch, StoreError
 from clado.measuring.kinds import tile_kind, tile_kinds
 from clado.measuring.plan import Plan, Tile
-from clado.settings.schema import fingerprint, redact
+from clado.settings.identity import fingerprint
+from clado.settings.redaction import redact
 from clado.space import Layer, SearchSpace
 from clado.storage.buckets import open_bucket
 from clado.storage.differences import differences

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from clado.errors import StoreError
 from clado.records import Receipt, write_text
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 from clado.tracking import models
 from clado.tracking.content import RecordContent
 from clado.tracking.notes import DELIVERED, FORMAT, one_line, read_note

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clado.records import CHOSEN, Result, RunRecord, write_text
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 from clado.tracking import models
 from clado.tracking.metrics import child_metrics, curves, parent_metrics
 from clado.tracking.models import LoggedModel

@@ -19,7 +19,7 @@ from typing import Any
 
 from clado.errors import ServerError, StoreError
 from clado.records import Receipt, RunRecord, write_text
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 from clado.tracking.attempts import Attempt, Content, send
 from clado.tracking.content import RecordContent
 from clado.tracking.notes import DELIVERED, FAILURE, UNDELIVERED, UNDELIVERED_FAILURE, note_paths, one_line, read_note

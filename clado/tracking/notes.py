@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clado.errors import StoreError
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 
 UNDELIVERED, DELIVERED = "mlflow-undelivered.json", "mlflow-delivered.json"
 UNDELIVERED_FAILURE = "mlflow-undelivered-failure.json"

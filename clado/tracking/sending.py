@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 from clado.tracking.notes import one_line
 
 if TYPE_CHECKING:

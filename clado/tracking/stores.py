@@ -8,7 +8,8 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from clado.settings.schema import HIDDEN, TRACKING_VARIABLE, database_of, tracking_uri
+from clado.settings.redaction import HIDDEN
+from clado.settings.tracking import TRACKING_VARIABLE, database_of, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from clado.errors import ConfigurationError, MeasurementError
-from clado.settings.schema import ClusterSettings, RunConfig
+from clado.plugins import load
+from clado.settings.schema import RunConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,40 +26,38 @@ class Workers(Protocol):
     """Processes that hold the run's session and compute tasks."""
 
     def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Makes every worker, present and future, load the run's network and data. One that does not hold the flow's own
-        (`OpenedRun.contents`) loads them anew or is refused."""
+        """Makes every worker, present and future, load the run's network and data.
+
+        A worker with other contents than the flow's (`OpenedRun.contents`) loads them again, or is refused.
+        """
 
     def map(
         self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]
     ) -> Iterator[Result]:
-        """`function(configuration, item)` for each item, results as they complete. Each call is one task.
+        """The results of `function(configuration, item)` for each item, as they complete. Each call is one task.
 
-        A task that fails is tried again RETRIES times; then a CladoError is raised as it is, any other as `given_up` says.
+        A task that fails is repeated RETRIES times. Then a CladoError is raised unchanged, and any other as `given_up` makes it.
         """
 
 
 def start(config: RunConfig) -> AbstractContextManager[Workers]:
     """The workers that the configuration names, until the context ends."""
-    workers: AbstractContextManager[Workers] = _kind(config.cluster).start(config.cluster)
+    workers: AbstractContextManager[Workers] = load("clusters", config.cluster.name).start(config.cluster)
     return workers
 
 
 def describe(config: RunConfig) -> str:
-    """What `start` would start: a sentence, or the script or manifest that another system is given. Starts nothing."""
-    text: str = _kind(config.cluster).describe(config.cluster)
+    """What `start` would start: a sentence, or the script or manifest for another system. Starts nothing."""
+    text: str = load("clusters", config.cluster.name).describe(config.cluster)
     return text
 
 
 def given_up(item: object, error: Exception) -> MeasurementError:
-    """The one message for a task that fails each time. The error itself is its cause, and goes into the run's failure.txt."""
+    """The message for a task that fails each time. Its cause is the error itself, which goes into the run's failure.txt."""
     return MeasurementError(
         f"{item} failed {RETRIES + 1} times, the last time with {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
         "What was measured is kept, and the same command goes on from there; the traceback is in failure.txt of the run's folder"
     )
-
-
-def _kind(settings: ClusterSettings) -> ModuleType:
-    return import_module(f"flows.clusters.{settings.kind}")
 
 
 def optional(module: str, package: str, kind: str) -> ModuleType:

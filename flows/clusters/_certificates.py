@@ -19,32 +19,44 @@ FILES = {"ca_file": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
 
 
 def make_certificates(folder: Path, hosts: Sequence[str] = (), days: int = 30) -> dict[str, Path]:
-    """Writes ca.pem, cert.pem and key.pem and returns them as `cluster.tls` takes them: {ca_file, cert, key}.
+    """Writes ca.pem, cert.pem and key.pem.
 
-    The flow, the scheduler and the workers share the certificate: whoever holds its key may use the cluster. The authority's own
-    key is not kept, so that nothing more can be signed. Nothing is overwritten: ConfigurationError.
+    The flow, the scheduler and the workers share the certificate. Everyone with its key may use the cluster. The authority's own
+    key is not written, so that nothing more can be signed.
+
+    Args:
+        folder: Where the files are written.
+        hosts: Names and addresses of machines, in addition to this one.
+        days: How long the certificates are valid.
+
+    Returns:
+        The files in the form of `cluster.tls`: {ca_file, cert, key}.
+
+    Raises:
+        ConfigurationError: A file exists, or a host is no name.
     """
     files = {name: folder / file for name, file in FILES.items()}
-    if there := [str(path) for path in files.values() if path.exists()]:
-        raise ConfigurationError(f"{there[0]} exists already; expected a folder without {', '.join(FILES.values())}")
-    authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca = _begin("clado test authority", authority, days, True).sign(authority, hashes.SHA256())
+    if existing := [str(path) for path in files.values() if path.exists()]:
+        raise ConfigurationError(f"{existing[0]} exists already; expected a folder without {', '.join(FILES.values())}")
+    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca = _builder("clado test authority", authority, days, True).sign(authority, hashes.SHA256())
     names = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), *hosts])
     alternatives = x509.SubjectAlternativeName([_alternative(name) for name in names])
-    cert = _begin("clado", own, days, False).add_extension(alternatives, critical=False).sign(authority, hashes.SHA256())
+    cert = _builder("clado", key, days, False).add_extension(alternatives, critical=False).sign(authority, hashes.SHA256())
     folder.mkdir(parents=True, exist_ok=True)
     _write(files["ca_file"], ca.public_bytes(Encoding.PEM))
     _write(files["cert"], cert.public_bytes(Encoding.PEM))
-    _write(files["key"], own.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    _write(files["key"], key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return files
 
 
-def _begin(name: str, key: ec.EllipticCurvePrivateKey, days: int, authority: bool) -> x509.CertificateBuilder:
-    def named(common: str) -> x509.Name:
+def _builder(name: str, key: ec.EllipticCurvePrivateKey, days: int, authority: bool) -> x509.CertificateBuilder:
+    def distinguished_name(common: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(named("clado test authority"), named(name), key.public_key(), x509.random_serial_number())
+    issuer, subject = distinguished_name("clado test authority"), distinguished_name(name)
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=days))
     return builder.add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
 
@@ -60,6 +72,6 @@ def _alternative(name: str) -> x509.GeneralName:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A new file that nobody else may read, from its first byte on."""
+    """Writes a new file that only this user may read, from its first byte on."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Workers behind a Dask client, shared by every kind of cluster that is one."""
+"""Workers behind a Dask client, for every cluster that uses Dask."""
 
 import logging
 import time
@@ -13,29 +13,30 @@ from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
 from clado.errors import CladoError, MeasurementError, ServerError
-from clado.settings.schema import ClusterSettings, RunConfig
+from clado.settings.cluster import ClusterSettings
+from clado.settings.schema import RunConfig
 from flows.clusters import RETRIES, given_up
 from flows.clusters._inspection import Inspection, located
 from flows.clusters._tls import protocol, security
 
-DEATHS = 3  # of workers, until the task that each was computing is given up
-# What a scheduler that we start keeps to: a worker holds one task at a time, so that its loss costs and blames only that; and one
-# that says nothing while it opens a large network is not lost for it, as one whose connection closes is.
+DEATHS = 3  # workers that a task may end until it fails
+# Settings of a scheduler that we start. A worker holds one task at a time, so that its loss concerns only this task. A worker
+# that is silent while it opens a large network is not lost, unless its connection closes.
 SCHEDULER = {"allowed-failures": DEATHS, "worker-saturation": 1.0, "worker-ttl": "1 hour"}
-CONNECT_TIMEOUT = 30.0  # seconds until a scheduler that does not answer is given up
-# Dask serves metrics over HTTP even without its dashboard: a scheduler at 8787, a worker at a free port of every interface
+CONNECT_TIMEOUT = 30.0  # seconds that a scheduler has to answer
+# Dask serves metrics over HTTP also without its dashboard: a scheduler at 8787, a worker at a free port of every interface
 LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
 ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as words of its commands
-WINDOW = 1000  # tasks that a scheduler is told of at a time: more than it has workers
-PATROL = 5.0  # seconds between looks at whether there are workers, while no task ends
-# Dask makes workers give every freed page back at once; then each tensor is paid for in page faults, and the demo's forwards take
-# 2.7 times as long. These are glibc's own limits, out of the way: bytes from which memory is trimmed, and mapped.
+WINDOW = 1000  # tasks that a scheduler holds at a time: more than it has workers
+PATROL = 5.0  # seconds between counts of the workers while no task ends
+# Dask makes workers return every freed page at once. Each tensor then costs page faults, and the demo's forwards take 2.7 times
+# as long. These limits of glibc are large enough to prevent that: bytes from which memory is trimmed, and mapped.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 KEPT = "what was measured is kept: start it again, and the same command goes on from there"
 
 
 class DaskWorkers:
-    """Tasks as native Dask tasks from a client in the flow's process: they end when the flow ends."""
+    """Native Dask tasks from a client in the flow's process. They end when the flow ends."""
 
     def __init__(self, client: Client, patience: float) -> None:
         self.client = client
@@ -43,7 +44,7 @@ class DaskWorkers:
         self.plugins: list[str] = []
 
     def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Registers plugins: each worker is inspected and loads network and data, also one that comes later or is restarted."""
+        """Registers plugins: each worker, present or future, is inspected and loads network and data."""
         from flows.worker import SessionPlugin
 
         config = located(config)
@@ -59,36 +60,36 @@ class DaskWorkers:
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
         """Results as they complete. The scheduler and this process hold at most WINDOW tasks, however many items there are.
 
-        Tasks begin in the order of the items, so that a worker's neighbouring tasks are neighbours. On an error, or when the
-        caller stops early, what has not begun is cancelled.
+        Tasks begin in the order of the items, so that neighbouring tasks of a worker are neighbouring items. After an error, or
+        when the caller stops early, waiting tasks are cancelled.
         """
         document = located(config).model_dump(mode="json")
-        left, name = enumerate(items), f"{function.__name__}-{uuid4().hex}"
+        numbered, name = enumerate(items), f"{function.__name__}-{uuid4().hex}"
         running = as_completed(loop=self.client.loop)
-        asked: dict[Future[Any], Any] = {}
+        pending: dict[Future[Any], Any] = {}
         try:
             while True:
-                if len(asked) <= WINDOW // 2 and (batch := list(islice(left, WINDOW // 2))):
+                if len(pending) <= WINDOW // 2 and (batch := list(islice(numbered, WINDOW // 2))):
                     futures = self._submit(function, document, batch, name)
-                    asked |= zip(futures, (item for _, item in batch), strict=True)
+                    pending |= zip(futures, (item for _, item in batch), strict=True)
                     running.update(futures)
-                if not asked:
+                if not pending:
                     return
-                for future in self._ended(running):
-                    yield self._result(future, asked[future])
-                    del asked[future]
+                for future in self._next_batch(running):
+                    yield self._result(future, pending[future])
+                    del pending[future]
                     future.release()
         finally:
             with suppress(CommClosedError, OSError):
-                self.client.cancel(list(asked))
+                self.client.cancel(list(pending))
 
     def _submit(
         self, function: Callable[[dict[str, Any], Any], Any], document: dict[str, Any], batch: list[tuple[int, Any]], name: str
     ) -> list[Future[Any]]:
-        """Asks for a batch of (number, item), behind all batches before it.
+        """Submits a batch of (number, item), with less priority than all earlier batches.
 
-        All keys begin with one name: Dask then counts the tasks of all batches, sees more of them than workers, and keeps those
-        that wait at the scheduler. A key of its own for each task: one that is asked for again is computed again.
+        All keys begin with one name. Dask then counts the tasks of all batches together, sees more tasks than workers, and keeps
+        waiting tasks at the scheduler. Each task has its own key, so that a task that is submitted again is computed again.
         """
         numbers, items = zip(*batch, strict=True)
         keys = [(name, number) for number in numbers]
@@ -97,29 +98,31 @@ class DaskWorkers:
         except ClosedClientError:
             raise ServerError(f"the Dask scheduler was lost; {KEPT}") from None
 
-    def _ended(self, running: "as_completed") -> list[Future[Any]]:
-        """The futures that have ended, at least one. While none does, the workers are counted now and then: nobody waits for
-        nobody."""
-        look = self._watch()
+    def _next_batch(self, running: "as_completed") -> list[Future[Any]]:
+        """The futures that have ended, at least one. Meanwhile the workers are counted, so that nothing waits for ever."""
+        check = self._patrol()
         while not (batch := running.next_batch(block=False)):
             time.sleep(0.005)
-            look()
+            check()
         return list(batch)
 
-    def _watch(self) -> Callable[[], None]:
-        """What is called while nothing happens: now and then it counts the workers, ServerError once none was there for long."""
-        looked = alive = time.monotonic()
+    def _patrol(self) -> Callable[[], None]:
+        """A function to call while no task ends. It counts the workers every PATROL seconds.
 
-        def look() -> None:
-            nonlocal looked, alive
-            if time.monotonic() - looked < PATROL:
+        It raises ServerError where there was no worker for `patience` seconds.
+        """
+        last_check = last_worker = time.monotonic()
+
+        def check() -> None:
+            nonlocal last_check, last_worker
+            if time.monotonic() - last_check < PATROL:
                 return
-            looked = time.monotonic()
-            alive = looked if self._count() else alive
-            if looked - alive > self.patience:
+            last_check = time.monotonic()
+            last_worker = last_check if self._count() else last_worker
+            if last_check - last_worker > self.patience:
                 raise ServerError(f"no worker has been there for {self.patience:.0f} s; {KEPT}")
 
-        return look
+        return check
 
     def _count(self) -> int:
         try:
@@ -130,15 +133,15 @@ class DaskWorkers:
     def _result(self, future: Future[Any], item: Any) -> Any:
         if future.cancelled():
             raise ServerError(f"the Dask scheduler was lost; {KEPT}")
-        look = self._watch()
+        check = self._patrol()
         try:
             while True:
                 try:
                     return future.result(timeout=PATROL)
                 except TimeoutError:
-                    if future.status == "error":  # the task's own
+                    if future.status == "error":  # the task raised this TimeoutError
                         raise
-                    look()  # the worker that had the result is gone, and the task is computed again
+                    check()  # the worker that had the result is lost, and the task is computed again
         except CladoError:
             raise
         except KilledWorker as error:
@@ -152,15 +155,15 @@ class DaskWorkers:
             raise given_up(item, error) from error
 
     def close(self) -> None:
-        """Takes the plugins away, so that workers that outlive the run do not open its session again."""
+        """Removes the plugins, so that workers that outlive the run do not open its session again."""
         for name in self.plugins:
-            with suppress(Exception):  # the cluster may be gone
+            with suppress(Exception):  # the cluster may have ended
                 self.client.unregister_worker_plugin(name)
 
 
 @contextmanager
 def connected(target: Any, settings: ClusterSettings) -> Iterator[DaskWorkers]:
-    """The workers of a cluster, or of a scheduler's address, as soon as there is one."""
+    """The workers of a cluster or of a scheduler's address. Waits for the first worker."""
     quiet()
     try:
         client = Client(target, security=security(settings), set_as_default=False, timeout=CONNECT_TIMEOUT)
@@ -190,10 +193,10 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
     quiet()
     configure()
     common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), **LOOPBACK}
-    # what happens to a task is the flow's to tell; a worker's own errors are of connections that end with the run
-    own = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.CRITICAL}
+    # the flow reports what happens to a task; other errors of a worker are of connections that end with the run
+    worker_options = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.CRITICAL}
     workers = {
-        number: {"cls": Nanny, "options": {**common, **own, "env": {**threads(settings), **environment}}}
+        number: {"cls": Nanny, "options": {**common, **worker_options, "env": {**threads(settings), **environment}}}
         for number, environment in enumerate(environments)
     }
     scheduler = {"cls": Scheduler, "options": {**common, "port": 0}}
@@ -205,7 +208,7 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
 
 
 def threads(settings: ClusterSettings) -> dict[str, str]:
-    """Environment of a worker: libraries size their thread pools and the allocator its limits, before any code of ours runs."""
+    """Environment of a worker: the sizes of thread pools and the limits of the allocator, which libraries read at their start."""
     sizes = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads_per_worker))
     return sizes | ALLOCATOR
 
@@ -224,7 +227,7 @@ def configure() -> None:
 
 
 def quiet() -> None:
-    """Keeps Dask's own log lines (shutdown, heartbeat) out of the terminal; warnings of tasks still show."""
+    """Keeps Dask's log lines (shutdown, heartbeat) out of the terminal. Warnings of tasks are still shown."""
     for name in (
         "distributed",
         "distributed.worker",

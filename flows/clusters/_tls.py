@@ -1,9 +1,9 @@
-"""Encryption of Dask's connections: `cluster.tls` as Dask takes it. One certificate for every role, and nobody without one."""
+"""Encryption of Dask's connections: `cluster.tls` in Dask's form. Every role has the same certificate and must show it."""
 
 from distributed import Security
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 
 ROLES = ("client", "scheduler", "worker")
 
@@ -13,18 +13,18 @@ def security(settings: ClusterSettings) -> Security | None:
     options = tls_options(settings)
     if options is None:
         return None
-    made = Security(**options)
+    dask_security = Security(**options)
     try:
-        made.get_connection_args("client")
+        dask_security.get_connection_args("client")
     except OSError as error:  # also what the ssl module raises
         raise ConfigurationError(
             f"cluster.tls cannot be used ({error}); expected PEM files: ca_file, and a cert that it signed with its key"
         ) from None
-    return made
+    return dask_security
 
 
 def tls_options(settings: ClusterSettings) -> dict[str, bool | str] | None:
-    """As plain data with absolute paths, for a process on another machine."""
+    """The same as plain data with absolute paths, for a process on another machine."""
     if settings.tls is None:
         return None
     cert, key = str(settings.tls.cert.absolute()), str(settings.tls.key.absolute())

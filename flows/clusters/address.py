@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected
 
 
@@ -12,7 +12,7 @@ def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:
 
 
 def describe(settings: ClusterSettings) -> str:
-    """The commands that `start` expects to have been run."""
+    """The commands that must have been run before `start`."""
     tls = settings.tls
     files = "" if tls is None else f" --tls-ca-file {tls.ca_file} --tls-cert {tls.cert} --tls-key {tls.key}"
     quiet = " ".join(ON_LOOPBACK)

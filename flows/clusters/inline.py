@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import CladoError
-from clado.settings.schema import ClusterSettings, RunConfig
+from clado.settings.cluster import ClusterSettings
+from clado.settings.schema import RunConfig
 from flows.clusters import RETRIES, given_up
 
 
@@ -13,21 +14,21 @@ class InlineWorkers:
     """The interface of workers, without any."""
 
     def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Nothing to do: the session is the flow's own."""
+        """Does nothing: the flow's session is used."""
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
         """Calls the function for each item in turn."""
         document = config.model_dump(mode="json")
         for item in items:
-            yield _tried(function, document, item)
+            yield _result(function, document, item)
 
 
-def _tried(function: Callable[[dict[str, Any], Any], Any], document: dict[str, Any], item: Any) -> Any:
-    for left in range(RETRIES, -1, -1):
+def _result(function: Callable[[dict[str, Any], Any], Any], document: dict[str, Any], item: Any) -> Any:
+    for retries_left in range(RETRIES, -1, -1):
         try:
             return function(document, item)
         except Exception as error:
-            if left:
+            if retries_left:
                 continue
             if isinstance(error, CladoError):
                 raise

@@ -1,4 +1,4 @@
-"""Worker pods that the Dask operator starts from a DaskCluster resource, and a scheduler pod."""
+"""Worker pods and a scheduler pod, which the Dask operator starts from a DaskCluster resource."""
 
 import json
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import ServerError
-from clado.settings.schema import ClusterSettings, KubernetesSettings
+from clado.settings.cluster import ClusterSettings, KubernetesSettings
 from flows.clusters import optional
 from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected, quiet, scheduler_environment, threads
 
-ORPHANED = 7200  # seconds without a task until the operator ends a cluster that may have lost its flow
+IDLE_TIMEOUT = 7200  # seconds without a task until the operator ends a cluster, because its flow may be lost
 PORTS = {"tcp-comm": 8786, "http-dashboard": 8787}  # the operator looks for them by name
 
 
 @contextmanager
 def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
-    """Creates the resource, and deletes it when the context ends; the operator starts a lost pod again."""
+    """Creates the resource, and deletes it when the context ends. The operator starts a lost pod again."""
     library = optional("dask_kubernetes.operator", "dask-kubernetes", "kubernetes")
     quiet()
     section = _section(settings)
@@ -61,7 +61,7 @@ def manifest(settings: ClusterSettings) -> dict[str, Any]:
         "kind": "DaskCluster",
         "metadata": {"name": section.name, "namespace": section.namespace},
         "spec": {
-            "idleTimeout": ORPHANED,
+            "idleTimeout": IDLE_TIMEOUT,
             "scheduler": {"spec": _pod(section, scheduler), "service": service},
             "worker": {
                 "replicas": settings.workers,
@@ -99,5 +99,5 @@ def _pod(section: KubernetesSettings, container: dict[str, Any]) -> dict[str, An
 
 
 def _section(settings: ClusterSettings) -> KubernetesSettings:
-    assert settings.kubernetes is not None  # the configuration has seen to it
+    assert settings.kubernetes is not None  # checked with the settings
     return settings.kubernetes

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 from flows.clusters._dask import DaskWorkers, processes
 
 

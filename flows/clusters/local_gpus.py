@@ -4,7 +4,7 @@ import os
 from contextlib import AbstractContextManager
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 from flows.clusters._dask import DaskWorkers, processes
 
 
@@ -19,16 +19,20 @@ def describe(settings: ClusterSettings) -> str:
 
 
 def pins(settings: ClusterSettings) -> list[str]:
-    """The GPU of each worker. ConfigurationError where there are too few, unless they may be shared."""
-    found = gpus()
-    if not found:
+    """The GPU of each worker.
+
+    Raises:
+        ConfigurationError: There are too few GPUs, and they may not be shared.
+    """
+    names = gpus()
+    if not names:
         raise ConfigurationError("cluster kind local_gpus found no GPU that torch can use; expected one or more, or kind: local")
-    if settings.workers > len(found) and not settings.share_gpus:
+    if settings.workers > len(names) and not settings.share_gpus:
         raise ConfigurationError(
-            f"{settings.workers} workers do not have a GPU each: there are {len(found)} ({', '.join(found)}); "
-            f"expected cluster.workers={len(found)} or less, or cluster.share_gpus=true"
+            f"{settings.workers} workers do not have a GPU each: there are {len(names)} ({', '.join(names)}); "
+            f"expected cluster.workers={len(names)} or less, or cluster.share_gpus=true"
         )
-    return [found[number % len(found)] for number in range(settings.workers)]
+    return [names[number % len(names)] for number in range(settings.workers)]
 
 
 def gpus() -> list[str]:
@@ -36,5 +40,5 @@ def gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return ([str(k) for k in range(count)] if named is None else named.split(","))[:count]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ([str(k) for k in range(count)] if visible is None else visible.split(","))[:count]

@@ -7,24 +7,26 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import ClusterSettings
+from clado.settings.cluster import ClusterSettings
 from flows.clusters import optional
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, security
 
-RESUBMIT = "15s"  # between looks at whether as many jobs are there as were asked for
+RESUBMIT = "15s"  # between counts of the jobs, after which missing jobs are submitted again
 
 
 @contextmanager
 def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
-    """Submits `workers` jobs and cancels them when the context ends; a job that ends before is submitted again."""
+    """Submits `workers` jobs and cancels them when the context ends. A job that ends earlier is submitted again."""
     library = optional("dask_jobqueue", "dask-jobqueue", "slurm")
     _check(settings)
     quiet()
     configure()
-    assert settings.slurm is not None  # the configuration has seen to it
+    assert settings.slurm is not None  # checked with the settings
     if settings.slurm.log_folder is not None:
-        settings.slurm.log_folder.mkdir(parents=True, exist_ok=True)  # sbatch loses what a job prints into no folder
+        settings.slurm.log_folder.mkdir(
+            parents=True, exist_ok=True
+        )  # sbatch loses the output of a job where the folder is absent
     with library.SLURMCluster(scheduler_options=dict(LOOPBACK), **_options(settings)) as cluster:
         cluster.adapt(minimum_jobs=settings.workers, maximum_jobs=settings.workers, interval=RESUBMIT)
         with connected(cluster, settings) as workers:
@@ -32,7 +34,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
 
 
 def describe(settings: ClusterSettings) -> str:
-    """The script of one job, as sbatch gets it but for the scheduler's address and the worker's name. Submits nothing."""
+    """The script of one job, with placeholders for the scheduler's address and the worker's name. Submits nothing."""
     library = optional("dask_jobqueue.slurm", "dask-jobqueue", "slurm")
     script: str = library.SLURMJob(f"{protocol(settings)}SCHEDULER:PORT", name="WORKER", **_options(settings)).job_script()
     return script
@@ -42,19 +44,19 @@ def _check(settings: ClusterSettings) -> None:
     """Refuses a job that would be refused, before anything starts."""
     if shutil.which("sbatch") is None:
         raise ConfigurationError("cluster kind slurm submits jobs with sbatch, which is not here; expected a node of SLURM's")
-    tried = subprocess.run(
+    trial = subprocess.run(
         ["sbatch", "--test-only"], input=describe(settings), text=True, capture_output=True, timeout=60, check=False
     )
-    if tried.returncode:
+    if trial.returncode:
         raise ConfigurationError(
-            f"sbatch refuses the job of a worker ({tried.stderr.strip()}); expected other settings of cluster.slurm: "
+            f"sbatch refuses the job of a worker ({trial.stderr.strip()}); expected other settings of cluster.slurm: "
             "`clado cluster CONFIG` prints the script"
         )
 
 
 def _options(settings: ClusterSettings) -> dict[str, Any]:
     slurm = settings.slurm
-    assert slurm is not None  # the configuration has seen to it
+    assert slurm is not None  # checked with the settings
     logs = [] if slurm.log_folder is None else [f"--output={slurm.log_folder.absolute()}/clado-%j.txt"]
     gpus = [f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else []
     exports = [f"export {name}={value}" for name, value in threads(settings).items()]

@@ -1,4 +1,4 @@
-"""Worker processes on other machines, started over SSH; the scheduler on the first of them."""
+"""Worker processes on other machines, started over SSH. The scheduler runs on the first of them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -6,20 +6,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from clado.errors import ServerError
-from clado.settings.schema import ClusterSettings, SshSettings
+from clado.settings.cluster import ClusterSettings, SshSettings
 from flows.clusters import optional
 from flows.clusters._dask import LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, tls_options
 
-ORPHANED = "2 hours"  # without a task, until a scheduler ends that may have lost its flow, and its workers with it
+IDLE_TIMEOUT = "2 hours"  # without a task, until scheduler and workers end, because their flow may be lost
 
 
 @contextmanager
 def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
-    """`workers` processes dealt out to `ssh.hosts`, ended with the context; a killed worker is started again."""
+    """Starts `workers` processes on `ssh.hosts` in turn, and ends them with the context. A killed worker is started again."""
     optional("asyncssh", "asyncssh", "ssh")
     from distributed import SpecCluster
-    from distributed.deploy.ssh import Scheduler, Worker  # what SSHCluster is made of, with an environment for each worker
+    from distributed.deploy.ssh import Scheduler, Worker  # the parts of SSHCluster, because it gives all workers one environment
 
     from flows.clusters._tls import security
 
@@ -29,13 +29,13 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     connection = {"connect_options": _connect_options(ssh), "remote_python": ssh.python}
     common: dict[str, Any] = {"protocol": protocol(settings), "security": tls_options(settings), "interface": ssh.interface}
     common = {key: value for key, value in common.items() if value is not None} | LOOPBACK
-    scheduler = {"address": ssh.hosts[0], "kwargs": {**common, "port": 0, "idle_timeout": ORPHANED}, **connection}
+    scheduler = {"address": ssh.hosts[0], "kwargs": {**common, "port": 0, "idle_timeout": IDLE_TIMEOUT}, **connection}
     workers = {
         number: {
             "cls": Worker,
             "options": {"address": host, "kwargs": {**common, "nthreads": 1, "env": environment}, **connection},
         }
-        for number, (host, environment) in enumerate(_dealt(settings))
+        for number, (host, environment) in enumerate(_places(settings))
     }
     try:
         cluster = SpecCluster(workers, {"cls": Scheduler, "options": scheduler}, security=security(settings), name="clado-ssh")
@@ -51,26 +51,26 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
 def describe(settings: ClusterSettings) -> str:
     """Which worker runs where."""
     lines = [f"scheduler: {_section(settings).hosts[0]}"]
-    for number, (host, environment) in enumerate(_dealt(settings)):
+    for number, (host, environment) in enumerate(_places(settings)):
         gpu = f", CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in environment else ""
         lines.append(f"worker {number}: {host}{gpu}")
     return "\n".join(lines)
 
 
-def _dealt(settings: ClusterSettings) -> list[tuple[str, dict[str, str]]]:
+def _places(settings: ClusterSettings) -> list[tuple[str, dict[str, str]]]:
     """(host, environment) of each worker: hosts in turn, and the GPUs of a host in turn."""
-    ssh, dealt = _section(settings), []
-    before: Counter[str] = Counter()
+    ssh, places = _section(settings), []
+    num_workers: Counter[str] = Counter()
     for number in range(settings.workers):
         host = ssh.hosts[number % len(ssh.hosts)]
-        gpu = {} if ssh.gpus_per_host is None else {"CUDA_VISIBLE_DEVICES": str(before[host] % ssh.gpus_per_host)}
-        dealt.append((host, {**threads(settings), **gpu}))
-        before[host] += 1
-    return dealt
+        gpu = {} if ssh.gpus_per_host is None else {"CUDA_VISIBLE_DEVICES": str(num_workers[host] % ssh.gpus_per_host)}
+        places.append((host, {**threads(settings), **gpu}))
+        num_workers[host] += 1
+    return places
 
 
 def _connect_options(ssh: SshSettings) -> dict[str, Any]:
-    """What asyncssh is told; a host whose key is not known is refused."""
+    """Options of asyncssh, which refuses a host with an unknown key."""
     options = {
         "username": ssh.user,
         "port": ssh.port,
@@ -81,5 +81,5 @@ def _connect_options(ssh: SshSettings) -> dict[str, Any]:
 
 
 def _section(settings: ClusterSettings) -> SshSettings:
-    assert settings.ssh is not None  # the configuration has seen to it
+    assert settings.ssh is not None  # checked with the settings
     return settings.ssh

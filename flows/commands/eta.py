@@ -3,7 +3,8 @@
 import time
 from dataclasses import dataclass
 
-from clado.choosing.proposals import CONVEXITY, merge_limits, unreported_estimators, widest_uniform
+from clado.choosing.proposals import merge_limits, widest_uniform
+from clado.interaction.estimators import estimator_of, unreported_estimators
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
 from clado.measuring.workbench import Workbench
@@ -90,7 +91,7 @@ def num_networks(session: OpenedRun) -> tuple[int, int]:
     """Networks that a run evaluates where all estimators agree, and where no two do: float, uniform, for each budget one of each
     estimator and the one chosen."""
     budgets, limits, space = session.budgets, session.limits, session.space
-    uniform = {widest_uniform(space, merge_limits(budget.constraint(space), limits)) for budget in budgets}
+    uniform = {widest_uniform(space, merge_limits(budget.limit(space), limits)) for budget in budgets}
     least = 1 + len(uniform) + len(budgets)
     return least, least + len(budgets) * len(session.config.estimators)
 
@@ -99,7 +100,7 @@ def num_competing(session: OpenedRun) -> int:
     """Assignments at most that are measured on the sensitivity set and have no row of their own."""
     named = session.config.estimators
     uncorrected = 4 if session.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
-    variants = 2 * sum(CONVEXITY.get(name) == "clip_psd" for name in named)
+    variants = 2 * sum(estimator_of(name).convexity == "clip_psd" for name in named)
     further = len(unreported_estimators(named, session.plan.kinds))
     return len(session.budgets) * (variants + further + uncorrected + session.config.search.evaluations)
 

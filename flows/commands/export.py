@@ -8,12 +8,13 @@ from pathlib import Path
 from clado.errors import ConfigurationError, StoreError
 from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
-from clado.exporting.snippets import PEERS, holds, write_snippet
+from clado.exporting.snippets import holds, write_snippet
+from clado.plugins import available
 from clado.records import write_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 
-FORMATS = ("safetensors", "packed", "onnx", *PEERS)
+FORMATS = ("safetensors", "packed", "onnx", *available("snippets"))
 PACKED, ONNX = "packed.safetensors", "network.onnx"
 COMPARED_IMAGES = 1000  # of the validation set, in ONNX Runtime
 
@@ -43,7 +44,7 @@ def export_as(kind: str, session: OpenedRun, assignment: Assignment, folder: Pat
     """(what was written, what there is to say about it) of an assignment in a format."""
     if kind == "safetensors":
         return export(session, assignment, folder), ""
-    if kind in PEERS:
+    if kind in available("snippets"):
         return write_snippet(folder, kind, session.space, assignment), ""
     network, layers = session.deployed(assignment)
     document = session.space.to_json(assignment)
@@ -82,7 +83,7 @@ def export(session: OpenedRun, assignment: Assignment, folder: Path) -> Path:
     replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
     export_network(folder, state, document, loading_snippet(session, bool(added)))
     if replaced:  # what lies beside is of another assignment
-        for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in PEERS)):
+        for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in available("snippets"))):
             (folder / name).unlink(missing_ok=True)
     return folder
 

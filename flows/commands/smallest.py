@@ -69,7 +69,7 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     estimator's optimum at each size between: programs and convexification are made once."""
     space, settings = stored.measured.space, stored.config.solver
     prepared: list[tuple[Program, Solve]] = []
-    largest = Budget("size", space.size_bytes(space.widest)).constraint(space)
+    largest = Budget("size", space.size_bytes(space.widest)).limit(space)
     limits = merge_limits(largest, stored.limits)  # that on the size is the first
     for matrix in stored.matrices().values():
         program = program_of(matrix, limits)

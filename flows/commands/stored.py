@@ -29,7 +29,8 @@ from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import Plan
 from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result, RunRecord, markdown_table, percent, write_text
 from clado.run.opened_run import EVALUATION_BATCH, OpenedRun, limit_of, limits_of
-from clado.settings.schema import RunConfig, load_run_config, parse_limit
+from clado.settings.loading import load_run_config, parse_limit
+from clado.settings.schema import RunConfig
 from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
 from clado.tracking import delivery, metrics
@@ -87,12 +88,12 @@ class StoredRun:
         settings = self.config.solver
         extra = self._further(further)
         for name, matrix in (self.matrices() if matrices is None else matrices).items():
-            program = program_of(matrix, merge_limits(budget.constraint(matrix.space), [*self.limits, *extra]))
+            program = program_of(matrix, merge_limits(budget.limit(matrix.space), [*self.limits, *extra]))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
     def rivals(self, matrix: InteractionMatrix, budget: Budget, further: Sequence[str] = ()) -> dict[str, Solution]:
         """What layerwise and greedy answer under the same limits, scored on the same matrix."""
-        program = program_of(matrix, merge_limits(budget.constraint(matrix.space), [*self.limits, *self._further(further)]))
+        program = program_of(matrix, merge_limits(budget.limit(matrix.space), [*self.limits, *self._further(further)]))
         return {
             "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
             "greedy": solvers.solve(program, "greedy"),
@@ -111,7 +112,7 @@ class StoredRun:
                 "quantity: --max-loss-increase or --max-top1-drop"
             )
         for name, matrix in matrices.items():
-            widest = Budget("size", space.size_bytes(space.widest)).constraint(space)
+            widest = Budget("size", space.size_bytes(space.widest)).limit(space)
             program = program_of(matrix, merge_limits(widest, self.limits), "raw")  # clipped it would bound another function
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
@@ -180,7 +181,7 @@ def recorded(stored: StoredRun, session: OpenedRun) -> list[Proposal]:
     ]
     # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
     # solved anew
-    fit = {budget: merge_limits(budget.constraint(session.space), stored.limits) for budget in session.budgets}
+    fit = {budget: merge_limits(budget.limit(session.space), stored.limits) for budget in session.budgets}
     unfit = {
         p.budget
         for p in proposals
@@ -195,7 +196,7 @@ def proposals_of(stored: StoredRun, session: OpenedRun, wanted: Sequence[Budget]
     known = {proposal.budget for proposal in proposals}
     for budget in wanted:
         if budget not in known:
-            uniform = widest_uniform(space, merge_limits(budget.constraint(space), stored.limits))
+            uniform = widest_uniform(space, merge_limits(budget.limit(space), stored.limits))
             proposals.append(Proposal(budget, UNIFORM, uniform))
             proposals += _solved(stored, budget)
     return proposals

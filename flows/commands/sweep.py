@@ -36,7 +36,7 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     proposals = []
     with progress("solving", len(matrices)) as advance:
         for budget in budgets:
-            fit = merge_limits(budget.constraint(space), stored.limits)
+            fit = merge_limits(budget.limit(space), stored.limits)
             proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
         without_answer: list[InfeasibleError] = []  # of a matrix that what has no finite loss leaves no answer
         for name, matrix in matrices.items():
@@ -58,7 +58,7 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
 def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budget]) -> list[tuple[Budget, Solution]]:
     """A matrix's optimum at each of the budgets, in ascending order, that it reaches; InfeasibleError where it reaches none."""
     settings = stored.config.solver
-    limits = [merge_limits(budget.constraint(matrix.space), stored.limits) for budget in budgets]
+    limits = [merge_limits(budget.limit(matrix.space), stored.limits) for budget in budgets]
     program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
     solve = uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
     by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
@@ -76,7 +76,7 @@ def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
     if kind == "relative_size":
         full = sum(layer.weight_bytes(8) for layer in space.layers)
         return 100 * space.size_bytes(assignment) / full
-    return Budget(kind, math.inf).constraint(space).value(space, assignment)
+    return Budget(kind, math.inf).limit(space).value(space, assignment)
 
 
 def sweep(stored: StoredRun, session: OpenedRun, kind: str, count: int) -> tuple[str, Receipt]:

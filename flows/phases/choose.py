@@ -15,7 +15,7 @@ from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import Searched, local_search
 from clado.choosing.local_search import search as search_around
 from clado.choosing.program import Program, Solution
-from clado.choosing.proposals import CONVEXITY, Budget, Proposal, merge_limits, program_of
+from clado.choosing.proposals import Budget, Proposal, merge_limits, program_of
 from clado.choosing.solvers import Solve
 from clado.choosing.stability import stability
 from clado.errors import CladoError, InfeasibleError
@@ -30,7 +30,6 @@ from flows.guard import uninterrupted
 from flows.phases.run import Run, with_fewer_corrections
 from flows.progress import progress
 
-PREDICTING = ("gauss_newton", "pairwise", "layerwise")  # who predicts, the first there is, what others only order
 VARIANT_SECONDS = 10.0  # a variant only competes: it gets less time for one budget than an answer of its own
 
 
@@ -69,9 +68,9 @@ def allocate(run: Run) -> None:
     run.proposals += proposals.propose_variants(run.matrices, budgets, prepare_variant, limits, run.extra_matrices)
     run.proposals += proposals.propose_uncorrected(run.uncorrected, budgets, prepare_variant, limits)
     incumbent.unlink(missing_ok=True)
-    for name in run.matrices:
-        if CONVEXITY.get(name) == "clip_psd":
-            share = run.matrices[name].negative_share()
+    for name, matrix in run.matrices.items():
+        if matrix.convexity == "clip_psd":
+            share = matrix.negative_share()
             run.notes.append(f"{name}: {100 * share:.1f} % of the eigenvalues' weight was negative and clipped before solving")
 
 
@@ -99,7 +98,7 @@ def search(run: Run) -> None:
     run.surrogate = proposals.surrogate({**run.matrices, **run.extra_matrices}, losses)
     run.stability = _stability(run)
     matrix = _surrogate(run)
-    fit = {budget: merge_limits(budget.constraint(session.space), session.limits) for budget in session.budgets}
+    fit = {budget: merge_limits(budget.limit(session.space), session.limits) for budget in session.budgets}
     searches = {
         budget: search_around(program, losses, settings.evaluations, settings.batch)
         for budget, limits in fit.items()
@@ -151,13 +150,13 @@ def _stability(run: Run) -> tuple[Stability, ...]:
     if run.measured is None:
         return ()
     name, session = run.surrogate, run.session
-    fit = {budget.name: merge_limits(budget.constraint(session.space), session.limits) for budget in session.budgets}
+    fit = {budget.name: merge_limits(budget.limit(session.space), session.limits) for budget in session.budgets}
     answers = {p.budget.name: p.assignment for p in run.proposals if p.method == name}
     full = _surrogate(run)
 
     def estimate(resample: estimators.Measured) -> InteractionMatrix:
         matrix = estimators.estimate(name, resample)
-        matrix = matrix.clip_psd() if CONVEXITY.get(name) == "clip_psd" else matrix  # once for all budgets
+        matrix = matrix.clip_psd() if matrix.convexity == "clip_psd" else matrix  # once for all budgets
         # a block whose loss is not finite may not be drawn: what the run may not choose, no resample may
         return replace(matrix, quarantined=full.quarantined, forbidden=full.forbidden)
 
@@ -228,9 +227,10 @@ def _surrogate(run: Run) -> InteractionMatrix:
 
 
 def _predictor(run: Run) -> InteractionMatrix | None:
-    """The matrix that predicts losses where the one that proposed has none: of PREDICTING, else any that predicts."""
+    """The matrix that predicts losses where the one that proposed has none: the first by `Estimator.prediction_order`."""
     known = {**run.matrices, **run.extra_matrices}
-    return next((known[n] for n in dict.fromkeys((*PREDICTING, *known)) if n in known and not known[n].ranking_only), None)
+    names = sorted(known, key=lambda name: estimators.estimator_of(name).prediction_order)
+    return next((known[name] for name in names if not known[name].ranking_only), None)
 
 
 def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:

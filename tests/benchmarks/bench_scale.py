@@ -29,7 +29,8 @@ from clado.measuring.kinds import tile_kind
 from clado.measuring.plan import Plan, Tile
 from clado.records import markdown_table, write_text
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import RunConfig, load_config
+from clado.settings.loading import load_config
+from clado.settings.schema import RunConfig
 from clado.storage.measurement_store import MeasurementStore
 from flows import clusters, worker
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads

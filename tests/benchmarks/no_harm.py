@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from clado import criteria
+from clado.criteria.kl_to_float import kl_to_float
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import as_seen
@@ -31,7 +31,7 @@ from clado.quantization.corrections import batchnorm_reestimation, output_statis
 from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
 from clado.records import CHOSEN, RunRecord, markdown_table
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import load_run_config, parse_config
+from clado.settings.loading import load_run_config, parse_config
 from clado.space import Assignment
 
 HERE = Path(__file__).parent
@@ -137,7 +137,7 @@ def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     def line(images: int, bits: int | None, names: Sequence[str], shipped: Network, layers: Mapping[int, QuantizedLayer]) -> Any:
         folded, replaced = shipped.folded_with(layers)
         logits = torch.cat([folded.logits(batch, replaced) for batch in x.split(size)])
-        loss, hits = criteria.kl_to_float(logits, floats), (logits.argmax(1) == labels).double()
+        loss, hits = kl_to_float(logits, floats), (logits.argmax(1) == labels).double()
         figures = {"top1": hits.mean(), "loss": loss.mean(), "loss_error": loss.std() / len(loss) ** 0.5}
         where = {"network": name, "images": images, "bits": bits, "corrections": list(names), "evaluated": len(loss)}
         return {**where, **{key: round(float(value), 6) for key, value in figures.items()}, "torch": torch.__version__}

@@ -243,7 +243,7 @@ def ours(run: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Our
     from clado.evaluation import evaluate_weights
     from clado.records import CHOSEN, RunRecord
     from clado.run.opened_run import OpenedRun
-    from clado.settings.schema import load_config
+    from clado.settings.loading import load_config
 
     record = RunRecord.load(run / "record.json")
     session = OpenedRun.open(load_config(run / "config.yaml", [f"folder={json.dumps(str(run))}"]))
@@ -411,7 +411,7 @@ def table(run: Path) -> str:
         labels="" if config.criterion == "kl_to_float" else ", and uses their labels",
         corrections=names_of(config.corrections),
         our_seconds=sum(record.seconds.values()),
-        threads="one thread" if workers * threads == 1 or config.cluster.kind == "inline" else f"{workers} × {threads} threads",
+        threads="one thread" if workers * threads == 1 or config.cluster.name == "inline" else f"{workers} × {threads} threads",
         fastest=min(seconds),
         slowest=max(seconds),
         affine="" if config.quantizer.scheme == "symmetric" else " (Not in this run: its grids are affine, with 2^b values.)",

@@ -34,7 +34,6 @@ from clado.choosing import solvers
 from clado.choosing.local_search import local_search, search
 from clado.choosing.program import Program
 from clado.choosing.proposals import (
-    TEMPERED,
     Budget,
     Proposal,
     Score,
@@ -84,6 +83,7 @@ SIZES = {64: 5, 256: 5, 1024: 2}  # images of a sensitivity set: how many draws
 BLOCKS = {64: 16, 256: 28, 1024: 40}  # sample blocks: those of a smaller set are the first of a larger one
 # images that estimators from gradients are measured on, at most: hawq's traces take longer than pairs on a GPU
 UP_TO = {"hawq": 64, "mpqco": 256, "fisher": 256}
+TEMPERED = ("tempered2", "tempered4", "tempered8")
 ESTIMATORS = ("layerwise", "pairwise", "blockwise", "gauss_newton", *TEMPERED, "hawq", "mpqco", "fisher")
 # The default of `clado run`, which `chosen` is: proposals of these and TEMPERED, a search, the least Brier score (`choose`).
 # `chosen_least`: without TEMPERED, and the least measured loss. `chosen_full`: `clado run` with every estimator.
@@ -303,7 +303,7 @@ class Study:
 
         found = losses(dict.fromkeys(p.assignment for p in proposals))
         matrix = matrices[surrogate(matrices, found)]
-        programs = {b: program_of(matrix, [b.constraint(self.space)]) for b in budgets}
+        programs = {b: program_of(matrix, [b.limit(self.space)]) for b in budgets}
         searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
         everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, reported=False) for b, s in searched.items() for a in s.tried)]
         measured = measure(dict.fromkeys(p.assignment for p in everything))

@@ -12,8 +12,6 @@ from clado.choosing.constraints import Constraint, constraint
 from clado.choosing.program import Program, Solution, Status
 from clado.choosing.proposals import (
     LAYERWISE_PLAIN,
-    SAFE,
-    TEMPERED,
     Budget,
     Proposal,
     Score,
@@ -26,11 +24,10 @@ from clado.choosing.proposals import (
     propose,
     propose_uncorrected,
     propose_variants,
-    unreported_estimators,
     widest_uniform,
 )
 from clado.errors import InfeasibleError
-from clado.interaction.estimators import Measured, estimate, kinds_of, uncorrected
+from clado.interaction.estimators import Measured, estimate, kinds_of, uncorrected, unreported_estimators
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.kinds.gram import TEMPERATURES
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
@@ -40,6 +37,8 @@ from tests.networks import all_assignments
 SPACE = SearchSpace.uniform([Layer(f"layer{i}.weight", (4, 4 + 3 * i), "linear") for i in range(4)], (2, 4, 8))
 ALL = [Assignment(bits) for bits in itertools.product((2, 4, 8), repeat=4)]
 BUDGETS = budgets_of([2.25, 3, 4, 5.5])
+TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose always, where their tiles are measured anyway
+SAFE = (UNIFORM, "layerwise")  # a chosen assignment is never worse
 
 
 def matrix_of(seed: int, estimator: str = "gauss_newton", space: SearchSpace = SPACE) -> InteractionMatrix:
@@ -49,7 +48,8 @@ def matrix_of(seed: int, estimator: str = "gauss_newton", space: SearchSpace = S
     values = errors @ errors.T / 10
     layer = np.array([option.layer for option in space.options])
     values[(layer[:, None] == layer[None, :]) & ~np.eye(len(values), dtype=bool)] = 0
-    return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.25, 32)
+    convexity = "clip_psd" if estimator == "pairwise" else "raw"
+    return InteractionMatrix(space, (values + values.T) / 2, estimator, "kl_to_float", 0.25, 32, convexity=convexity)
 
 
 def random_losses(seed: int) -> dict[Assignment, float]:
@@ -62,7 +62,7 @@ def random_proposals(seed: int) -> list[Proposal]:
     rng = np.random.default_rng(seed)
     proposals = []
     for budget in BUDGETS:
-        limit = budget.constraint(SPACE)
+        limit = budget.limit(SPACE)
         fitting = [a for a in ALL if limit.holds(SPACE, a)]
         proposals.append(Proposal(budget, UNIFORM, widest_uniform(SPACE, [limit])))
         proposals += [Proposal(budget, method, fitting[rng.integers(len(fitting))], 0.5) for method in ("layerwise", "pairwise")]
@@ -97,7 +97,7 @@ def test_chosen_is_never_worse_than_any_proposal_and_never_worsens_with_budget(s
         own = {row.method: row for row in rows if row.budget == budget.name}
         assert set(own) == {UNIFORM, "layerwise", "pairwise", CHOSEN}
         best = own.pop(CHOSEN)
-        assert budget.constraint(SPACE).holds(SPACE, best.assignment)
+        assert budget.limit(SPACE).holds(SPACE, best.assignment)
         assert best.loss_deployed == losses[best.assignment]
         assert all(best.loss_deployed <= row.loss_deployed for row in own.values())
         others = [row.loss_deployed for row in own.values() if row.method != best.winner]
@@ -153,7 +153,7 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
     losses, scores, proposals = random_losses(seed), random_scores(seed), random_proposals(seed)
     rows = choose(SPACE, proposals, losses, scores=scores)
     for budget, row in zip(BUDGETS, (row for row in rows if row.method == CHOSEN), strict=True):
-        limit, score = budget.constraint(SPACE), scores[row.assignment]
+        limit, score = budget.limit(SPACE), scores[row.assignment]
         fitting = [p for p in proposals if limit.holds(SPACE, p.assignment)]
         safe = min(losses[p.assignment] for p in fitting if p.method in SAFE)
         assert row.loss_deployed == losses[row.assignment] <= safe
@@ -275,7 +275,7 @@ def test_chosen_is_never_worse_than_layerwise_and_uniform_whoever_is_named(named
     assert {row.method for row in rows} == {UNIFORM, *named, CHOSEN}
     layerwise = estimate("layerwise", measured)
     for budget in BUDGETS:
-        limit = budget.constraint(SPACE)
+        limit = budget.limit(SPACE)
         optimum = min((a for a in ALL if limit.holds(SPACE, a)), key=layerwise.predicted_increase)
         chosen = next(row for row in rows if (row.budget, row.method) == (budget.name, CHOSEN))
         assert chosen.loss_deployed <= min(losses[optimum], losses[widest_uniform(SPACE, [limit])])
@@ -296,7 +296,7 @@ def test_what_is_proposed_without_corrections_is_uniform_and_the_optimum_of_plai
         (UNIFORM, "none", False), (LAYERWISE_PLAIN, "none", False)
     }  # fmt: skip
     for proposal in proposals:
-        limit = proposal.budget.constraint(SPACE)
+        limit = proposal.budget.limit(SPACE)
         fitting = [a for a in ALL if limit.holds(SPACE, a)]
         expected = min(fitting, key=matrix.predicted_increase) if proposal.solution else widest_uniform(SPACE, [limit])
         assert proposal.assignment == expected.with_corrections("none")
@@ -329,7 +329,7 @@ def test_nothing_chosen_is_worse_than_anything_without_corrections(seed):
     scores = {a: Score(float(rng.exponential()), (rng.random(40) < rng.uniform(0.5, 1)).astype(float)) for a in every}
     rows = choose(SPACE, proposals, losses, scores=scores)
     for budget, row in zip(BUDGETS, (row for row in rows if row.method == CHOSEN), strict=True):
-        limit = budget.constraint(SPACE)
+        limit = budget.limit(SPACE)
         plain = [p.assignment for p in proposals if p.assignment.corrected == "none" and limit.holds(SPACE, p.assignment)]
         assert row.loss_deployed <= min([losses[a] for a in plain], default=np.inf)
 
@@ -340,7 +340,7 @@ def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():
     proposals = propose_variants(matrices, BUDGETS, FakeSolver().prepare, further=further)
     assert [(p.budget, p.method) for p in proposals] == [(b, m) for m in ("pairwise_raw", "tempered2") for b in BUDGETS]
     for proposal in proposals:
-        limit = proposal.budget.constraint(SPACE)
+        limit = proposal.budget.limit(SPACE)
         assert not proposal.reported
         assert limit.holds(SPACE, proposal.assignment)
         fitting = [a for a in ALL if limit.holds(SPACE, a)]
@@ -390,7 +390,7 @@ def test_propose_gives_the_optimum_of_each_matrix_and_prepares_once_a_kind_of_bu
     assert sorted(told, key=str) == sorted(itertools.product(budgets, matrices), key=str)
     assert {(p.budget, p.method) for p in proposals} == set(itertools.product(budgets, [UNIFORM, *matrices]))
     for p in proposals:
-        limit = p.budget.constraint(SPACE)
+        limit = p.budget.limit(SPACE)
         assert limit.holds(SPACE, p.assignment)
         if p.method != UNIFORM:
             matrix = matrices[p.method]
@@ -405,7 +405,7 @@ def test_propose_with_a_real_solver_equals_looking_at_every_assignment(solver):
     proposals = propose(matrices, BUDGETS, lambda program: solvers.prepare(program, solver, time_limit=30))
     for p in proposals:
         if p.method != UNIFORM:
-            fitting = [a for a in ALL if p.budget.constraint(SPACE).holds(SPACE, a)]
+            fitting = [a for a in ALL if p.budget.limit(SPACE).holds(SPACE, a)]
             least = min(matrices[p.method].predicted_increase(a) for a in fitting)
             assert matrices[p.method].predicted_increase(p.assignment) == pytest.approx(least, rel=1e-5, abs=1e-9)
             assert str(p.solution.status) == "optimal"
@@ -481,8 +481,8 @@ def test_limits_that_can_only_be_kept_one_by_one_are_refused_without_a_measureme
 
 
 def test_of_two_limits_on_one_cost_the_tighter_holds():
-    three, four = Budget("average_bits", 3).constraint(SPACE), Budget("average_bits", 4).constraint(SPACE)
-    size = Budget("size", 70).constraint(SPACE)
+    three, four = Budget("average_bits", 3).limit(SPACE), Budget("average_bits", 4).limit(SPACE)
+    size = Budget("size", 70).limit(SPACE)
     assert [limit.bound for limit in merge_limits(three, [four])] == [three.bound]
     assert [limit.bound for limit in merge_limits(four, [three, size])] == [three.bound, size.bound]
 

@@ -49,7 +49,7 @@ class TestFactored(SolverContract):
         def broken(*_: object) -> None:
             raise ZeroDivisionError("a broken plugin")
 
-        monkeypatch.setattr(scip.Tree, "visit", broken)
+        monkeypatch.setattr(scip.ScipTree, "visit", broken)
 
 
 @pytest.mark.benchmark
@@ -384,8 +384,8 @@ def test_a_broken_plugin_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a broken plugin")
 
-    monkeypatch.setattr(scip.Tree, "split", broken)
-    monkeypatch.setattr(scip.Tree, "_round", broken)
+    monkeypatch.setattr(scip.ScipTree, "split", broken)
+    monkeypatch.setattr(scip.ScipTree, "rounded", broken)
     solution = solvers.solve(program)
     assert solution.status is Status.OPTIMAL
     assert solution.minimised == pytest.approx(expected.minimised, rel=3e-6)
@@ -406,7 +406,7 @@ def test_a_wrong_convex_form_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_refused() -> None:
     program = program_of()
-    with pytest.raises(ConfigurationError, match="the solvers are exhaustive, greedy, scip"):
+    with pytest.raises(ConfigurationError, match="unknown solver 'gurobi'; expected one of exhaustive, greedy, scip"):
         solvers.solve(program, "gurobi")
     with pytest.raises(SolverError, match="assignments"):
         solvers.solve(program, "exhaustive")
@@ -429,12 +429,12 @@ from tests.choosing.test_solvers import program_of
 from clado.choosing import solvers
 from clado.choosing.solvers import scip
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-visit = scip.Tree.visit
+visit = scip.ScipTree.visit
 def interrupted_visit(tree):
     if tree.calls == 20:
         os.kill(os.getpid(), signal.SIGINT)
     return visit(tree)
-scip.Tree.visit = interrupted_visit
+scip.ScipTree.visit = interrupted_visit
 program = program_of("lowrank", 5.0, network="resnet152")
 solution = solvers.solve(program, time_limit=60)
 print(solution.status, program.constraints[0].holds(program.space, solution.assignment), solution.gap > 0, solution.seconds < 50)

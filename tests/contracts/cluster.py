@@ -17,7 +17,8 @@ import pytest
 
 from clado.errors import CladoError, MeasurementError
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import RunConfig, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import RunConfig
 from clado.storage.measurement_store import MeasurementStore
 from flows import clusters
 from flows.clusters import Workers

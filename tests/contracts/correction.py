@@ -9,7 +9,7 @@ from torch import Tensor
 from clado.errors import DataError
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
-from clado.quantization.corrections import at_stage, module_of
+from clado.quantization.corrections import LayerCorrection, at_stage, correction_of
 from clado.quantization.preparation import Prepared, Recipe, layer_sample, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
@@ -69,9 +69,9 @@ class CorrectionContract:
         network = network_of(kind)
         for i, weight in enumerate(network.weights):
             sample = layer_sample(network, i, calibration())
-            for module in at_stage([self.name], "layer"):
-                assert module.correct(sample, []) == []
-                (same,) = module.correct(sample, [QuantizedLayer(weight)])
+            for correction in at_stage([self.name], LayerCorrection).values():
+                assert correction.correct(sample, []) == []
+                (same,) = correction.correct(sample, [QuantizedLayer(weight)])
                 assert torch.equal(same.weight, weight)
                 own = network.biases[i]
                 expected = torch.zeros_like(same.bias) if own is None else own
@@ -81,15 +81,17 @@ class CorrectionContract:
     def test_what_it_is_given_is_not_changed(self, kind):
         network, given = network_of(kind), calibration(20, 28)
         plain = prepare(network, network.search_space((2, 4)))
-        module = module_of(self.name)
+        correction = correction_of(self.name)
         tensors = [tensor for layer in plain.layers for tensor in (layer.weight, layer.grid.scale, layer.grid.zero_point)]
         before = [tensor.clone() for tensor in (*tensors, *given)]
-        if module.STAGE == "layer":
+        if isinstance(correction, LayerCorrection):
             for i in range(plain.space.num_layers):
-                module.correct(layer_sample(network, i, given), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]])
+                correction.correct(
+                    layer_sample(network, i, given), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]]
+                )
         else:
             chosen = plain.chosen(plain.space.narrowest)
-            module.reestimate(network, chosen, given, module.reference(network, given))
+            correction.reestimate(network, chosen, given, correction.reference(network, given))
         assert all(torch.equal(now, then) for now, then in zip((*tensors, *given), before, strict=True))
         state = network.model.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in build(kind).state_dict().items())

@@ -161,7 +161,7 @@ class RoundingContract:
     @EVERY_OPERATOR
     def test_output_error_is_well_below_that_of_nearest_codes_on_correlated_inputs(self, name):
         layer = sample(name)
-        assert self.module.skipped(layer.layer) is None
+        assert self.module.correction.skipped(layer.layer) is None
         assert self.share_of_nearest_error(layer, grid_of(layer)) < self.share
 
     @EVERY_GRID

@@ -17,7 +17,8 @@ from clado.data.decoding import EncodedSlice, Preprocessing, imagenet_numbers
 from clado.data.images import DataSlices, check_slice
 from clado.data.sources import load_data, load_network
 from clado.errors import ConfigurationError, DataError, NetworkError, UnreadableImage
-from clado.settings.schema import DataSettings, NetworkSettings, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import DataSettings, NetworkSettings
 from tests.running import config, run_pipeline
 
 SHAPE = (3, 16, 16)
@@ -362,7 +363,7 @@ def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: d
 
 def test_a_flow_that_no_command_started_checks_images_and_budgets_itself(small_run: dict[str, Any], tmp_path: Path) -> None:
     from clado.errors import InfeasibleError
-    from clado.settings.schema import load_run_config
+    from clado.settings.loading import load_run_config
 
     small_run["data"]["max_corrupt_images"] = 3
     with pytest.raises(InfeasibleError, match="budget 1 bits"):

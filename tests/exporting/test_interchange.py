@@ -16,9 +16,10 @@ import torch
 from typer.testing import CliRunner
 
 from clado.errors import ConfigurationError, StoreError
-from clado.exporting import mct, modelopt, snippets, torchao
+from clado.exporting import snippets
 from clado.exporting.assignment import read_assignment
-from clado.exporting.snippets import PEERS, write_snippet
+from clado.exporting.snippets import mct, modelopt, torchao, write_snippet
+from clado.plugins import available, load
 from clado.space import Assignment, Layer, SearchSpace
 from tests.synthetic import make_space
 
@@ -72,6 +73,7 @@ def chosen_nodes(pairs: dict[str, int | None]) -> dict[str, Any]:
     return {"manual_activation_bit_width_selection_list": [], "manual_weights_bit_width_selection_list": rows}
 
 
+PEERS = available("snippets")
 FORMATS: dict[str, Callable[[dict[str, int | None]], Any]] = {
     "parameters": dict,
     "modules": lambda pairs: {name.removesuffix(".weight"): bits for name, bits in pairs.items()},
@@ -214,11 +216,11 @@ def test_what_says_nothing_of_activations_takes_the_one_width_there_is(name, tmp
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_snippet_says_what_becomes_of_activations(peer):
     space = SMALL.with_activations([4, 8])
-    text = import_module(f"clado.exporting.{peer}").snippet(space, space.widest)
+    text = load("snippets", peer).snippet(space, space.widest)
     assert ("quantize(network, images)" in text) == (peer == "modelopt")
     assert ("is not applied with" in text) == (peer != "modelopt")
     with pytest.raises(ConfigurationError, match=r"a\.weight has activations at 1 bits"):
-        import_module(f"clado.exporting.{peer}").snippet(SMALL.with_activations([1]), SMALL.widest)
+        load("snippets", peer).snippet(SMALL.with_activations([1]), SMALL.widest)
 
 
 @pytest.mark.parametrize("key", ["bits", "average_bits", "size_bytes"])
@@ -360,8 +362,8 @@ def test_an_export_of_another_assignment_is_left_alone(tmp_path):
 
 
 def test_every_peer_has_a_module():
-    assert all(callable(import_module(f"clado.exporting.{peer}").snippet) for peer in PEERS)
-    with pytest.raises(ConfigurationError, match="unknown format 'onnx'; expected safetensors, modelopt, mct or torchao"):
+    assert all(callable(load("snippets", peer).snippet) for peer in PEERS)
+    with pytest.raises(ConfigurationError, match="unknown format 'onnx'; expected safetensors, mct, modelopt or torchao"):
         snippets.check_peer("onnx")
 
 

@@ -23,7 +23,8 @@ from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import NetworkSettings, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import NetworkSettings
 from flows.commands.export import ONNX, export_as
 from tests.networks import Attention, Residual, Tied, Volume, build, images
 from tests.running import config

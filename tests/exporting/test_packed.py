@@ -26,7 +26,7 @@ from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.space import Assignment
 from flows.commands.export import PACKED, check_format, export, export_as
 from tests import tolerance
@@ -518,7 +518,7 @@ def refuse(*_: object) -> None:
 
 def test_an_unknown_format_is_refused():
     with pytest.raises(
-        ConfigurationError, match="unknown format 'paked'; expected safetensors, packed, onnx, modelopt, mct or torchao"
+        ConfigurationError, match="unknown format 'paked'; expected safetensors, packed, onnx, mct, modelopt or torchao"
     ):
         check_format("paked")
     assert issubclass(ConfigurationError, CladoError)

@@ -27,7 +27,7 @@ from clado.choosing.solvers import solve as solve_program
 from clado.data import zoo
 from clado.records import CHOSEN, RunRecord
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import load_config, load_run_config, parse_config
+from clado.settings.loading import load_config, load_run_config, parse_config
 from clado.storage.measurement_store import MeasurementStore
 from flows.cli import app
 from tests.running import BUDGETS, config, copy_of
@@ -327,7 +327,7 @@ def test_solve_equals_solving_the_stored_matrix(finished, copied):
     text = call("solve", copied, "--budget", 2.75)
     stored = StoredRun.open(copied)
     for name, matrix in stored.matrices().items():
-        limit = Budget("average_bits", 2.75).constraint(matrix.space)
+        limit = Budget("average_bits", 2.75).limit(matrix.space)
         optimum = solve_program(program_of(matrix, [limit]), "scip", time_limit=60)
         document = json.loads((copied / "solutions" / f"2.75_bits-{name}.json").read_text())
         assert matrix.predicted_increase(matrix.space.from_json(document)) == pytest.approx(optimum.objective, rel=1e-5)

@@ -11,7 +11,7 @@ import pytest
 
 from clado.errors import ConfigurationError, ServerError
 from clado.plugins import PACKAGE
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from flows import clusters
 from flows.clusters import local_gpus
 from flows.clusters._certificates import make_certificates
@@ -79,7 +79,7 @@ def test_one_word_moves_a_run_to_another_cluster():
     kinds = ("inline", "local", "local_gpus", "address", "ssh", "slurm", "kubernetes")
     configs = [configuration({**sections, "kind": kind}) for kind in kinds]
     assert len({config.run_folder for config in configs}) == 1
-    assert [config.cluster.kind for config in configs] == list(kinds)
+    assert [config.cluster.name for config in configs] == list(kinds)
     assert len({hash(config) for config in configs}) == len(kinds)
 
 

@@ -18,7 +18,7 @@ from clado.errors import MeasurementError, ServerError
 from clado.measuring.kinds import tile_kinds
 from clado.measuring.plan import Plan, sample_blocks
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from flows import worker
 from flows.clusters import _dask
 from flows.clusters._dask import DaskWorkers, configure, quiet

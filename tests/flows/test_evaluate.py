@@ -9,7 +9,7 @@ import pytest
 from clado.data.decoding import Preprocessing
 from clado.evaluation import Counts
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.space import Assignment
 from flows import worker
 from flows.commands import stored

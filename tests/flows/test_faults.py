@@ -18,7 +18,7 @@ import zarr
 from clado.errors import MeasurementError, StoreError
 from clado.measuring.plan import Tile
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from flows import clusters, worker
 from flows.phases.measure import gather, measure
 from flows.phases.run import Clock, Run

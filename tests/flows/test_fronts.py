@@ -7,11 +7,11 @@ from math import inf, nan
 import pytest
 
 from clado.choosing import solvers
-from clado.choosing.proposals import SAFE, Budget, program_of
+from clado.choosing.proposals import Budget, program_of, safe_methods
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.records import CHOSEN, UNIFORM, RunRecord
 from clado.run.opened_run import OpenedRun, limit_of, limits_of, scale_bytes
-from clado.settings.schema import parse_config, parse_limit
+from clado.settings.loading import parse_config, parse_limit
 from clado.space import Layer, SearchSpace
 from flows.commands.smallest import FIRST, find, solver_of, text
 from flows.commands.stored import StoredRun, solution_text
@@ -36,7 +36,7 @@ def stored(finished) -> StoredRun:
 )
 def test_an_answer_keeps_every_limit_and_beats_its_rivals_on_the_same_matrix(stored, budget, limits):
     space = stored.measured.space
-    every = [budget.constraint(space), *(limit_of(parse_limit(limit), stored.config, space) for limit in limits)]
+    every = [budget.limit(space), *(limit_of(parse_limit(limit), stored.config, space) for limit in limits)]
     for name, matrix, solution in stored.solve(budget, limits):
         assert str(solution.status) == "optimal"
         assert all(constraint.holds(space, solution.assignment) for constraint in every)
@@ -73,8 +73,8 @@ def test_a_limit_that_is_none_is_refused(limit, said, stored):
 @pytest.mark.parametrize("kind", ["average_bits", "size", "relative_size"])
 def test_a_budget_that_is_no_number_is_refused_and_none_at_all_gives_the_widest(kind, stored):
     with pytest.raises(ConfigurationError, match="the bound is NaN"):
-        Budget(kind, nan).constraint(stored.measured.space)
-    assert Budget(kind, inf).constraint(stored.measured.space).holds(stored.measured.space, stored.measured.space.widest)
+        Budget(kind, nan).limit(stored.measured.space)
+    assert Budget(kind, inf).limit(stored.measured.space).holds(stored.measured.space, stored.measured.space.widest)
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["all finite", "one candidate without a finite loss"])
@@ -89,7 +89,7 @@ def test_a_front_of_every_kind_reaches_from_the_narrowest_that_works_to_the_wide
         stored = replace(stored, measured=replace(stored.measured, sums=sums))
     proposals = propose_front(stored, kind, 5)
     answers = [p for p in proposals if p.solution is not None]
-    assert all(p.budget.constraint(space).holds(space, p.assignment) for p in answers)
+    assert all(p.budget.limit(space).holds(space, p.assignment) for p in answers)
     assert len({p.budget for p in proposals}) == 5
     for name in {p.method for p in answers}:
         assert any(p.assignment == space.widest or p.budget == answers[-1].budget for p in answers if p.method == name)
@@ -186,7 +186,9 @@ def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_pat
     for budget in record.budgets:
         chosen = record.find(budget, CHOSEN)
         assert chosen is not None
-        assert all(chosen.loss_deployed <= r.loss_deployed for r in record.results if r.budget == budget and r.method in SAFE)
+        assert all(
+            chosen.loss_deployed <= r.loss_deployed for r in record.results if r.budget == budget and r.method in safe_methods()
+        )
     chosen_rows = [r for r in record.results if r.method == CHOSEN]
     assert not any(dominated_by(chosen_rows)) or "dominated" in said
     assert receipt.delivered
@@ -225,7 +227,7 @@ def test_the_smallest_by_prediction_keeps_its_bound_and_one_byte_less_does_not(s
         assert solution.objective <= 0.05  # what is printed: not of the clipped matrix, which is never less
         assert solution.objective == pytest.approx(matrix.predicted_increase(solution.assignment))
         size = space.size_bytes(solution.assignment)
-        below = solvers.solve(program_of(matrix, [Budget("size", size - 1).constraint(space)], "raw"))
+        below = solvers.solve(program_of(matrix, [Budget("size", size - 1).limit(space)], "raw"))
         assert below.objective > 0.05
 
 

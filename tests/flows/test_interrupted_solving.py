@@ -12,8 +12,8 @@ import pytest
 from clado.choosing import solvers
 from clado.choosing.program import Status
 from clado.choosing.proposals import Budget
-from clado.choosing.solvers import Outcome, scip
-from clado.settings.schema import parse_config
+from clado.choosing.solvers import Outcome, Solver, scip
+from clado.settings.loading import parse_config
 from flows.commands.smallest import solver_of
 from flows.commands.sweep import _front
 from flows.phases.choose import allocate
@@ -65,7 +65,7 @@ def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from
     before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(scip, "search", interrupted)
+            patch.setattr(scip, "solver", Solver(interrupted))
             with pytest.raises(Received) as told:
                 allocate.fn(run)
     finally:
@@ -82,7 +82,7 @@ def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from
         starts.append(task.starts)
         return whole(program, task)
 
-    monkeypatch.setattr(scip, "search", counted)
+    monkeypatch.setattr(scip, "solver", Solver(counted))
     allocate.fn(run)
     assert [len(given) for given in starts][:3] == [0, 1, 1]  # variants behind them begin anew
     assert not file.exists()
@@ -92,7 +92,7 @@ def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_while_a_variant_is_solved_ends_the_run_too(run, number, monkeypatch):
-    monkeypatch.setattr(scip, "search", interrupted_where(lambda program: program.convexity != "clip_psd", number))
+    monkeypatch.setattr(scip, "solver", Solver(interrupted_where(lambda program: program.convexity != "clip_psd", number)))
     assert ended_by(lambda: allocate.fn(run)) == number
     assert not (run.session.folder / "solutions" / "incumbent.json").exists()  # a variant leaves none
 
@@ -103,14 +103,14 @@ def test_a_signal_while_a_variant_is_solved_ends_the_run_too(run, number, monkey
 )
 def test_a_signal_before_anything_is_found_ends_the_run_and_is_no_error(run, number, status, monkeypatch):
     nothing = interrupted_where(lambda program: True, number, lambda program: Outcome(status, None, -1.0))
-    monkeypatch.setattr(scip, "search", nothing)
+    monkeypatch.setattr(scip, "solver", Solver(nothing))
     assert ended_by(lambda: allocate.fn(run)) == number
     assert not (run.session.folder / "solutions" / "incumbent.json").exists()
 
 
 def test_sigterm_is_heeded_where_the_solver_has_ended_all_the_same(run, monkeypatch):
     optimal = interrupted_where(lambda program: True, signal.SIGTERM, lambda p: Outcome(Status.OPTIMAL, p.narrowest, 0.0))
-    monkeypatch.setattr(scip, "search", optimal)
+    monkeypatch.setattr(scip, "solver", Solver(optimal))
     assert ended_by(lambda: allocate.fn(run)) == signal.SIGTERM
     assert run.proposals == []
 
@@ -141,7 +141,7 @@ def test_a_signal_while_a_front_is_solved_ends_the_command(run, number, command,
         solved.append(program)
         return len(solved) == 2
 
-    monkeypatch.setattr(scip, "search", interrupted_where(second, number))
+    monkeypatch.setattr(scip, "solver", Solver(interrupted_where(second, number)))
     assert ended_by(lambda: command(stored)) == number
     assert len(solved) == 2
 
@@ -192,7 +192,7 @@ def solvers_program(run: Run) -> Any:
     from clado.choosing.proposals import merge_limits, program_of
 
     budget = run.session.budgets[-1]
-    return program_of(run.matrices["pairwise"], merge_limits(budget.constraint(run.session.space), []))
+    return program_of(run.matrices["pairwise"], merge_limits(budget.limit(run.session.space), []))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "clado-assignment/1", "bits": {"another": 2}}'])

@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import clado
-from clado.choosing.proposals import LAYERWISE_PLAIN, SAFE, TEMPERED, Budget
+from clado.choosing.proposals import LAYERWISE_PLAIN, Budget
 from clado.data.sources import load_data, load_network
 from clado.evaluation import Counts
 from clado.measuring.kinds import tile_kinds
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposal, RunRecord
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import DataSettings, NetworkSettings, parse_config
+from clado.settings.loading import parse_config
+from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
 from flows.commands.export import loading_snippet
@@ -35,6 +36,8 @@ from tests.networks import replaced_logits
 from tests.running import BUDGETS, ESTIMATORS, PHASES, config, copy_of, run_pipeline
 
 METHODS = ("uniform", *ESTIMATORS, CHOSEN)
+SAFE = (UNIFORM, "layerwise")  # a chosen assignment is never worse
+TEMPERED = ("tempered2", "tempered4", "tempered8")  # propose always, where their tiles are measured anyway
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
 
     for budget in session.budgets:
         rows = {m: record.find(budget.name, m) for m in METHODS}
-        chosen, limit = rows[CHOSEN], budget.constraint(session.space)
+        chosen, limit = rows[CHOSEN], budget.limit(session.space)
         fitting = [c for c in record.measured_proposals if limit.holds(session.space, c.assignment)]
         safe = min(c.loss_deployed for c in fitting if c.origin in SAFE or c.assignment.corrected == "none")
         assert chosen.loss_deployed <= safe <= min(rows[m].loss_deployed for m in SAFE)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from clado.errors import ConfigurationError
-from clado.settings.schema import load_config, parse_config
+from clado.settings.loading import load_config, parse_config
 from flows import scheduled as module
 from flows.guard import locked
 from flows.scheduled import scheduled

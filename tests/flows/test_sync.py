@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from clado.errors import MeasurementError
 from clado.records import Receipt, RunRecord
-from clado.settings.schema import load_run_config, parse_config
+from clado.settings.loading import load_run_config, parse_config
 from clado.tracking import delivery
 from clado.tracking.content import RecordContent
 from clado.tracking.single_runs import FailureContent

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from clado.data.sources import load_data, load_network
 from clado.records import CHOSEN, RunRecord
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from tests.imagenet.efficientnet import MEAN, SHAPE, STD, photos
 
 pytestmark = [pytest.mark.imagenet, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]

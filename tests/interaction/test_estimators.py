@@ -154,6 +154,7 @@ def plan_of(space):
 
 class TestHawq(EstimatorContract):
     name = "hawq"
+    draws = True
 
     def test_costs_a_forward_and_a_backward_for_each_vector_and_one(self):
         assert costs(["hawq"], plan_of(measured_network()[1].space)) == {"hawq": (24, 24 * 4)}

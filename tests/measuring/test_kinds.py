@@ -47,7 +47,7 @@ class Halves(TileKind):
         return 1
 
 
-KIND = Halves()
+kind = Halves()
 '''
 HALVES_MEASUREMENT = '''
 """Halves of the losses of the float network."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from clado import criteria
+from clado.criteria.cross_entropy import cross_entropy
+from clado.criteria.kl_to_float import kl_to_float
 from clado.errors import ConfigurationError
 from clado.grids import ActivationGrid, QuantizedLayer
 from clado.measuring import workbench
@@ -278,7 +280,7 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     shipped = b.prepared.network.updated(changed)
     layers = {b.space.layers[i].name: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     logits = replaced_logits(rebuilt(b.prepared.network.model, layers), changed, x)
-    expected = criteria.kl_to_float(logits, replaced_logits(build(Normed), {}, x))
+    expected = kl_to_float(logits, replaced_logits(build(Normed), {}, x))
     chosen = b.prepared.chosen(b.space.narrowest)
     for ships in ((shipped, chosen), shipped.folded_with(chosen)):
         tolerance.close_losses(deployed_scores(b, *ships, 1).losses, expected)
@@ -302,7 +304,7 @@ def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     assert deployed_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=tolerance.of_no_change())
     x, _ = b.load(*b.sample_blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
-    expected = criteria.kl_to_float(shipped.logits(x, layers), shipped.logits(x))
+    expected = kl_to_float(shipped.logits(x, layers), shipped.logits(x))
     tolerance.close_losses(deployed_scores(b, shipped, layers, 1).losses, expected)
 
 
@@ -372,9 +374,9 @@ def test_cross_entropy_and_kl_are_torchs_own():
     # four logits of up to about 4, in float64
     off = tolerance.of_sum(4, torch.float64) * 16
     expected = torch.stack([torch.nn.functional.cross_entropy(part.double(), y, reduction="none") for part in z])
-    torch.testing.assert_close(criteria.cross_entropy(z, y), expected, rtol=0, atol=off)
+    torch.testing.assert_close(cross_entropy(z, y), expected, rtol=0, atol=off)
     kl = torch.nn.functional.kl_div(
         z.double().log_softmax(-1), f.double().log_softmax(-1).expand(3, 5, 4), log_target=True, reduction="none"
     )
-    torch.testing.assert_close(criteria.kl_to_float(z, f), kl.sum(-1), rtol=0, atol=off)
-    assert float(criteria.kl_to_float(f, f).abs().max()) == 0.0
+    torch.testing.assert_close(kl_to_float(z, f), kl.sum(-1), rtol=0, atol=off)
+    assert float(kl_to_float(f, f).abs().max()) == 0.0

@@ -13,7 +13,7 @@ from clado.grids import Codes, Grid, QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import NormStatistics
 from clado.plugins import available
-from clado.quantization.corrections import LayerSample, batchnorm_reestimation, module_of, output_statistics
+from clado.quantization.corrections import LayerSample, batchnorm_reestimation, correction_of, output_statistics
 from clado.quantization.preparation import Prepared, Recipe, layer_sample, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Layer
@@ -46,7 +46,7 @@ class TestBatchNormReestimation(CorrectionContract):
 
 def test_every_static_or_final_correction_has_a_contract_class():
     tested = {test.name for test in CorrectionContract.__subclasses__()}
-    assert tested == {name for name in available("corrections") if module_of(name).STAGE in ("layer", "final")}
+    assert tested == {name for name in available("corrections") if correction_of(name).stage in ("layer", "final")}
 
 
 def test_an_unknown_correction_lists_the_valid_ones():

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from clado.data.zoo.networks import MobileNetV2, ResNet20, VisionTransformer
 from clado.network.network import Network
 from clado.quantization.corrections import equalization
-from clado.quantization.corrections.equalization import LIMIT, Equalization, Pair, equalize
+from clado.quantization.corrections._connections import HEADROOM, LIMIT
+from clado.quantization.corrections.equalization import Equalization, Pair, equalize
 from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
 from tests.networks import Attention, Residual, Tied, Volume, build, images, replaced_logits
@@ -471,7 +472,7 @@ def test_scaling_brings_activations_no_nearer_to_a_clip_than_its_headroom():
     result = equalize(network, [x])
     after = network.updated(result.tensors).observe(x, 1)[0].input.amax((0, 2, 3))
     share = tolerance.of_forward(4, 9)
-    assert float(after[0]) == pytest.approx(equalization.HEADROOM * 6, rel=share)
+    assert float(after[0]) == pytest.approx(HEADROOM * 6, rel=share)
     assert float(after[1]) == pytest.approx(float(before[1]), rel=share)
     tolerance.close(network.updated(result.tensors).logits(x), network.logits(x), least=0.0)
 

@@ -15,7 +15,7 @@ from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
 from clado.network.network import Network
 from clado.plugins import available
 from clado.quantization import preparation
-from clado.quantization.corrections import module_of
+from clado.quantization.corrections import correction_of
 from clado.quantization.preparation import (
     Prepared,
     Recipe,
@@ -120,7 +120,7 @@ def test_weights_keep_their_memory_format(tmp_path):
 
 def test_stages_come_in_order_whatever_order_the_settings_have():
     names = ("equalization", "gptq", "output_statistics", "batchnorm_reestimation")
-    assert [module_of(name).STAGE for name in names] == ["network", "rounding", "layer", "final"]
+    assert [correction_of(name).stage for name in names] == ["network", "rounding", "layer", "final"]
     network = network_of(Normed)
     space, given = network.search_space((2,)), [CALIBRATION]
     first = prepare(network, space, Recipe(corrections=names), given)
@@ -139,16 +139,16 @@ def test_stages_come_in_order_whatever_order_the_settings_have():
 
 
 def test_two_ways_of_rounding_are_refused():
-    rounding = [name for name in available("corrections") if module_of(name).STAGE == "rounding"]
+    rounding = [name for name in available("corrections") if correction_of(name).stage == "rounding"]
     assert len(rounding) > 1
-    with pytest.raises(ConfigurationError, match=f"name both {rounding[0]} and {rounding[1]}; expected one way of rounding"):
+    with pytest.raises(ConfigurationError, match=f"names both {rounding[0]} and {rounding[1]}; expected one way of rounding"):
         Recipe(corrections=("equalization", *rounding))
 
 
 def test_a_correction_named_twice_and_an_unknown_range_are_refused():
     with pytest.raises(ConfigurationError, match="name one twice; expected each once"):
         Recipe(corrections=("gptq", "output_statistics", "gptq"))
-    with pytest.raises(ConfigurationError, match="unknown range of activations 'max'; expected one of minmax, mse, percentile"):
+    with pytest.raises(ConfigurationError, match="unknown quantizer 'max'; expected one of minmax, mse, percentile"):
         Recipe(activation_range="max")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from clado.data.sources import zoo
 from clado.grids import Grid
 from clado.plugins import available
-from clado.quantization.corrections import adaround, gptq, module_of
+from clado.quantization.corrections import adaround, correction_of, gptq
 from clado.settings.schema import DataSettings, NetworkSettings
 from tests.contracts.rounding import (
     EVERY_GRID,
@@ -106,10 +106,10 @@ class TestGptq(SmallProblems):
             other[0, column] = code
             assert output_error(layer, grid, other) >= error - rounding(layer, grid, codes, other)
 
-    @pytest.mark.parametrize("block", [3, 128])
+    @pytest.mark.parametrize("panel", [3, 128])
     @pytest.mark.parametrize("bits", [1, 2, 4])
-    def test_the_sweep_in_plain_order_is_obq(self, monkeypatch, bits, block):
-        monkeypatch.setattr(gptq, "BLOCK", block)
+    def test_the_sweep_in_plain_order_is_obq(self, monkeypatch, bits, panel):
+        monkeypatch.setattr(gptq, "PANEL", panel)
         layer = sample("linear")
         grid = grid_of(layer, bits)
         x = torch.cat(layer.inputs.batches).double()
@@ -225,7 +225,7 @@ class TestAdaround(SmallProblems):
     def test_learning_starts_from_the_weight_itself_and_cut_in_half_from_nearest_codes(self, bits, per_channel, symmetric):
         layer = sample("conv2d")
         grid = grid_of(layer, bits, per_channel, symmetric)
-        rounding = adaround._Rounding(layer.weight, grid)
+        rounding = adaround._Codes(layer.weight, grid)
         position = (layer.weight / grid.scale + grid.zero_point).clamp(grid.codes.low, grid.codes.high)
         start = rounding.base + grid.codes.step * rounding.up().detach()
         assert float((start - position).abs().max()) <= 2 * adaround.MARGIN * grid.codes.step
@@ -235,7 +235,7 @@ class TestAdaround(SmallProblems):
     def test_nearest_codes_are_returned_where_learning_makes_things_worse(self, monkeypatch):
         layer = sample("conv2d")
         grid = grid_of(layer)
-        monkeypatch.setattr(adaround._Rounding, "codes", lambda rounding: torch.full_like(rounding.base, 3, dtype=torch.int32))
+        monkeypatch.setattr(adaround._Codes, "codes", lambda rounding: torch.full_like(rounding.base, 3, dtype=torch.int32))
         assert torch.equal(self.codes(layer, grid), grid.quantize(layer.weight))
 
     def test_the_seed_draws_the_mini_batches(self, monkeypatch):
@@ -249,7 +249,7 @@ class TestAdaround(SmallProblems):
         [("conv2d", 4, 4 * 168 + 100), ("conv2d", 1, 5), ("linear, tokens", 28, 28 * 12)],
     )
     def test_inputs_are_kept_up_to_a_bound_and_further_ones_are_not(self, name, images, elements, monkeypatch):
-        monkeypatch.setattr(adaround, "KEPT", elements)
+        monkeypatch.setattr(adaround, "INPUT_ELEMENTS", elements)
         layer = sample(name)
         kept = adaround._kept_inputs(layer)
         everything = torch.cat(layer.inputs.batches).reshape(-1, *kept.shape[1:])
@@ -266,7 +266,7 @@ class TestAdaround(SmallProblems):
             return torch.einsum("nf,of->no", x.roll(1, 1) - x, weight)
 
         layer = replace(layer, apply=apply, layer=replace(layer.layer, operator="unheard of"))
-        assert adaround.skipped(layer.layer) is None
+        assert adaround.correction.skipped(layer.layer) is None
         assert self.share_of_nearest_error(layer, grid_of(layer)) < 0.9
 
     @pytest.mark.parametrize("bits", [2, 4])
@@ -278,4 +278,4 @@ class TestAdaround(SmallProblems):
 
 def test_every_rounding_correction_has_a_contract_class():
     tested = {test.module.__name__.rpartition(".")[2] for test in SmallProblems.__subclasses__()}
-    assert tested == {name for name in available("corrections") if module_of(name).STAGE == "rounding"}
+    assert tested == {name for name in available("corrections") if correction_of(name).stage == "rounding"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore, exists
 from tests.running import config
 from tests.storage.test_growing import measure, session_of

@@ -12,7 +12,7 @@ from clado.errors import IdentityMismatch
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile, grown_sample_blocks, sample_blocks
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
 
 FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]

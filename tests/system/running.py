@@ -18,7 +18,7 @@ import yaml
 from clado.measuring.kinds import tile_kinds
 from clado.measuring.plan import Tile
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
 from tests.running import config
 

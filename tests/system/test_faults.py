@@ -13,7 +13,7 @@ import pytest
 from clado.errors import ServerError
 from clado.records import RunRecord
 from clado.run.opened_run import OpenedRun
-from clado.settings.schema import parse_config
+from clado.settings.loading import parse_config
 from flows import clusters
 from flows.clusters import _dask
 from flows.phases.measure import measure

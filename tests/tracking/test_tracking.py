@@ -17,7 +17,7 @@ import pytest
 
 from clado.records import Receipt, RunRecord
 from clado.reporting.tables import how_to_open
-from clado.settings.schema import redact
+from clado.settings.redaction import redact
 from clado.tracking.delivery import track
 from clado.tracking.models import alias_of
 from clado.tracking.stores import set_environment

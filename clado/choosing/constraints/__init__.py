@@ -1,6 +1,6 @@
 """What may be limited: one number per option of the space, added over the layers, with a unit and a bound.
 
-To add a constraint, add a file to this folder with a function `constraint(space, bound, ...) -> Constraint` and subclass
+To add a constraint, add a file to this folder with an object `constraint = ConstraintKind(...)`, and subclass
 `ConstraintContract` (tests/contracts/constraint.py) for it. The file's name is the constraint's name.
 """
 
@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from importlib import import_module
 from math import floor, fsum, isfinite
-from pkgutil import iter_modules
 from typing import Any
 
 from clado.errors import ConfigurationError
+from clado.plugins import load
 from clado.space import Assignment, SearchSpace
 
 RELATIVE_TOLERANCE = 1e-9  # for sums of fractions (seconds); sums of integers are compared exactly
@@ -72,14 +71,26 @@ def whole(bound: float, times: Fraction | int = 1) -> float:
     return float(floor(Fraction(repr(float(bound))) * times)) if isfinite(bound) else float(bound)
 
 
-def names() -> list[str]:
-    """Names of the constraints: the files of this folder."""
-    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+@dataclass(frozen=True)
+class ConstraintKind:
+    """What the rest of the code must know about a constraint of a name."""
+
+    build: Callable[..., Constraint]
+    """(space, bound, path=FILE where `needs_path`, overhead_bytes=... where `counts_bytes`) -> the constraint."""
+    needs_path: bool = False
+    """Whether it reads a table of costs."""
+    counts_bytes: bool = False
+    """Whether it counts bytes of weights, and takes those of scales and zero points as well: layer name -> bytes."""
+    text: Callable[[float], str] | None = None
+    """How tables call a budget of this bound. None: NAME BOUND."""
+
+
+def kind_of(name: str) -> ConstraintKind:
+    """The constraint kind of a name, or of `package.module:name`."""
+    kind: ConstraintKind = load("constraints", name)
+    return kind
 
 
 def constraint(name: str, space: SearchSpace, bound: float, /, **settings: Any) -> Constraint:
     """The constraint called `name`, with its bound and settings; a wrong name is answered with the valid ones."""
-    if name not in names():
-        raise ConfigurationError(f"unknown constraint {name!r}; the constraints are {', '.join(names())}")
-    build: Callable[..., Constraint] = import_module(f"{__name__}.{name}").constraint
-    return build(space, bound, **settings)
+    return kind_of(name).build(space, bound, **settings)

@@ -1,12 +1,15 @@
 """Bits per searched weight, exact in bits: Σ n b ≤ floor(average · Σ n), so uniform b bits always fit an average of b."""
 
-from clado.choosing.constraints import Constraint, whole
+from clado.choosing.constraints import Constraint, ConstraintKind, whole
 from clado.space import SearchSpace
 
 
-def constraint(space: SearchSpace, average: float) -> Constraint:
+def _build(space: SearchSpace, average: float) -> Constraint:
     """At most `average` bits per weight, weighted by the layers' parameters; 2.3 means the decimal 2.3, not its binary
     neighbour.
     """
     costs = tuple(float(space.layers[i].num_weights * b) for i, b, _ in space.options)
     return Constraint("average_bits", "bits in all", costs, whole(average, space.num_weights))
+
+
+constraint = ConstraintKind(_build, text=lambda bound: f"{bound:.12g} bits")

@@ -1,11 +1,11 @@
 """Bit operations of one image: Σ MACs · weight bits · activation bits."""
 
-from clado.choosing.constraints import Constraint
+from clado.choosing.constraints import Constraint, ConstraintKind
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
 
-def constraint(space: SearchSpace, budget_bops: float, activation_bits: int = 8) -> Constraint:
+def _build(space: SearchSpace, budget_bops: float, activation_bits: int = 8) -> Constraint:
     """At most `budget_bops` bit operations per image; the MACs are those that the exported graph counted (`Layer.macs`).
 
     `activation_bits` stands for activations that the space leaves in float; where it quantizes them, each option has its own.
@@ -19,3 +19,6 @@ def constraint(space: SearchSpace, budget_bops: float, activation_bits: int = 8)
         raise ConfigurationError(f"constraint bops: activation_bits is {activation_bits}; expected at least 1")
     costs = tuple(float(space.layers[i].macs * b * (a or activation_bits)) for i, b, a in space.options)
     return Constraint("bops", "bit operations", costs, float(budget_bops))
+
+
+constraint = ConstraintKind(_build, text=lambda bound: f"{bound / 1e9:.12g} GBOP")

@@ -5,14 +5,17 @@ Where several activation widths are candidates, the columns are layer,bits,activ
 
 from pathlib import Path
 
-from clado.choosing.constraints import Constraint, table
+from clado.choosing.constraints import Constraint, ConstraintKind, table
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
 
-def constraint(space: SearchSpace, budget_seconds: float, path: str | Path) -> Constraint:
+def _build(space: SearchSpace, budget_seconds: float, path: str | Path) -> Constraint:
     """At most `budget_seconds`, as the sum of the layers' measured times; a table in another unit is refused."""
-    measured = table.constraint(space, budget_seconds, path, name="latency")
+    measured = table.read(space, budget_seconds, path, name="latency")
     if measured.unit != "seconds":
         raise ConfigurationError(f"constraint latency: the last column of {path} is {measured.unit!r}; expected seconds")
     return measured
+
+
+constraint = ConstraintKind(_build, needs_path=True, text=lambda bound: f"{bound * 1000:g} ms")

@@ -8,12 +8,12 @@ from math import isfinite
 from pathlib import Path
 
 from clado.bits import label
-from clado.choosing.constraints import Constraint
+from clado.choosing.constraints import Constraint, ConstraintKind
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
 
 
-def constraint(space: SearchSpace, bound: float, path: str | Path, name: str = "table") -> Constraint:
+def read(space: SearchSpace, bound: float, path: str | Path, name: str = "table") -> Constraint:
     """At most `bound`, by the numbers in the file: one row for every candidate of every layer, other rows ignored."""
     where = f"constraint {name}: {path}"
     try:
@@ -59,3 +59,6 @@ def constraint(space: SearchSpace, bound: float, path: str | Path, name: str = "
             f"{where} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
         )
     return Constraint(name, header[num_keys], tuple(costs[key] for key in wanted), float(bound))
+
+
+constraint = ConstraintKind(read, needs_path=True)

@@ -1,22 +1,20 @@
 """Solvers of the program: `scip` proves, `exhaustive` enumerates, `greedy` only finds.
 
-To add a solver, add a file to this folder with a function `search(program, task) -> Outcome` and subclass `SolverContract`
+To add a solver, add a file to this folder with an object `solver = Solver(...)`, and subclass `SolverContract`
 (tests/contracts/solver.py) for it. The file's name is the solver's name; it is imported when first used.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Protocol
 
 import numpy as np
 
 from clado.choosing.program import Choices, Program, Solution, Status
 from clado.choosing.program import Solve as Solve
 from clado.choosing.solvers._start import better_than_widest
-from clado.errors import ConfigurationError, InfeasibleError, SolverError, SolverInterrupted
+from clado.errors import InfeasibleError, SolverError, SolverInterrupted
+from clado.plugins import load
 from clado.space import Assignment
 
 TOLERANCE = 1e-6
@@ -64,24 +62,18 @@ class Outcome:
     message: str = ""
 
 
-class Search(Protocol):
-    """What a solver's module offers as `search`."""
+@dataclass(frozen=True)
+class Solver:
+    """What the rest of the code must know about a solver."""
 
-    def __call__(self, program: Program, task: Task) -> Outcome:
-        """Searches within the task's limits."""
-        ...
-
-
-def names() -> list[str]:
-    """Names of the solvers: the files of this folder."""
-    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+    search: Callable[[Program, Task], Outcome]
+    """Searches within the task's limits."""
 
 
-def _search(solver: str) -> Search:
-    if solver not in names():
-        raise ConfigurationError(f"unknown solver {solver!r}; the solvers are {', '.join(names())}")
-    search: Search = import_module(f"{__name__}.{solver}").search
-    return search
+def solver_of(name: str) -> Solver:
+    """The solver of a name, or of `package.module:name`."""
+    solver: Solver = load("solvers", name)
+    return solver
 
 
 def prepare(
@@ -93,7 +85,7 @@ def prepare(
     gap_limit: float = 0.0,
 ) -> Solve:
     """A solver for this program and for any `program.with_bounds(...)`: what depends on the function alone is computed once."""
-    search, shared = _search(solver), Shared(program)
+    search, shared = solver_of(solver).search, Shared(program)
 
     def prepared(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
         begin = time.perf_counter()
@@ -129,7 +121,7 @@ def solve(
     return prepare(program, solver, time_limit=time_limit, node_limit=node_limit, gap_limit=gap_limit)(program, starts)
 
 
-def _solved(program: Program, solver: str, search: Search, task: Task, begin: float) -> Solution:
+def _solved(program: Program, solver: str, search: Callable[[Program, Task], Outcome], task: Task, begin: float) -> Solution:
     outcome = search(program, task)
     if outcome.status is Status.INFEASIBLE:
         raise InfeasibleError(_why_infeasible(program, search))
@@ -151,7 +143,7 @@ def _solved(program: Program, solver: str, search: Search, task: Task, begin: fl
     )
 
 
-def _why_infeasible(program: Program, search: Search) -> str:
+def _why_infeasible(program: Program, search: Callable[[Program, Task], Outcome]) -> str:
     """The program's own account, with the least value that each constraint can have while the others hold."""
     lines = [program.why_infeasible()]
     for index, constraint in enumerate(program.constraints):

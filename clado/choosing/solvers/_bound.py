@@ -1,6 +1,6 @@
 """Lower bounds of a node: a convex quadratic program over simplices and knapsacks, by a warm-started active set. NumPy.
 
-min constant + linear·x + ½ xᵀ H x  over  Σ x = 1 per group, x ≥ 0, x = 0 where a choice is ruled out, A x ≤ limits.
+min constant + linear·x + ½ xᵀ H x  over  Σ x = 1 per group, x ≥ 0, x = 0 where a choice is excluded, A x ≤ limits.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,20 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """`value` is a valid lower bound; `x` (n,) the point it comes from; `reduced_cost` (n,) ≥ 0: what taking a choice adds to the
-    bound at least; `support` and `active` (constraints) are where the next solve starts.
-    """
+    """A lower bound of a node."""
 
     value: float
+    """A valid lower bound."""
     x: Array
+    """The point that the bound comes from, (n,)."""
     reduced_cost: Array
+    """How much a choice raises the bound at least when it is taken, (n,), ≥ 0."""
     support: Mask
+    """The choices that the next solve starts with, (n,)."""
     active: Mask
+    """The constraints that the next solve starts with."""
     steps: int
+    """Steps of the active set until this bound."""
 
 
 class NodeBound:
@@ -45,22 +49,21 @@ class NodeBound:
         self.tolerance = 1e-9 * max(float(np.abs(self.linear).max(initial=0.0)), float(diagonal.max(initial=0.0)), 1e-300)
 
     def solve(self, allowed: Mask, support: Mask | None = None, active: Mask | None = None, cutoff: float = np.inf) -> Bound:
-        """A bound over the allowed choices; stops early once the bound reaches `cutoff`. Every group must have an allowed
-        choice.
+        """A bound over the allowed choices. Stops early where the bound reaches `cutoff`.
 
-        Whatever the steps do, the value is valid: f(x') ≥ f(x) + ∇f(x)·(x' − x) for every x, and the right side is minimised
-        exactly over the groups with multipliers ≥ 0 on the knapsacks.
+        Every group must have an allowed choice. The value is valid after any step: f(x') ≥ f(x) + ∇f(x)·(x' − x) for every x, and
+        the right side is minimised exactly over the groups with multipliers ≥ 0 on the knapsacks.
         """
         support = self._covered(allowed, support)
         active = np.zeros(len(self.limits), dtype=bool) if active is None else active.copy()
         best: Bound | None = None
-        counted = np.add.reduceat(support.astype(float), self.starts)[self.owner]
-        x = support / counted
+        num_supported = np.add.reduceat(support.astype(float), self.starts)[self.owner]
+        x = support / num_supported
         for step in range(1, STEPS + 1):
             x, gradient, multipliers = self._stationary(x, support, active)
             room = self.limits - self.costs @ x
-            beyond = room < -1e-10 * (1 + np.abs(self.limits))
-            stuck = active & beyond  # no choice of the support can meet it, so that its multiplier says nothing
+            broken = room < -1e-10 * (1 + np.abs(self.limits))
+            stuck = active & broken  # no choice of the support can meet it, so that its multiplier says nothing
             for constraint in np.flatnonzero(stuck).tolist():
                 multipliers = self._tightened(gradient, multipliers, allowed, constraint)
             priced = gradient + np.maximum(multipliers, 0) @ self.costs
@@ -77,25 +80,25 @@ class NodeBound:
             attractive = self._most_attractive(priced_allowed, least, support)
             if stuck.any():
                 attractive |= ~support & (reduced_cost <= self.tolerance)
-            more = ~active & beyond
-            less = active & (multipliers < -self.tolerance)
+            added = ~active & broken
+            removed = active & (multipliers < -self.tolerance)
             if not np.isfinite(value):
                 break
             if best is None or value > best.value:
                 best = Bound(value, x, reduced_cost, support, active, step)
-            if best.value >= cutoff or not (negative.any() or attractive.any() or more.any() or less.any()):
+            if best.value >= cutoff or not (negative.any() or attractive.any() or added.any() or removed.any()):
                 break
             support = self._covered(allowed, (support & ~negative) | attractive, x)
-            active = (active | more) & ~less
-        if best is None:  # numbers overflowed: a bound that rules nothing out is valid as well
-            return Bound(-np.inf, support / counted, np.zeros(self.n), support, active, STEPS)
+            active = (active | added) & ~removed
+        if best is None:  # numbers overflowed: a bound that excludes nothing is valid as well
+            return Bound(-np.inf, support / num_supported, np.zeros(self.n), support, active, STEPS)
         return best
 
     def _tightened(self, gradient: Array, multipliers: Array, allowed: Mask, constraint: int) -> Array:
-        """Multipliers with that of one constraint where the bound from `gradient` is highest, the others as they are.
+        """The same multipliers, except that one constraint has the multiplier with the highest bound from `gradient`.
 
-        As a function of one multiplier the bound is concave and made of lines: two of them, one rising and one falling, meet at
-        the next try, until none lies below their meeting.
+        As a function of one multiplier the bound is concave and piecewise linear. The next multiplier is where a rising and a
+        falling line meet, until no line lies below this point.
         """
         costs, limit = self.costs[constraint], self.limits[constraint]
         others = multipliers.copy()
@@ -103,10 +106,10 @@ class NodeBound:
         priced = np.where(allowed, gradient + np.maximum(others, 0) @ self.costs, np.inf)
 
         def line(multiplier: float) -> tuple[float, float]:
-            """Value and slope; of equally cheap choices the first of each group counts."""
-            at = priced + multiplier * costs
-            least = np.minimum.reduceat(at, self.starts)
-            cheapest = np.flatnonzero(at == least[self.owner])
+            """Value and slope. Of equally cheap choices the first of each group counts."""
+            prices = priced + multiplier * costs
+            least = np.minimum.reduceat(prices, self.starts)
+            cheapest = np.flatnonzero(prices == least[self.owner])
             first = cheapest[np.unique(self.owner[cheapest], return_index=True)[1]]
             return float(least.sum()) - multiplier * limit, float(costs[first].sum()) - limit
 
@@ -119,7 +122,7 @@ class NodeBound:
             if high_slope <= 0:
                 break
             low, value, slope, high = high, high_value, high_slope, 8 * high
-        else:  # nothing allowed meets the constraint; SCIP finds that by itself
+        else:  # no allowed choices meet the constraint, which SCIP finds out
             others[constraint] = low
             return others
         for _ in range(60):
@@ -129,8 +132,8 @@ class NodeBound:
             if not low < middle < high:
                 break
             middle_value, middle_slope = line(middle)
-            on_lines = value + slope * (middle - low)
-            if middle_value >= on_lines - self.tolerance * self.num_groups * 1e-3:
+            line_value = value + slope * (middle - low)
+            if middle_value >= line_value - self.tolerance * self.num_groups * 1e-3:
                 high = middle
                 break
             if middle_slope > 0:
@@ -152,17 +155,14 @@ class NodeBound:
         return support
 
     def _most_attractive(self, priced: Array, least: Array, support: Mask) -> Mask:
-        """In each group the cheapest choice, where it is outside of the support and cheaper than what is inside."""
-        inside = np.minimum.reduceat(np.where(support, priced, np.inf), self.starts)
-        return np.asarray(~support & (priced <= least[self.owner]) & (priced < inside[self.owner] - self.tolerance))
+        """In each group the cheapest choice, where it is not in the support and is cheaper than the support's cheapest."""
+        cheapest = np.minimum.reduceat(np.where(support, priced, np.inf), self.starts)
+        return np.asarray(~support & (priced <= least[self.owner]) & (priced < cheapest[self.owner] - self.tolerance))
 
     def _stationary(self, x: Array, support: Mask, active: Mask) -> tuple[Array, Array, Array]:
-        """The point where the gradient is even over the support of each group and the active knapsacks are tight: x, ∇f(x),
-        multipliers.
-        """
-        inside = np.where(support, x, -np.inf)
+        """The point with an even gradient over the support of each group and tight active knapsacks: x, ∇f(x), multipliers."""
         # In each group the largest x of the support is eliminated by Σ = 1.
-        order = np.lexsort((-inside, self.owner))
+        order = np.lexsort((-np.where(support, x, -np.inf), self.owner))
         basis = order[self.starts]
         is_free = support.copy()
         is_free[basis] = False
@@ -178,14 +178,14 @@ class NodeBound:
             slope = gradient[free] - gradient[eliminated]
             tight = np.flatnonzero(active)
             costs = self.costs[tight][:, free] - self.costs[tight][:, eliminated]
-            solved = _solved(matrix, np.concatenate([-slope[:, None], costs.T], axis=1), self.tolerance)
+            solved = _solution(matrix, np.concatenate([-slope[:, None], costs.T], axis=1), self.tolerance)
             z = solved[:, 0]
             if len(tight):
                 room = self.limits[tight] - self.costs[tight][:, basis].sum(axis=1)
-                through = costs @ solved[:, 1:]
-                ridge = 1e-12 * max(float(np.trace(through)), 1e-12 / self.tolerance)
-                through[np.diag_indices(len(tight))] += ridge
-                tight_multipliers = _solved(through, (costs @ z - room)[:, None], ridge)[:, 0]
+                schur = costs @ solved[:, 1:]
+                ridge = 1e-12 * max(float(np.trace(schur)), 1e-12 / self.tolerance)
+                schur[np.diag_indices(len(tight))] += ridge
+                tight_multipliers = _solution(schur, (costs @ z - room)[:, None], ridge)[:, 0]
                 z = z - solved[:, 1:] @ tight_multipliers
                 multipliers[tight] = tight_multipliers
             point[free] = z
@@ -194,12 +194,12 @@ class NodeBound:
         return point, gradient, multipliers
 
 
-def _solved(matrix: Array, right: Array, ridge: float) -> Array:
-    """matrix⁻¹ right; with `ridge` on the diagonal where the matrix is singular."""
+def _solution(matrix: Array, right: Array, ridge: float) -> Array:
+    """matrix⁻¹ right, with `ridge` on the diagonal where the matrix is singular."""
     try:
-        solved = np.linalg.solve(matrix, right)
+        solution = np.linalg.solve(matrix, right)
     except np.linalg.LinAlgError:
-        solved = np.full_like(right, np.nan)
-    if np.isfinite(solved).all():
-        return np.asarray(solved, dtype=np.float64)
+        solution = np.full_like(right, np.nan)
+    if np.isfinite(solution).all():
+        return np.asarray(solution, dtype=np.float64)
     return np.asarray(np.linalg.solve(matrix + ridge * np.eye(len(matrix)), right), dtype=np.float64)

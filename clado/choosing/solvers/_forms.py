@@ -1,9 +1,8 @@
-"""Convex forms of one function, from cheap to costly, for a search to race: no rule known in advance says which has the
-smallest tree. NumPy.
+"""Convex forms of one function, from cheap to costly. No known rule says which form has the smallest tree. NumPy.
 
-The tightest root bound (QCR) has many flat directions, in which branching gains nothing; the nearest convex form is loose at
-the root but curved. Half-way between them is most often best; on nearly convex functions the nearest form alone, on hard ones
-the tightest.
+The form with the tightest root bound (QCR) has many flat directions, in which branching gains nothing. The nearest convex form is
+loose at the root but curved. The mean of both is best most often. On nearly convex functions the nearest form is best, and on
+hard ones the tightest.
 """
 
 import time
@@ -22,9 +21,9 @@ LONG_WORK = 2e10
 
 
 class Forms:
-    """The forms of a program's function, each computed when first asked for. They hold for every bound of the program.
+    """The forms of a program's function, each computed at its first use. They are valid for every bound of the program.
 
-    `deadline` (clock of `time.perf_counter`) stops a relaxation early, which loosens forms and changes nothing else.
+    `deadline` (clock of `time.perf_counter`) stops a relaxation early. The forms are then looser, and still valid.
     """
 
     def __init__(self, program: Program) -> None:
@@ -34,7 +33,7 @@ class Forms:
 
     @cached_property
     def nearest(self) -> Form:
-        """Curved."""
+        """The nearest convex form: curved."""
         return nearest(self.program, self.source)
 
     @cached_property
@@ -48,24 +47,24 @@ class Forms:
 
     @cached_property
     def long(self) -> Form:
-        """QCR after as many steps as help, goes on from `quick`."""
+        """QCR after as many steps as help. It continues from `quick`."""
         quick = self.quick
         return self._tightest(quick, min(LONG, int(LONG_WORK / max(len(self.source.free), 1) ** 3)) - QUICK)
 
     @property
     def half_quick(self) -> Form:
-        """Half-way from curved to tight, after a few steps."""
+        """The mean of `nearest` and `quick`."""
         return self.nearest.mixed(self.quick, 0.5)
 
     @property
     def half_long(self) -> Form:
-        """Half-way from curved to tight, after many."""
+        """The mean of `nearest` and `long`."""
         return self.nearest.mixed(self.long, 0.5)
 
-    def _tightest(self, first: Form, steps: int) -> Form:
-        """The form with the highest root bound among those that the relaxation passes through."""
+    def _tightest(self, initial: Form, steps: int) -> Form:
+        """The form with the highest root bound among the initial form and the forms of the relaxation's steps."""
         everything = np.ones(self.program.num_choices, dtype=bool)
-        best, highest = first, NodeBound(self.program, first).solve(everything).value
+        best, highest = initial, NodeBound(self.program, initial).solve(everything).value
         for _ in range(max(0, steps) // CHECKED_EVERY):
             if time.perf_counter() > self.deadline:
                 break

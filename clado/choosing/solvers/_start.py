@@ -1,5 +1,6 @@
-"""Good assignments by descent: one-group and two-group moves, repair, multipliers and kicks. NumPy; limited by rounds; a
-deadline only skips kicks.
+"""Good assignments by descent: moves of one or two groups, repair, multipliers and kicks. NumPy.
+
+Rounds limit the work. A deadline only skips kicks.
 """
 
 import time
@@ -10,17 +11,17 @@ from numpy.typing import NDArray
 from clado.choosing.program import Choices, Program
 from clado.interaction.matrix import Array
 
-BISECTIONS = 24
-POLISHED = 4
+BISECTIONS = 24  # multipliers
+POLISHED = 4  # best starts of multipliers that are descended from
 KICKS = 24
 KICKED_GROUPS = 4
 SEED = 0
 
 
 class Descent:
-    """Local search over the choices of a program: single moves (n) and pair moves (n, n), all priced at once.
+    """Local search over the choices of a program. All single moves (n,) and pair moves (n, n) are priced at once.
 
-    Forbidden pairs cost a penalty that no gain can outweigh, so that every move set stays simple.
+    A forbidden pair costs a penalty that no gain outweighs.
     """
 
     def __init__(self, program: Program, quadratic: Array | None = None) -> None:
@@ -49,14 +50,15 @@ class Descent:
         return float((np.maximum(excess, 0.0) / self.unit).sum())
 
     def single(self, choices: Choices, linear: Array | None = None) -> Array:
-        """Change of the value for moving one group to choice k: (n,), zero where k is taken."""
-        taken = choices[self.owner]
+        """Change of the value where one group moves to choice k: (n,), zero where it already has k."""
+        present = choices[self.owner]
         row = self.q[:, choices].sum(axis=1)
-        change: Array = row - row[taken] + self.half_diagonal + self.half_diagonal[taken] - self.q[np.arange(len(taken)), taken]
-        return change if linear is None else change + linear - linear[taken]
+        half, pairs = self.half_diagonal, self.q[np.arange(len(present)), present]
+        change: Array = row - row[present] + half + half[present] - pairs
+        return change if linear is None else change + linear - linear[present]
 
     def settle(self, choices: Choices, linear: Array) -> Choices:
-        """Best single moves on value + linear·x, constraints left aside, until none is left."""
+        """Best single moves on value + linear·x without constraints, until none lowers it."""
         choices = choices.copy()
         for _ in range(20 * len(choices)):
             change = self.single(choices, linear)
@@ -67,14 +69,14 @@ class Descent:
         return choices
 
     def repair(self, choices: Choices) -> Choices | None:
-        """Moves groups at the least cost per excess removed until every limit holds; None when no single move helps."""
+        """Moves groups at the least cost per removed excess until every limit holds. None where no single move helps."""
         choices = choices.copy()
         for _ in range(20 * len(choices) + 100):
             excess = self.costs[:, choices].sum(axis=1) - self.limits
             if np.all(excess <= 0):
                 return choices
-            after = excess[:, None] + self.costs - self.costs[:, choices[self.owner]]
-            removed = ((np.maximum(excess, 0)[:, None] - np.maximum(after, 0)) / self.unit[:, None]).sum(axis=0)
+            new_excess = excess[:, None] + self.costs - self.costs[:, choices[self.owner]]
+            removed = ((np.maximum(excess, 0)[:, None] - np.maximum(new_excess, 0)) / self.unit[:, None]).sum(axis=0)
             useful = removed > 1e-15
             if not useful.any():
                 return None
@@ -86,70 +88,68 @@ class Descent:
         return None
 
     def descend(self, choices: Choices) -> Choices:
-        """Best single or pair move within the limits until none is left; `choices` must be within them."""
+        """Best single or pair move within the limits until none lowers the value. `choices` must be within the limits."""
         choices = choices.copy()
-        taken = choices[self.owner]
-        crossed = self.q - self.q[:, taken] - self.q[taken, :] + self.q[np.ix_(taken, taken)]
-        crossed[self.same_group] = np.inf
+        present = choices[self.owner]
+        cross = self.q - self.q[:, present] - self.q[present, :] + self.q[np.ix_(present, present)]
+        cross[self.same_group] = np.inf
         for _ in range(50 * len(choices)):
             single = self.single(choices)
             room = self.limits - self.costs[:, choices].sum(axis=1)
             step = self.costs - self.costs[:, choices[self.owner]]
             allowed: NDArray[np.bool_] = (step <= room[:, None]).all(axis=0)
-            alone = np.where(allowed, single, np.inf)
-            k = int(alone.argmin())
-            moved = [k]
-            gain = alone[k]
-            if gain >= -1e-12 * self.scale:
-                pair = crossed + single[:, None] + single[None, :]
+            allowed_single = np.where(allowed, single, np.inf)
+            targets = [int(allowed_single.argmin())]
+            change = allowed_single[targets[0]]
+            if change >= -1e-12 * self.scale:
+                pair = cross + single[:, None] + single[None, :]
                 for c in range(len(room)):
                     pair[step[c][:, None] + step[c][None, :] > room[c]] = np.inf
                 best = int(pair.argmin())
-                gain = pair.flat[best]
-                if gain >= -1e-12 * self.scale:
+                change = pair.flat[best]
+                if change >= -1e-12 * self.scale:
                     break
-                moved = list(divmod(best, len(single)))
-            for k in moved:
+                targets = list(divmod(best, len(single)))
+            for k in targets:
                 group = int(self.owner[k])
                 choices[group] = k
-                self._refresh(crossed, choices, group)
+                self._refresh(cross, choices, group)
         return choices
 
-    def _refresh(self, crossed: Array, choices: Choices, group: int) -> None:
-        """Prices pair moves of one group anew after it moved."""
-        rows = slice(int(self.program.starts[group]), int(self.program.starts[group + 1]))
-        taken = choices[self.owner]
-        block = self.q[rows] - self.q[rows][:, taken] - self.q[choices[group]][None, :] + self.q[choices[group], taken][None, :]
-        block[:, rows] = np.inf
-        crossed[rows] = block
-        crossed[:, rows] = block.T
+    def _refresh(self, cross: Array, choices: Choices, group: int) -> None:
+        """Prices pair moves of one group again after it has moved."""
+        rows, choice = slice(int(self.program.starts[group]), int(self.program.starts[group + 1])), choices[group]
+        present = choices[self.owner]
+        prices = self.q[rows] - self.q[rows][:, present] - self.q[choice][None, :] + self.q[choice, present][None, :]
+        prices[:, rows] = np.inf
+        cross[rows] = prices
+        cross[:, rows] = prices.T
 
     def improved(self, choices: Choices) -> Choices | None:
-        """Repair, then descent; None when the choices cannot be repaired."""
+        """Repair, then descent. None where the choices cannot be repaired."""
         repaired = self.repair(choices)
         return None if repaired is None else self.descend(repaired)
 
 
 def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = np.inf, kicks: int = KICKS) -> Choices | None:
-    """The best choices of multipliers, given starts and kicks, or None when none meets the constraints. Deterministic."""
+    """The best choices of `starts`, multipliers and kicks, or None where none meets the constraints. Deterministic."""
     descent = Descent(program)
     seeds = [*starts, *_by_multipliers(descent), program.widest, program.narrowest]
     repaired = [fixed for fixed in (descent.repair(seed) for seed in seeds) if fixed is not None]
     distinct = list({tuple(choices.tolist()): choices for choices in repaired}.values())
-    given = len(starts)
-    ranked = distinct[:given] + sorted(distinct[given:], key=descent.value)[:POLISHED]
-    found = [descent.descend(choices) for choices in ranked]
-    found = [choices for choices in found if program.is_feasible(choices)]
-    if not found:
-        return _searched(descent, distinct)
-    best = min(found, key=descent.value)
+    ranked = distinct[: len(starts)] + sorted(distinct[len(starts) :], key=descent.value)[:POLISHED]
+    optima = [descent.descend(choices) for choices in ranked]
+    feasible = [choices for choices in optima if program.is_feasible(choices)]
+    if not feasible:
+        return _feasible(descent, distinct)
+    best = min(feasible, key=descent.value)
     rng = np.random.default_rng(SEED)
-    free = np.flatnonzero(np.diff(program.starts) > 1)
-    for _ in range(min(kicks, len(free) // 2)):  # a small program is proven sooner than it is kicked
+    free_groups = np.flatnonzero(np.diff(program.starts) > 1)
+    for _ in range(min(kicks, len(free_groups) // 2)):  # a proof of a small program takes less time than kicks
         if time.perf_counter() > deadline:
             break
         kicked = best.copy()
-        for group in rng.choice(free, size=min(KICKED_GROUPS, len(free)), replace=False):
+        for group in rng.choice(free_groups, size=min(KICKED_GROUPS, len(free_groups)), replace=False):
             kicked[group] = rng.integers(program.starts[group], program.starts[group + 1])
         settled = descent.improved(kicked)
         if settled is not None and descent.value(settled) < descent.value(best) and program.is_feasible(settled):
@@ -158,32 +158,30 @@ def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = 
 
 
 def _by_multipliers(descent: Descent) -> list[Choices]:
-    """Choices that minimise value + multiplier · cost, for multipliers that close in on the limits (one multiplier for all of
-    them).
-    """
+    """Choices that minimise value + multiplier · cost. One multiplier serves all limits, and is bisected towards them."""
     program = descent.program
     if not len(descent.limits):
         return [descent.settle(program.widest, np.zeros(program.num_choices))]
     weighted = (descent.costs / descent.unit[:, None]).sum(axis=0)
     low, high = 0.0, 1.0
-    found: list[Choices] = []
+    minimisers: list[Choices] = []
     worth = program.num_groups * descent.scale
     for _ in range(BISECTIONS):
         multiplier = (low + high) / 2
-        # The scale of multipliers is unknown: m / (1 - m) walks through all of them.
+        # The scale of multipliers is unknown: m / (1 - m) reaches all of them.
         choices = descent.settle(
-            program.widest if len(found) % 2 else program.narrowest, worth * multiplier / (1 - multiplier) * weighted
+            program.widest if len(minimisers) % 2 else program.narrowest, worth * multiplier / (1 - multiplier) * weighted
         )
-        found.append(choices)
+        minimisers.append(choices)
         if descent.violation(choices) > 0:
             low = multiplier
         else:
             high = multiplier
-    return found
+    return minimisers
 
 
-def _searched(descent: Descent, seeds: list[Choices]) -> Choices | None:
-    """A last try to meet several constraints and forbidden pairs: kicks from what came closest."""
+def _feasible(descent: Descent, seeds: list[Choices]) -> Choices | None:
+    """Choices that meet several constraints and forbidden pairs, by kicks from the closest choices; None where none is met."""
     rng = np.random.default_rng(SEED)
     program = descent.program
     current = min(seeds, key=descent.value) if seeds else program.narrowest
@@ -203,9 +201,8 @@ def _searched(descent: Descent, seeds: list[Choices]) -> Choices | None:
 
 
 def better_than_widest(program: Program) -> Choices | None:
-    """Choices that the raw matrix prefers to the widest bits everywhere when nothing limits it; None when descent finds none."""
-    free = program.unlimited()
-    descent = Descent(free)
-    settled = descent.descend(free.widest)
-    gain = descent.value(free.widest) - descent.value(settled)
+    """Choices that the raw matrix prefers to the widest bits everywhere, without limits. None where descent reaches none."""
+    descent = Descent(program.unlimited())
+    settled = descent.descend(program.widest)
+    gain = descent.value(program.widest) - descent.value(settled)
     return settled if gain > 1e-9 * descent.scale else None

@@ -1,11 +1,11 @@
-"""Every assignment, one after another: the reference that other solvers are checked against. For small programs only."""
+"""Every assignment, one after another: the reference for all other solvers. For small programs only."""
 
 import time
 
 import numpy as np
 
 from clado.choosing.program import Program, Status
-from clado.choosing.solvers import Outcome, Task
+from clado.choosing.solvers import Outcome, Solver, Task
 from clado.errors import SolverError
 
 MOST = 20_000_000
@@ -13,23 +13,23 @@ CHUNK = 50_000
 
 
 def search(program: Program, task: Task) -> Outcome:
-    """Enumerates; refuses more than 20 million assignments."""
-    widths = np.diff(program.starts)
-    free = np.flatnonzero(widths > 1)  # NumPy's indices have 64 axes at most, and groups may be many more
-    total = int(np.prod(widths.astype(object)))
+    """Evaluates every assignment. Refuses more than 20 million of them."""
+    num_choices = np.diff(program.starts)
+    free_groups = np.flatnonzero(num_choices > 1)  # NumPy's indices have at most 64 axes, and there may be more groups
+    total = int(np.prod(num_choices.astype(object)))
     if total > MOST:
         raise SolverError(
             f"exhaustive search would try {total:.3g} assignments, at most {MOST:,} are sensible; use solver 'scip'"
         )
-    best, best_value, tried = None, np.inf, 0
-    for first in range(0, total, CHUNK):
-        if tried and (time.perf_counter() > task.deadline or (task.node_limit is not None and tried >= task.node_limit)):
-            return Outcome(Status.LIMIT, best, -np.inf, tried)
-        index = np.arange(first, min(first + CHUNK, total))
+    best, best_value, nodes = None, np.inf, 0
+    for start in range(0, total, CHUNK):
+        if nodes and (time.perf_counter() > task.deadline or (task.node_limit is not None and nodes >= task.node_limit)):
+            return Outcome(Status.LIMIT, best, -np.inf, nodes)
+        index = np.arange(start, min(start + CHUNK, total))
         choices = np.tile(program.starts[:-1], (len(index), 1))
-        if len(free):
-            choices[:, free] += np.stack(np.unravel_index(index, tuple(widths[free])), axis=1)
-        tried += len(choices)
+        if len(free_groups):
+            choices[:, free_groups] += np.stack(np.unravel_index(index, tuple(num_choices[free_groups])), axis=1)
+        nodes += len(choices)
         x = np.zeros((len(choices), program.num_choices))
         np.put_along_axis(x, choices, 1.0, axis=1)
         feasible = np.ones(len(choices), dtype=bool)
@@ -44,5 +44,8 @@ def search(program: Program, task: Task) -> Outcome:
             if values[k] < best_value:
                 best, best_value = choices[feasible][k], float(values[k])
     if best is None:
-        return Outcome(Status.INFEASIBLE, None, np.inf, tried)
-    return Outcome(Status.OPTIMAL, best, program.minimised(best), tried)
+        return Outcome(Status.INFEASIBLE, None, np.inf, nodes)
+    return Outcome(Status.OPTIMAL, best, program.minimised(best), nodes)
+
+
+solver = Solver(search)

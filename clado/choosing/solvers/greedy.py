@@ -1,14 +1,17 @@
-"""From the widest bits down: take the narrowing that costs least per unit of budget, until everything fits. Proves nothing."""
+"""From the widest bits down: takes the narrowing that costs least per unit of budget, until every limit holds. No proof."""
 
 import numpy as np
 
 from clado.choosing.program import Program, Status
-from clado.choosing.solvers import Outcome, Task
+from clado.choosing.solvers import Outcome, Solver, Task
 from clado.choosing.solvers._start import Descent, start
 
 
 def search(program: Program, task: Task) -> Outcome:
-    """Repair from the widest, then single moves that fit; with forbidden pairs, what the start search finds."""
+    """Repairs the widest choices, then takes single moves that fit.
+
+    Where the repair fails, or takes a forbidden pair, the start search gives the choices.
+    """
     descent = Descent(program)
     choices = descent.repair(program.widest)
     if choices is None or not program.is_feasible(choices):
@@ -26,3 +29,6 @@ def search(program: Program, task: Task) -> Outcome:
             break
         choices[program.owner[k]] = k
     return Outcome(Status.HEURISTIC, choices, -np.inf, nodes=0)
+
+
+solver = Solver(search)

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from clado.data.images import AbsentSlice, DataSlices, ImageShape, ImageSlice, MemorySlice, as_slice, check_batch, check_slice
 from clado.errors import NetworkError
+from clado.plugins import load
 from clado.settings.schema import DataSettings, NetworkSettings
 
 __all__ = [
@@ -72,7 +72,7 @@ class LoadedNetwork:
 
 def load_network(settings: NetworkSettings) -> LoadedNetwork:
     """The network that the settings name, with the weights file on top if one is named. Raises NetworkError."""
-    source = import_module(f"clado.data.sources.{settings.source}")
+    source = load("sources", settings.source)
     model, example = build_network(settings)
     if isinstance(settings.weights, Path):
         load_weights(model, settings.weights)
@@ -92,7 +92,7 @@ def build_network(settings: NetworkSettings) -> tuple[nn.Module, Any]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BUILD_SEED)
-        model, example = import_module(f"clado.data.sources.{settings.source}").load_network(settings)
+        model, example = load("sources", settings.source).load_network(settings)
     return model, example
 
 
@@ -107,7 +107,7 @@ def load_data(
         settings = settings.model_copy(
             update={key: value for key, value in preprocessing.items() if getattr(settings, key) is None}
         )
-    slices: DataSlices = import_module(f"clado.data.sources.{settings.source}").load_data(settings, image_shape)
+    slices: DataSlices = load("sources", settings.source).load_data(settings, image_shape)
     return slices
 
 

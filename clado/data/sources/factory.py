@@ -1,14 +1,11 @@
 """A network from Python code: `package.module:function` returns a torch.nn.Module, or (torch.nn.Module, example input)."""
 
-import sys
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from clado.errors import CladoError, NetworkError
-from clado.plugins import nearest
+from clado.plugins import imported
 from clado.settings.schema import NetworkSettings
 
 
@@ -30,24 +27,10 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, Tensor | None]:
 
 
 def _call(name: str) -> Any:
-    module_name, _, function_name = name.partition(":")
-    directory = str(Path.cwd())
-    if directory not in sys.path:
-        sys.path.insert(0, directory)  # it stays: the network may import its own modules when it runs
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise NetworkError(
-                f"factory {name!r}: no module {error.name!r}; expected package.module:function, installed or below {directory}"
-            ) from None
-        raise NetworkError(f"factory {name!r}: importing {module_name} failed: {error}") from error
-    except Exception as error:
-        raise NetworkError(f"factory {name!r}: importing {module_name} failed: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
+    function = imported(name, "factory", "function", NetworkError)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise NetworkError(f"factory {name!r}: {module_name} has no function {function_name!r}{nearest(function_name, names)}")
+        module_name, _, key = name.partition(":")
+        raise NetworkError(f"factory {name!r}: {module_name} has no function {key!r}; it is a {type(function).__name__}")
     try:
         return function()
     except CladoError:

@@ -1,28 +1,23 @@
 """Estimators: ways to make the interaction matrix of measurements. NumPy only.
 
-An estimator is a module of this folder with
-
-    KINDS: tuple of the tile kinds that it needs (names of files in `clado/measuring/kinds/`)
-    estimate(measured: Measured) -> InteractionMatrix
-
-Its docstring cites its source and says what it costs. Names are file names; a new file is a new estimator.
+To add an estimator, add a file to this folder with an object `estimator = Estimator(...)`, and subclass `EstimatorContract`
+(tests/contracts/estimator.py) for it. The file's name is the estimator's name. Its docstring cites its source and says what it
+costs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clado.errors import ConfigurationError, MeasurementError
-from clado.interaction.matrix import InteractionMatrix
+from clado.errors import MeasurementError
+from clado.interaction.matrix import Convexity, InteractionMatrix
 from clado.measuring.kinds import tile_kind, tile_kinds
 from clado.measuring.pair_kind import PairKind
 from clado.measuring.plan import Plan
-from clado.plugins import available, nearest
+from clado.plugins import available, load
 from clado.space import SearchSpace
 
 Array = NDArray[np.float64]
@@ -86,9 +81,64 @@ class Measured:
         return means[:, 1:] - means[:, :1]
 
 
+@dataclass(frozen=True)
+class Estimator:
+    """What the rest of the code must know about an estimator."""
+
+    estimate: Callable[[Measured], InteractionMatrix]
+    """Makes the matrix. `estimate` of this package then adds the estimator's name and `convexity` to it."""
+    kinds: tuple[str, ...]
+    """Tile kinds that it reads (names of files in `clado/measuring/kinds/`)."""
+    convexity: Convexity = "raw"
+    """How its matrix is solved. "clip_psd": noise makes it indefinite, and clipping regularises (CLADO, section 4.2)."""
+    sees_weights_only: bool = False
+    """Whether it sees errors of weights and none of activations."""
+    is_safe: bool = False
+    """Whether a chosen assignment must not be worse than this estimator's, as measured. The verdict compares with it."""
+    proposes_always: bool = False
+    """Whether it proposes where the settings do not name it, if all tiles that it reads are measured anyway."""
+    prediction_order: int = 100
+    """Of several estimators that predict losses, the one of least order predicts for those that only rank assignments."""
+    interaction_order: int | None = None
+    """Of several estimators of a run, the one of least order stands for interactions in the verdict. None: it has none."""
+
+    @property
+    def needs_single_images(self) -> bool:
+        """Whether it reads the gradient of every single image."""
+        return "gradients" in self.kinds
+
+
+def estimator_of(name: str) -> Estimator:
+    """The estimator of a name, or of `package.module:name`."""
+    estimator: Estimator = load("estimators", name)
+    return estimator
+
+
+def safe_estimators() -> tuple[str, ...]:
+    """Estimators of this folder whose proposals a chosen assignment must not be worse than."""
+    return tuple(name for name in available("estimators") if estimator_of(name).is_safe)
+
+
+def unreported_estimators(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
+    """Estimators that propose beside the `named` ones, for solver time only: all that they read is among `kinds`.
+
+    `layerwise` is one, so that the chosen assignment can be compared with it. The others order assignments of large losses better
+    (tests/benchmarks/STUDY.md).
+    """
+    measured = {*kinds, *({"singles"} if "gram" in kinds else ())}  # the first row of gram
+    plugins = {name: estimator_of(name) for name in available("estimators") if name not in named}
+    return tuple(name for name, plugin in plugins.items() if plugin.proposes_always and measured.issuperset(plugin.kinds))
+
+
+def with_interactions(names: Collection[str]) -> list[str]:
+    """Those of the names that are estimators of this folder with interactions, by their `interaction_order`."""
+    orders = {name: estimator_of(name).interaction_order for name in available("estimators") if name in names}
+    return sorted((name for name, order in orders.items() if order is not None), key=lambda name: orders[name] or 0)
+
+
 def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[str, ...]:
     """Kinds of tiles that these estimators need between them, and those of uncorrected layers where there are corrections."""
-    needed = {kind for name in estimators for kind in _module(name).KINDS}
+    needed = {kind for name in estimators for kind in estimator_of(name).kinds}
     if has_corrections:
         needed |= {name for name, kind in tile_kinds().items() if kind.is_uncorrected}
     needed -= {name for name in needed if tile_kind(name).contained_in in needed}
@@ -97,19 +147,20 @@ def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[
 
 def costs(estimators: Iterable[str], plan: Plan) -> dict[str, tuple[int, int]]:
     """Estimator -> (forward images, backward images) that it takes on its own, in whole passes; what two share counts in both."""
-    found = {}
+    images = {}
     for name in estimators:
         kinds = kinds_of([name])
         tiles = replace(plan, kinds=kinds).tiles
-        found[name] = plan.forward_images(tiles), plan.backward_images(tiles)
-    return found
+        images[name] = plan.forward_images(tiles), plan.backward_images(tiles)
+    return images
 
 
 def estimate(name: str, measured: Measured) -> InteractionMatrix:
     """The interaction matrix that an estimator makes of the measurements."""
+    estimator = estimator_of(name)
     with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN: a loss that `quarantine` deals with
-        matrix: InteractionMatrix = _module(name).estimate(measured)
-    return matrix
+        matrix = estimator.estimate(measured)
+    return replace(matrix, estimator=name, convexity=estimator.convexity)
 
 
 def uncorrected(measured: Measured) -> InteractionMatrix | None:
@@ -156,13 +207,6 @@ def non_finite(measured: Measured) -> list[str]:
     return lines
 
 
-def _module(name: str) -> ModuleType:
-    if name not in available("estimators"):
-        valid = available("estimators")
-        raise ConfigurationError(f"unknown estimator {name!r}; expected one of {', '.join(valid)}{nearest(name, valid)}")
-    return import_module(f"clado.interaction.estimators.{name}")
-
-
 def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], Array]:
     """(options whose own loss is NaN or infinite, the increases with 0 in their place).
 
@@ -181,14 +225,14 @@ def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], A
     return tuple(int(k) for k in np.flatnonzero(bad)), np.where(bad, 0.0, increases)
 
 
-def diagonal_matrix(estimator: str, measured: Measured, per_block: Array, ranking_only: bool = False) -> InteractionMatrix:
+def diagonal_matrix(measured: Measured, per_block: Array, ranking_only: bool = False) -> InteractionMatrix:
     """The diagonal matrix of per-block values (blocks, K) on the scale of twice a loss, with their standard errors."""
     quarantined, values = quarantine(measured, measured.mean(per_block))
     errors = measured.standard_error(np.nan_to_num(per_block, nan=0.0, posinf=0.0, neginf=0.0))
     return InteractionMatrix(
         space=measured.space,
         values=np.diag(values),
-        estimator=estimator,
+        estimator="",  # `estimate` knows
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,

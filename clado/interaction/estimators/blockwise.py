@@ -7,15 +7,16 @@ Costs 1 + K forwards of the sensitivity set and one for every pair of options of
 `pairwise`, among whose pairs they are.
 """
 
-from clado.interaction.estimators import Measured
+from clado.interaction.estimators import Estimator, Measured
 from clado.interaction.estimators.pairwise import of_pairs
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.kinds import block_pairs
-
-KINDS = ("singles", "block_pairs")
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Block matrix, up to the order of layers."""
     kind = "pairs" if "pairs" in measured.sums else "block_pairs"
-    return of_pairs("blockwise", measured, kind, block_pairs.KIND.mask(measured.space))
+    return of_pairs(measured, kind, block_pairs.kind.mask(measured.space))
+
+
+estimator = Estimator(estimate, kinds=("singles", "block_pairs"), convexity="clip_psd", interaction_order=2)

@@ -9,12 +9,13 @@ and its activations are not seen. Costs one forward and one backward of the sens
 `mpqco`.
 """
 
-from clado.interaction.estimators import Measured, diagonal_matrix
+from clado.interaction.estimators import Estimator, Measured, diagonal_matrix
 from clado.interaction.matrix import InteractionMatrix
-
-KINDS = ("gradients",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Diagonal matrix that orders assignments."""
-    return diagonal_matrix("fisher", measured, measured.block_means("gradients")[:, 1, 1:], ranking_only=True)
+    return diagonal_matrix(measured, measured.block_means("gradients")[:, 1, 1:], ranking_only=True)
+
+
+estimator = Estimator(estimate, kinds=("gradients",), sees_weights_only=True)

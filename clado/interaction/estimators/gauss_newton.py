@@ -10,19 +10,17 @@ Costs 1 + K forwards of the sensitivity set instead of about K² / 2.
 
 import numpy as np
 
-from clado.interaction.estimators import Measured, quarantine
+from clado.interaction.estimators import Estimator, Measured, quarantine
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.kinds.gram import TEMPERATURES
-
-KINDS = ("gram",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix, positive semidefinite under `kl_to_float`."""
-    return at_temperature("gauss_newton", measured, 1)
+    return at_temperature(measured, 1)
 
 
-def at_temperature(estimator: str, measured: Measured, temperature: float) -> InteractionMatrix:
+def at_temperature(measured: Measured, temperature: float) -> InteractionMatrix:
     """The matrix of the Gram matrices that were measured at one temperature; any but 1 makes it `ranking_only`."""
     k = measured.space.num_options
     rows = measured.block_means("gram")[:, 1:, 1:]
@@ -34,7 +32,7 @@ def at_temperature(estimator: str, measured: Measured, temperature: float) -> In
     return InteractionMatrix(
         space=measured.space,
         values=(mean + mean.T) / 2,
-        estimator=estimator,
+        estimator="",  # `estimators.estimate` knows
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,
@@ -42,3 +40,6 @@ def at_temperature(estimator: str, measured: Measured, temperature: float) -> In
         ranking_only=temperature != 1,
         quarantined=quarantined,
     )
+
+
+estimator = Estimator(estimate, kinds=("gram",), prediction_order=0, interaction_order=1)

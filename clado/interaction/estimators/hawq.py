@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from clado.interaction.estimators import Measured, diagonal_matrix
+from clado.interaction.estimators import Estimator, Measured, diagonal_matrix
 from clado.interaction.matrix import InteractionMatrix
-
-KINDS = ("trace",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Diagonal matrix that orders assignments; standard errors hold the noise of images and of random vectors."""
-    matrix = diagonal_matrix("hawq", measured, measured.block_means("trace")[:, 1:], ranking_only=True)
+    matrix = diagonal_matrix(measured, measured.block_means("trace")[:, 1:], ranking_only=True)
     return replace(matrix, values=np.maximum(matrix.values, 0.0))
+
+
+estimator = Estimator(estimate, kinds=("trace",), sees_weights_only=True)

@@ -4,12 +4,13 @@ The baseline that CLADO calls CLADO* (arXiv 2307.05657, section 5), and with `kl
 Costs 1 + K forwards of the sensitivity set.
 """
 
-from clado.interaction.estimators import Measured, diagonal_matrix
+from clado.interaction.estimators import Estimator, Measured, diagonal_matrix
 from clado.interaction.matrix import InteractionMatrix
-
-KINDS = ("singles",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Diagonal matrix of twice the measured increases."""
-    return diagonal_matrix("layerwise", measured, 2 * measured.increases())
+    return diagonal_matrix(measured, 2 * measured.increases())
+
+
+estimator = Estimator(estimate, kinds=("singles",), is_safe=True, proposes_always=True, prediction_order=2)

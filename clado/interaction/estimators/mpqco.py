@@ -10,13 +10,14 @@ the Hessian (Kunstner, Balles and Hennig, arXiv 1905.12558) and the first order 
 only. Activations are not seen. Costs one forward and one backward of the sensitivity set, sample by sample.
 """
 
-from clado.interaction.estimators import Measured, diagonal_matrix
+from clado.interaction.estimators import Estimator, Measured, diagonal_matrix
 from clado.interaction.matrix import InteractionMatrix
-
-KINDS = ("gradients",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Diagonal matrix: of twice losses under `kl_to_float`, that orders assignments under `cross_entropy`."""
     per_block = measured.block_means("gradients")[:, 0, 1:]
-    return diagonal_matrix("mpqco", measured, per_block, ranking_only=measured.criterion != "kl_to_float")
+    return diagonal_matrix(measured, per_block, ranking_only=measured.criterion != "kl_to_float")
+
+
+estimator = Estimator(estimate, kinds=("gradients",), sees_weights_only=True)

@@ -11,19 +11,17 @@ for every pair of options of different layers.
 import numpy as np
 from numpy.typing import NDArray
 
-from clado.interaction.estimators import Measured, quarantine
+from clado.interaction.estimators import Estimator, Measured, quarantine
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.kinds import pairs
-
-KINDS = ("singles", "pairs")
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix; standard errors from the per-block combination on the same images."""
-    return of_pairs("pairwise", measured, "pairs", pairs.KIND.mask(measured.space))
+    return of_pairs(measured, "pairs", pairs.kind.mask(measured.space))
 
 
-def of_pairs(estimator: str, measured: Measured, kind: str, upper: NDArray[np.bool_]) -> InteractionMatrix:
+def of_pairs(measured: Measured, kind: str, upper: NDArray[np.bool_]) -> InteractionMatrix:
     """The matrix of measured pairs: those of `kind` where the mask `upper` (K, K) is True, and 0 for all others."""
     space = measured.space
     singles = measured.increases()
@@ -43,7 +41,7 @@ def of_pairs(estimator: str, measured: Measured, kind: str, upper: NDArray[np.bo
     return InteractionMatrix(
         space=space,
         values=values,
-        estimator=estimator,
+        estimator="",  # `estimators.estimate` knows
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,
@@ -51,3 +49,6 @@ def of_pairs(estimator: str, measured: Measured, kind: str, upper: NDArray[np.bo
         quarantined=quarantined,
         forbidden=forbidden,
     )
+
+
+estimator = Estimator(estimate, kinds=("singles", "pairs"), convexity="clip_psd", prediction_order=1, interaction_order=0)

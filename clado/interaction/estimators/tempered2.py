@@ -11,13 +11,14 @@ assignments and predicts no loss. Positive semidefinite.
 Costs nothing beside gauss_newton's 1 + K forwards, which it shares.
 """
 
-from clado.interaction.estimators import Measured
+from clado.interaction.estimators import Estimator, Measured
 from clado.interaction.estimators.gauss_newton import at_temperature
 from clado.interaction.matrix import InteractionMatrix
-
-KINDS = ("gram",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix, positive semidefinite under `kl_to_float`."""
-    return at_temperature("tempered2", measured, 2)
+    return at_temperature(measured, 2)
+
+
+estimator = Estimator(estimate, kinds=("gram",), proposes_always=True, interaction_order=3)

@@ -1,12 +1,13 @@
 """The Gauss–Newton form with the softmax at temperature 4; what that is for, its source and its cost: tempered2.py."""
 
-from clado.interaction.estimators import Measured
+from clado.interaction.estimators import Estimator, Measured
 from clado.interaction.estimators.gauss_newton import at_temperature
 from clado.interaction.matrix import InteractionMatrix
-
-KINDS = ("gram",)
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
     """Full matrix, positive semidefinite under `kl_to_float`."""
-    return at_temperature("tempered4", measured, 4)
+    return at_temperature(measured, 4)
+
+
+estimator = Estimator(estimate, kinds=("gram",), proposes_always=True, interaction_order=4)

@@ -1,17 +1,16 @@
 """Tile kinds: what a tile measures, its shape and its cost. Integers and NumPy; no torch.
 
-A tile kind is two files of the same name. `kinds/NAME.py` holds `KIND`, an object of a subclass of `TileKind`.
+A tile kind is two files of the same name. `kinds/NAME.py` holds `kind`, an object of a subclass of `TileKind`.
 `measurements/NAME.py` holds `measure(bench, tile)`. A new pair of files is a new kind: nothing else lists them.
 """
 
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from clado.errors import ConfigurationError
-from clado.plugins import available, nearest
+from clado.plugins import available, load, nearest
 from clado.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def suffixes(space: SearchSpace, workload: "Workload") -> "np.ndarray[Any, np.dt
 @cache
 def tile_kinds() -> dict[str, TileKind]:
     """Every tile kind by name, in their order."""
-    kinds: list[TileKind] = [import_module(f"{__name__}.{name}").KIND for name in available("kinds")]
+    kinds: list[TileKind] = [load("kinds", name) for name in available("kinds")]
     return {kind.name: kind for kind in sorted(kinds, key=lambda kind: kind.order)}
 
 

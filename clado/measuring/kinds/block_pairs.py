@@ -31,4 +31,4 @@ class BlockPairs(PairKind):
         return {"layer_blocks": [list(block) for block in plan.space.blocks]}
 
 
-KIND = BlockPairs()
+kind = BlockPairs()

@@ -35,4 +35,4 @@ class Gradients(TileKind):
         return 3 * workload.macs
 
 
-KIND = Gradients()
+kind = Gradients()

@@ -26,4 +26,4 @@ class Gram(TileKind):
         return {"rows": ["losses", "first order", *(f"gram at {t:g}" for t in TEMPERATURES)]}
 
 
-KIND = Gram()
+kind = Gram()

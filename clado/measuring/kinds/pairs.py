@@ -23,4 +23,4 @@ class Pairs(PairKind):
         return tile.rows[-1]
 
 
-KIND = Pairs()
+kind = Pairs()

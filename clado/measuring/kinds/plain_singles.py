@@ -11,4 +11,4 @@ class PlainSingles(TileKind):
     is_uncorrected = True
 
 
-KIND = PlainSingles()
+kind = PlainSingles()

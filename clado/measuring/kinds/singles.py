@@ -11,4 +11,4 @@ class Singles(TileKind):
     contained_in = "gram"  # its first row
 
 
-KIND = Singles()
+kind = Singles()

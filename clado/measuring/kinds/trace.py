@@ -29,4 +29,4 @@ class Trace(TileKind):
         return (3 + 4 * plan.num_vectors) * workload.macs
 
 
-KIND = Trace()
+kind = Trace()

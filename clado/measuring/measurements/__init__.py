@@ -4,10 +4,9 @@ measure(bench: Workbench, tile: Tile) -> Array
     float64 sums over the tile's sample block, of the kind's shape; only the tile's rows where the kind has row tiles
 """
 
-from importlib import import_module
-
 from clado.measuring.plan import Tile
 from clado.measuring.workbench import Array, Workbench
+from clado.plugins import load
 
 
 def measure_tile(bench: Workbench, tile: Tile) -> Array:
@@ -20,5 +19,5 @@ def measure_tile(bench: Workbench, tile: Tile) -> Array:
     Returns:
         Float64 sums over the tile's sample block, of the kind's shape. Entries that the kind does not measure are NaN.
     """
-    sums: Array = import_module(f"{__name__}.{tile.kind}").measure(bench, tile)
+    sums: Array = load("measurements", tile.kind).measure(bench, tile)
     return sums

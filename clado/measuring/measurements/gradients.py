@@ -36,8 +36,8 @@ def squared_slopes(
     """(2, 1 + K) sums over images, of each sample's g = ∂ log p_y / ∂w; one forward and one backward an image.
 
     Row 0: the loss of the float network, then ⟨Δ_k, g⟩² of each option, where Δ_k holds the change of a layer's bias too. Row 1:
-    the loss again, then Σ Δ_k² g² over the weights. With `cross_entropy` y is the label. With `kl_to_float` it is drawn from the
-    float network's softmax, so that the expectation of g gᵀ is the Fisher information, KL's second order.
+    the loss again, then Σ Δ_k² g² over the weights. y is the label where the criterion needs labels. Else it is drawn from
+    the float network's softmax, so that the expectation of g gᵀ is the Fisher information, KL's second order.
     """
     network, space = prepared.network, prepared.space
     weights, biases = leaves(network.weights), _biases(prepared)
@@ -50,13 +50,13 @@ def squared_slopes(
     for n in range(len(images)):
         logits = differentiable.recorded_logits(outside_inference(images[n : n + 1]), replaced)
         log_p = logits[0].double().log_softmax(-1)
-        if criterion == "kl_to_float":
+        label = None if labels is None else labels[n : n + 1]
+        sums[:, 0] += criteria.bind(criterion, logits.detach(), label)(logits.detach()).sum()
+        if criteria.criterion_of(criterion).needs_labels:
+            y = -1 if labels is None else int(labels[n])
+        else:
             total = log_p.detach().exp().cumsum(0).cpu().numpy()
             y = min(int(np.searchsorted(total, random.random() * total[-1], side="right")), len(total) - 1)
-        else:
-            label = None if labels is None else labels[n : n + 1]
-            sums[:, 0] += criteria.bind(criterion, logits.detach(), label)(logits.detach()).sum()
-            y = -1 if labels is None else int(labels[n])
         slopes = torch.autograd.grad(log_p[y], inputs, allow_unused=True, materialize_grads=True)
         bias_slopes = dict(zip(layers_with_bias, slopes[len(weights) :], strict=True))
         for layer, (of_weight, of_bias) in enumerate(errors):

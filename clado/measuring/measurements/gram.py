@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from clado import criteria
-from clado.measuring.kinds.gram import KIND, TEMPERATURES
+from clado.measuring.kinds.gram import TEMPERATURES, kind
 from clado.measuring.plan import Tile
 from clado.measuring.sweep import each_option
 from clado.measuring.workbench import Array, Workbench, to_numpy
@@ -20,7 +20,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
     """
     k = bench.space.num_options
     device = bench.network.device
-    sums = np.zeros(KIND.shape(bench.space))
+    sums = np.zeros(kind.shape(bench.space))
     first = torch.zeros(k, dtype=torch.float64, device=device)
     grams = torch.zeros((len(TEMPERATURES), k, k), dtype=torch.float64, device=device)
     for part in bench.passes(tile.sample_block):

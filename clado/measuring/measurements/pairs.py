@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from clado.measuring.kinds.pairs import KIND
+from clado.measuring.kinds.pairs import kind as all_pairs
 from clado.measuring.pair_kind import PairKind
 from clado.measuring.plan import Tile
 from clado.measuring.sweep import sweep
@@ -13,7 +13,7 @@ from clado.measuring.workbench import Array, Pass, Workbench, to_numpy
 from clado.network.network import State
 
 
-def measure(bench: Workbench, tile: Tile, kind: PairKind = KIND) -> Array:
+def measure(bench: Workbench, tile: Tile, kind: PairKind = all_pairs) -> Array:
     """(rows, K) sums of losses of the tile's rows with every later option of their group; NaN elsewhere."""
     space, network = bench.space, bench.network
     mask = kind.mask(space, tile.rows)

@@ -1,26 +1,30 @@
 """Corrections that recover accuracy without a single extra operation in the network that runs; each file is one, at one stage.
 
-    stage      when                                      a module of that stage has
-    network    once, on the float network                equalize(network, images) -> .tensors by name, .report
-    rounding   for every layer and bit-width             rounder(sample, seed, steps) -> (grid -> codes); skipped(layer)
-    layer      after rounding, for the same              correct(sample, quantized) -> the same, better; skipped(sample)
-    final      once an assignment is known               reference(network, images) -> what is measured of the float network;
-                                                         reestimate(network, quantized, images, reference) -> named tensors
+    stage      when                                  class of the object in the file
+    network    once, on the float network            NetworkCorrection
+    rounding   for every layer and bit-width         Rounding: one of them at most
+    layer      after rounding, for the same          LayerCorrection
+    final      once an assignment is known           FinalCorrection
 
-Everything but the last is static: it is done before measuring, and costs a probe nothing. Names are file names.
+Everything but the last is static: it is done before measuring, and costs a probe nothing.
+
+To add a correction, add a file to this folder with an object `correction = ...` of one of these classes, and subclass a contract
+for it (tests/contracts/correction.py, tests/contracts/rounding.py). The file's name is the correction's name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from clado.errors import ConfigurationError
-from clado.plugins import available
+from clado.grids import Grid, QuantizedLayer
+from clado.network.network import Network
+from clado.plugins import load
 from clado.space import Layer
+
+STAGES = ("network", "rounding", "layer", "final")
+"""The order in which corrections act."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,79 @@ class LayerSample:
     takes_bias: bool = True
 
 
-def module_of(name: str) -> ModuleType:
-    """The module of a correction; its `STAGE` says which function it has."""
-    if name not in available("corrections"):
-        raise ConfigurationError(f"unknown correction {name!r}; expected one of {', '.join(available('corrections'))}")
-    return import_module(f"clado.quantization.corrections.{name}")
+class Correction:
+    """What the rest of the code must know about a correction: an object of the subclass of its stage."""
+
+    stage: ClassVar[str]
+    """One of `STAGES`."""
 
 
-def at_stage(names: Sequence[str], stage: str) -> list[ModuleType]:
-    """Modules of the named corrections that act at a stage."""
-    return [module for module in map(module_of, names) if stage == module.STAGE]
+class ChangedNetwork(Protocol):
+    """What a correction of the float network gives."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """New values of parameters and buffers, by the module's names."""
+
+    @property
+    def report(self) -> Sequence[object]:
+        """What there is to say, a line each."""
+
+
+@dataclass(frozen=True)
+class NetworkCorrection(Correction):
+    """Acts once, on the float network."""
+
+    stage = "network"
+    equalize: Callable[[Network, Sequence[Tensor]], ChangedNetwork]
+    """(float network, calibration batches (n, C, H, W)) -> what changes in it."""
+
+
+@dataclass(frozen=True)
+class Rounding(Correction):
+    """Chooses the code of each weight, for every layer and bit-width."""
+
+    stage = "rounding"
+    rounder: Callable[[LayerSample, int, int], Callable[[Grid], Tensor]]
+    """(sample, seed, steps) -> a function from a grid of the weight to codes, int32 of its shape."""
+    skipped: Callable[[Layer], str | None] = lambda layer: None
+    """Why a layer is rounded to nearest instead, or None."""
+
+
+@dataclass(frozen=True)
+class LayerCorrection(Correction):
+    """Acts on a layer at each of its candidates, after rounding."""
+
+    stage = "layer"
+    correct: Callable[[LayerSample, Sequence[QuantizedLayer]], list[QuantizedLayer]]
+    """(sample, the layer at each candidate) -> the same, better."""
+    skipped: Callable[[LayerSample], str | None] = lambda sample: None
+    """Why a layer is left as it is, or None."""
+
+
+@dataclass(frozen=True)
+class FinalCorrection(Correction):
+    """Acts once an assignment is known."""
+
+    stage = "final"
+    reference: Callable[[Network, Sequence[Tensor]], Any]
+    """(float network, calibration batches) -> what is measured of the float network, once."""
+    reestimate: Callable[[Network, Mapping[int, QuantizedLayer], Sequence[Tensor], Any], dict[str, Tensor]]
+    """(network, layer -> what stands in its place, calibration batches, reference) -> new parameters and buffers by name."""
+    forward_images: Callable[[nn.Module, int, bool], int]
+    """(float module, number of calibration images, whether there is a graph) -> forward images of one assignment."""
+
+
+Stage = TypeVar("Stage", bound=Correction)
+
+
+def correction_of(name: str) -> Correction:
+    """The correction of a name, or of `package.module:name`."""
+    correction: Correction = load("corrections", name)
+    return correction
+
+
+def at_stage(names: Sequence[str], stage: type[Stage]) -> dict[str, Stage]:
+    """The named corrections that act at a stage, in the order given."""
+    corrections = {name: correction_of(name) for name in names}
+    return {name: correction for name, correction in corrections.items() if isinstance(correction, stage)}

@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 
 from clado.grids import Grid
-from clado.quantization.corrections import LayerSample
-from clado.space import Layer
-
-STAGE = "rounding"
+from clado.quantization.corrections import LayerSample, Rounding
 
 # ResNet-20 at 2 and 4 bits chose the settings below; halving or doubling one changes the error by 8 % at most
 LEARNING_RATE = 0.1
@@ -31,74 +28,86 @@ LOOSE, TIGHT = 8.0, 2.0  # β, on half a cosine
 WARM_UP = 0.2  # share of the steps without regularization: the paper's
 LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this range and cut at 0 and 1: the paper's
 MARGIN = 0.01  # V starts at least so far from where h is cut, and its gradient 0
-KEPT = 2**25  # input elements in memory (128 MB): the first that come
-POSITIONS = 2048  # of the input in a mini-batch, of 4 to 256 images or rows
+INPUT_ELEMENTS = 2**25  # most input elements in memory (128 MB); the first ones are read
+POSITIONS = 2048  # positions of the input in a mini-batch, which has FEWEST to MOST images or rows
 FEWEST, MOST = 4, 256
 
 
-def skipped(layer: Layer) -> str | None:
-    """Why a layer is rounded to nearest instead: never, AdaRound acts on every operator."""
-    return None
-
-
 def rounder(sample: LayerSample, seed: int = 0, steps: int = 1000) -> Callable[[Grid], Tensor]:
-    """Reads the calibration inputs once; the function returned takes a grid of the weight and gives codes, int32 of its shape.
+    """Reads the calibration inputs once.
 
-    Every grid takes `steps` steps of Adam on the same mini-batches, drawn with `seed` from at most KEPT elements of the inputs.
-    On those, the squared output error is not above that of nearest codes, which are returned where learning did not help.
+    Every grid takes `steps` steps of Adam on the same mini-batches, drawn with `seed` from at most INPUT_ELEMENTS elements of the
+    inputs. On these, the squared output error is not above that of nearest codes. Where learning does not help, nearest codes are
+    returned.
+
+    Returns:
+        A function from a grid of the weight to codes, int32 of the weight's shape.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        weight = sample.weight.detach().float().clone()
-        inputs = _kept_inputs(sample)
-    positions = inputs[0, 0].numel() if weight.ndim > 2 else 1
-    batch = min(max(-(-POSITIONS // positions), FEWEST), MOST, len(inputs))
-
-    def squared_error(x: Tensor, quantized: Tensor) -> Tensor:
-        return sample.apply(x, quantized - weight, None).square().sum()
-
-    def total_error(quantized: Tensor) -> float:
-        with torch.no_grad():
-            return sum(float(squared_error(part, quantized)) for part in torch.split(inputs, batch))
+    learner = _Learner(sample, seed, steps)
 
     def codes(grid: Grid) -> Tensor:
-        # autograd needs ordinary tensors, also where the caller is in inference mode; CUDA kernels with one order of sums
+        # autograd needs ordinary tensors, also where the caller is in inference mode; CUDA kernels need one order of sums
         with torch.inference_mode(False), torch.enable_grad(), _deterministic_convolutions():
-            return learned(Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes))
-
-    def learned(grid: Grid) -> Tensor:
-        nearest = grid.quantize(weight)
-        nearest_error = total_error(grid.dequantize(nearest))
-        if not 0 < nearest_error < inf:
-            return nearest
-        rounding = _Rounding(weight, grid)
-        adam = _Adam(rounding.v)
-        generator = torch.Generator().manual_seed(seed)
-        weighting = weight.numel() * len(inputs) / (batch * nearest_error)
-        for step in range(steps):
-            drawn = torch.randint(len(inputs), (batch,), generator=generator)
-            x = inputs[drawn.to(inputs.device)] if batch < len(inputs) else inputs
-            up = rounding.up()
-            loss = weighting * squared_error(x, grid.dequantize(rounding.base + grid.codes.step * up))
-            progress = (step / steps - WARM_UP) / (1 - WARM_UP)
-            if progress >= 0:
-                beta = TIGHT + (LOOSE - TIGHT) * (1 + cos(pi * progress)) / 2
-                loss = loss + REGULARIZATION * (1 - (2 * up - 1).abs().pow(beta)).sum()
-            adam.step(*torch.autograd.grad(loss, [rounding.v]))
-        found = rounding.codes()
-        return found if total_error(grid.dequantize(found)) < nearest_error else nearest
+            return learner.codes(Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes))
 
     return codes
 
 
-class _Rounding:
-    """Each weight's lower code (`base`), and how far it goes to the next one up, as a function of `v`; the weight's shape."""
+class _Learner:
+    """Learns the codes of one layer's weight on its inputs."""
+
+    def __init__(self, sample: LayerSample, seed: int, steps: int) -> None:
+        self.apply, self.seed, self.steps = sample.apply, seed, steps
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight = sample.weight.detach().float().clone()
+            self.inputs = _kept_inputs(sample)
+        positions = self.inputs[0, 0].numel() if self.weight.ndim > 2 else 1
+        self.batch = min(max(-(-POSITIONS // positions), FEWEST), MOST, len(self.inputs))
+
+    def codes(self, grid: Grid) -> Tensor:
+        """The learned codes, or nearest codes where these have no larger output error."""
+        weight, inputs, batch = self.weight, self.inputs, self.batch
+        nearest = grid.quantize(weight)
+        nearest_error = self._total_error(grid.dequantize(nearest))
+        if not 0 < nearest_error < inf:
+            return nearest
+        rounding = _Codes(weight, grid)
+        adam = _Adam(rounding.v)
+        generator = torch.Generator().manual_seed(self.seed)
+        weighting = weight.numel() * len(inputs) / (batch * nearest_error)
+        for step in range(self.steps):
+            numbers = torch.randint(len(inputs), (batch,), generator=generator)
+            x = inputs[numbers.to(inputs.device)] if batch < len(inputs) else inputs
+            up = rounding.up()
+            loss = weighting * self._squared_error(x, grid.dequantize(rounding.base + grid.codes.step * up))
+            progress = (step / self.steps - WARM_UP) / (1 - WARM_UP)
+            if progress >= 0:
+                beta = TIGHT + (LOOSE - TIGHT) * (1 + cos(pi * progress)) / 2
+                loss = loss + REGULARIZATION * (1 - (2 * up - 1).abs().pow(beta)).sum()
+            adam.step(*torch.autograd.grad(loss, [rounding.v]))
+        codes = rounding.codes()
+        return codes if self._total_error(grid.dequantize(codes)) < nearest_error else nearest
+
+    def _squared_error(self, x: Tensor, quantized: Tensor) -> Tensor:
+        return self.apply(x, quantized - self.weight, None).square().sum()
+
+    def _total_error(self, quantized: Tensor) -> float:
+        with torch.no_grad():
+            return sum(float(self._squared_error(part, quantized)) for part in torch.split(self.inputs, self.batch))
+
+
+class _Codes:
+    """The lower code (`base`) of each weight, and its share of the way to the next code as a function of `v`.
+
+    Both have the weight's shape.
+    """
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
         codes = grid.codes
         self.step = codes.step
         position = weight / grid.scale + grid.zero_point
         lower = codes.low + codes.step * ((position - codes.low) / codes.step).floor()
-        # a weight beyond the range lies between the last two codes: it may come back from the last
+        # a weight beyond the range is placed between the last two codes, so that it can leave the last one
         self.base = lower.clamp(codes.low, codes.high - codes.step)
         start = ((position - self.base) / codes.step).clamp(MARGIN, 1 - MARGIN)
         self.v = ((start - LOW) / (HIGH - LOW)).logit().requires_grad_()
@@ -114,7 +123,7 @@ class _Rounding:
 
 
 class _Adam:
-    """Adam (Kingma and Ba, arXiv 1412.6980). torch's own imports the compiler, seconds in a process that has no use for it."""
+    """Adam (Kingma and Ba, arXiv 1412.6980). torch's Adam imports the compiler, which takes seconds in each process."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
@@ -132,9 +141,9 @@ class _Adam:
 
 
 def _kept_inputs(sample: LayerSample) -> Tensor:
-    """The first inputs, float32 (images, channels, ...) or (rows, features): as many as KEPT elements hold, and at least one."""
+    """The first inputs, float32 (images, channels, ...) or (rows, features): INPUT_ELEMENTS at most, but at least one item."""
     parts: list[Tensor] = []
-    room = KEPT
+    room = INPUT_ELEMENTS
     for x in sample.inputs():
         items = x.reshape(-1, x.shape[-1]) if sample.weight.ndim == 2 else x
         items = items[: max(room // items.shape[1:].numel(), 0 if parts else 1)]
@@ -147,3 +156,6 @@ def _kept_inputs(sample: LayerSample) -> Tensor:
 
 def _deterministic_convolutions() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+correction = Rounding(rounder)

@@ -17,27 +17,28 @@ network keeps its operations.
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clado.errors import DataError, NetworkError
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import Moments, NormStatistics
+from clado.quantization.corrections import FinalCorrection
 
-STAGE = "final"
 MIN_IMAGES = 16
-MOST_IMAGES = 128  # the first of them: both networks see the same, so that more move the loss by less than its standard error
+# Both networks see the same images. More images than these move the loss by less than its standard error.
+MOST_IMAGES = 128
 
 
 def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
-    """What the batch norms of the float network see: (mean, variance) by the name of the running mean. Measured once.
+    """The input statistics of the float network's batch norms: (mean, variance) by the name of the running mean.
 
     Args:
         network: The float network.
         images: Batches (n, C, H, W); the first `MOST_IMAGES` are read.
 
     Raises:
-        NetworkError: Batch norm is there and out of reach.
+        NetworkError: The network has batch norm that cannot be reached.
         DataError: There are too few images.
     """
     if not any(name.endswith("running_var") for name, _ in network.model.named_buffers()):
@@ -47,19 +48,19 @@ def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
         raise DataError(
             f"batchnorm_reestimation has {count} calibration images; expected data.calibration_images: {MIN_IMAGES} or more"
         )
-    found: dict[str, Moments] = {}
+    moments: dict[str, Moments] = {}
 
-    def trained(norm: NormStatistics) -> Moments:
-        found[norm.mean] = norm.seen
+    def keep(norm: NormStatistics) -> Moments:
+        moments[norm.mean] = norm.seen
         return norm.trained
 
-    network.normalisation(_first(images), statistics=trained)
-    if not found:
+    network.normalisation(_first_images(images), statistics=keep)
+    if not moments:
         raise NetworkError(
             "batchnorm_reestimation finds no batch norm that it can stop at, though the network has statistics of some; expected "
             "batch norm in eval mode, not folded, or corrections without it"
         )
-    return found
+    return moments
 
 
 def reestimate(
@@ -69,38 +70,50 @@ def reestimate(
 
     Args:
         network: The float network.
-        quantized: Layer -> what stands in its place.
-        images: Batches (n, C, H, W), those of `floats`.
-        floats: What `reference` gives.
+        quantized: Layer -> its quantized layer.
+        images: Batches (n, C, H, W), the same as for `reference`.
+        floats: The result of `reference`.
     """
     if not floats:
         return {}
-    return network.normalisation(_first(images), quantized, lambda norm: matched(norm, floats[norm.mean]))
+    return network.normalisation(_first_images(images), quantized, lambda norm: matched(norm, floats[norm.mean]))
 
 
-def _first(batches: Sequence[Tensor]) -> list[Tensor]:
+def _first_images(batches: Sequence[Tensor]) -> list[Tensor]:
     """The first `MOST_IMAGES` images, in batches."""
-    left, first = MOST_IMAGES, []
+    room, parts = MOST_IMAGES, []
     for batch in batches:
-        first.append(batch[:left])
-        left -= len(first[-1])
-        if not left:
+        parts.append(batch[:room])
+        room -= len(parts[-1])
+        if not room:
             break
-    return first
+    return parts
+
+
+def forward_images(model: nn.Module, num_images: int, has_graph: bool) -> int:
+    """Forward images of one assignment: those that are read, by whole forwards once for each batch norm. None without batch norm.
+
+    It is an upper bound: a batch norm that a forward meets twice is left as it is.
+    """
+    norms = sum(name.endswith("running_var") for name, _ in model.named_buffers())
+    return min(num_images, MOST_IMAGES) * (min(norms, 1) if has_graph else norms)
 
 
 def matched(norm: NormStatistics, floats: Moments) -> Moments:
     """The statistics under which a batch norm's output has the float network's mean and deviation in each channel.
 
     Args:
-        norm: What the batch norm has, and what it sees of the quantized network.
-        floats: What it sees of the float network on the same images.
+        norm: The batch norm's trained statistics, and its input statistics in the quantized network.
+        floats: Its input statistics in the float network on the same images.
     """
     (mean, variance), (float_mean, float_variance), (seen_mean, seen_variance) = (
         [part.double() for part in moments] for moments in (norm.trained, floats, norm.seen)
     )
-    # ε stands in the batch norm's own deviation; it also keeps channels that never vary as they are
+    # the batch norm's deviation contains ε; with it, channels that never vary stay as they are
     ratio = (seen_variance + norm.eps) / (float_variance + norm.eps)
-    moved = seen_mean - (float_mean - mean) * ratio.sqrt()
-    widened = ((variance + norm.eps) * ratio - norm.eps).clamp(min=0.0)
-    return moved.to(norm.trained[0]), widened.to(norm.trained[1])
+    new_mean = seen_mean - (float_mean - mean) * ratio.sqrt()
+    new_variance = ((variance + norm.eps) * ratio - norm.eps).clamp(min=0.0)
+    return new_mean.to(norm.trained[0]), new_variance.to(norm.trained[1])
+
+
+correction = FinalCorrection(reference, reestimate, forward_images)

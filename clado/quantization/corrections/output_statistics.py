@@ -1,9 +1,9 @@
 """Per output channel: the quantized layer's mean and standard deviation become those of the float layer.
 
-Bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2, there for the mean; Banner et al. 2019, arXiv 1810.05723,
-section 4, for mean and spread of weights), measured on calibration images with float inputs. With y = s (W_q * x) + b, scale and
-bias that match mean μ and deviation σ of the float layer are s = σ / σ_q and b = μ − s μ_q; s goes into the weight's scale, so
-codes stay as they are and the network gets no operation. A per-tensor scale stays one scale: then only the mean is corrected.
+This is bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2, for the mean; Banner et al. 2019, arXiv 1810.05723,
+section 4, for mean and spread of weights), measured on calibration images with float inputs. With y = s (W_q * x) + b, the float
+layer's mean μ and deviation σ are matched by s = σ / σ_q and b = μ − s μ_q. The factor s goes into the weight's scale: codes stay
+the same, and the network gets no operation. A per-tensor scale stays one scale. Then only the mean is corrected.
 """
 
 from collections.abc import Sequence
@@ -14,34 +14,37 @@ from torch import Tensor
 
 from clado.errors import DataError
 from clado.grids import Grid, QuantizedLayer
-from clado.quantization.corrections import LayerSample
+from clado.quantization.corrections import LayerCorrection, LayerSample
 
-STAGE = "layer"
-MIN_OBSERVATIONS = 32  # of one channel: a deviation is then known to about an eighth of itself
-ROUNDING = 1e-6  # share of a layer's largest values: what varies less is the rounding of sums in float32
+MIN_OBSERVATIONS = 32  # of one channel; its deviation is then known to about an eighth
+ROUNDING = 1e-6  # share of a layer's largest values; a smaller deviation is the rounding of sums in float32
 
 
 def correct(sample: LayerSample, quantized: Sequence[QuantizedLayer]) -> list[QuantizedLayer]:
-    """The same layers with corrected bias (channels,) and, per channel, scale; unchanged where the layer takes no bias.
+    """Corrects the bias (channels,) of quantized layers and, where scales are per channel, the scales.
 
-    Raises DataError where the calibration images are too few.
+    Returns the same layers where the layer takes no bias.
+
+    Raises:
+        DataError: There are too few calibration images.
     """
     if skipped(sample):
         return list(quantized)
-    floats = _Moments()
-    ours = [_Moments() for _ in quantized]
+    float_moments = _Moments()
+    quantized_moments = [_Moments() for _ in quantized]
     for x in sample.inputs():
-        floats.add(_channels(sample, sample.apply(x, sample.weight, sample.bias)))
-        for moments, layer in zip(ours, quantized, strict=True):
-            seen = x if layer.activation is None else layer.activation.fake_quantize(x)
-            moments.add(_channels(sample, sample.apply(seen, layer.weight, None)))
-    if floats.count < MIN_OBSERVATIONS:
-        needed = -(-MIN_OBSERVATIONS * sample.num_images // max(1, floats.count))
+        float_moments.add(_channels(sample, sample.apply(x, sample.weight, sample.bias)))
+        for moments, layer in zip(quantized_moments, quantized, strict=True):
+            layer_input = x if layer.activation is None else layer.activation.fake_quantize(x)
+            moments.add(_channels(sample, sample.apply(layer_input, layer.weight, None)))
+    if float_moments.count < MIN_OBSERVATIONS:
+        needed = -(-MIN_OBSERVATIONS * sample.num_images // max(1, float_moments.count))
         raise DataError(
             f"output_statistics needs {MIN_OBSERVATIONS} observations of a channel of {sample.layer.name}, and "
-            f"{sample.num_images} calibration images give {floats.count}; expected data.calibration_images: {needed} or more"
+            f"{sample.num_images} calibration images give {float_moments.count}; "
+            f"expected data.calibration_images: {needed} or more"
         )
-    return [_matched(sample, layer, floats, moments) for layer, moments in zip(quantized, ours, strict=True)]
+    return [_matched(sample, layer, float_moments, moments) for layer, moments in zip(quantized, quantized_moments, strict=True)]
 
 
 def skipped(sample: LayerSample) -> str | None:
@@ -55,16 +58,17 @@ def _channels(sample: LayerSample, y: Tensor) -> Tensor:
     return y.movedim(axis, 0).flatten(1)
 
 
-def _matched(sample: LayerSample, layer: QuantizedLayer, floats: "_Moments", ours: "_Moments") -> QuantizedLayer:
+def _matched(sample: LayerSample, layer: QuantizedLayer, floats: "_Moments", quantized: "_Moments") -> QuantizedLayer:
+    """The layer with the float layer's mean and, where its scales are per channel, deviation."""
     channels = len(floats.mean)
     ratio = torch.ones(channels, dtype=torch.float64)
     grid = layer.grid
     per_channel = grid is not None and grid.scale.numel() == channels == sample.layer.num_channels and channels > 1
     if per_channel:
         # a channel that does not vary, quantized or not, has no deviation to match
-        varies = ours.varies & floats.varies
-        ratio = torch.where(varies, floats.deviation / ours.deviation.clamp(min=1e-30), ratio)
-    bias = (floats.mean - ratio * ours.mean).to(layer.weight)
+        varies = quantized.varies & floats.varies
+        ratio = torch.where(varies, floats.deviation / quantized.deviation.clamp(min=1e-30), ratio)
+    bias = (floats.mean - ratio * quantized.mean).to(layer.weight)
     if not per_channel or grid is None:
         return replace(layer, bias=bias)
     codes = grid.quantize(layer.weight.float())
@@ -75,7 +79,7 @@ def _matched(sample: LayerSample, layer: QuantizedLayer, floats: "_Moments", our
 class _Moments:
     """Count, mean and deviation (channels,) over batches, about a fixed first guess of the mean.
 
-    Sums over one batch are taken in float32 at least and where its values are, those over batches in float64.
+    Sums over one batch are in float32 at least, on the device of its values. Sums over batches are in float64.
     """
 
     def __init__(self) -> None:
@@ -107,3 +111,6 @@ class _Moments:
     def varies(self) -> Tensor:
         """Whether a channel varies by more than the rounding of float32."""
         return self.deviation > ROUNDING * float((self.mean.abs() + self.deviation).max())
+
+
+correction = LayerCorrection(correct, skipped)

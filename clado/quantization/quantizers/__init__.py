@@ -1,22 +1,31 @@
 """Weight quantizers: each file chooses a range, and the grid follows from it.
 
-A quantizer is a module of this folder with one function
-
-    fit_range(weight, codes, symmetric) -> (low, high)
-
-on a float tensor (channels, n): per channel (row) the range that the codes `codes.low .. codes.high` shall span, two tensors
-(channels, 1). Per-tensor quantization passes one row. Names are file names; a new file is a new quantizer.
+To add a quantizer, add a file to this folder with an object `quantizer = Quantizer(...)`, and subclass `QuantizerContract`
+(tests/contracts/quantizer.py) for it. The file's name is the quantizer's name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 
 from torch import Tensor
 
-from clado.errors import ConfigurationError
 from clado.grids import Codes, Grid, grid_of_range
-from clado.plugins import available
+from clado.plugins import load
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What the rest of the code must know about a quantizer."""
+
+    fit_range: Callable[[Tensor, Codes, bool], tuple[Tensor, Tensor]]
+    """(float rows (channels, n), codes, whether zero is in the middle) -> the range (low, high) that the codes span in each row,
+    (channels, 1) each. Per-tensor quantization passes one row."""
+
+
+def quantizer_of(name: str) -> Quantizer:
+    """The quantizer of a name, or of `package.module:name`."""
+    quantizer: Quantizer = load("quantizers", name)
+    return quantizer
 
 
 @dataclass(frozen=True)
@@ -28,15 +37,14 @@ class WeightQuantizer:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.name not in available("quantizers"):
-            raise ConfigurationError(f"unknown quantizer {self.name!r}; expected one of {', '.join(available('quantizers'))}")
+        quantizer_of(self.name)  # refuses an unknown name
 
     def grid(self, weight: Tensor, bits: int, channel_axis: int = 0) -> Grid:
         """The grid of a weight of any shape; scales broadcast along `channel_axis` when per channel."""
         codes = Codes.of(bits, self.symmetric)
         rows = weight.detach().float()
         rows = rows.movedim(channel_axis, 0).reshape(rows.shape[channel_axis], -1) if self.per_channel else rows.reshape(1, -1)
-        low, high = _module(self.name).fit_range(rows, codes, self.symmetric)
+        low, high = quantizer_of(self.name).fit_range(rows, codes, self.symmetric)
         grid = grid_of_range(low, high, codes, self.symmetric)
         shape = [1] * weight.ndim
         if self.per_channel:
@@ -50,9 +58,5 @@ class WeightQuantizer:
 
 def range_of(name: str, values: Tensor, bits: int) -> tuple[float, float]:
     """(low, high) of an affine per-tensor grid for activations, fitted by a quantizer of this folder on values (n,)."""
-    low, high = _module(name).fit_range(values.reshape(1, -1), Codes.of(bits, False), False)
+    low, high = quantizer_of(name).fit_range(values.reshape(1, -1), Codes.of(bits, False), False)
     return float(low), float(high)
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"clado.quantization.quantizers.{name}")

@@ -3,8 +3,12 @@
 from torch import Tensor
 
 from clado.grids import Codes
+from clado.quantization.quantizers import Quantizer
 
 
 def fit_range(weight: Tensor, codes: Codes, symmetric: bool) -> tuple[Tensor, Tensor]:
     """(channels, n) -> the least and the largest value of each row, (channels, 1) each."""
     return weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+
+
+quantizer = Quantizer(fit_range)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clado.grids import Codes, grid_of_range
+from clado.quantization.quantizers import Quantizer
 
 COARSE, FINE = 24, 8
 
@@ -29,3 +30,6 @@ def fit_range(weight: Tensor, codes: Codes, symmetric: bool) -> tuple[Tensor, Te
             best_share = torch.where(better, share, best_share)
             best_error = torch.where(better, error, best_error)
     return low * best_share, high * best_share
+
+
+quantizer = Quantizer(fit_range)

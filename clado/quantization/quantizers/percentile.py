@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from clado.grids import Codes
+from clado.quantization.quantizers import Quantizer
 
 SHARE = 1e-4
 
@@ -12,3 +13,6 @@ def fit_range(weight: Tensor, codes: Codes, symmetric: bool) -> tuple[Tensor, Te
     ordered = weight.sort(1).values
     skipped = int(SHARE * weight.shape[1])
     return ordered[:, skipped : skipped + 1], ordered[:, weight.shape[1] - 1 - skipped : weight.shape[1] - skipped]
+
+
+quantizer = Quantizer(fit_range)

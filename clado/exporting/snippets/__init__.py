@@ -1,5 +1,9 @@
 """A Python file (snippet) that applies an assignment with a peer's library: the common parts.
 
+To add a peer, add a file to this folder with a function `snippet(space, assignment) -> str`. The
+file's name is the format's name.
+
+
 Every snippet
 
 - holds the assignment as the literal `BITS`; `read_assignment` reads it without running the file
@@ -13,14 +17,13 @@ that a peer cannot express are refused, with the names of the layers.
 
 import json
 from collections.abc import Container, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 
 from clado.errors import ConfigurationError, StoreError
+from clado.plugins import available, load
 from clado.records import write_text
 from clado.space import Assignment, SearchSpace
 
-PEERS = ("modelopt", "mct", "torchao")
 ASSIGNMENT = "assignment.json"
 
 NO_SHARED_WEIGHTS = '''
@@ -37,7 +40,7 @@ def refuse_shared(model):
 
 def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment) -> Path:
     """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path."""
-    text = import_module(f"clado.exporting.{check_peer(peer)}").snippet(space, assignment)
+    text = load("snippets", check_peer(peer)).snippet(space, assignment)
     document, assignment_file = space.to_json(assignment), folder / ASSIGNMENT
     if not assignment_file.is_file():
         write_text(assignment_file, json.dumps(document, indent=1))
@@ -58,8 +61,9 @@ def holds(file: Path, document: Mapping[str, object]) -> bool:
 
 def check_peer(peer: str) -> str:
     """The peer's name. Raises ConfigurationError if there is no snippet for it."""
-    if peer not in PEERS:
-        raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(PEERS[:-1])} or {PEERS[-1]}")
+    peers = available("snippets")
+    if peer not in peers:
+        raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(peers[:-1])} or {peers[-1]}")
     return peer
 
 

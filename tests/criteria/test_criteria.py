@@ -1,11 +1,14 @@
-"""The bound KL criterion against float64 as a textbook has it: digits of small losses, laws, and what is not finite."""
+"""Every criterion keeps the contract; KL against float64 as a textbook has it: small losses, laws, and what is not finite."""
 
 import pytest
 import torch
 
 from clado import criteria
-from clado.errors import DataError
+from clado.criteria import kl_to_float
+from clado.errors import ConfigurationError, DataError
+from clado.plugins import available
 from tests import tolerance
+from tests.contracts.criterion import CriterionContract
 
 pytestmark = pytest.mark.numeric
 
@@ -13,7 +16,24 @@ pytestmark = pytest.mark.numeric
 @pytest.fixture(autouse=True, params=["numpy", "torch"])
 def expm1_of(request, monkeypatch) -> None:
     """Every law holds with either library's exponential, whichever is the faster one here."""
-    monkeypatch.setattr(criteria, "NUMPY_IS_FASTER", request.param == "numpy")
+    monkeypatch.setattr(kl_to_float, "NUMPY_IS_FASTER", request.param == "numpy")
+
+
+class TestKlToFloat(CriterionContract):
+    name = "kl_to_float"
+
+
+class TestCrossEntropy(CriterionContract):
+    name = "cross_entropy"
+
+
+def test_every_criterion_keeps_the_contract():
+    assert {test.name for test in CriterionContract.__subclasses__()} == set(available("criteria"))
+
+
+def test_a_wrong_name_is_answered_with_the_valid_ones():
+    with pytest.raises(ConfigurationError, match=r"unknown criterion 'kl'; expected one of cross_entropy, kl_to_float"):
+        criteria.criterion_of("kl")
 
 
 def logits(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -27,8 +47,8 @@ def textbook(z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 
 def rounding(z: torch.Tensor, f: torch.Tensor) -> float:
     """Bound of a loss's error: the largest difference of logits is rounded four times."""
-    kind = torch.promote_types(z.dtype, torch.float32)
-    return 4 * tolerance.eps(kind) * float((z.double() - f.double()).abs().max())
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return 4 * tolerance.eps(dtype) * float((z.double() - f.double()).abs().max())
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, -40.0])

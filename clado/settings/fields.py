@@ -1,0 +1,46 @@
+"""Types of settings that several sections share, and the base of every section."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from clado.bits import check_bits
+from clado.errors import ConfigurationError
+from clado.plugins import available, expected
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, and a key that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
+
+
+def one_of(folder: str) -> AfterValidator:
+    """Accepts the names of a plug-in folder. A name `package.module:name` is looked up when the run is opened."""
+
+    def check(name: str) -> str:
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and folder != "clusters":
+            return name
+        if name not in available(folder):
+            other = ", or package.module:name" if folder != "clusters" else ""
+            raise ValueError(f"unknown name {name!r}; {expected(folder, name)}{other}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return check_bits(bits)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+
+
+Integer = Annotated[int, Field(strict=True)]  # pydantic would take true for 1, and "2" for 2
+Count = Annotated[int, Field(strict=True, ge=1)]
+Bits = Annotated[tuple[Integer, ...], AfterValidator(_check_bits)]
+BitsOrNone = Annotated[tuple[Integer, ...], AfterValidator(lambda bits: _check_bits(bits) if bits else bits)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
