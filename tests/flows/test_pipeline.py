@@ -264,13 +264,13 @@ def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, 
         assert {c.assignment for c in corrected_of(found, budget) if c.origin == "layerwise"} == {
             row.assignment for row in safe if row.method == "layerwise"
         }
-    corrected = [c for c in found.candidates if c.assignment.corrected == "all"]
+    corrected = [c for c in found.measured_proposals if c.assignment.corrected == "all"]
     predicting = {c.predicted_by for c in corrected if c.origin in (UNIFORM, *TEMPERED)}
     assert predicting == ({"layerwise"} if named == ("tempered2",) else set(named))
     assert all(c.loss_predicted is not None for c in corrected)
     # what is read back knows who proposed what, also where two proposed the same
     known = {(p.budget.name, p.method, p.assignment) for p in recorded(StoredRun.open(tmp_path / "run"), session)}
-    assert known == {(c.budget, c.origin, c.assignment) for c in found.candidates}
+    assert known == {(c.budget, c.origin, c.assignment) for c in found.measured_proposals}
 
 
 def test_show_prints_every_candidate(finished, record):
@@ -342,7 +342,7 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
     document = copy_of(finished, tmp_path / "run")
     calls, _ = run_pipeline({**document, "budgets": {"average_bits": [2.5, 2.75]}}, tracked=False)
     again = RunRecord.load(tmp_path / "run" / "record.json")
-    new = {c.assignment for c in again.candidates} - {c.assignment for c in record.measured_proposals}
+    new = {c.assignment for c in again.measured_proposals} - {c.assignment for c in record.measured_proposals}
     assert calls.of("run_tile") == []
     assert set(calls.of("measure_loss")) == new
     assert len(calls.of("measure_loss")) == len(new) > 0
