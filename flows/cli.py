@@ -108,15 +108,18 @@ def run(config: Config, overrides: Overrides = None) -> None:
     settings = _settings(config, overrides)
     clock: dict[str, float] = {}
     atexit.register(_report_end, clock)  # registered before Prefect's own hooks, hence run after them
-    session = _session(settings)
-    session = session.checked()
+    from flows.worker import checked_run
+
+    run = checked_run(settings)
     begin = time.perf_counter()
     clock["start-up"] = begin - BEGIN
-    typer.echo(_plan_text(session), err=True)
+    from flows.commands.plan import plan_text
+
+    typer.echo(plan_text(run), err=True)
     from flows.environment import make_home
     from flows.guard import locked, orchestrated
 
-    with locked(session.folder):  # refused here, where a message is enough, and held by the flow
+    with locked(run.folder):  # refused here, where a message is enough, and held by the flow
         make_home()
     from flows.pipeline import pipeline
 
@@ -125,11 +128,11 @@ def run(config: Config, overrides: Overrides = None) -> None:
     before = dict(clock)
     receipt = None
     with orchestrated(lambda: clock == before, lambda: "shutdown" in clock):
-        receipt = pipeline(session.config, clock)
+        receipt = pipeline(run.config, clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())
     clock["start-up"] += time.perf_counter() - entered - own
-    _show(session.folder, clock, receipt)
+    _show(run.folder, clock, receipt)
     clock["printed"] = time.perf_counter()
 
 
@@ -140,15 +143,17 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
 ) -> None:
     """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
-    session = _session(_settings(config, overrides), planning=not probe)
-    typer.echo(_plan_text(session))
-    if (path := session.config.data.path) is not None and not path.exists():
+    run = _opened(_settings(config, overrides), planning=not probe)
+    from flows.commands.plan import plan_text
+
+    typer.echo(plan_text(run))
+    if (path := run.config.data.path) is not None and not path.exists():
         typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
     if probe:
         own_start = time.perf_counter() - BEGIN
         from flows.commands.eta import eta_text
 
-        typer.echo(eta_text(session, own_start))
+        typer.echo(eta_text(run, own_start))
 
 
 @command
@@ -185,12 +190,12 @@ def evaluate(
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
-    session = _session(stored.config).as_measured()
+    run = _measured(stored.config)
     with locked(folder):
-        rows = evaluated(stored, session, wanted)
+        rows = evaluated(stored, run, wanted)
         typer.echo(evaluation_text(rows))
         if per_class is not None:
-            write_text(per_class, per_class_csv(session, rows))
+            write_text(per_class, per_class_csv(run, rows))
             typer.echo(f"written to {per_class}")
         if receipt := track_evaluation(stored, rows, wanted):
             typer.echo(f"MLflow run {receipt.parent_run_id or 'not delivered'}")
@@ -212,12 +217,12 @@ def export(
 
     check_format(kind)
     stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
-    session = _session(stored.config).as_measured()
-    assignment = chosen_for(stored, session, wanted)
-    target, told = export_as(kind, session, assignment, output or budget_folder(session, wanted.name))
+    run = _measured(stored.config)
+    assignment = chosen_for(stored, run, wanted)
+    target, told = export_as(kind, run, assignment, output or budget_folder(run, wanted.name))
     typer.echo(
-        f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, "
-        f"{session.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
+        f"Wrote {target}: {run.space.size_bytes(assignment):,} bytes of weights when packed, "
+        f"{run.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
     )
 
 
@@ -249,16 +254,18 @@ def finetune(
     wanted = _budget(budget, size_bytes)
     training = Training(epochs, criterion, learning_rate, batch_images, patience, learned_scales, augment, seed)
     stored = StoredRun.open(folder)
-    session = _session(stored.config).as_measured()
+    run = _measured(stored.config)
     from flows.commands.finetune import images_of, train
     from flows.guard import locked
 
     if data is None:
-        session = session.with_readable_selection()
+        from clado.run.checks import with_readable_selection
 
-    chosen_images = images_of(session, data, seed, images, labels=criterion == "cross_entropy")
+        run = with_readable_selection(run)
+
+    chosen_images = images_of(run, data, seed, images, labels=criterion == "cross_entropy")
     with locked(folder):
-        text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
+        text, receipt = train(stored, run, wanted.name, chosen_for(stored, run, wanted), training, chosen_images)
     kept = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
     typer.echo(f"{text}\nMLflow run {kept}")
 
@@ -278,12 +285,12 @@ def sweep(
     if kind not in SWEPT:
         raise ConfigurationError(f"--kind {kind!r} cannot be swept; expected one of {', '.join(SWEPT)}")
     stored = StoredRun.open(folder)
-    session = _session(stored.config).as_measured()
+    run = _measured(stored.config)
     from flows.commands.sweep import sweep as sweep_budgets
     from flows.guard import locked
 
     with locked(folder):
-        text, receipt = sweep_budgets(stored, session, kind, budgets)
+        text, receipt = sweep_budgets(stored, run, kind, budgets)
     typer.echo(f"{text}\nwritten to {folder / 'sweep'}; MLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
@@ -311,12 +318,14 @@ def smallest(
         for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
             typer.echo(solution_text(name, matrix, solution))
         return
-    session = _session(stored.config).as_measured().with_readable_selection()
+    from clado.run.checks import with_readable_selection
+
+    run = with_readable_selection(_measured(stored.config))
     from flows.commands.smallest import find, text
 
     top1 = max_top1_drop is not None
     bound = max_loss_increase if max_loss_increase is not None else (max_top1_drop or 0.0) / 100
-    typer.echo(text(find(stored, session, bound, top1), session, top1))
+    typer.echo(text(find(stored, run, bound, top1), run, top1))
 
 
 @command
@@ -470,14 +479,20 @@ def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
     return settings
 
 
-def _session(settings: "RunConfig", planning: bool = False) -> "OpenedRun":
+def _opened(settings: "RunConfig", planning: bool = False) -> "OpenedRun":
     from flows.environment import set_defaults
 
     set_defaults(settings.run_folder.parent)
-    from clado.run.opened_run import OpenedRun
+    from clado.run.opened_run import open_run
 
-    # without the keyword it is the session that the flow finds again: the cache tells the two calls apart
-    return OpenedRun.open(settings, planning=True) if planning else OpenedRun.open(settings)
+    return open_run(settings, planning=planning)
+
+
+def _measured(settings: "RunConfig") -> "OpenedRun":
+    """A run that was measured, opened again; refused where network, images or settings are no longer those of its store."""
+    run = _opened(settings)
+    run.identity.check_measured()
+    return run
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
@@ -489,54 +504,6 @@ def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
     if average_bits is not None and not (math.isfinite(average_bits) and average_bits > 0):
         raise ConfigurationError(f"--budget is {average_bits}; expected a number of bits above 0, such as 3 or 2.75")
     return budgets_of([] if average_bits is None else [average_bits], [] if size_bytes is None else [size_bytes])[0]
-
-
-def _plan_text(session: "OpenedRun") -> str:
-    plan, space = session.plan, session.space
-    lines = [
-        f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, "
-        f"{space.num_weights:,} weights searched"
-    ]
-    config = session.config
-    if config.corrections or config.activations.bits:
-        from clado.quantization.preparation import names_of
-
-        widths = f", inputs at {' or '.join(map(str, config.activations.bits))} bits" if config.activations.bits else ""
-        lines.append(
-            f"  prepare  {space.num_layers} tasks on {len(session.slices.calibration):,} calibration images; "
-            f"corrections: {names_of(config.corrections)}{widths}"
-        )
-    for kind in plan.kinds:
-        tiles = [tile for tile in plan.tiles if tile.kind == kind]
-        evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.blocks)
-        gmacs = sum(plan.macs(tile, session.workload) for tile in tiles) / 1e9
-        lines.append(
-            f"  {kind:<11} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "
-            f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
-            + (f", {backwards:,} backward images" if (backwards := plan.backward_images(tiles)) else "")
-        )
-    whole = sum(map(plan.evaluations, plan.tiles))
-    if stored := whole - sum(map(plan.evaluations, session.store_todo())):
-        lines.append(f"  in the store already: {100 * stored / whole:.0f} % of the evaluations")
-    from clado.interaction.estimators import costs
-    from flows.commands.eta import num_competing, num_networks
-
-    networks = num_networks(session)[1] + num_competing(session)
-    choosing = networks * (len(session.slices.sensitivity) + session.images_per_reestimation)
-    lines.append(f"  choosing    {networks:>7,} networks at most, {choosing:>16,} forward images, re-estimation included")
-    for name, (forwards, backwards) in costs(config.estimators, plan).items():
-        lines.append(
-            f"  {name:<12} {forwards:>11,} forward images" + (f" and {backwards:,} backward images" if backwards else "")
-        )
-    smallest, largest = space.size_bytes(space.narrowest), space.size_bytes(space.widest)
-    lines.append(
-        f"  store {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes"
-    )
-    left = session.float_network.coverage()
-    lines.append(
-        f"  not searched: {len(left)} parameters, {sum(size for _, size, _ in left):,} bytes (biases, scales, fixed layers)"
-    )
-    return "\n".join(lines)
 
 
 def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from clado.errors import ConfigurationError, MeasurementError
 from clado.settings.schema import ClusterSettings, RunConfig
+
+if TYPE_CHECKING:  # the commands that only describe a cluster load no network
+    from clado.run.opened_run import OpenedRun
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,11 +25,11 @@ RETRIES = 2  # of one task, on errors that its worker survives
 
 
 class Workers(Protocol):
-    """Processes that hold the run's session and compute tasks."""
+    """Processes that hold the opened run and compute tasks."""
 
-    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
+    def open_run(self, run: "OpenedRun") -> None:
         """Makes every worker, present and future, load the run's network and data. One that does not hold the flow's own
-        (`OpenedRun.contents`) loads them anew or is refused."""
+        (`RunIdentity.contents`) loads them anew or is refused."""
 
     def map(
         self, function: Callable[[dict[str, Any], Item], Result], config: RunConfig, items: Iterable[Item]

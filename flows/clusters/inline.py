@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clado.errors import CladoError
 from clado.settings.schema import ClusterSettings, RunConfig
 from flows.clusters import RETRIES, given_up
 
+if TYPE_CHECKING:
+    from clado.run.opened_run import OpenedRun
+
 
 class InlineWorkers:
     """The interface of workers, without any."""
 
-    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Nothing to do: the session is the flow's own."""
+    def open_run(self, run: "OpenedRun") -> None:
+        """Tasks find the flow's own run."""
+        from flows import worker
+
+        worker.keep(run)
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
         """Calls the function for each item in turn."""
