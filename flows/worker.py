@@ -75,9 +75,8 @@ def forget() -> None:
 
 
 def keep(run: OpenedRun, is_checked: bool = False) -> None:
-    """Keeps an opened run for the tasks of this process, unless it is kept already."""
-    if not _last_opened or _last_opened[0].run is not run:
-        _last_opened[:] = [_LastOpened(run.config.model_dump(mode="json"), run, is_checked)]
+    """Keeps an opened run for the tasks of this process."""
+    _last_opened[:] = [_LastOpened(run.config.model_dump(mode="json"), run, is_checked)]
 
 
 def last_opened(document: dict[str, Any]) -> OpenedRun:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from math import inf, isfinite
-from typing import Protocol
 
 import numpy as np
 
@@ -134,33 +133,31 @@ def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignme
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else space.narrowest
 
 
-class Optima(Protocol):
-    """How the optima of one matrix under several budgets are found."""
+Optima = Callable[
+    [InteractionMatrix, Mapping[Budget, Sequence[Constraint]], Callable[[Program], Solve]],
+    Iterable[tuple[Budget, Solution | InfeasibleError]],
+]
+"""Solves a matrix for budgets with their limits, by a prepared solver: (budget, its optimum, or why there is none). A budget may
+be left out."""
 
-    def __call__(
-        self, matrix: InteractionMatrix, fit: Mapping[Budget, Sequence[Constraint]], prepare: Callable[[Program], Solve]
-    ) -> Iterable[tuple[Budget, Solution | InfeasibleError]]:
-        """(budget, its optimum within its limits, or why there is none). A budget may be left out."""
 
+def budget_solver(
+    matrix: InteractionMatrix, prepare: Callable[[Program], Solve], convexity: Convexity | None = None
+) -> Callable[[Budget, Sequence[Constraint]], Solution]:
+    """Solves a matrix for one budget and its limits (as of `merge_limits`) at a time.
 
-class BudgetSolver:
-    """The optima of one matrix, a budget at a time. What the budgets of one kind share is computed once."""
+    What the budgets of one kind share is computed once. InfeasibleError where a budget has no answer.
+    """
+    prepared: dict[str, tuple[Program, Solve]] = {}
 
-    def __init__(
-        self, matrix: InteractionMatrix, prepare: Callable[[Program], Solve], convexity: Convexity | None = None
-    ) -> None:
-        self.matrix = matrix
-        self.prepare = prepare
-        self.convexity = convexity
-        self.prepared: dict[str, tuple[Program, Solve]] = {}  # by the budget's constraint
-
-    def solve(self, budget: Budget, limits: Sequence[Constraint]) -> Solution:
-        """The optimum within `limits`, as `merge_limits` gives them for the budget; InfeasibleError where there is none."""
-        if budget.kind not in self.prepared:
-            program = program_of(self.matrix, limits, self.convexity)
-            self.prepared[budget.kind] = program, self.prepare(program)
-        program, solve = self.prepared[budget.kind]
+    def solved(budget: Budget, limits: Sequence[Constraint]) -> Solution:
+        if budget.kind not in prepared:
+            program = program_of(matrix, limits, convexity)
+            prepared[budget.kind] = program, prepare(program)
+        program, solve = prepared[budget.kind]
         return solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
+
+    return solved
 
 
 def each_budget(
@@ -172,10 +169,10 @@ def each_budget(
     """The optima of a matrix, each solved on its own; InfeasibleError where a layer has no candidate left."""
     if matrix.quarantined or matrix.forbidden:
         program_of(matrix, [], "raw")
-    solver = BudgetSolver(matrix, prepare, convexity)
+    solve = budget_solver(matrix, prepare, convexity)
     for budget, limits in fit.items():
         try:
-            yield budget, solver.solve(budget, limits)
+            yield budget, solve(budget, limits)
         except InfeasibleError as error:
             yield budget, error
 

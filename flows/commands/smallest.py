@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 
 from clado.choosing.constraints import Constraint
-from clado.choosing.proposals import Budget, BudgetSolver, merge_limits, program_of
+from clado.choosing.proposals import Budget, budget_solver, merge_limits, program_of
 from clado.choosing.smallest import Interval, MeasuredProposal, Smallest, smallest
 from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
@@ -66,7 +66,7 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     estimator's optimum at each size between: programs and convexification are made once."""
     space = stored.measured.space
     matrices = stored.matrices.named.values()
-    solvers = [BudgetSolver(matrix, stored.prepare) for matrix in matrices]
+    solvers = [budget_solver(matrix, stored.prepare) for matrix in matrices]
 
     def limits_at(size: int) -> list[Constraint]:
         return merge_limits(Budget("size", size).constraint(space), stored.limits)  # that on the size is the first
@@ -76,7 +76,7 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
         for solver in solvers:
             for size in sizes:
                 with suppress(InfeasibleError):  # forbidden pairs or other limits leave nothing there
-                    assignments.append(solver.solve(Budget("size", size), limits_at(size)).assignment)
+                    assignments.append(solver(Budget("size", size), limits_at(size)).assignment)
         return assignments
 
     largest = limits_at(space.size_bytes(space.widest))
