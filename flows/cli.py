@@ -1,17 +1,17 @@
 """The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
 
 import atexit
-import errno
 import math
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flows.command_line import AverageBits, Config, Limits, Overrides, RunFolder, SizeBytes, app, command
+from flows.commands import machines
 
 if TYPE_CHECKING:
     from clado.choosing.proposals import Budget
@@ -19,66 +19,7 @@ if TYPE_CHECKING:
     from clado.settings.schema import RunConfig
 
 BEGIN = time.perf_counter()
-P = ParamSpec("P")
-R = TypeVar("R")
-
-app = typer.Typer(
-    help="Chooses a bit-width for every layer of a vision network, by measuring how the quantization errors of layers interact.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as `clado init` writes.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, such as data.seed=1.", show_default=False),
-]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/resnet20_fashion_mnist-1a2b3c4d.", show_default=False)
-]
-AverageBits = Annotated[float | None, typer.Option("--budget", metavar="BITS", help="Average bits per searched weight.")]
-Limits = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--limit", metavar="KIND=BOUND[:CSV]", help="A further limit, such as bops=4e9 or latency=0.002:times.csv. Repeatable."
-    ),
-]
 SWEPT = ("average_bits", "size", "relative_size", "bops")
-SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
-
-
-def command(function: Callable[P, R]) -> Callable[P, R]:
-    """A command whose user errors are one message and a non-zero exit, without a traceback."""
-
-    @wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        from clado.errors import CladoError
-
-        try:
-            return function(*args, **kwargs)
-        except CladoError as error:
-            from clado.settings.schema import redact
-
-            typer.echo(f"clado: {redact(str(error))}", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # such an error names no file
-            if error.filename is None and not full:
-                raise
-            what = f"{error.filename} cannot be used" if error.filename else "a file could not be written"
-            kept = "; make room: what was measured is kept, and the same command goes on from there" if full else ""
-            typer.echo(f"clado: {what}: {error.strerror}{kept}", err=True)
-            raise typer.Exit(CladoError.exit_code) from None
-        except KeyboardInterrupt as error:
-            from flows.guard import end_in_peace, farewell
-
-            end_in_peace(type(error))
-            text, code = farewell(type(error))
-            typer.echo(text, err=True)
-            raise typer.Exit(code) from None
-
-    return app.command()(guarded)
 
 
 @command
@@ -401,72 +342,8 @@ def cluster(config: Config, overrides: Overrides = None) -> None:
     typer.echo(clusters.describe(settings))
 
 
-@command
-def certificates(
-    folder: Annotated[Path, typer.Argument(help="Folder to write ca.pem, cert.pem and key.pem into.")],
-    hosts: Annotated[list[str] | None, typer.Option("--host", help="A machine beside this one, by name or address.")] = None,
-    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they hold.")] = 30,
-) -> None:
-    """Make certificates to encrypt Dask's connections with, for trying it out: an authority, and one for every machine."""
-    from flows.clusters._certificates import make_certificates
-
-    files = make_certificates(folder, hosts or [], days)
-    settings = ", ".join(f"{name}: {path}" for name, path in files.items())
-    typer.echo(f"Wrote {len(files)} files, valid for {days} days. In the settings: cluster: {{tls: {{{settings}}}}}")
-
-
-@command
-def doctor() -> None:
-    """Print versions, devices, and whether the servers that are configured answer."""
-    from flows.doctor import report
-
-    text, healthy = report()
-    typer.echo(text)
-    if not healthy:
-        raise typer.Exit(1)
-
-
-ServicesFolder = Annotated[Path, typer.Option("--folder", help="Where the services keep what they store and print.")]
-
-
-@command
-def up(
-    folder: ServicesFolder = Path("runs/services"),
-    database: Annotated[
-        str | None,
-        typer.Option(
-            envvar="CLADO_DATABASE",
-            help="PostgreSQL server, postgresql://USER:PASSWORD@HOST:PORT; default: SQLite.",
-            show_envvar=True,
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Dask worker processes.")] = 2,
-    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
-    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    dask_port: Annotated[int, typer.Option(min=1, max=65534, help="Of the scheduler; it takes the next one too.")] = 8786,
-    timeout: Annotated[float, typer.Option(help="Seconds until a service that is not well is given up.")] = 300,
-) -> None:
-    """Start Prefect, MLflow and Dask on this machine, on loopback: eval "$(clado up)" sets the environment of a shell."""
-    from flows import services
-
-    fresh = services.up(folder, services.Ports(prefect_port, mlflow_port, dask_port), workers, database, timeout)
-    for name, value in services.exported(folder).items():
-        typer.echo(f"export {name}={value}")
-    typer.echo(
-        ("Up. " if fresh else "Already up. ") + f"Logs and databases are in {folder}; end it with: clado down"
-        + ("" if folder == Path("runs/services") else f" --folder {folder}")
-        + "\nA run on it: clado run demo.yaml cluster.kind=address cluster.address=$DASK_SCHEDULER_ADDRESS"
-        + "\nSchedules: prefect --no-prompt deploy --all", err=True,
-    )  # fmt: skip
-
-
-@command
-def down(folder: ServicesFolder = Path("runs/services")) -> None:
-    """End what `clado up` started; what it stored is kept."""
-    from flows import services
-
-    ended = services.down(folder)
-    typer.echo(f"Ended {', '.join(ended)}." if ended else f"Nothing of {folder} was running.")
+for function in (machines.certificates, machines.doctor, machines.up, machines.down):
+    command(function)
 
 
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
