@@ -1,17 +1,17 @@
 """The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
 
 import atexit
-import errno
 import math
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flows.command_line import AverageBits, Config, Limits, Overrides, RunFolder, SizeBytes, app, command
+from flows.commands import machines
 
 if TYPE_CHECKING:
     from clado.choosing.proposals import Budget
@@ -19,66 +19,7 @@ if TYPE_CHECKING:
     from clado.settings.schema import RunConfig
 
 BEGIN = time.perf_counter()
-P = ParamSpec("P")
-R = TypeVar("R")
-
-app = typer.Typer(
-    help="Chooses a bit-width for every layer of a vision network, by measuring how the quantization errors of layers interact.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as `clado init` writes.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, such as data.seed=1.", show_default=False),
-]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/resnet20_fashion_mnist-1a2b3c4d.", show_default=False)
-]
-AverageBits = Annotated[float | None, typer.Option("--budget", metavar="BITS", help="Average bits per searched weight.")]
-Limits = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--limit", metavar="KIND=BOUND[:CSV]", help="A further limit, such as bops=4e9 or latency=0.002:times.csv. Repeatable."
-    ),
-]
 SWEPT = ("average_bits", "size", "relative_size", "bops")
-SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
-
-
-def command(function: Callable[P, R]) -> Callable[P, R]:
-    """A command whose user errors are one message and a non-zero exit, without a traceback."""
-
-    @wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        from clado.errors import CladoError
-
-        try:
-            return function(*args, **kwargs)
-        except CladoError as error:
-            from clado.settings.redaction import redact
-
-            typer.echo(f"clado: {redact(str(error))}", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # such an error names no file
-            if error.filename is None and not full:
-                raise
-            what = f"{error.filename} cannot be used" if error.filename else "a file could not be written"
-            kept = "; make room: what was measured is kept, and the same command goes on from there" if full else ""
-            typer.echo(f"clado: {what}: {error.strerror}{kept}", err=True)
-            raise typer.Exit(CladoError.exit_code) from None
-        except KeyboardInterrupt as error:
-            from flows.guard import end_in_peace, farewell
-
-            end_in_peace(type(error))
-            text, code = farewell(type(error))
-            typer.echo(text, err=True)
-            raise typer.Exit(code) from None
-
-    return app.command()(guarded)
 
 
 @command
@@ -108,15 +49,18 @@ def run(config: Config, overrides: Overrides = None) -> None:
     settings = _settings(config, overrides)
     clock: dict[str, float] = {}
     atexit.register(_report_end, clock)  # registered before Prefect's own hooks, hence run after them
-    session = _session(settings)
-    session = session.checked()
+    from flows.worker import checked_run
+
+    run = checked_run(settings)
     begin = time.perf_counter()
     clock["start-up"] = begin - BEGIN
-    typer.echo(_plan_text(session), err=True)
+    from flows.commands.plan import plan_text
+
+    typer.echo(plan_text(run), err=True)
     from flows.environment import make_home
     from flows.guard import locked, orchestrated
 
-    with locked(session.folder):  # refused here, where a message is enough, and held by the flow
+    with locked(run.folder):  # refused here, where a message is enough, and held by the flow
         make_home()
     from flows.pipeline import pipeline
 
@@ -125,11 +69,11 @@ def run(config: Config, overrides: Overrides = None) -> None:
     before = dict(clock)
     receipt = None
     with orchestrated(lambda: clock == before, lambda: "shutdown" in clock):
-        receipt = pipeline(session.config, clock)
+        receipt = pipeline(run.config, clock)
     # what the flow's own phases do not cover is the orchestrator's start
     own = sum(clock.values()) - sum(before.values())
     clock["start-up"] += time.perf_counter() - entered - own
-    _show(session.folder, clock, receipt)
+    _show(run.folder, clock, receipt)
     clock["printed"] = time.perf_counter()
 
 
@@ -140,15 +84,17 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
 ) -> None:
     """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
-    session = _session(_settings(config, overrides), planning=not probe)
-    typer.echo(_plan_text(session))
-    if (path := session.config.data.path) is not None and not path.exists():
+    run = _opened(_settings(config, overrides), planning=not probe)
+    from flows.commands.plan import plan_text
+
+    typer.echo(plan_text(run))
+    if (path := run.config.data.path) is not None and not path.exists():
         typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
     if probe:
         own_start = time.perf_counter() - BEGIN
         from flows.commands.eta import eta_text
 
-        typer.echo(eta_text(session, own_start))
+        typer.echo(eta_text(run, own_start))
 
 
 @command
@@ -185,12 +131,12 @@ def evaluate(
 
     stored = StoredRun.open(folder)
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
-    session = _session(stored.config).as_measured()
+    run = _measured(stored.config)
     with locked(folder):
-        rows = evaluated(stored, session, wanted)
+        rows = evaluated(stored, run, wanted)
         typer.echo(evaluation_text(rows))
         if per_class is not None:
-            write_text(per_class, per_class_csv(session, rows))
+            write_text(per_class, per_class_csv(run, rows))
             typer.echo(f"written to {per_class}")
         if receipt := track_evaluation(stored, rows, wanted):
             typer.echo(f"MLflow run {receipt.parent_run_id or 'not delivered'}")
@@ -212,12 +158,12 @@ def export(
 
     check_format(kind)
     stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
-    session = _session(stored.config).as_measured()
-    assignment = chosen_for(stored, session, wanted)
-    target, told = export_as(kind, session, assignment, output or budget_folder(session, wanted.name))
+    run = _measured(stored.config)
+    assignment = chosen_for(stored, run, wanted)
+    target, told = export_as(kind, run, assignment, output or budget_folder(run, wanted.name))
     typer.echo(
-        f"Wrote {target}: {session.space.size_bytes(assignment):,} bytes of weights when packed, "
-        f"{session.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
+        f"Wrote {target}: {run.space.size_bytes(assignment):,} bytes of weights when packed, "
+        f"{run.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
     )
 
 
@@ -249,16 +195,18 @@ def finetune(
     wanted = _budget(budget, size_bytes)
     training = Training(epochs, criterion, learning_rate, batch_images, patience, learned_scales, augment, seed)
     stored = StoredRun.open(folder)
-    session = _session(stored.config).as_measured()
+    run = _measured(stored.config)
     from flows.commands.finetune import images_of, train
     from flows.guard import locked
 
     if data is None:
-        session = session.with_readable_selection()
+        from clado.run.checks import with_readable_selection
 
-    chosen_images = images_of(session, data, seed, images, labels=training.objective.needs_labels)
+        run = with_readable_selection(run)
+
+    chosen_images = images_of(run, data, seed, images, labels=training.objective.needs_labels)
     with locked(folder):
-        text, receipt = train(stored, session, wanted.name, chosen_for(stored, session, wanted), training, chosen_images)
+        text, receipt = train(stored, run, wanted.name, chosen_for(stored, run, wanted), training, chosen_images)
     kept = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
     typer.echo(f"{text}\nMLflow run {kept}")
 
@@ -278,12 +226,12 @@ def sweep(
     if kind not in SWEPT:
         raise ConfigurationError(f"--kind {kind!r} cannot be swept; expected one of {', '.join(SWEPT)}")
     stored = StoredRun.open(folder)
-    session = _session(stored.config).as_measured()
+    run = _measured(stored.config)
     from flows.commands.sweep import sweep as sweep_budgets
     from flows.guard import locked
 
     with locked(folder):
-        text, receipt = sweep_budgets(stored, session, kind, budgets)
+        text, receipt = sweep_budgets(stored, run, kind, budgets)
     typer.echo(f"{text}\nwritten to {folder / 'sweep'}; MLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
@@ -311,12 +259,14 @@ def smallest(
         for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
             typer.echo(solution_text(name, matrix, solution))
         return
-    session = _session(stored.config).as_measured().with_readable_selection()
+    from clado.run.checks import with_readable_selection
+
+    run = with_readable_selection(_measured(stored.config))
     from flows.commands.smallest import find, text
 
     top1 = max_top1_drop is not None
     bound = max_loss_increase if max_loss_increase is not None else (max_top1_drop or 0.0) / 100
-    typer.echo(text(find(stored, session, bound, top1), session, top1))
+    typer.echo(text(find(stored, run, bound, top1), run, top1))
 
 
 @command
@@ -392,72 +342,8 @@ def cluster(config: Config, overrides: Overrides = None) -> None:
     typer.echo(clusters.describe(settings))
 
 
-@command
-def certificates(
-    folder: Annotated[Path, typer.Argument(help="Folder to write ca.pem, cert.pem and key.pem into.")],
-    hosts: Annotated[list[str] | None, typer.Option("--host", help="A machine beside this one, by name or address.")] = None,
-    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they hold.")] = 30,
-) -> None:
-    """Make certificates to encrypt Dask's connections with, for trying it out: an authority, and one for every machine."""
-    from flows.clusters._certificates import make_certificates
-
-    files = make_certificates(folder, hosts or [], days)
-    settings = ", ".join(f"{name}: {path}" for name, path in files.items())
-    typer.echo(f"Wrote {len(files)} files, valid for {days} days. In the settings: cluster: {{tls: {{{settings}}}}}")
-
-
-@command
-def doctor() -> None:
-    """Print versions, devices, and whether the servers that are configured answer."""
-    from flows.doctor import report
-
-    text, healthy = report()
-    typer.echo(text)
-    if not healthy:
-        raise typer.Exit(1)
-
-
-ServicesFolder = Annotated[Path, typer.Option("--folder", help="Where the services keep what they store and print.")]
-
-
-@command
-def up(
-    folder: ServicesFolder = Path("runs/services"),
-    database: Annotated[
-        str | None,
-        typer.Option(
-            envvar="CLADO_DATABASE",
-            help="PostgreSQL server, postgresql://USER:PASSWORD@HOST:PORT; default: SQLite.",
-            show_envvar=True,
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Dask worker processes.")] = 2,
-    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
-    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    dask_port: Annotated[int, typer.Option(min=1, max=65534, help="Of the scheduler; it takes the next one too.")] = 8786,
-    timeout: Annotated[float, typer.Option(help="Seconds until a service that is not well is given up.")] = 300,
-) -> None:
-    """Start Prefect, MLflow and Dask on this machine, on loopback: eval "$(clado up)" sets the environment of a shell."""
-    from flows import services
-
-    fresh = services.up(folder, services.Ports(prefect_port, mlflow_port, dask_port), workers, database, timeout)
-    for name, value in services.exported(folder).items():
-        typer.echo(f"export {name}={value}")
-    typer.echo(
-        ("Up. " if fresh else "Already up. ") + f"Logs and databases are in {folder}; end it with: clado down"
-        + ("" if folder == Path("runs/services") else f" --folder {folder}")
-        + "\nA run on it: clado run demo.yaml cluster.kind=address cluster.address=$DASK_SCHEDULER_ADDRESS"
-        + "\nSchedules: prefect --no-prompt deploy --all", err=True,
-    )  # fmt: skip
-
-
-@command
-def down(folder: ServicesFolder = Path("runs/services")) -> None:
-    """End what `clado up` started; what it stored is kept."""
-    from flows import services
-
-    ended = services.down(folder)
-    typer.echo(f"Ended {', '.join(ended)}." if ended else f"Nothing of {folder} was running.")
+for function in (machines.certificates, machines.doctor, machines.up, machines.down):
+    command(function)
 
 
 def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
@@ -470,14 +356,20 @@ def _settings(path: Path, overrides: list[str] | None) -> "RunConfig":
     return settings
 
 
-def _session(settings: "RunConfig", planning: bool = False) -> "OpenedRun":
+def _opened(settings: "RunConfig", planning: bool = False) -> "OpenedRun":
     from flows.environment import set_defaults
 
     set_defaults(settings.run_folder.parent)
-    from clado.run.opened_run import OpenedRun
+    from clado.run.opened_run import open_run
 
-    # without the keyword it is the session that the flow finds again: the cache tells the two calls apart
-    return OpenedRun.open(settings, planning=True) if planning else OpenedRun.open(settings)
+    return open_run(settings, planning=planning)
+
+
+def _measured(settings: "RunConfig") -> "OpenedRun":
+    """A run that was measured, opened again; refused where network, images or settings are no longer those of its store."""
+    run = _opened(settings)
+    run.identity.check_measured()
+    return run
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
@@ -489,54 +381,6 @@ def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
     if average_bits is not None and not (math.isfinite(average_bits) and average_bits > 0):
         raise ConfigurationError(f"--budget is {average_bits}; expected a number of bits above 0, such as 3 or 2.75")
     return budgets_of([] if average_bits is None else [average_bits], [] if size_bytes is None else [size_bytes])[0]
-
-
-def _plan_text(session: "OpenedRun") -> str:
-    plan, space = session.plan, session.space
-    lines = [
-        f"{session.loaded.description}: {space.num_layers} layers, {space.num_options} options, "
-        f"{space.num_weights:,} weights searched"
-    ]
-    config = session.config
-    if config.corrections or config.activations.bits:
-        from clado.quantization.preparation import names_of
-
-        widths = f", inputs at {' or '.join(map(str, config.activations.bits))} bits" if config.activations.bits else ""
-        lines.append(
-            f"  prepare  {space.num_layers} tasks on {len(session.slices.calibration):,} calibration images; "
-            f"corrections: {names_of(config.corrections)}{widths}"
-        )
-    for kind in plan.kinds:
-        tiles = [tile for tile in plan.tiles if tile.kind == kind]
-        evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.sample_blocks)
-        gmacs = sum(plan.macs(tile, session.workload) for tile in tiles) / 1e9
-        lines.append(
-            f"  {kind:<11} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "
-            f"{gmacs:>10,.0f} GMAC by suffixes, {len(tiles):>4} tiles"
-            + (f", {backwards:,} backward images" if (backwards := plan.backward_images(tiles)) else "")
-        )
-    whole = sum(map(plan.evaluations, plan.tiles))
-    if stored := whole - sum(map(plan.evaluations, session.store_todo())):
-        lines.append(f"  in the store already: {100 * stored / whole:.0f} % of the evaluations")
-    from clado.interaction.estimators import costs
-    from flows.commands.eta import num_competing, num_networks
-
-    networks = num_networks(session)[1] + num_competing(session)
-    choosing = networks * (len(session.slices.sensitivity) + session.images_per_reestimation)
-    lines.append(f"  choosing    {networks:>7,} networks at most, {choosing:>16,} forward images, re-estimation included")
-    for name, (forwards, backwards) in costs(config.estimators, plan).items():
-        lines.append(
-            f"  {name:<12} {forwards:>11,} forward images" + (f" and {backwards:,} backward images" if backwards else "")
-        )
-    smallest, largest = space.size_bytes(space.narrowest), space.size_bytes(space.widest)
-    lines.append(
-        f"  store {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes"
-    )
-    left = session.float_network.coverage()
-    lines.append(
-        f"  not searched: {len(left)} parameters, {sum(size for _, size, _ in left):,} bytes (biases, scales, fixed layers)"
-    )
-    return "\n".join(lines)
 
 
 def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:

@@ -1,22 +1,57 @@
-"""The pipeline: prepare → measure → allocate → search → evaluate → record. A Prefect flow, with Dask tasks inside."""
+"""The pipeline: prepare → measure → choose → evaluate → record → deliver. A Prefect flow, with Dask tasks inside."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from prefect.utilities.annotations import quote
 
 from clado.records import Receipt, write_text
-from clado.run.opened_run import OpenedRun
 from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
-from flows import clusters
+from flows import artifacts, clusters, worker
+from flows.clock import Clock
 from flows.guard import insistent, locked
-from flows.phases.choose import allocate, measure_proposals, search
+from flows.phases.choose import choose
+from flows.phases.deliver import deliver, failure_recorded
 from flows.phases.evaluate import evaluate
-from flows.phases.measure import gather, measure
+from flows.phases.measure import measure
 from flows.phases.prepare import prepare
-from flows.phases.record import failure_recorded, record, track
-from flows.phases.run import Clock, Run
+from flows.phases.record import record
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Step(Protocol):
+    """How a phase is called."""
+
+    def __call__(self, phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the phase returns."""
+        ...
+
+
+def as_function(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a phase, without Prefect."""
+    return phase(*args, **kwargs)
+
+
+def as_task(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a phase as a Prefect task.
+
+    Prefect caches and keeps nothing. It does not look into what a phase takes, which it never gets, nor into what the phase
+    gives, which is quoted: both hold whole networks and matrices.
+    """
+
+    @task(name=phase.__name__, cache_policy=NO_CACHE, persist_result=False)
+    def quoted() -> quote:
+        return quote(phase(*args, **kwargs))
+
+    result: R = quoted().unquote()
+    return result
 
 
 @flow(name="clado-pipeline", validate_parameters=False, persist_result=False)
@@ -26,34 +61,33 @@ def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None 
     Prefect keeps the parameters of a flow run: those of a `RunConfig` without credentials. `clock` is a caller's table of seconds
     by phase, to which the flow adds its own.
     """
-    settings = config if isinstance(config, RunConfig) else parse_config(config)
-    session = OpenedRun.open(settings).checked()
-    settings = session.config
-    phases = Clock({} if clock is None else clock)
-    with locked(session.folder):
-        session.open_store()  # refused where it holds other numbers, before anything is written
-        write_text(session.folder / "config.yaml", settings.to_yaml())
-        with failure_recorded(session), ExitStack() as cluster, insistent():
-            with phases.phase("start-up"):
-                workers = cluster.enter_context(clusters.start(settings))
-                workers.open_session(settings, session.contents)
-            run = Run(session, workers, phases)
-            with phases.phase("preparing"):
-                prepare(run)
-            with phases.phase("measuring"):
-                measure(run)
-            with phases.phase("solving"):
-                gather(run)
-                allocate(run)
-            with phases.phase("evaluation"):
-                measure_proposals(run)
-            with phases.phase("searching"):
-                search(run)
-            with phases.phase("evaluation"):
-                evaluate(run)
-            with phases.phase("recording"):
-                record(run)
-                receipt = track(run)
-            with phases.phase("shutdown"):
+    return run_phases(
+        config if isinstance(config, RunConfig) else parse_config(config), Clock({} if clock is None else clock), as_task
+    )
+
+
+def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Receipt:
+    """Runs every phase in turn. `step` calls each of them."""
+    run, flow_run_id = worker.checked_run(config), str(flow_run.id or "")
+    with locked(run.folder):
+        run.identity.open_store()  # refused where it holds other numbers, before anything is written
+        write_text(run.folder / "config.yaml", run.config.to_yaml())
+        with failure_recorded(run, flow_run_id), ExitStack() as cluster, insistent():
+            with clock.phase("start-up"):
+                workers = cluster.enter_context(clusters.start(run.config))
+                workers.open_run(run)
+            with clock.phase("preparing"):
+                preparing_notes = step(prepare, run, workers)
+            with clock.phase("measuring"):
+                measurement = step(measure, run, workers)
+            choice = step(choose, run, workers, measurement.measured, clock)
+            with clock.phase("evaluation"):
+                accuracies = step(evaluate, run, workers, choice.results)
+            with clock.phase("recording"):
+                notes = [*preparing_notes, *measurement.notes, *choice.notes]
+                recorded = step(record, run, choice, accuracies, notes, clock.seconds)
+                receipt = step(deliver, run, recorded, flow_run_id)
+                artifacts.show(recorded, receipt)
+            with clock.phase("shutdown"):
                 cluster.close()
     return receipt

@@ -1,4 +1,4 @@
-"""What lives on a Dask worker: the network, the sensitivity set and the store, loaded once, and the functions that tasks call."""
+"""What lives on a Dask worker: the opened run, loaded once, and the functions that tasks call."""
 
 import os
 import signal
@@ -10,10 +10,12 @@ from typing import Any
 from distributed import Worker, WorkerPlugin
 
 from clado.errors import ServerError
-from clado.evaluation import Counts, evaluation_batches
+from clado.evaluation import Counts
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
-from clado.run.opened_run import EVALUATION_BATCH, OpenedRun
+from clado.run.checks import checked
+from clado.run.evaluation import BatchCounts, BatchItem
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
 from clado.space import Assignment
@@ -28,14 +30,14 @@ class Receipt:
     seconds: float
 
 
-class SessionPlugin(WorkerPlugin):
-    """Opens the run's session on every worker, also on one that is restarted."""
+class RunPlugin(WorkerPlugin):
+    """Opens the run on every worker, also on one that is restarted."""
 
-    name = "clado-session"
+    name = "clado-run"
 
     def __init__(self, config: RunConfig, contents: str | None = None) -> None:
         self.document: dict[str, Any] = config.model_dump(mode="json")
-        self.contents = contents  # what the flow's session holds
+        self.contents = contents  # what the flow's run holds
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask when the worker starts."""
@@ -44,58 +46,80 @@ class SessionPlugin(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if self.document["cluster"]["kind"] in ("local", "local_gpus") and os.name == "posix":
                 os.setpgid(0, 0)
-        if self.contents in (None, open_session(self.document).contents):
+        if self.contents in (None, last_opened(self.document).identity.contents):
             return
-        # a worker that outlives a run may hold the network or the images of before
-        _last.clear()
-        OpenedRun.open.cache_clear()
-        if open_session(self.document).contents != self.contents:
+        forget()  # a worker that outlives a run may hold the network or the images of before
+        if last_opened(self.document).identity.contents != self.contents:
             raise ServerError(
                 f"worker {worker.address} holds another network or other images than the flow, under the same settings; expected "
                 "the same files there, and a worker that was started after the last change to the network's code: restart it"
             )
 
 
-_last: list[tuple[dict[str, Any], RunConfig]] = []  # what the last task was given: to validate it again takes a millisecond
+@dataclass(frozen=True)
+class _LastOpened:
+    """The run that this process opened last."""
+
+    document: dict[str, Any]
+    """Its settings as a task gets them."""
+    run: OpenedRun
+    is_checked: bool = False
+    """Whether its images and budgets have been checked."""
 
 
-def open_session(document: dict[str, Any]) -> OpenedRun:
-    """The session of a configuration, opened once in a process."""
-    if not _last or _last[0][0] != document:
-        _last[:] = [(document, parse_config(document))]
-    return OpenedRun.open(_last[0][1])
+_last_opened: list[_LastOpened] = []  # at most one: a network and its images are large
+
+
+def forget() -> None:
+    """Opens the next run anew, even of the same settings."""
+    _last_opened.clear()
+
+
+def keep(run: OpenedRun, is_checked: bool = False) -> None:
+    """Keeps an opened run for the tasks of this process."""
+    _last_opened[:] = [_LastOpened(run.config.model_dump(mode="json"), run, is_checked)]
+
+
+def last_opened(document: dict[str, Any]) -> OpenedRun:
+    """The run of a task's settings: the one that this process opened last, or else opened now and kept."""
+    if not _last_opened or _last_opened[0].document != document:
+        forget()
+        _last_opened.append(_LastOpened(document, open_run(parse_config(document))))
+    return _last_opened[0].run
+
+
+def checked_run(config: RunConfig) -> OpenedRun:
+    """A run that is checked: once in a process, because the command checks before it starts anything, and the flow asks again."""
+    if not _last_opened or not _last_opened[0].is_checked or _last_opened[0].run.config != config:
+        forget()
+        keep(checked(open_run(config)), is_checked=True)
+    return _last_opened[0].run
 
 
 def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     """Measures one tile and writes its chunk."""
-    session = open_session(document)
+    run = last_opened(document)
     begin = time.perf_counter()
-    session.store.write(tile, measure_tile(session.bench_of(tile.kind), tile))
-    return Receipt(tile, session.plan.evaluations(tile), time.perf_counter() - begin)
+    run.identity.store.write(tile, measure_tile(run.evaluation.bench_of(tile.kind), tile))
+    return Receipt(tile, run.plan.evaluations(tile), time.perf_counter() - begin)
 
 
 def prepare_layer(document: dict[str, Any], item: tuple[bool, int]) -> tuple[bool, int]:
     """Quantizes one layer, with corrections or plain, and writes its file."""
-    open_session(document).prepare_layer(*item)
+    last_opened(document).preparation.prepare_layer(*item)
     return item
 
 
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
     """Sums of an assignment's loss over the sensitivity set, as it ships."""
-    return assignment, open_session(document).loss(assignment)
+    return assignment, last_opened(document).evaluation.loss(assignment)
 
 
 def measure_probe_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
     """The same as probes see it."""
-    return assignment, open_session(document).probe_loss(assignment)
+    return assignment, last_opened(document).evaluation.probe_loss(assignment)
 
 
-def evaluate_batch(
-    document: dict[str, Any], item: tuple[int, tuple[Assignment, ...]]
-) -> tuple[int, list[tuple[Assignment, Counts]]]:
-    """Counts of each assignment on one shard of the validation set, which is decoded once for all of them."""
-    session = open_session(document)
-    shard, asked = item
-    start, stop = evaluation_batches(len(session.slices.validation), EVALUATION_BATCH)[shard]
-    found = session.accuracies(asked, start, stop)
-    return shard, list(zip(asked, found, strict=True))
+def evaluate_batch(document: dict[str, Any], item: BatchItem) -> BatchCounts:
+    """Counts of assignments on one evaluation batch of the validation set, which is decoded once for all of them."""
+    return last_opened(document).evaluation.count_batch(item)

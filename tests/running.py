@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
 
-PHASES = ("prepare", "measure", "gather", "allocate", "measure_proposals", "search", "evaluate", "record", "track")
 BUDGETS = (2.5, 3.0)
 ESTIMATORS = ("layerwise", "pairwise", "gauss_newton")
 
@@ -42,8 +41,10 @@ class Calls:
 
 
 def run_pipeline(document: dict[str, Any], tracked: bool = True) -> tuple[Calls, Any]:
-    """Runs the flow's body and returns (the tasks it asked for, its receipt)."""
-    from flows import pipeline
+    """Runs the phases without Prefect and returns (the tasks they asked for, their receipt)."""
+    from clado.settings.loading import parse_config
+    from flows import pipeline, worker
+    from flows.clock import Clock
     from flows.clusters.inline import InlineWorkers
 
     calls = Calls()
@@ -54,13 +55,13 @@ def run_pipeline(document: dict[str, Any], tracked: bool = True) -> tuple[Calls,
             calls.made.append((function.__name__, item))
             yield from plain(self, function, config, [item])
 
+    worker.forget()  # a run of its own, as that of another process is
     with ExitStack() as stack:
         stack.enter_context(patch.object(InlineWorkers, "map", counted))
-        for name in PHASES:
-            stack.enter_context(patch.object(pipeline, name, getattr(pipeline, name).fn))
         if not tracked:
-            stack.enter_context(patch.object(pipeline, "track", lambda run: None))
-        return calls, pipeline.pipeline.fn(document)
+            stack.enter_context(patch.object(pipeline, "deliver", lambda run, record, flow_run_id: None))
+            stack.enter_context(patch.object(pipeline.artifacts, "show", lambda record, receipt: None))
+        return calls, pipeline.run_phases(parse_config(document), Clock())
 
 
 @dataclass(frozen=True)

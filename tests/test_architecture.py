@@ -22,7 +22,7 @@ DOORS = {
     "prefect": ("flows/",),
     "dask": ("flows/clusters/",),
     "distributed": ("flows/clusters/", "flows/worker.py"),
-    "typer": ("flows/cli.py",),
+    "typer": ("flows/cli.py", "flows/command_line.py", "flows/commands/machines.py"),
     "torchvision": ("clado/data/decoding.py", "clado/data/sources/", "clado/data/zoo/train.py"),
     "pydantic": ("clado/settings/",),
     "yaml": ("clado/settings/",),

@@ -3,7 +3,7 @@
 The quadratic model only proposes; what is returned was measured. NumPy only: the solver and the measured losses are given.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -127,6 +127,50 @@ def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignme
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else space.narrowest
 
 
+Optima = Callable[
+    [InteractionMatrix, Mapping[Budget, Sequence[Constraint]], Callable[[Program], Solve]],
+    Iterable[tuple[Budget, Solution | InfeasibleError]],
+]
+"""Solves a matrix for budgets with their limits, by a prepared solver: (budget, its optimum, or why there is none). A budget may
+be left out."""
+
+
+def budget_solver(
+    matrix: InteractionMatrix, prepare: Callable[[Program], Solve], convexity: Convexity | None = None
+) -> Callable[[Budget, Sequence[Constraint]], Solution]:
+    """Solves a matrix for one budget and its limits (as of `merge_limits`) at a time.
+
+    What the budgets of one kind share is computed once. InfeasibleError where a budget has no answer.
+    """
+    prepared: dict[str, tuple[Program, Solve]] = {}
+
+    def solved(budget: Budget, limits: Sequence[Constraint]) -> Solution:
+        if budget.constraint not in prepared:
+            program = program_of(matrix, limits, convexity)
+            prepared[budget.constraint] = program, prepare(program)
+        program, solve = prepared[budget.constraint]
+        return solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
+
+    return solved
+
+
+def each_budget(
+    matrix: InteractionMatrix,
+    fit: Mapping[Budget, Sequence[Constraint]],
+    prepare: Callable[[Program], Solve],
+    convexity: Convexity | None = None,
+) -> Iterator[tuple[Budget, Solution | InfeasibleError]]:
+    """The optima of a matrix, each solved on its own; InfeasibleError where a layer has no candidate left."""
+    if matrix.quarantined or matrix.forbidden:
+        program_of(matrix, [], "raw")
+    solve = budget_solver(matrix, prepare, convexity)
+    for budget, limits in fit.items():
+        try:
+            yield budget, solve(budget, limits)
+        except InfeasibleError as error:
+            yield budget, error
+
+
 def propose(
     matrices: Mapping[str, InteractionMatrix],
     budgets: Sequence[Budget],
@@ -134,24 +178,35 @@ def propose(
     limits: Sequence[Constraint] = (),
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
     without_answer: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
+    optima: Optima = each_budget,
 ) -> list[Proposal]:
     """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
 
-    Convexification is shared over the budgets of one kind. Without what is quarantined or forbidden a matrix may have no
-    assignment for a budget, which `without_answer` is told; InfeasibleError where no matrix has one for any budget, or where a
-    layer has no candidate left.
+    Without what is quarantined or forbidden a matrix may have no assignment for a budget, which `without_answer` is told.
+
+    Args:
+        matrices: Matrices by method.
+        budgets: What to answer.
+        prepare: A solver for a program.
+        limits: Standing limits.
+        solved: Told of each budget and method.
+        without_answer: Told of each budget that a method has no answer to.
+        optima: How a matrix is solved for the budgets.
+
+    Raises:
+        InfeasibleError: No matrix has an answer for any budget, or a layer has no candidate left.
     """
     space = next(iter(matrices.values())).space
     fit = {budget: merge_limits(budget.limit(space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(space, fit[budget])) for budget in budgets]
     errors: list[InfeasibleError] = []
 
-    def lacking(budget: Budget, method: str, error: InfeasibleError) -> None:
+    def refused(budget: Budget, method: str, error: InfeasibleError) -> None:
         errors.append(error)
         without_answer(budget, method, error)
 
     for method, matrix in matrices.items():
-        proposals += _optima(method, matrix, fit, prepare, solved=solved, without_answer=lacking)
+        proposals += _proposed(method, matrix, optima(matrix, fit, prepare), solved, refused)
     if errors and len(errors) == len(matrices) * len(budgets):
         raise errors[0]
     return proposals
@@ -160,6 +215,29 @@ def propose(
 def safe_methods() -> tuple[str, ...]:
     """Methods that nothing chosen is worse than, as measured. Nor is it worse than what is deployed without corrections."""
     return UNIFORM, *estimators.safe_estimators()
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices that propose for a run."""
+
+    named: Mapping[str, InteractionMatrix]
+    """Those of the estimators that the settings name."""
+    extra: Mapping[str, InteractionMatrix]
+    """Those of `unreported_estimators`, which compete too."""
+    uncorrected: InteractionMatrix | None
+    """`layerwise` of layers without corrections, where there are corrections."""
+
+    @classmethod
+    def of(cls, measured: Measured, names: Sequence[str]) -> "Matrices":
+        """The matrices of the named estimators, and those beside them."""
+        named = {name: estimators.estimate(name, measured) for name in names}
+        return cls(named, extra_matrices(measured, names), estimators.uncorrected(measured))
+
+    @property
+    def every(self) -> dict[str, InteractionMatrix]:
+        """All matrices of corrected layers."""
+        return {**self.named, **self.extra}
 
 
 def extra_matrices(measured: Measured, named: Collection[str]) -> dict[str, InteractionMatrix]:
@@ -182,7 +260,7 @@ def propose_variants(
 
     def add(method: str, matrix: InteractionMatrix, convexity: Convexity | None = None) -> None:
         fit = {budget: merge_limits(budget.limit(matrix.space), limits) for budget in budgets}
-        proposals.extend(_optima(method, matrix, fit, prepare, convexity))
+        proposals.extend(_proposed(method, matrix, each_budget(matrix, fit, prepare, convexity)))
 
     for method, matrix in matrices.items():
         if matrix.convexity == "clip_psd":
@@ -213,34 +291,24 @@ def propose_uncorrected(
     fit = {budget: merge_limits(budget.limit(matrix.space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
     with suppress(InfeasibleError):  # a layer that works at no bit-width without corrections
-        proposals += _optima(LAYERWISE_PLAIN, matrix, fit, prepare)
+        proposals += _proposed(LAYERWISE_PLAIN, matrix, each_budget(matrix, fit, prepare))
     return [replace(p, assignment=p.assignment.with_corrections("none"), reported=False) for p in proposals]
 
 
-def _optima(
+def _proposed(
     method: str,
     matrix: InteractionMatrix,
-    fit: Mapping[Budget, Sequence[Constraint]],
-    prepare: Callable[[Program], Solve],
-    convexity: Convexity | None = None,
+    answers: Iterable[tuple[Budget, Solution | InfeasibleError]],
     solved: Callable[[Budget, str], None] = lambda budget, method: None,
     without_answer: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
 ) -> list[Proposal]:
-    """A matrix's optimum for every budget that it reaches; what the budgets of one kind share is computed once."""
+    """One proposal for each answer."""
     proposals: list[Proposal] = []
-    solvers: dict[str, tuple[Program, Solve]] = {}
-    if matrix.quarantined or matrix.forbidden:
-        program_of(matrix, [], "raw")  # refuses a layer without candidates, whatever the budget
-    for budget, limits in fit.items():
-        try:
-            if budget.constraint not in solvers:
-                program = program_of(matrix, limits, convexity)
-                solvers[budget.constraint] = program, prepare(program)
-            program, solve = solvers[budget.constraint]
-            solution = solve(program.with_bounds({limit.name: limit.bound for limit in limits}))
-            proposals.append(Proposal(budget, method, solution.assignment, matrix.loss_of(solution.objective), solution))
-        except InfeasibleError as error:
-            without_answer(budget, method, error)
+    for budget, answer in answers:
+        if isinstance(answer, InfeasibleError):
+            without_answer(budget, method, answer)
+        else:
+            proposals.append(Proposal(budget, method, answer.assignment, matrix.loss_of(answer.objective), answer))
         solved(budget, method)
     return proposals
 

@@ -4,6 +4,7 @@ An assignment is evaluated once, even if several methods or budgets share it.
 """
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,3 +62,29 @@ class EvaluationCache:
         if batch is None:
             for file in self.folder.glob(f"parts/{self._file(assignment).stem}-*.json"):
                 file.unlink(missing_ok=True)
+
+    def read_or_measure(
+        self,
+        assignments: Iterable[Assignment],
+        measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
+        advance: Callable[[float], None] = lambda amount: None,
+    ) -> dict[Assignment, Counts]:
+        """Counts of each distinct assignment: read where they are known, else measured and kept.
+
+        Args:
+            assignments: What to count.
+            measure: Counts what is absent, in any order; what it gives is kept at once.
+            advance: Called with 1 for each assignment.
+
+        Returns:
+            Counts by assignment, in the order of the assignments.
+        """
+        counts = {assignment: self.get(assignment) for assignment in dict.fromkeys(assignments)}
+        absent = [assignment for assignment, known in counts.items() if known is None]
+        for _ in range(len(counts) - len(absent)):
+            advance(1)
+        for assignment, measured in measure(absent):
+            self.put(assignment, measured)
+            counts[assignment] = measured
+            advance(1)
+        return {assignment: known for assignment, known in counts.items() if known is not None}

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from clado.errors import ConfigurationError, MeasurementError
 from clado.plugins import load
 from clado.settings.schema import RunConfig
+
+if TYPE_CHECKING:  # the commands that only describe a cluster load no network
+    from clado.run.opened_run import OpenedRun
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,12 +26,12 @@ RETRIES = 2  # of one task, on errors that its worker survives
 
 
 class Workers(Protocol):
-    """Processes that hold the run's session and compute tasks."""
+    """Processes that hold the opened run and compute tasks."""
 
-    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
+    def open_run(self, run: "OpenedRun") -> None:
         """Makes every worker, present and future, load the run's network and data.
 
-        A worker with other contents than the flow's (`OpenedRun.contents`) loads them again, or is refused.
+        A worker with other contents than the flow's (`RunIdentity.contents`) loads them again, or is refused.
         """
 
     def map(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
@@ -18,6 +18,9 @@ from clado.settings.schema import RunConfig
 from flows.clusters import RETRIES, given_up
 from flows.clusters._inspection import Inspection, located
 from flows.clusters._tls import protocol, security
+
+if TYPE_CHECKING:
+    from clado.run.opened_run import OpenedRun
 
 DEATHS = 3  # workers that a task may end until it fails
 # Settings of a scheduler that we start. A worker holds one task at a time, so that its loss concerns only this task. A worker
@@ -43,13 +46,13 @@ class DaskWorkers:
         self.patience = patience  # seconds without any worker
         self.plugins: list[str] = []
 
-    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
+    def open_run(self, run: "OpenedRun") -> None:
         """Registers plugins: each worker, present or future, is inspected and loads network and data."""
-        from flows.worker import SessionPlugin
+        from flows.worker import RunPlugin
 
-        config = located(config)
+        config = located(run.config)
         try:
-            for plugin in (Inspection(config), SessionPlugin(config, contents)):
+            for plugin in (Inspection(config), RunPlugin(config, run.identity.contents)):
                 self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has its own
                 self.client.register_plugin(plugin, self.plugins[-1])
         except ImportError as error:
@@ -155,7 +158,7 @@ class DaskWorkers:
             raise given_up(item, error) from error
 
     def close(self) -> None:
-        """Removes the plugins, so that workers that outlive the run do not open its session again."""
+        """Removes the plugins, so that workers that outlive the run do not open it again."""
         for name in self.plugins:
             with suppress(Exception):  # the cluster may have ended
                 self.client.unregister_worker_plugin(name)

@@ -2,19 +2,25 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clado.errors import CladoError
 from clado.settings.cluster import ClusterSettings
 from clado.settings.schema import RunConfig
 from flows.clusters import RETRIES, given_up
 
+if TYPE_CHECKING:
+    from clado.run.opened_run import OpenedRun
+
 
 class InlineWorkers:
     """The interface of workers, without any."""
 
-    def open_session(self, config: RunConfig, contents: str | None = None) -> None:
-        """Does nothing: the flow's session is used."""
+    def open_run(self, run: "OpenedRun") -> None:
+        """Keeps the flow's run, so that tasks find it."""
+        from flows import worker
+
+        worker.keep(run)
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
         """Calls the function for each item in turn."""

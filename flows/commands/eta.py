@@ -7,7 +7,6 @@ from clado.choosing.proposals import merge_limits, widest_uniform
 from clado.interaction.estimators import estimator_of, unreported_estimators
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
-from clado.measuring.workbench import Workbench
 from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
 from clado.run.opened_run import OpenedRun
@@ -32,25 +31,17 @@ class Eta:
         return self.around + self.preparing + self.measuring + self.evaluation
 
 
-def probe(session: OpenedRun, own_start: float) -> Eta:
+def probe(run: OpenedRun, own_start: float) -> Eta:
     """Times some whole forwards, the preparing of two layers and small tiles for 20 s, and scales them. Writes nothing.
 
-    `own_start` is how many seconds this process took until its session was open.
+    `own_start` is how many seconds this process took until its run was open.
     """
-    plan, space, workers, work = session.plan, session.space, session.config.cluster.workers, session.workload
+    plan, space, workers, work = run.plan, run.space, run.config.cluster.workers, run.workload
     begin = time.perf_counter()
-    forward = _seconds_per_image(session)
+    forward = _seconds_per_image(run)
     # layers as the plan's tiles have them, but quickly made: what is in the weights does not change the time
-    quick = prepare(session.float_network, space, Recipe(WeightQuantizer("minmax"), "minmax"), session.calibration[:1])
-    bench = Workbench(
-        quick,
-        session.config.criterion,
-        session.blocks,
-        session.slices.sensitivity.load,
-        session.config.measure.batch_images,
-        session.configured_limit,
-        session.config.measure.batch_statistics,
-    )
+    quick = prepare(run.float_network, space, Recipe(WeightQuantizer("minmax"), "minmax"), run.preparation.calibration[:1])
+    bench = run.evaluation.workbench(quick)
     # a tile runs at another rate than whole forwards; where not even a small one fits, theirs has to do
     rate, done, spent = forward / work.macs, 0, 0.0
     rows = max(1, min(space.num_options, plan.rows_per_tile) // 8)
@@ -65,73 +56,73 @@ def probe(session: OpenedRun, own_start: float) -> Eta:
         # of the two warm-ups the second counts: the first loads images and compiles kernels
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
-    measuring = sum(plan.macs(tile, work) for tile in session.store_todo()) * rate / workers
-    least, most = num_networks(session)
+    measuring = sum(plan.macs(tile, work) for tile in run.identity.missing_tiles()) * rate / workers
+    least, most = num_networks(run)
     networks = (least + most) // 2  # estimators agree on some budgets
-    shipped_and_plain = 2 * networks - 1 if session.config.corrections else networks  # the float network is both
-    validation = shipped_and_plain * len(session.slices.validation)
-    competing = num_competing(session)
-    sensitivity = (shipped_and_plain + competing) * len(session.slices.sensitivity)
-    calibration = (networks + competing) * session.images_per_reestimation
+    shipped_and_plain = 2 * networks - 1 if run.config.corrections else networks  # the float network is both
+    validation = shipped_and_plain * len(run.slices.validation)
+    competing = num_competing(run)
+    sensitivity = (shipped_and_plain + competing) * len(run.slices.sensitivity)
+    calibration = (networks + competing) * run.preparation.images_per_reestimation
     evaluation = (validation + sensitivity + calibration) * forward / workers
-    return Eta(STARTS * own_start, _preparing(session) / workers, measuring, evaluation, most)
+    return Eta(STARTS * own_start, _preparing(run) / workers, measuring, evaluation, most)
 
 
-def eta_text(session: OpenedRun, own_start: float) -> str:
+def eta_text(run: OpenedRun, own_start: float) -> str:
     """The ETA in a line."""
-    eta = probe(session, own_start)
+    eta = probe(run, own_start)
     return (
         f"  ETA: about {eta.total:.0f} s: start-up, recording and shutdown {eta.around:.0f}, preparing {eta.preparing:.0f}, "
         f"measuring {eta.measuring:.0f}, evaluation {eta.evaluation:.0f} ({eta.num_networks} networks of "
-        f"{len(session.slices.validation):,} images at most), on {session.config.cluster.workers} workers as fast as this process"
+        f"{len(run.slices.validation):,} images at most), on {run.config.cluster.workers} workers as fast as this process"
     )
 
 
-def num_networks(session: OpenedRun) -> tuple[int, int]:
+def num_networks(run: OpenedRun) -> tuple[int, int]:
     """Networks that a run evaluates where all estimators agree, and where no two do: float, uniform, for each budget one of each
     estimator and the one chosen."""
-    budgets, limits, space = session.budgets, session.limits, session.space
+    budgets, limits, space = run.budgets, run.limits, run.space
     uniform = {widest_uniform(space, merge_limits(budget.limit(space), limits)) for budget in budgets}
     least = 1 + len(uniform) + len(budgets)
-    return least, least + len(budgets) * len(session.config.estimators)
+    return least, least + len(budgets) * len(run.config.estimators)
 
 
-def num_competing(session: OpenedRun) -> int:
+def num_competing(run: OpenedRun) -> int:
     """Assignments at most that are measured on the sensitivity set and have no row of their own."""
-    named = session.config.estimators
-    uncorrected = 4 if session.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
+    named = run.config.estimators
+    uncorrected = 4 if run.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
     variants = 2 * sum(estimator_of(name).convexity == "clip_psd" for name in named)
-    further = len(unreported_estimators(named, session.plan.kinds))
-    return len(session.budgets) * (variants + further + uncorrected + session.config.search.evaluations)
+    further = len(unreported_estimators(named, run.plan.kinds))
+    return len(run.budgets) * (variants + further + uncorrected + run.config.search.evaluations)
 
 
-def _preparing(session: OpenedRun) -> float:
+def _preparing(run: OpenedRun) -> float:
     """Seconds of preparing what is absent in one process, from two layers of each kind."""
-    todo = session.unprepared()
+    todo = run.preparation.unprepared()
     if not todo:
         return 0.0
     begin = time.perf_counter()
-    equalized(session.float_network, session.recipe, session.calibration)
+    equalized(run.float_network, run.recipe, run.preparation.calibration)
     total = time.perf_counter() - begin
-    layers = sorted({session.space.num_layers // 4, 3 * session.space.num_layers // 4})
+    layers = sorted({run.space.num_layers // 4, 3 * run.space.num_layers // 4})
     for plain in {plain for plain, _ in todo}:
-        recipe = session.recipe.plain if plain else session.recipe
+        recipe = run.recipe.plain if plain else run.recipe
         begin = time.perf_counter()
         for layer in layers:
-            prepare_layer(session.float_network, session.space, recipe, layer, session.calibration)
+            prepare_layer(run.float_network, run.space, recipe, layer, run.preparation.calibration)
         total += (time.perf_counter() - begin) / len(layers) * sum(variant == plain for variant, _ in todo)
     return total
 
 
-def _seconds_per_image(session: OpenedRun) -> float:
+def _seconds_per_image(run: OpenedRun) -> float:
     """Seconds of a whole forward of one image: of batches that grow from one image until they take a second."""
-    images, count, most = session.slices.validation, 1, session.float_network.images_at_once
+    images, count, most = run.slices.validation, 1, run.float_network.images_at_once
     while True:
         batch, _ = images.load(0, count)
-        batch = batch.to(session.float_network.device)
-        session.float_network.logits(batch[:1]).cpu()
+        batch = batch.to(run.float_network.device)
+        run.float_network.logits(batch[:1]).cpu()
         started = time.perf_counter()
-        session.float_network.logits(batch).cpu()  # a GPU is waited for
+        run.float_network.logits(batch).cpu()  # a GPU is waited for
         seconds = time.perf_counter() - started
         if seconds > 1.0 or count >= min(most, len(images)):
             return seconds / len(batch)

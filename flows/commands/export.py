@@ -24,14 +24,14 @@ def file_name(budget: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
 
 
-def budget_folder(session: OpenedRun, budget: str) -> Path:
+def budget_folder(run: OpenedRun, budget: str) -> Path:
     """Where the chosen network of a budget is exported."""
-    return session.folder / "exports" / file_name(budget)
+    return run.folder / "exports" / file_name(budget)
 
 
-def model_folder(session: OpenedRun, budget: str) -> Path:
+def model_folder(run: OpenedRun, budget: str) -> Path:
     """Where the chosen network of a budget is kept as MLflow gets it."""
-    return session.folder / "models" / file_name(budget)
+    return run.folder / "models" / file_name(budget)
 
 
 def check_format(kind: str) -> None:
@@ -40,14 +40,14 @@ def check_format(kind: str) -> None:
         raise ConfigurationError(f"unknown format {kind!r}; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
 
-def export_as(kind: str, session: OpenedRun, assignment: Assignment, folder: Path) -> tuple[Path, str]:
+def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -> tuple[Path, str]:
     """(what was written, what there is to say about it) of an assignment in a format."""
     if kind == "safetensors":
-        return export(session, assignment, folder), ""
+        return export(run, assignment, folder), ""
     if kind in available("snippets"):
-        return write_snippet(folder, kind, session.space, assignment), ""
-    network, layers = session.deployed(assignment)
-    document = session.space.to_json(assignment)
+        return write_snippet(folder, kind, run.space, assignment), ""
+    network, layers = run.preparation.deployed(assignment)
+    document = run.space.to_json(assignment)
     if (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document):
         raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
     if kind == "packed":
@@ -68,20 +68,20 @@ def export_as(kind: str, session: OpenedRun, assignment: Assignment, folder: Pat
     write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
     kept = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
     told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{kept}"
-    validation = session.slices.validation
+    validation = run.slices.validation
     agreement = compare(file, network, layers, *validation.load(0, min(COMPARED_IMAGES, len(validation))))
     return file, f"{told}\n{agreement}"
 
 
-def export(session: OpenedRun, assignment: Assignment, folder: Path) -> Path:
+def export(run: OpenedRun, assignment: Assignment, folder: Path) -> Path:
     """The network with an assignment's weights: weights.safetensors, assignment.json, README.md with a loading snippet."""
-    network, layers = session.deployed(assignment)
-    state, document = network.state_dict(layers), session.space.to_json(assignment)
+    network, layers = run.preparation.deployed(assignment)
+    state, document = network.state_dict(layers), run.space.to_json(assignment)
     added = [name for name in state if name not in network.model.state_dict()]
     if added:  # refused where a module takes none, or its forward would not read it
         as_module(network, {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()})
     replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
-    export_network(folder, state, document, loading_snippet(session, bool(added)))
+    export_network(folder, state, document, loading_snippet(run, bool(added)))
     if replaced:  # what lies beside is of another assignment
         for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in available("snippets"))):
             (folder / name).unlink(missing_ok=True)
@@ -93,14 +93,14 @@ ADDING = """for name in state.keys() - network.state_dict().keys():  # biases th
     network.get_submodule(module).register_parameter(attribute, torch.nn.Parameter(state[name]))"""
 
 
-def loading_snippet(session: OpenedRun, adds_biases: bool = False) -> str:
+def loading_snippet(run: OpenedRun, adds_biases: bool = False) -> str:
     """Lines that build the network and load the exported weights."""
-    network = session.config.network
+    network = run.config.network
     name, (module, _, function) = repr(network.name), network.name.partition(":")
     build = {
         "zoo": f"from clado.data.zoo import NETWORKS; network = NETWORKS[{name}]()",
-        "torchvision": f"from torchvision.models import get_model; network = get_model({name}, weights=None{_built(session)})",
-        "timm": f"import timm; network = timm.create_model({name}, pretrained=False{_timm_options(session)})",
+        "torchvision": f"from torchvision.models import get_model; network = get_model({name}, weights=None{_built(run)})",
+        "timm": f"import timm; network = timm.create_model({name}, pretrained=False{_timm_options(run)})",
         "factory": f"from {module} import {function} as factory; made = factory()\n"
         "network = made[0] if isinstance(made, tuple) else made  # a factory may give an example input as well",
     }[network.source]
@@ -116,24 +116,24 @@ def loading_snippet(session: OpenedRun, adds_biases: bool = False) -> str:
     )
 
 
-def _built(session: OpenedRun) -> str:
+def _built(run: OpenedRun) -> str:
     """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
     change of normalisation that published weights need."""
-    if session.config.network.source != "torchvision":
+    if run.config.network.source != "torchvision":
         return ""
-    size = session.loaded.image_shape[1]
-    if getattr(session.loaded.model, "transform_input", False):
+    size = run.loaded.image_shape[1]
+    if getattr(run.loaded.model, "transform_input", False):
         return ", transform_input=True"
-    return f", image_size={size}" if session.config.network.name.startswith("vit_") and size != 224 else ""
+    return f", image_size={size}" if run.config.network.name.startswith("vit_") and size != 224 else ""
 
 
-def _timm_options(session: OpenedRun) -> str:
+def _timm_options(run: OpenedRun) -> str:
     """The options that sources/timm.py built the network with, as further arguments."""
-    if session.config.network.source != "timm" or session.config.network.image_shape is None:
+    if run.config.network.source != "timm" or run.config.network.image_shape is None:
         return ""
     import timm
 
-    channels, *size = session.config.network.image_shape
-    pretrained = timm.get_pretrained_cfg(session.config.network.name)
+    channels, *size = run.config.network.image_shape
+    pretrained = timm.get_pretrained_cfg(run.config.network.name)
     fixed = pretrained is not None and pretrained.fixed_input_size
     return f", in_chans={channels}" + (f", img_size={tuple(size)}" if fixed else "")

@@ -11,7 +11,7 @@ import numpy as np
 
 from clado.data.images import ImageSlice, PickedSlice, check_slice
 from clado.errors import DataError
-from clado.evaluation import Counts, count, evaluation_batches
+from clado.evaluation import Counts, count
 from clado.exporting._torch_module import as_module
 from clado.exporting.packed import export_packed
 from clado.exporting.safetensors import ASSIGNMENT
@@ -19,7 +19,8 @@ from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.training import Epoch, FineTuned, Training, finetune
 from clado.records import Accuracy, Receipt, markdown_table, percent, write_text
-from clado.run.opened_run import EVALUATION_BATCH, OpenedRun, too_many_unreadable
+from clado.run.checks import too_many_unreadable
+from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from clado.tracking import delivery
 from flows.commands.export import PACKED, file_name
@@ -39,7 +40,7 @@ class Images:
     origin: str
 
 
-def images_of(session: OpenedRun, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
+def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
     """A named training set, or without one every image of the run that is not for validation; a seeded part is held out.
 
     Validation images are in neither. `most` bounds how many are trained on; `labels` says that labels are learned from.
@@ -47,17 +48,17 @@ def images_of(session: OpenedRun, folder: Path | None, seed: int, most: int | No
     if most is not None and most < 2:
         raise DataError(f"--images is {most}; expected two or more to train on")
     if folder is None:
-        slices = session.slices
+        slices = run.slices
         everything: ImageSlice = PickedSlice([slices.calibration, slices.sensitivity, slices.selection])
         origin = "the run's calibration, sensitivity and selection images"
     else:
         from clado.data.sources._training import load_training
 
-        own, settings = session.loaded.preprocessing, session.config.data
+        own, settings = run.loaded.preprocessing, run.config.data
         settings = settings.model_copy(update={key: value for key, value in own.items() if getattr(settings, key) is None})
-        everything = load_training(folder, settings, session.loaded.image_shape, session.slices.validation)
+        everything = load_training(folder, settings, run.loaded.image_shape, run.slices.validation)
         origin = str(folder)
-    outputs = int(session.float_network.logits(session.float_network.example).shape[1]) if labels else None
+    outputs = run.num_logits if labels else None
     if outputs is not None and everything.num_classes is not None and everything.num_classes > outputs:
         raise DataError(
             f"{origin} has labels of {everything.num_classes} classes, the network {outputs} outputs; expected labels that fit"
@@ -68,18 +69,18 @@ def images_of(session: OpenedRun, folder: Path | None, seed: int, most: int | No
     held = max(2, min(MOST_HELD_OUT, int(HELD_OUT * len(order))))
     picked = order if most is None else order[: held + most]
     # the run's own were read before it measured
-    lost = () if folder is None else _unreadable(session, PickedSlice([everything], picked), outputs, origin)
+    lost = () if folder is None else _unreadable(run, PickedSlice([everything], picked), outputs, origin)
     training, held_out = ([n for k, n in enumerate(picked) if k not in lost and (k < held) == out] for out in (False, True))
     if not training or not held_out:
         raise DataError(f"{origin}: of {len(picked)} images {len(lost)} cannot be read, too many to train and to hold out some")
     return Images(PickedSlice([everything], training), PickedSlice([everything], held_out), origin)
 
 
-def _unreadable(session: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
+def _unreadable(run: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
     """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
     or where one does not fit the network."""
-    allowed, found = session.config.data.max_corrupt_images, dict[int, str]()
-    check_slice(images, session.loaded.image_shape, outputs, unreadable=found if allowed else None)
+    allowed, found = run.config.data.max_corrupt_images, dict[int, str]()
+    check_slice(images, run.loaded.image_shape, outputs, unreadable=found if allowed else None)
     if len(found) > allowed:
         raise too_many_unreadable(origin, list(found.values()), allowed)
     return found
@@ -91,12 +92,12 @@ def folder_of(stored: StoredRun, budget: str) -> Path:
 
 
 def train(
-    stored: StoredRun, session: OpenedRun, budget: str, assignment: Assignment, training: Training, images: Images
+    stored: StoredRun, run: OpenedRun, budget: str, assignment: Assignment, training: Training, images: Images
 ) -> tuple[str, Receipt | None]:
     """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt, None for a run
     without a record, below which it would stand)."""
     begin, folder = time.perf_counter(), folder_of(stored, budget)
-    network, layers = session.deployed(assignment)
+    network, layers = run.preparation.deployed(assignment)
     as_module(network, layers)  # what could not be written is refused before hours are spent
     with progress("training", 1.0) as advance:
         done = 0.0
@@ -106,14 +107,14 @@ def train(
             advance(batches / of - done)
             done = batches / of
 
-        tuned = finetune(network, layers, session.float_network, images.training, images.held_out, training, advanced)
-    before, after = accuracy_of(session, assignment), accuracy_on_validation(session, tuned.network, tuned.layers)
+        tuned = finetune(network, layers, run.float_network, images.training, images.held_out, training, advanced)
+    before, after = accuracy_of(run, assignment), accuracy_on_validation(run, tuned.network, tuned.layers)
     size = export_packed(folder / PACKED, tuned.network, tuned.layers)
-    write_text(folder / ASSIGNMENT, json.dumps(session.space.to_json(assignment), indent=1))
+    write_text(folder / ASSIGNMENT, json.dumps(run.space.to_json(assignment), indent=1))
     document = {
         "format": "clado-finetuned/1",
         "budget": budget,
-        **session.space.to_json(assignment),
+        **run.space.to_json(assignment),
         "training": asdict(training),
         "images": {
             "origin": images.origin,
@@ -148,11 +149,11 @@ def train(
     return told, receipt
 
 
-def accuracy_on_validation(session: OpenedRun, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
+def accuracy_on_validation(run: OpenedRun, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
     """Accuracy of a network on the run's validation set."""
-    images = session.slices.validation
-    parts = evaluation_batches(len(images), EVALUATION_BATCH)
-    return sum((count(network, layers, images, *part, reference=session.float_network) for part in parts), Counts()).accuracy()
+    images = run.slices.validation
+    batches = (count(network, layers, images, *batch, reference=run.float_network) for batch in run.evaluation.batches)
+    return sum(batches, Counts()).accuracy()
 
 
 def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, folder: Path) -> str:

@@ -5,18 +5,15 @@ from contextlib import suppress
 
 import numpy as np
 
-from clado.choosing import pareto, solvers
-from clado.choosing.program import Program
-from clado.choosing.proposals import Budget, merge_limits, program_of
+from clado.choosing.constraints import Constraint
+from clado.choosing.proposals import Budget, budget_solver, merge_limits, program_of
 from clado.choosing.smallest import Interval, MeasuredProposal, Smallest, smallest
-from clado.choosing.solvers import Solve
 from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
 from clado.records import markdown_table
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.commands.stored import StoredRun
-from flows.guard import uninterrupted
 from flows.progress import progress
 
 FIRST = 8  # budgets of the first front, per estimator
@@ -24,13 +21,13 @@ ROUNDS = 4
 FILL = 3  # budgets that fill the gap below an answer, per estimator and round
 
 
-def find(stored: StoredRun, session: OpenedRun, bound: float, top1: bool) -> Smallest:
+def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smallest:
     """Measures candidates on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
 
     `top1`: the bound is on the drop of top-1 (a fraction), which needs labels; else on the increase of cross entropy, or of KL
     to the float network where there are no labels.
     """
-    images, space = session.slices.selection, session.space
+    images, space = run.slices.selection, run.space
     if len(images) < 2:
         raise DataError(
             "no images are left over to choose on; lower data.sensitivity_images or data.calibration_images, or set "
@@ -38,12 +35,12 @@ def find(stored: StoredRun, session: OpenedRun, bound: float, top1: bool) -> Sma
         )
     if top1 and images.load(0, 1)[1] is None:
         raise DataError("a bound on top-1 needs labelled images; use --max-loss-increase instead")
-    float_losses, float_hits = per_image(session.float_network, {}, images)
+    float_losses, float_hits = per_image(run.float_network, {}, images)
     measured = 0
 
     def measure(assignment: Assignment) -> Interval:
         nonlocal measured
-        losses, hits = per_image(*session.deployed(assignment), images, reference=session.float_network)
+        losses, hits = per_image(*run.preparation.deployed(assignment), images, reference=run.float_network)
         measured += 1
         advance(1)
         return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
@@ -67,33 +64,34 @@ def find(stored: StoredRun, session: OpenedRun, bound: float, top1: bool) -> Sma
 def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
     """The least size that an estimator reaches, the largest that the run's limit on it allows, and what solves for every
     estimator's optimum at each size between: programs and convexification are made once."""
-    space, settings = stored.measured.space, stored.config.solver
-    prepared: list[tuple[Program, Solve]] = []
-    largest = Budget("size", space.size_bytes(space.widest)).limit(space)
-    limits = merge_limits(largest, stored.limits)  # that on the size is the first
-    for matrix in stored.matrices().values():
-        program = program_of(matrix, limits)
-        prepared.append((program, uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))))
+    space = stored.measured.space
+    matrices = stored.matrices.named.values()
+    solvers = [budget_solver(matrix, stored.prepare) for matrix in matrices]
+
+    def limits_at(size: int) -> list[Constraint]:
+        return merge_limits(Budget("size", size).limit(space), stored.limits)  # that on the size is the first
 
     def solve(sizes: Sequence[int]) -> list[Assignment]:
-        found: list[Assignment] = []
-        for program, solve in prepared:
-            for size in pareto.within_reach(program, "size", sizes):
+        assignments: list[Assignment] = []
+        for solver in solvers:
+            for size in sizes:
                 with suppress(InfeasibleError):  # forbidden pairs or other limits leave nothing there
-                    found.append(solve(program.with_bounds({"size": size})).assignment)
-        return found
+                    assignments.append(solver(Budget("size", size), limits_at(size)).assignment)
+        return assignments
 
-    least = min(space.size_bytes(program.assignment(program.narrowest)) for program, _ in prepared)
-    return least, int(limits[0].bound), solve
+    largest = limits_at(space.size_bytes(space.widest))
+    programs = [program_of(matrix, largest) for matrix in matrices]
+    least = min(space.size_bytes(program.assignment(program.narrowest)) for program in programs)
+    return least, int(largest[0].bound), solve
 
 
-def text(found: Smallest, session: OpenedRun, top1: bool) -> str:
+def text(found: Smallest, run: OpenedRun, top1: bool) -> str:
     """The answer and its neighbours for the terminal."""
     what, scale = ("top-1 drop %", 100.0) if top1 else ("loss increase", 1.0)
 
     def row(name: str, candidate: MeasuredProposal) -> list[str]:
         m = candidate.measured
-        bits = session.space.average_bits(candidate.assignment)
+        bits = run.space.average_bits(candidate.assignment)
         inside = "within" if m.high <= found.bound else "above"
         interval = f"{scale * m.low:.4f} to {scale * m.high:.4f}"
         return [name, f"{candidate.size_bytes:,}", f"{bits:.3f}", f"{scale * m.mean:.4f}", interval, inside]

@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from clado.choosing import pareto, solvers
@@ -13,22 +14,25 @@ from clado.choosing.constraints import Constraint
 from clado.choosing.program import Program, Solution
 from clado.choosing.proposals import (
     Budget,
+    Matrices,
+    Optima,
     Proposal,
-    extra_matrices,
+    each_budget,
     merge_limits,
     program_of,
+    propose,
     propose_uncorrected,
-    widest_uniform,
 )
 from clado.choosing.solvers import Solve
-from clado.errors import ConfigurationError, DataError, InfeasibleError
-from clado.evaluation import Counts, evaluation_batches
+from clado.errors import ConfigurationError, DataError
+from clado.evaluation import Counts
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import Plan
 from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result, RunRecord, markdown_table, percent, write_text
-from clado.run.opened_run import EVALUATION_BATCH, OpenedRun, limit_of, limits_of
+from clado.run.limits import limit_of, limits_of
+from clado.run.opened_run import OpenedRun
 from clado.settings.loading import load_run_config, parse_limit
 from clado.settings.schema import RunConfig
 from clado.space import Assignment
@@ -36,7 +40,7 @@ from clado.storage.measurement_store import MeasurementStore
 from clado.tracking import delivery, metrics
 from flows.commands.export import file_name
 from flows.guard import uninterrupted
-from flows.phases.run import chosen_of, with_fewer_corrections
+from flows.phases.choose import chosen_of, with_fewer_corrections
 
 
 @dataclass(frozen=True)
@@ -63,49 +67,52 @@ class StoredRun:
         """Limits that every answer must meet beside its budget."""
         return limits_of(self.config, self.measured.space)
 
-    def matrices(self) -> dict[str, InteractionMatrix]:
-        """One matrix for each estimator of the configuration."""
-        return {name: estimators.estimate(name, self.measured) for name in self.config.estimators}
+    @cached_property
+    def matrices(self) -> Matrices:
+        """The matrices of the configuration's estimators, and those beside them."""
+        return Matrices.of(self.measured, self.config.estimators)
 
-    def extra_matrices(self) -> dict[str, InteractionMatrix]:
-        """Matrices that propose beside those."""
-        return extra_matrices(self.measured, self.config.estimators)
+    def prepare(self, program: Program) -> Solve:
+        """The configuration's solver for a program; a signal ends the command."""
+        settings = self.config.solver
+        return uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
+
+    def propose(self, budgets: Sequence[Budget], optima: Optima = each_budget) -> list[Proposal]:
+        """Uniform bits and the optimum of every matrix for budgets, and what is proposed without corrections."""
+        proposals = propose(self.matrices.every, budgets, self.prepare, self.limits, optima=optima)
+        reported = (UNIFORM, *self.matrices.named)
+        proposals = [replace(proposal, reported=proposal.method in reported) for proposal in proposals]
+        return proposals + self.uncorrected(budgets)
 
     def uncorrected(self, budgets: Sequence[Budget]) -> list[Proposal]:
         """What is proposed without corrections, for solver time only."""
+        return propose_uncorrected(self.matrices.uncorrected, budgets, self.prepare, self.limits)
+
+    def solve(self, budget: Budget, limits: Sequence[str] = ()) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
+        """(estimator, its matrix, its optimum) for a budget and more limits, each KIND=BOUND or KIND=BOUND:CSV."""
         settings = self.config.solver
-
-        def prepare(program: Program) -> Solve:
-            return uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
-
-        return propose_uncorrected(estimators.uncorrected(self.measured), budgets, prepare, self.limits)
-
-    def solve(
-        self, budget: Budget, further: Sequence[str] = (), matrices: Mapping[str, InteractionMatrix] | None = None
-    ) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
-        """(estimator, its matrix, its optimum) for a budget and further limits, each KIND=BOUND or KIND=BOUND:CSV; of the
-        configuration's estimators unless `matrices` are given."""
-        settings = self.config.solver
-        extra = self._further(further)
-        for name, matrix in (self.matrices() if matrices is None else matrices).items():
-            program = program_of(matrix, merge_limits(budget.limit(matrix.space), [*self.limits, *extra]))
+        for name, matrix in self.matrices.named.items():
+            program = program_of(matrix, self.limits_of(budget, limits))
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
-    def rivals(self, matrix: InteractionMatrix, budget: Budget, further: Sequence[str] = ()) -> dict[str, Solution]:
+    def rivals(self, matrix: InteractionMatrix, budget: Budget, limits: Sequence[str] = ()) -> dict[str, Solution]:
         """What layerwise and greedy answer under the same limits, scored on the same matrix."""
-        program = program_of(matrix, merge_limits(budget.limit(matrix.space), [*self.limits, *self._further(further)]))
+        program = program_of(matrix, self.limits_of(budget, limits))
         return {
             "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
             "greedy": solvers.solve(program, "greedy"),
         }
 
-    def _further(self, limits: Sequence[str]) -> list[Constraint]:
-        return [limit_of(parse_limit(limit), self.config, self.measured.space) for limit in limits]
+    def limits_of(self, budget: Budget, limits: Sequence[str]) -> list[Constraint]:
+        """A budget, the run's own limits, and those of a command line."""
+        space = self.measured.space
+        more = [limit_of(parse_limit(limit), self.config, space) for limit in limits]
+        return merge_limits(budget.limit(space), [*self.limits, *more])
 
     def smallest_predicted(self, increase: float) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
         """(estimator, its matrix, its smallest assignment in bytes whose predicted increase stays under a bound)."""
         settings, space = self.config.solver, self.measured.space
-        matrices = {name: matrix for name, matrix in self.matrices().items() if not matrix.ranking_only}
+        matrices = {name: matrix for name, matrix in self.matrices.named.items() if not matrix.ranking_only}
         if not matrices:
             raise ConfigurationError(
                 f"{', '.join(self.config.estimators)} order assignments and predict no loss; expected a bound on a measured "
@@ -133,7 +140,7 @@ class StoredRun:
 def score_text(stored: StoredRun, assignment: Assignment) -> str:
     """What each of the run's matrices predicts for an assignment."""
     space = stored.measured.space
-    rows = [[name, predicted_text(m, m.predicted_increase(assignment), 5)] for name, m in stored.matrices().items()]
+    rows = [[name, predicted_text(m, m.predicted_increase(assignment), 5)] for name, m in stored.matrices.named.items()]
     size = f"{space.size_bytes(assignment):,} bytes, {space.average_bits(assignment):.3f} bits a weight"
     return f"{markdown_table(['estimator', 'predicted loss'], rows)}\n{size}\n  {assignment}"
 
@@ -163,13 +170,13 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
     return "\n".join(lines)
 
 
-def recorded(stored: StoredRun, session: OpenedRun) -> list[Proposal]:
+def recorded(stored: StoredRun, run: OpenedRun) -> list[Proposal]:
     """What the run proposed for its budgets, variants and searches included; nothing where it did not come that far."""
     if not (stored.folder / "record.json").is_file():
         return []
-    budgets = {budget.name: budget for budget in session.budgets}
+    budgets = {budget.name: budget for budget in run.budgets}
     record = RunRecord.load(stored.folder / "record.json")
-    if record.layer_names != session.space.names:  # of before a layer was added, and not written anew since
+    if record.layer_names != run.space.names:  # of before a layer was added, and not written anew since
         return []
     rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
     proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
@@ -181,112 +188,73 @@ def recorded(stored: StoredRun, session: OpenedRun) -> list[Proposal]:
     ]
     # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
     # solved anew
-    fit = {budget: merge_limits(budget.limit(session.space), stored.limits) for budget in session.budgets}
+    fit = {budget: merge_limits(budget.limit(run.space), stored.limits) for budget in run.budgets}
     unfit = {
         p.budget
         for p in proposals
-        if p.method != UNIFORM and not all(limit.holds(session.space, p.assignment) for limit in fit[p.budget])
+        if p.method != UNIFORM and not all(limit.holds(run.space, p.assignment) for limit in fit[p.budget])
     }
     return [p for p in proposals if p.budget not in unfit]
 
 
-def proposals_of(stored: StoredRun, session: OpenedRun, wanted: Sequence[Budget]) -> list[Proposal]:
+def proposals_of(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Proposal]:
     """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
-    space, proposals = stored.measured.space, recorded(stored, session)
+    proposals = recorded(stored, run)
     known = {proposal.budget for proposal in proposals}
-    for budget in wanted:
+    for budget in dict.fromkeys(wanted):
         if budget not in known:
-            uniform = widest_uniform(space, merge_limits(budget.limit(space), stored.limits))
-            proposals.append(Proposal(budget, UNIFORM, uniform))
-            proposals += _solved(stored, budget)
+            proposals += stored.propose([budget])
     return proposals
 
 
-def _solved(stored: StoredRun, budget: Budget) -> list[Proposal]:
-    """Every estimator's proposal for a budget, of those that reach it without what is quarantined or forbidden."""
-    named, found = stored.matrices(), list[Proposal]()
-    without_answer: list[InfeasibleError] = []
-    for name, matrix in {**named, **stored.extra_matrices()}.items():
-        try:
-            ((_, _, solution),) = stored.solve(budget, matrices={name: matrix})
-        except InfeasibleError as error:
-            without_answer.append(error)
-            continue
-        predicted = matrix.loss_of(solution.objective)
-        found.append(Proposal(budget, name, solution.assignment, predicted, solution, reported=name in named))
-    if not found:
-        raise without_answer[0]
-    return [*found, *stored.uncorrected([budget])]
-
-
-def chosen_among(stored: StoredRun, session: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
-    """One result for each listed proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
+def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
+    """One result for each reported proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
     where it is known, else measured here."""
-    evaluation_cache = session.evaluation_cache("sensitivity")
+    cache = run.evaluation.cache("sensitivity")
 
-    def measured(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
-        found: dict[Assignment, Counts] = {}
-        for assignment in assignments:
-            counts = evaluation_cache.get(assignment)
-            if counts is None:
-                counts = session.loss(assignment)
-                evaluation_cache.put(assignment, counts)
-            found[assignment] = counts
-        return found
+    def losses(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
+        return cache.read_or_measure(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
 
-    counts = measured(list(dict.fromkeys(proposal.assignment for proposal in proposals)))
-    return chosen_of(session, with_fewer_corrections(session, proposals, counts, measured), counts)
+    counts = losses([proposal.assignment for proposal in proposals])
+    return chosen_of(run, with_fewer_corrections(run, proposals, counts, losses), counts)
 
 
-def answers(stored: StoredRun, session: OpenedRun, wanted: Sequence[Budget]) -> list[Result]:
+def answers(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Result]:
     """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, as long as it is measured to be
     what it was: what is exported is what the record says."""
-    rows = chosen_among(stored, session, proposals_of(stored, session, wanted))
+    rows = chosen_among(run, proposals_of(stored, run, wanted))
     before: dict[str, Result] = {}
-    if own := {proposal.budget.name for proposal in recorded(stored, session)}:
-        evaluation_cache = session.evaluation_cache("sensitivity")
+    if solved := {proposal.budget.name for proposal in recorded(stored, run)}:
+        cache = run.evaluation.cache("sensitivity")
         for row in RunRecord.load(stored.folder / "record.json").results:
-            counts = evaluation_cache.get(row.assignment) if row.method == CHOSEN and row.budget in own else None
+            counts = cache.get(row.assignment) if row.method == CHOSEN and row.budget in solved else None
             if counts is not None and math.isclose(counts.accuracy().loss, row.loss_deployed):
                 before[row.budget] = row
     return [before.get(row.budget, row) if row.method == CHOSEN else row for row in rows]
 
 
-def chosen_for(stored: StoredRun, session: OpenedRun, budget: Budget) -> Assignment:
+def chosen_for(stored: StoredRun, run: OpenedRun, budget: Budget) -> Assignment:
     """What is chosen for a budget."""
-    rows = answers(stored, session, [budget])
+    rows = answers(stored, run, [budget])
     return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
-def counts_of(session: OpenedRun, assignment: Assignment) -> Counts:
+def counts_of(run: OpenedRun, assignment: Assignment) -> Counts:
     """Counts on the validation set: read where they are known, else counted here."""
-    evaluation_cache = session.evaluation_cache("validation")
-    counts = evaluation_cache.get(assignment)
-    if counts is None:
-        counts = Counts()
-        parts = evaluation_batches(
-            len(session.slices.validation), EVALUATION_BATCH
-        )  # as the flow cuts them: the same sum, bit for bit
-        for part in parts:
-            found = evaluation_cache.get(assignment, part) or session.accuracies([assignment], *part)[0]
-            if len(parts) > 1:
-                evaluation_cache.put(assignment, found, part)
-            counts += found
-        evaluation_cache.put(assignment, counts)
-    return counts
+    return run.evaluation.validation_counts([assignment], lambda items: map(run.evaluation.count_batch, items))[assignment]
 
 
-def accuracy_of(session: OpenedRun, assignment: Assignment) -> Accuracy:
+def accuracy_of(run: OpenedRun, assignment: Assignment) -> Accuracy:
     """Accuracy on the validation set."""
-    return counts_of(session, assignment).accuracy()
+    return counts_of(run, assignment).accuracy()
 
 
-def evaluated(stored: StoredRun, session: OpenedRun, budget: Budget | None) -> list[Result]:
+def evaluated(stored: StoredRun, run: OpenedRun, budget: Budget | None) -> list[Result]:
     """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
-    wanted = [budget] if budget else list(session.budgets)
+    wanted = [budget] if budget else list(run.budgets)
     names = {asked.name for asked in wanted}
-    rows = answers(stored, session, wanted)
-    return [replace(row, validation=accuracy_of(session, row.assignment)) for row in rows if row.budget in names]
+    rows = answers(stored, run, wanted)
+    return [replace(row, validation=accuracy_of(run, row.assignment)) for row in rows if row.budget in names]
 
 
 def evaluation_text(rows: Sequence[Result]) -> str:
@@ -321,15 +289,15 @@ def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget |
     )
 
 
-def per_class_csv(session: OpenedRun, rows: Sequence[Result]) -> str:
+def per_class_csv(run: OpenedRun, rows: Sequence[Result]) -> str:
     """budget,method,class,name,images,top1_hits,top1 of every class that the validation set holds; the float network first."""
-    names: Sequence[str] = getattr(session.slices.validation, "classes", None) or ()
-    float_row = ("", FLOAT, session.space.nothing)
+    names: Sequence[str] = getattr(run.slices.validation, "classes", None) or ()
+    float_row = ("", FLOAT, run.space.nothing)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")  # names of classes may hold commas
     table.writerow(["budget", "method", "class", "name", "images", "top1_hits", "top1"])
     for budget, method, assignment in [float_row, *((row.budget, row.method, row.assignment) for row in rows)]:
-        counts = counts_of(session, assignment)
+        counts = counts_of(run, assignment)
         if counts.top1 is None:
             raise DataError("the validation images have no labels; expected some for an accuracy per class")
         for label, num_images, hits in counts.classes:

@@ -1,29 +1,29 @@
 """Sweep: a whole front of budgets from a run's stored measurements, each answer's loss measured."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from clado.choosing import pareto, solvers
-from clado.choosing.program import Solution
-from clado.choosing.proposals import Budget, Proposal, merge_limits, program_of, widest_uniform
+from clado.choosing import pareto
+from clado.choosing.constraints import Constraint
+from clado.choosing.program import Program, Solution
+from clado.choosing.proposals import Budget, Proposal, program_of
+from clado.choosing.solvers import Solve
 from clado.errors import InfeasibleError
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import CHOSEN, UNIFORM, Receipt, Result, RunRecord, markdown_table, write_text
+from clado.records import CHOSEN, Receipt, Result, RunRecord, markdown_table, write_text
 from clado.reporting import plots, tables
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from clado.tracking import delivery
 from flows.commands.stored import StoredRun, chosen_among
-from flows.guard import uninterrupted
 from flows.progress import progress
 
 
 def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
     space = stored.measured.space
-    named = stored.matrices()
-    matrices = {**named, **stored.extra_matrices()}
+    matrices = stored.matrices.every
     # without what is quarantined; every matrix knows of that
     narrowest = [program.assignment(program.narrowest) for program in (program_of(m, []) for m in matrices.values())]
     smallest = min(_bound(stored, kind, assignment) for assignment in narrowest)
@@ -33,39 +33,32 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
     budgets = [
         Budget(kind, math.ceil(b * 1e4) / 1e4 if kind in ("average_bits", "relative_size") else math.ceil(b)) for b in bounds
     ]
-    proposals = []
     with progress("solving", len(matrices)) as advance:
-        for budget in budgets:
-            fit = merge_limits(budget.limit(space), stored.limits)
-            proposals.append(Proposal(budget, UNIFORM, widest_uniform(space, fit)))
-        without_answer: list[InfeasibleError] = []  # of a matrix that what has no finite loss leaves no answer
-        for name, matrix in matrices.items():
-            try:
-                front = _front(stored, matrix, budgets)
-            except InfeasibleError as error:
-                without_answer.append(error)
-                front = []
-            proposals += [
-                Proposal(budget, name, s.assignment, matrix.loss_of(s.objective), s, reported=name in named)
-                for budget, s in front
-            ]
+
+        def swept(
+            matrix: InteractionMatrix, fit: Mapping[Budget, Sequence[Constraint]], prepare: Callable[[Program], Solve]
+        ) -> Iterator[tuple[Budget, Solution | InfeasibleError]]:
+            yield from sweep_optima(matrix, fit, prepare)
             advance(1)
-        if len(without_answer) == len(matrices):
-            raise without_answer[0]
-    return proposals + stored.uncorrected(budgets)
+
+        return stored.propose(budgets, swept)
 
 
-def _front(stored: StoredRun, matrix: InteractionMatrix, budgets: Sequence[Budget]) -> list[tuple[Budget, Solution]]:
-    """A matrix's optimum at each of the budgets, in ascending order, that it reaches; InfeasibleError where it reaches none."""
-    settings = stored.config.solver
-    limits = [merge_limits(budget.limit(matrix.space), stored.limits) for budget in budgets]
-    program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
-    solve = uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
-    by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
-    for limit, budget in zip(limits, budgets, strict=True):
-        by_bound.setdefault(limit[0].bound, []).append(budget)
-    points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), solve)
-    return [(budget, point.solution) for point in points for budget in by_bound[point.bound]]
+def sweep_optima(
+    matrix: InteractionMatrix, fit: Mapping[Budget, Sequence[Constraint]], prepare: Callable[[Program], Solve]
+) -> Iterator[tuple[Budget, Solution | InfeasibleError]]:
+    """A matrix's optimum at each of the budgets, in ascending order, that it reaches; of `proposals.Optima`."""
+    limits = list(fit.values())
+    try:
+        program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
+        by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
+        for budget, of_budget in fit.items():
+            by_bound.setdefault(of_budget[0].bound, []).append(budget)
+        points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), prepare(program))
+    except InfeasibleError as error:
+        yield from ((budget, error) for budget in fit)
+    else:
+        yield from ((budget, point.solution) for point in points for budget in by_bound[point.bound])
 
 
 def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
@@ -79,14 +72,14 @@ def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
     return Budget(kind, math.inf).limit(space).value(space, assignment)
 
 
-def sweep(stored: StoredRun, session: OpenedRun, kind: str, count: int) -> tuple[str, Receipt]:
+def sweep(stored: StoredRun, run: OpenedRun, kind: str, count: int) -> tuple[str, Receipt]:
     """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
     folder = stored.folder / "sweep"
     finished = RunRecord.load(stored.folder / "record.json")  # refused before anything is solved
     proposals = propose_front(stored, kind, count)
-    rows = chosen_among(stored, session, proposals)
-    evaluation_cache = session.evaluation_cache("validation")
-    known = {row.assignment: counts.accuracy() for row in rows if (counts := evaluation_cache.get(row.assignment)) is not None}
+    rows = chosen_among(run, proposals)
+    cache = run.evaluation.cache("validation")
+    known = {row.assignment: counts.accuracy() for row in rows if (counts := cache.get(row.assignment)) is not None}
     results = tuple(replace(row, validation=known.get(row.assignment)) for row in rows)
     notes = (f"a sweep of {count} budgets ({kind})",)
     record = replace(finished, results=results, seconds={}, notes=notes, measured_proposals=(), searches=(), stability=())

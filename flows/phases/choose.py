@@ -1,51 +1,114 @@
-"""Allocate: matrices become proposals, proposals are measured, the best are searched around."""
+"""Choose: matrices become proposals, proposals are measured, the best are searched around, and one is chosen for each budget."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from clado.choosing import proposals, solvers
 from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import Searched, local_search
 from clado.choosing.local_search import search as search_around
 from clado.choosing.program import Program, Solution
-from clado.choosing.proposals import Budget, Proposal, merge_limits, program_of
+from clado.choosing.proposals import Budget, Matrices, Proposal, Score, merge_limits, program_of
 from clado.choosing.solvers import Solve
 from clado.choosing.stability import stability
 from clado.errors import CladoError, InfeasibleError
 from clado.evaluation import Counts
 from clado.interaction import estimators
+from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import CHOSEN, LOCAL_SEARCH, MeasuredProposal, SearchSummary, Stability, write_text
+from clado.records import CHOSEN, LOCAL_SEARCH, Result, Stability, write_text
+from clado.run.evaluation import Variant
+from clado.run.opened_run import OpenedRun
 from clado.space import Assignment, SearchSpace
-from clado.storage.evaluation_cache import EvaluationCache
 from flows import worker
+from flows.clock import Clock
+from flows.clusters import Workers
 from flows.guard import uninterrupted
-from flows.phases.run import Run, with_fewer_corrections
 from flows.progress import progress
 
 VARIANT_SECONDS = 10.0  # a variant only competes: it gets less time for one budget than an answer of its own
 
 
-@task(name="allocate", cache_policy=NO_CACHE, persist_result=False)
-def allocate(run: Run) -> None:
-    """Solves the program of every matrix for every budget.
+@dataclass(frozen=True)
+class Choice:
+    """What was proposed, measured and chosen."""
+
+    matrices: Matrices
+    """The matrices that proposed."""
+    proposals: tuple[Proposal, ...]
+    """All proposals, those of local searches and those with fewer corrections included."""
+    losses: Mapping[Assignment, Counts]
+    """Counts of every proposal on the sensitivity set, as it ships."""
+    probe_losses: Mapping[Assignment, Counts]
+    """Counts of what is reported, as probes see it."""
+    surrogate: str
+    """The estimator that ranked the moves of the searches."""
+    searched: Mapping[Budget, Searched]
+    """What the search of each budget found."""
+    stability: tuple[Stability, ...]
+    """How far the images decide the surrogate's own answers."""
+    results: tuple[Result, ...]
+    """One row for each budget and method, and the chosen ones, as far as losses decide."""
+    notes: tuple[str, ...]
+    """What a reader of the record has to know."""
+
+
+def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -> Choice:
+    """Proposes with every estimator, measures every proposal, searches around the best, and chooses."""
+    with clock.phase("solving"):
+        matrices = estimate(run, measured)
+        candidates, notes = propose(run, matrices)
+    with clock.phase("evaluation"):
+        losses = _losses(run, workers, "proposals", [proposal.assignment for proposal in candidates])
+    with clock.phase("searching"):
+        surrogate = proposals.surrogate(matrices.every, _mean_losses(losses))
+        matrix = matrices.every[surrogate]
+        stable = _stability(run, measured, surrogate, matrix, candidates)
+        searched = search(run, workers, matrix, losses)
+        candidates += [
+            Proposal(budget, LOCAL_SEARCH, assignment, predicted_loss(matrix, assignment), reported=False)
+            for budget, of_budget in searched.items()
+            for assignment in of_budget.tried
+        ]
+        candidates = with_fewer_corrections(
+            run, candidates, losses, lambda absent: _losses(run, workers, "fewer corrections", absent)
+        )
+        results = chosen_of(run, candidates, losses)
+        notes += [
+            f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
+            for row in results
+            if row.method == CHOSEN and not isfinite(row.loss_deployed)
+        ]
+        probe_losses = losses
+        if run.evaluation.has_probe_model:  # of what is reported
+            probe_losses = _losses(run, workers, "as probed", [row.assignment for row in results], "probe_model")
+    return Choice(matrices, tuple(candidates), losses, probe_losses, surrogate, searched, stable, tuple(results), tuple(notes))
+
+
+def estimate(run: OpenedRun, measured: Measured) -> Matrices:
+    """Lets every estimator make its matrix; keeps those of the named ones as .npz files."""
+    matrices = Matrices.of(measured, run.config.estimators)
+    for name, matrix in matrices.named.items():
+        matrix.save(run.folder / "matrices" / f"{name}.npz")
+    return matrices
+
+
+def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[str]]:
+    """(every proposal for every budget, notes).
 
     Ctrl-C or SIGTERM while one is solved ends the run; the best assignment found until then is kept, and the next run starts
     that search from it.
     """
-    settings, budgets, limits = run.session.config.solver, run.session.budgets, run.session.limits
-    incumbent = run.session.folder / "solutions" / "incumbent.json"
-    incumbents = _read_incumbent(incumbent, run.session.space)
+    settings, budgets, limits = run.config.solver, run.budgets, run.limits
+    incumbent = run.folder / "solutions" / "incumbent.json"
+    incumbents = _read_incumbent(incumbent, run.space)
+    notes: list[str] = []
 
     def keep(best: Solution) -> None:
-        write_text(incumbent, json.dumps(run.session.space.to_json(best.assignment), indent=1))
+        write_text(incumbent, json.dumps(run.space.to_json(best.assignment), indent=1))
 
     def prepare(program: Program) -> Solve:
         solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
@@ -59,19 +122,18 @@ def allocate(run: Run) -> None:
         return uninterrupted(solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS)))
 
     def without_answer(budget: Budget, method: str, error: InfeasibleError) -> None:
-        run.notes.append(f"{budget.name}: {method} has no answer without what has no finite loss ({error})")
+        notes.append(f"{budget.name}: {method} has no answer without what has no finite loss ({error})")
 
-    with progress("solving", len(run.matrices) * len(budgets)) as advance:
-        run.proposals = proposals.propose(
-            run.matrices, budgets, prepare, limits, lambda budget, method: advance(1), without_answer
-        )
-    run.proposals += proposals.propose_variants(run.matrices, budgets, prepare_variant, limits, run.extra_matrices)
-    run.proposals += proposals.propose_uncorrected(run.uncorrected, budgets, prepare_variant, limits)
+    with progress("solving", len(matrices.named) * len(budgets)) as advance:
+        proposed = proposals.propose(matrices.named, budgets, prepare, limits, lambda budget, method: advance(1), without_answer)
+    proposed += proposals.propose_variants(matrices.named, budgets, prepare_variant, limits, matrices.extra)
+    proposed += proposals.propose_uncorrected(matrices.uncorrected, budgets, prepare_variant, limits)
     incumbent.unlink(missing_ok=True)
-    for name, matrix in run.matrices.items():
+    for name, matrix in matrices.named.items():
         if matrix.convexity == "clip_psd":
             share = matrix.negative_share()
-            run.notes.append(f"{name}: {100 * share:.1f} % of the eigenvalues' weight was negative and clipped before solving")
+            notes.append(f"{name}: {100 * share:.1f} % of the eigenvalues' weight was negative and clipped before solving")
+    return proposed, notes
 
 
 def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
@@ -82,58 +144,49 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
         return []
 
 
-@task(name="measure_proposals", cache_policy=NO_CACHE, persist_result=False)
-def measure_proposals(run: Run) -> None:
-    """Measures the true loss of each distinct proposal on the sensitivity set, once, as it ships."""
-    distinct = list(dict.fromkeys(proposal.assignment for proposal in run.proposals))
-    with progress("proposals", len(distinct)) as advance:
-        run.losses = _measured(run, run.session.evaluation_cache("sensitivity"), worker.measure_loss, distinct, advance)
+def _losses(
+    run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment], variant: Variant = "deployed"
+) -> dict[Assignment, Counts]:
+    """Counts of each distinct assignment on the sensitivity set: read where they are known, else measured by the workers."""
+    with progress(what, len(set(assignments))) as advance:
+        return _read_or_measure(run, workers, assignments, advance, variant)
 
 
-@task(name="search", cache_policy=NO_CACHE, persist_result=False)
-def search(run: Run) -> None:
-    """Searches around the best candidate of every budget, all budgets side by side; what is found competes as a proposal."""
-    session, settings = run.session, run.session.config.search
-    losses = {assignment: counts.accuracy().loss for assignment, counts in run.losses.items()}
-    run.surrogate = proposals.surrogate({**run.matrices, **run.extra_matrices}, losses)
-    run.stability = _stability(run)
-    matrix = _surrogate(run)
-    fit = {budget: merge_limits(budget.limit(session.space), session.limits) for budget in session.budgets}
+def _read_or_measure(
+    run: OpenedRun,
+    workers: Workers,
+    assignments: Sequence[Assignment],
+    advance: Callable[[float], None],
+    variant: Variant = "deployed",
+) -> dict[Assignment, Counts]:
+    function = worker.measure_loss if variant == "deployed" else worker.measure_probe_loss
+    cache = run.evaluation.cache("sensitivity", variant)
+    return cache.read_or_measure(assignments, lambda absent: workers.map(function, run.config, absent), advance)
+
+
+def _mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]:
+    return {assignment: of_assignment.accuracy().loss for assignment, of_assignment in counts.items()}
+
+
+def search(
+    run: OpenedRun, workers: Workers, surrogate: InteractionMatrix, losses: dict[Assignment, Counts]
+) -> dict[Budget, Searched]:
+    """Searches around the best candidate of every budget, all budgets side by side. `losses` is filled with what is measured."""
+    settings, known = run.config.search, _mean_losses(losses)
+    fit = {budget: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
     searches = {
-        budget: search_around(program, losses, settings.evaluations, settings.batch)
+        budget: search_around(program, known, settings.evaluations, settings.batch)
         for budget, limits in fit.items()
-        if settings.evaluations and (program := _searchable(matrix, limits, losses)) is not None
+        if settings.evaluations and (program := _searchable(surrogate, limits, known)) is not None
     }
     with progress("searching", len(searches) * settings.evaluations or 1) as advance:
 
-        def measure_losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
-            found = _measured(run, session.evaluation_cache("sensitivity"), worker.measure_loss, assignments, advance)
-            run.losses |= found
-            return {assignment: counts.accuracy().loss for assignment, counts in found.items()}
+        def measure_losses(assignments: Sequence[Assignment]) -> dict[Assignment, float]:
+            counts = _read_or_measure(run, workers, assignments, advance)
+            losses.update(counts)
+            return _mean_losses(counts)
 
-        run.searched = local_search(searches, measure_losses)
-    run.proposals += [
-        Proposal(budget, LOCAL_SEARCH, assignment, _predicted(matrix, assignment), reported=False)
-        for budget, searched in run.searched.items()
-        for assignment in searched.tried
-    ]
-
-    def measure_fewer(lacking: Sequence[Assignment]) -> dict[Assignment, Counts]:
-        with progress("fewer corrections", len(lacking)) as advance:
-            return _measured(run, session.evaluation_cache("sensitivity"), worker.measure_loss, lacking, advance)
-
-    run.proposals = with_fewer_corrections(session, run.proposals, run.losses, measure_fewer)
-    run.notes += [
-        f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
-        for row in run.results()
-        if row.method == CHOSEN and not isfinite(row.loss_deployed)
-    ]
-    run.probe_losses = run.losses
-    if session.has_probe_model:  # of what is reported
-        reported = list(dict.fromkeys(row.assignment for row in run.results()))
-        with progress("as probed", len(reported)) as advance:
-            evaluation_cache = session.evaluation_cache("sensitivity", "probe_model")
-            run.probe_losses = _measured(run, evaluation_cache, worker.measure_probe_loss, reported, advance)
+        return local_search(searches, measure_losses)
 
 
 def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses: Iterable[Assignment]) -> Program | None:
@@ -145,95 +198,29 @@ def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses:
     return program if any(program.offers(a) and program.is_feasible(program.choices(a)) for a in losses) else None
 
 
-def _stability(run: Run) -> tuple[Stability, ...]:
+def _stability(
+    run: OpenedRun, measured: Measured, name: str, surrogate: InteractionMatrix, candidates: Iterable[Proposal]
+) -> tuple[Stability, ...]:
     """How far the images decide the surrogate's own answer to each budget, which need not be the chosen one."""
-    if run.measured is None:
-        return ()
-    name, session = run.surrogate, run.session
-    fit = {budget.name: merge_limits(budget.limit(session.space), session.limits) for budget in session.budgets}
-    answers = {p.budget.name: p.assignment for p in run.proposals if p.method == name}
-    full = _surrogate(run)
+    answers = {proposal.budget.name: proposal.assignment for proposal in candidates if proposal.method == name}
+    fit = {budget.name: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
 
-    def estimate(resample: estimators.Measured) -> InteractionMatrix:
+    def estimated(resample: Measured) -> InteractionMatrix:
         matrix = estimators.estimate(name, resample)
         matrix = matrix.clip_psd() if matrix.convexity == "clip_psd" else matrix  # once for all budgets
         # a block whose loss is not finite may not be drawn: what the run may not choose, no resample may
-        return replace(matrix, quarantined=full.quarantined, forbidden=full.forbidden)
+        return replace(matrix, quarantined=surrogate.quarantined, forbidden=surrogate.forbidden)
 
     return stability(
-        run.measured,
-        estimate,
+        measured,
+        estimated,
         lambda matrix, budget: program_of(matrix, fit[budget], "raw"),
         answers,
-        seed=run.session.config.data.seed,
+        seed=run.config.data.seed,
     )
 
 
-def summaries(run: Run) -> tuple[SearchSummary, ...]:
-    """What each budget's search started from and gained."""
-    return tuple(
-        SearchSummary(
-            budget.name,
-            run.surrogate,
-            _proposer(run.proposals, budget, searched),
-            searched.start_loss,
-            searched.best_loss,
-            searched.gain,
-            len(searched.tried),
-        )
-        for budget, searched in run.searched.items()
-    )
-
-
-def measured_proposals(run: Run) -> tuple[MeasuredProposal, ...]:
-    """All that was measured for each budget: proposals, variants, and what the search tried, in its order."""
-    space, predictor = run.session.space, _predictor(run)
-
-    def candidate(budget: Budget, origin: str, assignment: Assignment, predicted: float | None) -> MeasuredProposal:
-        counts = run.losses[assignment]
-        loss, brier, by = counts.accuracy().loss, counts.mean_brier, ""
-        if predicted is None and predictor is not None and (predicted := _predicted(predictor, assignment)) is not None:
-            by = predictor.estimator
-        return MeasuredProposal(
-            budget.name,
-            origin,
-            assignment,
-            space.size_bytes(assignment),
-            loss if isfinite(loss) else None,
-            predicted,
-            brier if isfinite(brier) else None,
-            float(counts.each_hit.mean()),
-            by,
-        )
-
-    return tuple(
-        candidate(budget, p.method, p.assignment, p.loss_predicted)
-        for budget in dict.fromkeys(proposal.budget for proposal in run.proposals)
-        for p in run.proposals
-        if p.budget == budget
-    )
-
-
-def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched) -> str:
-    """Who proposed what a search started from: for its own budget, or for another."""
-    makers = [p for p in proposals if p.assignment == searched.start and p.method != LOCAL_SEARCH]
-    own = next((p.method for p in makers if p.budget == budget), None)
-    return own or f"{makers[0].method} for {makers[0].budget.name}"
-
-
-def _surrogate(run: Run) -> InteractionMatrix:
-    """The matrix that ranks moves."""
-    return {**run.matrices, **run.extra_matrices}[run.surrogate]
-
-
-def _predictor(run: Run) -> InteractionMatrix | None:
-    """The matrix that predicts losses where the one that proposed has none: the first by `Estimator.prediction_order`."""
-    known = {**run.matrices, **run.extra_matrices}
-    names = sorted(known, key=lambda name: estimators.estimator_of(name).prediction_order)
-    return next((known[name] for name in names if not known[name].ranking_only), None)
-
-
-def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
+def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
     """A matrix's prediction of an assignment's loss, where it predicts one. It knows of corrected layers alone."""
     if assignment.corrected == "none":
         return None
@@ -241,25 +228,35 @@ def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | Non
     return matrix.loss_of(increase) if isfinite(increase) else None
 
 
-def _measured(
-    run: Run,
-    evaluation_cache: EvaluationCache,
-    function: Callable[[dict[str, Any], Assignment], tuple[Assignment, Counts]],
-    assignments: Iterable[Assignment],
-    advance: Callable[[float], None],
-) -> dict[Assignment, Counts]:
-    """Counts of each assignment: read where they are known, else measured by the workers and kept."""
-    known: dict[Assignment, Counts] = {}
-    todo: list[Assignment] = []
-    for assignment in assignments:
-        counts = evaluation_cache.get(assignment)
-        if counts is None:
-            todo.append(assignment)
-        else:
-            known[assignment] = counts
-            advance(1)
-    for assignment, counts in run.workers.map(function, run.session.config, todo):
-        evaluation_cache.put(assignment, counts)
-        known[assignment] = counts
-        advance(1)
-    return known
+def chosen_of(run: OpenedRun, candidates: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
+    """One row for each reported proposal, and the chosen ones, by what was measured on the sensitivity set."""
+    scores = {assignment: Score(of_one.mean_brier, of_one.each_hit) for assignment, of_one in counts.items()}
+    return proposals.choose(run.space, candidates, _mean_losses(counts), run.limits, scores)
+
+
+def with_fewer_corrections(
+    run: OpenedRun,
+    candidates: Sequence[Proposal],
+    counts: dict[Assignment, Counts],
+    measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
+) -> list[Proposal]:
+    """The proposals, and what would be chosen of them deployed with fewer corrections, until that chooses nothing new.
+
+    Args:
+        run: The run.
+        candidates: All measured proposals.
+        counts: What was measured of each; filled with what is measured here.
+        measure: Counts on the sensitivity set.
+    """
+    proposed = list(candidates)
+    while True:
+        chosen = {row.assignment for row in chosen_of(run, proposed, counts) if row.method == CHOSEN}
+        others = {a: [b for b in run.evaluation.other_corrections(a) if b not in counts] for a in chosen}
+        if not any(others.values()):
+            return proposed
+        counts |= measure(list(dict.fromkeys(b for variants in others.values() for b in variants)))
+        proposed += [
+            replace(proposal, assignment=other, loss_predicted=None, solution=None, reported=False)
+            for proposal in proposed
+            for other in others.get(proposal.assignment, ())
+        ]

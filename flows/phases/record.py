@@ -1,96 +1,192 @@
-"""Record: what was found becomes a file, plots, exported networks and an MLflow run."""
+"""Record: what was found becomes a record, tables, plots and exported networks."""
 
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
-
 import clado
+from clado.choosing.local_search import Searched
+from clado.choosing.proposals import Budget, Proposal
 from clado.errors import NetworkError
+from clado.evaluation import Counts
 from clado.exporting.model import export_model
 from clado.interaction import estimators
+from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
-from clado.records import CHOSEN, Receipt, Result, RunRecord, write_text
+from clado.records import CHOSEN, LOCAL_SEARCH, MeasuredProposal, Result, RunRecord, SearchSummary, write_text
 from clado.reporting import page, plots, tables
 from clado.run.opened_run import OpenedRun
-from clado.tracking import delivery, notes
-from flows import artifacts
+from clado.space import Assignment
 from flows.commands.export import budget_folder, export, model_folder
-from flows.phases.choose import measured_proposals, summaries
-from flows.phases.run import Run
+from flows.phases.choose import Choice, predicted_loss
 
-LIBRARIES = ("torchvision", "zarr", "distributed", "prefect", "pyscipopt", "mlflow")  # beside those of OpenedRun.provenance
+LIBRARIES = ("torchvision", "zarr", "distributed", "prefect", "pyscipopt", "mlflow")  # beside those of RunIdentity.provenance
 
 
-def record_of(run: Run) -> RunRecord:
+def record(
+    run: OpenedRun,
+    choice: Choice,
+    accuracies: Mapping[Assignment, Counts],
+    notes: Sequence[str] = (),
+    seconds: Mapping[str, float] | None = None,
+) -> RunRecord:
+    """Writes record.json, table.md, plots, report.html and the chosen network of every budget.
+
+    Args:
+        run: The run.
+        choice: What was chosen.
+        accuracies: Counts on the validation set.
+        notes: What phases before this one have to say, in their order.
+        seconds: Seconds of each phase.
+
+    Returns:
+        The record, as it is written.
+    """
+    chosen = [row for row in choice.results if row.method == CHOSEN]
+    notes = [*notes, *(write_models(run, chosen) if run.config.tracking.models else []), *write_exports(run, chosen)]
+    recorded = record_of(run, choice, accuracies, notes, seconds or {})
+    recorded.save(run.folder / "record.json")
+    write_text(run.folder / "table.md", tables.markdown(recorded))
+    matrices = choice.matrices.named
+    _remove_others(run.folder / "plots", plots.save_all(recorded, matrices, run.folder / "plots"))
+    _remove_others(run.folder / "matrices", [run.folder / "matrices" / f"{name}.npz" for name in matrices])
+    page.write(run.folder)
+    return recorded
+
+
+def record_of(
+    run: OpenedRun,
+    choice: Choice,
+    accuracies: Mapping[Assignment, Counts],
+    notes: Sequence[str],
+    seconds: Mapping[str, float],
+) -> RunRecord:
     """The record of a run whose proposals are measured and evaluated."""
-    session = run.session
-    probe_losses = {assignment: counts.accuracy().loss for assignment, counts in run.probe_losses.items()}
-    accuracies = {assignment: counts.accuracy() for assignment, counts in run.accuracies.items()}
+    space, config = run.space, run.config
+    validation = {assignment: counts.accuracy() for assignment, counts in accuracies.items()}
+    probe_losses = {assignment: counts.accuracy().loss for assignment, counts in choice.probe_losses.items()}
     results = tuple(
         replace(
             row,
             loss_probe_model=probe_losses.get(row.assignment),
-            validation=accuracies.get(row.assignment),
-            validation_plain=accuracies.get(row.assignment.with_corrections("none")) if session.config.corrections else None,
+            validation=validation.get(row.assignment),
+            validation_plain=validation.get(row.assignment.with_corrections("none")) if config.corrections else None,
         )
-        for row in run.results()
+        for row in choice.results
     )
-    baseline = next(iter(run.matrices.values())).baseline
-    space = session.space
-    tried = {assignment for searched in run.searched.values() for assignment in searched.tried}
-    num_images = len(session.slices.sensitivity)
-    reestimated = sum(assignment.corrected == "all" for assignment in run.losses)
-    choosing = {
-        "proposals": len(run.losses.keys() - tried) * num_images,
-        "local_search": len(tried) * num_images,
-        "batchnorm_reestimation": (1 + reestimated) * session.images_per_reestimation,
-    }
     return RunRecord(
-        network=session.loaded.description,
+        network=run.loaded.description,
         layer_names=space.names,
         layer_weights=tuple(layer.num_weights for layer in space.layers),
-        fingerprint=session.open_store().fingerprint,
-        criterion=session.config.criterion,
-        corrections=names_of(session.config.corrections),
-        imagenet=session.slices.imagenet,
-        measured_proposals=measured_proposals(run),
-        searches=summaries(run),
-        stability=run.stability,
-        baseline=baseline,
-        float_accuracy=accuracies[space.nothing],
+        fingerprint=run.identity.open_store().fingerprint,
+        criterion=config.criterion,
+        corrections=names_of(config.corrections),
+        imagenet=run.slices.imagenet,
+        measured_proposals=measured_proposals(run, choice),
+        searches=summaries(choice),
+        stability=choice.stability,
+        baseline=next(iter(choice.matrices.named.values())).baseline,
+        float_accuracy=validation[space.nothing],
         results=results,
-        seconds=run.clock.seconds,
-        forwards={
-            kind: run.session.plan.forward_images([t for t in session.plan.tiles if t.kind == kind])
-            for kind in session.plan.kinds
-        }
-        | {name: count for name, count in choosing.items() if count},
-        notes=(*session.notes, *run.notes),
+        seconds=dict(seconds),
+        forwards=forwards_of(run, choice),
+        notes=(*run.notes, *notes),
         recorded=datetime.now(UTC).isoformat(timespec="seconds"),
-        unsearched=tuple(session.float_network.coverage()),
-        provenance=provenance_of(session),
-        data=data_of(session),
+        unsearched=tuple(run.float_network.coverage()),
+        provenance=provenance_of(run),
+        data=data_of(run),
         costs={
             name: {"forwards": forwards, "backwards": backwards}
-            for name, (forwards, backwards) in estimators.costs(session.config.estimators, session.plan).items()
+            for name, (forwards, backwards) in estimators.costs(config.estimators, run.plan).items()
         },
     )
 
 
-def provenance_of(session: OpenedRun) -> dict[str, str]:
+def forwards_of(run: OpenedRun, choice: Choice) -> dict[str, int]:
+    """Forward images of each tile kind, and of choosing."""
+    plan, num_images = run.plan, len(run.slices.sensitivity)
+    tried = {assignment for searched in choice.searched.values() for assignment in searched.tried}
+    reestimated = sum(assignment.corrected == "all" for assignment in choice.losses)
+    choosing = {
+        "proposals": len(choice.losses.keys() - tried) * num_images,
+        "local_search": len(tried) * num_images,
+        "batchnorm_reestimation": (1 + reestimated) * run.preparation.images_per_reestimation,
+    }
+    measuring: dict[str, int] = {
+        kind: plan.forward_images([tile for tile in plan.tiles if tile.kind == kind]) for kind in plan.kinds
+    }
+    return {**measuring, **{name: count for name, count in choosing.items() if count}}
+
+
+def summaries(choice: Choice) -> tuple[SearchSummary, ...]:
+    """What each budget's search started from and gained."""
+    return tuple(
+        SearchSummary(
+            budget.name,
+            choice.surrogate,
+            _proposer(choice.proposals, budget, searched),
+            searched.start_loss,
+            searched.best_loss,
+            searched.gain,
+            len(searched.tried),
+        )
+        for budget, searched in choice.searched.items()
+    )
+
+
+def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched) -> str:
+    """Who proposed what a search started from: for its own budget, or for another."""
+    makers = [p for p in proposals if p.assignment == searched.start and p.method != LOCAL_SEARCH]
+    own = next((p.method for p in makers if p.budget == budget), None)
+    return own or f"{makers[0].method} for {makers[0].budget.name}"
+
+
+def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal, ...]:
+    """All that was measured for each budget: proposals, variants, and what the search tried, in its order."""
+    predictor = _predictor(choice.matrices.every)
+
+    def measured(proposal: Proposal) -> MeasuredProposal:
+        assignment, predicted = proposal.assignment, proposal.loss_predicted
+        counts, by = choice.losses[assignment], ""
+        loss, brier = counts.accuracy().loss, counts.mean_brier
+        if predicted is None and predictor is not None and (predicted := predicted_loss(predictor, assignment)) is not None:
+            by = predictor.estimator
+        return MeasuredProposal(
+            proposal.budget.name,
+            proposal.method,
+            assignment,
+            run.space.size_bytes(assignment),
+            loss if isfinite(loss) else None,
+            predicted,
+            brier if isfinite(brier) else None,
+            float(counts.each_hit.mean()),
+            by,
+        )
+
+    return tuple(
+        measured(proposal)
+        for budget in dict.fromkeys(proposal.budget for proposal in choice.proposals)
+        for proposal in choice.proposals
+        if proposal.budget == budget
+    )
+
+
+def _predictor(matrices: Mapping[str, InteractionMatrix]) -> InteractionMatrix | None:
+    """The matrix that predicts losses where the one that proposed has none: the first by `Estimator.prediction_order`."""
+    names = sorted(matrices, key=lambda name: estimators.estimator_of(name).prediction_order)
+    return next((matrices[name] for name in names if not matrices[name].ranking_only), None)
+
+
+def provenance_of(run: OpenedRun) -> dict[str, str]:
     """Versions, device, hash of the weights, and the revision of this code where it is a checkout."""
-    known = {"python": platform.python_version(), **{name: str(value) for name, value in session.provenance.items()}}
+    known = {"python": platform.python_version(), **{name: str(value) for name, value in run.identity.provenance.items()}}
     for name in LIBRARIES:
         try:
             known[name] = version(name)
@@ -98,15 +194,15 @@ def provenance_of(session: OpenedRun) -> dict[str, str]:
             continue
     return {
         **known,
-        "weights_sha256": session.loaded.weights_sha256,
+        "weights_sha256": run.loaded.weights_sha256,
         "git_revision": git_revision(Path(clado.__file__).parents[1]),
     }
 
 
-def data_of(session: OpenedRun) -> dict[str, dict[str, Any]]:
+def data_of(run: OpenedRun) -> dict[str, dict[str, Any]]:
     """Number of images and hash of each set that the run read."""
     names = ("calibration", "sensitivity", "validation")
-    slices = {name: getattr(session.slices, name) for name in names}
+    slices = {name: getattr(run.slices, name) for name in names}
     return {f"{name}_set": {"num_images": len(part), "sha256": part.sha256} for name, part in slices.items() if len(part)}
 
 
@@ -123,23 +219,6 @@ def git_revision(root: Path) -> str:
         return ""
 
 
-@task(name="record", cache_policy=NO_CACHE, persist_result=False)
-def record(run: Run) -> None:
-    """Writes record.json, table.md, plots, report.html and the chosen network of every budget."""
-    session = run.session
-    chosen = [row for row in run.results() if row.method == CHOSEN]
-    if session.config.tracking.models:
-        run.notes += write_models(session, chosen)
-    run.notes += write_exports(session, chosen)
-    found = record_of(run)
-    found.save(session.folder / "record.json")
-    write_text(session.folder / "table.md", tables.markdown(found))
-    drawn = plots.save_all(found, run.matrices, session.folder / "plots")
-    _remove_others(session.folder / "plots", drawn)
-    _remove_others(session.folder / "matrices", [session.folder / "matrices" / f"{name}.npz" for name in run.matrices])
-    page.write(session.folder)
-
-
 def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
     """Removes what an earlier run of other estimators left in a folder; all of it can be made again from the store."""
     for file in folder.iterdir():
@@ -147,80 +226,32 @@ def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
             file.unlink()
 
 
-def write_exports(session: OpenedRun, chosen: Sequence[Result]) -> list[str]:
+def write_exports(run: OpenedRun, chosen: Sequence[Result]) -> list[str]:
     """The chosen networks as safetensors, and a note of those that a torch module cannot hold."""
-    refused: dict[str, list[str]] = {}
-    for row in chosen:
-        folder = budget_folder(session, row.budget)
-        try:
-            export(session, row.assignment, folder)
-        except NetworkError as error:
-            shutil.rmtree(folder, ignore_errors=True)  # of other bits
-            refused.setdefault(str(error), []).append(row.budget)
+    refused = _written(chosen, lambda budget: budget_folder(run, budget), lambda row, folder: export(run, row.assignment, folder))
     return [f"there is no export of {', '.join(budgets)}: {reason}" for reason, budgets in refused.items()]
 
 
-def write_models(session: OpenedRun, chosen: Sequence[Result]) -> list[str]:
+def write_models(run: OpenedRun, chosen: Sequence[Result]) -> list[str]:
     """The chosen networks as MLflow gets them, and a note of those that a torch module cannot hold."""
-    refused: dict[str, list[str]] = {}
-    for row in chosen:
-        folder = model_folder(session, row.budget)
-        try:
-            export_model(folder, *session.deployed(row.assignment), session.config.network)
-        except NetworkError as error:
-            shutil.rmtree(folder, ignore_errors=True)  # what an earlier run of other bits may have left
-            refused.setdefault(str(error), []).append(row.budget)
+
+    def write(row: Result, folder: Path) -> None:
+        export_model(folder, *run.preparation.deployed(row.assignment), run.config.network)
+
+    refused = _written(chosen, lambda budget: model_folder(run, budget), write)
     return [f"MLflow gets no model of {', '.join(budgets)}: {reason}" for reason, budgets in refused.items()]
 
 
-@contextmanager
-def failure_recorded(session: OpenedRun) -> Iterator[None]:
-    """Around a run: an error goes on as it is, once MLflow and the run's failure.txt have it with its traceback."""
-    config = session.config
-    try:
-        yield
-    except Exception as error:
-        delivery.track_failure(
-            error,
-            session.folder,
-            config.model_dump(mode="json"),
-            network=session.loaded.description,
-            experiment=config.tracking.experiment,
-            uri=config.tracking.uri,
-            tags=_tags(session),
-        )
-        raise
-    (session.folder / notes.FAILURE).unlink(missing_ok=True)
-
-
-def _tags(session: OpenedRun) -> dict[str, str]:
-    """Provenance, and where Prefect has the run."""
-    return {**provenance_of(session), "prefect_flow_run_id": str(flow_run.id or "")}
-
-
-def models_of(session: OpenedRun, found: RunRecord) -> dict[str, Path]:
-    """Folders of the models that were written, by budget."""
-    folders = {budget: model_folder(session, budget) for budget in found.budgets}
-    return {budget: folder for budget, folder in folders.items() if folder.is_dir()}
-
-
-@task(name="track", cache_policy=NO_CACHE, persist_result=False)
-def track(run: Run) -> Receipt:
-    """Mirrors the record to MLflow; a tracker that does not answer is a warning, not a failure."""
-    session, config = run.session, run.session.config
-    found = RunRecord.load(session.folder / "record.json")
-    receipt = delivery.track(
-        found,
-        session.folder,
-        config.model_dump(mode="json"),
-        experiment=config.tracking.experiment,
-        uri=config.tracking.uri,
-        tags=_tags(session),
-        matrices={name: session.folder / "matrices" / f"{name}.npz" for name in run.matrices},
-        plots=sorted((session.folder / "plots").glob("*.png")),
-        exports={b: folder for b in found.budgets if (folder := budget_folder(session, b)).is_dir()},
-        models=models_of(session, found) if config.tracking.models else {},
-        description=tables.markdown(found),
-    )
-    artifacts.show(found, receipt)
-    return receipt
+def _written(
+    chosen: Sequence[Result], folder_of: Callable[[str], Path], write: Callable[[Result, Path], object]
+) -> dict[str, list[str]]:
+    """Writes each chosen network to its budget's folder. Gives the budgets that were refused, by reason."""
+    refused: dict[str, list[str]] = {}
+    for row in chosen:
+        folder = folder_of(row.budget)
+        try:
+            write(row, folder)
+        except NetworkError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # what an earlier run of other bits may have left
+            refused.setdefault(str(error), []).append(row.budget)
+    return refused

@@ -2,7 +2,7 @@
 plain one, start-up and shutdown. Writes SCALE.md. Run: python -m tests.benchmarks.bench_scale
 
 The 16 workers are simulated: two processes hold eight of one thread each, and a tile is zeros instead of sums. Everything else is
-what a run does: Dask's scheduler in a process of its own, the session opened by a plugin, the measure phase of the flow, tiles as
+what a run does: Dask's scheduler in a process of its own, the run opened by a plugin, the measure phase of the flow, tiles as
 `worker.run_tile` computes them, with store, chunks and receipts.
 """
 
@@ -28,14 +28,15 @@ from clado.interaction.estimators import kinds_of
 from clado.measuring.kinds import tile_kind
 from clado.measuring.plan import Plan, Tile
 from clado.records import markdown_table, write_text
-from clado.run.opened_run import OpenedRun
+from clado.run.evaluation import RunEvaluation
+from clado.run.inputs import RunInputs
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import load_config
 from clado.settings.schema import RunConfig
 from clado.storage.measurement_store import MeasurementStore
 from flows import clusters, worker
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
 from flows.phases import measure
-from flows.phases.run import Clock, Run
 from tests.benchmarks.bench_measure import machine
 from tests.system.running import free_port
 
@@ -82,18 +83,19 @@ def settings(folder: Path, *overrides: str) -> RunConfig:
 
 def measured(config: RunConfig, workers: clusters.Workers, watch: Watch) -> Watch:
     """The flow's measure phase."""
-    workers.open_session(config)
+    run = open_run(config)
+    workers.open_run(run)
     with patch.object(measure, "progress", watch):
-        measure.measure.fn(Run(OpenedRun.open(config), workers, Clock()))
+        measure.measure(run, workers)
     return watch
 
 
 # --- twenty thousand tiles
 
 
-def zeros(session: OpenedRun, tile: Tile) -> np.ndarray:
+def zeros(run: RunInputs, tile: Tile) -> np.ndarray:
     """A tile that costs nothing to measure."""
-    shape = tile_kind(tile.kind).shape(session.space)
+    shape = tile_kind(tile.kind).shape(run.space)
     return np.zeros((len(tile.rows), *shape[1:]) if tile.rows else shape)
 
 
@@ -102,7 +104,7 @@ def host(address: str, count: int) -> None:
     from distributed import Worker
 
     worker.measure_tile = zeros
-    OpenedRun.bench = property(lambda session: session)
+    RunEvaluation.bench = property(lambda evaluation: evaluation.inputs)
 
     async def work() -> None:
         started = [Worker(address, nthreads=1, host="127.0.0.1", **LOOPBACK) for _ in range(count)]
@@ -117,10 +119,10 @@ def module(*words: object) -> list[str]:
     return [sys.executable, "-m", "tests.benchmarks.bench_scale", *map(str, words)]
 
 
-def empty_store(session: OpenedRun) -> None:
+def empty_store(run: OpenedRun) -> None:
     """A store of as many tiles as are asked for, none of them measured."""
-    plan = Plan(session.space, session.blocks, kinds_of(session.config.estimators), ROWS)
-    MeasurementStore.create(session.store_path, plan, session.identity, session.coverage, session.provenance)
+    plan = Plan(run.space, run.sample_blocks, kinds_of(run.config.estimators), ROWS)
+    MeasurementStore.create(run.store_path, plan, run.identity.document, run.identity.coverage, run.identity.provenance)
 
 
 def echo(document: dict[str, Any], item: int) -> int:
@@ -151,8 +153,8 @@ def many_tiles(folder: Path) -> str:
         f"data.sensitivity_images={BLOCKS}", f"data.sample_blocks={BLOCKS}", "data.calibration_images=0", "corrections=[]",
         "estimators=[pairwise]",
     )  # fmt: skip
-    session = OpenedRun.open(config)
-    empty_store(session)
+    run = open_run(config)
+    empty_store(run)
     with ExitStack() as stack, open(os.devnull, "w") as nowhere:
         started = [subprocess.Popen(dask, env=environment, stdout=nowhere, stderr=nowhere)]
         stack.callback(started[0].kill)
@@ -164,21 +166,21 @@ def many_tiles(folder: Path) -> str:
         workers.client.wait_for_workers(WORKERS, timeout=300)
         looked = [psutil.Process(started[0].pid), psutil.Process()]
         all_of_them = [*looked, *(psutil.Process(one.pid) for one in started[1:])]
-        workers.open_session(config)
+        workers.open_run(run)
 
         def tasks() -> Watch:
             watch = Watch()
             with watch("", 0) as advance:
-                for _ in workers.map(echo, config, range(len(session.plan.tiles))):
+                for _ in workers.map(echo, config, range(len(run.plan.tiles))):
                     advance(1)
             return watch
 
-        tiles = len(session.plan.tiles)
+        tiles = len(run.plan.tiles)
         before, spent = megabytes(looked), cpu_seconds(all_of_them)
         whole = measured(config, workers, Watch(look=lambda: megabytes(looked)))
         spent = [1e3 * (b - a) / tiles for a, b in zip(spent, cpu_seconds(all_of_them), strict=True)]
         bare = tasks()
-    assert MeasurementStore.open(session.store_path).missing(session.plan) == []
+    assert MeasurementStore.open(run.store_path).missing(run.plan) == []
     assert whole.receipts == bare.receipts == tiles
     rows = [
         [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in seen)] for mark, seen in {0: before, **whole.looks}.items()
@@ -209,19 +211,19 @@ def loop(folder: Path) -> None:
     from clado.measuring.measurements import measure_tile
 
     config = own(folder, 1)
-    session = OpenedRun.open(config)
-    store = session.open_store()
-    store.extend(session.plan)
+    run = open_run(config)
+    store = run.identity.open_store()
+    store.extend(run.plan)
     begin = time.perf_counter()
-    for tile in session.plan.tiles:
-        store.write(tile, measure_tile(session.bench, tile))
+    for tile in run.plan.tiles:
+        store.write(tile, measure_tile(run.evaluation.bench, tile))
     print(time.perf_counter() - begin)
 
 
 def by_workers(folder: Path, workers: int) -> float:
     """Seconds of the measure phase with worker processes."""
     config = own(folder, workers)
-    OpenedRun.open(config).open_store()
+    open_run(config).identity.open_store()
     with clusters.start(config) as started:
         started.client.wait_for_workers(workers, timeout=300)
         return measured(config, started, Watch()).seconds
@@ -236,8 +238,8 @@ def by_loop(folder: Path) -> float:
 
 def own_tiles(folder: Path) -> str:
     """Section of the page."""
-    prepared = OpenedRun.open(own(folder / "prepared", 1))
-    assert prepared.prepared
+    prepared = open_run(own(folder / "prepared", 1))
+    assert prepared.preparation.corrected
     found: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
     for number in range(ROUNDS):
         for name, seconds in (

@@ -30,7 +30,7 @@ from clado.quantization import preparation
 from clado.quantization.corrections import batchnorm_reestimation, output_statistics
 from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
 from clado.records import CHOSEN, RunRecord, markdown_table
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.settings.loading import load_run_config, parse_config
 from clado.space import Assignment
 
@@ -127,11 +127,11 @@ def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     """The lines of a network that are not in the data yet."""
     torch.set_num_threads(1)
     preparation.RUNS_BYTES = 4 * 10**9
-    session = OpenedRun.open(parse_config(settings(name, photos, "runs/no_harm")))
+    run = open_run(parse_config(settings(name, photos, "runs/no_harm")))
     torch.set_num_threads(1)
-    network, size = session.float_network, session.float_network.images_at_once
-    calibration = session.slices.calibration.load(0, 512)[0]
-    x, labels = session.slices.validation.load(0, len(session.slices.validation))
+    network, size = run.float_network, run.float_network.images_at_once
+    calibration = run.slices.calibration.load(0, 512)[0]
+    x, labels = run.slices.validation.load(0, len(run.slices.validation))
     done = {(r["images"], r["bits"], tuple(r["corrections"])) for r in rows() if r.get("network") == name}
 
     def line(images: int, bits: int | None, names: Sequence[str], shipped: Network, layers: Mapping[int, QuantizedLayer]) -> Any:
@@ -187,8 +187,8 @@ def append(row: Mapping[str, Any]) -> None:
 
 def run_row(folder: Path) -> dict[str, Any]:
     """Accuracy of a finished run on single validation photographs, one of each class: float, and chosen at each budget."""
-    record, session = RunRecord.load(folder / "record.json"), OpenedRun.open(load_run_config(folder))
-    evaluation_cache = session.evaluation_cache("validation")
+    record, run = RunRecord.load(folder / "record.json"), open_run(load_run_config(folder))
+    evaluation_cache = run.evaluation.cache("validation")
 
     def hits(assignment: Assignment) -> dict[int, int]:
         counts = evaluation_cache.get(assignment)
@@ -196,12 +196,12 @@ def run_row(folder: Path) -> dict[str, Any]:
         assert all(images == 1 for _, images, _ in counts.classes), "expected one photograph of each class"
         return {label: right for label, _, right in counts.classes}
 
-    floats, answers = hits(session.space.nothing), {}
+    floats, answers = hits(run.space.nothing), {}
     for row in (row for row in record.results if row.method == CHOSEN):
         chosen = hits(row.assignment)
         differences = [floats[label] - chosen[label] for label in sorted(floats)]
         answers[row.budget] = {"corrected": row.assignment.corrected, "drops": differences, "loss": row.loss_deployed}
-    about = {"run": folder.name, "seed": session.config.data.seed, "float_top1": record.float_accuracy.top1}
+    about = {"run": folder.name, "seed": run.config.data.seed, "float_top1": record.float_accuracy.top1}
     return {**about, "seconds": record.seconds, "answers": answers, "processor": platform.processor() or platform.machine()}
 
 

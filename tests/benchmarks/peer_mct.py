@@ -238,17 +238,17 @@ def best(rows: Rows, budget: float, settings: Sequence[str]) -> dict[str, Any]:
     return max((rows[name, budget] for name in settings if (name, budget) in rows), key=lambda r: (r["top1"], -r["loss"]))
 
 
-def ours(run: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Ours], Any, Any]:
-    """(figures for each budget that the run has, its record, its session). `peers`: MCT's row of each budget."""
+def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Ours], Any, Any]:
+    """(figures for each budget that the run has, its record, its run). `peers`: MCT's row of each budget."""
     from clado.evaluation import evaluate_weights
     from clado.records import CHOSEN, RunRecord
-    from clado.run.opened_run import OpenedRun
+    from clado.run.opened_run import open_run
     from clado.settings.loading import load_config
 
-    record = RunRecord.load(run / "record.json")
-    session = OpenedRun.open(load_config(run / "config.yaml", [f"folder={json.dumps(str(run))}"]))
-    if record.network != f"zoo:{NETWORK}" or tuple(session.config.bits) != BITS:
-        raise SystemExit(f"{run} is of {record.network} with bits {session.config.bits}; expected zoo:{NETWORK} with {BITS}")
+    record = RunRecord.load(folder / "record.json")
+    run = open_run(load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder))}"]))
+    if record.network != f"zoo:{NETWORK}" or tuple(run.config.bits) != BITS:
+        raise SystemExit(f"{folder} is of {record.network} with bits {run.config.bits}; expected zoo:{NETWORK} with {BITS}")
     found = {}
     for budget, row in peers.items():
         result = record.find(f"{budget:.12g} bits", CHOSEN)
@@ -256,13 +256,13 @@ def ours(run: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Our
             continue
         bits = tuple(row["bits"][name.removesuffix(".weight")] for name in record.layer_names)
         assignment = replace(result.assignment, bits=bits)
-        if session.space.size_bytes(assignment) != row["bytes"] or result.size_bytes > row["limit_bytes"]:
+        if run.space.size_bytes(assignment) != row["bytes"] or result.size_bytes > row["limit_bytes"]:
             raise SystemExit(f"{budget:g} bits: {row['bytes']:,} and {result.size_bytes:,} bytes are not of one budget")
-        peer = evaluate_weights(*session.prepared.deployed(assignment), session.slices.validation)
+        peer = evaluate_weights(*run.preparation.corrected.deployed(assignment), run.slices.validation)
         found[budget] = Ours(result.size_bytes, result.validation, peer)
     if not found:
-        raise SystemExit(f"{run} has none of the budgets {BUDGETS}; it has {', '.join(record.budgets)}")
-    return found, record, session
+        raise SystemExit(f"{folder} has none of the budgets {BUDGETS}; it has {', '.join(record.budgets)}")
+    return found, record, run
 
 
 TEXT = """# Against Sony's Model Compression Toolkit
@@ -352,8 +352,8 @@ def table(run: Path) -> str:
     settings = [name for name in SETTINGS if any((name, budget) in rows for budget in BUDGETS)]
     absent = [name for name in SETTINGS if name not in settings]
     peers = {budget: best(rows, budget, GRIDS) for budget in BUDGETS}
-    found, record, session = ours(run, peers)
-    config, calibration = session.config, session.slices.calibration
+    found, record, opened = ours(run, peers)
+    config, calibration = opened.config, opened.slices.calibration
     shown = []
     for budget, mine in found.items():
         one, any_ = peers[budget], best(rows, budget, settings)
@@ -381,7 +381,7 @@ def table(run: Path) -> str:
     same = sha256(calibration.load(0, len(calibration))[0]) == peers[BUDGETS[0]]["calibration_sha256"]
     fitted = [name for name in config.corrections if name in ("gptq", "adaround")]
     images, floats = record.float_accuracy.num_images, record.float_accuracy
-    widths, channels = ", ".join(map(str, config.activations.bits)), sum(layer.num_channels for layer in session.space.layers)
+    widths, channels = ", ".join(map(str, config.activations.bits)), sum(layer.num_channels for layer in opened.space.layers)
     seconds = [row["seconds"] for row in peers.values()]
     workers, threads = config.cluster.workers, config.cluster.threads_per_worker
     return TEXT.format(
@@ -407,7 +407,7 @@ def table(run: Path) -> str:
         bits_alone=sum(mine.peer.top1 >= mine.chosen.top1 for mine in found.values()),
         rounding="" if "gptq" in settings or not fitted else UNMEASURED_ROUNDING.format(" and ".join(fitted)),
         more="" if len(calibration) <= CALIBRATION_IMAGES else MORE_IMAGES.format(len(calibration), CALIBRATION_IMAGES),
-        sensitivity=len(session.slices.sensitivity),
+        sensitivity=len(opened.slices.sensitivity),
         labels="" if config.criterion == "kl_to_float" else ", and uses their labels",
         corrections=names_of(config.corrections),
         our_seconds=sum(record.seconds.values()),

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from clado.errors import CladoError, MeasurementError
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
 from clado.storage.measurement_store import MeasurementStore
@@ -87,15 +87,15 @@ def configuration(settings: dict[str, Any], **more: Any) -> RunConfig:
 
 
 def measured_by(workers: Workers, settings: dict[str, Any], folder: Path) -> dict[str, bytes]:
-    """Every number that workers measure of a small session."""
+    """Every number that workers measure of a small run."""
     config = configuration(settings, folder=str(folder), **SMALL)
-    session = OpenedRun.open(config)
-    session.open_store()
-    workers.open_session(config)
-    receipts = list(workers.map(run_tile, config, session.plan.tiles))
-    assert {receipt.tile for receipt in receipts} == set(session.plan.tiles)
-    group = MeasurementStore.open(session.store_path).group
-    return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in session.plan.kinds}
+    run = open_run(config)
+    run.identity.open_store()
+    workers.open_run(run)
+    receipts = list(workers.map(run_tile, config, run.plan.tiles))
+    assert {receipt.tile for receipt in receipts} == set(run.plan.tiles)
+    group = MeasurementStore.open(run.store_path).group
+    return {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in run.plan.kinds}
 
 
 @cache

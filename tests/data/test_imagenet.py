@@ -285,33 +285,35 @@ DAMAGED = [f"{SYNSETS[0]}/{k}.JPEG" for k in ("03", "07", "11")]
 
 
 def test_a_damaged_image_is_refused_by_name(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import OpenedRun
+    from clado.run.checks import checked
+    from clado.run.opened_run import open_run
 
-    session = OpenedRun.open(parse_config(small_run))
+    run = open_run(parse_config(small_run))
     with pytest.raises(UnreadableImage, match=r"cannot be read .* or allow some with data.max_corrupt_images") as refusal:
-        session.checked()
+        checked(run)
     assert refusal.value.image in DAMAGED
     small_run["data"]["max_corrupt_images"] = 2
     with pytest.raises(
         DataError, match=r"more images below photos cannot be read than data\.max_corrupt_images: 2 allows"
     ) as many:
-        OpenedRun.open(parse_config(small_run)).checked()
+        checked(open_run(parse_config(small_run)))
     assert all(name in str(many.value) for name in DAMAGED)
-    assert not session.folder.exists()
+    assert not run.folder.exists()
 
 
 def test_labels_are_known_where_the_first_image_is_one_of_them(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import OpenedRun
+    from clado.run.checks import checked
+    from clado.run.opened_run import open_run
 
     small_run["data"]["max_corrupt_images"] = 3
     small_run["criterion"] = "cross_entropy"
-    images = OpenedRun.open(parse_config(small_run)).slices.sensitivity
+    images = open_run(parse_config(small_run)).slices.sensitivity
     first = images.images[0].path
     for name in DAMAGED:
         (first.parents[1] / name).write_bytes(jpeg(1))
     first.write_bytes(b"not a picture")
-    session = OpenedRun.open(parse_config({**small_run, "bits": [2, 8]})).checked()  # other settings: one session is kept
-    assert list(session.config.data.skip) == [images.images[0].name]
+    run = checked(open_run(parse_config({**small_run, "bits": [2, 8]})))
+    assert list(run.config.data.skip) == [images.images[0].name]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -343,19 +345,20 @@ def test_images_of_sixteen_bits_are_scaled_and_wider_ones_refused(tmp_path: Path
 
 def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: dict[str, Any]) -> None:
     from clado.records import RunRecord
-    from clado.run.opened_run import OpenedRun
+    from clado.run.checks import checked
+    from clado.run.opened_run import open_run
 
     small_run["data"]["max_corrupt_images"] = 3
     asked = parse_config(small_run)
-    session = OpenedRun.open(asked).checked()
-    assert sorted(session.config.data.skip) == DAMAGED
-    assert session.config.run_folder == asked.run_folder
-    assert session.checked() is session
-    used = [name for images in parts_of(session.slices)[:3] for name in names(images)]
+    run = checked(open_run(asked))
+    assert sorted(run.config.data.skip) == DAMAGED
+    assert run.config.run_folder == asked.run_folder
+    assert checked(run) is run
+    used = [name for images in parts_of(run.slices)[:3] for name in names(images)]
     assert len(set(used)) == len(used) == 24 - 3
-    check_slice(session.slices.validation)
-    run_pipeline(session.config.model_dump(mode="json"), tracked=False)
-    record = RunRecord.load(session.folder / "record.json")
+    check_slice(run.slices.validation)
+    run_pipeline(run.config.model_dump(mode="json"), tracked=False)
+    record = RunRecord.load(run.folder / "record.json")
     note = next(note for note in record.notes if "left out" in note)
     assert "3 images are left out" in note
     assert all(name in note for name in DAMAGED)
@@ -374,34 +377,36 @@ def test_a_flow_that_no_command_started_checks_images_and_budgets_itself(small_r
 
 
 def test_a_damaged_image_to_choose_on_is_left_out_where_that_is_asked_for(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import OpenedRun
+    from clado.run.checks import checked, with_readable_selection
+    from clado.run.opened_run import open_run
 
     small_run["data"] |= {"max_corrupt_images": 4, "validation_images": 5}
-    session = OpenedRun.open(parse_config(small_run)).checked()
-    before = [names(images) for images in parts_of(session.slices)[:3]]
-    other = next(name for name in names(session.slices.selection) if name not in DAMAGED)
-    (session.config.data.path / other).write_bytes(b"")  # type: ignore[operator]
-    OpenedRun.open.cache_clear()
-    found = OpenedRun.open(session.config).checked().with_readable_selection()
+    run = checked(open_run(parse_config(small_run)))
+    before = [names(images) for images in parts_of(run.slices)[:3]]
+    other = next(name for name in names(run.slices.selection) if name not in DAMAGED)
+    (run.config.data.path / other).write_bytes(b"")  # type: ignore[operator]
+    found = with_readable_selection(checked(open_run(run.config)))
     assert set(found.config.data.skip) == {*DAMAGED, other}
     assert [names(images) for images in parts_of(found.slices)[:3]] == before
     check_slice(found.slices.selection)
 
 
 def test_there_may_be_no_images_to_choose_on(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import OpenedRun
+    from clado.run.checks import checked, with_readable_selection
+    from clado.run.opened_run import open_run
 
     small_run["data"] |= {"max_corrupt_images": 3, "validation_images": 9}
-    found = OpenedRun.open(parse_config(small_run)).checked().with_readable_selection()  # the last one left was damaged
+    found = with_readable_selection(checked(open_run(parse_config(small_run))))  # the last one left was damaged
     assert len(found.slices.selection) == 0
-    assert found.with_readable_selection() is found
+    assert with_readable_selection(found) is found
 
 
 def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_are_allowed(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
     """A training set of its own is read before anything is trained."""
-    from clado.run.opened_run import OpenedRun
+    from clado.run.checks import checked
+    from clado.run.opened_run import open_run
     from flows.commands.finetune import images_of
 
     more = tmp_path / "more"
@@ -411,34 +416,34 @@ def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_a
             (more / synset / f"{k}.JPEG").write_bytes(jpeg(k))
     (more / SYNSETS[0] / "4.JPEG").write_bytes(b"")
     small_run["data"]["max_corrupt_images"] = 3
-    session = OpenedRun.open(parse_config(small_run)).checked()
-    images = images_of(session, more, seed=0)
+    run = checked(open_run(parse_config(small_run)))
+    images = images_of(run, more, seed=0)
     assert len(images.training) + len(images.held_out) == 19
     check_slice(images.training)
     check_slice(images.held_out)
-    strict = session.config.model_copy(update={"data": session.config.data.model_copy(update={"max_corrupt_images": 0})})
+    strict = run.config.model_copy(update={"data": run.config.data.model_copy(update={"max_corrupt_images": 0})})
     with pytest.raises(UnreadableImage, match=r"4\.JPEG cannot be read"):
-        images_of(replace(session, config=strict), more, seed=0)
+        images_of(replace(run, config=strict), more, seed=0)
     for k in range(3):
         (more / SYNSETS[1] / f"{k}.JPEG").write_bytes(b"")
     with pytest.raises(DataError, match=r"more images below .*more cannot be read than data\.max_corrupt_images: 3 allows: "):
-        images_of(session, more, seed=0)
+        images_of(run, more, seed=0)
 
 
 def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
-    from clado.run.opened_run import OpenedRun
-    from flows.cli import _plan_text
+    from clado.run.opened_run import open_run
+    from flows.commands.plan import plan_text
 
-    there = OpenedRun.open(parse_config({**small_run, "data": {**small_run["data"], "validation_images": 5}}), planning=True)
-    expected = _plan_text(there)
+    there = open_run(parse_config({**small_run, "data": {**small_run["data"], "validation_images": 5}}), planning=True)
+    expected = plan_text(there)
     assert len(there.slices.validation.load(0, 0)[0]) == 0
     small_run["data"]["path"] = "nowhere"
-    absent = OpenedRun.open(parse_config(small_run), planning=True)
-    assert _plan_text(absent) == expected
+    absent = open_run(parse_config(small_run), planning=True)
+    assert plan_text(absent) == expected
     with pytest.raises(DataError, match="nowhere is not a folder; without images a run can be planned, not measured"):
         absent.slices.sensitivity.load(0, 1)
     with pytest.raises(DataError, match=r"data.path nowhere \(in .*\) is not a folder"):
-        OpenedRun.open(parse_config(small_run))
+        open_run(parse_config(small_run))
 
 
 # --- preprocessing --------------------------------------------------------------------------------------------------

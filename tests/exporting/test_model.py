@@ -18,7 +18,7 @@ from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import RunRecord
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.settings.schema import NetworkSettings
 from clado.space import Layer
 from flows.commands.stored import StoredRun
@@ -92,9 +92,9 @@ def test_every_budgets_registered_model_is_the_network_that_was_chosen(finished)
         warnings.simplefilter("ignore")  # MLflow's import complains of its own type hints
         from mlflow import MlflowClient, pyfunc
     client = MlflowClient(finished.receipt.uri)
-    session = OpenedRun.open(StoredRun.open(finished.folder).config)
+    run = open_run(StoredRun.open(finished.folder).config)
     record = RunRecord.load(finished.folder / "record.json")
-    images, _ = session.slices.validation.load(0, 20)
+    images, _ = run.slices.validation.load(0, 20)
     aliases = client.get_registered_model("zoo.resnet20_fashion_mnist").aliases
     assert len(aliases) == len(record.budgets)
     for version in aliases.values():
@@ -102,7 +102,7 @@ def test_every_budgets_registered_model_is_the_network_that_was_chosen(finished)
         model = pyfunc.load_model(made.source)
         result = record.find(made.tags["budget"], "chosen")
         assert result is not None
-        network, layers = session.deployed(result.assignment)
+        network, layers = run.preparation.deployed(result.assignment)
         np.testing.assert_allclose(model.predict(images.numpy()), network.logits(images, layers).numpy(), rtol=1e-4, atol=1e-4)
         with pytest.raises(Exception, match="shape"):  # the signature is checked
             model.predict(images[:, :, :20].numpy())
@@ -121,13 +121,13 @@ print(json.dumps(model.predict(np.load(sys.argv[3])).tolist()))
 
 @pytest.mark.system
 def test_a_fresh_process_loads_a_model_by_its_alias_and_unpickles_nothing(finished, tmp_path):
-    session = OpenedRun.open(StoredRun.open(finished.folder).config)
-    images, _ = session.slices.validation.load(0, 3)
+    run = open_run(StoredRun.open(finished.folder).config)
+    images, _ = run.slices.validation.load(0, 3)
     np.save(tmp_path / "images.npy", images.numpy())
     script = [sys.executable, "-c", LOADS, finished.receipt.uri, "3_bits", tmp_path / "images.npy"]
     told = subprocess.run(script, capture_output=True, text=True, check=False, timeout=400, cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     result = RunRecord.load(finished.folder / "record.json").find("3 bits", "chosen")
     assert result is not None
-    network, layers = session.deployed(result.assignment)
+    network, layers = run.preparation.deployed(result.assignment)
     np.testing.assert_allclose(json.loads(told.stdout), network.logits(images, layers).numpy(), rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from clado.settings.schema import NetworkSettings
 from flows.commands.export import ONNX, export_as
@@ -73,16 +73,16 @@ def run(path: Path, x: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
     """A run of the shipped ResNet-20 with candidates of every type."""
     document = config(tmp_path_factory.mktemp("onnx") / "run", bits=[2, 3, 4, 8, 16], corrections=["output_statistics"])
-    return OpenedRun.open(parse_config(document))
+    return open_run(parse_config(document))
 
 
 @pytest.fixture(scope="module")
-def shown(session: OpenedRun) -> tuple[Tensor, Tensor]:
+def shown(opened: OpenedRun) -> tuple[Tensor, Tensor]:
     """The 200 images of that run, and labels."""
-    x, labels = session.slices.validation.load(0, 200)
+    x, labels = opened.slices.validation.load(0, 200)
     assert labels is not None
     return x, labels
 
@@ -114,13 +114,13 @@ def checked(path: Path, network: Network, layers: Mapping[int, QuantizedLayer], 
 
 
 @pytest.mark.system
-def test_a_run_exports_what_computes_the_same_in_onnx_runtime(session, shown, tmp_path):
-    space, (x, labels) = session.space, shown
+def test_a_run_exports_what_computes_the_same_in_onnx_runtime(opened, shown, tmp_path):
+    space, (x, labels) = opened.space, shown
     assignment = space.assignment([a + i % 5 for i, a in enumerate(space.offsets[:-1])])
-    path, told = export_as("onnx", session, assignment, tmp_path / "out")
+    path, told = export_as("onnx", opened, assignment, tmp_path / "out")
     assert path == tmp_path / "out" / ONNX
     assert space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
-    network, layers = session.deployed(assignment)
+    network, layers = opened.preparation.deployed(assignment)
     size = checked(path, network, layers, 21)
     assert {(bits, kind) for _, bits, kind in size.widened} == {(2, "int4"), (3, "int4")}
     agreement = compare(path, network, layers, x, labels)
@@ -150,9 +150,9 @@ def assert_same(agreement: Agreement, network: Network, layers: Mapping[int, Qua
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", ["resnet20", "vit"])
-def test_quantized_inputs_of_the_zoo_compute_the_same_but_for_single_codes(name, session, shown, tmp_path):
+def test_quantized_inputs_of_the_zoo_compute_the_same_but_for_single_codes(name, opened, shown, tmp_path):
     """Where an input lies between two codes, the last place decides, in torch too: float64 differs from float32 as much."""
-    x, network = shown[0], session.float_network
+    x, network = shown[0], opened.float_network
     if name == "vit":
         torch.manual_seed(0)
         network = Network(VisionTransformer(depth=2), x[:1], split=["*in_proj_weight"])

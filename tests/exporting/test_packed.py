@@ -25,7 +25,7 @@ from clado.grids import ActivationGrid, Codes, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.settings.loading import parse_config
 from clado.space import Assignment
 from flows.commands.export import PACKED, check_format, export, export_as
@@ -485,31 +485,31 @@ def test_weights_that_are_computed_by_hooks_are_refused_with_what_to_use():
 
 
 def test_a_run_exports_it_and_the_package_loads_it(tmp_path, monkeypatch):
-    session = OpenedRun.open(parse_config(config(tmp_path / "run", corrections=["output_statistics"])))
-    assignment = drawn(session.prepared)
-    path, told = export_as("packed", session, assignment, tmp_path / "out")
+    run = open_run(parse_config(config(tmp_path / "run", corrections=["output_statistics"])))
+    assignment = drawn(run.preparation.corrected)
+    path, told = export_as("packed", run, assignment, tmp_path / "out")
     size = packed_size(path)
     assert path == tmp_path / "out" / PACKED
-    assert f"{size.total_bytes:,} bytes of tensors, {session.space.size_bytes(assignment):,} of them weights" in told
-    assert session.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
-    network, layers = session.deployed(assignment)
-    x, _ = session.slices.validation.load(0, 100)
+    assert f"{size.total_bytes:,} bytes of tensors, {run.space.size_bytes(assignment):,} of them weights" in told
+    assert run.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
+    network, layers = run.preparation.deployed(assignment)
+    x, _ = run.slices.validation.load(0, 100)
     with torch.no_grad():
         found = clado.load_packed(path, network.model)(x)
     tolerance.close(found, network.logits(x, layers), tolerance.of_layers(network.layers))
     assert isinstance(as_module(network, layers), nn.Module)
     with pytest.raises(StoreError, match="another assignment"):
-        export_as("packed", session, session.space.narrowest, tmp_path / "out")
+        export_as("packed", run, run.space.narrowest, tmp_path / "out")
     monkeypatch.setattr(packed, "export_packed", refuse)
     with pytest.raises(NetworkError, match="no"):
-        export_as("packed", session, assignment, tmp_path / "other")
+        export_as("packed", run, assignment, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    export(session, assignment, tmp_path / "out")
+    export(run, assignment, tmp_path / "out")
     (tmp_path / "out" / "weights.safetensors").unlink()
     with pytest.raises(StoreError, match="no export's"):
-        export(session, session.space.narrowest, tmp_path / "out")
+        export(run, run.space.narrowest, tmp_path / "out")
     assert path.exists()
-    assert session.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
+    assert run.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment
 
 
 def refuse(*_: object) -> None:

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from clado.choosing.solvers import solve as solve_program
 from clado.data import zoo
 from clado.records import CHOSEN, RunRecord
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.settings.loading import load_config, load_run_config, parse_config
 from clado.storage.measurement_store import MeasurementStore
 from flows.cli import app
@@ -287,8 +287,8 @@ def test_plan_prints_the_plans_own_numbers_and_writes_nothing(here):
     file = write(here)
     before = listing(here)
     text = call("plan", file)
-    session = OpenedRun.open(parse_config(yaml.safe_load(file.read_text())))
-    plan, space = session.plan, session.space
+    run = open_run(parse_config(yaml.safe_load(file.read_text())))
+    plan, space = run.plan, run.space
     k, n = space.num_options, 32
     pairs = sum(2 * 2 for i in range(22) for j in range(i + 1, 22))  # by hand: two widths a layer
     for evaluations in (pairs, 1 + k):
@@ -399,7 +399,7 @@ def test_one_budget_has_to_be_named(finished, command, budget):
 
 
 def test_an_impossible_budget_names_the_smallest_size(finished, copied):
-    smallest = OpenedRun.open(parse_config(finished.document)).space
+    smallest = open_run(parse_config(finished.document)).space
     text = call("solve", copied, "--size-bytes", 1000, ends=2)
     assert f"{smallest.size_bytes(smallest.narrowest):,}" in text or str(smallest.size_bytes(smallest.narrowest)) in text
 
@@ -615,8 +615,8 @@ def test_a_fault_inside_the_flow_is_not_taken_for_prefects(here, monkeypatch):
 
 
 def test_the_store_of_the_finished_run_is_whole(finished):
-    session = OpenedRun.open(parse_config(finished.document))
-    assert MeasurementStore.open(finished.folder / "store.zarr").missing(session.plan) == []
+    run = open_run(parse_config(finished.document))
+    assert MeasurementStore.open(finished.folder / "store.zarr").missing(run.plan) == []
 
 
 def test_cluster_prints_what_would_be_started(here):

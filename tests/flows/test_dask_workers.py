@@ -17,12 +17,11 @@ from distributed import Client, LocalCluster
 from clado.errors import MeasurementError, ServerError
 from clado.measuring.kinds import tile_kinds
 from clado.measuring.plan import Plan, sample_blocks
-from clado.run.opened_run import OpenedRun
 from clado.settings.loading import parse_config
 from flows import worker
 from flows.clusters import _dask
 from flows.clusters._dask import DaskWorkers, configure, quiet
-from flows.worker import SessionPlugin
+from flows.worker import RunPlugin
 from tests.contracts.cluster import configuration
 from tests.running import config
 from tests.synthetic import make_space
@@ -129,14 +128,13 @@ def test_a_worker_that_holds_the_network_of_before_opens_it_anew_or_is_refused(t
     settings = parse_config(config(tmp_path / "run"))
     here = SimpleNamespace(address="tcp://127.0.0.1:1")
     try:
-        stale = worker.open_session(settings.model_dump(mode="json"))
-        fresh = stale.contents
-        stale.__dict__["contents"] = "of before"
-        SessionPlugin(settings, fresh).setup(here)
-        assert worker.open_session(settings.model_dump(mode="json")) is not stale
-        SessionPlugin(settings).setup(here)
+        stale = worker.last_opened(settings.model_dump(mode="json"))
+        fresh = stale.identity.contents
+        stale.identity.__dict__["contents"] = "of before"
+        RunPlugin(settings, fresh).setup(here)
+        assert worker.last_opened(settings.model_dump(mode="json")) is not stale
+        RunPlugin(settings).setup(here)
         with pytest.raises(ServerError, match=r"holds another network or other images than the flow.* restart it"):
-            SessionPlugin(settings, "another").setup(here)
+            RunPlugin(settings, "another").setup(here)
     finally:
-        worker._last.clear()
-        OpenedRun.open.cache_clear()
+        worker.forget()

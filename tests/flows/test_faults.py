@@ -17,11 +17,11 @@ import zarr
 
 from clado.errors import MeasurementError, StoreError
 from clado.measuring.plan import Tile
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.settings.loading import parse_config
 from flows import clusters, worker
-from flows.phases.measure import gather, measure
-from flows.phases.run import Clock, Run
+from flows.phases.choose import estimate
+from flows.phases.measure import Measurement, measure
 from tests.running import config
 
 SMALL = {
@@ -48,11 +48,11 @@ class Phase:
     def store(self) -> Path:
         return self.folder / "store.zarr"
 
-    def run(self, fault: Fault = lambda tile, attempt: None) -> Run:
+    def run(self, fault: Fault = lambda tile, attempt: None) -> Measurement:
         self.attempts.clear()
         settings = parse_config(config(self.folder, **SMALL))
-        session = OpenedRun.open(settings)
-        session.open_store()
+        run = open_run(settings)
+        run.identity.open_store()
         whole = worker.run_tile
 
         def run_tile(document: dict[str, Any], tile: Tile) -> worker.Receipt:
@@ -62,16 +62,15 @@ class Phase:
 
         with pytest.MonkeyPatch.context() as patch, clusters.start(settings) as workers:
             patch.setattr(worker, "run_tile", run_tile)
-            run = Run(session, workers, Clock())
-            measure.fn(run)
-            gather.fn(run)
-        return run
+            measurement = measure(run, workers)
+        estimate(run, measurement.measured)
+        return measurement
 
     def matrices(self) -> dict[str, bytes]:
         return {file.name: np.load(file)["values"].tobytes() for file in (self.folder / "matrices").iterdir()}
 
     def tiles(self) -> tuple[Tile, ...]:
-        return OpenedRun.open(parse_config(config(self.folder, **SMALL))).plan.tiles
+        return open_run(parse_config(config(self.folder, **SMALL))).plan.tiles
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +184,9 @@ def empty(file: Path) -> None:
 )
 def test_a_chunk_that_is_damaged_is_the_only_one_measured_again(damage, kind, finished_phase, undisturbed):
     damage(finished_phase.store / kind / "sums" / "c" / "1" / "0" / "0")
-    run = finished_phase.run()
+    measurement = finished_phase.run()
     assert finished_phase.attempts == {next(t for t in finished_phase.tiles() if (t.kind, t.sample_block) == (kind, 1)): 1}
-    assert any("1 damaged" in note for note in run.notes)
+    assert any("1 damaged" in note for note in measurement.notes)
     assert finished_phase.matrices() == undisturbed.matrices()
 
 

@@ -11,7 +11,7 @@ import clado
 from clado.errors import DataError, NetworkError
 from clado.quantization.training import Training
 from clado.records import RunRecord
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from flows.cli import app
 from flows.commands.finetune import RECORD, folder_of, images_of, train
 from flows.commands.stored import StoredRun, accuracy_of, chosen_for
@@ -20,34 +20,34 @@ from tests.running import copy_of
 
 @pytest.fixture(scope="module")
 def tuned(finished, tmp_path_factory):
-    """(run, session, assignment, what was printed, MLflow's receipt, record) of one epoch on a few of the run's own images."""
+    """(run, run, assignment, what was printed, MLflow's receipt, record) of one epoch on a few of the run's own images."""
     folder = Path(copy_of(finished, tmp_path_factory.mktemp("tuned") / "run")["folder"])
     stored = StoredRun.open(folder)
-    session = OpenedRun.open(stored.config)
-    budget = session.budgets[0]
-    assignment = chosen_for(stored, session, budget)
-    images = images_of(session, None, seed=0, most=128)
-    text, receipt = train(stored, session, budget.name, assignment, Training(epochs=1), images)
+    run = open_run(stored.config)
+    budget = run.budgets[0]
+    assignment = chosen_for(stored, run, budget)
+    images = images_of(run, None, seed=0, most=128)
+    text, receipt = train(stored, run, budget.name, assignment, Training(epochs=1), images)
     record = json.loads((folder_of(stored, budget.name) / RECORD).read_text())
-    return stored, session, budget, assignment, text, receipt, record
+    return stored, run, budget, assignment, text, receipt, record
 
 
 def test_the_record_holds_what_was_trained_and_what_it_is_worth(tuned):
-    stored, session, budget, assignment, text, _, record = tuned
-    assert session.space.from_json(record) == assignment
-    assert record["validation_before"]["top1"] == accuracy_of(session, assignment).top1
-    assert record["validation"]["num_images"] == len(session.slices.validation)
+    stored, run, budget, assignment, text, _, record = tuned
+    assert run.space.from_json(record) == assignment
+    assert record["validation_before"]["top1"] == accuracy_of(run, assignment).top1
+    assert record["validation"]["num_images"] == len(run.slices.validation)
     assert f"{100 * record['validation']['top1']:.2f} % after" in text
-    network = clado.load_packed(folder_of(stored, budget.name) / "packed.safetensors", session.loaded.model)
-    x, y = session.slices.validation.load(0, len(session.slices.validation))
+    network = clado.load_packed(folder_of(stored, budget.name) / "packed.safetensors", run.loaded.model)
+    x, y = run.slices.validation.load(0, len(run.slices.validation))
     with torch.no_grad():
         assert float((network(x).argmax(1) == y).float().mean()) == pytest.approx(record["validation"]["top1"], abs=0.006)
 
 
 def test_no_validation_image_is_trained_on_and_the_held_out_are_apart(tuned):
-    session, images = tuned[1], images_of(tuned[1], None, seed=0)
+    run, images = tuned[1], images_of(tuned[1], None, seed=0)
     seen = {hash(x.numpy().tobytes()) for part in (images.training, images.held_out) for x in part.load(0, len(part))[0]}
-    validation, _ = session.slices.validation.load(0, len(session.slices.validation))
+    validation, _ = run.slices.validation.load(0, len(run.slices.validation))
     assert not seen & {hash(x.numpy().tobytes()) for x in validation}
     both = [hash(x.numpy().tobytes()) for x in images.held_out.load(0, 50)[0]]
     training = {hash(x.numpy().tobytes()) for x in images.training.load(0, len(images.training))[0]}
@@ -71,7 +71,7 @@ def test_mlflow_has_it_as_a_run_nested_under_the_run_itself(tuned):
 
 
 def test_what_could_not_be_written_is_refused_before_anything_is_trained(tuned, monkeypatch):
-    stored, session, budget, assignment, *_ = tuned
+    stored, run, budget, assignment, *_ = tuned
 
     def refuse(*_):
         raise NetworkError("a module cannot hold it")
@@ -79,7 +79,7 @@ def test_what_could_not_be_written_is_refused_before_anything_is_trained(tuned, 
     monkeypatch.setattr("flows.commands.finetune.as_module", refuse)
     monkeypatch.setattr("flows.commands.finetune.finetune", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(NetworkError, match="cannot hold"):
-        train(stored, session, budget.name, assignment, Training(epochs=1), images_of(session, None, seed=0, most=128))
+        train(stored, run, budget.name, assignment, Training(epochs=1), images_of(run, None, seed=0, most=128))
 
 
 def test_labels_matter_where_they_are_learned_from_alone(tuned, tmp_path):

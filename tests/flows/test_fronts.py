@@ -10,7 +10,8 @@ from clado.choosing import solvers
 from clado.choosing.proposals import Budget, program_of, safe_methods
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.records import CHOSEN, UNIFORM, RunRecord
-from clado.run.opened_run import OpenedRun, limit_of, limits_of, scale_bytes
+from clado.run.limits import limit_of, limits_of, scale_bytes
+from clado.run.opened_run import open_run
 from clado.settings.loading import parse_config, parse_limit
 from clado.space import Layer, SearchSpace
 from flows.commands.smallest import FIRST, find, solver_of, text
@@ -107,7 +108,7 @@ def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_p
     stored = StoredRun.open(tmp_path / "run")
     space, (least, most, _) = stored.measured.space, solver_of(stored)
     assert (least, most) == (space.size_bytes(space.narrowest), 90_000)
-    found = find(stored, OpenedRun.open(parse_config(document)), 100.0, top1=False)
+    found = find(stored, open_run(parse_config(document)), 100.0, top1=False)
     assert max(c.size_bytes for c in found.candidates) <= most < space.size_bytes(space.widest)
     reachable = max(solution.minimised for _, _, solution in stored.solve(Budget("size", most)))
     for _, _, solution in stored.smallest_predicted(reachable + 1e-3):
@@ -179,8 +180,8 @@ def test_a_size_that_counts_scales_is_the_weights_plus_four_bytes_a_channel(fini
 
 
 def test_a_sweep_measures_every_answer_and_marks_the_dominated(finished, tmp_path):
-    session = OpenedRun.open(parse_config(copy_of(finished, tmp_path / "run")))
-    said, receipt = sweep(StoredRun.open(tmp_path / "run"), session, "average_bits", 4)
+    run = open_run(parse_config(copy_of(finished, tmp_path / "run")))
+    said, receipt = sweep(StoredRun.open(tmp_path / "run"), run, "average_bits", 4)
     record = RunRecord.load(tmp_path / "run" / "sweep" / "record.json")
     assert len(record.budgets) == 4
     for budget in record.budgets:
@@ -212,13 +213,13 @@ def test_domination_needs_less_of_one_and_no_more_of_the_other(finished):
 def test_the_smallest_network_keeps_its_bound_as_measured(finished, tmp_path, top1):
     document = copy_of(finished, tmp_path / "run")
     document["data"] = {**document["data"], "selection_images": 100}
-    session = OpenedRun.open(parse_config(document))
+    run = open_run(parse_config(document))
     bound = 0.2 if top1 else 0.5
-    found = find(StoredRun.open(tmp_path / "run"), session, bound, top1)
+    found = find(StoredRun.open(tmp_path / "run"), run, bound, top1)
     assert found.answer.measured.high <= bound
     assert found.answer.measured.num_images == 100
     assert found.smaller is None or found.smaller.measured.high > bound
-    assert f"{found.answer.size_bytes:,}" in text(found, session, top1)
+    assert f"{found.answer.size_bytes:,}" in text(found, run, top1)
 
 
 def test_the_smallest_by_prediction_keeps_its_bound_and_one_byte_less_does_not(stored):

@@ -13,7 +13,8 @@ from clado.network.normalisation import Moments, NormStatistics
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics
 from clado.records import CHOSEN, RunRecord
 from clado.reporting.tables import markdown, rows, winners
-from clado.run.opened_run import OpenedRun
+from clado.run.evaluation import RunEvaluation
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from flows.commands.export import export_as
 from flows.commands.stored import StoredRun, chosen_for
@@ -46,45 +47,43 @@ def harmful_layers(patch: pytest.MonkeyPatch) -> None:
 def run(folder: Path) -> tuple[RunRecord, OpenedRun]:
     document = config(folder, budgets={"average_bits": [3.0]}, estimators=["layerwise"], search={"evaluations": 2, "batch": 2})
     run_pipeline(document, tracked=False)
-    return RunRecord.load(folder / "record.json"), OpenedRun.open(parse_config(document))
+    return RunRecord.load(folder / "record.json"), open_run(parse_config(document))
 
 
-def losses_without(record: RunRecord, session: OpenedRun) -> dict[str, float]:
+def losses_without(record: RunRecord, run: OpenedRun) -> dict[str, float]:
     """Measured here, one by one: the chosen bits, the widest uniform bits and plain layerwise's bits without corrections."""
     chosen = record.find(BUDGET.name, CHOSEN)
     plain = [c for c in record.measured_proposals if c.assignment.corrected == "none"]
     assignments = {
         "the same bits": chosen.assignment,
-        "uniform bits": session.space.uniform_assignments().__next__()[1],
+        "uniform bits": run.space.uniform_assignments().__next__()[1],
         "layerwise": next(c.assignment for c in plain if c.origin == "layerwise_plain"),
     }
-    return {name: session.loss(a.with_corrections("none")).accuracy().loss for name, a in assignments.items()}
+    return {name: run.evaluation.loss(a.with_corrections("none")).accuracy().loss for name, a in assignments.items()}
 
 
 @pytest.fixture(scope="module", params=[harmful_final, harmful_layers], ids=["final", "layers"])
 def harmed(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         request.param(patch)
-        OpenedRun.open.cache_clear()
         yield (*run(tmp_path_factory.mktemp("harm") / "run"), "static" if request.param is harmful_final else "none")
-    OpenedRun.open.cache_clear()
 
 
 def test_what_is_chosen_is_no_worse_than_any_of_it_without_corrections(harmed):
-    record, session, expected = harmed
+    record, run, expected = harmed
     chosen = record.find(BUDGET.name, CHOSEN)
     assert chosen.assignment.corrected == expected
-    assert chosen.loss_deployed == pytest.approx(session.loss(chosen.assignment).accuracy().loss, rel=1e-5)
-    for name, loss in losses_without(record, session).items():
+    assert chosen.loss_deployed == pytest.approx(run.evaluation.loss(chosen.assignment).accuracy().loss, rel=1e-5)
+    for name, loss in losses_without(record, run).items():
         assert chosen.loss_deployed <= loss * (1 + 1e-6), name
     # the corrections did harm: a run that did not look would have chosen worse
-    corrected = session.loss(chosen.assignment.with_corrections("all")).accuracy().loss
+    corrected = run.evaluation.loss(chosen.assignment.with_corrections("all")).accuracy().loss
     assert corrected > 1.1 * chosen.loss_deployed
     assert all(record.find(BUDGET.name, method).loss_deployed > chosen.loss_deployed for method in safe_methods())
 
 
 def test_the_record_the_table_and_the_export_say_which_corrections_are_deployed(harmed, tmp_path):
-    record, session, expected = harmed
+    record, run, expected = harmed
     chosen = record.find(BUDGET.name, CHOSEN)
     cells = {name: cells for name, cells, _ in rows(record, BUDGET.name)}
     assert cells["corrections"] == [*["all"] * (len(record.methods) - 1), expected]
@@ -92,23 +91,23 @@ def test_the_record_the_table_and_the_export_say_which_corrections_are_deployed(
     assert {"static": "without the final corrections", "none": "without corrections"}[expected] in winners(record)
     document = record.assignment_document(chosen)
     assert document["corrected"] == expected
-    assert session.space.from_json(document) == chosen.assignment
-    stored = StoredRun.open(session.folder)
-    assert chosen_for(stored, session, BUDGET) == chosen.assignment
-    export_as("packed", session, chosen.assignment, tmp_path)
-    _, layers = session.deployed(chosen.assignment)
-    _, corrected = session.deployed(chosen.assignment.with_corrections("all"))
+    assert run.space.from_json(document) == chosen.assignment
+    stored = StoredRun.open(run.folder)
+    assert chosen_for(stored, run, BUDGET) == chosen.assignment
+    export_as("packed", run, chosen.assignment, tmp_path)
+    _, layers = run.preparation.deployed(chosen.assignment)
+    _, corrected = run.preparation.deployed(chosen.assignment.with_corrections("all"))
     same = [torch.equal(layer.weight, corrected[i].weight) for i, layer in layers.items()]
     assert all(same) if expected == "static" else not any(same)
 
 
 def test_without_the_check_a_harmful_correction_would_be_deployed(harmed, monkeypatch):
     """The law of the first test rests on what is measured beside: taken out, it does not hold."""
-    _, session, _ = harmed
-    stored = StoredRun.open(session.folder)
-    monkeypatch.setattr("flows.commands.stored.recorded", lambda stored, session: [])  # else what the run measured competes
-    monkeypatch.setattr(OpenedRun, "other_corrections", lambda self, assignment: [])
+    _, run, _ = harmed
+    stored = StoredRun.open(run.folder)
+    monkeypatch.setattr("flows.commands.stored.recorded", lambda stored, run: [])  # else what the run measured competes
+    monkeypatch.setattr(RunEvaluation, "other_corrections", lambda self, assignment: [])
     monkeypatch.setattr(StoredRun, "uncorrected", lambda self, budgets: [])
-    assert chosen_for(stored, session, BUDGET).corrected == "all"
+    assert chosen_for(stored, run, BUDGET).corrected == "all"
     monkeypatch.undo()
-    assert chosen_for(stored, session, BUDGET).corrected != "all"
+    assert chosen_for(stored, run, BUDGET).corrected != "all"

@@ -23,7 +23,8 @@ from clado.evaluation import Counts
 from clado.measuring.kinds import tile_kinds
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposal, RunRecord
-from clado.run.opened_run import OpenedRun
+from clado.run.evaluation import RunEvaluation
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
@@ -33,7 +34,7 @@ from flows.commands.stored import StoredRun, chosen_for, recorded
 from flows.phases.record import git_revision
 from tests import tolerance
 from tests.networks import replaced_logits
-from tests.running import BUDGETS, ESTIMATORS, PHASES, config, copy_of, run_pipeline
+from tests.running import BUDGETS, ESTIMATORS, config, copy_of, run_pipeline
 
 METHODS = ("uniform", *ESTIMATORS, CHOSEN)
 SAFE = (UNIFORM, "layerwise")  # a chosen assignment is never worse
@@ -51,8 +52,8 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def session(finished) -> OpenedRun:
-    return OpenedRun.open(parse_config(finished.document))
+def run(finished) -> OpenedRun:
+    return open_run(parse_config(finished.document))
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,11 @@ def logits(model, names, bits, x) -> torch.Tensor:
     return replaced_logits(model, weights, x).double()
 
 
-def corrected(session: OpenedRun, assignment: Assignment, final: bool) -> torch.nn.Module:
+def corrected(run: OpenedRun, assignment: Assignment, final: bool) -> torch.nn.Module:
     """The module itself with the corrected layers' state in it, as it ships or as probes see it: no graph, nothing folded."""
-    prepared = session.prepared
-    network, layers = session.deployed(assignment) if final else (prepared.network, prepared.chosen(assignment))
-    module = copy.deepcopy(session.loaded.model)
+    prepared = run.preparation.corrected
+    network, layers = run.preparation.deployed(assignment) if final else (prepared.network, prepared.chosen(assignment))
+    module = copy.deepcopy(run.loaded.model)
     module.load_state_dict(network.state_dict(layers))
     return module.eval()
 
@@ -96,7 +97,7 @@ def test_the_record_has_one_result_for_each_budget_and_method(record):
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_the_results_of_a_budget_are_those_of_an_independent_computation(record, model, slices, session, method):
+def test_the_results_of_a_budget_are_those_of_an_independent_computation(record, model, slices, run, method):
     row = record.find("2.5 bits", method)
     bits, names = row.assignment.bits, record.layer_names
     assert row.size_bytes == -(-sum(b * n for b, n in zip(bits, record.layer_weights, strict=True)) // 8)
@@ -105,9 +106,9 @@ def test_the_results_of_a_budget_are_those_of_an_independent_computation(record,
     )
     assert row.average_bits <= 2.5
     x, _ = slices.sensitivity.load(0, 32)
-    deployed = corrected(session, row.assignment, final=True)
+    deployed = corrected(run, row.assignment, final=True)
     assert row.loss_deployed == pytest.approx(kl(model(x), deployed(x)), rel=1e-4, abs=1e-5)
-    assert row.loss_probe_model == pytest.approx(kl(model(x), corrected(session, row.assignment, final=False)(x)), rel=1e-4)
+    assert row.loss_probe_model == pytest.approx(kl(model(x), corrected(run, row.assignment, final=False)(x)), rel=1e-4)
     x, y = slices.validation.load(0, 100)
     for accuracy, z in ((row.validation, deployed(x)), (row.validation_plain, logits(model, names, bits, x))):
         assert accuracy.num_images == 100
@@ -125,7 +126,7 @@ def test_the_float_accuracy_is_that_of_the_module(record, model, slices):
 
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finished, record, model, slices, session, seed):
+def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finished, record, model, slices, run, seed):
     with np.load(finished.folder / "matrices" / "pairwise.npz") as file:
         values, options = file["values"], list(file["options"])
     rng = np.random.default_rng(seed)
@@ -135,23 +136,23 @@ def test_the_pairwise_matrix_predicts_the_increase_of_two_layers_exactly(finishe
     chosen = [options.index(f"{name}:{b}") for name, b in zip(record.layer_names, bits, strict=True) if b]
     x, _ = slices.sensitivity.load(0, 32)
     predicted = 0.5 * values[np.ix_(chosen, chosen)].sum()
-    probed = corrected(session, Assignment(tuple(bits)), final=False)
+    probed = corrected(run, Assignment(tuple(bits)), final=False)
     assert predicted == pytest.approx(kl(model(x), probed(x)), rel=1e-4, abs=1e-5)
 
 
 def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_score_of_such(finished, record):
-    session = OpenedRun.open(parse_config(finished.document))
-    evaluation_cache = session.evaluation_cache("sensitivity")
+    run = open_run(parse_config(finished.document))
+    evaluation_cache = run.evaluation.cache("sensitivity")
 
     def misses(assignment: Assignment, most: Assignment) -> bool:
         difference = evaluation_cache.get(most).each_hit - evaluation_cache.get(assignment).each_hit
         assert len(difference) == 32
         return difference.mean() > 2 * difference.std(ddof=1) / 32**0.5
 
-    for budget in session.budgets:
+    for budget in run.budgets:
         rows = {m: record.find(budget.name, m) for m in METHODS}
-        chosen, limit = rows[CHOSEN], budget.limit(session.space)
-        fitting = [c for c in record.measured_proposals if limit.holds(session.space, c.assignment)]
+        chosen, limit = rows[CHOSEN], budget.limit(run.space)
+        fitting = [c for c in record.measured_proposals if limit.holds(run.space, c.assignment)]
         safe = min(c.loss_deployed for c in fitting if c.origin in SAFE or c.assignment.corrected == "none")
         assert chosen.loss_deployed <= safe <= min(rows[m].loss_deployed for m in SAFE)
         rivals = [c for c in fitting if c.loss_deployed <= safe]
@@ -163,18 +164,18 @@ def test_chosen_is_safe_misses_nothing_significantly_and_has_the_least_brier_sco
         assert all(rows[m].status == "optimal" for m in ESTIMATORS)
 
 
-def test_brier_scores_and_agreement_are_those_of_the_network_that_ships(finished, record, model, slices, session):
+def test_brier_scores_and_agreement_are_those_of_the_network_that_ships(finished, record, model, slices, run):
     x, _ = slices.sensitivity.load(0, 32)
     row = record.find(record.budgets[0], CHOSEN)
-    modules = corrected(session, row.assignment, final=True), model
+    modules = corrected(run, row.assignment, final=True), model
     q, p = (module(x).detach().double().softmax(-1) for module in modules)
     assert row.agreement_deployed == float((q.argmax(-1) == p.argmax(-1)).double().mean())
     assert row.brier_deployed == pytest.approx(float((q - p).square().sum(-1).mean()), rel=1e-4)
 
 
 def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, record):
-    session = OpenedRun.open(parse_config(finished.document))
-    assert sorted(finished.calls.of("run_tile")) == sorted(session.plan.tiles)
+    run = open_run(parse_config(finished.document))
+    assert sorted(finished.calls.of("run_tile")) == sorted(run.plan.tiles)
     distinct, candidates = {row.assignment for row in record.results}, {c.assignment for c in record.measured_proposals}
     measured, as_probed = finished.calls.of("measure_loss"), finished.calls.of("measure_probe_loss")
     assert len(measured) == len(set(measured))
@@ -186,7 +187,7 @@ def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, recor
     evaluated = [key for _, group in finished.calls.of("evaluate_batch") for key in group]
     assert len(evaluated) == len(set(evaluated))  # 100 images are one shard
     # corrections leave the float network's function as it is
-    assert set(evaluated) == distinct | {a.with_corrections("none") for a in distinct} | {session.space.nothing}
+    assert set(evaluated) == distinct | {a.with_corrections("none") for a in distinct} | {run.space.nothing}
     assert len(list((finished.folder / "evaluations" / "sensitivity").iterdir())) == len(candidates) + len(distinct)
     assert len(list((finished.folder / "evaluations" / "validation").iterdir())) == len(evaluated)
 
@@ -218,7 +219,7 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(re
     assert record.forwards["batchnorm_reestimation"] == 64 * (1 + sum(a.corrected == "all" for a in measured))
 
 
-def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finished, record, session):
+def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finished, record, run):
     with np.load(finished.folder / "matrices" / "gauss_newton.npz") as file:
         values = file["values"]
     ranking = {UNIFORM, *TEMPERED} | {LOCAL_SEARCH for search in record.searches if search.surrogate in TEMPERED}
@@ -230,18 +231,18 @@ def test_every_candidate_has_a_predicted_loss_and_who_predicts_it_is_said(finish
         if c.assignment.corrected == "all":
             assert c.predicted_by == ("gauss_newton" if c.origin in ranking else "")
         if c.predicted_by or c.origin == "gauss_newton":
-            chosen = session.space.chosen_options(c.assignment)
+            chosen = run.space.chosen_options(c.assignment)
             assert c.loss_predicted == pytest.approx(record.baseline + 0.5 * values[np.ix_(chosen, chosen)].sum())
         assert math.isfinite(c.loss_predicted)
 
 
-def test_reestimation_is_a_run_of_the_calibration_images_or_one_for_each_batch_norm_without_a_graph(session, model):
+def test_reestimation_is_a_run_of_the_calibration_images_or_one_for_each_batch_norm_without_a_graph(run, model):
     def images(**changes) -> int:
-        return replace(session, config=session.config.model_copy(update=changes)).images_per_reestimation
+        return replace(run, config=run.config.model_copy(update=changes)).preparation.images_per_reestimation
 
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     assert images() == 64
-    assert images(network=session.config.network.model_copy(update={"graph": False})) == 64 * norms
+    assert images(network=run.config.network.model_copy(update={"graph": False})) == 64 * norms
     assert images(corrections=("output_statistics",)) == 0
 
 
@@ -256,9 +257,9 @@ def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, 
     document = {**copy_of(finished, tmp_path / "run"), "estimators": list(named)}
     run_pipeline(document, tracked=False)
     found = RunRecord.load(tmp_path / "run" / "record.json")
-    session = OpenedRun.open(parse_config(document))
+    run = open_run(parse_config(document))
     assert found.methods == (UNIFORM, *named, CHOSEN)
-    for budget in session.budgets:
+    for budget in run.budgets:
         safe = [record.find(budget.name, method) for method in SAFE]
         assert found.find(budget.name, CHOSEN).loss_deployed <= min(row.loss_deployed for row in safe) + 1e-12
         assert {c.assignment for c in corrected_of(found, budget) if c.origin == "layerwise"} == {
@@ -269,7 +270,7 @@ def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, 
     assert predicting == ({"layerwise"} if named == ("tempered2",) else set(named))
     assert all(c.loss_predicted is not None for c in corrected)
     # what is read back knows who proposed what, also where two proposed the same
-    known = {(p.budget.name, p.method, p.assignment) for p in recorded(StoredRun.open(tmp_path / "run"), session)}
+    known = {(p.budget.name, p.method, p.assignment) for p in recorded(StoredRun.open(tmp_path / "run"), run)}
     assert known == {(c.budget, c.origin, c.assignment) for c in found.measured_proposals}
 
 
@@ -293,31 +294,31 @@ def test_show_prints_every_candidate(finished, record):
 
 def test_what_a_run_chose_stays_chosen_while_it_measures_the_same(finished, tmp_path, record):
     """The record says what is exported; a run of other settings that was killed leaves a record of before."""
-    session = OpenedRun.open(parse_config(copy_of(finished, tmp_path / "run")))
-    stored, budget = StoredRun.open(tmp_path / "run"), session.budgets[0]
+    run = open_run(parse_config(copy_of(finished, tmp_path / "run")))
+    stored, budget = StoredRun.open(tmp_path / "run"), run.budgets[0]
     row = record.find(budget.name, CHOSEN)
     other = next(c for c in record.measured_proposals if c.budget == budget.name and c.assignment != row.assignment)
     for loss, expected in ((other.loss_deployed, other.assignment), (2 * other.loss_deployed, row.assignment)):
         earlier = replace(row, assignment=other.assignment, loss_deployed=loss, brier_deployed=None)
         results = tuple(earlier if r == row else r for r in record.results)
         replace(record, results=results).save(tmp_path / "run" / "record.json")
-        assert chosen_for(stored, session, budget) == expected
+        assert chosen_for(stored, run, budget) == expected
 
 
 def test_the_best_of_a_search_is_what_is_exported_and_evaluated_later(finished, record):
     from flows.commands.stored import StoredRun, chosen_for
 
-    session = OpenedRun.open(parse_config(finished.document))
-    for budget in session.budgets:
-        chosen = chosen_for(StoredRun.open(finished.folder), session, budget)
+    run = open_run(parse_config(finished.document))
+    for budget in run.budgets:
+        chosen = chosen_for(StoredRun.open(finished.folder), run, budget)
         assert chosen == record.find(budget.name, CHOSEN).assignment
 
 
 def test_each_layer_is_prepared_once_with_and_without_corrections(finished):
-    session = OpenedRun.open(parse_config(finished.document))
-    layers = range(session.space.num_layers)
+    run = open_run(parse_config(finished.document))
+    layers = range(run.space.num_layers)
     assert sorted(finished.calls.of("prepare_layer")) == [(plain, layer) for plain in (False, True) for layer in layers]
-    assert session.unprepared() == []
+    assert run.preparation.unprepared() == []
 
 
 def test_what_ships_is_corrected_and_the_record_says_what_that_is_worth(record):
@@ -354,7 +355,7 @@ def test_a_new_budget_measures_no_tile_and_only_what_is_new(finished, record, tm
 @pytest.mark.system
 def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, tmp_path):
     document = copy_of(finished, tmp_path / "run")
-    plan = OpenedRun.open(parse_config(document)).plan
+    plan = open_run(parse_config(document)).plan
     damaged, lost = (next(t for t in plan.tiles if t.kind == kind and t.sample_block == 2) for kind in ("gram", "pairs"))
     chunks = tmp_path / "run" / "store.zarr"
     file = chunks / "gram" / "sums" / "c" / "2" / "0" / "0"
@@ -372,7 +373,7 @@ def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, t
 @pytest.mark.system
 def test_a_run_that_dies_between_tiles_computes_only_the_absent_ones(finished, tmp_path):
     document = copy_of(finished, tmp_path / "run")
-    plan = OpenedRun.open(parse_config(document)).plan
+    plan = open_run(parse_config(document)).plan
     shutil.rmtree(tmp_path / "run" / "evaluations")
     absent = [tile for k, tile in enumerate(plan.tiles) if k % 4 == 1 and tile.kind != "pairs"]
     store = MeasurementStore.open(tmp_path / "run" / "store.zarr")
@@ -404,21 +405,21 @@ def test_a_run_of_other_constraints_that_died_early_leaves_no_answer_that_breaks
     bound = row.size_bytes - 2000
     config = parse_config({**document, "constraints": [{"kind": "size", "bound": bound}]})
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
-    stored, session = StoredRun.open(tmp_path / "run"), OpenedRun.open(config)
-    assert session.space.size_bytes(chosen_for(stored, session, Budget("average_bits", 3.0))) <= bound
+    stored, run = StoredRun.open(tmp_path / "run"), open_run(config)
+    assert run.space.size_bytes(chosen_for(stored, run, Budget("average_bits", 3.0))) <= bound
 
 
 def test_a_run_in_which_uniform_bits_have_no_finite_loss_is_recorded(finished, tmp_path, monkeypatch):
     document = copy_of(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "evaluations")
-    plain = OpenedRun.loss
+    plain = RunEvaluation.loss
 
-    def broken(self: OpenedRun, assignment: Assignment) -> Counts:
+    def broken(self: RunEvaluation, assignment: Assignment) -> Counts:
         counts = plain(self, assignment)
         nowhere = replace(counts, loss=math.nan, brier=math.nan, hits="0" * counts.num_images)
         return nowhere if set(assignment.bits) == {2} else counts
 
-    monkeypatch.setattr(OpenedRun, "loss", broken)
+    monkeypatch.setattr(RunEvaluation, "loss", broken)
     run_pipeline(document, tracked=False)
     found = RunRecord.load(tmp_path / "run" / "record.json")
     for budget in found.budgets:
@@ -439,8 +440,8 @@ def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, added, tmp
     network = NetworkSettings(source="factory", name=f"{module}:make")
     scope: dict = {}
     monkeypatch.syspath_prepend(tmp_path)
-    session = SimpleNamespace(config=SimpleNamespace(network=network), loaded=SimpleNamespace(image_shape=(1, 2, 2)))
-    snippet = loading_snippet(session, bool(added))
+    run = SimpleNamespace(config=SimpleNamespace(network=network), loaded=SimpleNamespace(image_shape=(1, 2, 2)))
+    snippet = loading_snippet(run, bool(added))
     state = {"1.weight": torch.ones(3, 4), "1.bias": torch.full((3,), 2.0)}
     save_file(state, tmp_path / "weights.safetensors")
     exec(snippet, scope)
@@ -532,7 +533,7 @@ def test_the_folder_holds_what_the_readme_says(finished):
 
 def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_path, slices, model):
     document = config(tmp_path / "turned", network={"source": "zoo", "name": "resnet20_fashion_mnist", "channels_last": True})
-    network = OpenedRun.open(parse_config(document)).float_network
+    network = open_run(parse_config(document)).float_network
     kernels = [weight for weight in network.weights if weight.ndim == 4 and weight[0, 0].numel() > 1 and weight.shape[1] > 1]
     assert kernels
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
@@ -553,13 +554,4 @@ def test_channels_last_is_the_default_where_convolutions_are_faster_so(name, cho
     monkeypatch.setattr("clado.network.network.ONLY_AVX2", only_avx2)
     settings = {"source": "zoo", "name": name} | ({} if chosen is None else {"channels_last": chosen})
     document = config(tmp_path / "run", network=settings, cluster={"kind": "inline", "device": "cpu"})
-    assert OpenedRun.open(parse_config(document)).float_network.channels_last is turned
-
-
-def test_the_phases_that_the_test_calls_are_the_flows_own():
-    """The fixture calls the phases without Prefect: a phase that it forgets would need a server."""
-    from flows import pipeline
-
-    body = Path(pipeline.__file__).read_text()
-    assert all(re.search(rf"\b{name}\(run\)", body) for name in PHASES)
-    assert len(re.findall(r"\b\w+\(run\)", body)) == len(PHASES)
+    assert open_run(parse_config(document)).float_network.channels_last is turned

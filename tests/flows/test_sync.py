@@ -15,11 +15,10 @@ from clado.records import Receipt, RunRecord
 from clado.settings.loading import load_run_config, parse_config
 from clado.tracking import delivery
 from clado.tracking.content import RecordContent
-from clado.tracking.single_runs import FailureContent
 from flows import clusters
 from flows.cli import app
 from flows.guard import locked
-from flows.phases import record
+from flows.phases import deliver
 from tests.running import config, run_pipeline
 from tests.synthetic import make_model, make_record
 
@@ -55,16 +54,18 @@ def unsent(tmp_path, template) -> dict[str, Any]:
 
 
 def run_of(document: dict[str, Any]) -> Any:
-    """A run of the flow that is about to be recorded."""
+    """A run of the flow that is about to be delivered."""
     folder, loaded = Path(document["folder"]), SimpleNamespace(description="a network", weights_sha256="0" * 64)
-    session = SimpleNamespace(config=parse_config(document), folder=folder, provenance={"torch": "2"}, loaded=loaded)
-    return SimpleNamespace(session=session, matrices={"pairwise": None})
+    identity = SimpleNamespace(provenance={"torch": "2"})
+    config = parse_config({**document, "estimators": ["pairwise"]})
+    return SimpleNamespace(config=config, folder=folder, identity=identity, loaded=loaded)
 
 
 def track(document: dict[str, Any]) -> Receipt:
     """The flow's last phase."""
-    with record.failure_recorded(run_of(document).session):
-        return record.track.fn(run_of(document))
+    run = run_of(document)
+    with deliver.failure_recorded(run):
+        return deliver.deliver(run, RunRecord.load(run.folder / "record.json"))
 
 
 def sync(folder: Path, *options: str, ends: int = 0) -> str:
@@ -126,7 +127,7 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
     with monkeypatch.context() as patch:
         patch.setattr(RecordContent, "send", gone)
         assert not track(unsent).delivered
-    with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
+    with pytest.raises(MeasurementError), deliver.failure_recorded(run_of(unsent)):
         raise MeasurementError("a later run fails")
     assert (folder / NOTE).exists()
     assert "1 new" not in sync(folder)
@@ -138,8 +139,8 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
 def test_a_failure_that_was_not_delivered_goes_with_the_run_that_came_to_its_end(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(FailureContent, "send", gone)
-        with pytest.raises(MeasurementError), record.failure_recorded(run_of(unsent).session):
+        patch.setattr(delivery._Failure, "send", gone)
+        with pytest.raises(MeasurementError), deliver.failure_recorded(run_of(unsent)):
             raise MeasurementError("a run fails")
         assert (folder / "mlflow-undelivered-failure.json").exists()
         patch.setattr(RecordContent, "send", gone)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from clado.errors import ConfigurationError, IdentityMismatch, StoreError
+from clado.run.checks import check
 from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore, exists
 from tests.running import config
-from tests.storage.test_growing import measure, session_of
+from tests.storage.test_growing import measure, opened
 from tests.storage.test_measurement_store import COVERAGE, IDENTITY, PLAN, PROVENANCE, full_store, sums_of
 
 BUCKET = "s3://measured"
@@ -87,15 +88,15 @@ def test_a_damaged_or_deleted_chunk_is_found(bucket, harm):
 
 
 def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucket, tmp_path):
-    first = session_of(tmp_path / "run", bucket)
+    first = opened(tmp_path / "run", bucket)
     assert measure(first) == list(first.plan.tiles)
-    grown = session_of(tmp_path / "run", bucket, sensitivity_images=32)
-    grown.check()
+    grown = opened(tmp_path / "run", bucket, sensitivity_images=32)
+    assert check(grown) == []
     assert measure(grown) == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]
     assert not (tmp_path / "run" / "store.zarr").exists()
-    at_once = session_of(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
+    at_once = opened(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
     measure(at_once)
-    found, expected = (session.open_store().gather(session.plan) for session in (grown, at_once))
+    found, expected = (run.identity.open_store().gather(run.plan) for run in (grown, at_once))
     assert {kind: sums.tobytes() for kind, sums in found.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}
 
 

@@ -1,4 +1,4 @@
-"""Laws of the ledger: what was evaluated is known, whole, and only under the settings it was evaluated under."""
+"""Laws of the evaluation cache: what was evaluated is known, whole, and only under the settings it was evaluated under."""
 
 import json
 
@@ -82,3 +82,36 @@ def test_parts_are_kept_apart_until_the_whole_is_put(tmp_path):
     assert cache.get(ONE) == COUNTS + Counts(1)
     assert cache.get(ONE, (0, 7)) is None
     assert cache.get(OTHER, (0, 7)) == COUNTS
+
+
+def counts_of(assignment: Assignment) -> tuple[Assignment, Counts]:
+    return assignment, Counts(1, float(sum(bits or 0 for bits in assignment.bits)))
+
+
+def test_counts_are_read_where_they_are_known_and_kept_where_they_are_measured(tmp_path):
+    cache, asked, done = EvaluationCache(tmp_path, "identity"), [], []
+
+    def measure(absent):
+        asked.append(list(absent))
+        return map(counts_of, reversed(absent))  # workers end in any order
+
+    cache.put(*counts_of(ACTIVATED))
+    counts = cache.read_or_measure([ONE, ACTIVATED, ONE, PARTIAL], measure, done.append)
+    assert asked == [[ONE, PARTIAL]]
+    assert list(counts.items()) == [counts_of(assignment) for assignment in (ONE, ACTIVATED, PARTIAL)]
+    assert done == [1, 1, 1]
+    assert cache.read_or_measure([PARTIAL, ONE], measure) == dict(map(counts_of, (PARTIAL, ONE)))
+    assert asked[1:] == [[]]
+
+
+def test_what_was_measured_before_a_fault_is_kept(tmp_path):
+    cache = EvaluationCache(tmp_path, "identity")
+
+    def dying(absent):
+        yield counts_of(absent[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.read_or_measure([ONE, ACTIVATED], dying)
+    assert cache.get(ONE) == counts_of(ONE)[1]
+    assert cache.get(ACTIVATED) is None

@@ -11,17 +11,18 @@ from PIL import Image
 from clado.errors import IdentityMismatch
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile, grown_sample_blocks, sample_blocks
-from clado.run.opened_run import OpenedRun
+from clado.run.checks import check
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
 
 FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]
 
 
-def session_of(folder: Path, store: str | None = None, **data) -> OpenedRun:
+def opened(folder: Path, store: str | None = None, **data) -> OpenedRun:
     """Four layers of the shipped network, without corrections; its store in the folder, or at a URL."""
     settings = {"sensitivity_images": 16, "sample_blocks": 2, "calibration_images": 0, "validation_images": 20, **data}
-    return OpenedRun.open(
+    return open_run(
         parse_config(
             {
                 "network": {"name": "resnet20_fashion_mnist", "graph": False, "fixed": FIXED},
@@ -37,12 +38,12 @@ def session_of(folder: Path, store: str | None = None, **data) -> OpenedRun:
     )
 
 
-def measure(session: OpenedRun) -> list[Tile]:
+def measure(run: OpenedRun) -> list[Tile]:
     """Measures what the store lacks and says what that was."""
-    store = session.open_store()
-    todo = store.missing(session.plan)
+    store = run.identity.open_store()
+    todo = store.missing(run.plan)
     for tile in todo:
-        store.write(tile, measure_tile(session.bench, tile))
+        store.write(tile, measure_tile(run.evaluation.bench, tile))
     return todo
 
 
@@ -51,24 +52,26 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only_what_is_new(tmp_path):
-    first = session_of(tmp_path / "grown")
+    first = opened(tmp_path / "grown")
     assert first.space.num_layers <= 5
     assert measure(first) == list(first.plan.tiles)
     chunks = {name: content for name, content in files(first.store_path).items() if "/c/" in name and "sums" in name}
-    grown = session_of(tmp_path / "grown", sensitivity_images=32)
-    grown.check()
-    assert grown.blocks == sample_blocks(32, 4)
+    grown = opened(tmp_path / "grown", sensitivity_images=32)
+    assert check(grown) == []
+    assert grown.sample_blocks == sample_blocks(32, 4)
     before = files(first.store_path)
-    assert grown.store_todo() == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]  # what `clado plan` says
+    assert grown.identity.missing_tiles() == [
+        tile for tile in grown.plan.tiles if tile.sample_block >= 2
+    ]  # what `clado plan` says
     assert files(first.store_path) == before
     new = measure(grown)
     assert new == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]
-    assert measure(session_of(tmp_path / "grown", sensitivity_images=32)) == []
+    assert measure(opened(tmp_path / "grown", sensitivity_images=32)) == []
     after = files(grown.store_path)
     assert {name: after[name] for name in chunks} == chunks
-    once = session_of(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
+    once = opened(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
     measure(once)
-    stores = [MeasurementStore.open(session.store_path) for session in (grown, once)]
+    stores = [MeasurementStore.open(run.store_path) for run in (grown, once)]
     assert stores[0].coverage == stores[1].coverage
     assert stores[0].counts.tolist() == stores[1].counts.tolist() == [8, 8, 8, 8]
     both = [store.gather(once.plan) for store in stores]
@@ -87,13 +90,13 @@ def test_a_store_grows_for_weights_that_bring_their_preprocessing(tmp_path):
         network = {"source": "torchvision", "name": "squeezenet1_1", "weights": str(weights), "weights_name": "IMAGENET1K_V1"}
         data = {"source": "folder", "path": str(tmp_path / "photos"), "sensitivity_images": images, "sample_blocks": 2}
         document = {"network": {**network, "fixed": ["features.*"]}, "data": {**data, "calibration_images": 0}, "corrections": []}
-        return OpenedRun.open(parse_config({**document, "estimators": ["layerwise"], "folder": str(tmp_path / "run")}))
+        return open_run(parse_config({**document, "estimators": ["layerwise"], "folder": str(tmp_path / "run")}))
 
     first = of(4)
     assert first.loaded.preprocessing
     first.folder.mkdir()
-    first.open_store()
-    assert of(8).adds_images(MeasurementStore.open(first.store_path))
+    first.identity.open_store()
+    assert of(8).identity.adds_images(MeasurementStore.open(first.store_path))
 
 
 def save_images(folder: Path) -> None:
@@ -115,20 +118,20 @@ def save_images(folder: Path) -> None:
     ],
 )
 def test_what_is_not_the_same_images_and_more_is_refused_and_nothing_changes(tmp_path, data, said):
-    session_of(tmp_path / "run").open_store()
+    opened(tmp_path / "run").identity.open_store()
     before = files(tmp_path)
-    for attempt in (OpenedRun.check, OpenedRun.open_store):
+    for attempt in (check, lambda run: run.identity.open_store()):
         with pytest.raises(IdentityMismatch, match=said):
-            attempt(session_of(tmp_path / "run", **data))
+            attempt(opened(tmp_path / "run", **data))
     assert files(tmp_path) == before
 
 
 def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_path, monkeypatch):
-    first = session_of(tmp_path / "run")
+    first = opened(tmp_path / "run")
     measure(first)
     sums = MeasurementStore.open(first.store_path).gather(first.plan)
-    grown = session_of(tmp_path / "run", sensitivity_images=24)
-    store, plan, coverage = MeasurementStore.open(first.store_path), grown.plan, grown.coverage
+    grown = opened(tmp_path / "run", sensitivity_images=24)
+    store, plan, coverage = MeasurementStore.open(first.store_path), grown.plan, grown.identity.coverage
 
     class Broken(dict):
         def __setitem__(self, key, value):
@@ -138,14 +141,14 @@ def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_
         broken.setattr(type(store.group), "attrs", property(lambda group: Broken()))
         with pytest.raises(OSError, match="No space"):
             store.grow(plan, coverage)
-    again = session_of(tmp_path / "run")
-    kept = again.open_store()
+    again = opened(tmp_path / "run")
+    kept = again.identity.open_store()
     assert kept.missing(again.plan) == []
     assert kept.counts.tolist() == [8, 8]
     assert {kind: values.tobytes() for kind, values in kept.gather(again.plan).items()} == {
         kind: values.tobytes() for kind, values in sums.items()
     }
-    assert measure(session_of(tmp_path / "run", sensitivity_images=24)) == [t for t in grown.plan.tiles if t.sample_block == 2]
+    assert measure(opened(tmp_path / "run", sensitivity_images=24)) == [t for t in grown.plan.tiles if t.sample_block == 2]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])

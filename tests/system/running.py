@@ -17,7 +17,7 @@ import yaml
 
 from clado.measuring.kinds import tile_kinds
 from clado.measuring.plan import Tile
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
 from tests.running import config
@@ -121,8 +121,8 @@ class Bench:
         log = self.folder / "outside.log"
         return log.read_text().splitlines() if log.exists() else []
 
-    def session(self) -> OpenedRun:
-        return OpenedRun.open(parse_config(yaml.safe_load((self.folder / "clado.yaml").read_text())))
+    def opened(self) -> OpenedRun:
+        return open_run(parse_config(yaml.safe_load((self.folder / "clado.yaml").read_text())))
 
     def living(self) -> list[str]:
         """Command lines of the living processes that were started in its folder, of whatever group."""
@@ -139,8 +139,8 @@ class Bench:
         """Tiles that the store has so far."""
         if not (self.run_folder / "store.zarr").exists():
             return []
-        missing = set(MeasurementStore.open(self.run_folder / "store.zarr").missing(self.session().plan))
-        return [tile for tile in self.session().plan.tiles if tile not in missing]
+        missing = set(MeasurementStore.open(self.run_folder / "store.zarr").missing(self.opened().plan))
+        return [tile for tile in self.opened().plan.tiles if tile not in missing]
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -16,7 +16,7 @@ from distributed import Status
 
 from clado.errors import ConfigurationError, MeasurementError, ServerError
 from clado.records import RunRecord
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from flows import clusters
 from flows.clusters import _dask, kubernetes, local_gpus
 from flows.clusters._certificates import make_certificates
@@ -311,7 +311,7 @@ def test_a_scheduler_that_is_lost_is_one_message_and_another_run_goes_on(tmp_pat
         started.start_worker("a", "--nthreads", 2)
         config = configuration(settings)
         with pytest.raises(ServerError, match="computes 2 tasks at once"), clusters.start(config) as workers:
-            workers.open_session(config)
+            workers.open_run(open_run(config))
         started.kill("a")
 
         started.start_worker("b")
@@ -338,9 +338,9 @@ def test_a_run_leaves_nothing_on_workers_that_outlive_it(tmp_path):
     with machines(tmp_path) as started:
         config = configuration({"kind": "address", "address": started.address}, folder=str(tmp_path / "run"), **SMALL)
         with clusters.start(config) as workers:
-            session = OpenedRun.open(config)
-            session.open_store()
-            workers.open_session(config)
+            run = open_run(config)
+            run.identity.open_store()
+            workers.open_run(run)
             assert len(plugins(workers.client.run_on_scheduler)) == 2
         with clusters.start(config) as workers:
             assert plugins(workers.client.run_on_scheduler) == []

@@ -12,12 +12,11 @@ import pytest
 
 from clado.errors import ServerError
 from clado.records import RunRecord
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from flows import clusters
-from flows.clusters import _dask
-from flows.phases.measure import measure
-from flows.phases.run import Clock, Run
+from flows.clusters import Workers, _dask
+from flows.phases.measure import Measurement, measure
 from tests.running import config
 from tests.system.running import PATIENCE, Bench, chunk_times, end_group, measured, wait_for
 from tests.system.test_clusters import machines
@@ -27,26 +26,25 @@ TILES = 12  # uncorrected layers, gram and pairs of four sample blocks
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 
-def measure_only(document: dict, during=lambda run: None) -> Run:
+def measure_only(document: dict, during=lambda run, workers: None) -> Measurement:
     """The measure phase with the configured workers, without Prefect; `during` is called in a thread while tiles are computed."""
     settings = parse_config(document)
-    session = OpenedRun.open(settings)
-    session.open_store()
+    run = open_run(settings)
+    run.identity.open_store()
     with clusters.start(settings) as workers:
-        workers.open_session(settings)
-        run = Run(session, workers, Clock())
-        thread = threading.Thread(target=during, args=(run,))
+        workers.open_run(run)
+        thread = threading.Thread(target=during, args=(run, workers))
         thread.start()
-        measure.fn(run)
+        measurement = measure(run, workers)
         thread.join()
-    return run
+    return measurement
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_measure_what_one_process_measures_bit_for_bit(finished, tmp_path, workers):
     document = config(tmp_path / "run", cluster={"kind": "local", "workers": workers})
-    run = measure_only(document)
-    assert run.measuring.computed == run.measuring.tiles == TILES
+    measurement = measure_only(document)
+    assert measurement.computed == measurement.tiles == TILES
     assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
 
 
@@ -54,15 +52,15 @@ def test_a_worker_killed_in_mid_tile_costs_no_number(finished, tmp_path):
     document = config(tmp_path / "run", cluster={"kind": "local", "workers": 2})
     killed = []
 
-    def kill_one(run: Run) -> None:
-        store = run.session.open_store()
-        wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")  # only pairs are left: seconds each
-        killed.append(min(run.workers.client.run(os.getpid).values()))
+    def kill_one(run: OpenedRun, workers: Workers) -> None:
+        store = run.identity.open_store()
+        wait_for(lambda: len(store.missing(run.plan)) <= 4, "the first tiles")  # only pairs are left: seconds each
+        killed.append(min(workers.client.run(os.getpid).values()))
         os.kill(killed[0], signal.SIGKILL)
 
-    run = measure_only(document, kill_one)
+    measurement = measure_only(document, kill_one)
     assert killed
-    assert run.measuring.computed == TILES
+    assert measurement.computed == TILES
     assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
 
 
@@ -70,16 +68,16 @@ def test_all_workers_killed_once_cost_no_number(finished, tmp_path):
     document = config(tmp_path / "run", cluster={"kind": "local", "workers": 2})
     killed = []
 
-    def kill_all(run: Run) -> None:
-        store = run.session.open_store()
-        wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")
-        killed.extend(run.workers.client.run(os.getpid).values())
+    def kill_all(run: OpenedRun, workers: Workers) -> None:
+        store = run.identity.open_store()
+        wait_for(lambda: len(store.missing(run.plan)) <= 4, "the first tiles")
+        killed.extend(workers.client.run(os.getpid).values())
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
 
-    run = measure_only(document, kill_all)
+    measurement = measure_only(document, kill_all)
     assert len(killed) == 2
-    assert run.measuring.computed == TILES
+    assert measurement.computed == TILES
     assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
 
 
@@ -88,19 +86,19 @@ def test_a_scheduler_that_is_killed_ends_the_run_and_the_next_one_goes_on(finish
     with machines(tmp_path / "first") as started:
         document = config(tmp_path / "run", cluster={"kind": "address", "address": started.address})
 
-        def kill_scheduler(run: Run) -> None:
-            store = run.session.open_store()
-            wait_for(lambda: len(store.missing(run.session.plan)) <= 4, "the first tiles")
+        def kill_scheduler(run: OpenedRun, workers: Workers) -> None:
+            store = run.identity.open_store()
+            wait_for(lambda: len(store.missing(run.plan)) <= 4, "the first tiles")
             started.kill("scheduler")
 
         with pytest.raises(ServerError, match="scheduler was lost; what was measured is kept"):
             measure_only(document, kill_scheduler)
-    session = OpenedRun.open(parse_config(document))
-    done = len(session.plan.tiles) - len(session.store_todo())
+    run = open_run(parse_config(document))
+    done = len(run.plan.tiles) - len(run.identity.missing_tiles())
     assert TILES // 2 <= done < TILES
     with machines(tmp_path / "second") as started:
-        run = measure_only({**document, "cluster": {"kind": "address", "address": started.address}})
-    assert run.measuring.computed == TILES - done
+        measurement = measure_only({**document, "cluster": {"kind": "address", "address": started.address}})
+    assert measurement.computed == TILES - done
     assert measured(tmp_path / "run" / "store.zarr") == measured(finished.folder / "store.zarr")
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from clado.errors import IdentityMismatch
-from clado.run.opened_run import OpenedRun
+from clado.run.checks import check
+from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.identity import fingerprint
 from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
-from flows import cli
+from flows.commands.plan import plan_text
 from tests.storage.test_growing import FIXED, files
 
 ACTIVATIONS = {"activations": {"bits": [8]}}
@@ -50,22 +51,28 @@ def settings(folder: Path | None, *changes: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def session_of(folder: Path | None, *changes: dict[str, Any]) -> OpenedRun:
-    return OpenedRun.open(parse_config(settings(folder, *changes)))
+def opened(folder: Path | None, *changes: dict[str, Any]) -> OpenedRun:
+    return open_run(parse_config(settings(folder, *changes)))
 
 
 @pytest.mark.parametrize(("given", "changed", "said"), OTHERS.values(), ids=list(OTHERS))
 def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_its_folder(tmp_path, given, changed, said):
-    first, other = session_of(None, given), session_of(None, given, changed)
-    assert fingerprint(first.identity) != fingerprint(other.identity)
-    assert fingerprint(first.plain_identity) != fingerprint(other.plain_identity)
+    first, other = opened(None, given), opened(None, given, changed)
+    assert fingerprint(first.identity.document) != fingerprint(other.identity.document)
+    assert fingerprint(first.identity.without_corrections) != fingerprint(other.identity.without_corrections)
     assert first.folder != other.folder
-    store = session_of(tmp_path / "run", given).open_store()
+    store = opened(tmp_path / "run", given).identity.open_store()
     assert (store.space.layers, store.space.options) == (first.space.layers, first.space.options)
     before = files(tmp_path)
-    for attempt in (OpenedRun.check, OpenedRun.open_store, OpenedRun.as_measured, OpenedRun.store_todo, cli._plan_text):
+    for attempt in (
+        check,
+        lambda run: run.identity.open_store(),
+        lambda run: run.identity.check_measured(),
+        lambda run: run.identity.missing_tiles(),
+        plan_text,
+    ):
         with pytest.raises(IdentityMismatch) as caught:
-            attempt(session_of(tmp_path / "run", given, changed))
+            attempt(opened(tmp_path / "run", given, changed))
         (line,) = (line.strip() for line in str(caught.value).splitlines() if said in line)
         assert line.startswith(said)
         assert "another folder" in str(caught.value)
@@ -73,11 +80,11 @@ def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_i
 
 
 def test_other_bits_are_refused_beside_more_images(tmp_path):
-    session_of(tmp_path / "run").open_store()
-    grown = session_of(tmp_path / "run", {"data": {"sensitivity_images": 16}})
-    assert grown.adds_images(MeasurementStore.open(grown.store_path))
+    opened(tmp_path / "run").identity.open_store()
+    grown = opened(tmp_path / "run", {"data": {"sensitivity_images": 16}})
+    assert grown.identity.adds_images(MeasurementStore.open(grown.store_path))
     with pytest.raises(IdentityMismatch, match=r"bits: the store has \[2, 4\], this run \[2, 8\]") as caught:
-        session_of(tmp_path / "run", {"data": {"sensitivity_images": 16}, "bits": [2, 8]}).open_store()
+        opened(tmp_path / "run", {"data": {"sensitivity_images": 16}, "bits": [2, 8]}).identity.open_store()
     assert "blocks" not in str(caught.value)
 
 
@@ -91,7 +98,7 @@ def test_other_bits_are_refused_beside_more_images(tmp_path):
     ],
 )
 def test_what_changes_no_number_is_the_same_run(tmp_path, changed):
-    first, other = session_of(tmp_path / "run"), session_of(tmp_path / "run", changed)
-    assert first.identity == other.identity
-    first.open_store()
-    assert other.open_store().missing(other.plan) == list(other.plan.tiles)
+    first, other = opened(tmp_path / "run"), opened(tmp_path / "run", changed)
+    assert first.identity.document == other.identity.document
+    first.identity.open_store()
+    assert other.identity.open_store().missing(other.plan) == list(other.plan.tiles)

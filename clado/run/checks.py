@@ -1,0 +1,72 @@
+"""What is checked before a run starts or writes anything: images, budgets, and a store that is there."""
+
+from collections.abc import Callable, Sequence
+
+from clado.choosing.proposals import check_budgets
+from clado.data.images import ImageSlice, check_slice
+from clado.errors import ConfigurationError, DataError
+from clado.run.opened_run import OpenedRun, open_run
+from clado.storage.measurement_store import MeasurementStore, exists
+
+
+def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> DataError:
+    """What to say where more images cannot be read than the settings allow."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return DataError(
+        f"more images below {where} cannot be read than data.max_corrupt_images: {allowed} allows: {shown}; repair or remove "
+        "them, or allow more"
+    )
+
+
+def checked(run: OpenedRun) -> OpenedRun:
+    """This run, or one of the same settings without the images that cannot be read: `data.skip` then names them."""
+    return _without_unreadable(run, check)
+
+
+def with_readable_selection(run: OpenedRun) -> OpenedRun:
+    """The same for the images that are left to choose on, which only some commands read; there may be none."""
+    return _without_unreadable(run, lambda run: _unreadable(run, run.slices.selection) if len(run.slices.selection) else [])
+
+
+def _without_unreadable(run: OpenedRun, find: Callable[[OpenedRun], list[str]]) -> OpenedRun:
+    while names := find(run):
+        data, skip = run.config.data, (*run.config.data.skip, *names)
+        if len(skip) > data.max_corrupt_images:
+            raise too_many_unreadable(data.path, skip, data.max_corrupt_images)
+        run = open_run(run.config.model_copy(update={"data": data.model_copy(update={"skip": skip})}))
+    return run
+
+
+def check(run: OpenedRun) -> list[str]:
+    """Decodes every image once, tries every budget and a store that is there: before anything is started or written.
+
+    Returns:
+        The names of images that cannot be read, where some are allowed.
+
+    Raises:
+        ConfigurationError: The run's folder is a file.
+        DataError: An image does not fit the network, or cannot be read and none may be left out.
+        InfeasibleError: No assignment meets a budget.
+        IdentityMismatch: The store holds other numbers.
+    """
+    if run.folder.exists() and not run.folder.is_dir():
+        raise ConfigurationError(f"{run.folder} is a file; expected a folder for the run, or a free name (folder: runs/…)")
+    slices = run.slices
+    calibration = [slices.calibration] if len(slices.calibration) else []
+    if names := _unreadable(run, slices.sensitivity, *calibration, slices.validation):
+        return names
+    check_budgets(run.space, run.budgets, run.limits)
+    if exists(run.store_path):
+        run.identity.adds_images(MeasurementStore.open(run.store_path))
+    return []
+
+
+def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:
+    """Names of images that cannot be read, where some are allowed; refuses what else is wrong with an image."""
+    names: list[str] = []
+    for images in slices:
+        unreadable: dict[int, str] = {}
+        allowed = unreadable if run.config.data.max_corrupt_images else None
+        check_slice(images, run.loaded.image_shape, run.num_logits, unreadable=allowed)
+        names += unreadable.values()
+    return names

@@ -1,0 +1,128 @@
+"""What a run works on: settings, network, data and search space, and the plan that follows from them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from clado.choosing.constraints import Constraint
+from clado.choosing.proposals import Budget, budgets_of
+from clado.data.images import DataSlices
+from clado.data.sources import LoadedNetwork
+from clado.interaction import estimators
+from clado.measuring.plan import Plan, Workload, grown_sample_blocks, sample_blocks
+from clado.measuring.workbench import network_batching, rows_per_tile
+from clado.network.network import Network
+from clado.quantization.preparation import Recipe
+from clado.quantization.quantizers import WeightQuantizer
+from clado.records import IMAGENET_VALIDATION_IMAGES
+from clado.run.limits import limits_of, store_of
+from clado.settings.schema import RunConfig
+from clado.space import SearchSpace
+from clado.storage.measurement_store import MeasurementStore, exists
+
+
+@dataclass
+class RunInputs:
+    """The inputs of a run in this process. Nothing here is quantized or measured yet."""
+
+    config: RunConfig
+    """The settings."""
+    loaded: LoadedNetwork
+    """The network as its source gives it."""
+    float_network: Network
+    """The same network as a graph whose layers can be replaced, on the device of this process."""
+    slices: DataSlices
+    """Calibration, sensitivity, selection and validation images."""
+    space: SearchSpace
+    """The searched layers and their candidate bit-widths."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.config.run_folder
+
+    @property
+    def store_path(self) -> Path | str:
+        """Where its measurements are."""
+        return store_of(self.config)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets asked for."""
+        return budgets_of(**self.config.budgets.model_dump())
+
+    @property
+    def limits(self) -> list[Constraint]:
+        """Limits that every answer must meet beside its budget."""
+        return limits_of(self.config, self.space)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How layers are quantized and corrected."""
+        config, settings = self.config, self.config.quantizer
+        quantizer = WeightQuantizer(settings.weights, settings.granularity == "per_channel", settings.scheme == "symmetric")
+        return Recipe(quantizer, config.activations.range, config.corrections, config.data.seed, config.adaround.steps)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the record has to know about the data."""
+        skip, notes = self.config.data.skip, []
+        if skip:
+            shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
+            notes.append(f"{len(skip)} images are left out because they cannot be read, or as data.skip says: {shown}")
+        validated = len(self.slices.validation)
+        if self.slices.imagenet and validated < IMAGENET_VALIDATION_IMAGES:
+            notes.append(
+                f"accuracy is counted on {validated:,} of ImageNet's {IMAGENET_VALIDATION_IMAGES:,} validation images: it proves "
+                "the path, not the accuracy, and is named top1_subset"
+            )
+        return tuple(notes)
+
+    @cached_property
+    def num_logits(self) -> int:
+        """Logits of an image."""
+        return int(self.float_network.logits(self.float_network.example).shape[1])
+
+    @cached_property
+    def sample_blocks(self) -> tuple[tuple[int, int], ...]:
+        """Sample blocks of the sensitivity set: those of the store, where there is one, and more where the images grew."""
+        num_images, num_blocks = len(self.slices.sensitivity), self.config.data.sample_blocks
+        if not exists(self.store_path):
+            return sample_blocks(num_images, num_blocks)
+        return grown_sample_blocks(MeasurementStore.open(self.store_path).coverage["blocks"], num_images, num_blocks)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
+        kinds = estimators.kinds_of(self.config.estimators, bool(self.config.corrections))
+        if exists(self.store_path):
+            rows = MeasurementStore.open(self.store_path).rows_per_tile
+        else:
+            widest = max(stop - start for start, stop in self.sample_blocks)
+            measuring = self.config.measure
+            batching = network_batching(
+                self.float_network, widest, measuring.batch_images, self.configured_limit, measuring.batch_statistics
+            )
+            rows = rows_per_tile(self.float_network, self.space, batching, self.memory_limit)
+        return Plan(self.space, self.sample_blocks, kinds, rows, self.config.gradients.vectors, self.config.gradients.seed)
+
+    @property
+    def workload(self) -> Workload:
+        """Cost of the network and of its suffixes."""
+        network = self.float_network
+        return Workload(network.macs, tuple(place.cut.suffix_macs for place in network.places))
+
+    @property
+    def configured_limit(self) -> int | None:
+        """The configured limit in bytes. What is free now shapes tiles once, and nothing that numbers depend on later."""
+        limit = self.config.measure.memory_limit_mb
+        return None if limit is None else limit * 10**6
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that measuring may take in one worker: as configured, or its part of a quarter of what is free."""
+        if self.configured_limit is not None:
+            return self.configured_limit
+        import psutil
+
+        return int(psutil.virtual_memory().available) // (4 * self.config.cluster.workers)

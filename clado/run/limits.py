@@ -1,0 +1,36 @@
+"""What every answer of a run must keep to, and where its measurements are: facts of the settings alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from clado.choosing.constraints import Constraint, constraint
+from clado.choosing.proposals import Budget
+from clado.run.plugin_checks import check_constraint
+from clado.settings.schema import ConstraintSettings, RunConfig
+from clado.space import SearchSpace
+
+
+def store_of(config: RunConfig) -> Path | str:
+    """Where a run keeps what it measured: in its folder, or in a bucket."""
+    return config.store or config.run_folder / "store.zarr"
+
+
+def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
+    """The configuration's constraints on a space; a size that counts scales is another cost than the budget's size."""
+    return [limit_of(settings, config, space) for settings in config.constraints]
+
+
+def limit_of(settings: ConstraintSettings, config: RunConfig, space: SearchSpace) -> Constraint:
+    """One constraint of a configuration, or of a command line."""
+    check_constraint(settings)
+    if settings.scales:
+        limit = constraint(settings.name, space, settings.bound, overhead_bytes=scale_bytes(config, space))
+        return replace(limit, name=f"{settings.name}_with_scales")
+    return Budget(settings.name, settings.bound, None if settings.path is None else str(settings.path)).limit(space)
+
+
+def scale_bytes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
+    """Bytes of each layer's float32 scales, and of its 32-bit zero points under the affine scheme."""
+    numbers = 2 if config.quantizer.scheme == "affine" else 1
+    per_channel = config.quantizer.granularity == "per_channel"
+    return {layer.name: 4 * numbers * (layer.num_channels if per_channel else 1) for layer in space.layers}

@@ -1,0 +1,68 @@
+"""Deliver: the record, its plots and its networks go to MLflow; so does a failure."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clado.records import Receipt, RunRecord
+from clado.reporting import tables
+from clado.run.opened_run import OpenedRun
+from clado.tracking import delivery, notes
+from flows.commands.export import budget_folder, model_folder
+from flows.phases.record import provenance_of
+
+
+def deliver(run: OpenedRun, record: RunRecord, flow_run_id: str = "") -> Receipt:
+    """Mirrors the record to MLflow; a tracker that does not answer is a warning, not a failure.
+
+    Args:
+        run: The run.
+        record: Its record, which is written to its folder.
+        flow_run_id: The run of the Prefect flow, where there is one.
+    """
+    config, budgets = run.config, record.budgets
+    exports = {budget: budget_folder(run, budget) for budget in budgets}
+    models = {budget: model_folder(run, budget) for budget in budgets if config.tracking.models}
+    return delivery.track(
+        record,
+        run.folder,
+        config.model_dump(mode="json"),
+        experiment=config.tracking.experiment,
+        uri=config.tracking.uri,
+        tags=_tags(run, flow_run_id),
+        matrices={name: run.folder / "matrices" / f"{name}.npz" for name in config.estimators},
+        plots=sorted((run.folder / "plots").glob("*.png")),
+        exports=_written(exports),
+        models=_written(models),
+        description=tables.markdown(record),
+    )
+
+
+@contextmanager
+def failure_recorded(run: OpenedRun, flow_run_id: str = "") -> Iterator[None]:
+    """Around a run: an error goes on as it is, once MLflow and the run's failure.txt have it with its traceback."""
+    config = run.config
+    try:
+        yield
+    except Exception as error:
+        delivery.track_failure(
+            error,
+            run.folder,
+            config.model_dump(mode="json"),
+            network=run.loaded.description,
+            experiment=config.tracking.experiment,
+            uri=config.tracking.uri,
+            tags=_tags(run, flow_run_id),
+        )
+        raise
+    (run.folder / notes.FAILURE).unlink(missing_ok=True)
+
+
+def _tags(run: OpenedRun, flow_run_id: str) -> dict[str, str]:
+    """Provenance, and where Prefect has the run."""
+    return {**provenance_of(run), "prefect_flow_run_id": flow_run_id}
+
+
+def _written(folders: dict[str, Path]) -> dict[str, Path]:
+    """The folders that were written: a torch module cannot hold every network."""
+    return {budget: folder for budget, folder in folders.items() if folder.is_dir()}
