@@ -326,7 +326,7 @@ def test_solve_equals_solving_the_stored_matrix(finished, copied):
     before = listing(copied / "store.zarr")
     text = call("solve", copied, "--budget", 2.75)
     stored = StoredRun.open(copied)
-    for name, matrix in stored.matrices().items():
+    for name, matrix in stored.matrices.named.items():
         limit = Budget("average_bits", 2.75).limit(matrix.space)
         optimum = solve_program(program_of(matrix, [limit]), "scip", time_limit=60)
         document = json.loads((copied / "solutions" / f"2.75_bits-{name}.json").read_text())
