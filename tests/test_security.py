@@ -90,7 +90,7 @@ def test_every_service_is_named_in_the_order_in_which_they_start(tmp_path):
 @pytest.mark.parametrize("database", [None, "postgresql://me:hunter2@db:5432"])
 def test_services_listen_on_loopback_and_show_no_password(tmp_path, database):
     for name, service in declare(tmp_path, Ports(), 2, database).items():
-        assert "0.0.0.0" not in service.words
-        assert "hunter2" not in " ".join(service.words), name
+        assert "0.0.0.0" not in service.command
+        assert "hunter2" not in " ".join(service.command), name
         if name != "runner":  # which listens nowhere
-            assert service.words[service.words.index("--host") + 1] == HOST
+            assert service.command[service.command.index("--host") + 1] == HOST

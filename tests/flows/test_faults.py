@@ -123,7 +123,11 @@ def not_finite(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (end_of_memory, MeasurementError, ["gram, block 1 failed 3 times", "RuntimeError: not enough memory: you", "is kept"]),
+        (
+            end_of_memory,
+            MeasurementError,
+            ["gram, sample block 1 failed 3 times", "RuntimeError: not enough memory: you", "is kept"],
+        ),
         (not_finite, MeasurementError, ["block 1 has no finite loss"]),
     ],
 )
@@ -157,7 +161,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(array
 
     with monkeypatch.context() as patch:
         patch.setattr(zarr.Array, "__setitem__", setitem)
-        with pytest.raises(StoreError, match=r"gram, block 1 could not be written .*No space left.* make room"):
+        with pytest.raises(StoreError, match=r"gram, sample block 1 could not be written .*No space left.* make room"):
             phase.run()
     assert phase.attempts == {Tile("gram", 0): 1, Tile("gram", 1): ATTEMPTS}
     phase.run()
@@ -226,5 +230,5 @@ def test_what_is_whole_is_left_alone(finished_phase, undisturbed):
 
 
 def test_the_tiles_name_themselves():
-    assert str(Tile("singles", 3)) == "the tile of singles, block 3"
-    assert str(Tile("pairs", 0, 1, 8, 16)) == "the tile of pairs, block 0, rows 8 to 15"
+    assert str(Tile("singles", 3)) == "the tile of singles, sample block 3"
+    assert str(Tile("pairs", 0, 1, 8, 16)) == "the tile of pairs, sample block 0, rows 8 to 15"

@@ -41,7 +41,7 @@ def harmful_final(patch: pytest.MonkeyPatch) -> None:
 
 
 def harmful_layers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(output_statistics, "correct", turned_weights)
+    patch.setattr(output_statistics, "correction", replace(output_statistics.correction, correct=turned_weights))
 
 
 def run(folder: Path) -> tuple[RunRecord, OpenedRun]:

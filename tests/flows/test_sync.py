@@ -15,6 +15,7 @@ from clado.records import Receipt, RunRecord
 from clado.settings.loading import load_run_config, parse_config
 from clado.tracking import delivery
 from clado.tracking.content import RecordContent
+from clado.tracking.single_runs import FailureContent
 from flows import clusters
 from flows.cli import app
 from flows.guard import locked
@@ -139,7 +140,7 @@ def test_a_failure_does_not_take_the_place_of_a_finished_run_that_was_not_delive
 def test_a_failure_that_was_not_delivered_goes_with_the_run_that_came_to_its_end(unsent, monkeypatch):
     folder = Path(unsent["folder"])
     with monkeypatch.context() as patch:
-        patch.setattr(delivery._Failure, "send", gone)
+        patch.setattr(FailureContent, "send", gone)
         with pytest.raises(MeasurementError), deliver.failure_recorded(run_of(unsent)):
             raise MeasurementError("a run fails")
         assert (folder / "mlflow-undelivered-failure.json").exists()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from clado.errors import ConfigurationError
-from clado.run.opened_run import OpenedRun
+from clado.run.opened_run import open_run
 from clado.run.plugin_checks import check_plugins
 from clado.settings.loading import parse_config
 
@@ -32,7 +32,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("change", "words"), BAD, ids=[str(change) for change, _ in BAD])
 def test_what_does_not_suit_a_plugin_is_refused_in_words_that_help(change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        OpenedRun.open(parse_config(DEMO | change))
+        open_run(parse_config(DEMO | change))
     for word in words:
         assert word in str(refusal.value)
 
