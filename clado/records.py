@@ -114,7 +114,7 @@ class Result:
     gain: float | None = None
     """For `chosen`: the least measured loss of the other methods, minus the one of `winner`.
 
-    If it is negative, Brier score and agreement decided (`proposals.choose`).
+    If it is negative, Brier score and agreement decided (`choice.choose`).
     """
 
 

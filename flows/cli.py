@@ -111,7 +111,7 @@ def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes =
         file = folder / "solutions" / f"{'-'.join(map(file_name, parts))}.json"
         write_text(file, stored.document(matrix, solution, wanted, limits or []))
         rivals = stored.rivals(matrix, wanted, limits or [])
-        others = ", ".join(f"{rival} {predicted_text(matrix, found.objective)}" for rival, found in rivals.items())
+        others = ", ".join(f"{rival} {predicted_text(matrix, solution.objective)}" for rival, solution in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
 
 

@@ -111,7 +111,7 @@ def prepare_layer(document: dict[str, Any], item: tuple[bool, int]) -> tuple[boo
 
 
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
-    """Sums of an assignment's loss over the sensitivity set, as it ships."""
+    """Sums of an assignment's loss over the sensitivity set, as deployed."""
     return assignment, last_opened(document).evaluation.loss(assignment)
 
 

@@ -1,30 +1,27 @@
-"""From matrices to an answer: propose with several estimators, measure every proposal, return the one nearest to the float one.
+"""Proposals: every matrix's answer to every budget, within the standing limits.
 
-The quadratic model only proposes; what is returned was measured. NumPy only: the solver and the measured losses are given.
+A proposal is not yet measured. `choice.py` decides among proposals once they are. NumPy only: the solver is given.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
-from math import inf, isfinite
 
 import numpy as np
 
 from clado.bits import FLOAT_BITS
 from clado.choosing import constraints, solvers
 from clado.choosing.constraints import Constraint
-from clado.choosing.local_search import ordered
 from clado.choosing.program import Program, Solution
 from clado.choosing.solvers import Solve
 from clado.errors import InfeasibleError
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured, unreported_estimators
-from clado.interaction.matrix import Array, Convexity, InteractionMatrix
-from clado.records import CHOSEN, UNIFORM, Result
+from clado.interaction.matrix import Convexity, InteractionMatrix
+from clado.records import UNIFORM
 from clado.space import Assignment, SearchSpace
 
-SIGNIFICANT = 2.0  # standard errors
 LAYERWISE_PLAIN = "layerwise_plain"  # `layerwise` of layers without corrections, deployed without them
 
 
@@ -98,12 +95,12 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
 def merge_limits(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
     """A budget, first, and the standing limits; of several on the same cost the tightest. Other costs of one name, as of two
     tables, are told apart by a number."""
-    found: dict[str, Constraint] = {}
+    tightest: dict[str, Constraint] = {}
     for limit in (budget, *limits):
         names = chain([limit.name], (f"{limit.name} {k}" for k in count(2)))
-        name = next(name for name in names if name not in found or found[name].costs == limit.costs)
-        found[name] = min(found.get(name, limit), limit, key=lambda c: c.bound)
-    return [replace(limit, name=name) for name, limit in found.items()]
+        name = next(name for name in names if name not in tightest or tightest[name].costs == limit.costs)
+        tightest[name] = min(tightest.get(name, limit), limit, key=lambda c: c.bound)
+    return [replace(limit, name=name) for name, limit in tightest.items()]
 
 
 def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint], convexity: Convexity | None = None) -> Program:
@@ -212,11 +209,6 @@ def propose(
     return proposals
 
 
-def safe_methods() -> tuple[str, ...]:
-    """Methods that nothing chosen is worse than, as measured. Nor is it worse than what is deployed without corrections."""
-    return UNIFORM, *estimators.safe_estimators()
-
-
 @dataclass(frozen=True)
 class Matrices:
     """The matrices that propose for a run."""
@@ -250,11 +242,11 @@ def propose_variants(
     budgets: Sequence[Budget],
     prepare: Callable[[Program], Solve],
     limits: Sequence[Constraint] = (),
-    further: Mapping[str, InteractionMatrix] | None = None,
+    extra: Mapping[str, InteractionMatrix] | None = None,
 ) -> list[Proposal]:
-    """Unlisted answers, for solver time only: of the matrices that are solved clipped also unclipped, and with noisy terms
-    shrunk; and those of `further` matrices, as of `extra_matrices`.
+    """Answers that are not reported and cost solver time only.
 
+    Matrices that are solved clipped are also solved unclipped, and with noisy terms shrunk. `extra` matrices are solved too.
     """
     proposals: list[Proposal] = []
 
@@ -267,7 +259,7 @@ def propose_variants(
             add(f"{method}_raw", matrix, "raw")
             if matrix.standard_error is not None:
                 add(f"{method}_shrunk", matrix.shrink())
-    for method, matrix in (further or {}).items():
+    for method, matrix in (extra or {}).items():
         add(method, matrix)
     return [replace(proposal, reported=False) for proposal in proposals]
 
@@ -278,7 +270,7 @@ def propose_uncorrected(
     prepare: Callable[[Program], Solve],
     limits: Sequence[Constraint] = (),
 ) -> list[Proposal]:
-    """Unlisted answers that are deployed without corrections: the widest uniform assignment, and the optimum of the matrix.
+    """Answers without corrections, which are not reported: the widest uniform assignment, and the optimum of the matrix.
 
     Args:
         matrix: `estimators.uncorrected`, or None where a run has no corrections: then there are no such answers.
@@ -311,116 +303,3 @@ def _proposed(
             proposals.append(Proposal(budget, method, answer.assignment, matrix.loss_of(answer.objective), answer))
         solved(budget, method)
     return proposals
-
-
-def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
-    """The estimator whose predictions rank the measured assignments best (Spearman's correlation), of those with all corrections;
-    of equal ones the one that knows of more interactions.
-    """
-    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
-
-    def quality(name: str) -> tuple[float, int]:
-        matrix = matrices[name].clip_psd() if matrices[name].convexity == "clip_psd" else matrices[name]
-        predicted = np.array([matrix.predicted_increase(a) for a in measured])
-        return round(rank_correlation(predicted, np.array(list(measured.values()))), 9), int(np.count_nonzero(matrix.values))
-
-    return max(matrices, key=quality)
-
-
-def rank_correlation(one: Array, other: Array) -> float:
-    """Spearman's correlation of two samples (n,), ties in the order given; 0 for fewer than two."""
-    if len(one) < 2:
-        return 0.0
-    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-@dataclass(frozen=True)
-class Score:
-    """What decides between assignments beside their loss: the mean Brier score, and the hits of each image (n,), 0 or 1."""
-
-    brier: float
-    hits: Array
-
-    def misses_significantly(self, other: "Score") -> bool:
-        """Whether fewer images hit than with the other, by more than two standard errors of the paired difference."""
-        difference = other.hits - self.hits
-        n = len(difference)
-        return n > 1 and bool(difference.mean() > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(n))
-
-
-def choose(
-    space: SearchSpace,
-    proposals: Sequence[Proposal],
-    losses: Mapping[Assignment, float],
-    limits: Sequence[Constraint] = (),
-    scores: Mapping[Assignment, Score] | None = None,
-) -> list[Result]:
-    """One Result for each listed proposal, and one `chosen` for each budget, of all proposals that fit it, made for it or for a
-    smaller one. Without `scores` it is the one of least measured loss, the smaller on a tie.
-
-    With them: of those whose loss is not above that of `safe_methods`, nor of any that is deployed without corrections, and whose
-    hits are not significantly fewer than the most, the one of least Brier score (then of least loss). So `chosen` is never worse
-    than what is proposed of these, listed or not, on the images that it was measured on. A loss, or a Brier score, of NaN is as
-    bad as an infinite one.
-    """
-    budgets = list(dict.fromkeys(proposal.budget for proposal in proposals))
-    fit = {budget: merge_limits(budget.limit(space), limits) for budget in budgets}
-    safe = safe_methods()
-    worth = {assignment: ordered(loss) for assignment, loss in losses.items()}
-    briers = worth if scores is None else {assignment: ordered(score.brier) for assignment, score in scores.items()}
-
-    def order(proposal: Proposal) -> tuple[float, float, int]:
-        a = proposal.assignment
-        return briers[a], worth[a], space.size_bits(a)
-
-    def taken(fitting: Sequence[Proposal]) -> Proposal:
-        if scores is None:
-            return min(fitting, key=order)
-        most = min((worth[p.assignment] for p in fitting if p.method in safe or p.assignment.corrected == "none"), default=inf)
-        ranked = sorted((p for p in fitting if worth[p.assignment] <= most), key=order)
-        best = scores[max(ranked, key=lambda p: scores[p.assignment].hits.sum()).assignment]
-        return next(p for p in ranked if not scores[p.assignment].misses_significantly(best))
-
-    def result(proposal: Proposal) -> Result:
-        a = proposal.assignment
-        return _result(space, proposal, worth[a], None if scores is None else scores[a])
-
-    results = []
-    for budget in budgets:
-        own = [proposal for proposal in proposals if proposal.budget == budget]
-        results += [result(proposal) for proposal in own if proposal.reported]
-        # of equal assignments the one made for this budget comes first, so that it gets the credit
-        own_first = [*own, *(proposal for proposal in proposals if proposal.budget != budget)]
-        fitting = [p for p in own_first if all(c.holds(space, p.assignment) for c in fit[budget])]
-        chosen = taken(fitting or own)  # uniform, where nothing fits
-        siblings = {chosen.method} if chosen.budget == budget else set()  # of a search: what else it tried
-        others = [worth[p.assignment] for p in own if p.method not in siblings]
-        winner = chosen.method if chosen.budget == budget else f"{chosen.method} for {chosen.budget.name}"
-        gain = min(others) - worth[chosen.assignment] if others and isfinite(worth[chosen.assignment]) else 0.0
-        results.append(replace(result(replace(chosen, budget=budget, method=CHOSEN)), winner=winner, gain=gain))
-    return results
-
-
-def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | None) -> Result:
-    solution, assignment = proposal.solution, proposal.assignment
-    return Result(
-        budget=proposal.budget.name,
-        method=proposal.method,
-        assignment=assignment,
-        size_bytes=space.size_bytes(assignment),
-        average_bits=space.average_bits(assignment),
-        loss_deployed=loss,
-        brier_deployed=None if score is None else score.brier,
-        agreement_deployed=None if score is None else float(score.hits.mean()),
-        loss_predicted=proposal.loss_predicted,
-        status=None if solution is None else str(solution.status),
-        objective=None if solution is None else solution.objective,
-        bound=None if solution is None else _finite(solution.bound),
-        gap=None if solution is None else _finite(solution.gap),
-        seconds=None if solution is None else solution.seconds,
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) != inf else None

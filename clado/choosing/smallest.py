@@ -53,7 +53,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class MeasuredProposal:
+class MeasuredAssignment:
     """A proposal with its measured loss increase or top-1 drop."""
 
     assignment: Assignment
@@ -68,13 +68,13 @@ class MeasuredProposal:
 class Smallest:
     """The smallest measured proposal whose interval lies under the bound."""
 
-    answer: MeasuredProposal
+    answer: MeasuredAssignment
     """The proposal itself."""
-    smaller: MeasuredProposal | None
+    smaller: MeasuredAssignment | None
     """The next smaller measured proposal, if there is one."""
-    larger: MeasuredProposal | None
+    larger: MeasuredAssignment | None
     """The next larger measured proposal, if there is one."""
-    candidates: tuple[MeasuredProposal, ...]
+    candidates: tuple[MeasuredAssignment, ...]
     """All measured proposals in ascending order of size."""
     bound: float
     """The bound on the upper end of the interval."""
@@ -101,13 +101,13 @@ def smallest(
     Raises:
         InfeasibleError: No proposal meets the bound. The message has the closest one.
     """
-    measured: dict[Assignment, MeasuredProposal] = {}
+    measured: dict[Assignment, MeasuredAssignment] = {}
 
-    def add(assignments: Sequence[Assignment]) -> list[MeasuredProposal]:
+    def add(assignments: Sequence[Assignment]) -> list[MeasuredAssignment]:
         """Measures what is new, and returns all measured proposals from small to large."""
         for assignment in dict.fromkeys(assignments):
             if assignment not in measured:
-                measured[assignment] = MeasuredProposal(assignment, space.size_bytes(assignment), measure(assignment))
+                measured[assignment] = MeasuredAssignment(assignment, space.size_bytes(assignment), measure(assignment))
         return sorted(measured.values(), key=lambda proposal: (proposal.size_bytes, ordered(proposal.measured.high)))
 
     proposals = add(front)
@@ -128,11 +128,11 @@ def smallest(
     return Smallest(proposals[number], smaller, larger, tuple(proposals), bound)
 
 
-def _first_under(proposals: Sequence[MeasuredProposal], bound: float) -> int | None:
+def _first_under(proposals: Sequence[MeasuredAssignment], bound: float) -> int | None:
     return next((number for number, proposal in enumerate(proposals) if proposal.measured.high <= bound), None)
 
 
-def _none_under(proposals: Sequence[MeasuredProposal], bound: float) -> str:
+def _none_under(proposals: Sequence[MeasuredAssignment], bound: float) -> str:
     """The message where no proposal meets the bound."""
     best = min(proposals, key=lambda proposal: ordered(proposal.measured.high))
     return (

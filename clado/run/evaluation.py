@@ -65,7 +65,7 @@ class RunEvaluation:
         )
 
     def loss(self, assignment: Assignment) -> Counts:
-        """Sums of loss and Brier score of the network that ships over the sensitivity set, and its hits."""
+        """Sums of loss and Brier score of the deployed network over the sensitivity set, and its hits."""
         if assignment.corrected == "all" and not self.has_probe_model:
             return self.probe_loss(assignment)
         network, layers = self.preparation.deployed(assignment)
@@ -85,7 +85,7 @@ class RunEvaluation:
 
     @property
     def has_probe_model(self) -> bool:
-        """Whether probes measure another network than the one that ships."""
+        """Whether probes measure another network than the deployed one."""
         config = self.inputs.config
         return bool(at_stage(config.corrections, FinalCorrection)) or config.measure.batch_statistics
 
@@ -107,7 +107,7 @@ class RunEvaluation:
         return 1 if isinstance(self.inputs.slices.validation, MemorySlice) else ASSIGNMENTS_AT_ONCE
 
     def accuracies(self, assignments: Sequence[Assignment], start: int, stop: int) -> list[Counts]:
-        """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as it ships."""
+        """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as deployed."""
         variants = [self.preparation.deployed(assignment) for assignment in assignments]
         return count_each(variants, self.inputs.slices.validation, start, stop, reference=self.inputs.float_network)
 
@@ -118,7 +118,7 @@ class RunEvaluation:
         return number, list(zip(assignments, counts, strict=True))
 
     def cache(self, which: str, variant: Variant = "deployed") -> EvaluationCache:
-        """Evaluations on the `sensitivity` or the `validation` set: of networks that ship, or as probes see them."""
+        """Evaluations on the `sensitivity` or the `validation` set: of deployed networks, or as probes see them."""
         identity = dict(self.identity.document)
         if variant == "probe_model":
             identity["variant"] = variant

@@ -54,7 +54,7 @@ class RunPreparation:
             files.write_network(*equalized(inputs.float_network, inputs.recipe, self.calibration))
 
     def unprepared(self) -> list[tuple[bool, int]]:
-        """(plain, layer) of the layers that are not prepared yet; without corrections the plain ones are those that ship."""
+        """(plain, layer) of the layers that are not prepared yet. Without corrections the plain layers are deployed."""
         variants = [False, True] if self.inputs.config.corrections else [False]
         return [(plain, layer) for plain in variants for layer in self.files(plain).missing(self.inputs.space.num_layers)]
 
@@ -106,7 +106,7 @@ class RunPreparation:
         return Prepared(network, self.inputs.space, recipe, tuple(layers), self.calibration, tuple(notes))
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
-        """The network and its layers as they ship, with the corrections that the assignment names.
+        """The network and its layers as deployed, with the corrections that the assignment names.
 
         Final corrections are made once for an assignment, and kept.
         """

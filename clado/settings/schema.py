@@ -69,10 +69,10 @@ class NetworkSettings(Settings):
                 f"weights_name is for source torchvision; expected none with source {self.source}"
                 + (", and the weights' tag in name, such as resnet50.a1_in1k" if self.source == "timm" else "")
             )
-        shipped = zoo_networks()
-        if self.source == "zoo" and shipped and self.name not in shipped:
+        names = zoo_networks()
+        if self.source == "zoo" and names and self.name not in names:
             raise ValueError(
-                f"the zoo has no network {self.name!r}; expected one of {', '.join(shipped)}{nearest(self.name, shipped)}, "
+                f"the zoo has no network {self.name!r}; expected one of {', '.join(names)}{nearest(self.name, names)}, "
                 "or another source: torchvision, timm, factory"
             )
         return self

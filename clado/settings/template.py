@@ -57,7 +57,7 @@ quantizer:
 activations:                         # inputs of the searched layers
   bits: []                           # empty: float; [8]: all at 8 bits, as in the paper; [4, 8]: candidates beside the weights'
   range: mse                         # of the codes, on the calibration images: mse, minmax or percentile
-corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # measured and shipped; []: rounding to nearest
+corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # measured and deployed; []: rounding to nearest
 # adaround:                          # where it is among the corrections
 #   steps: 1000                      # of its optimiser, for one layer at one width
 criterion: kl_to_float               # what must not grow: kl_to_float, or cross_entropy (needs labels)

@@ -79,11 +79,11 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
 def _unreadable(run: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
     """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
     or where one does not fit the network."""
-    allowed, found = run.config.data.max_corrupt_images, dict[int, str]()
-    check_slice(images, run.loaded.image_shape, outputs, unreadable=found if allowed else None)
-    if len(found) > allowed:
-        raise too_many_unreadable(origin, list(found.values()), allowed)
-    return found
+    allowed, unreadable = run.config.data.max_corrupt_images, dict[int, str]()
+    check_slice(images, run.loaded.image_shape, outputs, unreadable=unreadable if allowed else None)
+    if len(unreadable) > allowed:
+        raise too_many_unreadable(origin, list(unreadable.values()), allowed)
+    return unreadable
 
 
 def folder_of(stored: StoredRun, budget: str) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 
 from clado.choosing.constraints import Constraint
 from clado.choosing.proposals import Budget, budget_solver, merge_limits, program_of
-from clado.choosing.smallest import Interval, MeasuredProposal, Smallest, smallest
+from clado.choosing.smallest import Interval, MeasuredAssignment, Smallest, smallest
 from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
 from clado.records import markdown_table
@@ -85,24 +85,24 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     return least, int(largest[0].bound), solve
 
 
-def text(found: Smallest, run: OpenedRun, top1: bool) -> str:
+def text(result: Smallest, run: OpenedRun, top1: bool) -> str:
     """The answer and its neighbours for the terminal."""
     what, scale = ("top-1 drop %", 100.0) if top1 else ("loss increase", 1.0)
 
-    def row(name: str, candidate: MeasuredProposal) -> list[str]:
+    def row(name: str, candidate: MeasuredAssignment) -> list[str]:
         m = candidate.measured
         bits = run.space.average_bits(candidate.assignment)
-        inside = "within" if m.high <= found.bound else "above"
+        inside = "within" if m.high <= result.bound else "above"
         interval = f"{scale * m.low:.4f} to {scale * m.high:.4f}"
         return [name, f"{candidate.size_bytes:,}", f"{bits:.3f}", f"{scale * m.mean:.4f}", interval, inside]
 
-    named = [("smaller neighbour", found.smaller), ("answer", found.answer), ("larger neighbour", found.larger)]
+    named = [("smaller neighbour", result.smaller), ("answer", result.answer), ("larger neighbour", result.larger)]
     table = markdown_table(
         ["", "bytes", "bits", what, "95 % interval", "bound"], [row(name, c) for name, c in named if c is not None]
     )
-    again = [c for c in found.candidates if c.size_bytes > found.answer.size_bytes and c.measured.high > found.bound]
+    again = [c for c in result.candidates if c.size_bytes > result.answer.size_bytes and c.measured.high > result.bound]
     note = f"\n{len(again)} larger candidates exceed the bound: what is measured does not fall evenly with size." if again else ""
     return (
-        f"{table}\n{len(found.candidates)} candidates measured on {found.answer.measured.num_images} images that neither "
-        f"calibrate, nor measure, nor validate.{note}\n  {found.answer.assignment}"
+        f"{table}\n{len(result.candidates)} candidates measured on {result.answer.measured.num_images} images that neither "
+        f"calibrate, nor measure, nor validate.{note}\n  {result.answer.assignment}"
     )

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
-from clado.choosing import proposals, solvers
+from clado.choosing import choice, proposals, solvers
+from clado.choosing.choice import Score
 from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import Searched, local_search
 from clado.choosing.local_search import search as search_around
 from clado.choosing.program import Program, Solution
-from clado.choosing.proposals import Budget, Matrices, Proposal, Score, merge_limits, program_of
+from clado.choosing.proposals import Budget, Matrices, Proposal, merge_limits, program_of
 from clado.choosing.solvers import Solve
 from clado.choosing.stability import stability
 from clado.errors import CladoError, InfeasibleError
@@ -41,7 +42,7 @@ class Choice:
     proposals: tuple[Proposal, ...]
     """All proposals, those of local searches and those with fewer corrections included."""
     losses: Mapping[Assignment, Counts]
-    """Counts of every proposal on the sensitivity set, as it ships."""
+    """Counts of every proposal on the sensitivity set, as deployed."""
     probe_losses: Mapping[Assignment, Counts]
     """Counts of what is reported, as probes see it."""
     surrogate: str
@@ -64,7 +65,7 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
     with clock.phase("evaluation"):
         losses = _losses(run, workers, "proposals", [proposal.assignment for proposal in candidates])
     with clock.phase("searching"):
-        surrogate = proposals.surrogate(matrices.every, _mean_losses(losses))
+        surrogate = choice.surrogate(matrices.every, _mean_losses(losses))
         matrix = matrices.every[surrogate]
         stable = _stability(run, measured, surrogate, matrix, candidates)
         searched = search(run, workers, matrix, losses)
@@ -231,7 +232,7 @@ def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float |
 def chosen_of(run: OpenedRun, candidates: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
     """One row for each reported proposal, and the chosen ones, by what was measured on the sensitivity set."""
     scores = {assignment: Score(of_one.mean_brier, of_one.each_hit) for assignment, of_one in counts.items()}
-    return proposals.choose(run.space, candidates, _mean_losses(counts), run.limits, scores)
+    return choice.choose(run.space, candidates, _mean_losses(counts), run.limits, scores)
 
 
 def with_fewer_corrections(

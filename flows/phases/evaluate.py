@@ -13,7 +13,7 @@ from flows.progress import progress
 
 
 def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dict[Assignment, Counts]:
-    """Counts of every distinct assignment of the results on the validation set, as it ships and without corrections; what an
+    """Counts of every distinct assignment of the results on the validation set, as deployed and without corrections; what an
     earlier run counted is read."""
     wanted = [run.space.nothing, *(row.assignment for row in results)]
     if run.config.corrections:  # which leave the float network's function as it is

@@ -8,7 +8,7 @@ from flows.progress import progress
 
 
 def prepare(run: OpenedRun, workers: Workers) -> list[str]:
-    """Makes what is absent: the equalized float network first, then layers, as they ship and plain. Returns notes."""
+    """Makes what is absent: the equalized float network first, then layers, as deployed and plain. Returns notes."""
     run.preparation.equalize()
     todo = run.preparation.unprepared()
     with progress("preparing", len(todo)) as advance:

@@ -232,7 +232,7 @@ def _verdicts(mine: list[dict[str, Any]], float_top1: float) -> str:
 
 
 def plot() -> None:
-    """Top-1 against budget: no correction, each, all; gauss_newton measured as it ships."""
+    """Top-1 against budget: no correction, each, all; gauss_newton measured as deployed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -49,7 +49,7 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
-    "symmetric": Setting("SYMMETRIC", "as it ships: the weight quantizer of its default target platform"),
+    "symmetric": Setting("SYMMETRIC", "as deployed: the weight quantizer of its default target platform"),
     "power_of_two": Setting("POWER_OF_TWO", "symmetric, thresholds that are powers of two"),
     "uniform": Setting("UNIFORM", "affine"),
     "lookup_table": Setting("LUT_SYM_QUANTIZER", "2 and 4 bits index a table of clustered values (8 bits symmetric)"),
@@ -299,9 +299,9 @@ is free to choose, times the scale of its channel, so that arithmetic on the cod
 For clado:
 
 - It measures on {sensitivity} unlabelled images beside the calibration images{labels}. MCT has the calibration
-  images alone, and as it ships searches bits on the first 32 of them (`all_images`: on all of them).
+  images alone, and as deployed searches bits on the first 32 of them (`all_images`: on all of them).
 - Its network has the corrections {corrections};
-  MCT's as it ships has bias correction. "MCT's bits, ours else" puts the bits of "MCT, integers" under our grids and
+  MCT's as deployed has bias correction. "MCT's bits, ours else" puts the bits of "MCT, integers" under our grids and
   corrections: what is left between that and clado's is the choice of bits.{rounding}{more}
 - It measures its final candidates, keeps the best one on the sensitivity images, and takes longer: {our_seconds:.0f} s for all
   budgets with {threads}, evaluation included. MCT: {fastest:.0f} to {slowest:.0f} s a budget with one thread ("MCT, integers"),

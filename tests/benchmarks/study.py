@@ -31,19 +31,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clado.choosing import solvers
+from clado.choosing.choice import Score, choose, surrogate
 from clado.choosing.local_search import local_search, search
 from clado.choosing.program import Program
-from clado.choosing.proposals import (
-    Budget,
-    Proposal,
-    Score,
-    budgets_of,
-    choose,
-    program_of,
-    propose,
-    propose_variants,
-    surrogate,
-)
+from clado.choosing.proposals import Budget, Proposal, budgets_of, program_of, propose, propose_variants
 from clado.choosing.solvers import Solve
 from clado.data.images import ImageSlice
 from clado.data.sources import load_data, load_network
@@ -188,7 +179,7 @@ class Study:
         return self.prepared.space
 
     def deployed(self, assignment: Assignment) -> Any:
-        """The network and its layers as they ship, final corrections applied; made once."""
+        """The network and its layers as deployed, final corrections applied; made once."""
         if assignment not in self._shipped:
             changed = self.prepared.final(assignment) if self.prepared.has_final else {}
             # copies: what was made between large tensors would keep the heap from closing, 0.1 GB a time

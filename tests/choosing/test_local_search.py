@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from clado.choosing.choice import surrogate
 from clado.choosing.constraints import constraint
 from clado.choosing.local_search import local_search, moves, search
 from clado.choosing.program import Program
-from clado.choosing.proposals import budgets_of, program_of, surrogate
+from clado.choosing.proposals import budgets_of, program_of
 from clado.errors import ConfigurationError
 from clado.interaction.matrix import InteractionMatrix
 from clado.space import Assignment, SearchSpace

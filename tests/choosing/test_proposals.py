@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 from clado.choosing import solvers
+from clado.choosing.choice import Score, choose
 from clado.choosing.constraints import Constraint, constraint
 from clado.choosing.program import Program, Solution, Status
 from clado.choosing.proposals import (
     LAYERWISE_PLAIN,
     Budget,
     Proposal,
-    Score,
     budgets_of,
     check_budgets,
-    choose,
     extra_matrices,
     merge_limits,
     program_of,
@@ -270,7 +269,7 @@ def test_chosen_is_never_worse_than_layerwise_and_uniform_whoever_is_named(named
     measured = Measured(SPACE, "kl_to_float", measured.counts, sums)
     matrices, fake = {name: estimate(name, measured) for name in named}, FakeSolver()
     proposals = propose(matrices, BUDGETS, fake.prepare)
-    proposals += propose_variants(matrices, BUDGETS, fake.prepare, further=extra_matrices(measured, named))
+    proposals += propose_variants(matrices, BUDGETS, fake.prepare, extra=extra_matrices(measured, named))
     rows = choose(SPACE, proposals, losses, scores=random_scores(seed))
     assert {row.method for row in rows} == {UNIFORM, *named, CHOSEN}
     layerwise = estimate("layerwise", measured)
@@ -336,15 +335,15 @@ def test_nothing_chosen_is_worse_than_anything_without_corrections(seed):
 
 def test_variants_and_matrices_beside_compete_without_a_row_of_their_own():
     matrices = {name: matrix_of(1, name) for name in ("layerwise", "pairwise", "gauss_newton")}
-    further = {"tempered2": matrix_of(2, "tempered2")}
-    proposals = propose_variants(matrices, BUDGETS, FakeSolver().prepare, further=further)
+    extra = {"tempered2": matrix_of(2, "tempered2")}
+    proposals = propose_variants(matrices, BUDGETS, FakeSolver().prepare, extra=extra)
     assert [(p.budget, p.method) for p in proposals] == [(b, m) for m in ("pairwise_raw", "tempered2") for b in BUDGETS]
     for proposal in proposals:
         limit = proposal.budget.limit(SPACE)
         assert not proposal.reported
         assert limit.holds(SPACE, proposal.assignment)
         fitting = [a for a in ALL if limit.holds(SPACE, a)]
-        matrix = further.get(proposal.method, matrices["pairwise"])
+        matrix = extra.get(proposal.method, matrices["pairwise"])
         assert matrix.predicted_increase(proposal.assignment) == min(map(matrix.predicted_increase, fitting))
 
 

@@ -7,7 +7,8 @@ from math import inf, nan
 import pytest
 
 from clado.choosing import solvers
-from clado.choosing.proposals import Budget, program_of, safe_methods
+from clado.choosing.choice import safe_methods
+from clado.choosing.proposals import Budget, program_of
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.records import CHOSEN, UNIFORM, RunRecord
 from clado.run.limits import limit_of, limits_of, scale_bytes

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clado.choosing.proposals import Budget, safe_methods
+from clado.choosing.choice import safe_methods
+from clado.choosing.proposals import Budget
 from clado.grids import Grid, QuantizedLayer
 from clado.network.normalisation import Moments, NormStatistics
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics

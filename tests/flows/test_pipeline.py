@@ -69,7 +69,7 @@ def logits(model, names, bits, x) -> torch.Tensor:
 
 
 def corrected(run: OpenedRun, assignment: Assignment, final: bool) -> torch.nn.Module:
-    """The module itself with the corrected layers' state in it, as it ships or as probes see it: no graph, nothing folded."""
+    """The module itself with the corrected layers' state in it, as deployed or as probes see it: no graph, nothing folded."""
     prepared = run.preparation.corrected
     network, layers = run.preparation.deployed(assignment) if final else (prepared.network, prepared.chosen(assignment))
     module = copy.deepcopy(run.loaded.model)

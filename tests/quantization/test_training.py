@@ -35,7 +35,7 @@ KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Recurrent, Normed,
 
 @cache
 def start(kind, widths=(), symmetric=True, bits=2) -> tuple[Network, Network, dict[int, QuantizedLayer]]:
-    """(the float network, the network that ships, its layers) with corrections, so that there are added biases."""
+    """(the float network, the deployed network, its layers) with corrections, so that there are added biases."""
     model = build(kind)
     model.load_state_dict(renormalised(model, images(40, seed=3)), strict=False)  # else activations hardly vary
     network = Network(model, images(1), graph=kind is not Branching)

@@ -1,0 +1,171 @@
+"""The choice among proposals, by what was measured of each. NumPy only.
+
+The quadratic model only proposes. What is chosen was measured as it would be deployed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+
+import numpy as np
+
+from clado.choosing.constraints import Constraint
+from clado.choosing.local_search import ordered
+from clado.choosing.proposals import Budget, Proposal, merge_limits
+from clado.interaction import estimators
+from clado.interaction.matrix import Array, InteractionMatrix
+from clado.records import CHOSEN, UNIFORM, Result
+from clado.space import Assignment, SearchSpace
+
+SIGNIFICANT = 2.0
+"""Standard errors by which two networks' hits differ significantly."""
+
+
+def safe_methods() -> tuple[str, ...]:
+    """Methods that nothing chosen is worse than, as measured. Nor is it worse than what is deployed without corrections."""
+    return UNIFORM, *estimators.safe_estimators()
+
+
+def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
+    """The estimator whose predictions rank the measured assignments best (Spearman's correlation), of those with all corrections;
+    of equal ones the one that knows of more interactions.
+    """
+    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
+
+    def quality(name: str) -> tuple[float, int]:
+        matrix = matrices[name].clip_psd() if matrices[name].convexity == "clip_psd" else matrices[name]
+        predicted = np.array([matrix.predicted_increase(a) for a in measured])
+        return round(rank_correlation(predicted, np.array(list(measured.values()))), 9), int(np.count_nonzero(matrix.values))
+
+    return max(matrices, key=quality)
+
+
+def rank_correlation(one: Array, other: Array) -> float:
+    """Spearman's correlation of two samples (n,), ties in the order given; 0 for fewer than two."""
+    if len(one) < 2:
+        return 0.0
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+@dataclass(frozen=True)
+class Score:
+    """What decides between assignments, beside their loss."""
+
+    brier: float
+    """Mean Brier score."""
+    hits: Array
+    """Whether each image hits (n,), 0 or 1."""
+
+    def misses_significantly(self, other: "Score") -> bool:
+        """Whether fewer images hit than with the other, by more than two standard errors of the paired difference."""
+        difference = other.hits - self.hits
+        n = len(difference)
+        return n > 1 and bool(difference.mean() > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(n))
+
+
+def choose(
+    space: SearchSpace,
+    proposals: Sequence[Proposal],
+    losses: Mapping[Assignment, float],
+    limits: Sequence[Constraint] = (),
+    scores: Mapping[Assignment, Score] | None = None,
+) -> list[Result]:
+    """One result for each reported proposal, and one `chosen` for each budget.
+
+    `chosen` is taken from all proposals that fit the budget, whether made for it or for another. Without `scores` it is
+    the one of least measured loss, the smaller on a tie. With them see `_Measurements.best`: `chosen` is then never worse, on
+    the images that decide, than what `safe_methods` proposed or what is deployed without corrections.
+
+    Args:
+        space: Layers and their candidates.
+        proposals: All measured.
+        losses: Measured losses. NaN is as bad as infinity.
+        limits: Standing limits.
+        scores: Brier scores and hits of the same measurement.
+    """
+    measurements = _Measurements(space, losses, scores)
+    results = []
+    for budget in dict.fromkeys(proposal.budget for proposal in proposals):
+        made_for_it = [proposal for proposal in proposals if proposal.budget == budget]
+        results += [measurements.result(proposal) for proposal in made_for_it if proposal.reported]
+        # of equal assignments the one made for this budget comes first, so that it gets the credit
+        candidates = [*made_for_it, *(proposal for proposal in proposals if proposal.budget != budget)]
+        limits_of_budget = merge_limits(budget.limit(space), limits)
+        fitting = [p for p in candidates if all(limit.holds(space, p.assignment) for limit in limits_of_budget)]
+        chosen = measurements.best(fitting or made_for_it)  # uniform, where nothing fits
+        results.append(measurements.chosen_result(chosen, budget, made_for_it))
+    return results
+
+
+@dataclass(frozen=True)
+class _Measurements:
+    """What was measured of every proposal."""
+
+    space: SearchSpace
+    losses: Mapping[Assignment, float]
+    scores: Mapping[Assignment, Score] | None
+
+    def loss(self, proposal: Proposal) -> float:
+        """The measured loss; infinite where it is no number."""
+        return ordered(self.losses[proposal.assignment])
+
+    def rank(self, proposal: Proposal) -> tuple[float, float, int]:
+        """Least is best: Brier score (the loss, where there are no scores), loss, size."""
+        loss = self.loss(proposal)
+        brier = loss if self.scores is None else ordered(self.scores[proposal.assignment].brier)
+        return brier, loss, self.space.size_bits(proposal.assignment)
+
+    def best(self, proposals: Sequence[Proposal]) -> Proposal:
+        """The proposal of least rank, among those that are safe.
+
+        Safe is a loss not above that of any of `safe_methods`, nor of any that is deployed without corrections. Of these,
+        proposals whose hits are significantly fewer than the most are passed over.
+        """
+        if self.scores is None:
+            return min(proposals, key=self.rank)
+        safe = safe_methods()
+        references = [p for p in proposals if p.method in safe or p.assignment.corrected == "none"]
+        most = min(map(self.loss, references), default=inf)
+        scores, ranked = self.scores, sorted((p for p in proposals if self.loss(p) <= most), key=self.rank)
+        best = scores[max(ranked, key=lambda p: scores[p.assignment].hits.sum()).assignment]
+        return next(p for p in ranked if not scores[p.assignment].misses_significantly(best))
+
+    def chosen_result(self, chosen: Proposal, budget: Budget, made_for_it: Sequence[Proposal]) -> Result:
+        """The row `chosen` of a budget: who proposed it, and what it gains on other proposals for the budget."""
+        is_own = chosen.budget == budget
+        winner = chosen.method if is_own else f"{chosen.method} for {chosen.budget.name}"
+        # what else a local search tried is no rival of its answer
+        rivals = [self.loss(p) for p in made_for_it if not (is_own and p.method == chosen.method)]
+        loss = self.loss(chosen)
+        gain = min(rivals) - loss if rivals and isfinite(loss) else 0.0
+        return replace(self.result(replace(chosen, budget=budget, method=CHOSEN)), winner=winner, gain=gain)
+
+    def result(self, proposal: Proposal) -> Result:
+        """The row of a proposal."""
+        score = None if self.scores is None else self.scores[proposal.assignment]
+        return _result(self.space, proposal, self.loss(proposal), score)
+
+
+def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | None) -> Result:
+    solution, assignment = proposal.solution, proposal.assignment
+    return Result(
+        budget=proposal.budget.name,
+        method=proposal.method,
+        assignment=assignment,
+        size_bytes=space.size_bytes(assignment),
+        average_bits=space.average_bits(assignment),
+        loss_deployed=loss,
+        brier_deployed=None if score is None else score.brier,
+        agreement_deployed=None if score is None else float(score.hits.mean()),
+        loss_predicted=proposal.loss_predicted,
+        status=None if solution is None else str(solution.status),
+        objective=None if solution is None else solution.objective,
+        bound=None if solution is None else _finite(solution.bound),
+        gap=None if solution is None else _finite(solution.gap),
+        seconds=None if solution is None else solution.seconds,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) != inf else None
