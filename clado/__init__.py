@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clado.interaction.matrix import InteractionMatrix
     from clado.network.network import Network
     from clado.quantization.quantizers import WeightQuantizer
-    from clado.records import Accuracy
+    from clado.records.results import Accuracy
     from clado.space import Assignment, Layer, SearchSpace
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _HOMES = {
     "Network": "network.network",
     "Solution": "choosing.program",
     "WeightQuantizer": "quantization.quantizers",
-    "Accuracy": "records",
+    "Accuracy": "records.results",
     "Assignment": "space",
     "Layer": "space",
     "SearchSpace": "space",

@@ -24,7 +24,7 @@ from clado.network.network import Network
 from clado.quantization import preparation
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches
 from clado.quantization.quantizers import WeightQuantizer
-from clado.records import Accuracy
+from clado.records.results import Accuracy
 from clado.space import Assignment, SearchSpace
 
 

@@ -19,7 +19,7 @@ from clado.criteria.kl_to_float import kl_to_float
 from clado.data.images import ImageSlice
 from clado.errors import DataError
 from clado.network.network import Network, Replaced
-from clado.records import Accuracy
+from clado.records.results import Accuracy
 
 Number = TypeVar("Number", int, float)
 

@@ -7,7 +7,8 @@ from prefect import get_client
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.runtime import flow_run
 
-from clado.records import Receipt, RunRecord
+from clado.records.results import Receipt
+from clado.records.run_record import RunRecord
 from clado.reporting import tables
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ def init(
 ) -> None:
     """Write a commented configuration."""
     from clado.errors import ConfigurationError
-    from clado.records import write_text
+    from clado.records.text import write_text
     from clado.settings.template import render
 
     if output.exists():
@@ -100,7 +100,7 @@ def plan(
 @command
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
-    from clado.records import write_text
+    from clado.records.text import write_text
     from flows.commands.export import file_name
     from flows.commands.stored import StoredRun, predicted_text, solution_text
 
@@ -125,7 +125,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
-    from clado.records import write_text
+    from clado.records.text import write_text
     from flows.commands.stored import StoredRun, evaluated, evaluation_text, per_class_csv, track_evaluation
     from flows.guard import locked
 
@@ -286,7 +286,7 @@ def sync(
 ) -> None:
     """Deliver to MLflow what it has not got of a run, from the run's folder alone. A second time delivers nothing."""
     from clado.errors import ServerError, StoreError
-    from clado.records import write_text
+    from clado.records.text import write_text
     from clado.settings.loading import load_run_config
     from clado.tracking.delivery import deliver
     from flows.guard import locked
@@ -316,7 +316,7 @@ def show(
 ) -> None:
     """Print the table, the verdict and the places of a finished run."""
     if proposals:
-        from clado.records import RunRecord
+        from clado.records.run_record import RunRecord
         from clado.reporting import tables
 
         record = RunRecord.load(folder / "record.json")
@@ -388,7 +388,7 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
 
     from rich.console import Console
 
-    from clado.records import RunRecord
+    from clado.records.run_record import RunRecord
     from clado.reporting import page, tables
 
     record = RunRecord.load(folder / "record.json")

@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 
-from clado.records import Receipt, write_text
+from clado.records.results import Receipt
+from clado.records.text import write_text
 from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
 from flows import artifacts, clusters, worker

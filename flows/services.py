@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from clado.errors import ConfigurationError, ServerError, StoreError
-from clado.records import write_text
+from clado.records.text import write_text
 from clado.settings.cluster import ClusterSettings
 from clado.settings.redaction import redact
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import Accuracy, Result, RunRecord
+from clado.records.results import Accuracy, Result
+from clado.records.run_record import RunRecord
 from clado.space import Assignment, Layer, SearchSpace
 
 BITS = (2, 4, 8)

@@ -9,7 +9,7 @@ from clado.data.images import MemorySlice
 from clado.evaluation import Counts, count, count_each, evaluate_weights, evaluation_batches, per_image
 from clado.network.network import Network
 from clado.quantization.quantizers import WeightQuantizer
-from clado.records import Accuracy, wilson
+from clado.records.results import Accuracy, wilson
 from tests.networks import Residual, build, images, labels, replaced_logits
 from tests.tolerance import LOSS, close_losses, of_no_change
 

@@ -10,7 +10,7 @@ import pytest
 
 from clado.errors import ConfigurationError
 from clado.plugins import FOLDERS, PACKAGE, available, load
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from tests.running import config, run_pipeline
 
 NUMBERS = count()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from clado.errors import StoreError
-from clado.records import MeasuredProposal, RunRecord, markdown_table, percent, size_text, write_text
+from clado.records.results import MeasuredProposal
+from clado.records.run_record import RunRecord
+from clado.records.text import markdown_table, percent, size_text, write_text
 from clado.reporting import page, plots, tables
 from tests.synthetic import make_record, make_space, with_activations
 

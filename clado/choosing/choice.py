@@ -14,7 +14,7 @@ from clado.choosing.local_search import ordered
 from clado.choosing.proposals import Budget, Proposal, merge_limits
 from clado.interaction import estimators
 from clado.interaction.matrix import Array, InteractionMatrix
-from clado.records import CHOSEN, UNIFORM, Result
+from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.space import Assignment, SearchSpace
 
 SIGNIFICANT = 2.0

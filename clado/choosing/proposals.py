@@ -19,7 +19,7 @@ from clado.errors import InfeasibleError
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured, unreported_estimators
 from clado.interaction.matrix import Convexity, InteractionMatrix
-from clado.records import UNIFORM
+from clado.records.results import UNIFORM
 from clado.space import Assignment, SearchSpace
 
 LAYERWISE_PLAIN = "layerwise_plain"  # `layerwise` of layers without corrections, deployed without them

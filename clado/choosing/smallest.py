@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from clado.choosing.local_search import ordered
 from clado.errors import InfeasibleError
-from clado.records import Z95
+from clado.records.results import Z95
 from clado.space import Assignment, SearchSpace
 
 

@@ -17,7 +17,7 @@ from clado.choosing.local_search import settle
 from clado.choosing.program import Program
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import Stability
+from clado.records.results import Stability
 from clado.space import Assignment
 
 DECIDED = 0.9  # share of the resamples that keep a layer's bits

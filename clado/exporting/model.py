@@ -24,7 +24,7 @@ from clado.data.sources import build_network
 from clado.errors import StoreError
 from clado.exporting.packed import PackedSize, export_packed, load_packed
 from clado.network.network import Network, Replaced
-from clado.records import write_text
+from clado.records.text import write_text
 from clado.settings.schema import NetworkSettings
 
 PACKED, MODEL = "packed.safetensors", "model.json"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from clado.errors import NetworkError, StoreError
 from clado.exporting._torch_module import bias_place, shape_and_dtype
 from clado.network.tensors import unfit
-from clado.records import write_text
+from clado.records.text import write_text
 
 WEIGHTS, ASSIGNMENT, README = "weights.safetensors", "assignment.json", "README.md"
 FORMAT = "clado-export/1"

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from clado.bits import bits_text
 from clado.errors import StoreError
-from clado.records import CHOSEN, UNIFORM, Result, RunRecord, percent, short_names, size_text, write_text
+from clado.records.results import CHOSEN, UNIFORM, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import percent, short_names, size_text, write_text
 from clado.reporting import tables
 from clado.settings.redaction import redact
 

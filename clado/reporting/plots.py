@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from clado.bits import bits_text
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import CHOSEN, UNIFORM, Result, RunRecord, short_names, size_text
+from clado.records.results import CHOSEN, UNIFORM, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import short_names, size_text
 
 DOTS_PER_INCH = 150
 ROBUST_PERCENTILE = 98.0

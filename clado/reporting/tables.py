@@ -20,7 +20,9 @@ from rich.text import Text
 
 from clado.interaction.estimators import safe_estimators, with_interactions
 from clado.plugins import available
-from clado.records import CHOSEN, MeasuredProposal, Receipt, Result, RunRecord, markdown_table, percent, size_text
+from clado.records.results import CHOSEN, MeasuredProposal, Receipt, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import markdown_table, percent, size_text
 from clado.settings.tracking import database_of
 
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")

@@ -14,7 +14,7 @@ from clado.measuring.workbench import network_batching, rows_per_tile
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe
 from clado.quantization.quantizers import WeightQuantizer
-from clado.records import IMAGENET_VALIDATION_IMAGES
+from clado.records.results import IMAGENET_VALIDATION_IMAGES
 from clado.run.limits import limits_of, store_of
 from clado.settings.schema import RunConfig
 from clado.space import SearchSpace

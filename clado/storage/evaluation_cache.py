@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clado.evaluation import Counts
-from clado.records import write_text
+from clado.records.text import write_text
 from clado.space import Assignment
 
 Batch = tuple[int, int]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clado.errors import StoreError
-from clado.records import Receipt, write_text
+from clado.records.results import Receipt
+from clado.records.text import write_text
 from clado.settings.redaction import redact
 from clado.tracking import models
 from clado.tracking.content import RecordContent

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clado.records import CHOSEN, Result, RunRecord, write_text
+from clado.records.results import CHOSEN, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import write_text
 from clado.settings.redaction import redact
 from clado.tracking import models
 from clado.tracking.metrics import child_metrics, curves, parent_metrics

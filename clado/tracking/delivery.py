@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from clado.errors import ServerError, StoreError
-from clado.records import Receipt, RunRecord, write_text
+from clado.records.results import Receipt
+from clado.records.run_record import RunRecord
+from clado.records.text import write_text
 from clado.settings.redaction import redact
 from clado.tracking.attempts import Attempt, Content, send
 from clado.tracking.content import RecordContent

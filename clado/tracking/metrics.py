@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from clado.records import Accuracy, Result, RunRecord
+from clado.records.results import Accuracy, Result
+from clado.records.run_record import RunRecord
 from clado.tracking.sending import key
 
 

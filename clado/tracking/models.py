@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

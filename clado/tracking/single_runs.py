@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clado.errors import ServerError
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.settings.identity import fingerprint
 from clado.tracking.notes import FAILURE, RECORD, UNDELIVERED, UNDELIVERED_FAILURE, file_of
 from clado.tracking.sending import Sender, redacted, settings_params

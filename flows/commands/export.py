@@ -10,7 +10,7 @@ from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
 from clado.exporting.snippets import holds, write_snippet
 from clado.plugins import available
-from clado.records import write_text
+from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 

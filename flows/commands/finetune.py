@@ -18,7 +18,8 @@ from clado.exporting.safetensors import ASSIGNMENT
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.training import Epoch, FineTuned, Training, finetune
-from clado.records import Accuracy, Receipt, markdown_table, percent, write_text
+from clado.records.results import Accuracy, Receipt
+from clado.records.text import markdown_table, percent, write_text
 from clado.run.checks import too_many_unreadable
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment

@@ -10,7 +10,7 @@ from clado.choosing.proposals import Budget, budget_solver, merge_limits, progra
 from clado.choosing.smallest import Interval, MeasuredAssignment, Smallest, smallest
 from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
-from clado.records import markdown_table
+from clado.records.text import markdown_table
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.commands.stored import StoredRun

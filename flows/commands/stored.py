@@ -30,7 +30,9 @@ from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import Plan
-from clado.records import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result, RunRecord, markdown_table, percent, write_text
+from clado.records.results import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import markdown_table, percent, write_text
 from clado.run.limits import limit_of, limits_of
 from clado.run.opened_run import OpenedRun
 from clado.settings.loading import load_run_config, parse_limit

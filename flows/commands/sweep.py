@@ -11,7 +11,9 @@ from clado.choosing.proposals import Budget, Proposal, program_of
 from clado.choosing.solvers import Solve
 from clado.errors import InfeasibleError
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import CHOSEN, Receipt, Result, RunRecord, markdown_table, write_text
+from clado.records.results import CHOSEN, Receipt, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import markdown_table, write_text
 from clado.reporting import plots, tables
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment

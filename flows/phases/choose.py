@@ -20,7 +20,8 @@ from clado.evaluation import Counts
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import CHOSEN, LOCAL_SEARCH, Result, Stability, write_text
+from clado.records.results import CHOSEN, LOCAL_SEARCH, Result, Stability
+from clado.records.text import write_text
 from clado.run.evaluation import Variant
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment, SearchSpace

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clado.records import Receipt, RunRecord
+from clado.records.results import Receipt
+from clado.records.run_record import RunRecord
 from clado.reporting import tables
 from clado.run.opened_run import OpenedRun
 from clado.tracking import delivery, notes

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from clado.evaluation import Counts
-from clado.records import Result
+from clado.records.results import Result
 from clado.run.evaluation import BatchCounts, BatchItem
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment

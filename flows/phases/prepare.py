@@ -1,6 +1,6 @@
 """Prepare: every layer at every candidate, rounded and corrected once, one Dask task a layer, kept as files."""
 
-from clado.records import write_text
+from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
 from flows import worker
 from flows.clusters import Workers

@@ -20,7 +20,9 @@ from clado.exporting.model import export_model
 from clado.interaction import estimators
 from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
-from clado.records import CHOSEN, LOCAL_SEARCH, MeasuredProposal, Result, RunRecord, SearchSummary, write_text
+from clado.records.results import CHOSEN, LOCAL_SEARCH, MeasuredProposal, Result, SearchSummary
+from clado.records.run_record import RunRecord
+from clado.records.text import write_text
 from clado.reporting import page, plots, tables
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment

@@ -34,7 +34,7 @@ from clado.measuring.plan import Plan, sample_blocks
 from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, prepare_layer
-from clado.records import markdown_table
+from clado.records.text import markdown_table
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from clado.records import markdown_table
+from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import machine
 
 HERE = Path(__file__).parent

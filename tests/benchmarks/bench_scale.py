@@ -27,7 +27,7 @@ import psutil
 from clado.interaction.estimators import kinds_of
 from clado.measuring.kinds import tile_kind
 from clado.measuring.plan import Plan, Tile
-from clado.records import markdown_table, write_text
+from clado.records.text import markdown_table, write_text
 from clado.run.evaluation import RunEvaluation
 from clado.run.inputs import RunInputs
 from clado.run.opened_run import OpenedRun, open_run

@@ -29,7 +29,9 @@ from clado.network.normalisation import as_seen
 from clado.quantization import preparation
 from clado.quantization.corrections import batchnorm_reestimation, output_statistics
 from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
-from clado.records import CHOSEN, RunRecord, markdown_table
+from clado.records.results import CHOSEN
+from clado.records.run_record import RunRecord
+from clado.records.text import markdown_table
 from clado.run.opened_run import open_run
 from clado.settings.loading import load_run_config, parse_config
 from clado.space import Assignment

@@ -241,7 +241,8 @@ def best(rows: Rows, budget: float, settings: Sequence[str]) -> dict[str, Any]:
 def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, Ours], Any, Any]:
     """(figures for each budget that the run has, its record, its run). `peers`: MCT's row of each budget."""
     from clado.evaluation import evaluate_weights
-    from clado.records import CHOSEN, RunRecord
+    from clado.records.results import CHOSEN
+    from clado.records.run_record import RunRecord
     from clado.run.opened_run import open_run
     from clado.settings.loading import load_config
 
@@ -341,7 +342,7 @@ def table(run: Path) -> str:
     """PEERS.md."""
     import clado
     from clado.quantization.preparation import names_of
-    from clado.records import markdown_table, percent
+    from clado.records.text import markdown_table, percent
 
     def figure(top1: float, loss: float) -> str:
         return f"{percent(top1)} ({loss:.3f})"

@@ -52,7 +52,7 @@ from clado.measuring.scores import deployed_scores
 from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
-from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
+from clado.records.results import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment, SearchSpace
 from clado.tracking.stores import set_environment

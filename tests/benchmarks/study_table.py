@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clado.records import markdown_table
+from clado.records.text import markdown_table
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"

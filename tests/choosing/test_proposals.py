@@ -29,7 +29,7 @@ from clado.errors import InfeasibleError
 from clado.interaction.estimators import Measured, estimate, kinds_of, uncorrected, unreported_estimators
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.kinds.gram import TEMPERATURES
-from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM
+from clado.records.results import CHOSEN, LOCAL_SEARCH, UNIFORM
 from clado.space import Assignment, Layer, SearchSpace
 from tests.networks import all_assignments
 

@@ -10,7 +10,7 @@ from clado.choosing.stability import RESAMPLES, resampled, stability
 from clado.interaction import estimators
 from clado.interaction.estimators import Measured
 from clado.plugins import available
-from clado.records import Stability
+from clado.records.results import Stability
 from clado.reporting.tables import stability_text
 from clado.space import Layer, SearchSpace
 from tests.synthetic import make_record

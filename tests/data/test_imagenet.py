@@ -344,7 +344,7 @@ def test_images_of_sixteen_bits_are_scaled_and_wider_ones_refused(tmp_path: Path
 
 
 def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: dict[str, Any]) -> None:
-    from clado.records import RunRecord
+    from clado.records.run_record import RunRecord
     from clado.run.checks import checked
     from clado.run.opened_run import open_run
 

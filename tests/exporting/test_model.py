@@ -17,7 +17,7 @@ from clado.exporting.model import PackedModel, export_model, name_of, read_model
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.run.opened_run import open_run
 from clado.settings.schema import NetworkSettings
 from clado.space import Layer

@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from clado.choosing.solvers import solve as solve_program
 from clado.data import zoo
-from clado.records import CHOSEN, RunRecord
+from clado.records.results import CHOSEN
+from clado.records.run_record import RunRecord
 from clado.run.opened_run import open_run
 from clado.settings.loading import load_config, load_run_config, parse_config
 from clado.storage.measurement_store import MeasurementStore

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import clado
 from clado.errors import DataError, NetworkError
 from clado.quantization.training import Training
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.run.opened_run import open_run
 from flows.cli import app
 from flows.commands.finetune import RECORD, folder_of, images_of, train

@@ -10,7 +10,8 @@ from clado.choosing import solvers
 from clado.choosing.choice import safe_methods
 from clado.choosing.proposals import Budget, program_of
 from clado.errors import ConfigurationError, InfeasibleError
-from clado.records import CHOSEN, UNIFORM, RunRecord
+from clado.records.results import CHOSEN, UNIFORM
+from clado.records.run_record import RunRecord
 from clado.run.limits import limit_of, limits_of, scale_bytes
 from clado.run.opened_run import open_run
 from clado.settings.loading import parse_config, parse_limit

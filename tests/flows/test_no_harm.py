@@ -12,7 +12,8 @@ from clado.choosing.proposals import Budget
 from clado.grids import Grid, QuantizedLayer
 from clado.network.normalisation import Moments, NormStatistics
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics
-from clado.records import CHOSEN, RunRecord
+from clado.records.results import CHOSEN
+from clado.records.run_record import RunRecord
 from clado.reporting.tables import markdown, rows, winners
 from clado.run.evaluation import RunEvaluation
 from clado.run.opened_run import OpenedRun, open_run

@@ -22,7 +22,8 @@ from clado.data.sources import load_data, load_network
 from clado.evaluation import Counts
 from clado.measuring.kinds import tile_kinds
 from clado.quantization.quantizers import WeightQuantizer
-from clado.records import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposal, RunRecord
+from clado.records.results import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposal
+from clado.records.run_record import RunRecord
 from clado.run.evaluation import RunEvaluation
 from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from clado.errors import MeasurementError
-from clado.records import Receipt, RunRecord
+from clado.records.results import Receipt
+from clado.records.run_record import RunRecord
 from clado.settings.loading import load_run_config, parse_config
 from clado.tracking import delivery
 from clado.tracking.content import RecordContent

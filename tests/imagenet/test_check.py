@@ -11,7 +11,8 @@ import yaml
 from mlflow import MlflowClient
 
 from clado.data.sources import load_data, load_network
-from clado.records import CHOSEN, RunRecord
+from clado.records.results import CHOSEN
+from clado.records.run_record import RunRecord
 from clado.settings.loading import parse_config
 from tests.imagenet.efficientnet import MEAN, SHAPE, STD, photos
 

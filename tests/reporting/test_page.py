@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from clado.errors import StoreError
-from clado.records import RunRecord, percent, size_text
+from clado.records.run_record import RunRecord
+from clado.records.text import percent, size_text
 from clado.reporting import page, plots, tables
 from tests.synthetic import make_matrix, make_record, make_space, with_activations
 

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from clado.interaction.matrix import InteractionMatrix
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.reporting import plots
 from tests.synthetic import make_matrix, make_record, make_space, with_activations
 

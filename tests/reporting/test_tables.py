@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from clado.records import MeasuredProposal, Receipt, RunRecord, percent, size_text
+from clado.records.results import MeasuredProposal, Receipt
+from clado.records.run_record import RunRecord
+from clado.records.text import percent, size_text
 from clado.reporting import tables
 from tests.synthetic import make_record
 

@@ -15,7 +15,7 @@ import pytest
 from distributed import Status
 
 from clado.errors import ConfigurationError, MeasurementError, ServerError
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.run.opened_run import open_run
 from flows import clusters
 from flows.clusters import _dask, kubernetes, local_gpus

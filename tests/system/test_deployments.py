@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from tests.system.running import PATIENCE, SMALL, Bench, end_group, free_port, wait_for
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]

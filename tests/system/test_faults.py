@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clado.errors import ServerError
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from flows import clusters

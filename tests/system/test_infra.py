@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from flows.clusters._certificates import make_certificates
 from tests.system.running import Bench, end_group, free_port, wait_for
 from tests.test_infra import INFRA, SERVICES, VARIABLE, environment

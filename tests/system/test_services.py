@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from flows.artifacts import MLFLOW, TABLE
 from flows.services import HOST, LIST
 from tests.system.running import COMMAND, SMALL, Bench, free_port, wait_for

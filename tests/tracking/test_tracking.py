@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clado.records import Receipt, RunRecord
+from clado.records.results import Receipt
+from clado.records.run_record import RunRecord
 from clado.reporting.tables import how_to_open
 from clado.settings.redaction import redact
 from clado.tracking.delivery import track
@@ -336,7 +337,7 @@ def test_a_database_that_was_copied_takes_new_runs_and_the_old_place_is_left_alo
 ONE_OF_TWO = """
 import sys, time, mlflow
 from pathlib import Path
-from clado.records import RunRecord
+from clado.records.run_record import RunRecord
 from clado.tracking.delivery import track
 record = RunRecord.load(Path("record.json"))
 Path(sys.argv[1]).mkdir()

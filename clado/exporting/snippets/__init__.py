@@ -21,7 +21,7 @@ from pathlib import Path
 
 from clado.errors import ConfigurationError, StoreError
 from clado.plugins import available, load
-from clado.records import write_text
+from clado.records.text import write_text
 from clado.space import Assignment, SearchSpace
 
 ASSIGNMENT = "assignment.json"
