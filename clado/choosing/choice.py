@@ -90,9 +90,9 @@ def choose(
         made_for_it = [proposal for proposal in proposals if proposal.budget == budget]
         results += [measurements.result(proposal) for proposal in made_for_it if proposal.reported]
         # of equal assignments the one made for this budget comes first, so that it gets the credit
-        candidates = [*made_for_it, *(proposal for proposal in proposals if proposal.budget != budget)]
+        ordered_proposals = [*made_for_it, *(proposal for proposal in proposals if proposal.budget != budget)]
         limits_of_budget = merge_limits(budget.limit(space), limits)
-        fitting = [p for p in candidates if all(limit.holds(space, p.assignment) for limit in limits_of_budget)]
+        fitting = [p for p in ordered_proposals if all(limit.holds(space, p.assignment) for limit in limits_of_budget)]
         chosen = measurements.best(fitting or made_for_it)  # uniform, where nothing fits
         results.append(measurements.chosen_result(chosen, budget, made_for_it))
     return results

@@ -69,13 +69,13 @@ class Smallest:
     """The smallest measured proposal whose interval lies under the bound."""
 
     answer: MeasuredAssignment
-    """The proposal itself."""
+    """The smallest assignment that keeps the bound."""
     smaller: MeasuredAssignment | None
-    """The next smaller measured proposal, if there is one."""
+    """The next smaller measured assignment, if there is one."""
     larger: MeasuredAssignment | None
-    """The next larger measured proposal, if there is one."""
-    candidates: tuple[MeasuredAssignment, ...]
-    """All measured proposals in ascending order of size."""
+    """The next larger measured assignment, if there is one."""
+    measured: tuple[MeasuredAssignment, ...]
+    """All measured assignments in ascending order of size."""
     bound: float
     """The bound on the upper end of the interval."""
 
@@ -136,7 +136,7 @@ def _none_under(proposals: Sequence[MeasuredAssignment], bound: float) -> str:
     """The message where no proposal meets the bound."""
     best = min(proposals, key=lambda proposal: ordered(proposal.measured.high))
     return (
-        f"no candidate is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
+        f"no assignment is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
         f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} "
         "bytes: allow more, measure on more images (selection_images), or offer wider bits"
     )

@@ -75,7 +75,7 @@ budgets:
 solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget
-search:                              # around the best candidate of each budget, on the measured loss
+search:                              # around the best proposal of each budget, on the measured loss
   evaluations: 8                     # losses measured for one budget at most; 0: no search
   batch: 4                           # of them measured at a time, by as many workers
 cluster:

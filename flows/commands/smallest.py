@@ -22,7 +22,7 @@ FILL = 3  # budgets that fill the gap below an answer, per estimator and round
 
 
 def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smallest:
-    """Measures candidates on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
+    """Measures assignments on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
 
     `top1`: the bound is on the drop of top-1 (a fraction), which needs labels; else on the increase of cross entropy, or of KL
     to the float network where there are no labels.
@@ -89,20 +89,22 @@ def text(result: Smallest, run: OpenedRun, top1: bool) -> str:
     """The answer and its neighbours for the terminal."""
     what, scale = ("top-1 drop %", 100.0) if top1 else ("loss increase", 1.0)
 
-    def row(name: str, candidate: MeasuredAssignment) -> list[str]:
-        m = candidate.measured
-        bits = run.space.average_bits(candidate.assignment)
+    def row(name: str, one: MeasuredAssignment) -> list[str]:
+        m = one.measured
+        bits = run.space.average_bits(one.assignment)
         inside = "within" if m.high <= result.bound else "above"
         interval = f"{scale * m.low:.4f} to {scale * m.high:.4f}"
-        return [name, f"{candidate.size_bytes:,}", f"{bits:.3f}", f"{scale * m.mean:.4f}", interval, inside]
+        return [name, f"{one.size_bytes:,}", f"{bits:.3f}", f"{scale * m.mean:.4f}", interval, inside]
 
     named = [("smaller neighbour", result.smaller), ("answer", result.answer), ("larger neighbour", result.larger)]
     table = markdown_table(
         ["", "bytes", "bits", what, "95 % interval", "bound"], [row(name, c) for name, c in named if c is not None]
     )
-    again = [c for c in result.candidates if c.size_bytes > result.answer.size_bytes and c.measured.high > result.bound]
-    note = f"\n{len(again)} larger candidates exceed the bound: what is measured does not fall evenly with size." if again else ""
+    again = [c for c in result.measured if c.size_bytes > result.answer.size_bytes and c.measured.high > result.bound]
+    note = (
+        f"\n{len(again)} larger assignments exceed the bound: what is measured does not fall evenly with size." if again else ""
+    )
     return (
-        f"{table}\n{len(result.candidates)} candidates measured on {result.answer.measured.num_images} images that neither "
+        f"{table}\n{len(result.measured)} assignments measured on {result.answer.measured.num_images} images that neither "
         f"calibrate, nor measure, nor validate.{note}\n  {result.answer.assignment}"
     )

@@ -62,32 +62,32 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
     """Proposes with every estimator, measures every proposal, searches around the best, and chooses."""
     with clock.phase("solving"):
         matrices = estimate(run, measured)
-        candidates, notes = propose(run, matrices)
+        proposed, notes = propose(run, matrices)
     with clock.phase("evaluation"):
-        losses = _losses(run, workers, "proposals", [proposal.assignment for proposal in candidates])
+        losses = _losses(run, workers, "proposals", [proposal.assignment for proposal in proposed])
     with clock.phase("searching"):
         surrogate = choice.surrogate(matrices.every, _mean_losses(losses))
         matrix = matrices.every[surrogate]
-        stable = _stability(run, measured, surrogate, matrix, candidates)
+        stable = _stability(run, measured, surrogate, matrix, proposed)
         searched = search(run, workers, matrix, losses)
-        candidates += [
+        proposed += [
             Proposal(budget, LOCAL_SEARCH, assignment, predicted_loss(matrix, assignment), reported=False)
             for budget, of_budget in searched.items()
             for assignment in of_budget.tried
         ]
-        candidates = with_fewer_corrections(
-            run, candidates, losses, lambda absent: _losses(run, workers, "fewer corrections", absent)
+        proposed = with_fewer_corrections(
+            run, proposed, losses, lambda absent: _losses(run, workers, "fewer corrections", absent)
         )
-        results = chosen_of(run, candidates, losses)
+        results = chosen_of(run, proposed, losses)
         notes += [
-            f"{row.budget}: no candidate has a finite loss; {row.assignment} stands there and does not work"
+            f"{row.budget}: no proposal has a finite loss; {row.assignment} stands there and does not work"
             for row in results
             if row.method == CHOSEN and not isfinite(row.loss_deployed)
         ]
         probe_losses = losses
         if run.evaluation.has_probe_model:  # of what is reported
             probe_losses = _losses(run, workers, "as probed", [row.assignment for row in results], "probe_model")
-    return Choice(matrices, tuple(candidates), losses, probe_losses, surrogate, searched, stable, tuple(results), tuple(notes))
+    return Choice(matrices, tuple(proposed), losses, probe_losses, surrogate, searched, stable, tuple(results), tuple(notes))
 
 
 def estimate(run: OpenedRun, measured: Measured) -> Matrices:
@@ -173,7 +173,7 @@ def _mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]
 def search(
     run: OpenedRun, workers: Workers, surrogate: InteractionMatrix, losses: dict[Assignment, Counts]
 ) -> dict[Budget, Searched]:
-    """Searches around the best candidate of every budget, all budgets side by side. `losses` is filled with what is measured."""
+    """Searches around the best proposal of every budget, all budgets side by side. `losses` is filled with what is measured."""
     settings, known = run.config.search, _mean_losses(losses)
     fit = {budget: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
     searches = {
@@ -201,10 +201,10 @@ def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses:
 
 
 def _stability(
-    run: OpenedRun, measured: Measured, name: str, surrogate: InteractionMatrix, candidates: Iterable[Proposal]
+    run: OpenedRun, measured: Measured, name: str, surrogate: InteractionMatrix, proposed: Iterable[Proposal]
 ) -> tuple[Stability, ...]:
     """How far the images decide the surrogate's own answer to each budget, which need not be the chosen one."""
-    answers = {proposal.budget.name: proposal.assignment for proposal in candidates if proposal.method == name}
+    answers = {proposal.budget.name: proposal.assignment for proposal in proposed if proposal.method == name}
     fit = {budget.name: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
 
     def estimated(resample: Measured) -> InteractionMatrix:
@@ -230,15 +230,15 @@ def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float |
     return matrix.loss_of(increase) if isfinite(increase) else None
 
 
-def chosen_of(run: OpenedRun, candidates: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
+def chosen_of(run: OpenedRun, proposed: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
     """One row for each reported proposal, and the chosen ones, by what was measured on the sensitivity set."""
     scores = {assignment: Score(of_one.mean_brier, of_one.each_hit) for assignment, of_one in counts.items()}
-    return choice.choose(run.space, candidates, _mean_losses(counts), run.limits, scores)
+    return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores)
 
 
 def with_fewer_corrections(
     run: OpenedRun,
-    candidates: Sequence[Proposal],
+    measured: Sequence[Proposal],
     counts: dict[Assignment, Counts],
     measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
 ) -> list[Proposal]:
@@ -246,11 +246,11 @@ def with_fewer_corrections(
 
     Args:
         run: The run.
-        candidates: All measured proposals.
+        measured: All measured proposals.
         counts: What was measured of each; filled with what is measured here.
         measure: Counts on the sensitivity set.
     """
-    proposed = list(candidates)
+    proposed = list(measured)
     while True:
         chosen = {row.assignment for row in chosen_of(run, proposed, counts) if row.method == CHOSEN}
         others = {a: [b for b in run.evaluation.other_corrections(a) if b not in counts] for a in chosen}

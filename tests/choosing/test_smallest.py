@@ -46,12 +46,12 @@ def test_a_loss_that_is_not_monotone_still_gives_an_answer_with_measured_neighbo
             return exact(losses[assignment])
 
         found = smallest(SPACE, [*EVERY[::5], EVERY[-2]], measure, between, 0.4)
-        order = [c.size_bytes for c in found.candidates]
-        at = found.candidates.index(found.answer)
+        order = [c.size_bytes for c in found.measured]
+        at = found.measured.index(found.answer)
         assert order == sorted(order)
         assert found.answer.measured.high <= 0.4
-        assert all(c.measured.high > 0.4 for c in found.candidates[:at])
-        assert len(calls) == len(set(calls)) == len(found.candidates)
+        assert all(c.measured.high > 0.4 for c in found.measured[:at])
+        assert len(calls) == len(set(calls)) == len(found.measured)
 
 
 def test_the_upper_end_of_the_interval_counts_not_the_mean():

@@ -111,7 +111,7 @@ def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_p
     space, (least, most, _) = stored.measured.space, solver_of(stored)
     assert (least, most) == (space.size_bytes(space.narrowest), 90_000)
     found = find(stored, open_run(parse_config(document)), 100.0, top1=False)
-    assert max(c.size_bytes for c in found.candidates) <= most < space.size_bytes(space.widest)
+    assert max(c.size_bytes for c in found.measured) <= most < space.size_bytes(space.widest)
     reachable = max(solution.minimised for _, _, solution in stored.solve(Budget("size", most)))
     for _, _, solution in stored.smallest_predicted(reachable + 1e-3):
         assert space.size_bytes(solution.assignment) <= most
