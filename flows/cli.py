@@ -71,8 +71,8 @@ def run(config: Config, overrides: Overrides = None) -> None:
     with orchestrated(lambda: clock == before, lambda: "shutdown" in clock):
         receipt = pipeline(run.config, clock)
     # what the flow's own phases do not cover is the orchestrator's start
-    own = sum(clock.values()) - sum(before.values())
-    clock["start-up"] += time.perf_counter() - entered - own
+    flow_seconds = sum(clock.values()) - sum(before.values())
+    clock["start-up"] += time.perf_counter() - entered - flow_seconds
     _show(run.folder, clock, receipt)
     clock["printed"] = time.perf_counter()
 

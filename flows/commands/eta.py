@@ -92,8 +92,8 @@ def num_competing(run: OpenedRun) -> int:
     named = run.config.estimators
     uncorrected = 4 if run.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
     variants = 2 * sum(estimator_of(name).convexity == "clip_psd" for name in named)
-    further = len(unreported_estimators(named, run.plan.kinds))
-    return len(run.budgets) * (variants + further + uncorrected + run.config.search.evaluations)
+    unreported = len(unreported_estimators(named, run.plan.kinds))
+    return len(run.budgets) * (variants + unreported + uncorrected + run.config.search.evaluations)
 
 
 def _preparing(run: OpenedRun) -> float:

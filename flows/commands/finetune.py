@@ -55,8 +55,10 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
     else:
         from clado.data.sources._training import load_training
 
-        own, settings = run.loaded.preprocessing, run.config.data
-        settings = settings.model_copy(update={key: value for key, value in own.items() if getattr(settings, key) is None})
+        preprocessing, settings = run.loaded.preprocessing, run.config.data
+        settings = settings.model_copy(
+            update={key: value for key, value in preprocessing.items() if getattr(settings, key) is None}
+        )
         everything = load_training(folder, settings, run.loaded.image_shape, run.slices.validation)
         origin = str(folder)
     outputs = run.num_logits if labels else None

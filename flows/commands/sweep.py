@@ -134,4 +134,6 @@ def dominated_by(rows: Sequence[Result]) -> list[bool]:
         return row.size_bytes, row.loss_deployed, brier, -(row.agreement_deployed or 0.0)
 
     points = [point(row) for row in rows]
-    return [any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points) for own in points]
+    return [
+        any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points) for point in points
+    ]

@@ -146,8 +146,8 @@ def summaries(choice: Choice) -> tuple[SearchSummary, ...]:
 def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched) -> str:
     """Who proposed what a search started from: for its own budget, or for another."""
     makers = [p for p in proposals if p.assignment == searched.start and p.method != LOCAL_SEARCH]
-    own = next((p.method for p in makers if p.budget == budget), None)
-    return own or f"{makers[0].method} for {makers[0].budget.name}"
+    proposer = next((p.method for p in makers if p.budget == budget), None)
+    return proposer or f"{makers[0].method} for {makers[0].budget.name}"
 
 
 def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal, ...]:
