@@ -64,7 +64,7 @@ def test_measure_solve_evaluate(network, space):
     }
     z = replaced_logits(network.model, weights, data[0])
     assert report.top1 == float((z.argmax(1) == data[1]).double().mean())
-    tolerance.close_losses(report.loss, float(cross_entropy(z, data[1]).mean()))
+    tolerance.assert_close_losses(report.loss, float(cross_entropy(z, data[1]).mean()))
     assert report.num_images == NUM_IMAGES
 
 
@@ -82,7 +82,7 @@ def test_labels_give_accuracy_and_none_gives_kl(network, space, data):
     assert report.num_images == NUM_IMAGES
     same = clado.evaluate(network, space.narrowest, DATA["a pair" if labelled else "one tensor"]())
     assert report.top1 == same.top1
-    tolerance.close_losses(report.loss, same.loss)
+    tolerance.assert_close_losses(report.loss, same.loss)
 
 
 @pytest.mark.parametrize("estimator", ["pairwise", "layerwise", "gauss_newton"])
@@ -110,7 +110,7 @@ def test_the_callers_mode_changes_no_number(network, space, estimator, mode):
 
 def test_the_blocks_change_a_matrix_by_rounding_only(network, space):
     few, many = (clado.measure(network, space, images(NUM_IMAGES), "pairwise", num_blocks=n) for n in (1, 12))
-    tolerance.close(few.values, many.values, ENTRY, least=0.0)
+    tolerance.assert_close(few.values, many.values, ENTRY, least=0.0)
     assert clado.measure(network, space, images(NUM_IMAGES), "layerwise", num_blocks=99).num_samples == NUM_IMAGES
 
 

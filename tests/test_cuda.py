@@ -16,7 +16,7 @@ from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, calibration_batches, prepare
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images, labels
-from tests.tolerance import LOSS, close_losses, of_forward
+from tests.tolerance import LOSS, assert_close_losses, of_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NUM_IMAGES = 12
@@ -143,4 +143,4 @@ def test_memory_stays_within_the_limit() -> None:
         found.append(np.concatenate([measure_tile(bench, tile) for tile in plan.tiles]))
         assert torch.cuda.max_memory_allocated() - before < limit * 10**6
     for sums in found[1:]:
-        close_losses(sums, found[0], len(x))
+        assert_close_losses(sums, found[0], len(x))

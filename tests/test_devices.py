@@ -62,7 +62,7 @@ def check_alike(here: QuantizedLayer, there: QuantizedLayer) -> None:
         one, other = getattr(here, name), getattr(there, name)
         assert (one is None) == (other is None)
         if one is not None:
-            tolerance.close(other.cpu(), one, STATISTICS)
+            tolerance.assert_close(other.cpu(), one, STATISTICS)
 
 
 @pytest.mark.parametrize("quantizer", available("quantizers"))
@@ -88,7 +88,7 @@ def test_layers_are_corrected_there(correction) -> None:
         logits = shipped.logits(images(4).to(ELSEWHERE), chosen).cpu()
     plain, own = here.deployed(here.space.narrowest)
     if correction != "adaround":
-        tolerance.close(logits, plain.logits(images(4), own), STATISTICS)
+        tolerance.assert_close(logits, plain.logits(images(4), own), STATISTICS)
 
 
 def test_output_statistics_read_back_sums_alone() -> None:
@@ -125,9 +125,9 @@ def test_tiles_are_measured_there(kind, statistics) -> None:
             plan = Plan(bench.space, tuple(bench.sample_blocks), kinds, bench.space.num_options)
             tiles[name] = [measure_tile(bench, tile) for tile in plan.tiles]
             measured[name] = scores(bench, bench.space.narrowest, 0).losses
-    tolerance.close_losses(measured["there"], measured["here"])
+    tolerance.assert_close_losses(measured["there"], measured["here"])
     for tile, one, other in zip(plan.tiles, tiles["here"], tiles["there"], strict=True):
-        tolerance.close_tile(tile.kind, other, one, NUM_IMAGES // 2)
+        tolerance.assert_close_tile(tile.kind, other, one, NUM_IMAGES // 2)
 
 
 @NETWORKS
@@ -173,7 +173,7 @@ def test_activations_are_fitted_and_rounded_there() -> None:
             ready = prepare(place, space, Recipe(), calibration_batches(images(64)))
             shipped, chosen = ready.deployed(space.narrowest)
             logits[name] = shipped.logits(images(4).to(place.device), chosen).cpu()
-    tolerance.close_but_for_ties(logits["there"], logits["here"])
+    tolerance.assert_close_but_for_ties(logits["there"], logits["here"])
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -192,4 +192,4 @@ def test_accuracy_is_counted_there(labelled) -> None:
     ready = prepared(network)
     expected = count(*ready.deployed(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
     assert replace(found, loss=0.0) == replace(expected, loss=0.0)
-    tolerance.close_losses([found.loss, each[0].sum()], [expected.loss] * 2, NUM_IMAGES)
+    tolerance.assert_close_losses([found.loss, each[0].sum()], [expected.loss] * 2, NUM_IMAGES)

@@ -11,7 +11,7 @@ from clado.network.network import Network
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records.results import Accuracy, wilson
 from tests.networks import Residual, build, images, labels, replaced_logits
-from tests.tolerance import LOSS, close_losses, of_no_change
+from tests.tolerance import LOSS, assert_close_losses, of_no_change
 
 pytestmark = pytest.mark.numeric
 
@@ -58,7 +58,7 @@ def test_counts_are_those_of_a_plain_computation(network, weights):
     found = count(network, weights, slice_of(), 0, NUM_IMAGES)
     assert (found.num_images, found.top1, found.top5) == (NUM_IMAGES, int((ranks == 0).sum()), int((ranks < 5).sum()))
     assert 0 < found.top1 < found.top5 < NUM_IMAGES  # else the test could not fail
-    close_losses(found.loss, -log_softmax(z)[np.arange(NUM_IMAGES), y].sum(), NUM_IMAGES)
+    assert_close_losses(found.loss, -log_softmax(z)[np.arange(NUM_IMAGES), y].sum(), NUM_IMAGES)
 
 
 def test_without_labels_the_loss_is_kl_to_the_float_network(network, weights):
@@ -66,7 +66,7 @@ def test_without_labels_the_loss_is_kl_to_the_float_network(network, weights):
     p, q = log_softmax(reference), log_softmax(z)
     found = count(network, weights, slice_of(labelled=False), 0, NUM_IMAGES)
     assert (found.top1, found.top5) == (None, None)
-    close_losses(found.loss, (np.exp(p) * (p - q)).sum(), NUM_IMAGES)
+    assert_close_losses(found.loss, (np.exp(p) * (p - q)).sum(), NUM_IMAGES)
     none = count(network, {}, slice_of(labelled=False), 0, NUM_IMAGES).loss
     assert none == pytest.approx(0, abs=NUM_IMAGES * of_no_change())
 
@@ -80,7 +80,7 @@ def test_counts_add_up_over_shards(network, weights, labelled, size, batch):
     parts = [count(network, weights, data, *part, batch_images=batch) for part in evaluation_batches(NUM_IMAGES, size)]
     total = sum(parts, Counts())
     assert (total.num_images, total.top1, total.top5) == (whole.num_images, whole.top1, whole.top5)
-    close_losses(total.loss, whole.loss, NUM_IMAGES)
+    assert_close_losses(total.loss, whole.loss, NUM_IMAGES)
     mean = whole.loss / NUM_IMAGES
     assert evaluate_weights(network, weights, data, batch).loss == pytest.approx(mean, rel=0, abs=LOSS * max(1, mean))
 

@@ -40,15 +40,15 @@ def test_the_networks_of_the_tests_add_up_no_more_terms_than_their_tolerance_say
 
 def test_what_is_beyond_its_tolerance_is_refused():
     loss = np.array([0.5, 3.0])
-    tolerance.close_losses(loss + np.array([0.9e-5, 2.9e-5]), loss)
+    tolerance.assert_close_losses(loss + np.array([0.9e-5, 2.9e-5]), loss)
     for wrong in (loss + np.array([1.1e-5, 0]), loss + np.array([0, 3.1e-5]), np.array([np.nan, 3.0]), loss[:1]):
         with pytest.raises(AssertionError):
-            tolerance.close_losses(wrong, loss)
+            tolerance.assert_close_losses(wrong, loss)
     logits = torch.tensor([[1.0, -2.0], [0.5, 0.25]])
-    tolerance.close(logits + tolerance.FORWARD, logits)
+    tolerance.assert_close(logits + tolerance.FORWARD, logits)
     with pytest.raises(AssertionError):
-        tolerance.close(logits + 3 * tolerance.FORWARD, logits)
+        tolerance.assert_close(logits + 3 * tolerance.FORWARD, logits)
     tie = logits + torch.tensor([[0.1, 0], [0, 0]])
-    tolerance.close_but_for_ties(tie, logits)
+    tolerance.assert_close_but_for_ties(tie, logits)
     with pytest.raises(AssertionError):
-        tolerance.close_but_for_ties(tie, logits, images=0)
+        tolerance.assert_close_but_for_ties(tie, logits, images=0)

@@ -56,14 +56,14 @@ def of_layers(layers: Sequence[Layer], dtype: torch.dtype = torch.float32) -> fl
 FORWARD = of_forward(10, 64)
 
 
-def close(actual: Any, expected: Any, share: float = FORWARD, least: float = 1.0) -> None:
+def assert_close(actual: Any, expected: Any, share: float = FORWARD, least: float = 1.0) -> None:
     """Asserts that tensors agree within a share of the largest expected value, which counts as `least` or more."""
     expected = torch.as_tensor(expected)
     scale = max(least, float(expected.detach().abs().max())) if expected.numel() else least
     torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=0, atol=share * scale)
 
 
-def close_but_for_ties(actual: torch.Tensor, expected: torch.Tensor, share: float = FORWARD, images: int = 1) -> None:
+def assert_close_but_for_ties(actual: torch.Tensor, expected: torch.Tensor, share: float = FORWARD, images: int = 1) -> None:
     """Asserts that logits (images, classes) agree, but for those of a few images.
 
     A layer's input that lies between two codes of its grid goes to either side, as the last place has it. That
@@ -73,7 +73,7 @@ def close_but_for_ties(actual: torch.Tensor, expected: torch.Tensor, share: floa
     assert int(apart.sum()) <= images, (actual - expected).abs().max()
 
 
-def close_losses(actual: Any, expected: Any, samples: int = 1) -> None:
+def assert_close_losses(actual: Any, expected: Any, samples: int = 1) -> None:
     """Asserts that losses, or sums over samples, agree within 1e-5 · max(1, loss) a sample; what is NaN is so in both."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
@@ -110,14 +110,14 @@ def of_eigenvalue(diagonal: np.ndarray, terms: int) -> float:
     return of_sum(terms) * float(np.maximum(diagonal, 0).sum())
 
 
-def close_tile(
+def assert_close_tile(
     kind: str, actual: np.ndarray, expected: np.ndarray, samples: int, classes: int = 4, logits: float = FORWARD
 ) -> None:
     """Asserts that two measurements of a tile of losses, or of a Gram tile, agree: sums over the samples of a block."""
     if kind != "gram":
-        close_losses(actual, expected, samples)
+        assert_close_losses(actual, expected, samples)
         return
-    close_losses(actual[0], expected[0], samples)
+    assert_close_losses(actual[0], expected[0], samples)
     # |p − y| is at most √2, and u is a difference of two logits
     np.testing.assert_allclose(actual[1], expected[1], rtol=0, atol=samples * 2**0.5 * 2 * logits)
     k = expected.shape[1] - 1

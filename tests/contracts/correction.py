@@ -75,7 +75,7 @@ class CorrectionContract:
                 assert torch.equal(same.weight, weight)
                 own = network.biases[i]
                 expected = torch.zeros_like(same.bias) if own is None else own
-                tolerance.close(same.bias, expected, STATISTICS)
+                tolerance.assert_close(same.bias, expected, STATISTICS)
 
     @KINDS
     def test_what_it_is_given_is_not_changed(self, kind):
@@ -109,7 +109,7 @@ class CorrectionContract:
         for sizes in ((16, 16, 16), (1, 47)):
             cut = tensors_of(corrected(kind, self.name, sizes=sizes))
             for name, tensor in whole.items():
-                tolerance.close(cut[name], tensor, STATISTICS)
+                tolerance.assert_close(cut[name], tensor, STATISTICS)
 
     @KINDS
     @SCALES

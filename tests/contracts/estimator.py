@@ -16,7 +16,7 @@ from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Assignment
 from tests.networks import Residual, build, images, labels
-from tests.tolerance import FORWARD, LOSS, close
+from tests.tolerance import FORWARD, LOSS, assert_close
 
 ENTRY = 4 * 2**0.5 * FORWARD  # four mean losses, each with a slope of at most √2 in the logits: a share of the largest entry
 BLOCKS = ((0, 2), (1,), (3, 4))  # of the layers of `measured_network`, the first not contiguous
@@ -68,7 +68,7 @@ class EstimatorContract:
         own = {kind: measured.sums[kind] for kind in kinds_of([self.name])}
         matrix = estimate(self.name, Measured(measured.space, measured.criterion, measured.counts, own))
         whole = estimate(self.name, measured)
-        close(matrix.values, whole.values, ENTRY, least=0.0)
+        assert_close(matrix.values, whole.values, ENTRY, least=0.0)
         assert matrix.baseline == pytest.approx(whole.baseline, abs=LOSS * max(1, whole.baseline))
         assert whole.baseline > 0.1
 
@@ -90,9 +90,9 @@ class EstimatorContract:
         one, four = (estimate(self.name, measured_network("cross_entropy", num_blocks=blocks)[1]) for blocks in (1, 4))
         if self.draws:  # other blocks draw other vectors
             assert four.standard_error is not None
-            close(one.values, four.values, 6 * float(four.standard_error.max() / four.values.max()), least=0.0)
+            assert_close(one.values, four.values, 6 * float(four.standard_error.max() / four.values.max()), least=0.0)
         else:
-            close(one.values, four.values, ENTRY, least=0.0)
+            assert_close(one.values, four.values, ENTRY, least=0.0)
 
     def test_an_option_without_a_finite_number_is_quarantined(self):
         _, measured = measured_network()

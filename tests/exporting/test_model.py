@@ -49,7 +49,7 @@ def test_its_outputs_are_those_of_fake_quantization_for_any_batch(written):
     model = PackedModel(folder)
     for count in (1, 2, 5):
         found = torch.tensor(model.predict(images[:count].numpy()))
-        tolerance.close(found, expected[:count], tolerance.of_layers(layers))
+        tolerance.assert_close(found, expected[:count], tolerance.of_layers(layers))
 
 
 def test_it_says_what_it_takes_gives_and_needs(written):

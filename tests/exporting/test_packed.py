@@ -142,7 +142,7 @@ def test_a_loaded_network_computes_what_was_measured(kind, widths, per_channel, 
     loaded = load_packed(path, other)
     x = images(6, seed=5)
     with torch.no_grad():
-        tolerance.close_but_for_ties(loaded(x), network.logits(x, layers), images=1 if widths else 0)
+        tolerance.assert_close_but_for_ties(loaded(x), network.logits(x, layers), images=1 if widths else 0)
     assert same(state_of(loaded), network.state_dict(layers))  # bit for bit, added biases included
     assert same(state_of(other), untouched)
     assert same(state_of(network.model), before)
@@ -158,7 +158,7 @@ def test_a_split_weight_is_whole_again(widths, tmp_path):
     x = images(6, seed=5)
     with torch.no_grad():
         found = load_packed(tmp_path / "n", network.model)(x)
-    tolerance.close_but_for_ties(found, network.logits(x, layers), images=1 if widths else 0)
+    tolerance.assert_close_but_for_ties(found, network.logits(x, layers), images=1 if widths else 0)
     assert (
         len({bits_of(layer.grid.codes) for i, layer in layers.items() if network.layers[i].name[-2:] in (".q", ".k", ".v")}) > 1
     )
@@ -240,7 +240,7 @@ def test_a_loaded_network_can_be_exported(kind, tmp_path):
     program = torch.export.export(loaded, (images(2),), dynamic_shapes=({0: Dim("batch", max=64)},))
     x = images(5, seed=8)
     with torch.no_grad():
-        tolerance.close_but_for_ties(program.module()(x), loaded(x))
+        tolerance.assert_close_but_for_ties(program.module()(x), loaded(x))
         torch.testing.assert_close(copy.deepcopy(loaded)(x), loaded(x), rtol=0, atol=0)  # hooks and all
     assert not any("clado" in str(node.target) for node in program.graph.nodes)  # runs without this package
 
@@ -273,10 +273,10 @@ def test_open_attention_is_attention(batch_first, bias, need_weights):
             for average in (True, False):
                 expected = attention(*sources, need_weights=need_weights, average_attn_weights=average)
                 found = opened(*sources, need_weights=need_weights, average_attn_weights=average)
-                tolerance.close(found[0], expected[0])
+                tolerance.assert_close(found[0], expected[0])
                 assert (found[1] is None) == (expected[1] is None) == (not need_weights)
                 if need_weights:
-                    tolerance.close(found[1], expected[1])
+                    tolerance.assert_close(found[1], expected[1])
     with pytest.raises(NetworkError, match="with a mask"):
         opened(x, x, x, attn_mask=torch.zeros(5, 5))
 
@@ -315,7 +315,7 @@ def test_an_input_out_of_reach_is_refused_by_name(kind, name, tmp_path):
     export_packed(tmp_path / "n", network, weights_alone)
     x = images(3)
     with torch.no_grad():
-        tolerance.close(load_packed(tmp_path / "n", network.model)(x), network.logits(x, weights_alone))
+        tolerance.assert_close(load_packed(tmp_path / "n", network.model)(x), network.logits(x, weights_alone))
 
 
 def test_a_bias_that_no_module_takes_is_refused(tmp_path):
@@ -496,7 +496,7 @@ def test_a_run_exports_it_and_the_package_loads_it(tmp_path, monkeypatch):
     x, _ = run.slices.validation.load(0, 100)
     with torch.no_grad():
         found = clado.load_packed(path, network.model)(x)
-    tolerance.close(found, network.logits(x, layers), tolerance.of_layers(network.layers))
+    tolerance.assert_close(found, network.logits(x, layers), tolerance.of_layers(network.layers))
     assert isinstance(as_module(network, layers), nn.Module)
     with pytest.raises(StoreError, match="another assignment"):
         export_as("packed", run, run.space.narrowest, tmp_path / "out")

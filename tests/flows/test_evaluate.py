@@ -16,7 +16,7 @@ from flows.commands import stored
 from flows.phases.evaluate import evaluate
 from tests.data.test_imagenet import MAKE, SHAPE, SYNSETS, jpeg
 from tests.running import config
-from tests.tolerance import close_losses
+from tests.tolerance import assert_close_losses
 
 SHARD, VALIDATED = 4, 10
 
@@ -83,7 +83,7 @@ def test_every_image_is_decoded_once_for_all_assignments_and_the_sums_are_those_
     for assignment, counts in found.items():
         [whole] = run.evaluation.accuracies([assignment], 0, VALIDATED)
         assert (counts.num_images, counts.top1, counts.top5, counts.classes) == (VALIDATED, whole.top1, whole.top5, whole.classes)
-        close_losses(counts.loss, whole.loss, VALIDATED)
+        assert_close_losses(counts.loss, whole.loss, VALIDATED)
     again = Workers()
     assert evaluated(run, again) == found
     assert again.made == []

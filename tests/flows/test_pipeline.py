@@ -539,7 +539,7 @@ def test_channels_last_turns_weights_and_images_and_changes_rounding_alone(tmp_p
     assert kernels
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
     images = slices.validation.load(0, 4)[0]
-    tolerance.close(network.logits(images), replaced_logits(model, {}, images), tolerance.of_layers(network.layers))
+    tolerance.assert_close(network.logits(images), replaced_logits(model, {}, images), tolerance.of_layers(network.layers))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_slopes_are_those_of_explicit_gradients_of_every_sample(kind, graph):
     assert (np.abs(sums[:, 1:] - expected[:2]) <= off).all()
     with torch.no_grad():
         losses = [F.cross_entropy(ready.network.model(images_of(ready)[n : n + 1]), y[n : n + 1]) for n in range(NUM_IMAGES)]
-    tolerance.close_losses(sums[:, 0], [float(sum(losses))] * 2, NUM_IMAGES)
+    tolerance.assert_close_losses(sums[:, 0], [float(sum(losses))] * 2, NUM_IMAGES)
 
 
 def test_under_kl_labels_are_drawn_from_the_float_softmax():

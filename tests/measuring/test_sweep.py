@@ -170,7 +170,7 @@ def test_whole_forwards_measure_the_same_numbers(kind, criterion):
         plan = Plan(b.space, tuple(b.sample_blocks), ("singles", "pairs", "gram"), 3)
         tiles.append([measure_tile(b, tile) for tile in plan.tiles])
     for tile, resumed, whole in zip(plan.tiles, *tiles, strict=True):
-        tolerance.close_tile(tile.kind, whole, resumed, plan.num_images(tile.sample_block))
+        tolerance.assert_close_tile(tile.kind, whole, resumed, plan.num_images(tile.sample_block))
 
 
 def test_a_network_without_a_graph_is_measured_by_whole_forwards():
@@ -187,7 +187,7 @@ def test_singles_are_the_losses_of_whole_runs(kind, criterion):
     sums = measure_tile(b, plan.tiles[2])
     expected = [reference(b, b.space.nothing, 2).sum()]
     expected += [reference(b, b.space.assignment([option]), 2).sum() for option in range(b.space.num_options)]
-    tolerance.close_losses(sums, expected, plan.num_images(2))
+    tolerance.assert_close_losses(sums, expected, plan.num_images(2))
 
 
 def check_gram(b: Workbench, sums: np.ndarray, block: int) -> None:
@@ -241,7 +241,7 @@ def test_row_tiles_and_batch_sizes_change_nothing_beyond_rounding(kind, rows):
     expected = tiles_of(bench(kind))
     for batch in (1, 7, 1000):
         for name, found in tiles_of(bench(kind, batch_images=batch), rows).items():
-            tolerance.close_tile(name, found, expected[name], NUM_IMAGES // 3)
+            tolerance.assert_close_tile(name, found, expected[name], NUM_IMAGES // 3)
 
 
 @NETWORKS
@@ -259,7 +259,7 @@ def test_equal_settings_give_equal_bits(kind):
 def test_losses_of_an_assignment_are_those_of_the_module(kind):
     b = bench(kind)
     for assignment in (b.space.widest, b.space.narrowest, b.space.nothing.replace(2, 4)):
-        tolerance.close_losses(scores(b, assignment, 1).losses, reference(b, assignment, 1))
+        tolerance.assert_close_losses(scores(b, assignment, 1).losses, reference(b, assignment, 1))
 
 
 @NETWORKS
@@ -283,7 +283,7 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     expected = kl_to_float(logits, replaced_logits(build(Normed), {}, x))
     chosen = b.prepared.chosen(b.space.narrowest)
     for ships in ((shipped, chosen), shipped.folded_with(chosen)):
-        tolerance.close_losses(deployed_scores(b, *ships, 1).losses, expected)
+        tolerance.assert_close_losses(deployed_scores(b, *ships, 1).losses, expected)
 
 
 @pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
@@ -305,7 +305,7 @@ def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
     x, _ = b.load(*b.sample_blocks[1])
     layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
     expected = kl_to_float(shipped.logits(x, layers), shipped.logits(x))
-    tolerance.close_losses(deployed_scores(b, shipped, layers, 1).losses, expected)
+    tolerance.assert_close_losses(deployed_scores(b, shipped, layers, 1).losses, expected)
 
 
 @pytest.mark.parametrize("rows", range(1, 11))
@@ -317,7 +317,7 @@ def test_blocks_that_interleave_are_measured_as_any_others(rows):
     whole = measure_tile(b, Tile("block_pairs", 0, 0, 0, given.num_options))
     plan = Plan(given, tuple(b.sample_blocks), ("block_pairs",), rows)
     found = np.concatenate([measure_tile(b, tile) for tile in plan.tiles if tile.sample_block == 0])
-    tolerance.close_losses(found, whole, plan.num_images(0))
+    tolerance.assert_close_losses(found, whole, plan.num_images(0))
     assert np.isfinite(found).sum() == 2 * 2 * 2
 
 
@@ -330,9 +330,9 @@ def test_on_batch_statistics_a_probe_is_the_module_with_its_batch_norms_in_train
     singles = measure_tile(b, plan.tiles[1])
     expected = [reference(b, b.space.nothing, 1).sum()]
     expected += [reference(b, b.space.assignment([option]), 1).sum() for option in range(b.space.num_options)]
-    tolerance.close_losses(singles, expected, plan.num_images(1))
+    tolerance.assert_close_losses(singles, expected, plan.num_images(1))
     check_gram(b, measure_tile(b, plan.tiles[4]), 1)
-    tolerance.close_losses(scores(b, b.space.narrowest, 1).losses, reference(b, b.space.narrowest, 1))
+    tolerance.assert_close_losses(scores(b, b.space.narrowest, 1).losses, reference(b, b.space.narrowest, 1))
     before = build(kind).state_dict()  # momentum has moved nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in b.prepared.network.model.state_dict().items())
     running = bench(kind, criterion)
@@ -346,7 +346,7 @@ def test_on_batch_statistics_rows_and_batches_change_nothing_either(kind, rows):
     expected = tiles_of(bench(kind, batch_statistics=True))
     for batch in (1, 7, 1000):
         for name, found in tiles_of(bench(kind, batch_images=batch, batch_statistics=True), rows).items():
-            tolerance.close_tile(name, found, expected[name], NUM_IMAGES // 3)
+            tolerance.assert_close_tile(name, found, expected[name], NUM_IMAGES // 3)
 
 
 def test_a_block_on_batch_statistics_needs_its_memory_at_once():

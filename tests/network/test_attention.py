@@ -83,7 +83,7 @@ def test_the_graph_computes_what_the_module_does_for_any_number_of_images(name, 
     network = Network(model, tokens(2, length))
     for count in (1, 2, 3, 7):
         with torch.no_grad():
-            tolerance.close(network.logits(tokens(count, length)), model(tokens(count, length)))
+            tolerance.assert_close(network.logits(tokens(count, length)), model(tokens(count, length)))
 
 
 @pytest.mark.parametrize("name", ["images first", "positions first", "one head", "no bias"])

@@ -331,7 +331,7 @@ def test_images_are_cast_to_the_type_of_the_example(dtype, graph):
     found, terms = Network(model, images(1).to(dtype), graph=graph).logits(x), 144 if dtype is torch.float64 else 1
     assert found.dtype == dtype
     # sums of narrow numbers are float32: each of three operators rounds its result
-    tolerance.close(found, model(x.to(dtype)).detach(), tolerance.of_forward(3, terms, dtype))
+    tolerance.assert_close(found, model(x.to(dtype)).detach(), tolerance.of_forward(3, terms, dtype))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_bfloat16_is_near_and_only_where_asked_for(kind, graph):
     coarse = network_of(kind, graph, numeric="bfloat16").logits(images(3))
     assert not torch.equal(coarse.float(), exact)
     # sums are float32: each of up to ten operators rounds its result
-    tolerance.close(coarse.float(), exact, tolerance.of_forward(10, 1, torch.bfloat16))
+    tolerance.assert_close(coarse.float(), exact, tolerance.of_forward(10, 1, torch.bfloat16))
     assert torch.equal(network_of(kind, graph).logits(images(3)), exact)
 
 
@@ -423,7 +423,7 @@ def expected_logits(network: Network, replaced: dict[int, QuantizedLayer], x: to
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance.close(actual, expected.to(actual.dtype), tolerance.of_forward(10, 64, actual.dtype))
+    tolerance.assert_close(actual, expected.to(actual.dtype), tolerance.of_forward(10, 64, actual.dtype))
 
 
 IN_REACH = {  # of whole forwards: which inputs may be rounded; attention's are not seen

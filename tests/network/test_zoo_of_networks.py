@@ -108,7 +108,7 @@ def check(case: Case, columns: int) -> None:
     network = Network(model, x[:1])
     assert len(network.layers) == case.layers
     expected = replaced_logits(model, {}, x)
-    tolerance.close(network.logits(x), expected, tolerance.of_layers(network.layers))
+    tolerance.assert_close(network.logits(x), expected, tolerance.of_layers(network.layers))
     searched = {layer.name for layer in network.layers}
     assert searched | {name for name, _, _ in network.coverage()} == {name for name, _ in model.named_parameters()}
     check_random_pairs(model, network, x, columns)

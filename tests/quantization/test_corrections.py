@@ -85,9 +85,9 @@ def check_moments(ready: Prepared, option: int, deviation: bool = True) -> None:
     floats, ours = (outputs(rebuilt(model, layers), name, x) for layers in ({}, {name: ready.layers[option]}))
     # observations are added up in float32
     share = tolerance.FORWARD + tolerance.of_forward(1, floats.shape[1])
-    tolerance.close(ours.mean(1), floats.mean(1), share)
+    tolerance.assert_close(ours.mean(1), floats.mean(1), share)
     if deviation:
-        tolerance.close(ours.std(1), floats.std(1), share)
+        tolerance.assert_close(ours.std(1), floats.std(1), share)
 
 
 @pytest.mark.parametrize("kind", [Residual, Attention, Volume, Normed, SPLIT])
@@ -127,7 +127,7 @@ def test_corrected_layers_together_ship_as_the_state_of_the_module(kind):
         model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(torch.zeros_like(state[name]))
     model.load_state_dict(state)
     with torch.inference_mode():
-        tolerance.close(model(images(4)), network.logits(images(4), chosen))
+        tolerance.assert_close(model(images(4)), network.logits(images(4), chosen))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Tied, "second.weight"), (Recurrent, "again.weight")])
@@ -189,7 +189,7 @@ def test_inputs_that_never_vary_change_no_scale(value):
     expected = F.linear(x, weight, torch.arange(10.0))
     # two sums of 67 products of about `value`, and a mean over 100
     share = tolerance.of_forward(2, 67) + tolerance.of_forward(1, 100)
-    tolerance.close(F.linear(x, made.weight, made.bias), expected, share, least=max(1.0, value * 67**0.5))
+    tolerance.assert_close(F.linear(x, made.weight, made.bias), expected, share, least=max(1.0, value * 67**0.5))
 
 
 def test_a_channel_that_rounds_to_zero_gets_the_mean_and_keeps_its_scale():
@@ -199,7 +199,7 @@ def test_a_channel_that_rounds_to_zero_gets_the_mean_and_keeps_its_scale():
     (made,) = output_statistics.correct(sample_of(weight, x), [QuantizedLayer(grid.fake_quantize(weight), None, None, grid)])
     assert torch.equal(made.weight[0], torch.zeros(3))
     share = tolerance.of_forward(2, 3) + tolerance.of_forward(2, 40)
-    tolerance.close(F.linear(x, made.weight, made.bias).mean(0), F.linear(x, weight).mean(0), share)
+    tolerance.assert_close(F.linear(x, made.weight, made.bias).mean(0), F.linear(x, weight).mean(0), share)
     assert float(made.grid.scale[0]) == 1.0
 
 
@@ -270,11 +270,11 @@ def test_what_every_batch_norm_makes_has_the_float_networks_mean_and_deviation(k
         quantized, found = rebuilt(source, layers), ready.final(assignment)
         assert found.keys() == {name for name, _ in source.named_buffers() if "running" in name}
         for name, (mean, variance) in normalised(with_statistics(quantized, found), x).items():
-            tolerance.close(mean, expected[name][0], share)
-            tolerance.close(variance, expected[name][1], share)
+            tolerance.assert_close(mean, expected[name][0], share)
+            tolerance.assert_close(variance, expected[name][1], share)
         network, chosen = ready.deployed(assignment)
         shipped = replaced_logits(quantized, found, images(4))
-        tolerance.close_but_for_ties(network.logits(images(4), chosen), shipped)
+        tolerance.assert_close_but_for_ties(network.logits(images(4), chosen), shipped)
     if not names:  # else the layers before some batch norms have these already
         narrowest = {ready.space.layers[i].name: layer for i, layer in ready.chosen(ready.space.narrowest).items()}
         uncorrected = normalised(rebuilt(source, narrowest), x)
@@ -290,7 +290,7 @@ def test_where_nothing_is_quantized_the_trained_statistics_stay(kind, graph):
     found = batchnorm_reestimation.reestimate(network, {}, given, batchnorm_reestimation.reference(network, given))
     assert found.keys() == trained.keys()
     for name, tensor in trained.items():
-        tolerance.close(found[name], tensor, tolerance.eps())
+        tolerance.assert_close(found[name], tensor, tolerance.eps())
     seen = network.normalisation(given)
     assert max(float((seen[name] - tensor).abs().max()) for name, tensor in trained.items()) > 1e-2
 
@@ -303,7 +303,7 @@ def test_statistics_are_those_of_the_first_128_images(sizes):
     found = batchnorm_reestimation.reference(network, batches)
     for name, moments in expected.items():
         for one, other in zip(found[name], moments, strict=True):
-            tolerance.close(one, other, STATISTICS)
+            tolerance.assert_close(one, other, STATISTICS)
 
 
 def test_a_channel_that_never_varies_keeps_finite_statistics():
@@ -347,7 +347,7 @@ def test_whole_forwards_give_the_same_statistics(kind):
     found = other.final(other.space.narrowest)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        tolerance.close(found[name], tensor, STATISTICS)
+        tolerance.assert_close(found[name], tensor, STATISTICS)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
@@ -372,5 +372,5 @@ def test_what_ships_after_all_of_it_is_the_state_of_the_module(kind):
         model.get_submodule(name.removesuffix(".bias")).bias = nn.Parameter(torch.zeros_like(state[name]))
     model.load_state_dict(state)
     with torch.inference_mode():
-        tolerance.close(model(images(4)), network.logits(images(4), chosen))
+        tolerance.assert_close(model(images(4)), network.logits(images(4), chosen))
     assert sum(len(batch) for batch in ready.images) == NUM_IMAGES

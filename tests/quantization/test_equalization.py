@@ -206,7 +206,7 @@ def shares(found: Case, after: bool) -> dict[tuple[str, str], tuple[Tensor | Non
 def test_float_outputs_are_those_of_before(kind):
     found = case(kind)
     before, after = found.network.logits(found.x), found.after.logits(found.x)
-    tolerance.close(after, before, tolerance.of_layers(found.network.layers, torch.float64), least=0.0)
+    tolerance.assert_close(after, before, tolerance.of_layers(found.network.layers, torch.float64), least=0.0)
 
 
 @EVERY
@@ -214,7 +214,7 @@ def test_the_module_computes_the_same_with_the_new_tensors(kind):
     found = case(kind)
     before = replaced_logits(found.model, {}, found.x)
     after = replaced_logits(found.model, found.after.state_dict({}), found.x)
-    tolerance.close(after, before, tolerance.of_layers(found.network.layers, torch.float64), least=0.0)
+    tolerance.assert_close(after, before, tolerance.of_layers(found.network.layers, torch.float64), least=0.0)
 
 
 @CHANGED
@@ -222,7 +222,7 @@ def test_float32_agrees_within_its_rounding(kind):
     found, x = case(kind), case(kind).x.float()
     before = found.single.logits(x)
     after = found.single.updated(equalize(found.single, [x]).tensors).logits(x)
-    tolerance.close(after, before, tolerance.of_layers(found.network.layers), least=0.0)
+    tolerance.assert_close(after, before, tolerance.of_layers(found.network.layers), least=0.0)
 
 
 @CHANGED
@@ -345,7 +345,7 @@ def test_quantization_errors_of_outputs_shrink_where_channels_are_unequal(kind, 
     reference = case(kind).network.logits(x)
 
     def error(network: Network) -> float:
-        tolerance.close(network.logits(x), reference, tolerance.of_layers(network.layers, torch.float64))
+        tolerance.assert_close(network.logits(x), reference, tolerance.of_layers(network.layers, torch.float64))
         replaced = {i: grid.fake_quantize(weight, bits) for i, weight in enumerate(network.weights)}
         return float((network.logits(x, replaced) - reference).square().mean())
 
@@ -404,7 +404,7 @@ def test_every_form_of_relu6_is_a_connection_below_its_clip_only():
             assert pair.done or pair.note == "the measured maximum of every channel reaches the clip at 6", name
         assert bool(result.tensors) == (network is below)
         after = network.updated(result.tensors).logits(images(4))
-        tolerance.close(after, network.logits(images(4)), least=0.0)
+        tolerance.assert_close(after, network.logits(images(4)), least=0.0)
 
 
 @cache
@@ -428,7 +428,7 @@ def test_channels_below_the_clip_are_scaled_and_stay_below_it():
     result = equalize(network, x.split(2))
     assert row(result, "first.weight", "second.weight").done
     after = network.updated(result.tensors)
-    tolerance.close(after.logits(x), network.logits(x), least=0.0)
+    tolerance.assert_close(after.logits(x), network.logits(x), least=0.0)
     top = after.observe(x, 1)[0].input.amax((0, 2, 3))
     assert float(top.max()) < 6
     assert not torch.allclose(top, torch.tensor([5.9, 3.0, 0.5, 0.01]), rtol=0.1)
@@ -444,7 +444,7 @@ def test_channels_that_reach_the_clip_keep_their_scale():
     assert torch.equal(after[0][[0, 2]], before[0][[0, 2]])
     assert torch.equal(after[1][:, [0, 2]], before[1][:, [0, 2]])
     assert not torch.equal(after[0][[1, 3]], before[0][[1, 3]])
-    tolerance.close(network.updated(result.tensors).logits(x), network.logits(x), least=0.0)
+    tolerance.assert_close(network.updated(result.tensors).logits(x), network.logits(x), least=0.0)
 
 
 def test_a_pair_is_skipped_where_every_channel_reaches_the_clip():
@@ -474,7 +474,7 @@ def test_scaling_brings_activations_no_nearer_to_a_clip_than_its_headroom():
     share = tolerance.of_forward(4, 9)
     assert float(after[0]) == pytest.approx(HEADROOM * 6, rel=share)
     assert float(after[1]) == pytest.approx(float(before[1]), rel=share)
-    tolerance.close(network.updated(result.tensors).logits(x), network.logits(x), least=0.0)
+    tolerance.assert_close(network.updated(result.tensors).logits(x), network.logits(x), least=0.0)
 
 
 def test_only_the_images_given_decide_and_without_any_a_clip_is_no_connection():
@@ -552,7 +552,7 @@ def test_what_is_homogeneous_in_each_channel_is_a_connection():
     x = images(4, size=32)
     # twelve layers, and what is between them
     share = tolerance.of_forward(24, 36)
-    tolerance.close(replaced_logits(model, result.tensors, x), replaced_logits(model, {}, x), share, least=0.0)
+    tolerance.assert_close(replaced_logits(model, result.tensors, x), replaced_logits(model, {}, x), share, least=0.0)
 
 
 def test_values_with_other_readers_are_skipped_and_say_who_reads():
@@ -613,7 +613,7 @@ def test_tensors_that_cannot_be_given_another_value_are_left_alone():
     assert notes["4", "5.weight"] == notes["5", "6.weight"] == "a batch norm lies between them whose statistics are not its own"
     assert row(result, "layers.6.weight", "plain").done
     before = replaced_logits(model, {}, images(4))
-    tolerance.close(replaced_logits(model, result.tensors, images(4)), before)
+    tolerance.assert_close(replaced_logits(model, result.tensors, images(4)), before)
 
 
 def test_a_batch_norm_without_a_scale_ends_a_connection():
@@ -628,7 +628,7 @@ def test_batch_statistics_are_no_batch_norm_to_scale():
     result = equalize(network, [images(4)])
     assert not any("running" in name for name in result.tensors)
     after = network.updated(result.tensors).logits(images(4))
-    tolerance.close(after, network.logits(images(4)))
+    tolerance.assert_close(after, network.logits(images(4)))
 
 
 def test_whole_forwards_have_no_connections_and_say_so():

@@ -156,7 +156,7 @@ def test_an_equalized_network_is_the_one_that_is_prepared():
     network = network_of(Normed)
     ready = prepare(network, network.search_space((8,)), Recipe(corrections=("equalization",)), [CALIBRATION])
     assert not torch.equal(ready.network.weights[1], network.weights[1])
-    tolerance.close(ready.network.logits(images(4)), network.logits(images(4)))
+    tolerance.assert_close(ready.network.logits(images(4)), network.logits(images(4)))
     for made, weight in zip(ready.layers, ready.network.weights, strict=True):
         assert torch.equal(made.weight, made.grid.fake_quantize(weight))
     assert any(note.startswith("equalization: stem.weight") for note in ready.notes)
@@ -199,7 +199,7 @@ def test_networks_run_in_bfloat16_are_prepared_in_float32(kind, graph):
         assert {tensor.dtype for tensor in ready.final(space.narrowest).values()} <= {torch.float32}
         logits.append(shipped.logits(images(4), chosen).float())
     # sums are float32: each of up to ten operators rounds its result
-    tolerance.close(logits[1], logits[0], tolerance.of_forward(10, 1, torch.bfloat16))
+    tolerance.assert_close(logits[1], logits[0], tolerance.of_forward(10, 1, torch.bfloat16))
     assert not torch.equal(logits[1], logits[0])
 
 
@@ -326,9 +326,9 @@ def test_whole_forwards_prepare_the_same_layers(kind):
         assert one.activation.scale == pytest.approx(other.activation.scale, rel=tolerance.FORWARD)
         if ready[0].space.layers[i].name in biases:  # whole forwards give no layer a bias that has none
             share = tolerance.FORWARD + tolerance.of_forward(1, len(CALIBRATION) * 256)  # images and positions
-            tolerance.close(one.weight, other.weight, share)
+            tolerance.assert_close(one.weight, other.weight, share)
             if one.bias is not None:
-                tolerance.close(one.bias, other.bias, share)
+                tolerance.assert_close(one.bias, other.bias, share)
 
 
 def test_calibration_batches_are_all_images_in_order():
@@ -522,7 +522,7 @@ def test_a_call_is_corrected_alike_however_it_is_written_and_by_whole_forwards(c
         recipe = Recipe(corrections=(correction,), adaround_steps=20)
         found.append(prepare(network, network.search_space((2,)), recipe, [x]))
     for one, other in zip(found[0].layers, found[1].layers, strict=True):
-        tolerance.close(one.weight, other.weight, tolerance.FORWARD + tolerance.of_forward(1, 64 * 64))
+        tolerance.assert_close(one.weight, other.weight, tolerance.FORWARD + tolerance.of_forward(1, 64 * 64))
     for prepared in found:
         (note,) = [note for note in prepared.notes if "pointwise" in note]
         assert "no run of it can be observed" in note

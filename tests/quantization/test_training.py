@@ -140,7 +140,7 @@ def test_the_result_is_exported_packed_and_loads_as_what_was_trained(tmp_path, w
     loaded = load_packed(tmp_path / "a.safetensors", network)
     x = images(16, seed=5)
     with torch.no_grad():
-        tolerance.close_but_for_ties(loaded(x), tuned.network.logits(x, tuned.layers), images=1 if widths else 0)
+        tolerance.assert_close_but_for_ties(loaded(x), tuned.network.logits(x, tuned.layers), images=1 if widths else 0)
     assert all(layer.activation == (None if not widths else layer.activation) for layer in tuned.layers.values())
 
 
@@ -157,11 +157,11 @@ def test_straight_through_is_rounding_forwards_and_the_identity_within_the_range
     grid = WeightQuantizer("minmax", True, symmetric).grid(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), bits)
     weight = (2 * torch.randn(4, 5, generator=torch.Generator().manual_seed(1))).requires_grad_()
     straight_through(weight, grid).sum().backward()
-    tolerance.close(straight_through(weight, grid), grid.fake_quantize(weight), 4 * tolerance.eps())
+    tolerance.assert_close(straight_through(weight, grid), grid.fake_quantize(weight), 4 * tolerance.eps())
     position = weight.detach() / grid.scale + grid.zero_point
     inside = (position >= grid.codes.low) & (position <= grid.codes.high)
     assert torch.equal(weight.grad != 0, inside)
-    tolerance.close(weight.grad[inside], torch.ones(int(inside.sum())), 4 * tolerance.eps())
+    tolerance.assert_close(weight.grad[inside], torch.ones(int(inside.sum())), 4 * tolerance.eps())
     assert not inside.all()
 
 
