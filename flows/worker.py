@@ -16,6 +16,7 @@ from clado.measuring.plan import Tile
 from clado.run.checks import checked
 from clado.run.evaluation import BatchCounts, BatchItem
 from clado.run.opened_run import OpenedRun, open_run
+from clado.run.preparation import PreparationTask
 from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
 from clado.space import Assignment
@@ -104,10 +105,10 @@ def run_tile(document: dict[str, Any], tile: Tile) -> Receipt:
     return Receipt(tile, run.plan.evaluations(tile), time.perf_counter() - begin)
 
 
-def prepare_layer(document: dict[str, Any], item: tuple[bool, int]) -> tuple[bool, int]:
-    """Quantizes one layer, with corrections or plain, and writes its file."""
-    last_opened(document).preparation.prepare_layer(*item)
-    return item
+def prepare(document: dict[str, Any], task: PreparationTask) -> PreparationTask:
+    """Does one task of preparing, and writes its files."""
+    last_opened(document).preparation.do(task)
+    return task
 
 
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:

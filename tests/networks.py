@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clado.grids import ActivationGrid, QuantizedLayer
+from clado.network.engine import Call
+from clado.network.network import Network
 
 
 class Residual(nn.Module):
@@ -296,3 +299,10 @@ def _rounding(grid: ActivationGrid):
 def all_assignments(widths: tuple[tuple[int, ...], ...]):
     """Every full choice of one bit-width a layer."""
     return itertools.product(*widths)
+
+
+def calls_of(network: Network, x: Tensor, layer: int) -> list[Call]:
+    """The calls that read a layer's weight in a float run, in order, with copies of their inputs."""
+    calls: list[Call] = []
+    network.observe(x, [layer], lambda _, call: calls.append(replace(call, input=call.input.clone())))
+    return calls

@@ -3,7 +3,7 @@
 There are two engines: `Graph` runs a network in part, `WholeForwards` runs the module whole.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -111,8 +111,8 @@ class Engine(Protocol[S]):
     def stack(self, states: Sequence[S], layer: int) -> S:
         """States at the cut before `layer` as one, images after images; of equal `stack_key`."""
 
-    def observe(self, state: S, layer: int) -> list[Call]:
-        """Calls that consume a layer's weight in a float run from a state, in execution order."""
+    def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
+        """Runs images up to the last of these layers, in float; `see` gets each layer and call that reads its weight."""
 
     def output(self, state: S) -> Tensor:
         """Logits (images, classes) of a finished run."""

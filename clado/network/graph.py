@@ -5,7 +5,7 @@ be cut and along which axis the values alive there are stacked. Running is then 
 decisions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -216,18 +216,19 @@ class Graph(Engine[GraphState]):
         pending = {i: layer for i, layer in replaced.items() if self.layers[i].last_use >= stop}
         return GraphState(values, stop, state.num_images, state.probe_images, pending)
 
-    def observe(self, state: GraphState, layer: int) -> list[Call]:
-        """Calls that consume a layer's weight in a float run from a state, in execution order."""
-        calls = []
+    def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
+        """Runs images up to the last of these layers, in float; `see` gets each layer and call that reads its weight."""
+        state = self.start(images)
         for position, step in enumerate(self.instructions):
-            if layer not in step.layers:
+            observed = [layer for layer in step.layers if layer in layers]
+            if not observed:
                 continue
             state = self.run(state, position, {})
             tables: dict[type, Mapping[int, Any]] = {Value: state.values, Constant: self.constants, Scalar: {}}
             rest = tuple(resolved(argument, tables) for argument in step.arguments[3:])
             x, weight = (resolved(argument, tables) for argument in step.arguments[:2])
-            calls.append(Call(x, step.function, rest, tuple(weight.shape)))
-        return calls
+            for layer in observed:
+                see(layer, Call(x, step.function, rest, tuple(weight.shape)))
 
     def stack(self, states: Sequence[GraphState], layer: int) -> GraphState:
         """States at the cut before `layer` as one, images after images; of equal `stack_key`."""

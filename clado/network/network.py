@@ -1,6 +1,6 @@
 """A torch network whose weights can be replaced, run whole or resumed from any searched layer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from fnmatch import fnmatchcase
@@ -198,16 +198,22 @@ class Network:
         return self._runner.output(self.advance(state, len(self.layers), replaced))
 
     @torch.inference_mode()
-    def observe(self, run: Tensor | State, layer: int) -> list[Call]:
-        """What consumes a layer's weight in a float run: each call's input, operator and arguments.
+    def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
+        """Shows what consumes the weights of layers in one float run.
 
         Args:
-            run: Images (N, C, H, W), or the state of a float run at or before the cut of the layer.
-            layer: Index of the layer.
+            images: Images (N, C, H, W). The run ends behind the last of the layers.
+            layers: Indices of layers.
+            see: Called in execution order with a layer and each call that reads its weight: the
+                call's input, operator and arguments. The input is not kept alive behind it.
         """
-        state = self.begin(run) if isinstance(run, Tensor) else run
+
+        def in_float(layer: int, call: Call) -> None:
+            with torch.autocast(self.device.type, enabled=False):
+                see(layer, call)
+
         with computing(self.numeric, self.device):
-            return self._runner.observe(state, layer)
+            self._runner.observe(self._laid_out(images), layers, in_float)
 
     @torch.inference_mode()
     def normalisation(

@@ -5,7 +5,7 @@ finishing it makes the run. Stacked states are finished one by one, since each h
 own.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -128,13 +128,10 @@ class WholeForwards(Engine[DeferredRuns]):
         logits = [state.logits for state in states if state.logits is not None]
         return DeferredRuns(tuple(part for state in states for part in state.parts), torch.cat(logits) if logits else None)
 
-    def observe(self, state: DeferredRuns, layer: int) -> list[Call]:
-        """Calls that consume a layer's weight in a float run; none for attention's weights."""
-        ((images, replaced),) = state.parts
-        with _Seen(self.weights[layer]) as seen:
-            self.forward(images, replaced)
-        calls: list[Call] = seen.calls
-        return calls
+    def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
+        """Runs images in float; `see` gets each layer and call that reads its weight, but those of attention's weights."""
+        with _Seen({layer: self.weights[layer] for layer in layers}, see):
+            self.forward(images, {})
 
     def output(self, state: DeferredRuns) -> Tensor:
         """Logits (images, classes) of finished runs."""
@@ -200,19 +197,21 @@ def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
 
 
 class _Seen(TorchFunctionMode):
-    """Keeps the calls of convolutions and linear functions that read one weight."""
+    """Tells of the calls of convolutions and linear functions that read some weights, by layer."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weights: Mapping[int, Tensor], see: Callable[[int, Call], None]) -> None:
         super().__init__()
-        self.weight, self.size = weight.data_ptr(), weight.numel()
-        self.calls: list[Call] = []
+        # the first rows of a weight have its address too
+        self.layers = {(weight.data_ptr(), weight.numel()): layer for layer, weight in weights.items()}
+        self.see = see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _CONSUMERS:
             x, weight, _, *rest = _positional(func, args, kwargs)
-            if weight.data_ptr() == self.weight and weight.numel() == self.size:  # its first rows have its address too
-                self.calls.append(Call(x, func, tuple(rest), tuple(weight.shape)))
+            layer = self.layers.get((weight.data_ptr(), weight.numel()))
+            if layer is not None:
+                self.see(layer, Call(x, func, tuple(rest), tuple(weight.shape)))
         return func(*args, **kwargs)
 
 

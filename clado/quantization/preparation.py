@@ -1,13 +1,13 @@
 """Quantizes each layer at each of its candidate bit-widths, once, before measuring.
 
-A layer's weight is rounded and corrected, and its input gets a grid. A measurement puts the layer's `QuantizedLayer` in
-its place. The interaction matrix therefore describes the layers that are deployed, with their corrections.
-A final correction (statistics of batch norm) needs the whole assignment. It comes last, in `Prepared.deployed`.
+One sweep over the calibration images gathers what every layer's input looks like. The rest is linear algebra of one layer: its
+weight is rounded and corrected, and its input gets a grid. A measurement puts the layer's `QuantizedLayer` in its place. The
+interaction matrix therefore describes the layers that are deployed, with their corrections. A final correction (statistics of
+batch norm) needs the whole assignment. It comes last, in `Prepared.deployed`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import ActivationGrid, QuantizedLayer
-from clado.network.network import Network, State
+from clado.network.network import Network
 from clado.network.tensors import laid_out_like
 from clado.quantization.corrections import (
     STAGES,
@@ -27,13 +27,12 @@ from clado.quantization.corrections import (
     at_stage,
     correction_of,
 )
+from clado.quantization.matrix_form import MatrixForm
 from clado.quantization.quantizers import WeightQuantizer, quantizer_of, range_of
+from clado.quantization.sweep import LayerInput, Sweep, calibration_blocks, joined
 from clado.space import Assignment, Layer, SearchSpace
 
-SAMPLED_VALUES = 2**20  # values of a layer's input that an activation range is fitted on, with the exact extremes
 BATCH_IMAGES = 128
-RUNS_BYTES = 2 * 10**9  # most bytes that float runs of all calibration images keep between two layers
-Run = Tensor | State  # a batch of images (n, C, H, W), or a float run of it that has stopped at or before the layer
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Recipe:
     corrections: tuple[str, ...] = ()
     """Names of corrections, each at most once."""
     seed: int = 0
-    """The seed of learned rounding."""
+    """The seed of the positions of calibration images that are sampled."""
     adaround_steps: int = 1000
     """Steps of learned rounding for each grid."""
 
@@ -139,13 +138,35 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
     tensors, notes = equalized(network, recipe, images)
     network = network.updated(tensors) if tensors else network
     layers: list[QuantizedLayer] = []
-    runs: Sequence[Run] = images
+    inputs = layer_inputs(network, space, recipe, images)
     for layer in range(space.num_layers):
-        runs = advanced(network, runs, layer)
-        options, layer_notes = prepare_layer(network, space, recipe, layer, runs)
+        options, layer_notes = prepare_layer(network, space, recipe, layer, inputs.get(layer))
         layers += options
         notes += layer_notes
     return Prepared(network, space, recipe, tuple(layers), images, tuple(notes))
+
+
+def layer_inputs(network: Network, space: SearchSpace, recipe: Recipe, images: Sequence[Tensor]) -> dict[int, LayerInput]:
+    """What calibration batches (n, C, H, W) show of every layer's input; empty where nothing asks for it."""
+    whole = torch.cat(list(images)) if images else torch.zeros(0)
+    inputs: dict[int, LayerInput] = {}
+    for sweep in sweeps(space, recipe, len(whole)):
+        if sweep.on_grids:
+            sweep = replace(sweep, grids={i: activation_grids(network, space, recipe, i, inputs[i]) for i in inputs})
+        parts = [sweep.gather(network, whole[a:b], a, range(space.num_layers)) for a, b in calibration_blocks(len(whole))]
+        for layer in range(space.num_layers):
+            joined_parts = joined([part[layer] for part in parts])
+            inputs[layer] = replace(inputs[layer], on_grid=joined_parts.on_grid) if sweep.on_grids else joined_parts
+    return inputs
+
+
+def sweeps(space: SearchSpace, recipe: Recipe, num_images: int) -> list[Sweep]:
+    """The sweeps that a recipe needs: of float inputs, and of inputs on grids where corrections match those."""
+    has_widths = space.activation_widths != (None,)
+    matched = bool(at_stage(recipe.corrections, LayerCorrection))
+    moments = matched or bool(at_stage(recipe.corrections, Rounding))
+    first = [Sweep(num_images, moments=moments, values=has_widths, seed=recipe.seed)] if moments or has_widths else []
+    return [*first, Sweep(num_images, on_grids=True, seed=recipe.seed)] if matched and has_widths else first
 
 
 def check_space(network: Network, space: SearchSpace) -> None:
@@ -189,25 +210,9 @@ def equalized(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> tup
     return tensors, notes
 
 
-def advanced(network: Network, runs: Sequence[Run], layer: int) -> Sequence[Run]:
-    """The same float runs at the cut before a layer: layers in ascending order cost one forward in all.
-
-    Returns the runs unchanged where they would keep more than `RUNS_BYTES`.
-    """
-    bytes_per_image = max(place.cut.bytes_per_image for place in network.places)
-    if bytes_per_image * sum(map(num_images, runs)) > RUNS_BYTES:
-        return runs
-    return [network.advance(network.begin(run) if isinstance(run, Tensor) else run, layer) for run in runs]
-
-
-def num_images(run: Run) -> int:
-    """Images of a batch or of a float run."""
-    return len(run) if isinstance(run, Tensor) else int(run.num_images)
-
-
 @torch.inference_mode()
 def prepare_layer(
-    network: Network, space: SearchSpace, recipe: Recipe, layer: int, runs: Sequence[Run]
+    network: Network, space: SearchSpace, recipe: Recipe, layer: int, layer_input: LayerInput | None
 ) -> tuple[list[QuantizedLayer], list[str]]:
     """Quantizes one layer at each of its candidates.
 
@@ -216,33 +221,30 @@ def prepare_layer(
         space: The options of its layers.
         recipe: How layers are quantized.
         layer: The layer's number.
-        runs: Float runs of the calibration batches, or the batches themselves.
+        layer_input: What calibration images show of its input; None where nothing asks for it.
 
     Returns:
         The quantized layers in the order of the candidates, and notes on corrections that skip the layer.
     """
     weight, axis = network.weights[layer], network.layers[layer].channel_axis
-    sample = layer_sample(network, layer, runs)
-    notes = []
-    rounders = []
+    sample = layer_sample(network, layer, layer_input)
+    notes: list[str] = []
+    candidates = space.candidates(layer)
+    grids = {bits: recipe.quantizer.grid(weight, bits, axis) for bits in dict.fromkeys(bits for bits, _ in candidates)}
+    codes: Sequence[Tensor] | None = None
     for name, rounding in at_stage(recipe.corrections, Rounding).items():
         reason = rounding.skipped(network.layers[layer]) if sample else "no run of it can be observed"
         if reason or sample is None:
             notes.append(f"{name} leaves {network.layers[layer].name} to rounding to nearest: {reason}")
         else:
-            rounders.append(rounding.rounder(sample, recipe.seed, recipe.adaround_steps))
-    quantized: dict[tuple[int, int | None], QuantizedLayer] = {}
-    activations: dict[int, ActivationGrid] = {}
-    for bits, width in space.candidates(layer):
-        if width is not None and width not in activations:
-            activations[width] = activation_grid(network, layer, runs, width, recipe.activation_range)
-        weight_only = next((option for (b, _), option in quantized.items() if b == bits), None)
-        if weight_only is None:
-            grid = recipe.quantizer.grid(weight, bits, axis)
-            codes = rounders[0](grid) if rounders else grid.quantize(weight.float())
-            weight_only = QuantizedLayer(grid.dequantize(codes).to(weight.dtype), None, None, grid)
-        quantized[bits, width] = replace(weight_only, activation=None if width is None else activations[width])
-    layers = list(quantized.values())
+            codes = rounding.round(sample, list(grids.values()), recipe.adaround_steps)
+    codes = codes or [grid.quantize(weight.float()) for grid in grids.values()]
+    weights = {
+        bits: QuantizedLayer(grid.dequantize(rounded).to(weight.dtype), None, None, grid)
+        for (bits, grid), rounded in zip(grids.items(), codes, strict=True)
+    }
+    activations = {} if layer_input is None else activation_grids(network, space, recipe, layer, layer_input)
+    layers = [replace(weights[bits], activation=None if width is None else activations[width]) for bits, width in candidates]
     for name, correction in at_stage(recipe.corrections, LayerCorrection).items():
         reason = correction.skipped(sample) if sample else "no run of it can be observed"
         if reason or sample is None:
@@ -252,54 +254,38 @@ def prepare_layer(
     return [replace(option, weight=laid_out_like(option.weight, weight)) for option in layers], notes
 
 
-def layer_sample(network: Network, layer: int, runs: Sequence[Run]) -> LayerSample | None:
-    """A layer and its inputs on calibration batches. Of a weight that is used twice, the first use counts.
+def layer_sample(network: Network, layer: int, layer_input: LayerInput | None) -> LayerSample | None:
+    """A layer and what it sees of calibration images. Of a weight that is used twice, the first use counts.
 
     Returns None where no input is seen, or where the operator reads the weight in another shape.
     """
-    if not runs or not (calls := network.observe(runs[0], layer)):
+    if layer_input is None or layer_input.moments is None or layer_input.arguments is None:
         return None
-    if calls[0].weight_shape[1:] != tuple(network.weights[layer].shape[1:]):  # rows may be those of a weight that is split
-        return None
-
-    def inputs() -> Iterator[Tensor]:
-        for run in runs:
-            yield network.observe(run, layer)[0].input.to(network.weights[layer].dtype)  # autocast may have made it coarser
-
-    call = calls[0]
     return LayerSample(
         layer=network.layers[layer],
         weight=network.weights[layer],
         bias=network.biases[layer],
-        num_images=sum(map(num_images, runs)),
-        inputs=inputs,
-        apply=partial(_apply, call.apply),
-        arguments=call.arguments,
-        takes_bias=network.places[layer].takes_bias and len(calls) == 1,
+        form=MatrixForm.of(network.layers[layer], layer_input.arguments),
+        num_images=layer_input.num_images,
+        moments=layer_input.moments,
+        on_grid=layer_input.on_grid,
+        rows=layer_input.rows,
+        takes_bias=network.places[layer].takes_bias and layer_input.uses == 1,
     )
 
 
-def _apply(operator: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return operator(x, weight, bias)
+def activation_grids(
+    network: Network, space: SearchSpace, recipe: Recipe, layer: int, layer_input: LayerInput
+) -> dict[int, ActivationGrid]:
+    """The grids of a layer's input over every use of its weight, by width; empty where inputs stay in float.
 
-
-def activation_grid(network: Network, layer: int, runs: Sequence[Run], bits: int, range_name: str) -> ActivationGrid:
-    """The grid of a layer's input, over every use of its weight.
-
-    The range is fitted on a sample of values and on the exact extremes.
+    Ranges are fitted on a sample of values and on the exact extremes.
     """
-    per_batch = max(1, SAMPLED_VALUES // max(1, len(runs)))
-    values: list[Tensor] = []
-    for run in runs:
-        for call in network.observe(run, layer):
-            x = call.input.float().flatten()
-            # a stride prime to the usual sizes does not meet the same channel again and again
-            stride = max(1, x.numel() // per_batch) | 1
-            values += [x[::stride].cpu(), torch.stack(x.aminmax()).cpu()]
-    if not values:
+    widths = [width for width in dict.fromkeys(width for _, width in space.candidates(layer)) if width is not None]
+    if widths and not len(layer_input.values):
         raise NetworkError(f"the input of {network.layers[layer].name} cannot be observed; leave activations in float")
-    low, high = range_of(range_name, torch.cat(values), bits)
-    return ActivationGrid.of_range(low, high, bits)
+    ranges = {width: range_of(recipe.activation_range, layer_input.values, width) for width in widths}
+    return {width: ActivationGrid.of_range(low, high, width) for width, (low, high) in ranges.items()}
 
 
 def calibration_batches(images: Tensor, batch_images: int = BATCH_IMAGES) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The prepared network of a run: every layer at every candidate, made once and kept on disk; what an assignment deploys."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -8,21 +9,81 @@ from torch import Tensor
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.corrections import FinalCorrection, NetworkCorrection, at_stage
+from clado.quantization.matrix_form import MatrixForm
 from clado.quantization.preparation import (
     Prepared,
     Recipe,
-    Run,
-    advanced,
+    activation_grids,
     calibration_batches,
     check_calibration,
     equalized,
     prepare_layer,
+    sweeps,
+)
+from clado.quantization.sweep import (
+    LayerInput,
+    Sweep,
+    calibration_blocks,
+    gathering_macs,
+    groups_within_memory,
+    layer_forms,
+    moments_bytes,
 )
 from clado.run.identity import RunIdentity
 from clado.run.inputs import RunInputs
 from clado.settings.identity import fingerprint
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
+
+# What a unit of work takes, in multiply-accumulates of large products, on CPUs: these shape progress and ETA alone.
+RUN_COST = 2.0  # a multiply-accumulate of the float run
+GATHER_COST = 3.0  # one of the second moments
+RANGE_COST = 4000.0  # the search for the range of a weight at a width
+COLUMN_COST = 6e6  # a column that is rounded
+SWEEPS_COST = 12.0  # a weight at a width, for each column of its layer
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """A sweep over one block of calibration images for some layers."""
+
+    plain: bool
+    """Whether it is of the network without corrections."""
+    on_grids: bool
+    """Whether it is of inputs on their grids."""
+    block: int
+    """Number of the block."""
+    layers: tuple[int, ...]
+    """The layers."""
+    cost: float
+    """Multiply-accumulates."""
+
+
+@dataclass(frozen=True)
+class RangesTask:
+    """The grids of one layer's input."""
+
+    plain: bool
+    """Whether it is of the network without corrections."""
+    layer: int
+    """The layer."""
+    cost: float = 0.0
+    """Nothing, beside the others."""
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer at each of its candidates."""
+
+    plain: bool
+    """Whether it is of the network without corrections."""
+    layer: int
+    """The layer."""
+    cost: float
+    """Multiply-accumulates, roughly."""
+
+
+PreparationTask = SweepTask | RangesTask | LayerTask
 
 
 class RunPreparation:
@@ -31,7 +92,6 @@ class RunPreparation:
     def __init__(self, inputs: RunInputs, identity: RunIdentity) -> None:
         self.inputs = inputs
         self.identity = identity
-        self._runs: tuple[bool, int, Sequence[Run]] | None = None  # float runs at the layer prepared last: (plain, layer, runs)
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -53,18 +113,100 @@ class RunPreparation:
             check_calibration(inputs.space, inputs.recipe, self.calibration)
             files.write_network(*equalized(inputs.float_network, inputs.recipe, self.calibration))
 
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Blocks of calibration images that are swept apart."""
+        return calibration_blocks(len(self.inputs.slices.calibration))
+
+    def sweeps(self, plain: bool) -> list[Sweep]:
+        """The sweeps that a variant needs."""
+        return sweeps(self.inputs.space, self._recipe(plain), len(self.inputs.slices.calibration))
+
     def unprepared(self) -> list[tuple[bool, int]]:
         """(plain, layer) of the layers that are not prepared yet. Without corrections the plain layers are deployed."""
         variants = [False, True] if self.inputs.config.corrections else [False]
         return [(plain, layer) for plain in variants for layer in self.files(plain).missing(self.inputs.space.num_layers)]
 
-    def prepare_layer(self, plain: bool, layer: int) -> None:
-        """Quantizes and corrects a layer at each of its candidates, and keeps it."""
-        network, recipe = self._variant(plain)
-        last = self._runs
-        runs = last[2] if last is not None and last[0] == plain and last[1] <= layer else self.calibration
-        self._runs = plain, layer, advanced(network, runs, layer)
-        self.files(plain).write_layer(layer, *prepare_layer(network, self.inputs.space, recipe, layer, self._runs[2]))
+    def stages(self) -> list[list[PreparationTask]]:
+        """What is absent, stage by stage, each to be done once the one before it is done.
+
+        The tasks of a stage can be done in any order, by any number of workers, and again.
+        """
+        unprepared = self.unprepared()
+        floats, on_grids = ([t for p in (False, True) for t in self._sweep_tasks(p, g, unprepared)] for g in (False, True))
+        swept = sorted({(task.plain, layer) for task in on_grids for layer in task.layers})
+        ranges = [RangesTask(*item) for item in swept if not self.files(item[0]).inputs.ranges_file(item[1]).exists()]
+        layers = [LayerTask(plain, layer, self.layer_cost(plain, layer)) for plain, layer in unprepared]
+        layers.sort(key=lambda task: -task.cost)  # the largest first, so that workers end together
+        return [[*floats], [*ranges], [*on_grids], [*layers]]
+
+    def _sweep_tasks(self, plain: bool, on_grids: bool, unprepared: Sequence[tuple[bool, int]]) -> list[SweepTask]:
+        layers = [layer for variant, layer in unprepared if variant == plain]
+        found = next((sweep for sweep in self.sweeps(plain) if sweep.on_grids == on_grids), None)
+        if found is None or not layers:
+            return []
+        widths = len(self.inputs.space.activation_widths) if on_grids else 1
+        # half of the limit is for the float run itself
+        sizes = {i: widths * moments_bytes(self.forms[i]) if i in self.forms else 0 for i in layers}
+        groups = groups_within_memory(sizes, self.inputs.memory_limit // 2)
+        files, tasks = self.files(plain).inputs, []
+        for block, (start, stop) in enumerate(self.blocks):
+            for group in groups:
+                absent = tuple(layer for layer in group if not files.file(layer, block, on_grids).exists())
+                if absent:
+                    tasks.append(SweepTask(plain, on_grids, block, absent, self.sweep_cost(found, absent, stop - start)))
+        return tasks
+
+    def _macs_behind(self, layer: int) -> int:
+        places = self.inputs.float_network.places
+        return places[layer + 1].cut.suffix_macs if layer + 1 < len(places) else 0
+
+    def sweep_cost(self, sweep: Sweep, layers: Sequence[int], num_images: int) -> float:
+        """Multiply-accumulates of sweeping over some images: those of the float run, and of the second moments."""
+        network, all_images = self.inputs.float_network, len(self.inputs.slices.calibration)
+        forward = num_images * (network.macs - self._macs_behind(max(layers)))
+        if not (sweep.moments or sweep.on_grids):
+            return RUN_COST * forward
+        widths = len(self.inputs.space.activation_widths) if sweep.on_grids else 1
+        gathered = (gathering_macs(self.forms[i], network.layers[i], all_images) for i in layers if i in self.forms)
+        return RUN_COST * forward + GATHER_COST * widths * sum(gathered) * num_images / all_images
+
+    def layer_cost(self, plain: bool, layer: int) -> float:
+        """Multiply-accumulates of rounding one layer, roughly: of searching its ranges, and of sweeps over its columns."""
+        spec = self.inputs.space.layers[layer]
+        columns, rounded = spec.num_weights // spec.num_channels, spec.num_weights * len(self.inputs.space.candidates(layer))
+        return float(RANGE_COST * rounded + (0 if plain else COLUMN_COST * columns + SWEEPS_COST * rounded * columns))
+
+    @cached_property
+    def forms(self) -> dict[int, MatrixForm]:
+        """The matrix form of every layer whose input can be observed."""
+        return layer_forms(self.inputs.float_network)
+
+    def do(self, task: PreparationTask) -> None:
+        """Does one task, and keeps what it makes."""
+        network, recipe, files = self._network(task.plain), self._recipe(task.plain), self.files(task.plain)
+        if isinstance(task, SweepTask):
+            start, stop = self.blocks[task.block]
+            sweep = next(sweep for sweep in self.sweeps(task.plain) if sweep.on_grids == task.on_grids)
+            if task.on_grids:
+                sweep = replace(sweep, grids={layer: files.inputs.read_ranges(layer) for layer in task.layers})
+            images = self.inputs.slices.calibration.load(start, stop)[0].to(network.device)
+            for layer, found in sweep.gather(network, images, start, task.layers).items():
+                files.inputs.write(layer, task.block, task.on_grids, found)
+        elif isinstance(task, RangesTask):
+            found = self._read_inputs(task.plain, task.layer, on_grids=False)
+            files.inputs.write_ranges(task.layer, activation_grids(network, self.inputs.space, recipe, task.layer, found))
+        else:
+            layer_input = None
+            for sweep in self.sweeps(task.plain):
+                found = self._read_inputs(task.plain, task.layer, sweep.on_grids)
+                layer_input = found if layer_input is None else replace(layer_input, on_grid=found.on_grid)
+            files.write_layer(task.layer, *prepare_layer(network, self.inputs.space, recipe, task.layer, layer_input))
+            files.inputs.drop(task.layer)
+
+    def _read_inputs(self, plain: bool, layer: int, on_grids: bool) -> LayerInput:
+        device = self.inputs.float_network.device
+        return self.files(plain).inputs.read(layer, len(self.blocks), on_grids, device)
 
     @cached_property
     def network(self) -> Network:
@@ -85,16 +227,18 @@ class RunPreparation:
         """Every layer at every candidate without corrections."""
         return self._prepared(plain=True) if self.inputs.config.corrections else self.corrected
 
-    def _variant(self, plain: bool) -> tuple[Network, Recipe]:
-        recipe = self.inputs.recipe
-        return (self.inputs.float_network, recipe.plain) if plain else (self.network, recipe)
+    def _network(self, plain: bool) -> Network:
+        return self.inputs.float_network if plain else self.network
+
+    def _recipe(self, plain: bool) -> Recipe:
+        return self.inputs.recipe.plain if plain else self.inputs.recipe
 
     def _prepared(self, plain: bool) -> Prepared:
         self.equalize()
-        for variant, layer in self.unprepared():
-            if variant == plain:
-                self.prepare_layer(plain, layer)
-        self._runs = None  # what is kept of them is large
+        for stage in self.stages():
+            for task in stage:
+                if task.plain == plain:
+                    self.do(task)
         files, device = self.files(plain), self.inputs.float_network.device
         layers: list[QuantizedLayer] = []
         notes: list[str] = [] if plain else files.read_network(device)[1]
@@ -102,8 +246,8 @@ class RunPreparation:
             quantized, layer_notes = files.read_layer(layer, device)
             layers += quantized
             notes += layer_notes
-        network, recipe = self._variant(plain)
-        return Prepared(network, self.inputs.space, recipe, tuple(layers), self.calibration, tuple(notes))
+        recipe = self._recipe(plain)
+        return Prepared(self._network(plain), self.inputs.space, recipe, tuple(layers), self.calibration, tuple(notes))
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers as deployed, with the corrections that the assignment names.

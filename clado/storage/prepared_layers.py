@@ -2,6 +2,7 @@
 
     KEY/network.safetensors     parameters and buffers that corrections of the float network changed, by name
     KEY/0007.safetensors        layer 7 at each of its options: k.weight, k.scale, k.zero_point, k.bias; grids in the header
+    KEY/inputs/                 what sweeps over calibration images gathered, until the layers are prepared (`layer_inputs`)
     KEY/final/HASH.safetensors  parameters and buffers that final corrections changed for one assignment, by name
 
 KEY is a hash of everything that the layers depend on. One task makes the file of one layer. Tasks
@@ -10,18 +11,16 @@ Every worker reads the files memory-mapped.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from clado.errors import StoreError
 from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
 from clado.space import Assignment
+from clado.storage.layer_inputs import LayerInputs
+from clado.storage.tensor_files import damaged, read_tensors, write_tensors
 
 FORMAT = "clado-layers/1"
 
@@ -40,6 +39,11 @@ class PreparedLayers:
     def network_file(self) -> Path:
         """Where changed parameters of the float network are kept."""
         return self.folder / "network.safetensors"
+
+    @property
+    def inputs(self) -> LayerInputs:
+        """What sweeps gathered of the layers that are not prepared yet."""
+        return LayerInputs(self.folder / "inputs")
 
     def final_file(self, assignment: Assignment) -> Path:
         """Where the final corrections of an assignment are kept."""
@@ -69,14 +73,16 @@ class PreparedLayers:
                     "activation": activation and [activation.bits, activation.scale.hex(), activation.zero_point],
                 }
             )
-        _write(self.layer_file(layer), tensors, {"candidates": json.dumps(grids), "notes": json.dumps(list(notes))})
+        write_tensors(
+            self.layer_file(layer), tensors, {"candidates": json.dumps(grids), "notes": json.dumps(list(notes))}, FORMAT
+        )
 
     def read_layer(self, layer: int, device: torch.device) -> tuple[list[QuantizedLayer], list[str]]:
         """(a layer at each of its options, notes).
 
         Raises StoreError if the file is absent or damaged.
         """
-        tensors, header = _read(self.layer_file(layer), device)
+        tensors, header = read_tensors(self.layer_file(layer), device, FORMAT)
         options = []
         try:
             for k, row in enumerate(json.loads(header["candidates"])):
@@ -92,56 +98,31 @@ class PreparedLayers:
                 options.append(QuantizedLayer(weight, tensors.get(f"{k}.bias"), activation, grid))
             return options, json.loads(header["notes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(self.layer_file(layer), error) from None
+            raise damaged(self.layer_file(layer), error) from None
 
     def write_network(self, tensors: Mapping[str, Tensor], notes: Sequence[str]) -> None:
         """Keeps what corrections of the float network changed."""
-        _write(self.network_file, dict(tensors), {"notes": json.dumps(list(notes))})
+        write_tensors(self.network_file, tensors, {"notes": json.dumps(list(notes))}, FORMAT)
 
     def read_network(self, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
         """(what corrections of the float network changed, notes)."""
-        tensors, header = _read(self.network_file, device)
+        tensors, header = read_tensors(self.network_file, device, FORMAT)
         try:
             return tensors, json.loads(header["notes"])
         except (KeyError, ValueError) as error:
-            raise _damaged(self.network_file, error) from None
+            raise damaged(self.network_file, error) from None
 
     def write_final(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
         """Keeps the final corrections of an assignment."""
-        _write(self.final_file(assignment), dict(tensors), {"assignment": str(assignment)})
+        write_tensors(self.final_file(assignment), tensors, {"assignment": str(assignment)}, FORMAT)
 
     def read_final(self, assignment: Assignment, device: torch.device) -> dict[str, Tensor] | None:
         """The final corrections of an assignment; None if they are absent, or another assignment's."""
         if not self.final_file(assignment).exists():
             return None
-        tensors, header = _read(self.final_file(assignment), device)
+        tensors, header = read_tensors(self.final_file(assignment), device, FORMAT)
         return tensors if header.get("assignment") == str(assignment) else None
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(copies, temporary, {"format": FORMAT, **header})
-    temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
-    temporary.replace(path)
-
-
-def _damaged(path: Path, error: Exception) -> StoreError:
-    return StoreError(f"{path} is absent or damaged ({error!r}); delete it and run again: it is made anew")
-
-
-def _read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
-    if header.get("format") != FORMAT:
-        raise StoreError(f"{path} is not a file of quantized layers; delete the folder it lies in and run again")
-    return tensors, header

@@ -9,10 +9,14 @@ from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
 from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
+from clado.quantization.sweep import LayerInput
 from clado.run.opened_run import OpenedRun
+from clado.run.preparation import LayerTask, SweepTask
 
 LIMIT_SECONDS = 20.0
 STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/ETA.md)
+
+KINDS = {"sweep": SweepTask, "layer": LayerTask}
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
     sensitivity = (shipped_and_plain + competing) * len(run.slices.sensitivity)
     calibration = (networks + competing) * run.preparation.images_per_reestimation
     evaluation = (validation + sensitivity + calibration) * forward / workers
-    return Eta(STARTS * own_start, _preparing(run) / workers, measuring, evaluation, most)
+    return Eta(STARTS * own_start, _preparing(run), measuring, evaluation, most)
 
 
 def eta_text(run: OpenedRun, own_start: float) -> str:
@@ -97,21 +101,36 @@ def num_competing(run: OpenedRun) -> int:
 
 
 def _preparing(run: OpenedRun) -> float:
-    """Seconds of preparing what is absent in one process, from two layers of each kind."""
-    todo = run.preparation.unprepared()
-    if not todo:
+    """Seconds of preparing what is absent: of one batch of images in each sweep, and of two layers, scaled by their cost."""
+    preparation, network = run.preparation, run.float_network
+    tasks = [task for stage in preparation.stages() for task in stage]
+    if not tasks:
         return 0.0
-    begin = time.perf_counter()
-    equalized(run.float_network, run.recipe, run.preparation.calibration)
-    total = time.perf_counter() - begin
-    layers = sorted({run.space.num_layers // 4, 3 * run.space.num_layers // 4})
-    for plain in {plain for plain, _ in todo}:
-        recipe = run.recipe.plain if plain else run.recipe
-        begin = time.perf_counter()
-        for layer in layers:
-            prepare_layer(run.float_network, run.space, recipe, layer, run.preparation.calibration)
-        total += (time.perf_counter() - begin) / len(layers) * sum(variant == plain for variant, _ in todo)
-    return total
+    batch, layers = preparation.calibration[:1], range(run.space.num_layers)
+    seconds, begin = 0.0, time.perf_counter()
+    if not preparation.files().network_file.exists():
+        equalized(network, run.recipe, batch)
+        seconds += (time.perf_counter() - begin) * len(preparation.calibration)  # in one process
+    for plain in (False, True):
+        work = {name: sum(t.cost for t in tasks if isinstance(t, kind) and t.plain == plain) for name, kind in KINDS.items()}
+        gathered: dict[int, LayerInput] = {}
+        for sweep in preparation.sweeps(plain):
+            if not sweep.on_grids and work["sweep"]:
+                sweep.gather(network, batch[0], 0, layers)  # loads and compiles kernels
+                begin = time.perf_counter()
+                gathered = sweep.gather(network, batch[0], 0, layers)
+                rate = (time.perf_counter() - begin) / preparation.sweep_cost(sweep, layers, len(batch[0]))
+                seconds += work["sweep"] * rate / run.config.cluster.workers
+        if work["layer"]:
+            by_cost = sorted(layers, key=lambda layer: preparation.layer_cost(plain, layer))
+            timed = by_cost[len(by_cost) // 2], by_cost[-1 - len(by_cost) // 10]
+            begin = time.perf_counter()
+            for layer in timed:
+                recipe = run.recipe.plain if plain else run.recipe
+                prepare_layer(network, run.space, recipe, layer, gathered.get(layer))
+            spent, cost = time.perf_counter() - begin, sum(preparation.layer_cost(plain, layer) for layer in timed)
+            seconds += work["layer"] * spent / cost / run.config.cluster.workers
+    return seconds
 
 
 def _seconds_per_image(run: OpenedRun) -> float:

@@ -1,4 +1,7 @@
-"""Prepare: every layer at every candidate, rounded and corrected once, one Dask task a layer, kept as files."""
+"""Prepare: every layer at every candidate, rounded and corrected once, and kept as files.
+
+Tasks sweep over blocks of calibration images. Then there is one task for each layer.
+"""
 
 from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
@@ -10,10 +13,11 @@ from flows.progress import progress
 def prepare(run: OpenedRun, workers: Workers) -> list[str]:
     """Makes what is absent: the equalized float network first, then layers, as deployed and plain. Returns notes."""
     run.preparation.equalize()
-    todo = run.preparation.unprepared()
-    with progress("preparing", len(todo)) as advance:
-        for _ in workers.map(worker.prepare_layer, run.config, todo):
-            advance(1)
+    stages = run.preparation.stages()
+    with progress("preparing", sum(task.cost for tasks in stages for task in tasks)) as advance:
+        for tasks in stages:
+            for task in workers.map(worker.prepare, run.config, tasks):
+                advance(task.cost)
     notes = run.preparation.corrected.notes
     if not notes:
         return []

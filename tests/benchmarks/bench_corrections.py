@@ -33,7 +33,7 @@ from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, sample_blocks
 from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
-from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, prepare_layer
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, layer_inputs, prepare_layer
 from clado.records.text import markdown_table
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
@@ -71,8 +71,10 @@ def prepared(network: Network, name: str, variant: str, slices: DataSlices) -> P
         prepared_layers.write_network(*equalized(network, recipe, images))
     tensors, _ = prepared_layers.read_network(network.device)
     network = network.updated(tensors) if tensors else network
-    for layer in prepared_layers.missing(space.num_layers):
-        prepared_layers.write_layer(layer, *prepare_layer(network, space, recipe, layer, images))
+    missing = prepared_layers.missing(space.num_layers)
+    inputs = layer_inputs(network, space, recipe, images) if missing else {}
+    for layer in missing:
+        prepared_layers.write_layer(layer, *prepare_layer(network, space, recipe, layer, inputs.get(layer)))
     layers = [made for layer in range(space.num_layers) for made in prepared_layers.read_layer(layer, network.device)[0]]
     return Prepared(network, space, recipe, tuple(layers), images)
 

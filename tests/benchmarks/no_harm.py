@@ -26,9 +26,8 @@ from clado.criteria.kl_to_float import kl_to_float
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import as_seen
-from clado.quantization import preparation
 from clado.quantization.corrections import batchnorm_reestimation, output_statistics
-from clado.quantization.preparation import Recipe, advanced, calibration_batches, equalized, layer_sample, prepare_layer
+from clado.quantization.preparation import Recipe, calibration_batches, equalized, layer_inputs, layer_sample, prepare_layer
 from clado.records.results import CHOSEN
 from clado.records.run_record import RunRecord
 from clado.records.text import markdown_table
@@ -112,13 +111,12 @@ def variants(network: Network, images: Sequence[Tensor], wanted: Sequence[tuple[
             network = network.updated(tensors)
         roundings = {next((n for n in names if n in ("gptq", "adaround")), "") for names in mine}
         made: dict[tuple[str, bool], list[QuantizedLayer]] = {(r, o): [] for r in sorted(roundings) for o in (False, True)}
-        runs: Sequence[Any] = images
+        inputs = layer_inputs(network, space, Recipe(corrections=("output_statistics",)), images)
         for layer in range(space.num_layers):
-            runs = advanced(network, runs, layer)
-            sample = layer_sample(network, layer, runs)
+            sample = layer_sample(network, layer, inputs[layer])
             for rounding in sorted(roundings):
                 recipe = Recipe(corrections=(rounding,) if rounding else (), adaround_steps=ADAROUND_STEPS)
-                layers, _ = prepare_layer(network, space, recipe, layer, runs)
+                layers, _ = prepare_layer(network, space, recipe, layer, inputs[layer])
                 made[rounding, False] += layers
                 made[rounding, True] += output_statistics.correct(sample, layers) if sample else layers
         for (rounding, statistics), layers in made.items():
@@ -128,7 +126,6 @@ def variants(network: Network, images: Sequence[Tensor], wanted: Sequence[tuple[
 def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     """The lines of a network that are not in the data yet."""
     torch.set_num_threads(1)
-    preparation.RUNS_BYTES = 4 * 10**9
     run = open_run(parse_config(settings(name, photos, "runs/no_harm")))
     torch.set_num_threads(1)
     network, size = run.float_network, run.float_network.images_at_once

@@ -9,8 +9,8 @@ from torch import Tensor
 from clado.errors import DataError
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
-from clado.quantization.corrections import LayerCorrection, at_stage, correction_of
-from clado.quantization.preparation import Prepared, Recipe, layer_sample, prepare
+from clado.quantization.corrections import LayerCorrection, LayerSample, at_stage, correction_of
+from clado.quantization.preparation import Prepared, Recipe, layer_inputs, layer_sample, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
 from tests.networks import Attention, Normed, Residual, build, images
@@ -43,6 +43,14 @@ def corrected(kind, *names: str, per_channel: bool = True, sizes: tuple[int, ...
     return prepare(network, space, Recipe(WeightQuantizer(per_channel=per_channel), corrections=names), calibration(*sizes))
 
 
+def sample_at(network: Network, layer: int, batches: list[Tensor]) -> LayerSample:
+    """What a layer sees of calibration images."""
+    inputs = layer_inputs(network, network.search_space((2,)), Recipe(corrections=("output_statistics",)), batches)
+    sample = layer_sample(network, layer, inputs[layer])
+    assert sample is not None
+    return sample
+
+
 def tensors_of(ready: Prepared) -> dict[str, Tensor]:
     """Everything that corrections may change, at each option and for the narrowest assignment."""
     found = {f"{k}.weight": layer.weight for k, layer in enumerate(ready.layers)}
@@ -68,7 +76,7 @@ class CorrectionContract:
     def test_a_layer_as_it_was_stays_as_it_was(self, kind):
         network = network_of(kind)
         for i, weight in enumerate(network.weights):
-            sample = layer_sample(network, i, calibration())
+            sample = sample_at(network, i, calibration())
             for correction in at_stage([self.name], LayerCorrection).values():
                 assert correction.correct(sample, []) == []
                 (same,) = correction.correct(sample, [QuantizedLayer(weight)])
@@ -87,7 +95,7 @@ class CorrectionContract:
         if isinstance(correction, LayerCorrection):
             for i in range(plain.space.num_layers):
                 correction.correct(
-                    layer_sample(network, i, given), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]]
+                    sample_at(network, i, given), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]]
                 )
         else:
             chosen = plain.chosen(plain.space.narrowest)

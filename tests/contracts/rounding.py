@@ -5,6 +5,7 @@ each weight to nearest is not the best.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from clado.grids import Codes, Grid
 from clado.quantization.corrections import LayerSample
+from clado.quantization.matrix_form import MatrixForm
+from clado.quantization.moments import MomentSums
 from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Layer
 from tests.tolerance import of_forward
@@ -41,17 +44,20 @@ GRIDS = [(bits, per_channel, symmetric) for bits in (1, 2, 4) for per_channel in
 GRIDS += [(8, True, True), (16, True, True), (16, False, False)]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Calibration inputs that count how many batches were read."""
+@dataclass(frozen=True, eq=False)
+class Observed(LayerSample):
+    """A layer's sample, and what it was made of: the oracle of the tests runs the operator itself on whole inputs."""
 
-    batches: tuple[Tensor, ...]
-    read: list[int]
+    inputs: tuple[Tensor, ...] = ()
+    """Its inputs in batches."""
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    """The operator: (input, weight, bias) -> output."""
+    arguments: tuple = ()
+    """Its arguments behind the bias."""
 
-    def __call__(self):
-        for batch in self.batches:
-            self.read.append(len(batch))
-            yield batch
+    def with_weight(self, weight: Tensor) -> "Observed":
+        """The same inputs, read by another weight."""
+        return sample_of(weight, torch.cat(self.inputs), self.layer.operator, self.arguments)
 
 
 def correlated(shape: tuple[int, ...], channel_axis: int, seed: int = SEEDLESS) -> Tensor:
@@ -75,13 +81,20 @@ def apply_of(operator: str, arguments: tuple):
     return apply
 
 
-def sample_of(weight: Tensor, x: Tensor, operator: str = "linear", arguments: tuple = ()) -> LayerSample:
-    """A layer's sample, its inputs in batches of four."""
+def sample_of(weight: Tensor, x: Tensor, operator: str = "linear", arguments: tuple = ()) -> Observed:
+    """A layer's sample on inputs in batches of four, with the moments of all their rows."""
     layer = Layer("layer", tuple(weight.shape), operator, channel_axis=int("transpose" in operator))
-    return LayerSample(layer, weight, None, len(x), Inputs(x.split(4), []), apply_of(operator, arguments), arguments)
+    form, sums, inputs = MatrixForm.of(layer, arguments), MomentSums(), x.split(4)
+    rows = [form.rows(batch.float()) for batch in inputs]
+    for part in rows:
+        sums.add(part)
+    return Observed(
+        layer, weight, None, form, len(x), sums.moments(), rows=torch.cat(rows, 1),
+        inputs=inputs, apply=apply_of(operator, arguments), arguments=arguments,
+    )  # fmt: skip
 
 
-def sample(name: str = "linear", **changes) -> LayerSample:
+def sample(name: str = "linear", **changes) -> Observed:
     """One of the operators above."""
     operator, shape, input_shape, arguments = OPERATORS[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(SEEDLESS))
@@ -93,23 +106,23 @@ def grid_of(layer: LayerSample, bits: int = 3, per_channel: bool = True, symmetr
     return WeightQuantizer("mse", per_channel, symmetric).grid(layer.weight, bits, layer.layer.channel_axis)
 
 
-def output_error(layer: LayerSample, grid: Grid, codes: Tensor) -> float:
+def output_error(layer: Observed, grid: Grid, codes: Tensor) -> float:
     """‖apply(x, W_q) − apply(x, W)‖² over the calibration inputs, in float64."""
     quantized, weight = grid.dequantize(codes).double(), layer.weight.double()
     return sum(
         float((layer.apply(x.double(), quantized, None) - layer.apply(x.double(), weight, None)).square().sum())
-        for x in layer.inputs()
+        for x in layer.inputs
     )
 
 
-def rounding(layer: LayerSample, grid: Grid, *codes: Tensor, dtype: torch.dtype = torch.float32) -> float:
+def rounding(layer: Observed, grid: Grid, *codes: Tensor, dtype: torch.dtype = torch.float32) -> float:
     """Bound of the rounding of these codes' output errors, computed in `dtype`.
 
     An output is a sum of products, and an output error a sum of squares. Their scale is that of the same
     sums without signs.
     """
     scale, terms = 0.0, 0
-    for x in layer.inputs():
+    for x in layer.inputs:
         for one in codes:
             error = (grid.dequantize(one).double() - layer.weight.double()).abs()
             outputs = layer.apply(x.double().abs(), error, None)
@@ -123,19 +136,20 @@ EVERY_GRID = pytest.mark.parametrize(("bits", "per_channel", "symmetric"), GRIDS
 
 
 class RoundingContract:
-    """Laws of a rounding correction: features of `rounder` (clado/quantization/corrections/__init__.py)."""
+    """Laws of a rounding correction: of `Rounding.round` (clado/quantization/corrections/__init__.py)."""
 
     module: ModuleType
     steps: int  # enough for the laws below
     steps_that_pay: int
     share: float  # of nearest's error at 3 bits, that the error on correlated inputs is then below, for every operator
 
-    def codes(self, layer: LayerSample, grid: Grid, seed: int = 0) -> Tensor:
-        return self.module.rounder(layer, seed, self.steps)(grid)
+    def codes(self, layer: LayerSample, grid: Grid) -> Tensor:
+        (codes,) = self.module.correction.round(layer, [grid], self.steps)
+        return codes
 
     def share_of_nearest_error(self, layer: LayerSample, grid: Grid) -> float:
         """Output error as a share of that of nearest codes."""
-        codes = self.module.rounder(layer, 0, self.steps_that_pay)(grid)
+        (codes,) = self.module.correction.round(layer, [grid], self.steps_that_pay)
         return output_error(layer, grid, codes) / output_error(layer, grid, grid.quantize(layer.weight))
 
     @EVERY_GRID
@@ -169,34 +183,25 @@ class RoundingContract:
         layer = sample("conv2d")
         grid = grid_of(layer, bits, per_channel, symmetric)
         codes = grid.quantize(layer.weight)
-        assert torch.equal(self.codes(replace(layer, weight=grid.dequantize(codes)), grid), codes)
+        assert torch.equal(self.codes(layer.with_weight(grid.dequantize(codes)), grid), codes)
 
     def test_nothing_given_is_changed(self):
         layer = sample("conv_transpose2d, grouped")
         grid = grid_of(layer)
-        given = (layer.weight, grid.scale, grid.zero_point, *layer.inputs.batches)
+        given = (layer.weight, grid.scale, grid.zero_point, layer.rows, layer.moments.mean, layer.moments.scatter)
         before = [tensor.clone() for tensor in given]
         state = torch.get_rng_state()
         self.codes(layer, grid)
         assert all(map(torch.equal, given, before))
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_the_same_seed_gives_the_same_codes_in_any_order_of_grids(self):
+    def test_grids_that_are_rounded_together_get_the_codes_that_each_gets_alone(self):
         layer = sample("conv2d")
-        grids = [grid_of(layer, bits) for bits in (2, 3, 4)]
-        upwards, downwards = (self.module.rounder(layer, 7, self.steps) for _ in range(2))
-        expected = [upwards(grid) for grid in grids]
+        grids = [grid_of(layer, bits) for bits in (1, 2, 3, 4)]
         torch.rand(3)
-        found = [downwards(grid) for grid in reversed(grids)][::-1]
-        assert all(map(torch.equal, found, expected))
-        assert not torch.equal(expected[0], expected[1])
-
-    def test_inputs_are_read_once_for_all_grids(self):
-        layer = sample("conv2d")
-        codes = self.module.rounder(layer, 0, self.steps)
-        for bits in (2, 3, 4):
-            codes(grid_of(layer, bits))
-        assert layer.inputs.read == [4, 2]
+        found = self.module.correction.round(layer, grids[::-1], self.steps)[::-1]
+        assert all(torch.equal(codes, self.codes(layer, grid)) for codes, grid in zip(found, grids, strict=True))
+        assert not torch.equal(found[0], found[1])
 
     @pytest.mark.parametrize("name", ["linear, tokens", "conv2d, same", "conv_transpose2d"])
     def test_inference_mode_gives_the_same_codes(self, name):
@@ -204,16 +209,15 @@ class RoundingContract:
         with torch.inference_mode():
             layer = sample(name)
             grid = grid_of(layer)
-            made_inside = self.module.rounder(layer, 0, self.steps)
-            inside = made_inside(grid)
-        made_outside = self.module.rounder(layer, 0, self.steps)  # of tensors that were born in inference mode
+            inside = self.codes(layer, grid)
+        mixed = self.codes(layer, grid)  # of tensors that were born in inference mode
         with torch.inference_mode():
-            mixed = made_outside(grid)
-        assert all(torch.equal(codes, expected) for codes in (inside, mixed, made_inside(grid), made_outside(grid)))
+            ordinary = self.codes(sample(name), grid_of(sample(name)))
+        assert all(torch.equal(codes, expected) for codes in (inside, mixed, ordinary))
 
     def test_a_parameter_and_half_precision_are_taken_for_their_values(self):
         weight = sample("conv2d").weight.half()
-        x = (100 * torch.cat(sample("conv2d").inputs.batches)).half()  # whose squares overflow half precision
+        x = (100 * torch.cat(sample("conv2d").inputs)).half()  # whose squares overflow half precision
         layer = sample_of(weight.float(), x.float(), "conv2d")
         expected = self.codes(layer, grid_of(layer))
         for given in (sample_of(weight, x, "conv2d"), replace(layer, weight=nn.Parameter(layer.weight))):
@@ -223,7 +227,7 @@ class RoundingContract:
     def test_inputs_that_are_always_zero_leave_nearest_codes(self, bits, per_channel, symmetric):
         layer = sample("conv2d")
         grid = grid_of(layer, bits, per_channel, symmetric)
-        silent = replace(layer, inputs=lambda: iter([torch.zeros(4, 3, 8, 7)]))
+        silent = sample_of(layer.weight, torch.zeros(4, 3, 8, 7), "conv2d")
         assert torch.equal(self.codes(silent, grid), grid.quantize(layer.weight))
 
     @EVERY_GRID
@@ -231,7 +235,7 @@ class RoundingContract:
         layer = sample("linear")
         weight = layer.weight.clone()
         weight[1] = 0
-        x = layer.inputs.batches[0][:1].clone()
+        x = layer.inputs[0][:1].clone()
         x[:, 3] = 0
         layer = sample_of(weight, x)
         grid = grid_of(layer, bits, per_channel, symmetric)

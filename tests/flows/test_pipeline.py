@@ -26,6 +26,7 @@ from clado.records.results import CHOSEN, LOCAL_SEARCH, UNIFORM, MeasuredProposa
 from clado.records.run_record import RunRecord
 from clado.run.evaluation import RunEvaluation
 from clado.run.opened_run import OpenedRun, open_run
+from clado.run.preparation import LayerTask, SweepTask
 from clado.settings.loading import parse_config
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
@@ -318,7 +319,12 @@ def test_the_best_of_a_search_is_what_is_exported_and_evaluated_later(finished, 
 def test_each_layer_is_prepared_once_with_and_without_corrections(finished):
     run = open_run(parse_config(finished.document))
     layers = range(run.space.num_layers)
-    assert sorted(finished.calls.of("prepare_layer")) == [(plain, layer) for plain in (False, True) for layer in layers]
+    tasks = finished.calls.of("prepare")
+    made = [(task.plain, task.layer) for task in tasks if isinstance(task, LayerTask)]
+    assert sorted(made) == [(plain, layer) for plain in (False, True) for layer in layers]
+    swept = [(task.plain, task.block, task.layers) for task in tasks if isinstance(task, SweepTask)]
+    assert sorted(swept) == [(False, block, tuple(layers)) for block in range(len(run.preparation.blocks))]
+    assert not list(finished.folder.glob("prepared/*/inputs"))
     assert run.preparation.unprepared() == []
 
 

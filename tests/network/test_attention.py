@@ -9,6 +9,7 @@ from clado.network.attention import Movement, images_first
 from clado.network.network import Network
 from clado.network.program import export
 from tests import tolerance
+from tests.networks import calls_of
 
 pytestmark = pytest.mark.numeric
 
@@ -111,7 +112,7 @@ def test_what_is_no_detour_or_has_other_readers_stays(name):
 
 def test_projections_of_attention_read_images_first():
     network = Network(_SelfAttention().eval(), tokens(2))
-    assert [network.observe(tokens(3), layer)[0].input.shape[:2] for layer in (0, 1)] == [(3, 5), (3, 5)]
+    assert [calls_of(network, tokens(3), layer)[0].input.shape[:2] for layer in (0, 1)] == [(3, 5), (3, 5)]
 
 
 def test_a_movement_splits_picks_permutes_and_merges():

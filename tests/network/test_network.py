@@ -24,6 +24,7 @@ from tests.networks import (
     Tokens,
     Volume,
     build,
+    calls_of,
     images,
     on_batch_statistics,
     owner_of,
@@ -287,7 +288,7 @@ def test_whole_forwards_know_a_weight_that_is_read_in_parts_as_one():
         ("qkv", (18, 6), 18 * 6),
         ("head.weight", (3, 6), 18),
     ]
-    assert network.observe(torch.randn(1, 6), 0) == []  # no call reads it whole
+    assert calls_of(network, torch.randn(1, 6), 0) == []  # no call reads it whole
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -555,7 +556,7 @@ def test_what_a_layer_sees_is_what_a_hook_on_the_module_sees(kind):
         seen.clear()
         with torch.inference_mode():
             model(x)
-            calls = network.observe(x, i)
+            calls = calls_of(network, x, i)
             for handle in hooks:
                 handle.remove()
             assert len(calls) == len(seen) == (1 if name in TAKES_BIAS[kind] else 2)

@@ -1,6 +1,7 @@
 """Static and final corrections: each keeps the contract, and does to the module itself what its name says."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,22 @@ from clado.grids import Codes, Grid, QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import NormStatistics
 from clado.plugins import available
-from clado.quantization.corrections import LayerSample, batchnorm_reestimation, correction_of, output_statistics
-from clado.quantization.preparation import Prepared, Recipe, layer_sample, prepare
+from clado.quantization import sweep
+from clado.quantization.corrections import batchnorm_reestimation, correction_of, output_statistics
+from clado.quantization.preparation import Prepared, Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
-from clado.space import Layer
 from tests import tolerance
-from tests.contracts.correction import NUM_IMAGES, SPLIT, STATISTICS, CorrectionContract, calibration, corrected, network_of
+from tests.contracts.correction import (
+    NUM_IMAGES,
+    SPLIT,
+    STATISTICS,
+    CorrectionContract,
+    calibration,
+    corrected,
+    network_of,
+    sample_at,
+)
+from tests.contracts.rounding import sample_of
 from tests.networks import (
     Attention,
     Normed,
@@ -34,6 +45,12 @@ from tests.networks import (
 )
 
 pytestmark = pytest.mark.numeric
+
+
+@pytest.fixture(autouse=True)
+def every_row(monkeypatch):
+    """Moments of all positions, so that what is matched is matched up to rounding."""
+    monkeypatch.setattr(sweep, "FEWEST_ROWS", 2**20)
 
 
 class TestOutputStatistics(CorrectionContract):
@@ -156,12 +173,6 @@ def test_whole_forwards_correct_what_can_be_seen_and_note_the_rest():
             check_moments(ready, option)
 
 
-def sample_of(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> LayerSample:
-    """A linear layer and its inputs."""
-    layer = Layer("fc.weight", tuple(weight.shape), "linear")
-    return LayerSample(layer, weight, bias, len(x), lambda: iter(x.split(7)), F.linear)
-
-
 def plain_layer(weight: Tensor, bits: int = 2) -> QuantizedLayer:
     grid = WeightQuantizer().grid(weight, bits)
     return QuantizedLayer(grid.fake_quantize(weight), None, None, grid)
@@ -171,7 +182,7 @@ def test_a_channel_that_is_always_zero_keeps_its_scale_and_its_bias():
     weight, bias = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, -1.0, 0.25, 2.0])
     weight[2] = 0
     before = plain_layer(weight)
-    (made,) = output_statistics.correct(sample_of(weight, torch.randn(40, 6), bias), [before])
+    (made,) = output_statistics.correct(replace(sample_of(weight, torch.randn(40, 6)), bias=bias), [before])
     assert torch.equal(made.grid.scale[2], before.grid.scale[2])
     assert float(made.bias[2]) == pytest.approx(0.25, rel=tolerance.of_sum(40))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in (made.weight, made.bias, made.grid.scale))
@@ -182,7 +193,7 @@ def test_inputs_that_never_vary_change_no_scale(value):
     """What products of equal rows differ by is rounding, and says nothing about a deviation."""
     weight = torch.randn(10, 67, generator=torch.Generator().manual_seed(0))
     before = plain_layer(weight)
-    sample = sample_of(weight, torch.full((100, 67), value), torch.arange(10.0))
+    sample = replace(sample_of(weight, torch.full((100, 67), value)), bias=torch.arange(10.0))
     (made,) = output_statistics.correct(sample, [before])
     assert torch.equal(made.grid.scale, before.grid.scale)
     x = torch.full((1, 67), value)
@@ -211,7 +222,7 @@ def test_too_few_images_are_refused_with_the_number_that_is_enough():
     ):
         prepare(network, space, recipe, [images(5), images(7)])
     assert prepare(network, space, recipe, [images(5), images(27)]).layers[-1].bias is not None
-    sample = layer_sample(network_of(Attention), 1, [images(3)])  # five tokens an image
+    sample = sample_at(network_of(Attention), 1, [images(3)])  # five tokens an image
     with pytest.raises(DataError, match=r"3 calibration images give 15; expected data\.calibration_images: 7 or more"):
         output_statistics.correct(sample, [])
 

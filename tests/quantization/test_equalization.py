@@ -16,7 +16,7 @@ from clado.quantization.corrections._connections import HEADROOM, LIMIT
 from clado.quantization.corrections.equalization import Equalization, Pair, equalize
 from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
-from tests.networks import Attention, Residual, Tied, Volume, build, images, replaced_logits
+from tests.networks import Attention, Residual, Tied, Volume, build, calls_of, images, replaced_logits
 
 pytestmark = pytest.mark.numeric
 
@@ -429,7 +429,7 @@ def test_channels_below_the_clip_are_scaled_and_stay_below_it():
     assert row(result, "first.weight", "second.weight").done
     after = network.updated(result.tensors)
     tolerance.assert_close(after.logits(x), network.logits(x), least=0.0)
-    top = after.observe(x, 1)[0].input.amax((0, 2, 3))
+    top = calls_of(after, x, 1)[0].input.amax((0, 2, 3))
     assert float(top.max()) < 6
     assert not torch.allclose(top, torch.tensor([5.9, 3.0, 0.5, 0.01]), rtol=0.1)
 
@@ -470,7 +470,7 @@ def test_scaling_brings_activations_no_nearer_to_a_clip_than_its_headroom():
     )
     before = F.conv2d(x, network.weights[0], bias, padding=1).amax((0, 2, 3))
     result = equalize(network, [x])
-    after = network.updated(result.tensors).observe(x, 1)[0].input.amax((0, 2, 3))
+    after = calls_of(network.updated(result.tensors), x, 1)[0].input.amax((0, 2, 3))
     share = tolerance.of_forward(4, 9)
     assert float(after[0]) == pytest.approx(HEADROOM * 6, rel=share)
     assert float(after[1]) == pytest.approx(float(before[1]), rel=share)

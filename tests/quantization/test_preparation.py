@@ -14,13 +14,14 @@ from clado.errors import ConfigurationError, DataError, NetworkError, StoreError
 from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
 from clado.network.network import Network
 from clado.plugins import available
-from clado.quantization import preparation
+from clado.quantization import sweep
 from clado.quantization.corrections import correction_of
 from clado.quantization.preparation import (
     Prepared,
     Recipe,
-    activation_grid,
+    activation_grids,
     calibration_batches,
+    layer_inputs,
     names_of,
     prepare,
     prepare_layer,
@@ -29,7 +30,7 @@ from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
 from tests import tolerance
-from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images
+from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, calls_of, images
 
 pytestmark = pytest.mark.numeric
 
@@ -85,8 +86,9 @@ def test_layers_made_one_by_one_in_any_order_are_those_made_together(kind):
     network, recipe = network_of(kind), Recipe(corrections=("output_statistics",))
     space = network.search_space((2, 4)).with_activations((4,))
     whole = prepare(network, space, recipe, [CALIBRATION])
+    inputs = layer_inputs(network, space, recipe, [CALIBRATION])
     for i in reversed(range(space.num_layers)):
-        alone, _ = prepare_layer(network, space, recipe, i, [CALIBRATION])
+        alone, _ = prepare_layer(network, space, recipe, i, inputs[i])
         all_layers = whole.layers[space.offsets[i] : space.offsets[i + 1]]
         assert all(same_bits(a, b) for a, b in zip(alone, all_layers, strict=True))
 
@@ -219,6 +221,13 @@ def inputs_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in seen])
 
 
+def grids_of(network: Network, batches: list[Tensor], name: str, *widths: int) -> list[dict[int, ActivationGrid]]:
+    """The grids of every layer's input, by width."""
+    space, recipe = network.search_space((2,)).with_activations(widths), Recipe(activation_range=name)
+    inputs = layer_inputs(network, space, recipe, batches)
+    return [activation_grids(network, space, recipe, i, inputs[i]) for i in range(space.num_layers)]
+
+
 def error(grid: ActivationGrid, values: Tensor) -> float:
     return float((grid.fake_quantize(values) - values).double().square().mean())
 
@@ -231,9 +240,8 @@ def span(grid: ActivationGrid) -> tuple[float, float]:
 @RANGES
 def test_ranges_of_activations_are_those_of_what_layers_read(kind, name):
     network = network_of(kind)
-    for i, layer in enumerate(network.layers):
+    for layer, grids in zip(network.layers, grids_of(network, list(CALIBRATION.split(13)), name, 2, 4, 8), strict=True):
         values = inputs_of(network.model, layer.name, CALIBRATION)
-        grids = {bits: activation_grid(network, i, list(CALIBRATION.split(13)), bits, name) for bits in (2, 4, 8)}
         low, high = float(values.min().clamp(max=0)), float(values.max().clamp(min=0))
         for grid in grids.values():
             least, most = span(grid)
@@ -254,9 +262,9 @@ def test_ranges_of_activations_are_those_of_what_layers_read(kind, name):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_range_of_least_error_has_no_more_than_that_of_extremes(kind, bits):
     network = network_of(kind)
-    for i, layer in enumerate(network.layers):
+    least, whole = (grids_of(network, [CALIBRATION], name, bits) for name in ("mse", "minmax"))
+    for layer, (found,), (extremes,) in zip(network.layers, map(dict.values, least), map(dict.values, whole), strict=True):
         values = inputs_of(network.model, layer.name, CALIBRATION)
-        found, extremes = (activation_grid(network, i, [CALIBRATION], bits, name) for name in ("mse", "minmax"))
         # sums of float32 choose, of squares of errors that are off by eps · 2^bits of half a step
         slack = tolerance.of_forward(2, len(values)) + 8 * 2**bits * tolerance.eps()
         assert error(found, values) <= error(extremes, values) * (1 + slack)
@@ -265,9 +273,9 @@ def test_the_range_of_least_error_has_no_more_than_that_of_extremes(kind, bits):
 @RANGES
 def test_a_sample_of_the_values_has_the_exact_extremes(name, monkeypatch):
     network = network_of(Residual)
-    exact = [activation_grid(network, i, list(CALIBRATION.split(13)), 8, name) for i in range(5)]
-    monkeypatch.setattr(preparation, "SAMPLED_VALUES", 2**9)
-    sampled = [activation_grid(network, i, list(CALIBRATION.split(13)), 8, name) for i in range(5)]
+    exact = [grids[8] for grids in grids_of(network, [CALIBRATION], name, 8)]
+    monkeypatch.setattr(sweep, "SAMPLED_VALUES", 2**9)
+    sampled = [grids[8] for grids in grids_of(network, [CALIBRATION], name, 8)]
     if name == "minmax":
         assert sampled == exact
     for few, all_of_them in zip(sampled, exact, strict=True):
@@ -276,8 +284,8 @@ def test_a_sample_of_the_values_has_the_exact_extremes(name, monkeypatch):
 
 def test_a_weight_that_is_used_twice_has_one_grid_for_both_inputs():
     network = network_of(Recurrent)
-    (least, most), grid = (0.0, 0.0), activation_grid(network, 1, [CALIBRATION], 8, "minmax")
-    for call in network.observe(CALIBRATION, 1):
+    (least, most), grid = (0.0, 0.0), grids_of(network, [CALIBRATION], "minmax", 8)[1][8]
+    for call in calls_of(network, CALIBRATION, 1):
         low, high = (float(value) for value in call.input.aminmax())
         least, most = min(low, least), max(high, most)
         alone = ActivationGrid.of_range(low, high, 8)
@@ -472,7 +480,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_new_one(written, monkeypa
         path.write_bytes(b"half a fi")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("clado.storage.prepared_layers.save_file", broken)
+    monkeypatch.setattr("clado.storage.tensor_files.save_file", broken)
     for layer in (0, 1):
         with pytest.raises(OSError, match="no space left"):
             written.write_layer(layer, prepared(Residual).layers[6:12], [])

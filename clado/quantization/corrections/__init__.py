@@ -12,40 +12,46 @@ To add a correction, add a file to this folder with an object `correction = ...`
 for it (tests/contracts/correction.py, tests/contracts/rounding.py). The file's name is the correction's name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from clado.grids import Grid, QuantizedLayer
 from clado.network.network import Network
 from clado.plugins import load
+from clado.quantization.matrix_form import MatrixForm
+from clado.quantization.moments import Moments
 from clado.space import Layer
 
 STAGES = ("network", "rounding", "layer", "final")
 """The order in which corrections act."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerSample:
-    """A layer of the float network and what it sees of the calibration images.
-
-    `inputs()` yields its input batch by batch, in the same order at every call: (n, channels, positions...) for a convolution,
-    (..., features) for a linear operator. `apply(x, weight, bias)` is the operator itself, with its stride, padding and groups,
-    which `arguments` holds as the exported graph has them: (stride, padding, dilation, groups), as far as they are given, for a
-    convolution; (stride, padding, output_padding, groups, dilation) for a transposed one; nothing for a linear operator.
-    `takes_bias` says whether the layer may have another bias, or one at all.
-    """
+    """A layer of the float network and what it sees of the calibration images."""
 
     layer: Layer
+    """The layer."""
     weight: Tensor
+    """Its float weight."""
     bias: Tensor | None
+    """Its float bias (channels,), or None."""
+    form: MatrixForm
+    """How the layer is a product of matrices: input rows @ `form.columns(weight)`."""
     num_images: int
-    inputs: Callable[[], Iterator[Tensor]]
-    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    arguments: tuple[Any, ...] = ()
+    """Number of calibration images."""
+    moments: Moments
+    """Mean and second moments of the rows of its input, of a sample of the positions."""
+    on_grid: Mapping[int, Moments] = field(default_factory=dict)
+    """Activation width -> moments of the rows of its input on the grid of this width."""
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """A few rows of its input, float32 (groups, rows, columns)."""
     takes_bias: bool = True
+    """Whether the layer may have another bias, or one at all."""
 
 
 class Correction:
@@ -81,8 +87,8 @@ class Rounding(Correction):
     """Chooses the code of each weight, for every layer and bit-width."""
 
     stage = "rounding"
-    rounder: Callable[[LayerSample, int, int], Callable[[Grid], Tensor]]
-    """(sample, seed, steps) -> a function from a grid of the weight to codes, int32 of its shape."""
+    round: Callable[[LayerSample, Sequence[Grid], int], list[Tensor]]
+    """(sample, grids of the weight, steps) -> codes for each grid, int32 of the weight's shape."""
     skipped: Callable[[Layer], str | None] = lambda layer: None
     """Why a layer is rounded to nearest instead, or None."""
 

@@ -2,17 +2,17 @@
 
 A weight lies between two neighbouring codes, base and base + step. It becomes base + h(V) · step, where the rectified sigmoid h
 runs from 0 to 1 over V and reaches both ends; V starts where the weight does, so that cutting h at one half gives nearest codes.
-Adam minimises, on mini-batches of the layer's float inputs x,
+Adam minimises
 
-    N ‖apply(x, W̃ − W)‖² / ‖apply(x, nearest − W)‖²  +  λ Σ (1 − |2 h(V) − 1|^β)
+    N tr(Eᵀ Σ E) / tr(E₀ᵀ Σ E₀)  +  λ Σ (1 − |2 h(V) − 1|^β)
 
-for N weights. The operator is linear in its weight, so the first norm is that of the output's error. Dividing by the error of
-nearest codes makes λ, unlike the paper's, a number that fits any layer and bit-width. β falls from loose to tight, which leaves
-every h at 0 or 1.
+for N weights. Σ is the second moment of the layer's float inputs, E = W̃ − W the error of the weight as columns, and E₀ that of
+nearest codes. The first trace is the expected squared output error of the layer, which the paper estimates on mini-batches
+(its equation 20). Dividing by the error of nearest codes makes λ, unlike the paper's, a number that fits any layer and
+bit-width. β falls from loose to tight, which leaves every h at 0 or 1.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from math import cos, inf, pi
 
 import torch
@@ -28,72 +28,55 @@ LOOSE, TIGHT = 8.0, 2.0  # β, on half a cosine
 WARM_UP = 0.2  # share of the steps without regularization: the paper's
 LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this range and cut at 0 and 1: the paper's
 MARGIN = 0.01  # V starts at least so far from where h is cut, and its gradient 0
-INPUT_ELEMENTS = 2**25  # most input elements in memory (128 MB); the first ones are read
-POSITIONS = 2048  # positions of the input in a mini-batch, which has FEWEST to MOST images or rows
-FEWEST, MOST = 4, 256
 
 
-def rounder(sample: LayerSample, seed: int = 0, steps: int = 1000) -> Callable[[Grid], Tensor]:
-    """Reads the calibration inputs once.
+def learned(sample: LayerSample, grids: Sequence[Grid], steps: int = 1000) -> list[Tensor]:
+    """Codes for each grid, int32 of the weight's shape, after `steps` steps of Adam each.
 
-    Every grid takes `steps` steps of Adam on the same mini-batches, drawn with `seed` from at most INPUT_ELEMENTS elements of the
-    inputs. On these, the squared output error is not above that of nearest codes. Where learning does not help, nearest codes are
-    returned.
-
-    Returns:
-        A function from a grid of the weight to codes, int32 of the weight's shape.
+    The squared output error on the calibration inputs is not above that of nearest codes. Where learning does not help, nearest
+    codes are returned. Nothing is random.
     """
-    learner = _Learner(sample, seed, steps)
-
-    def codes(grid: Grid) -> Tensor:
-        # autograd needs ordinary tensors, also where the caller is in inference mode; CUDA kernels need one order of sums
-        with torch.inference_mode(False), torch.enable_grad(), _deterministic_convolutions():
-            return learner.codes(Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes))
-
-    return codes
+    # autograd needs ordinary tensors, also where the caller is in inference mode
+    with torch.inference_mode(False), torch.enable_grad():
+        learner = _Learner(sample, steps)
+        return [learner.codes(Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes)) for grid in grids]
 
 
 class _Learner:
-    """Learns the codes of one layer's weight on its inputs."""
+    """Learns the codes of one layer's weight on the second moment of its inputs."""
 
-    def __init__(self, sample: LayerSample, seed: int, steps: int) -> None:
-        self.apply, self.seed, self.steps = sample.apply, seed, steps
-        with torch.inference_mode(False), torch.no_grad():
+    def __init__(self, sample: LayerSample, steps: int) -> None:
+        self.form, self.steps = sample.form, steps
+        with torch.no_grad():
             self.weight = sample.weight.detach().float().clone()
-            self.inputs = _kept_inputs(sample)
-        positions = self.inputs[0, 0].numel() if self.weight.ndim > 2 else 1
-        self.batch = min(max(-(-POSITIONS // positions), FEWEST), MOST, len(self.inputs))
+            self.second = (sample.moments.products / sample.moments.count).float()
 
     def codes(self, grid: Grid) -> Tensor:
         """The learned codes, or nearest codes where these have no larger output error."""
-        weight, inputs, batch = self.weight, self.inputs, self.batch
-        nearest = grid.quantize(weight)
-        nearest_error = self._total_error(grid.dequantize(nearest))
+        nearest = grid.quantize(self.weight)
+        with torch.no_grad():
+            nearest_error = float(self._squared_error(grid.dequantize(nearest)))
         if not 0 < nearest_error < inf:
             return nearest
-        rounding = _Codes(weight, grid)
+        rounding = _Codes(self.weight, grid)
         adam = _Adam(rounding.v)
-        generator = torch.Generator().manual_seed(self.seed)
-        weighting = weight.numel() * len(inputs) / (batch * nearest_error)
+        weighting = self.weight.numel() / nearest_error
         for step in range(self.steps):
-            numbers = torch.randint(len(inputs), (batch,), generator=generator)
-            x = inputs[numbers.to(inputs.device)] if batch < len(inputs) else inputs
             up = rounding.up()
-            loss = weighting * self._squared_error(x, grid.dequantize(rounding.base + grid.codes.step * up))
+            loss = weighting * self._squared_error(grid.dequantize(rounding.base + grid.codes.step * up))
             progress = (step / self.steps - WARM_UP) / (1 - WARM_UP)
             if progress >= 0:
                 beta = TIGHT + (LOOSE - TIGHT) * (1 + cos(pi * progress)) / 2
                 loss = loss + REGULARIZATION * (1 - (2 * up - 1).abs().pow(beta)).sum()
             adam.step(*torch.autograd.grad(loss, [rounding.v]))
         codes = rounding.codes()
-        return codes if self._total_error(grid.dequantize(codes)) < nearest_error else nearest
-
-    def _squared_error(self, x: Tensor, quantized: Tensor) -> Tensor:
-        return self.apply(x, quantized - self.weight, None).square().sum()
-
-    def _total_error(self, quantized: Tensor) -> float:
         with torch.no_grad():
-            return sum(float(self._squared_error(part, quantized)) for part in torch.split(self.inputs, self.batch))
+            return codes if float(self._squared_error(grid.dequantize(codes))) < nearest_error else nearest
+
+    def _squared_error(self, quantized: Tensor) -> Tensor:
+        """Expected squared output error of one row, summed over channels."""
+        error = self.form.columns(quantized - self.weight)
+        return (error * (self.second @ error)).sum()
 
 
 class _Codes:
@@ -140,22 +123,4 @@ class _Adam:
         self.parameter.addcdiv_(self.mean, spread, value=-LEARNING_RATE / (1 - 0.9**self.steps))
 
 
-def _kept_inputs(sample: LayerSample) -> Tensor:
-    """The first inputs, float32 (images, channels, ...) or (rows, features): INPUT_ELEMENTS at most, but at least one item."""
-    parts: list[Tensor] = []
-    room = INPUT_ELEMENTS
-    for x in sample.inputs():
-        items = x.reshape(-1, x.shape[-1]) if sample.weight.ndim == 2 else x
-        items = items[: max(room // items.shape[1:].numel(), 0 if parts else 1)]
-        if not len(items):
-            break
-        parts.append(items.detach().float())
-        room -= items.numel()
-    return torch.cat(parts)
-
-
-def _deterministic_convolutions() -> AbstractContextManager[None]:
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-
-
-correction = Rounding(rounder)
+correction = Rounding(learned)

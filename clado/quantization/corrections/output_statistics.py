@@ -1,9 +1,9 @@
 """Per output channel: the quantized layer's mean and standard deviation become those of the float layer.
 
 This is bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2, for the mean; Banner et al. 2019, arXiv 1810.05723,
-section 4, for mean and spread of weights), measured on calibration images with float inputs. With y = s (W_q * x) + b, the float
-layer's mean μ and deviation σ are matched by s = σ / σ_q and b = μ − s μ_q. The factor s goes into the weight's scale: codes stay
-the same, and the network gets no operation. A per-tensor scale stays one scale. Then only the mean is corrected.
+section 4, for mean and spread of weights), on the moments of float inputs of calibration images. With y = s (W_q * x) + b, the
+float layer's mean μ and deviation σ are matched by s = σ / σ_q and b = μ − s μ_q. The factor s goes into the weight's scale:
+codes stay the same, and the network gets no operation. A per-tensor scale stays one scale. Then only the mean is corrected.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from clado.errors import DataError
 from clado.grids import Grid, QuantizedLayer
 from clado.quantization.corrections import LayerCorrection, LayerSample
+from clado.quantization.moments import Moments
 
 MIN_OBSERVATIONS = 32  # of one channel; its deviation is then known to about an eighth
 ROUNDING = 1e-6  # share of a layer's largest values; a smaller deviation is the rounding of sums in float32
@@ -30,21 +31,17 @@ def correct(sample: LayerSample, quantized: Sequence[QuantizedLayer]) -> list[Qu
     """
     if skipped(sample):
         return list(quantized)
-    float_moments = _Moments()
-    quantized_moments = [_Moments() for _ in quantized]
-    for x in sample.inputs():
-        float_moments.add(_channels(sample, sample.apply(x, sample.weight, sample.bias)))
-        for moments, layer in zip(quantized_moments, quantized, strict=True):
-            layer_input = x if layer.activation is None else layer.activation.fake_quantize(x)
-            moments.add(_channels(sample, sample.apply(layer_input, layer.weight, None)))
-    if float_moments.count < MIN_OBSERVATIONS:
-        needed = -(-MIN_OBSERVATIONS * sample.num_images // max(1, float_moments.count))
+    count = sample.moments.count
+    if count < MIN_OBSERVATIONS:
+        needed = -(-MIN_OBSERVATIONS * sample.num_images // max(1, count))
         raise DataError(
             f"output_statistics needs {MIN_OBSERVATIONS} observations of a channel of {sample.layer.name}, and "
-            f"{sample.num_images} calibration images give {float_moments.count}; "
-            f"expected data.calibration_images: {needed} or more"
+            f"{sample.num_images} calibration images give {count}; expected data.calibration_images: {needed} or more"
         )
-    return [_matched(sample, layer, float_moments, moments) for layer, moments in zip(quantized, quantized_moments, strict=True)]
+    floats = _Output(sample, sample.moments, sample.weight)
+    if sample.bias is not None:
+        floats.mean = floats.mean + sample.bias.double()
+    return [_matched(sample, layer, floats) for layer in quantized]
 
 
 def skipped(sample: LayerSample) -> str | None:
@@ -52,16 +49,26 @@ def skipped(sample: LayerSample) -> str | None:
     return None if sample.takes_bias else "its bias is not its own"
 
 
-def _channels(sample: LayerSample, y: Tensor) -> Tensor:
-    """An output as (channels, observations)."""
-    axis = -1 if sample.layer.operator == "linear" else 1
-    return y.movedim(axis, 0).flatten(1)
+class _Output:
+    """Mean and deviation (channels,) of a layer's output without its bias, float64."""
+
+    def __init__(self, sample: LayerSample, moments: Moments, weight: Tensor) -> None:
+        columns = sample.form.columns(weight)
+        self.mean = moments.output_mean(columns).flatten()
+        self.deviation = moments.output_variance(columns).flatten().sqrt()
+
+    @property
+    def varies(self) -> Tensor:
+        """Whether a channel varies by more than the rounding of float32."""
+        return self.deviation > ROUNDING * float((self.mean.abs() + self.deviation).max())
 
 
-def _matched(sample: LayerSample, layer: QuantizedLayer, floats: "_Moments", quantized: "_Moments") -> QuantizedLayer:
+def _matched(sample: LayerSample, layer: QuantizedLayer, floats: _Output) -> QuantizedLayer:
     """The layer with the float layer's mean and, where its scales are per channel, deviation."""
+    moments = sample.moments if layer.activation is None else sample.on_grid[layer.activation.bits]
+    quantized = _Output(sample, moments, layer.weight)
     channels = len(floats.mean)
-    ratio = torch.ones(channels, dtype=torch.float64)
+    ratio = torch.ones_like(floats.mean)
     grid = layer.grid
     per_channel = grid is not None and grid.scale.numel() == channels == sample.layer.num_channels and channels > 1
     if per_channel:
@@ -74,43 +81,6 @@ def _matched(sample: LayerSample, layer: QuantizedLayer, floats: "_Moments", qua
     codes = grid.quantize(layer.weight.float())
     scaled = Grid(grid.scale * ratio.to(grid.scale).reshape(grid.scale.shape), grid.zero_point, grid.codes)
     return replace(layer, weight=scaled.dequantize(codes).to(layer.weight.dtype), bias=bias, grid=scaled)
-
-
-class _Moments:
-    """Count, mean and deviation (channels,) over batches, about a fixed first guess of the mean.
-
-    Sums over one batch are in float32 at least, on the device of its values. Sums over batches are in float64.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.centre = self.total = self.squares = torch.zeros(0)
-
-    def add(self, values: Tensor) -> None:
-        """Adds observations (channels, n)."""
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        if not self.count:
-            self.centre = values.mean(1)
-            self.total = self.squares = torch.zeros_like(self.centre, dtype=torch.float64)
-        values = values - self.centre[:, None]
-        self.count += values.shape[1]
-        self.total = self.total + values.sum(1)
-        self.squares = self.squares + values.square_().sum(1)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of each channel."""
-        return (self.centre.double() + self.total / self.count).cpu()
-
-    @property
-    def deviation(self) -> Tensor:
-        """Standard deviation of each channel."""
-        return (self.squares / self.count - (self.total / self.count).square()).clamp(min=0.0).sqrt().cpu()
-
-    @property
-    def varies(self) -> Tensor:
-        """Whether a channel varies by more than the rounding of float32."""
-        return self.deviation > ROUNDING * float((self.mean.abs() + self.deviation).max())
 
 
 correction = LayerCorrection(correct, skipped)

@@ -1,0 +1,223 @@
+"""One float run over a block of calibration images gathers what quantizing needs of every layer's input.
+
+Blocks are fixed ranges of the calibration images. What they give is added in their order, so that the sums are the same bit for
+bit for any number of workers. Rows are sampled: a layer's moments need a multiple of its columns, not millions of positions.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clado.grids import ActivationGrid
+from clado.network.engine import Call
+from clado.network.network import Network
+from clado.quantization.matrix_form import MatrixForm
+from clado.quantization.moments import Moments, MomentSums, merged
+from clado.space import Layer
+
+MOST_BLOCKS = 8  # calibration images are swept in at most so many blocks, of at least BLOCK_IMAGES
+BLOCK_IMAGES = 32
+# rows of all calibration images: more of them move the loss by less than its standard error (tests/benchmarks/PREPARING.md)
+ROWS_PER_COLUMN, FEWEST_ROWS = 16, 4096
+SAMPLED_VALUES = 2**20  # values of a layer's input that an activation range is fitted on, with the exact extremes
+SAMPLED_ELEMENTS = 2**16  # elements of the rows that corrections may read, of all calibration images; at least one row of a block
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInput:
+    """What calibration images show of the input of one layer."""
+
+    num_images: int
+    """Number of images."""
+    arguments: tuple[Any, ...] | None
+    """The operator's arguments behind the bias; None where no run of the layer can be observed."""
+    uses: int
+    """How often a run uses the weight. Rows and moments are those of the first use."""
+    moments: Moments | None
+    """Moments of the rows of the input; None where nothing asks for them."""
+    rows: Tensor
+    """A sample of rows, float32 (groups, rows, columns)."""
+    values: Tensor
+    """A sample of the input's values over every use, and their extremes, float32 (n,). Empty where nothing asks for them."""
+    on_grid: Mapping[int, Moments]
+    """Activation width -> moments of the rows of the input on its grid."""
+
+
+def joined(parts: Sequence[LayerInput]) -> LayerInput:
+    """What all blocks show, from what each shows, in their order."""
+    first = parts[0]
+    moments = [part.moments for part in parts if part.moments is not None]
+    return replace(
+        first,
+        num_images=sum(part.num_images for part in parts),
+        moments=merged(moments) if moments else None,
+        rows=torch.cat([part.rows for part in parts], 1) if moments else first.rows,
+        values=torch.cat([part.values for part in parts]),
+        on_grid={width: merged([part.on_grid[width] for part in parts]) for width in first.on_grid},
+    )
+
+
+def calibration_blocks(num_images: int) -> list[tuple[int, int]]:
+    """Ranges of calibration images that are swept apart: (first, image after the last)."""
+    count = min(MOST_BLOCKS, max(1, num_images // BLOCK_IMAGES))
+    return [(num_images * k // count, num_images * (k + 1) // count) for k in range(count)]
+
+
+def layer_forms(network: Network) -> dict[int, MatrixForm]:
+    """The matrix form of every layer whose input can be observed, from one run of the example."""
+    forms: dict[int, MatrixForm] = {}
+
+    def see(layer: int, call: Call) -> None:
+        forms.setdefault(layer, MatrixForm.of(network.layers[layer], call.arguments))
+
+    network.observe(network.example.to(network.device), range(len(network.layers)), see)
+    return forms
+
+
+def moments_bytes(form: MatrixForm) -> int:
+    """Bytes of the float32 scatter of one block."""
+    return 4 * form.groups * form.num_columns**2
+
+
+def wanted_rows(form: MatrixForm) -> int:
+    """Rows of all calibration images that a layer's moments are taken of, where there are as many."""
+    return max(FEWEST_ROWS, ROWS_PER_COLUMN * form.num_columns)
+
+
+def gathering_macs(form: MatrixForm, layer: Layer, num_images: int) -> float:
+    """Multiply-accumulates of a layer's second moments over so many calibration images."""
+    positions = layer.macs // layer.num_weights
+    return float(min(wanted_rows(form), positions * num_images) * form.groups * form.num_columns**2)
+
+
+def groups_within_memory(sizes: Mapping[int, int], limit_bytes: int) -> list[tuple[int, ...]]:
+    """Layers in groups, in order: the sizes of a group's layers add up to at most the limit, or it has one layer.
+
+    Args:
+        sizes: Bytes that a sweep holds of each layer.
+        limit_bytes: The limit.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for layer, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit_bytes
+        groups[-1].append(layer)
+        room -= size
+    return [tuple(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep gathers."""
+
+    num_images: int
+    """All calibration images, not those of one block."""
+    moments: bool = False
+    """Whether moments and rows are gathered."""
+    values: bool = False
+    """Whether values are gathered, which ranges of activations are fitted on."""
+    on_grids: bool = False
+    """Whether moments of inputs on their grids are gathered, instead of those of float inputs."""
+    grids: Mapping[int, Mapping[int, ActivationGrid]] = field(default_factory=dict)
+    """Layer -> activation width -> the grid of its input, where these are gathered."""
+    seed: int = 0
+    """Seed of the rows that are sampled."""
+
+    @torch.inference_mode()
+    def gather(self, network: Network, images: Tensor, first_image: int, layers: Iterable[int]) -> dict[int, LayerInput]:
+        """What one block of calibration images (n, C, H, W) shows of these layers' inputs, in one float run.
+
+        Args:
+            network: The float network.
+            images: The images of the block.
+            first_image: Number of the first one among all calibration images.
+            layers: The layers.
+        """
+        gatherers = {layer: _Gatherer(self, network, layer) for layer in layers}
+        for batch in torch.split(images, network.images_at_once):
+            for gatherer in gatherers.values():
+                gatherer.begin(first_image, len(batch))
+            network.observe(batch, gatherers, lambda layer, call: gatherers[layer].add(call))
+            first_image += len(batch)
+        return {layer: gatherer.result(len(images)) for layer, gatherer in gatherers.items()}
+
+
+class _Gatherer:
+    """Adds up what one layer reads, batch by batch."""
+
+    def __init__(self, sweep: Sweep, network: Network, layer: int) -> None:
+        self.sweep = sweep
+        self.layer: Layer = network.layers[layer]
+        self.weight = network.weights[layer]
+        self.grids = sweep.grids.get(layer, {})
+        self.generator = torch.Generator().manual_seed(sweep.seed * 1_000_003 + layer)
+        self.order = torch.zeros(0, dtype=torch.int64)
+        self.arguments: tuple[Any, ...] | None = None
+        self.sums = MomentSums()
+        self.on_grid = {width: MomentSums() for width in self.grids}
+        self.rows: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.first_image = self.num_images = self.uses = 0
+
+    def begin(self, first_image: int, num_images: int) -> None:
+        """A batch of images comes next."""
+        self.first_image, self.num_images, self.uses = first_image, num_images, 0
+
+    def add(self, call: Call) -> None:
+        """Adds what one use of the weight reads."""
+        self.uses += 1
+        if self.sweep.values:
+            self._add_values(call.input.float().flatten())
+        # the operator may read rows of the weight that is split, but no other shape
+        if self.uses == 1 and call.weight_shape[1:] == tuple(self.weight.shape[1:]):
+            self.arguments = call.arguments
+            if self.sweep.moments or self.grids:
+                self._add_rows(call.input.to(self.weight.dtype))  # autocast may have made it coarser
+
+    def _add_values(self, x: Tensor) -> None:
+        wanted = max(1, SAMPLED_VALUES * self.num_images // self.sweep.num_images)
+        # a stride prime to the usual sizes does not meet the same channel again and again
+        stride = max(1, x.numel() // wanted) | 1
+        self.values += [x[::stride], torch.stack(x.aminmax())]
+
+    def _add_rows(self, x: Tensor) -> None:
+        form = MatrixForm.of(self.layer, self.arguments or ())
+        rows = form.rows(x, self._numbers(form, x)).float()
+        for width, grid in self.grids.items():
+            self.on_grid[width].add(grid.fake_quantize(rows))  # zero is on the grid: what a convolution pads with stays
+        if self.sweep.moments:
+            self.sums.add(rows)
+            wanted = SAMPLED_ELEMENTS * self.num_images // (self.sweep.num_images * rows.shape[0] * rows.shape[2])
+            self.rows.append(rows[:, : max(wanted, 0 if self.rows else 1)].clone())
+
+    def _numbers(self, form: MatrixForm, x: Tensor) -> Tensor | None:
+        """The rows that are read of an input: of each image another part of one random order. None: all rows."""
+        whole = form.num_rows(x)
+        items = self.num_images if whole % self.num_images == 0 else 1  # of an input that is not laid out by images
+        positions, num_items = whole // items, -(-self.sweep.num_images * items // self.num_images)
+        count = -(-wanted_rows(form) // num_items)
+        if count >= positions:
+            return None
+        if len(self.order) != positions:
+            self.order = torch.randperm(positions, generator=self.generator)
+        first = (self.first_image + torch.arange(items)) * count
+        places = self.order[(first[:, None] + torch.arange(count)) % positions]
+        return (torch.arange(items)[:, None] * positions + places).flatten().to(x.device)
+
+    def result(self, num_images: int) -> LayerInput:
+        """What the block shows."""
+        none = torch.zeros(0)
+        return LayerInput(
+            num_images,
+            self.arguments,
+            self.uses,
+            self.sums.moments() if self.sums.count else None,
+            torch.cat(self.rows, 1) if self.rows else none,
+            torch.cat(self.values) if self.values else none,
+            {width: sums.moments() for width, sums in self.on_grid.items() if sums.count},
+        )

@@ -1,0 +1,106 @@
+"""What sweeps over calibration images gathered, on disk until the layers are prepared.
+
+    0007-3.safetensors          what block 3 shows of the input of layer 7
+    0007-3-on-grid.safetensors  the moments of the same input on its grids
+    0007-ranges.safetensors     the grids of the input of layer 7, by activation width
+
+One task of a sweep writes the files of one block. Its sums do not depend on what other tasks do, and they are added in the order
+of the blocks. So the result is the same bit for bit for any number of workers.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clado.grids import ActivationGrid
+from clado.quantization.moments import Moments
+from clado.quantization.sweep import LayerInput, joined
+from clado.storage.tensor_files import damaged, read_tensors, write_tensors
+
+FORMAT = "clado-inputs/1"
+
+
+class LayerInputs:
+    """A folder of what sweeps gathered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def file(self, layer: int, block: int, on_grids: bool) -> Path:
+        """Where the sums of a layer and a block are kept."""
+        return self.folder / f"{layer:04d}-{block}{'-on-grid' if on_grids else ''}.safetensors"
+
+    def ranges_file(self, layer: int) -> Path:
+        """Where the grids of a layer's input are kept."""
+        return self.folder / f"{layer:04d}-ranges.safetensors"
+
+    def write(self, layer: int, block: int, on_grids: bool, found: LayerInput) -> None:
+        """Keeps what a block shows of a layer."""
+        moments = {f"{width}.": each for width, each in found.on_grid.items()}
+        if found.moments is not None:
+            moments[""] = found.moments
+        tensors: dict[str, Tensor] = {"rows": found.rows, "values": found.values}
+        for prefix, each in moments.items():
+            tensors |= {f"{prefix}mean": each.mean, f"{prefix}scatter": each.scatter}
+        header = {
+            "num_images": found.num_images,
+            "arguments": found.arguments,
+            "uses": found.uses,
+            "counts": {prefix: each.count for prefix, each in moments.items()},
+        }
+        write_tensors(self.file(layer, block, on_grids), tensors, {"input": json.dumps(header)}, FORMAT)
+
+    def read(self, layer: int, num_blocks: int, on_grids: bool, device: torch.device) -> LayerInput:
+        """What all blocks show of a layer.
+
+        Raises:
+            StoreError: A file is absent or damaged.
+        """
+        return joined([self._read_block(self.file(layer, block, on_grids), device) for block in range(num_blocks)])
+
+    def _read_block(self, path: Path, device: torch.device) -> LayerInput:
+        tensors, texts = read_tensors(path, device, FORMAT)
+        try:
+            header: dict[str, Any] = json.loads(texts["input"])
+            moments = {
+                prefix: Moments(count, tensors[f"{prefix}mean"], tensors[f"{prefix}scatter"])
+                for prefix, count in header["counts"].items()
+            }
+            return LayerInput(
+                header["num_images"],
+                None if header["arguments"] is None else tuple(header["arguments"]),
+                header["uses"],
+                moments.pop("", None),
+                tensors["rows"],
+                tensors["values"],
+                {int(prefix.rstrip(".")): each for prefix, each in moments.items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, error) from None
+
+    def write_ranges(self, layer: int, grids: Mapping[int, ActivationGrid]) -> None:
+        """Keeps the grids of a layer's input."""
+        # hexadecimal: the same float again
+        rows = [[grid.bits, grid.scale.hex(), grid.zero_point] for grid in grids.values()]
+        write_tensors(self.ranges_file(layer), {}, {"grids": json.dumps(rows)}, FORMAT)
+
+    def read_ranges(self, layer: int) -> dict[int, ActivationGrid]:
+        """The grids of a layer's input, by activation width."""
+        _, texts = read_tensors(self.ranges_file(layer), torch.device("cpu"), FORMAT)
+        try:
+            rows = json.loads(texts["grids"])
+            return {bits: ActivationGrid(bits, float.fromhex(scale), zero_point) for bits, scale, zero_point in rows}
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self.ranges_file(layer), error) from None
+
+    def drop(self, layer: int) -> None:
+        """Deletes what was gathered of a layer; the folder too when it is empty."""
+        for file in self.folder.glob(f"{layer:04d}-*.safetensors"):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # others are left, or another worker was quicker
+            self.folder.rmdir()
