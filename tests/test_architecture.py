@@ -14,7 +14,7 @@ SOURCES = sorted(file for package in ("clado", "flows") for file in (ROOT / pack
 # outside library -> the only places that may import it
 DOORS = {
     "zarr": ("clado/storage/measurement_store.py",),
-    "safetensors": ("clado/storage/prepared_layers.py", "clado/exporting/", "clado/data/sources/", "clado/data/zoo/train.py"),
+    "safetensors": ("clado/storage/tensor_files.py", "clado/exporting/", "clado/data/sources/", "clado/data/zoo/train.py"),
     "mlflow": ("clado/tracking/",),
     "pyscipopt": ("clado/choosing/solvers/scip.py",),
     "matplotlib": ("clado/reporting/plots.py",),

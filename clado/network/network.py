@@ -209,7 +209,7 @@ class Network:
         """
 
         def in_float(layer: int, call: Call) -> None:
-            with torch.autocast(self.device.type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False) if self.numeric == "bfloat16" else nullcontext():
                 see(layer, call)
 
         with computing(self.numeric, self.device):
