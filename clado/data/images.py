@@ -1,6 +1,7 @@
 """Labelled or unlabelled images, sliced: what measuring and evaluation read, wherever the images come from."""
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,54 @@ class MemorySlice:
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images and labels start..stop-1: views, not copies."""
         return self._images[start:stop], None if self._labels is None else self._labels[start:stop]
+
+
+class KeptSlice:
+    """A slice of which a process reads each image once: what was read stays in memory."""
+
+    def __init__(self, images: ImageSlice) -> None:
+        self._slice = images
+        self._is_read = torch.zeros(len(images), dtype=torch.bool)
+        self._images, self._labels = torch.empty(len(images), *images.image_shape), torch.empty(len(images), dtype=torch.int64)
+        self._is_labelled = True
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width."""
+        return self._slice.image_shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """As of the slice."""
+        return self._slice.num_classes
+
+    @property
+    def sha256(self) -> str:
+        """As of the slice."""
+        return self._slice.sha256
+
+    def __len__(self) -> int:
+        return len(self._slice)
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images and labels start..stop-1: views, not copies."""
+        absent = (~self._is_read[start:stop]).nonzero().flatten()
+        if len(absent):
+            first, last = start + int(absent[0]), start + int(absent[-1]) + 1
+            images, labels = self._slice.load(first, last)
+            self._images[first:last] = images
+            if labels is None:
+                self._is_labelled = False
+            else:
+                self._labels[first:last] = labels
+            self._is_read[first:last] = True
+        return self._images[start:stop], self._labels[start:stop] if self._is_labelled else None
+
+
+def kept(images: ImageSlice, limit_bytes: int) -> ImageSlice:
+    """A slice that keeps what it reads, where all of it fits into the limit; one in memory does already."""
+    size = 4 * len(images) * math.prod(images.image_shape)
+    return images if isinstance(images, MemorySlice) or not 0 < size <= limit_bytes else KeptSlice(images)
 
 
 class PickedSlice:
