@@ -21,7 +21,7 @@ from clado.settings.schema import RunConfig
 from clado.space import SearchSpace
 
 KEPT_SHARE = 8
-"""Decoded sensitivity images take this share of the memory of a worker at most."""
+"""Decoded images of a set that is read for every assignment take one part in so many of a worker's memory at most."""
 
 
 class OpenedRun(RunInputs):
@@ -62,8 +62,9 @@ def open_run(config: RunConfig, *, planning: bool = False) -> OpenedRun:
     space = _search_space(config, network)
     check_space(network, space)
     run = OpenedRun(config, loaded, network, slices, space)
-    if not planning:  # sensitivity images are read for every assignment
-        run.slices = replace(slices, sensitivity=kept(slices.sensitivity, run.memory_limit // KEPT_SHARE))
+    if not planning:
+        limit = run.memory_limit // KEPT_SHARE
+        run.slices = replace(slices, sensitivity=kept(slices.sensitivity, limit), selection=kept(slices.selection, limit))
     return run
 
 

@@ -165,7 +165,7 @@ CORRECTIONS = [(), ("output_statistics",), ("batchnorm_reestimation",), ("output
 def test_assignments_that_deploy_the_same_network_are_measured_once_and_others_are_not_confused(
     tmp_path: Path, corrections: tuple[str, ...]
 ) -> None:
-    reduced = {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 16, "validation_images": 8}
+    reduced = {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 32, "validation_images": 8}
     run = open_run(parse_config(config(tmp_path / "run", data=reduced, corrections=corrections)))
     levels = CORRECTED if corrections else ("all",)
     every = [a.with_corrections(level) for a in (run.space.narrowest, run.space.nothing) for level in levels]
@@ -184,7 +184,7 @@ def test_assignments_that_deploy_the_same_network_are_measured_once_and_others_a
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_loss_is_against_the_float_network_also_where_probes_use_batch_statistics(tmp_path: Path, statistics: bool) -> None:
-    reduced = {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 16, "validation_images": 8}
+    reduced = {"sensitivity_images": 8, "sample_blocks": 2, "calibration_images": 32, "validation_images": 8}
     measuring = {"batch_statistics": statistics, "batch_images": 3}
     run = open_run(parse_config(config(tmp_path / "run", data=reduced, measure=measuring)))
     assert run.evaluation.loss(run.space.nothing).loss == pytest.approx(0, abs=8 * of_no_change())
