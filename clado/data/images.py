@@ -98,9 +98,7 @@ class KeptSlice:
 
     def __init__(self, images: ImageSlice) -> None:
         self._slice = images
-        self._is_read = torch.zeros(len(images), dtype=torch.bool)
-        self._images, self._labels = torch.empty(len(images), *images.image_shape), torch.empty(len(images), dtype=torch.int64)
-        self._is_labelled = True
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @property
     def image_shape(self) -> ImageShape:
@@ -121,18 +119,25 @@ class KeptSlice:
         return len(self._slice)
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Images and labels start..stop-1: views, not copies."""
-        absent = (~self._is_read[start:stop]).nonzero().flatten()
-        if len(absent):
-            first, last = start + int(absent[0]), start + int(absent[-1]) + 1
+        """Images and labels start..stop-1. What does not fit the protocol is given as it is, and not kept."""
+        absent = [k for k in range(start, stop) if k not in self._kept]
+        if absent:
+            first, last = absent[0], absent[-1] + 1
             images, labels = self._slice.load(first, last)
-            self._images[first:last] = images
-            if labels is None:
-                self._is_labelled = False
-            else:
-                self._labels[first:last] = labels
-            self._is_read[first:last] = True
-        return self._images[start:stop], self._labels[start:stop] if self._is_labelled else None
+            if not self._fits(images, labels, last - first):
+                return self._slice.load(start, stop)
+            self._kept |= {first + k: (image, None if labels is None else labels[k]) for k, image in enumerate(images)}
+        if start >= stop:
+            return self._slice.load(start, stop)
+        rows = [self._kept[k] for k in range(start, stop)]
+        labels_of_rows = [label for _, label in rows if label is not None]
+        return torch.stack([image for image, _ in rows]), torch.stack(labels_of_rows) if labels_of_rows else None
+
+    def _fits(self, images: object, labels: object, count: int) -> bool:
+        is_image_batch = (
+            isinstance(images, Tensor) and images.dtype == torch.float32 and images.shape == (count, *self.image_shape)
+        )
+        return is_image_batch and (labels is None or (isinstance(labels, Tensor) and labels.shape == (count,)))
 
 
 def kept(images: ImageSlice, limit_bytes: int) -> ImageSlice:
