@@ -18,6 +18,7 @@ from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, Tile, sample_blocks
 from clado.measuring.scores import score_passes, scores
 from clado.measuring.workbench import Workbench, network_batching
+from clado.network.batch_size import CPU, MIN_BATCH
 from clado.network.graph import Graph
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
@@ -295,6 +296,16 @@ def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypat
     losses = [[scores(b, b.space.narrowest, block).losses for block in (0, 1)] for _ in range(3)]
     assert sum(asked) == runs * len(b.passes(0)) + runs * len(b.passes(1))
     assert all(np.array_equal(x, y) for found in losses for x, y in zip(found, losses[0], strict=True))
+
+
+@NETWORKS
+def test_tiles_and_whole_forwards_take_batches_by_one_rule(kind):
+    network = Network(build(kind), images(2))
+    most = network.images_at_once
+    tiles = network_batching(network, 10 * most)
+    assert tiles.batch_images[0] == tiles.images_per_pass == most
+    peak = network.places[0].cut.peak_bytes_per_image
+    assert most in (CPU.most, MIN_BATCH) or most * peak <= CPU.fast_bytes < (most + 1) * peak
 
 
 @pytest.mark.parametrize("rows", range(1, 11))
