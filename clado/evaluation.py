@@ -5,7 +5,7 @@ They are counts and sums, which add up over evaluation batches.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,8 @@ from clado.criteria.cross_entropy import cross_entropy
 from clado.criteria.kl_to_float import kl_to_float
 from clado.data.images import ImageSlice
 from clado.errors import DataError
+from clado.measuring.plan import sample_blocks
+from clado.measuring.workbench import split
 from clado.network.network import Network, Replaced
 from clado.records.results import Accuracy
 
@@ -118,29 +120,33 @@ def count(
 
 
 def count_each(
-    variants: Sequence[tuple[Network, Replaced]],
+    variants: Iterable[tuple[Network, Replaced]],
     images: ImageSlice,
     start: int,
     stop: int,
     batch_images: int | None = None,
     reference: Network | None = None,
 ) -> list[Counts]:
-    """`count` of several networks with layers replaced, in one pass. Each image is decoded once.
+    """`count` of several networks with layers replaced. Each image is decoded once.
 
-    The sums are the same, bit for bit.
+    The images are held in memory, and of the networks one at a time. The sums are the same, bit for bit.
     """
-    totals = [Counts() for _ in variants]
-    folded = [network.folded_with(replaced) for network, replaced in variants]
-    step = batch_images or variants[0][0].images_at_once
-    for low in range(start, stop, step):
-        x, labels = images.load(low, min(low + step, stop))
-        x = x.to(folded[0][0].device)
-        floats: dict[int, Tensor] = {}
-        for k, ((plain, _), (network, replaced)) in enumerate(zip(variants, folded, strict=True)):
-            float_network = reference or plain
-            if labels is None and id(float_network) not in floats:
-                floats[id(float_network)] = float_network.logits(x)
-            totals[k] += _batch_counts(network.logits(x, replaced), labels, floats.get(id(float_network)))
+    x, labels = images.load(start, stop)
+    totals: list[Counts] = []
+    compared, floats = None, list[Tensor]()
+    for plain, layers in variants:
+        x = x.to(plain.device)
+        batches = split(x, labels, batch_images or plain.images_at_once)
+        float_network = reference or plain
+        if labels is None and compared is not float_network:
+            compared, (folded, _) = float_network, float_network.folded()
+            floats = [folded.logits(batch) for batch, _ in batches]
+        network, replaced = plain.folded_with(layers)
+        counts = (
+            _batch_counts(network.logits(batch, replaced), targets, floats[k] if floats else None)
+            for k, (batch, targets) in enumerate(batches)
+        )
+        totals.append(sum(counts, Counts()))
     return totals
 
 
@@ -192,11 +198,12 @@ def _is_finite(logits: Tensor) -> Tensor:
 
 
 def evaluation_batches(num_images: int, size: int) -> list[tuple[int, int]]:
-    """Consecutive ranges of at most `size` images that cover the slice."""
-    return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+    """Consecutive ranges of at most `size` images that cover the slice, as even as integers allow."""
+    return list(sample_blocks(num_images, -(-num_images // size))) if num_images else []
 
 
 @torch.inference_mode()
 def evaluate_weights(network: Network, replaced: Replaced, images: ImageSlice, batch_images: int | None = None) -> Accuracy:
     """Accuracy over a whole slice."""
-    return count(network, replaced, images, 0, len(images), batch_images).accuracy()
+    batches = evaluation_batches(len(images), batch_images or network.images_at_once)
+    return sum((count(network, replaced, images, *batch, batch_images) for batch in batches), Counts()).accuracy()

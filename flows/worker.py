@@ -116,11 +116,6 @@ def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assi
     return assignment, last_opened(document).evaluation.loss(assignment)
 
 
-def measure_probe_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
-    """The same as probes see it."""
-    return assignment, last_opened(document).evaluation.probe_loss(assignment)
-
-
 def evaluate_batch(document: dict[str, Any], item: BatchItem) -> BatchCounts:
     """Counts of assignments on one evaluation batch of the validation set, which is decoded once for all of them."""
     return last_opened(document).evaluation.count_batch(item)

@@ -1,6 +1,7 @@
 """Labelled or unlabelled images, sliced: what measuring and evaluation read, wherever the images come from."""
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,59 @@ class MemorySlice:
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images and labels start..stop-1: views, not copies."""
         return self._images[start:stop], None if self._labels is None else self._labels[start:stop]
+
+
+class KeptSlice:
+    """A slice of which a process reads each image once: what was read stays in memory."""
+
+    def __init__(self, images: ImageSlice) -> None:
+        self._slice = images
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, height, width."""
+        return self._slice.image_shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """As of the slice."""
+        return self._slice.num_classes
+
+    @property
+    def sha256(self) -> str:
+        """As of the slice."""
+        return self._slice.sha256
+
+    def __len__(self) -> int:
+        return len(self._slice)
+
+    def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images and labels start..stop-1. What does not fit the protocol is given as it is, and not kept."""
+        absent = [k for k in range(start, stop) if k not in self._kept]
+        if absent:
+            first, last = absent[0], absent[-1] + 1
+            images, labels = self._slice.load(first, last)
+            if not self._fits(images, labels, last - first):
+                return self._slice.load(start, stop)
+            self._kept |= {first + k: (image, None if labels is None else labels[k]) for k, image in enumerate(images)}
+        if start >= stop:
+            return self._slice.load(start, stop)
+        rows = [self._kept[k] for k in range(start, stop)]
+        labels_of_rows = [label for _, label in rows if label is not None]
+        return torch.stack([image for image, _ in rows]), torch.stack(labels_of_rows) if labels_of_rows else None
+
+    def _fits(self, images: object, labels: object, count: int) -> bool:
+        is_image_batch = (
+            isinstance(images, Tensor) and images.dtype == torch.float32 and images.shape == (count, *self.image_shape)
+        )
+        return is_image_batch and (labels is None or (isinstance(labels, Tensor) and labels.shape == (count,)))
+
+
+def kept(images: ImageSlice, limit_bytes: int) -> ImageSlice:
+    """A slice that keeps what it reads, where all of it fits into the limit; one in memory does already."""
+    size = 4 * len(images) * math.prod(images.image_shape)
+    return images if isinstance(images, MemorySlice) or not 0 < size <= limit_bytes else KeptSlice(images)
 
 
 class PickedSlice:

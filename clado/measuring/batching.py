@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clado.errors import ConfigurationError
+from clado.network.batch_size import CPU, Processor
 from clado.space import SearchSpace
-
-MIN_BATCH, MAX_BATCH = 8, 512
 
 
 @dataclass(frozen=True)
@@ -25,27 +24,25 @@ def batching(
     images_per_block: int,
     batch_images: int | None = None,
     limit_bytes: int | None = None,
-    cache_bytes: int = 32 * 10**6,
-    most: int = MAX_BATCH,
+    processor: Processor = CPU,
 ) -> Batching:
     """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
 
-    A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what `cache_bytes` hold
-    (32 MB: measured, tests/benchmarks/MEASURE.md), within 8 and `most`, and a pass at least. A run takes a quarter of
-    `limit_bytes` at most: operators' own buffers are as large as their values again, and stored prefixes need the rest.
-    ConfigurationError where one image does not fit.
+    A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what the processor runs
+    fast, and a pass at least. A run takes a quarter of `limit_bytes` at most: operators' own buffers are as large as their values
+    again, and stored prefixes need the rest. ConfigurationError where one image does not fit.
     """
     if batch_images is not None and batch_images < 1:
         raise ConfigurationError(f"batch_images is {batch_images}; expected at least 1")
     sizes = [max(1, alive + peak) for alive, peak in zip(alive_bytes, peak_bytes, strict=True)]
-    fits = [most if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
+    fits = [processor.most if limit_bytes is None else limit_bytes // (4 * size) for size in sizes]
     if min(fits) < 1:
         raise ConfigurationError(
             f"the memory limit is too small for a batch of one image: needed {4 * max(sizes) / 1e6:.1f} MB, available "
             f"{(limit_bytes or 0) / 1e6:.1f} MB; raise memory_limit_mb or use smaller images"
         )
     if batch_images is None:
-        wanted = [min(max(cache_bytes // max(1, peak), MIN_BATCH), most) for peak in peak_bytes]
+        wanted = [processor.images(peak) for peak in peak_bytes]
         # a pass rather up to twice as large than half as small: its runs of one row cannot be stacked
         passes = max(1, images_per_block // min(wanted))
         wanted = [max(want, -(-images_per_block // passes)) for want in wanted]

@@ -1,6 +1,6 @@
 """What an assignment does to each sample of a sample block, by whole forwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,19 +23,15 @@ class Scores(NamedTuple):
 
 
 def scores(bench: Workbench, assignment: Assignment, sample_block: int) -> Scores:
-    """Scores of one assignment, partial or full, as probes see it."""
-    return _scores(bench, bench.network, bench.chosen(assignment), bench.passes(sample_block))
+    """Scores of one assignment, partial or full, on a sample block, as probes see it."""
+    return score_passes(bench.criterion, bench.network, bench.chosen(assignment), bench.passes(sample_block))
 
 
-def deployed_scores(bench: Workbench, network: Network, replaced: Replaced, sample_block: int) -> Scores:
-    """Scores of a deployed network, with the layers that stand in it."""
-    return _scores(bench, network, replaced, bench.deployed_passes(sample_block))
-
-
-def _scores(bench: Workbench, network: Network, replaced: Replaced, parts: Sequence[Pass]) -> Scores:
-    per_part = []
-    for part in parts:
+def score_passes(criterion: str, network: Network, replaced: Replaced, passes: Iterable[Pass]) -> Scores:
+    """Scores of a network with layers replaced, pass after pass."""
+    per_pass = []
+    for part in passes:
         logits = network.logits(part.images, replaced)
-        given = bench.criterion, logits, part.float_logits, part.labels
-        per_part.append((part.criterion(bench.criterion)(logits), criteria.brier(*given), criteria.hits(*given)))
-    return Scores(*(np.concatenate([to_numpy(value) for value in column]) for column in zip(*per_part, strict=True)))
+        given = criterion, logits, part.float_logits, part.labels
+        per_pass.append((part.criterion(criterion)(logits), criteria.brier(*given), criteria.hits(*given)))
+    return Scores(*(np.concatenate([to_numpy(value) for value in column]) for column in zip(*per_pass, strict=True)))

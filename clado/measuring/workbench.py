@@ -1,7 +1,7 @@
 """What a process needs to measure tiles: the network, every layer at every candidate, and the images of a sample block."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,13 @@ from clado.errors import ConfigurationError
 from clado.grids import QuantizedLayer
 from clado.measuring.batching import Batching, batching, rows_within_memory
 from clado.measuring.plan import NUM_VECTORS, sample_blocks
-from clado.network.network import GPU_BYTES, Network
+from clado.network.batch_size import processor_of
+from clado.network.network import Network
 from clado.quantization.preparation import Prepared
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
 Batch = tuple[Tensor, Tensor | None]
-GPU_BATCH = 4096
-"""Images of one run that keep a large GPU busy."""
 FLOAT_LOGITS_BYTES = 2**24
 """Float logits of all sample blocks together that a workbench keeps: 4,096 images of 1,000 classes."""
 
@@ -109,12 +108,6 @@ class Workbench:
             self._kept = sample_block, tuple(Pass(x, y, z) for (x, y), z in zip(parts, logits, strict=True))
         return self._kept[1]
 
-    def deployed_passes(self, sample_block: int) -> tuple[Pass, ...]:
-        """The same with the logits of the float network as it is deployed, which differ where probes use batch statistics."""
-        if not self.batch_statistics:
-            return self.passes(sample_block)
-        return tuple(replace(part, float_logits=self.prepared.network.logits(part.images)) for part in self.passes(sample_block))
-
 
 def split(images: Tensor, labels: Tensor | None, images_per_part: int) -> list[Batch]:
     """Images and labels in parts of at most `images_per_part`, as even as integers allow."""
@@ -137,7 +130,7 @@ def network_batching(
         images_per_block,
         batch_images,
         memory_limit,
-        **({"cache_bytes": GPU_BYTES, "most": GPU_BATCH} if network.device.type == "cuda" else {}),
+        processor_of(network.device.type),
     )
     if not whole_blocks or default.images_per_pass >= images_per_block:
         return default

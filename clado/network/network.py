@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clado.errors import ConfigurationError, DataError, NetworkError
 from clado.grids import QuantizedLayer
 from clado.network import transforms
+from clado.network.batch_size import processor_of
 from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.graph import Graph, GraphState
 from clado.network.normalisation import Statistics, as_seen, normalisation
@@ -22,8 +23,6 @@ from clado.network.tracing import compile_graph
 from clado.network.whole_forwards import DeferredRuns, WholeForwards
 from clado.space import Assignment, Layer, SearchSpace, check_patterns
 
-CACHE_BYTES = 32 * 10**6  # values of one run that the cache of a CPU holds
-GPU_BYTES = 2 * 10**9  # values of one run that keep a large GPU busy
 ONLY_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 Numeric = Literal["float32", "tf32", "bfloat16"]
 State = GraphState | DeferredRuns  # of a run that is not finished; it goes back to the network that made it
@@ -135,14 +134,8 @@ class Network:
 
     @property
     def images_at_once(self) -> int:
-        """Images of one whole run that is fast.
-
-        On a CPU as many as its cache holds, on a GPU as many as keep it busy.
-        """
-        peak = max(1, self.places[0].cut.peak_bytes_per_image)
-        if self.device.type == "cuda":
-            return min(max(GPU_BYTES // peak, 32), 1024)
-        return min(max(CACHE_BYTES // peak, 4), 128)
+        """Images of one whole run that is fast."""
+        return processor_of(self.device.type).images(self.places[0].cut.peak_bytes_per_image)
 
     def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
         """The same candidate bit-widths for every layer; `restricted` gives some layers others."""
@@ -232,7 +225,7 @@ class Network:
                 default: the latter.
         """
         with computing(self.numeric, self.device):
-            batches = [self._laid_out(batch) for batch in images]
+            batches = [self._laid_out(part) for batch in images for part in torch.split(batch, self.images_at_once)]
             return normalisation(self.engine, batches, _quantized_layers(replaced), statistics)
 
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
@@ -262,9 +255,10 @@ class Network:
         return other, lambda i, layer: folds[i](layer) if i in folds else layer
 
     def folded_with(self, replaced: Replaced) -> "tuple[Network, dict[int, QuantizedLayer]]":
-        """The folded network, and these layers as they fit there."""
-        network, fold = self.folded()
-        return network, {i: fold(i, layer) for i, layer in _quantized_layers(replaced).items()}
+        """The folded network for runs with these layers replaced, and the layers as they fit there."""
+        layers, other = _quantized_layers(replaced), copy(self)
+        other.engine, folds = transforms.folded(self.engine, layers)
+        return other, {i: folds[i](layer) if i in folds else layer for i, layer in layers.items()}
 
     def with_batch_statistics(self) -> "Network":
         """The same network with batch norms on the statistics of each probe's own images."""

@@ -67,9 +67,13 @@ def _of_graph(
     # from the images on: a layer before the first batch norm may be none that is searched
     states = [graph.start(batch) for batch in batches]
     for norm in graph.norms:
-        states = [graph.run(state, norm.position, replaced) for state in states]
         trained_mean, trained_variance = (graph.constants[graph.named[name][0]] for name in (norm.mean, norm.variance))
-        seen = pooled_moments([state.values[norm.input_slot] for state in states], trained_mean.dtype)
+        moments_of_batches = []
+        for k, state in enumerate(states):
+            states[k] = graph.run(state, norm.position, replaced)
+            # at once, while the values are in the cache
+            moments_of_batches.append(batch_moments(states[k].values[norm.input_slot]))
+        seen = pooled(moments_of_batches, trained_mean.dtype)
         moments = statistics(NormStatistics(norm.mean, norm.variance, norm.eps, (trained_mean, trained_variance), seen))
         changed = dict(zip((norm.mean, norm.variance), moments, strict=True))
         buffers |= changed
@@ -83,8 +87,8 @@ def _of_modules(
     buffers: dict[str, Tensor] = {}
     changed = engine.changed
     for name, module in _norms_in_order(engine, batches[0][:1], replaced).items():
-        inputs: list[Tensor] = []
-        hook = module.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0].clone()))
+        inputs: list[BatchMoments] = []
+        hook = module.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(batch_moments(given[0])))
         try:
             for batch in batches:
                 engine.forward(batch, replaced)
@@ -93,7 +97,7 @@ def _of_modules(
         if inputs:  # else the images themselves decide whether it runs
             mean, variance = (f"{name}.{buffer}".lstrip(".") for buffer in ("running_mean", "running_var"))
             trained_mean, trained_variance = (changed.get(n, engine.model.get_buffer(n)) for n in (mean, variance))
-            seen = pooled_moments(inputs, trained_mean.dtype)
+            seen = pooled(inputs, trained_mean.dtype)
             moments = statistics(NormStatistics(mean, variance, module.eps, (trained_mean, trained_variance), seen))
             buffers |= zip((mean, variance), moments, strict=True)
             engine = engine.updated(buffers)
@@ -117,28 +121,43 @@ def _norms_in_order(engine: WholeForwards, image: Tensor, replaced: Mapping[int,
     return {name: modules[name] for name, uses in Counter(order).items() if uses == 1}
 
 
-def pooled_moments(batches: Sequence[Tensor], dtype: torch.dtype) -> Moments:
-    """Mean and unbiased variance of each channel.
+@dataclass(frozen=True)
+class BatchMoments:
+    """Moments of each channel of one batch."""
+
+    count: int
+    """Number of values of a channel."""
+    mean: Tensor
+    """Mean (channels,), float64."""
+    squares: Tensor
+    """Sum of squared distances from the mean (channels,), float64."""
+
+
+def batch_moments(values: Tensor) -> BatchMoments:
+    """Moments of each channel of values (n, channels, ...).
 
     Sums over one image are taken in float32 at least, which is several times as fast. Sums over
     images are taken in float64.
-
-    Args:
-        batches: Values (n, channels, ...).
-        dtype: Type of the results.
-
-    Returns:
-        (mean, variance), (channels,) each.
     """
 
-    def total(values: Tensor) -> Tensor:
-        return (values.sum(list(range(2, values.ndim))) if values.ndim > 2 else values).double().sum(0)
+    def total(summands: Tensor) -> Tensor:
+        return (summands.sum(list(range(2, summands.ndim))) if summands.ndim > 2 else summands).double().sum(0)
 
-    count = sum(batch.numel() // batch.shape[1] for batch in batches)
-    inner = torch.promote_types(batches[0].dtype, torch.float32)
-    mean = torch.stack([total(batch.to(inner)) for batch in batches]).sum(0) / count
-    centre = mean.to(inner)
-    around = centre.reshape([1, -1, *[1] * (batches[0].ndim - 2)])
-    squares = torch.stack([total((batch.to(inner) - around).square_()) for batch in batches]).sum(0)
-    squares -= count * (mean - centre.double()).square()  # the squares are around a rounded mean
+    count = values.numel() // values.shape[1]
+    inner = values.to(torch.promote_types(values.dtype, torch.float32))
+    mean = total(inner) / count
+    centre = mean.to(inner.dtype)
+    around = centre.reshape([1, -1, *[1] * (values.ndim - 2)])
+    squares = total((inner - around).square_()) - count * (mean - centre.double()).square()  # around a rounded mean
+    return BatchMoments(count, mean, squares)
+
+
+def pooled(batches: Sequence[BatchMoments], dtype: torch.dtype) -> Moments:
+    """Mean and unbiased variance of each channel over all batches, (channels,) each.
+
+    Chan, Golub and LeVeque 1983, in float64: they depend on how images are cut into batches by rounding alone.
+    """
+    count = sum(batch.count for batch in batches)
+    mean = torch.stack([batch.mean * (batch.count / count) for batch in batches]).sum(0)
+    squares = torch.stack([batch.squares + (batch.mean - mean).square() * batch.count for batch in batches]).sum(0)
     return mean.to(dtype), (squares / max(1, count - 1)).to(dtype)

@@ -1,5 +1,6 @@
 """What an engine can be turned into: batch norms folded, on batch statistics, or for autograd."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,12 +36,16 @@ class Fold:
         return (self.shift if bias is None else bias.double() * self.factor + self.shift).to(like.dtype)
 
 
-def folded(engine: Graph | WholeForwards) -> tuple[Graph | WholeForwards, dict[int, Fold]]:
+def folded(engine: Graph | WholeForwards, replaced: Collection[int] = ()) -> tuple[Graph | WholeForwards, dict[int, Fold]]:
     """The same network with batch norms inside the layers before them.
 
     Folded are batch norms that alone read the result of a layer with one use, where no run is
     resumed in between. Their instructions stay, as identities. So positions and cuts are the same.
     Results are the same up to rounding. Whole forwards fold nothing: the module runs its own code.
+
+    Args:
+        engine: The network.
+        replaced: Layers whose weights every run of the folded network replaces. They are not folded.
 
     Returns:
         The network, and layer -> how to fold what replaces it.
@@ -63,9 +68,9 @@ def folded(engine: Graph | WholeForwards) -> tuple[Graph | WholeForwards, dict[i
             continue
         folds[i] = fold
         weight, bias = constants[place.slots[0]], constants[place.bias_slot]
-        layer = fold(QuantizedLayer(weight))
-        constants |= dict.fromkeys(place.slots, layer.weight)
-        constants[place.bias_slot] = fold.shifted(bias, layer.weight)
+        if i not in replaced:
+            constants |= dict.fromkeys(place.slots, fold(QuantizedLayer(weight)).weight)
+        constants[place.bias_slot] = fold.shifted(bias, weight)
         steps[norm.position] = replace(steps[norm.position], function=_identity, arguments=steps[norm.position].arguments[:1])
     return replace(graph, constants=constants, instructions=tuple(steps)), folds
 

@@ -83,7 +83,10 @@ class Result:
     loss_predicted: float | None = None
     """Baseline + ½ αᵀĜα of the method's own matrix."""
     loss_probe_model: float | None = None
-    """As `loss_deployed`, but of the network that tiles measure: without final corrections."""
+    """As `loss_deployed`, but of the network that tiles measure: without final corrections.
+
+    It is measured for what is chosen. None elsewhere, and if probes use batch statistics.
+    """
     status: str | None = None
     """Status of the solver."""
     objective: float | None = None
@@ -99,7 +102,7 @@ class Result:
     validation_plain: Accuracy | None = None
     """Accuracy of the same bits, rounded to nearest without corrections.
 
-    None if the run has no corrections.
+    It is counted for what is chosen. None elsewhere, and if the run has no corrections.
     """
     winner: str | None = None
     """For `chosen`: the method that proposed the assignment."""

@@ -35,10 +35,10 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each phase."""
     forwards: dict[str, int] = field(default_factory=dict)
-    """Forward images of each tile kind, and of what is measured to choose.
+    """Forward images of each tile kind, of what is measured to choose, and of accuracies.
 
-    The latter are `proposals`, `local_search`, and `batchnorm_reestimation` for both. Preparing and
-    what is only reported (losses as probed, accuracy) are not counted.
+    What is measured to choose are `proposals`, `local_search`, `fewer_corrections`, and
+    `batchnorm_reestimation` for all three. `validation` are accuracies. Preparing is not counted.
     """
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the results should know."""

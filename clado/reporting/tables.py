@@ -28,7 +28,7 @@ from clado.settings.tracking import database_of
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
 """Rows of a budget.
 
-`plain %` is top-1 of the same bits without corrections. It is left out if the run has no
+`plain %` is top-1 of the same bits without corrections, where it was counted. It is left out if the run has no
 corrections.
 
 `corrections` is left out if every answer has all corrections.

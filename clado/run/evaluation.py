@@ -2,25 +2,28 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Literal
 
-from clado.data.images import MemorySlice
+from torch import Tensor
+
 from clado.evaluation import Counts, count_each, evaluation_batches
 from clado.measuring.kinds import tile_kind
-from clado.measuring.scores import Scores, deployed_scores, scores
-from clado.measuring.workbench import Workbench
+from clado.measuring.scores import score_passes
+from clado.measuring.workbench import FLOAT_LOGITS_BYTES, Pass, Workbench
+from clado.network.network import Network
 from clado.quantization.corrections import FinalCorrection, at_stage
 from clado.quantization.preparation import Prepared
 from clado.run.identity import RunIdentity
 from clado.run.inputs import RunInputs
 from clado.run.preparation import RunPreparation
 from clado.settings.identity import fingerprint
-from clado.space import Assignment
+from clado.space import CORRECTED, Assignment
 from clado.storage.evaluation_cache import EvaluationCache
 
-EVALUATION_BATCH = 2500  # validation images of one Dask task
-ASSIGNMENTS_AT_ONCE = 8  # assignments: decoding is then an eighth as much, and their weights still fit into memory
-Variant = Literal["deployed", "probe_model"]
+TASK_MACS = 10**10
+"""Multiply-accumulates of one assignment in one task: half a second of one core, and much more than deploying it takes."""
+MIN_TASK_IMAGES, MAX_TASK_IMAGES = 32, 512
+MAX_TASKS = 200
+"""Evaluation batches of a set of images, where MAX_TASK_IMAGES allow it: enough for many workers, and few files."""
 BatchItem = tuple[int, tuple[Assignment, ...]]
 """The number of an evaluation batch, and the assignments that are counted on it."""
 BatchCounts = tuple[int, list[tuple[Assignment, Counts]]]
@@ -34,6 +37,7 @@ class RunEvaluation:
         self.inputs = inputs
         self.identity = identity
         self.preparation = preparation
+        self._float_logits: dict[int, Tensor] = {}  # of a pass over the sensitivity set, by its first image
 
     @cached_property
     def bench(self) -> Workbench:
@@ -64,52 +68,106 @@ class RunEvaluation:
             config.gradients.seed,
         )
 
+    @property
+    def batch_images(self) -> int:
+        """Images of one forward pass of an evaluation."""
+        return self.inputs.config.measure.batch_images or self.inputs.float_network.images_at_once
+
     def loss(self, assignment: Assignment) -> Counts:
         """Sums of loss and Brier score of the deployed network over the sensitivity set, and its hits."""
-        if assignment.corrected == "all" and not self.has_probe_model:
-            return self.probe_loss(assignment)
         network, layers = self.preparation.deployed(assignment)
-        folded, replaced = network.folded_with(layers)
-        return self._summed(lambda block: deployed_scores(self.bench, folded, replaced, block))
+        scores = score_passes(self.inputs.config.criterion, *network.folded_with(layers), self._passes())
+        hits = "".join("01"[int(hit)] for hit in scores.hits)
+        return Counts(len(hits), float(scores.losses.sum()), brier=float(scores.briers.sum()), hits=hits)
 
-    def probe_loss(self, assignment: Assignment) -> Counts:
-        """The same as probes see it: without final corrections."""
-        bench = self.plain_bench if assignment.corrected == "none" else self.bench
-        return self._summed(lambda block: scores(bench, assignment, block))
+    def _passes(self) -> Iterator[Pass]:
+        """The sensitivity set with its float logits, as many images at a time as are fast."""
+        images, device = self.inputs.slices.sensitivity, self.inputs.float_network.device
+        for start, stop in evaluation_batches(len(images), self.batch_images):
+            x, labels = images.load(start, stop)
+            x, labels = x.to(device), None if labels is None else labels.to(device)
+            logits = self._float_logits.get(start)
+            if logits is None:
+                logits = self._folded_float.logits(x)
+                if logits.nbytes * len(images) <= FLOAT_LOGITS_BYTES * len(x):
+                    self._float_logits[start] = logits
+            yield Pass(x, labels, logits)
 
-    def _summed(self, scored: Callable[[int], Scores]) -> Counts:
-        blocks = [scored(block) for block in range(len(self.inputs.sample_blocks))]
-        loss, brier = (float(sum(getattr(block, name).sum() for block in blocks)) for name in ("losses", "briers"))
-        hits = "".join("01"[int(hit)] for block in blocks for hit in block.hits)
-        return Counts(len(hits), loss, brier=brier, hits=hits)
+    @cached_property
+    def _folded_float(self) -> Network:
+        """The float network that is deployed where nothing is quantized."""
+        return self.preparation.corrected.network.folded()[0]
 
-    @property
-    def has_probe_model(self) -> bool:
-        """Whether probes measure another network than the deployed one."""
-        config = self.inputs.config
-        return bool(at_stage(config.corrections, FinalCorrection)) or config.measure.batch_statistics
+    @cached_property
+    def _representative_levels(self) -> dict[str, str]:
+        """Each of `CORRECTED`, and the one of them that stands for it because it deploys the same network."""
+        corrections = self.inputs.config.corrections
+        has_final = self.preparation.images_per_reestimation > 0
+        has_static = len(corrections) > len(at_stage(corrections, FinalCorrection))
+        none = "none" if has_final or has_static else "all"
+        static = "static" if has_final and has_static else none if has_final else "all"
+        return {"all": "all", "static": static, "none": none}
+
+    def representative(self, assignment: Assignment) -> Assignment:
+        """The assignment that stands for all that deploy the same network: it is evaluated for each of them."""
+        level = self._representative_levels[assignment.corrected] if self.inputs.space.chosen_options(assignment) else "all"
+        return assignment.with_corrections(level)
 
     def other_corrections(self, assignment: Assignment) -> list[Assignment]:
-        """The same bits with fewer corrections: without the final ones, where there are some, and without any."""
-        if not self.inputs.config.corrections:
-            return []
-        levels = ["static", "none"] if self.preparation.images_per_reestimation else ["none"]
-        return [assignment.with_corrections(level) for level in ("all", *levels) if level != assignment.corrected]
+        """The same bits with other corrections, which deploy other networks."""
+        own = self.representative(assignment)
+        levels = dict.fromkeys(self._representative_levels.values())
+        return [other for level in levels if (other := assignment.with_corrections(level)) != own]
+
+    def as_probed(self, assignment: Assignment) -> Assignment | None:
+        """What deploys the network that tiles measure: without final corrections. None where probes use batch statistics."""
+        if self.inputs.config.measure.batch_statistics:
+            return None
+        static = assignment.with_corrections("static") if assignment.corrected == "all" else assignment
+        return self.representative(static)
+
+    def losses(
+        self,
+        assignments: Iterable[Assignment],
+        measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
+        advance: Callable[[float], None] = lambda amount: None,
+    ) -> dict[Assignment, Counts]:
+        """Counts of each distinct assignment on the sensitivity set: read where they are known, else measured and kept.
+
+        Args:
+            assignments: What to count.
+            measure: `loss` of what is absent, in any order. It gets what takes longest first.
+            advance: Called with 1 for each network.
+        """
+
+        def measured(absent: Sequence[Assignment]) -> Iterable[tuple[Assignment, Counts]]:
+            return measure(sorted(absent, key=lambda assignment: CORRECTED.index(assignment.corrected)))
+
+        return self._of_representatives(
+            assignments, lambda distinct: self.cache("sensitivity").read_or_measure(distinct, measured, advance)
+        )
+
+    def _of_representatives(
+        self,
+        assignments: Iterable[Assignment],
+        counts_of: Callable[[Iterable[Assignment]], dict[Assignment, Counts]],
+    ) -> dict[Assignment, Counts]:
+        """The counts of each assignment, where `counts_of` gives them for those that deploy different networks."""
+        representatives = {assignment: self.representative(assignment) for assignment in assignments}
+        counts = counts_of(representatives.values())
+        return {assignment: counts[one] for assignment, one in representatives.items()}
 
     @property
     def batches(self) -> list[tuple[int, int]]:
-        """Evaluation batches of the validation set."""
-        return evaluation_batches(len(self.inputs.slices.validation), EVALUATION_BATCH)
+        """Evaluation batches of the validation set: one Dask task counts all assignments on one of them."""
+        num_images = len(self.inputs.slices.validation)
+        return evaluation_batches(num_images, task_images(self.inputs.float_network.macs, num_images))
 
-    @property
-    def assignments_at_once(self) -> int:
-        """How many assignments one task evaluates: several where images are decoded, else one, which spreads the work best."""
-        return 1 if isinstance(self.inputs.slices.validation, MemorySlice) else ASSIGNMENTS_AT_ONCE
-
-    def accuracies(self, assignments: Sequence[Assignment], start: int, stop: int) -> list[Counts]:
+    def accuracies(self, assignments: Iterable[Assignment], start: int, stop: int) -> list[Counts]:
         """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as deployed."""
-        variants = [self.preparation.deployed(assignment) for assignment in assignments]
-        return count_each(variants, self.inputs.slices.validation, start, stop, reference=self.inputs.float_network)
+        variants = map(self.preparation.deployed, assignments)
+        validation = self.inputs.slices.validation
+        return count_each(variants, validation, start, stop, self.batch_images, self.inputs.float_network)
 
     def count_batch(self, item: BatchItem) -> BatchCounts:
         """Counts of assignments on one evaluation batch, which is decoded once for all of them."""
@@ -117,12 +175,9 @@ class RunEvaluation:
         counts = self.accuracies(assignments, *self.batches[number])
         return number, list(zip(assignments, counts, strict=True))
 
-    def cache(self, which: str, variant: Variant = "deployed") -> EvaluationCache:
-        """Evaluations on the `sensitivity` or the `validation` set: of deployed networks, or as probes see them."""
-        identity = dict(self.identity.document)
-        if variant == "probe_model":
-            identity["variant"] = variant
-        identity["slice"] = getattr(self.inputs.slices, which).sha256
+    def cache(self, which: str) -> EvaluationCache:
+        """Evaluations on the `sensitivity` or the `validation` set, of deployed networks."""
+        identity = {**self.identity.document, "slice": getattr(self.inputs.slices, which).sha256}
         return EvaluationCache(self.inputs.folder / "evaluations" / which, fingerprint(identity))
 
     def validation_counts(
@@ -137,24 +192,28 @@ class RunEvaluation:
         cache, batches = self.cache("validation"), self.batches
 
         def counted(absent: Sequence[Assignment]) -> Iterator[tuple[Assignment, Counts]]:
-            parts: dict[Assignment, dict[int, Counts]] = {}
-            for assignment in absent:
-                kept = ((number, cache.get(assignment, batch)) for number, batch in enumerate(batches))
-                parts[assignment] = {number: counts for number, counts in kept if counts is not None}
-            # batch by batch: what is decoded for one assignment is decoded for its neighbours
+            parts = [cache.get_batch(batch) for batch in batches]
             items = [
-                (number, tuple(group[first : first + self.assignments_at_once]))
-                for number in range(len(batches))
-                for group in [[assignment for assignment, known in parts.items() if number not in known]]
-                for first in range(0, len(group), self.assignments_at_once)
+                (number, missing)
+                for number, known in enumerate(parts)
+                if (missing := tuple(assignment for assignment in absent if assignment.key not in known))
             ]
-            for number, group_counts in count_batches(items):
-                for assignment, counts in group_counts:
-                    parts[assignment][number] = counts
-                    if len(batches) > 1:
-                        cache.put(assignment, counts, batches[number])
-            for assignment, known in parts.items():
+            for number, batch_counts in count_batches(items):
+                parts[number] |= {assignment.key: counts for assignment, counts in batch_counts}
+                if len(batches) > 1:
+                    cache.put_batch(batches[number], parts[number])
+            for assignment in absent:
                 # batches are added in order, so that the sum does not depend on which worker was first
-                yield assignment, sum((known[number] for number in range(len(batches))), Counts())
+                yield assignment, sum((known[assignment.key] for known in parts), Counts())
+            cache.forget_batches(absent)
 
-        return cache.read_or_measure(assignments, counted)
+        return self._of_representatives(assignments, lambda distinct: cache.read_or_measure(distinct, counted))
+
+
+def task_images(macs: int, num_images: int) -> int:
+    """Images of one evaluation batch, for a network of so many multiply-accumulates and a set of so many images.
+
+    It does not depend on the workers, so that the sums are the same, bit for bit, for any number of them.
+    """
+    wanted = max(TASK_MACS // max(1, macs), num_images // MAX_TASKS)
+    return min(max(wanted, MIN_TASK_IMAGES), MAX_TASK_IMAGES)

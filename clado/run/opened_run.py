@@ -1,12 +1,13 @@
 """A run that has been opened: the flow's process and every worker hold one each."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from clado.criteria import criterion_of
-from clado.data.images import DataSlices, ImageSlice
+from clado.data.images import DataSlices, ImageSlice, kept
 from clado.data.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.errors import ConfigurationError, DataError, UnreadableImage
 from clado.network.network import Network, prefers_channels_last
@@ -18,6 +19,9 @@ from clado.run.plugin_checks import check_plugins
 from clado.run.preparation import RunPreparation
 from clado.settings.schema import RunConfig
 from clado.space import SearchSpace
+
+KEPT_SHARE = 8
+"""Decoded images of a set that is read for every assignment take one part in so many of a worker's memory at most."""
 
 
 class OpenedRun(RunInputs):
@@ -57,7 +61,11 @@ def open_run(config: RunConfig, *, planning: bool = False) -> OpenedRun:
     network = _float_network(config, loaded)
     space = _search_space(config, network)
     check_space(network, space)
-    return OpenedRun(config, loaded, network, slices, space)
+    run = OpenedRun(config, loaded, network, slices, space)
+    if not planning:
+        limit = run.memory_limit // KEPT_SHARE
+        run.slices = replace(slices, sensitivity=kept(slices.sensitivity, limit), selection=kept(slices.selection, limit))
+    return run
 
 
 def _load_slices(config: RunConfig, loaded: LoadedNetwork, planning: bool) -> DataSlices:

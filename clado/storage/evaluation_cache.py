@@ -4,7 +4,7 @@ An assignment is evaluated once, even if several methods or budgets share it.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,48 +19,58 @@ Batch = tuple[int, int]
 class EvaluationCache:
     """Counts by assignment on one data slice: a folder of JSON files, each written whole.
 
-    `identity` names the slice and the network. The counts of an evaluation batch are kept until the
-    whole slice is evaluated. An evaluation that was killed continues with the other batches.
+    `identity` names the slice and the network. The counts of evaluation batches are kept, a file each,
+    until the whole slice is evaluated. An evaluation that was killed continues with the other batches.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
         self.identity = identity
 
-    def _file(self, assignment: Assignment, batch: Batch | None = None) -> Path:
-        name = f"{self.identity[:12]}-{assignment.key}"
-        return self.folder / (f"{name}.json" if batch is None else f"parts/{name}-{batch[0]}-{batch[1]}.json")
+    def _file(self, assignment: Assignment) -> Path:
+        return self.folder / f"{self.identity[:12]}-{assignment.key}.json"
 
-    def get(self, assignment: Assignment, batch: Batch | None = None) -> Counts | None:
+    def _batch_file(self, batch: Batch) -> Path:
+        return self.folder / "parts" / f"{self.identity[:12]}-{batch[0]}-{batch[1]}.json"
+
+    def get(self, assignment: Assignment) -> Counts | None:
         """The counts of an assignment; None if it is not evaluated yet, or its file cannot be read."""
         try:
-            document = json.loads(self._file(assignment, batch).read_text(encoding="utf-8"))
-            key = document["bits"], document["activation_bits"], document["identity"], document["part"]
-            expected = (
-                list(assignment.bits),
-                list(assignment.activation_bits),
-                self.identity,
-                None if batch is None else list(batch),
-            )
+            document = json.loads(self._file(assignment).read_text(encoding="utf-8"))
+            key = document["bits"], document["activation_bits"], document["identity"]
+            expected = list(assignment.bits), list(assignment.activation_bits), self.identity
             return Counts(**document["counts"]) if key == expected else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def put(self, assignment: Assignment, counts: Counts, batch: Batch | None = None) -> None:
-        """Keeps the counts of an assignment.
-
-        The counts of the whole slice replace those of its evaluation batches.
-        """
+    def put(self, assignment: Assignment, counts: Counts) -> None:
+        """Keeps the counts of an assignment."""
         document = {
             "identity": self.identity,
             "bits": assignment.bits,
             "activation_bits": assignment.activation_bits,
-            "part": batch,
             "counts": asdict(counts),
         }
-        write_text(self._file(assignment, batch), json.dumps(document))
-        if batch is None:
-            for file in self.folder.glob(f"parts/{self._file(assignment).stem}-*.json"):
+        write_text(self._file(assignment), json.dumps(document))
+
+    def get_batch(self, batch: Batch) -> dict[str, Counts]:
+        """The counts of an evaluation batch, by `Assignment.key`; empty if its file is absent or cannot be read."""
+        return _read_batch(self._batch_file(batch), self.identity)
+
+    def put_batch(self, batch: Batch, counts: Mapping[str, Counts]) -> None:
+        """Keeps the counts of an evaluation batch, by `Assignment.key`, in place of those that are kept of it."""
+        document = {"identity": self.identity, "counts": {key: asdict(one) for key, one in counts.items()}}
+        write_text(self._batch_file(batch), json.dumps(document))
+
+    def forget_batches(self, assignments: Iterable[Assignment]) -> None:
+        """Removes the counts of evaluation batches of assignments whose whole slice is evaluated."""
+        keys = {assignment.key for assignment in assignments}
+        for file in self.folder.glob(f"parts/{self.identity[:12]}-*.json"):
+            kept = {key: counts for key, counts in _read_batch(file, self.identity).items() if key not in keys}
+            if kept:
+                start, stop = file.stem.rsplit("-", 2)[1:]
+                self.put_batch((int(start), int(stop)), kept)
+            else:
                 file.unlink(missing_ok=True)
 
     def read_or_measure(
@@ -88,3 +98,11 @@ class EvaluationCache:
             counts[assignment] = measured
             advance(1)
         return {assignment: known for assignment, known in counts.items() if known is not None}
+
+
+def _read_batch(file: Path, identity: str) -> dict[str, Counts]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        return {key: Counts(**counts) for key, counts in document["counts"].items()} if document["identity"] == identity else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -63,10 +63,10 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
     measuring = sum(plan.macs(tile, work) for tile in run.identity.missing_tiles()) * rate / workers
     least, most = num_networks(run)
     networks = (least + most) // 2  # estimators agree on some budgets
-    shipped_and_plain = 2 * networks - 1 if run.config.corrections else networks  # the float network is both
-    validation = shipped_and_plain * len(run.slices.validation)
+    plain = len(run.budgets) if run.config.corrections else 0  # what is chosen, without corrections
+    validation = (networks + plain) * len(run.slices.validation)
     competing = num_competing(run)
-    sensitivity = (shipped_and_plain + competing) * len(run.slices.sensitivity)
+    sensitivity = (networks + competing) * len(run.slices.sensitivity)
     calibration = (networks + competing) * run.preparation.images_per_reestimation
     evaluation = (validation + sensitivity + calibration) * forward / workers
     return Eta(STARTS * own_start, _preparing(run), measuring, evaluation, most)

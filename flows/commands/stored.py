@@ -212,10 +212,9 @@ def proposals_of(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) ->
 def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
     """One result for each reported proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
     where it is known, else measured here."""
-    cache = run.evaluation.cache("sensitivity")
 
     def losses(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
-        return cache.read_or_measure(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
+        return run.evaluation.losses(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
 
     counts = losses([proposal.assignment for proposal in proposals])
     return chosen_of(run, with_fewer_corrections(run, proposals, counts, losses), counts)
@@ -229,7 +228,9 @@ def answers(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list
     if solved := {proposal.budget.name for proposal in recorded(stored, run)}:
         cache = run.evaluation.cache("sensitivity")
         for row in RunRecord.load(stored.folder / "record.json").results:
-            counts = cache.get(row.assignment) if row.method == CHOSEN and row.budget in solved else None
+            if row.method != CHOSEN or row.budget not in solved:
+                continue
+            counts = cache.get(run.evaluation.representative(row.assignment))
             if counts is not None and math.isclose(counts.accuracy().loss, row.loss_deployed):
                 before[row.budget] = row
     return [before.get(row.budget, row) if row.method == CHOSEN else row for row in rows]

@@ -22,7 +22,6 @@ from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.records.results import CHOSEN, LOCAL_SEARCH, Result, Stability
 from clado.records.text import write_text
-from clado.run.evaluation import Variant
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment, SearchSpace
 from flows import worker
@@ -44,8 +43,8 @@ class Choice:
     """All proposals, those of local searches and those with fewer corrections included."""
     losses: Mapping[Assignment, Counts]
     """Counts of every proposal on the sensitivity set, as deployed."""
-    probe_losses: Mapping[Assignment, Counts]
-    """Counts of what is reported, as probes see it."""
+    fewer_corrections: frozenset[Assignment]
+    """Those of them that were measured because the same bits were chosen with other corrections."""
     surrogate: str
     """The estimator that ranked the moves of the searches."""
     searched: Mapping[Budget, Searched]
@@ -75,6 +74,7 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
             for budget, of_budget in searched.items()
             for assignment in of_budget.tried
         ]
+        before = set(losses)
         proposed = with_fewer_corrections(
             run, proposed, losses, lambda absent: _losses(run, workers, "fewer corrections", absent)
         )
@@ -84,10 +84,8 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
             for row in results
             if row.method == CHOSEN and not isfinite(row.loss_deployed)
         ]
-        probe_losses = losses
-        if run.evaluation.has_probe_model:  # of what is reported
-            probe_losses = _losses(run, workers, "as probed", [row.assignment for row in results], "probe_model")
-    return Choice(matrices, tuple(proposed), losses, probe_losses, surrogate, searched, stable, tuple(results), tuple(notes))
+    fewer = frozenset(losses.keys() - before)
+    return Choice(matrices, tuple(proposed), losses, fewer, surrogate, searched, stable, tuple(results), tuple(notes))
 
 
 def estimate(run: OpenedRun, measured: Measured) -> Matrices:
@@ -146,24 +144,16 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
         return []
 
 
-def _losses(
-    run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment], variant: Variant = "deployed"
-) -> dict[Assignment, Counts]:
+def _losses(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
     """Counts of each distinct assignment on the sensitivity set: read where they are known, else measured by the workers."""
-    with progress(what, len(set(assignments))) as advance:
-        return _read_or_measure(run, workers, assignments, advance, variant)
+    with progress(what, len({run.evaluation.representative(assignment) for assignment in assignments})) as advance:
+        return _read_or_measure(run, workers, assignments, advance)
 
 
 def _read_or_measure(
-    run: OpenedRun,
-    workers: Workers,
-    assignments: Sequence[Assignment],
-    advance: Callable[[float], None],
-    variant: Variant = "deployed",
+    run: OpenedRun, workers: Workers, assignments: Sequence[Assignment], advance: Callable[[float], None]
 ) -> dict[Assignment, Counts]:
-    function = worker.measure_loss if variant == "deployed" else worker.measure_probe_loss
-    cache = run.evaluation.cache("sensitivity", variant)
-    return cache.read_or_measure(assignments, lambda absent: workers.map(function, run.config, absent), advance)
+    return run.evaluation.losses(assignments, lambda absent: workers.map(worker.measure_loss, run.config, absent), advance)
 
 
 def _mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from clado.evaluation import Counts
-from clado.records.results import Result
+from clado.records.results import CHOSEN, Result
 from clado.run.evaluation import BatchCounts, BatchItem
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
@@ -13,11 +13,11 @@ from flows.progress import progress
 
 
 def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dict[Assignment, Counts]:
-    """Counts of every distinct assignment of the results on the validation set, as deployed and without corrections; what an
-    earlier run counted is read."""
+    """Counts on the validation set of the float network, of every distinct assignment of the results as deployed, and of what is
+    chosen without corrections; what an earlier run counted is read."""
     wanted = [run.space.nothing, *(row.assignment for row in results)]
-    if run.config.corrections:  # which leave the float network's function as it is
-        wanted += [row.assignment.with_corrections("none") for row in results]
+    if run.config.corrections:
+        wanted += [row.assignment.with_corrections("none") for row in results if row.method == CHOSEN]
 
     def count_batches(items: list[BatchItem]) -> Iterator[BatchCounts]:
         with progress("evaluating", sum(len(group) for _, group in items)) as advance:

@@ -73,11 +73,11 @@ def record_of(
     """The record of a run whose proposals are measured and evaluated."""
     space, config = run.space, run.config
     validation = {assignment: counts.accuracy() for assignment, counts in accuracies.items()}
-    probe_losses = {assignment: counts.accuracy().loss for assignment, counts in choice.probe_losses.items()}
+    losses = {run.evaluation.representative(assignment): counts.accuracy().loss for assignment, counts in choice.losses.items()}
     results = tuple(
         replace(
             row,
-            loss_probe_model=probe_losses.get(row.assignment),
+            loss_probe_model=None if (probed := run.evaluation.as_probed(row.assignment)) is None else losses.get(probed),
             validation=validation.get(row.assignment),
             validation_plain=validation.get(row.assignment.with_corrections("none")) if config.corrections else None,
         )
@@ -98,7 +98,7 @@ def record_of(
         float_accuracy=validation[space.nothing],
         results=results,
         seconds=dict(seconds),
-        forwards=forwards_of(run, choice),
+        forwards=forwards_of(run, choice, accuracies),
         notes=(*run.notes, *notes),
         recorded=datetime.now(UTC).isoformat(timespec="seconds"),
         unsearched=tuple(run.float_network.coverage()),
@@ -111,20 +111,26 @@ def record_of(
     )
 
 
-def forwards_of(run: OpenedRun, choice: Choice) -> dict[str, int]:
-    """Forward images of each tile kind, and of choosing."""
-    plan, num_images = run.plan, len(run.slices.sensitivity)
-    tried = {assignment for searched in choice.searched.values() for assignment in searched.tried}
-    reestimated = sum(assignment.corrected == "all" for assignment in choice.losses)
-    choosing = {
-        "proposals": len(choice.losses.keys() - tried) * num_images,
+def forwards_of(run: OpenedRun, choice: Choice, accuracies: Mapping[Assignment, Counts]) -> dict[str, int]:
+    """Forward images of each tile kind, of choosing, and of accuracies."""
+    plan, representative = run.plan, run.evaluation.representative
+    tried = {representative(assignment) for searched in choice.searched.values() for assignment in searched.tried}
+    fewer = {representative(assignment) for assignment in choice.fewer_corrections} - tried
+    measured, evaluated = ({representative(assignment) for assignment in counts} for counts in (choice.losses, accuracies))
+    num_images, num_validation = len(run.slices.sensitivity), len(run.slices.validation)
+    reestimated = sum(assignment.corrected == "all" for assignment in measured)
+    is_labelled = all(counts.top1 is not None for counts in accuracies.values())
+    others = {
+        "proposals": len(measured - tried - fewer) * num_images,
         "local_search": len(tried) * num_images,
+        "fewer_corrections": len(fewer) * num_images,
         "batchnorm_reestimation": (1 + reestimated) * run.preparation.images_per_reestimation,
+        "validation": (len(evaluated) + (not is_labelled)) * num_validation,
     }
     measuring: dict[str, int] = {
         kind: plan.forward_images([tile for tile in plan.tiles if tile.kind == kind]) for kind in plan.kinds
     }
-    return {**measuring, **{name: count for name, count in choosing.items() if count}}
+    return {**measuring, **{name: count for name, count in others.items() if count}}
 
 
 def summaries(choice: Choice) -> tuple[SearchSummary, ...]:

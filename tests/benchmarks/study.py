@@ -48,7 +48,7 @@ from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.kinds import tile_kind
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, sample_blocks
-from clado.measuring.scores import deployed_scores
+from clado.measuring.scores import score_passes
 from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches, prepare
@@ -240,7 +240,7 @@ class Study:
             found = {}
             for assignment in assignments:
                 if assignment not in known:
-                    each = deployed_scores(bench, *self.deployed(assignment), 0)
+                    each = score_passes(bench.criterion, *self.deployed(assignment), bench.passes(0))
                     known[assignment] = float(each.losses.mean()), Score(float(each.briers.mean()), each.hits)
                 found[assignment] = known[assignment]
             return found

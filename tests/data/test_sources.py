@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clado.data import zoo
 from clado.data.decoding import EncodedSlice
-from clado.data.images import ImageSlice, MemorySlice, as_slice, check_batch, check_slice
+from clado.data.images import ImageSlice, KeptSlice, MemorySlice, as_slice, check_batch, check_slice, kept
 from clado.data.sources import LoadedNetwork, load_data, load_network
 from clado.data.sources.folder import ImageFile
 from clado.errors import DataError, NetworkError
@@ -767,6 +767,53 @@ def test_the_hash_of_a_slice_sees_pixels_labels_shape_and_order() -> None:
     assert len({MemorySlice(x, y).sha256 for x, y in variants}) == len(variants)
     turned = X.contiguous(memory_format=torch.channels_last)
     assert MemorySlice(turned, Y).sha256 == MemorySlice(X, Y).sha256
+
+
+class Reading(MemorySlice):
+    """Remembers what was read of it."""
+
+    def load(self, start, stop):
+        self.read = [*getattr(self, "read", []), *range(start, stop)]
+        return super().load(start, stop)
+
+
+@pytest.mark.parametrize("labels", [Y, None], ids=["labelled", "unlabelled"])
+def test_a_slice_that_keeps_what_it_reads_gives_the_same_and_reads_each_image_once(labels):
+    whole, reading = MemorySlice(X, labels), Reading(X, labels)
+    keeping = KeptSlice(reading)
+    assert (len(keeping), keeping.image_shape, keeping.sha256) == (len(X), whole.image_shape, whole.sha256)
+    for start, stop in [(2, 4), (0, 2), (1, 4), (4, 6), (0, 6), (3, 3), (5, 99)]:
+        (images, found), (expected, expected_labels) = keeping.load(start, min(stop, 6)), whole.load(start, min(stop, 6))
+        assert torch.equal(images, expected)
+        assert (found is None and expected_labels is None) or torch.equal(found, expected_labels)
+    assert sorted(reading.read) == sorted(set(reading.read)) == list(range(6))
+
+
+def test_only_what_fits_into_the_limit_is_kept_and_what_does_not_fit_the_protocol_is_refused_as_ever():
+    size = X.numel() * 4
+    other = slice_of(X)
+    assert isinstance(kept(other, size), KeptSlice)
+    assert kept(other, size - 1) is other
+    in_memory = MemorySlice(X)
+    assert kept(in_memory, size) is in_memory
+    for wrong in (X.to(torch.uint8), X[..., :2]):
+        with pytest.raises(DataError):
+            check_slice(KeptSlice(slice_of(X, wrong)), tuple(X.shape[1:]))
+
+
+def slice_of(images: Tensor, given: Tensor | None = None) -> ImageSlice:
+    """A slice of its own class, which gives other images than it says."""
+
+    class Other:
+        image_shape, num_classes, sha256 = tuple(images.shape[1:]), None, "0"
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def load(self, start: int, stop: int) -> tuple[Tensor, None]:
+            return (images if given is None else given)[start:stop], None
+
+    return Other()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from clado.errors import ConfigurationError
 from clado.measuring.batching import batching, rows_within_memory
 from clado.measuring.plan import Plan, Workload, sample_blocks
+from clado.network.batch_size import Processor
 from clado.space import Layer, SearchSpace
 
 
@@ -69,7 +70,7 @@ def test_rows_shrink_to_the_memory_limit_and_too_little_is_refused_with_numbers(
 
 @pytest.mark.parametrize("limit", [10_000, 40_000, 10**6])
 def test_a_batch_and_its_buffers_stay_within_the_limit_and_the_cache(limit):
-    chosen = batching([100, 50, 20], [400, 200, 50], 64, limit_bytes=limit, cache_bytes=10_000)
+    chosen = batching([100, 50, 20], [400, 200, 50], 64, limit_bytes=limit, processor=Processor(10_000, 512))
     assert chosen.working_bytes <= limit // 2
     assert list(chosen.batch_images) == sorted(chosen.batch_images)
     assert 1 <= chosen.images_per_pass <= chosen.batch_images[0]
@@ -79,7 +80,7 @@ def test_a_batch_and_its_buffers_stay_within_the_limit_and_the_cache(limit):
 
 @pytest.mark.parametrize(("images", "passes"), [(8, 1), (25, 1), (40, 1), (49, 1), (50, 2), (64, 2), (120, 4)])
 def test_a_pass_is_what_the_cache_holds_and_less_than_twice_that_rather_than_two_halves(images, passes):
-    chosen = batching([100, 50, 20], [400, 200, 50], images, cache_bytes=10_000)
+    chosen = batching([100, 50, 20], [400, 200, 50], images, processor=Processor(10_000, 512))
     assert chosen.images_per_pass == -(-images // passes)
     assert chosen.batch_images == tuple(max(batch, chosen.images_per_pass) for batch in (25, 50, 200))
 

@@ -16,8 +16,9 @@ from clado.measuring import workbench
 from clado.measuring.kinds.gram import TEMPERATURES
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, Tile, sample_blocks
-from clado.measuring.scores import deployed_scores, scores
+from clado.measuring.scores import score_passes, scores
 from clado.measuring.workbench import Workbench, network_batching
+from clado.network.batch_size import CPU, MIN_BATCH
 from clado.network.graph import Graph
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared, Recipe, prepare
@@ -283,7 +284,7 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
     expected = kl_to_float(logits, replaced_logits(build(Normed), {}, x))
     chosen = b.prepared.chosen(b.space.narrowest)
     for ships in ((shipped, chosen), shipped.folded_with(chosen)):
-        tolerance.assert_close_losses(deployed_scores(b, *ships, 1).losses, expected)
+        tolerance.assert_close_losses(score_passes(b.criterion, *ships, b.passes(1)).losses, expected)
 
 
 @pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
@@ -297,15 +298,14 @@ def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypat
     assert all(np.array_equal(x, y) for found in losses for x, y in zip(found, losses[0], strict=True))
 
 
-@pytest.mark.parametrize("statistics", [False, True])
-def test_what_ships_is_compared_with_the_float_network_as_it_ships(statistics):
-    b = bench(Normed, batch_statistics=statistics)
-    shipped = b.prepared.network
-    assert deployed_scores(b, shipped, {}, 1).losses == pytest.approx(0, abs=tolerance.of_no_change())
-    x, _ = b.load(*b.sample_blocks[1])
-    layers = {i: b.prepared.layers[b.space.offsets[i]] for i in range(b.space.num_layers)}
-    expected = kl_to_float(shipped.logits(x, layers), shipped.logits(x))
-    tolerance.assert_close_losses(deployed_scores(b, shipped, layers, 1).losses, expected)
+@NETWORKS
+def test_tiles_and_whole_forwards_take_batches_by_one_rule(kind):
+    network = Network(build(kind), images(2))
+    most = network.images_at_once
+    tiles = network_batching(network, 10 * most)
+    assert tiles.batch_images[0] == tiles.images_per_pass == most
+    peak = network.places[0].cut.peak_bytes_per_image
+    assert most in (CPU.most, MIN_BATCH) or most * peak <= CPU.fast_bytes < (most + 1) * peak
 
 
 @pytest.mark.parametrize("rows", range(1, 11))

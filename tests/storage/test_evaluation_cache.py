@@ -69,19 +69,29 @@ def test_counts_of_another_shape_are_evaluated_again(tmp_path, counts):
     assert cache.get(ONE) is None
 
 
-def test_parts_are_kept_apart_until_the_whole_is_put(tmp_path):
+def test_counts_of_evaluation_batches_are_kept_a_file_each_until_they_are_forgotten(tmp_path):
     cache = EvaluationCache(tmp_path, "abc")
-    cache.put(ONE, COUNTS, (0, 7))
-    cache.put(ONE, Counts(1), (7, 8))
-    cache.put(OTHER, COUNTS, (0, 7))
-    assert (cache.get(ONE), cache.get(ONE, (0, 7)), cache.get(ONE, (7, 8)), cache.get(ONE, (0, 8))) == (
-        None, COUNTS, Counts(1), None,
-    )  # fmt: skip
-    assert EvaluationCache(tmp_path, "def").get(ONE, (0, 7)) is None
-    cache.put(ONE, COUNTS + Counts(1))
-    assert cache.get(ONE) == COUNTS + Counts(1)
-    assert cache.get(ONE, (0, 7)) is None
-    assert cache.get(OTHER, (0, 7)) == COUNTS
+    first = {ONE.key: COUNTS, OTHER.key: Counts(2, 1e-300)}
+    cache.put_batch((0, 7), first)
+    cache.put_batch((7, 8), {ONE.key: Counts(1)})
+    assert (cache.get_batch((0, 7)), cache.get_batch((7, 8)), cache.get_batch((0, 8))) == (first, {ONE.key: Counts(1)}, {})
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+    assert EvaluationCache(tmp_path, "def").get_batch((0, 7)) == {}
+    assert cache.get(ONE) is None
+    cache.put(ONE, COUNTS)
+    cache.forget_batches([ONE])
+    assert cache.get(ONE) == COUNTS
+    assert (cache.get_batch((0, 7)), cache.get_batch((7, 8))) == ({OTHER.key: first[OTHER.key]}, {})
+    cache.forget_batches([OTHER])
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"identity": "abc", "counts": 3}', "\x00"])
+def test_a_file_of_an_evaluation_batch_that_cannot_be_read_is_counted_again(tmp_path, content):
+    cache = EvaluationCache(tmp_path, "abc")
+    cache.put_batch((0, 7), {ONE.key: COUNTS})
+    next((tmp_path / "parts").iterdir()).write_text(content)
+    assert cache.get_batch((0, 7)) == {}
 
 
 def counts_of(assignment: Assignment) -> tuple[Assignment, Counts]:
