@@ -52,7 +52,7 @@ class DaskWorkers:
 
         config = located(run.config)
         try:
-            for plugin in (Inspection(config), RunPlugin(config, run.identity.contents)):
+            for plugin in (Inspection(config), RunPlugin(config, run.identity.contents, run.float_network.portable)):
                 self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has its own
                 self.client.register_plugin(plugin, self.plugins[-1])
         except ImportError as error:
