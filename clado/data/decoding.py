@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MODES = {1: "L", 3: "RGB"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # of image files, as torchvision has them
 
 
 class EncodedImage(Protocol):
@@ -77,9 +78,18 @@ class Preprocessing:
 
     def __call__(self, encoded: EncodedImage) -> Tensor:
         """The image as float32 (C, H, W); UnreadableImage names one that cannot be read."""
+        return self.normalised(self.pixels(encoded))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels as uint8 (..., C, H, W) in the form that the network takes, as float32."""
+        return (pixels.float() / 255 - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def pixels(self, encoded: EncodedImage) -> Tensor:
+        """The image, resized and cropped, as uint8 (C, H, W); UnreadableImage names one that cannot be read.
+
+        The result is that of torchvision's resize, center_crop and pil_to_tensor, whose import takes seconds.
+        """
         from PIL import Image
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
 
         channels, height, width = self.image_shape
         try:
@@ -90,9 +100,14 @@ class Preprocessing:
                 f"image {encoded} cannot be read ({error}); repair or remove it, or allow some with data.max_corrupt_images",
                 encoded.name,
             ) from error
-        resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
-        pixels: Tensor = F.pil_to_tensor(F.center_crop(resized, [height, width])).float() / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        shorter, longer = sorted(image.size)
+        scaled = int(self.resize * longer / shorter)
+        size = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+        cropped = np.array(image.crop((left, top, left + width, top + height))).reshape(height, width, channels)
+        return torch.from_numpy(cropped).permute(2, 0, 1)
 
 
 def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
