@@ -39,7 +39,6 @@ def run_flow(settings: RunConfig, clock: dict[str, float], begin: float) -> "tup
         from flows.guard import did_not_start, locked, orchestrated
 
         with locked(run.folder):  # refused here, where a message is enough, and held by the flow
-            run.identity.open_store()  # refused where it holds other numbers; workers look whether they see it
             make_home()
             try:
                 if server is not None:
