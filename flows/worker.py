@@ -97,7 +97,7 @@ def checked_run(config: RunConfig) -> OpenedRun:
     """A run that is checked: once in a process, because the command checks before it starts anything, and the flow asks again."""
     if not _last_opened or not _last_opened[0].is_checked or _last_opened[0].run.config != config:
         forget()
-        keep(checked(open_run(config)), is_checked=True)
+        keep(checked(open_run(config, checking=True)), is_checked=True)
     return _last_opened[0].run
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from clado.criteria import criterion_of
+from clado.data.decoding import EncodedSlice
 from clado.data.images import DataSlices, ImageSlice
 from clado.data.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.errors import ConfigurationError, DataError, UnreadableImage
@@ -40,13 +41,16 @@ class OpenedRun(RunInputs):
         return RunEvaluation(self, self.identity, self.preparation)
 
 
-def open_run(config: RunConfig, *, planning: bool = False, exported: PortableGraph | None = None) -> OpenedRun:
+def open_run(
+    config: RunConfig, *, planning: bool = False, exported: PortableGraph | None = None, checking: bool = False
+) -> OpenedRun:
     """Loads network and data and refuses what does not fit; touches no server, worker or store. Nothing is cached.
 
     Args:
         config: The settings.
         planning: Images that are absent are counted as the settings ask for them, and cannot be read.
         exported: The network's graph, where another process with the same settings has exported it.
+        checking: All images are read next (`clado.run.checks`): they are decoded while the network is exported.
 
     Raises:
         DataError: The criterion needs labels and there are none, or the images do not fit.
@@ -56,6 +60,10 @@ def open_run(config: RunConfig, *, planning: bool = False, exported: PortableGra
     torch.set_num_threads(config.cluster.threads_per_worker)
     loaded = load_network(config.network)
     slices = _load_slices(config, loaded, planning)
+    if checking:
+        for images in slices.used:
+            if isinstance(images, EncodedSlice):
+                images.decode_ahead()
     network = _float_network(config, loaded, exported)
     space = _search_space(config, network)
     check_space(network, space)
