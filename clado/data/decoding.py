@@ -231,7 +231,6 @@ class EncodedSlice:
         images = torch.stack([self._image(k) for k in numbers]) if numbers else torch.empty(0, *self.image_shape)
         return images, None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
 
-
     def _image(self, number: int) -> Tensor:
         if self._ahead is None:
             return self.preprocessing(self.images[number])

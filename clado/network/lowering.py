@@ -74,9 +74,7 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
     )
 
 
-def _classified(
-    program: Program, weights: set[fx.Node]
-) -> tuple[list[fx.Node], dict[fx.Node, Any], dict[int, SizeRule]]:
+def _classified(program: Program, weights: set[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, Any], dict[int, SizeRule]]:
     """(operators that depend on images or searched weights, folded constants, rules of scalars)."""
     operators: list[fx.Node] = []
     constants: dict[fx.Node, Any] = dict(program.tensors)

@@ -53,7 +53,7 @@ class PortableGraph:
             NetworkError: The module does not have them.
         """
         if not self.fits(model):
-            raise NetworkError(f"the graph of another network was given for {type(model).__name__}; expected that of the same one")
+            raise NetworkError(f"the graph of another network was given for {type(model).__name__}; expected its own")
         tensors = _tensors(model)
         device = next(iter(tensors.values())).device
 

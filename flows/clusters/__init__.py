@@ -1,9 +1,9 @@
 """Where tasks run: one file for each kind of cluster. Choosing another is a change of configuration only.
 
 A cluster is a module of this folder with a context manager `start(settings: ClusterSettings) -> Workers` and a function
-`describe(settings) -> str` that says, or prints, what `start` would start. One whose workers need little until they open a run
-has a function `prepare(settings)` too, which starts what can be started before the network is known. To add one, add a file and subclass `ClusterContract`
-(tests/contracts/cluster.py).
+`describe(settings) -> str` that says, or prints, what `start` would start. Where starting takes long and needs no answer of
+others, it has `prepare(settings)` too: it begins what can begin before the network is known, and `start` is then called in the
+background. To add one, add a file and subclass `ClusterContract` (tests/contracts/cluster.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
