@@ -49,30 +49,9 @@ def run(config: Config, overrides: Overrides = None) -> None:
     settings = _settings(config, overrides)
     clock: dict[str, float] = {}
     atexit.register(_report_end, clock)  # registered before Prefect's own hooks, hence run after them
-    from flows.worker import checked_run
+    from flows.commands.run import run_flow
 
-    run = checked_run(settings)
-    begin = time.perf_counter()
-    clock["start-up"] = begin - BEGIN
-    from flows.commands.plan import plan_text
-
-    typer.echo(plan_text(run), err=True)
-    from flows.environment import make_home
-    from flows.guard import locked, orchestrated
-
-    with locked(run.folder):  # refused here, where a message is enough, and held by the flow
-        make_home()
-    from flows.pipeline import pipeline
-
-    clock["start-up"] += time.perf_counter() - begin
-    entered = time.perf_counter()
-    before = dict(clock)
-    receipt = None
-    with orchestrated(lambda: clock == before, lambda: "shutdown" in clock):
-        receipt = pipeline(run.config, clock)
-    # what the flow's own phases do not cover is the orchestrator's start
-    flow_seconds = sum(clock.values()) - sum(before.values())
-    clock["start-up"] += time.perf_counter() - entered - flow_seconds
+    run, receipt = run_flow(settings, clock, BEGIN)
     _show(run.folder, clock, receipt)
     clock["printed"] = time.perf_counter()
 

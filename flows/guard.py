@@ -3,20 +3,18 @@
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import FrameType, SimpleNamespace
-from typing import Any
+from types import FrameType
 
 from clado.choosing.program import Program, Solution, Solve, Status
 from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted, StoreError
 from clado.space import Assignment
+from flows.embedded import foreign_url
 
 GRACE = 10.0  # seconds for an orderly end, after which another signal ends the command at once
 
@@ -145,7 +143,7 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
     """Around the call of a flow: a failure of Prefect is one message, and so is an interrupt.
 
     Prefect handles SIGTERM while the flow runs. It unwinds the flow, then sends the signal again to the handler that is set here.
-    Prefect's own messages about an interrupt are dropped. The embedded server ends with this process.
+    Prefect's own messages about an interrupt are dropped.
 
     Args:
         outside: Whether an error comes from outside the flow's phases, that is from Prefect.
@@ -163,7 +161,6 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
         logging.disable(logging.CRITICAL)
         raise interrupted[0]
 
-    _watch_embedded_server()
     in_main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
     for name in ("prefect.flow_runs", "prefect.task_runs"):
@@ -182,11 +179,16 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
             return
         if isinstance(error, CladoError) or not outside():
             raise
-        raise ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}") from None
+        raise did_not_start(error) from None
     finally:
         if not interrupted:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def did_not_start(error: Exception) -> ServerError:
+    """The message where Prefect does not start."""
+    return ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}")
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:
@@ -195,46 +197,12 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
     return not is_message and not any(words in record.getMessage() for words in ("Crash detected!", "Finished in state Crashed"))
 
 
-def _watch_embedded_server() -> None:
-    """Makes Prefect's embedded server end with this process, also where the process is killed with -9, and not earlier.
-
-    Ctrl-C in a terminal reaches every process, and so does the signal that ends a batch job. Without this, the server would end
-    before the run. A shell reads a pipe that only this process keeps open. The pipe ends with this process.
-    """
-    from prefect.server.api import server as prefects
-
-    class Watched(prefects.SubprocessASGIServer):
-        def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-            # in a session of its own, which signals to this process do not reach; Prefect has no setting for that
-            names = vars(prefects)
-            names["subprocess"] = SimpleNamespace(Popen=partial(subprocess.Popen, start_new_session=True))
-            try:
-                server = super()._run_uvicorn_command()
-            finally:
-                names["subprocess"] = subprocess
-            watch = ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "clado-watch", str(server.pid)]
-            self.watcher = subprocess.Popen(
-                watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-            return server
-
-        def stop(self) -> None:
-            super().stop()
-            if watcher := self.__dict__.pop("watcher", None):
-                watcher.kill()
-                watcher.communicate()
-
-    if os.name == "posix":
-        Watched()  # Prefect keeps one server for each port. The embedded one has the port None, and will be this object
-
-
 def _leftover() -> str:
-    return f"{os.environ.get('PREFECT_API_URL', 'its page')} shows it as running until somebody deletes it there"
+    return f"{foreign_url() or 'its page'} shows it as running until somebody deletes it there"
 
 
 def _advice() -> str:
-    url = os.environ.get("PREFECT_API_URL")
-    if url:
+    if url := foreign_url():
         return f"start the server at {url}, or unset PREFECT_API_URL (or Prefect's profile) to use an embedded one"
     return (
         "its embedded server needs a free port on 127.0.0.1 and a folder to write to (PREFECT_HOME); "

@@ -21,7 +21,6 @@ from flows.phases.deliver import deliver, failure_recorded
 from flows.phases.evaluate import evaluate
 from flows.phases.measure import measure
 from flows.phases.prepare import prepare
-from flows.phases.record import record
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,8 +74,7 @@ def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Rec
         write_text(run.folder / "config.yaml", run.config.to_yaml())
         with failure_recorded(run, flow_run_id), ExitStack() as cluster, insistent():
             with clock.phase("start-up"):
-                workers = cluster.enter_context(clusters.start(run.config))
-                workers.open_run(run)
+                workers = cluster.enter_context(clusters.opened(run))
             with clock.phase("preparing"):
                 preparing_notes = step(prepare, run, workers)
             with clock.phase("measuring"):
@@ -85,6 +83,8 @@ def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Rec
             with clock.phase("evaluation"):
                 accuracies = step(evaluate, run, workers, choice.results)
             with clock.phase("recording"):
+                from flows.phases.record import record  # imports what draws plots
+
                 notes = [*preparing_notes, *measurement.notes, *choice.notes]
                 recorded = step(record, run, choice, accuracies, notes, clock.seconds)
                 receipt = step(deliver, run, recorded, flow_run_id)

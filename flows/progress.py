@@ -2,50 +2,81 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Lock, Thread
 from typing import Protocol
 
-EVERY_SECONDS = 5.0
+from flows.pace import Pace
+
+LINE_SECONDS = 5.0  # between lines of a log file
+BAR_SECONDS = 0.5  # between two looks of a bar
 
 
 class Progress(Protocol):
     """Counts the work done."""
 
     def __call__(self, amount: float) -> None:
-        """Adds to the work done."""
+        """Adds to the work done: that of a task that has ended."""
+
+
+Show = Callable[[float, float, float | None], None]  # of (share of the work done, seconds, ETA in seconds or None)
 
 
 @contextmanager
-def progress(title: str, total: float) -> Iterator[Progress]:
-    """Yields a function that adds to the work done. `total` is in any unit, such as multiply-accumulates."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def progress(title: str, total: float, in_flight: float | None = None) -> Iterator[Progress]:
+    """Yields a function that adds to the work done.
 
-        columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda amount: bar.advance(task, amount)
-        return
-    begin = last_line = time.monotonic()
-    work = 0.0
+    Args:
+        title: What is done.
+        total: All work, in any unit that a worker does as much of in every second, such as multiply-accumulates.
+        in_flight: Most work that is being computed at a time; give it where tasks differ much.
+    """
+    with _bar(title) if sys.stderr.isatty() else _lines(title) as (show, seconds):
+        pace, begin, lock, ended = Pace(total, in_flight), time.monotonic(), Lock(), Event()
 
-    def advance(amount: float) -> None:
-        nonlocal work, last_line
-        work += amount
-        now = time.monotonic()
-        if now - last_line >= EVERY_SECONDS or work >= total:
-            last_line = now
-            eta = (now - begin) * max(0.0, total - work) / work if work else 0.0
-            share = work / total if total else 1.0  # a tile without a pair costs nothing
-            line = f"{title}: {100 * share:5.1f} %, {now - begin:.0f} s, ETA {eta:.0f} s"
-            print(line, file=sys.stderr, flush=True)
+        def look() -> None:
+            now = time.monotonic() - begin
+            with lock:
+                share = pace.expected(now) / total if total else 1.0  # a tile without a pair costs nothing
+                show(1.0 if pace.done >= total else min(share, 0.999), now, pace.eta(now))
 
-    yield advance
+        def watch() -> None:
+            while not ended.wait(seconds):
+                look()
+
+        def advance(amount: float) -> None:
+            with lock:
+                pace.add(time.monotonic() - begin, amount)
+
+        watcher = Thread(target=watch, name="clado-progress", daemon=True)
+        watcher.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            watcher.join()
+        look()
+
+
+@contextmanager
+def _lines(title: str) -> Iterator[tuple[Show, float]]:
+    def show(share: float, seconds: float, eta: float | None) -> None:
+        print(f"{title}: {100 * share:5.1f} %, {seconds:.0f} s, ETA {_text(eta)}", file=sys.stderr, flush=True)
+
+    yield show, LINE_SECONDS
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[tuple[Show, float]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("ETA {task.fields[eta]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=1.0, eta=_text(None))
+        yield lambda share, seconds, eta: bar.update(task, completed=share, eta=_text(eta)), BAR_SECONDS
+
+
+def _text(eta: float | None) -> str:
+    return "unknown" if eta is None else f"{eta:.0f} s"

@@ -13,6 +13,7 @@ from clado.errors import ServerError
 from clado.evaluation import Counts
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
+from clado.network.portable import PortableGraph
 from clado.run.checks import checked
 from clado.run.evaluation import BatchCounts, BatchItem
 from clado.run.opened_run import OpenedRun, open_run
@@ -36,9 +37,10 @@ class RunPlugin(WorkerPlugin):
 
     name = "clado-run"
 
-    def __init__(self, config: RunConfig, contents: str | None = None) -> None:
+    def __init__(self, config: RunConfig, contents: str | None = None, exported: PortableGraph | None = None) -> None:
         self.document: dict[str, Any] = config.model_dump(mode="json")
         self.contents = contents  # what the flow's run holds
+        self.exported = exported  # its network's graph: a worker takes seconds to export one
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask when the worker starts."""
@@ -47,10 +49,10 @@ class RunPlugin(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if self.document["cluster"]["kind"] in ("local", "local_gpus") and os.name == "posix":
                 os.setpgid(0, 0)
-        if self.contents in (None, last_opened(self.document).identity.contents):
+        if self.contents in (None, last_opened(self.document, self.exported).identity.contents):
             return
         forget()  # a worker that outlives a run may hold the network or the images of before
-        if last_opened(self.document).identity.contents != self.contents:
+        if last_opened(self.document, self.exported).identity.contents != self.contents:
             raise ServerError(
                 f"worker {worker.address} holds another network or other images than the flow, under the same settings; expected "
                 "the same files there, and a worker that was started after the last change to the network's code: restart it"
@@ -81,11 +83,14 @@ def keep(run: OpenedRun, is_checked: bool = False) -> None:
     _last_opened[:] = [_LastOpened(run.config.model_dump(mode="json"), run, is_checked)]
 
 
-def last_opened(document: dict[str, Any]) -> OpenedRun:
-    """The run of a task's settings: the one that this process opened last, or else opened now and kept."""
+def last_opened(document: dict[str, Any], exported: PortableGraph | None = None) -> OpenedRun:
+    """The run of a task's settings: the one that this process opened last, or else opened now and kept.
+
+    `exported` is its network's graph, where that is known.
+    """
     if not _last_opened or _last_opened[0].document != document:
         forget()
-        _last_opened.append(_LastOpened(document, open_run(parse_config(document))))
+        _last_opened.append(_LastOpened(document, open_run(parse_config(document), exported=exported)))
     return _last_opened[0].run
 
 
@@ -93,7 +98,7 @@ def checked_run(config: RunConfig) -> OpenedRun:
     """A run that is checked: once in a process, because the command checks before it starts anything, and the flow asks again."""
     if not _last_opened or not _last_opened[0].is_checked or _last_opened[0].run.config != config:
         forget()
-        keep(checked(open_run(config)), is_checked=True)
+        keep(checked(open_run(config, checking=True)), is_checked=True)
     return _last_opened[0].run
 
 

@@ -9,11 +9,13 @@ and calibration, a larger slice with the same seed holds the smaller one.
 
 import hashlib
 import io
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from threading import Condition, Thread
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,7 +29,10 @@ from clado.settings.schema import IMAGENET_MEAN, IMAGENET_STD, DataSettings
 if TYPE_CHECKING:
     from PIL import Image
 
+DECODERS = 4  # threads: Pillow decodes and resizes without Python's lock
+AHEAD_BYTES = 250 * 10**6  # of decoded images of a slice that nobody has read yet
 MODES = {1: "L", 3: "RGB"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # of image files, as torchvision has them
 
 
 class EncodedImage(Protocol):
@@ -77,9 +82,18 @@ class Preprocessing:
 
     def __call__(self, encoded: EncodedImage) -> Tensor:
         """The image as float32 (C, H, W); UnreadableImage names one that cannot be read."""
+        return self.normalised(self.pixels(encoded))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels as uint8 (..., C, H, W) in the form that the network takes, as float32."""
+        return (pixels.float() / 255 - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def pixels(self, encoded: EncodedImage) -> Tensor:
+        """The image, resized and cropped, as uint8 (C, H, W); UnreadableImage names one that cannot be read.
+
+        The result is that of torchvision's resize, center_crop and pil_to_tensor, whose import takes seconds.
+        """
         from PIL import Image
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
 
         channels, height, width = self.image_shape
         try:
@@ -90,9 +104,14 @@ class Preprocessing:
                 f"image {encoded} cannot be read ({error}); repair or remove it, or allow some with data.max_corrupt_images",
                 encoded.name,
             ) from error
-        resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
-        pixels: Tensor = F.pil_to_tensor(F.center_crop(resized, [height, width])).float() / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        shorter, longer = sorted(image.size)
+        scaled = int(self.resize * longer / shorter)
+        size = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+        cropped = np.array(image.crop((left, top, left + width, top + height))).reshape(height, width, channels)
+        return torch.from_numpy(cropped).permute(2, 0, 1)
 
 
 def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
@@ -115,6 +134,61 @@ def folder_error(path: Path | None, expected: str) -> DataError:
     return DataError(f"data.path {path}{where} is not a folder; expected {expected}")
 
 
+class Ahead:
+    """Decodes images in their order in threads, each once, so that a reader in that order need not wait.
+
+    Args:
+        count: Number of images.
+        decode: The image of a number. What it raises, `take` raises.
+        most: Images that wait for the reader at most.
+    """
+
+    def __init__(self, count: int, decode: Callable[[int], Tensor], most: int) -> None:
+        self._count, self._decode, self._most = count, decode, most
+        self._results: dict[int, Tensor | Exception] = {}
+        self._taken: set[int] = set()
+        self._next = self._wanted = 0
+        self._changed = Condition()
+        for _ in range(DECODERS):
+            Thread(target=self._work, name="clado-decoding", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next < max(self._wanted + self._most, 1) or self._next >= self._count)
+                if self._next >= self._count:
+                    return
+                number = self._next
+                self._next += 1
+            try:
+                result: Tensor | Exception = self._decode(number)
+            except Exception as error:
+                result = error
+            with self._changed:
+                self._results[number] = result
+                self._changed.notify_all()
+
+    def take(self, number: int) -> Tensor:
+        """The image of a number: decoded ahead the first time, and here when it is asked for again."""
+        with self._changed:
+            if number not in self._taken and self._count:
+                self._taken.add(number)
+                self._wanted = max(self._wanted, number + 1)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: number in self._results or self._count == 0)
+            result = self._results.pop(number, None)
+        if isinstance(result, Exception):
+            raise result
+        return self._decode(number) if result is None else result
+
+    def stop(self) -> None:
+        """Ends the threads, and forgets what nobody has taken."""
+        with self._changed:
+            self._count = 0
+            self._results.clear()
+            self._changed.notify_all()
+
+
 class EncodedSlice:
     """Encoded images in a fixed order, with labels or none, decoded anew at each `load`."""
 
@@ -126,6 +200,7 @@ class EncodedSlice:
         preprocessing: Preprocessing,
     ) -> None:
         self.images, self.labels, self.classes, self.preprocessing = tuple(images), labels, classes, preprocessing
+        self._ahead: Ahead | None = None
 
     @property
     def image_shape(self) -> ImageShape:
@@ -152,13 +227,26 @@ class EncodedSlice:
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images start..stop-1 as float32 (n, C, H, W), and labels int64 (n,) or None."""
-        encoded_images = self.images[start:stop]
-        images = (
-            torch.stack([self.preprocessing(image) for image in encoded_images])
-            if encoded_images
-            else torch.empty(0, *self.image_shape)
-        )
+        numbers = range(len(self))[start:stop]
+        images = torch.stack([self._image(k) for k in numbers]) if numbers else torch.empty(0, *self.image_shape)
         return images, None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
+
+    def _image(self, number: int) -> Tensor:
+        if self._ahead is None:
+            return self.preprocessing(self.images[number])
+        return self.preprocessing.normalised(self._ahead.take(number))
+
+    def decode_ahead(self) -> None:
+        """Begins to decode the images in their order, for one reading of all that comes soon."""
+        if self._ahead is None:
+            most = max(1, AHEAD_BYTES // math.prod(self.image_shape))
+            self._ahead = Ahead(len(self), lambda number: self.preprocessing.pixels(self.images[number]), most)
+
+    def end_ahead(self) -> None:
+        """Ends what `decode_ahead` began."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
 
 
 @dataclass(frozen=True)

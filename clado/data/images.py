@@ -56,6 +56,11 @@ class DataSlices:
     imagenet: bool = False
     """Whether labels are the numbers of ImageNet's thousand classes."""
 
+    @property
+    def used(self) -> tuple[ImageSlice, ...]:
+        """The slices that a run reads: there may be no calibration images."""
+        return (self.sensitivity, *([self.calibration] if len(self.calibration) else []), self.validation)
+
 
 class MemorySlice:
     """Images (N, C, H, W) float32, and labels (N,) int64 or None, in memory.

@@ -129,8 +129,8 @@ class Graph(Engine[GraphState]):
     """Operators in execution order."""
     constants: dict[int, Any]
     """Parameters, buffers and folded constants by slot; None for a bias that may be given."""
-    scalars: Callable[[int], Mapping[int, int]]
-    """Integers that follow from the number of images: number of images -> slot -> integer."""
+    scalars: Mapping[int, Callable[[int], int]]
+    """Integers that follow from the number of images, by slot."""
     norms: tuple[Norm, ...]
     """Batch norms in execution order."""
     named: Mapping[str, tuple[int, ...]]
@@ -193,7 +193,8 @@ class Graph(Engine[GraphState]):
         if replaced:
             constants = {**constants, **_replaced_constants(self, replaced)}
             inputs = {i: layer.activation for i, layer in replaced.items() if layer.activation is not None}
-        scalars = {**self.scalars(state.num_images), NUM_PROBES: state.num_images // state.probe_images}
+        scalars = {slot: rule(state.num_images) for slot, rule in self.scalars.items()}
+        scalars[NUM_PROBES] = state.num_images // state.probe_images
         tables: dict[type, Mapping[int, Any]] = {Value: values, Constant: constants, Scalar: scalars}
         table_of = tables.get
         for step in self.instructions[state.position : stop]:

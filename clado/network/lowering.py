@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, fx
 
 from clado.errors import NetworkError
 from clado.network.graph import Constant, Instruction, Scalar, Value
-from clado.network.program import Program
+from clado.network.program import Program, SizeRule
 from clado.network.weights import CONSUMERS, SearchedWeight
 
 # Operators that read of their tensor argument only its type and shape.
@@ -27,8 +26,8 @@ class Lowered:
     """The same as instructions."""
     constants: dict[int, Any]
     """Parameters, buffers and folded constants by slot; None for a bias that may be given."""
-    scalars: Callable[[int], Mapping[int, int]]
-    """Integers that follow from the number of images: number of images -> slot -> integer."""
+    scalars: Mapping[int, SizeRule]
+    """Integers that follow from the number of images, by slot."""
     last_reads: dict[int, int]
     """Slot -> position of the last instruction that reads it; the output is read behind all."""
     weights: list[SearchedWeight]
@@ -65,7 +64,7 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
         operators,
         tuple(instructions),
         {**{program.slots[node]: value for node, value in constants.items()}, **dict.fromkeys(given.values())},
-        cache(lambda num_images: {slot: rule(num_images) for slot, rule in rules.items()}),
+        rules,
         last_reads,
         ordered,
         tuple(
@@ -75,13 +74,11 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
     )
 
 
-def _classified(
-    program: Program, weights: set[fx.Node]
-) -> tuple[list[fx.Node], dict[fx.Node, Any], dict[int, Callable[[int], int]]]:
+def _classified(program: Program, weights: set[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, Any], dict[int, SizeRule]]:
     """(operators that depend on images or searched weights, folded constants, rules of scalars)."""
     operators: list[fx.Node] = []
     constants: dict[fx.Node, Any] = dict(program.tensors)
-    rules: dict[int, Callable[[int], int]] = {}
+    rules: dict[int, SizeRule] = {}
     tainted: set[fx.Node] = {program.input, *weights}
     for node in program.nodes:
         if node.op in ("placeholder", "output") or not node.users:

@@ -17,6 +17,7 @@ from clado.network.batch_size import processor_of
 from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.graph import Graph, GraphState
 from clado.network.normalisation import Statistics, as_seen, normalisation
+from clado.network.portable import PortableGraph, portable
 from clado.network.program import eval_mode
 from clado.network.tensors import laid_out_like, unfit
 from clado.network.tracing import compile_graph
@@ -61,6 +62,8 @@ class Network:
             measure.
         channels_last: Lays images out as (N, H, W, C). Weights follow where the module was
             converted with `model.to(memory_format=torch.channels_last)`.
+        exported: What `portable` gives of the same network, here or in another process. Exporting
+            it again takes seconds. It is not read where it does not fit the module.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Network:
         graph: bool = True,
         numeric: Numeric = "float32",
         channels_last: bool = False,
+        exported: PortableGraph | None = None,
     ) -> None:
         if not isinstance(example_input, Tensor) or example_input.ndim < 2:
             raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")
@@ -90,7 +94,9 @@ class Network:
         self.engine: Graph | WholeForwards
         with computing("float32", example_input.device):
             self.example = _one_image(model, example_input)
-            if graph:
+            if graph and exported is not None and exported.fits(model):
+                self.engine = exported.restored(model)
+            elif graph:
                 self.engine = compile_graph(model, self.example, _matching(fixed), _matching(split))
             else:
                 self.engine = WholeForwards(model, self.example, _matching(fixed))
@@ -101,6 +107,11 @@ class Network:
         self.weights: tuple[Tensor, ...] = self.engine.weights
         """Float weight of each layer."""
         self._changed: dict[str, Tensor] = {}
+
+    @property
+    def portable(self) -> PortableGraph | None:
+        """The graph in a form that another process can restore; None where whole forwards are made."""
+        return portable(self.engine, self.model) if isinstance(self.engine, Graph) and not self._changed else None
 
     @property
     def _runner(self) -> Engine[State]:

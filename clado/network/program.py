@@ -4,8 +4,9 @@ Sizes in a program are symbolic: each follows from the number of images.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +76,36 @@ def size_at(size: Any, batch_symbol: Any, num_images: int) -> int:
     """A size for a number of images."""
     expression = expression_of(size)
     return int(size) if expression is None else int(expression.subs(batch_symbol, num_images))
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """A size that follows from the number of images. It is plain data for almost every network, so that it may travel."""
+
+    constant: int
+    """The part that is the same for every number of images."""
+    per_image: int
+    """What each image adds."""
+    expression: Any = None
+    """The symbolic expression of a size that is no such sum, else None."""
+    batch_symbol: Any = None
+    """The number of images in the expression."""
+
+    @classmethod
+    def of(cls, size: Any, batch_symbol: Any) -> "SizeRule":
+        """The rule of a size of a program."""
+        constant = size_at(size, batch_symbol, 0)
+        per_image = size_at(size, batch_symbol, 1) - constant
+        expression = expression_of(size)
+        if expression is None or (expression - constant - per_image * batch_symbol).expand() == 0:
+            return cls(constant, per_image)
+        return cls(0, 0, expression, batch_symbol)
+
+    def __call__(self, num_images: int) -> int:
+        """The size for a number of images."""
+        if self.expression is None:
+            return self.constant + self.per_image * num_images
+        return int(self.expression.subs(self.batch_symbol, num_images))
 
 
 class Program:
@@ -161,7 +192,7 @@ class Program:
         value = node.meta["val"]
         return self.elements_per_image(value) * value.dtype.itemsize if isinstance(value, Tensor) else 0
 
-    def size_rule(self, size: Any) -> Callable[[int], int]:
+    def size_rule(self, size: Any) -> SizeRule:
         """What gives a size for a number of images.
 
         Raises:
@@ -172,4 +203,4 @@ class Program:
             raise NetworkError(
                 f"the network has a size that follows from the images' content ({expression}); expected fixed shapes"
             )
-        return lambda num_images: size_at(size, self.batch_symbol, num_images)
+        return SizeRule.of(size, self.batch_symbol)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from clado.choosing.proposals import check_budgets
+from clado.data.decoding import EncodedSlice
 from clado.data.images import ImageSlice, check_slice
 from clado.errors import ConfigurationError, DataError
 from clado.run.opened_run import OpenedRun, open_run
@@ -33,7 +34,8 @@ def _without_unreadable(run: OpenedRun, find: Callable[[OpenedRun], list[str]]) 
         data, skip = run.config.data, (*run.config.data.skip, *names)
         if len(skip) > data.max_corrupt_images:
             raise too_many_unreadable(data.path, skip, data.max_corrupt_images)
-        run = open_run(run.config.model_copy(update={"data": data.model_copy(update={"skip": skip})}))
+        config = run.config.model_copy(update={"data": data.model_copy(update={"skip": skip})})
+        run = open_run(config, exported=run.float_network.portable)
     return run
 
 
@@ -51,9 +53,7 @@ def check(run: OpenedRun) -> list[str]:
     """
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigurationError(f"{run.folder} is a file; expected a folder for the run, or a free name (folder: runs/…)")
-    slices = run.slices
-    calibration = [slices.calibration] if len(slices.calibration) else []
-    if names := _unreadable(run, slices.sensitivity, *calibration, slices.validation):
+    if names := _unreadable(run, *run.slices.used):
         return names
     check_budgets(run.space, run.budgets, run.limits)
     if exists(run.store_path):
@@ -67,6 +67,10 @@ def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:
     for images in slices:
         unreadable: dict[int, str] = {}
         allowed = unreadable if run.config.data.max_corrupt_images else None
-        check_slice(images, run.loaded.image_shape, run.num_logits, unreadable=allowed)
+        try:
+            check_slice(images, run.loaded.image_shape, run.num_logits, unreadable=allowed)
+        finally:
+            if isinstance(images, EncodedSlice):
+                images.end_ahead()
         names += unreadable.values()
     return names

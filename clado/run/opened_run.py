@@ -7,10 +7,12 @@ from functools import cached_property
 import torch
 
 from clado.criteria import criterion_of
+from clado.data.decoding import EncodedSlice
 from clado.data.images import DataSlices, ImageSlice, kept
 from clado.data.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.errors import ConfigurationError, DataError, UnreadableImage
 from clado.network.network import Network, prefers_channels_last
+from clado.network.portable import PortableGraph
 from clado.quantization.preparation import check_space
 from clado.run.evaluation import RunEvaluation
 from clado.run.identity import RunIdentity
@@ -43,12 +45,16 @@ class OpenedRun(RunInputs):
         return RunEvaluation(self, self.identity, self.preparation)
 
 
-def open_run(config: RunConfig, *, planning: bool = False) -> OpenedRun:
+def open_run(
+    config: RunConfig, *, planning: bool = False, exported: PortableGraph | None = None, checking: bool = False
+) -> OpenedRun:
     """Loads network and data and refuses what does not fit; touches no server, worker or store. Nothing is cached.
 
     Args:
         config: The settings.
         planning: Images that are absent are counted as the settings ask for them, and cannot be read.
+        exported: The network's graph, where another process with the same settings has exported it.
+        checking: All images are read next (`clado.run.checks`): they are decoded while the network is exported.
 
     Raises:
         DataError: The criterion needs labels and there are none, or the images do not fit.
@@ -58,7 +64,11 @@ def open_run(config: RunConfig, *, planning: bool = False) -> OpenedRun:
     torch.set_num_threads(config.cluster.threads_per_worker)
     loaded = load_network(config.network)
     slices = _load_slices(config, loaded, planning)
-    network = _float_network(config, loaded)
+    if checking:
+        for images in slices.used:
+            if isinstance(images, EncodedSlice):
+                images.decode_ahead()
+    network = _float_network(config, loaded, exported)
     space = _search_space(config, network)
     check_space(network, space)
     run = OpenedRun(config, loaded, network, slices, space)
@@ -79,7 +89,7 @@ def _load_slices(config: RunConfig, loaded: LoadedNetwork, planning: bool) -> Da
     return slices
 
 
-def _float_network(config: RunConfig, loaded: LoadedNetwork) -> Network:
+def _float_network(config: RunConfig, loaded: LoadedNetwork, exported: PortableGraph | None) -> Network:
     """The loaded network as a graph, on the device of this process."""
     device = _device(config.cluster.device)
     channels_last = config.network.channels_last
@@ -94,6 +104,7 @@ def _float_network(config: RunConfig, loaded: LoadedNetwork) -> Network:
         graph=config.network.graph,
         numeric=config.network.numeric,
         channels_last=channels_last,
+        exported=exported,
     )
 
 

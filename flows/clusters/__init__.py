@@ -1,13 +1,15 @@
 """Where tasks run: one file for each kind of cluster. Choosing another is a change of configuration only.
 
 A cluster is a module of this folder with a context manager `start(settings: ClusterSettings) -> Workers` and a function
-`describe(settings) -> str` that says, or prints, what `start` would start. To add one, add a file and subclass `ClusterContract`
-(tests/contracts/cluster.py).
+`describe(settings) -> str` that says, or prints, what `start` would start. Where starting takes long and needs no answer of
+others, it has `prepare(settings)` too: it begins what can begin before the network is known, and `start` is then called in the
+background. To add one, add a file and subclass `ClusterContract` (tests/contracts/cluster.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
+from threading import Thread
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -47,6 +49,76 @@ def start(config: RunConfig) -> AbstractContextManager[Workers]:
     """The workers that the configuration names, until the context ends."""
     workers: AbstractContextManager[Workers] = load("clusters", config.cluster.name).start(config.cluster)
     return workers
+
+
+def prepare(config: RunConfig) -> None:
+    """Begins to start workers, where that is possible before the network is known. What this starts ends with the process."""
+    if hasattr(module := load("clusters", config.cluster.name), "prepare"):
+        module.prepare(config.cluster)
+
+
+@contextmanager
+def in_background(run: "OpenedRun") -> Iterator[None]:
+    """While this lasts, `opened` gives workers that are started meanwhile. Of clusters that have `prepare`, else nothing is."""
+    if not hasattr(load("clusters", run.config.cluster.name), "prepare"):
+        yield
+        return
+    _started.append(_Background(run))
+    try:
+        yield
+    finally:
+        _started.pop().close()
+
+
+@contextmanager
+def opened(run: "OpenedRun") -> Iterator[Workers]:
+    """Workers that have opened a run, until the context ends: those that start in the background, or new ones."""
+    for background in _started:
+        if background.run is run:
+            try:
+                yield background.wait()
+            finally:
+                background.close()
+            return
+    with start(run.config) as workers:
+        workers.open_run(run)
+        yield workers
+
+
+class _Background:
+    """Workers that a thread starts."""
+
+    def __init__(self, run: "OpenedRun") -> None:
+        self.run = run
+        self._stack = ExitStack()
+        self._workers: Workers | None = None
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._start, name="clado-workers", daemon=True)
+        self._thread.start()
+
+    def _start(self) -> None:
+        try:
+            workers = self._stack.enter_context(start(self.run.config))
+            workers.open_run(self.run)
+            self._workers = workers
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> Workers:
+        """The workers, once they have opened the run."""
+        self._thread.join()
+        if self._workers is None:
+            assert self._error is not None
+            raise self._error
+        return self._workers
+
+    def close(self) -> None:
+        """Ends them."""
+        self._thread.join()
+        self._stack.close()
+
+
+_started: list[_Background] = []  # at most one
 
 
 def describe(config: RunConfig) -> str:

@@ -1,13 +1,18 @@
 """Workers behind a Dask client, for every cluster that uses Dask."""
 
 import logging
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import dask
+import distributed.utils
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
@@ -35,6 +40,7 @@ PATROL = 5.0  # seconds between counts of the workers while no task ends
 # Dask makes workers return every freed page at once. Each tensor then costs page faults, and the demo's forwards take 2.7 times
 # as long. These limits of glibc are large enough to prevent that: bytes from which memory is trimmed, and mapped.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+_template_environment: dict[str, str] | None = None  # of the process from which workers fork
 KEPT = "what was measured is kept: start it again, and the same command goes on from there"
 
 
@@ -52,7 +58,7 @@ class DaskWorkers:
 
         config = located(run.config)
         try:
-            for plugin in (Inspection(config), RunPlugin(config, run.identity.contents)):
+            for plugin in (Inspection(config), RunPlugin(config, run.identity.contents, run.float_network.portable)):
                 self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has its own
                 self.client.register_plugin(plugin, self.plugins[-1])
         except ImportError as error:
@@ -195,6 +201,8 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
     """A scheduler and one worker process on loopback for each environment; a killed worker is started again."""
     quiet()
     configure()
+    forks = _template_environment == threads(settings)
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver" if forks else "spawn"})
     common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), **LOOPBACK}
     # the flow reports what happens to a task; other errors of a worker are of connections that end with the run
     worker_options = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.CRITICAL}
@@ -210,6 +218,27 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
         yield connection
 
 
+def prepare_processes(settings: ClusterSettings) -> None:
+    """Starts a process that imports what workers need, and from which those of `processes` fork.
+
+    Libraries read their environment when they are loaded, hence there is one for the settings that come first; the workers of
+    others import for themselves.
+    """
+    global _template_environment  # noqa: PLW0603
+    if _template_environment is not None or "forkserver" not in multiprocessing.get_all_start_methods():
+        return
+    _template_environment = threads(settings)
+    multiprocessing.set_forkserver_preload(["flows.clusters._template"])
+    distributed.utils._forkserver_preload_set = True  # else Dask replaces the list, and imports pandas for it
+    before = dict(os.environ)
+    os.environ.update(_template_environment)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def threads(settings: ClusterSettings) -> dict[str, str]:
     """Environment of a worker: the sizes of thread pools and the limits of the allocator, which libraries read at their start."""
     sizes = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads_per_worker))
@@ -223,8 +252,6 @@ def scheduler_environment() -> dict[str, str]:
 
 def configure() -> None:
     """Sets SCHEDULER and the allocator for clusters that this process starts."""
-    import dask
-
     dask.config.set({f"distributed.scheduler.{name}": value for name, value in SCHEDULER.items()})
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 

@@ -3,7 +3,12 @@
 from contextlib import AbstractContextManager
 
 from clado.settings.cluster import ClusterSettings
-from flows.clusters._dask import DaskWorkers, processes
+from flows.clusters._dask import DaskWorkers, prepare_processes, processes
+
+
+def prepare(settings: ClusterSettings) -> None:
+    """Starts the process from which workers fork."""
+    prepare_processes(settings)
 
 
 def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:

@@ -10,7 +10,6 @@ from clado.reporting import tables
 from clado.run.opened_run import OpenedRun
 from clado.tracking import delivery, notes
 from flows.commands.export import budget_folder, model_folder
-from flows.phases.record import provenance_of
 
 
 def deliver(run: OpenedRun, record: RunRecord, flow_run_id: str = "") -> Receipt:
@@ -61,6 +60,8 @@ def failure_recorded(run: OpenedRun, flow_run_id: str = "") -> Iterator[None]:
 
 def _tags(run: OpenedRun, flow_run_id: str) -> dict[str, str]:
     """Provenance, and where Prefect has the run."""
+    from flows.phases.record import provenance_of  # imports what draws plots
+
     return {**provenance_of(run), "prefect_flow_run_id": flow_run_id}
 
 

@@ -42,7 +42,8 @@ def measure(run: OpenedRun, workers: Workers) -> Measurement:
         notes.append("the store was begun with other versions or on another device: " + "; ".join(drift))
     evaluations: dict[str, int] = {}
     cost = {tile: plan.macs(tile, run.workload) for tile in todo}
-    with progress("measuring", sum(cost.values())) as advance:
+    in_flight = run.config.cluster.workers * max(cost.values(), default=0.0)
+    with progress("measuring", sum(cost.values()), in_flight) as advance:
         for receipt in workers.map(worker.run_tile, run.config, todo):
             evaluations[receipt.tile.kind] = evaluations.get(receipt.tile.kind, 0) + receipt.evaluations
             advance(cost[receipt.tile])

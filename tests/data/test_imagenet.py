@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clado.data.decoding import EncodedSlice, Preprocessing, imagenet_numbers
+from clado.data.decoding import SUFFIXES, EncodedSlice, Preprocessing, imagenet_numbers
 from clado.data.images import DataSlices, check_slice
+from clado.data.sources import folder as folder_source
 from clado.data.sources import load_data, load_network
+from clado.data.sources.folder import ImageFile
 from clado.errors import ConfigurationError, DataError, NetworkError, UnreadableImage
 from clado.settings.loading import parse_config
 from clado.settings.schema import DataSettings, NetworkSettings
@@ -520,3 +522,36 @@ def test_pth_files_that_will_not_do_are_refused(tmp_path: Path, content: bytes |
     torch.save([1, 2], path) if content is None else path.write_bytes(content)
     with pytest.raises(NetworkError, match=expected):
         load_network(torchvision(weights=path))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (37, 37), (24, 90), (200, 33)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_torchvisions_bit_for_bit(tmp_path: Path, interpolation: str, size: tuple[int, int], channels: int) -> None:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
+    rng = np.random.default_rng(size[0] * 1000 + size[1])
+    image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    preprocessing = Preprocessing((channels, 32, 29), 37, (0.4,) * channels, (0.3,) * channels, interpolation)
+    resized = F.resize(image.convert("RGB" if channels == 3 else "L"), [37], InterpolationMode(interpolation), antialias=True)
+    expected = F.pil_to_tensor(F.center_crop(resized, [32, 29]))
+    encoded = ImageFile(tmp_path, tmp_path / "image.png")
+    assert torch.equal(preprocessing.pixels(encoded), expected)
+    assert torch.equal(preprocessing(encoded), (expected.float() / 255 - torch.full((channels, 1, 1), 0.4)) / 0.3)
+
+
+def test_a_folder_is_listed_as_torchvision_lists_it(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert SUFFIXES == IMG_EXTENSIONS
+    for name in ("b/2.JPG", "b/10.png", "b/deep/1.jpg", "b/note.txt", "a/z.webp", "a/.hidden.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "png")
+    (tmp_path / "linked").symlink_to(tmp_path / "b", target_is_directory=True)
+    listing = folder_source._list(tmp_path, tmp_path)
+    theirs = ImageFolder(str(tmp_path))
+    assert [(str(image), label) for image, label in zip(listing.images, listing.labels or (), strict=True)] == theirs.samples
+    assert list(listing.classes or ()) == theirs.classes

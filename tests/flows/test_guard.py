@@ -16,8 +16,7 @@ from flows.guard import Terminated, end_in_peace, farewell, insistent, locked, o
 
 
 @pytest.fixture(autouse=True)
-def handlers_are_given_back(monkeypatch):
-    monkeypatch.setattr(guard, "_watch_embedded_server", lambda: None)  # importing Prefect's server takes long
+def handlers_are_given_back():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     logging.disable(logging.NOTSET)

@@ -4,11 +4,12 @@ Three layouts: FOLDER/train and FOLDER/val (validation comes from val, the other
 sub-folders; FOLDER with images only, which is unlabelled.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clado.data.decoding import EncodedSlice, Listing, Preprocessing, cut, folder_error
+from clado.data.decoding import SUFFIXES, EncodedSlice, Listing, Preprocessing, cut, folder_error
 from clado.data.images import DataSlices, ImageShape
 from clado.errors import DataError
 from clado.settings.schema import DataSettings
@@ -68,25 +69,24 @@ def training_slice(
 
 
 def _list(top: Path, root: Path) -> Listing:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
-
-    class VisibleFolders(ImageFolder):  # type: ignore[misc]
-        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-            names = sorted(child.name for child in _folders(Path(directory)))
-            return names, {name: number for number, name in enumerate(names)}
-
-    files = sorted(file for file in root.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES)
     listing = Listing(root, tuple(ImageFile(top, file) for file in files))
-    if _has_folders(root):
-        dataset = VisibleFolders(str(root), allow_empty=True)
-        if dataset.samples or not files:  # folders without an image beside images are no classes
-            images = tuple(ImageFile(top, Path(file)) for file, _ in dataset.samples)
-            listing = Listing(root, images, tuple(label for _, label in dataset.samples), tuple(dataset.classes))
+    classes = sorted(folder.name for folder in _folders(root))
+    pairs = [(file, number) for number, name in enumerate(classes) for file in _images_below(root / name)]
+    if classes and (pairs or not files):  # folders without an image beside images are no classes
+        images = tuple(ImageFile(top, file) for file, _ in pairs)
+        listing = Listing(root, images, tuple(number for _, number in pairs), tuple(classes))
     if not listing.images:
         raise DataError(
-            f"{root} holds no images; expected files of the kinds {' '.join(IMG_EXTENSIONS)}, in one sub-folder a class or flat"
+            f"{root} holds no images; expected files of the kinds {' '.join(SUFFIXES)}, in one sub-folder a class or flat"
         )
     return listing
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Image files of a folder and of all below it, in torchvision's order."""
+    for name, _, files in sorted(os.walk(folder, followlinks=True)):
+        yield from (Path(name, file) for file in sorted(files) if file.lower().endswith(SUFFIXES))
 
 
 def _has_folders(root: Path) -> bool:

@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from clado.data.decoding import Listing, cut, folder_error, imagenet_numbers
+from clado.data.decoding import SUFFIXES, Listing, cut, folder_error, imagenet_numbers
 from clado.data.images import DataSlices, ImageShape
 from clado.errors import DataError
 from clado.settings.schema import DataSettings
@@ -90,8 +90,6 @@ def _list(top: Path, folder: Path) -> Listing:
 
 def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, str]]:
     """Images and classes of a shard by key: the member's name up to the first dot of its last part."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     images: dict[str, TarMember] = {}
     classes: dict[str, str] = {}
     dotted_images: dict[str, str] = {}  # key -> an image with more than its suffix behind the first dot, such as a mask
@@ -104,15 +102,15 @@ def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, st
                 if member.isdir():
                     continue
                 if not member.isfile():
-                    if suffix in IMG_EXTENSIONS or extension == "cls":
+                    if suffix in SUFFIXES or extension == "cls":
                         raise DataError(
                             f"{member.name} in {shard} is a link; expected files themselves (tar -h --hard-dereference)"
                         )
-                elif suffix in IMG_EXTENSIONS:
+                elif suffix in SUFFIXES:
                     if key in images:
                         raise DataError(f"{shard} holds both {images[key].member} and {member.name}; expected one image of a key")
                     images[key] = TarMember(top, shard, member.name, member.offset_data, member.size)
-                elif suffix.endswith(IMG_EXTENSIONS):
+                elif suffix.endswith(SUFFIXES):
                     dotted_images[key] = member.name
                 elif extension == "cls" and (file := archive.extractfile(member)) is not None:
                     classes[key] = file.read().decode("ascii", "replace").strip()
