@@ -97,7 +97,7 @@ def main() -> None:
     from pathlib import Path
 
     mkdir = Path.mkdir
-    Path.mkdir = lambda *arguments, **named: None  # type: ignore[assignment,method-assign]  # Prefect's import makes its folder
+    Path.mkdir = lambda *arguments, **named: None  # type: ignore[method-assign]  # Prefect's import makes its folder
     try:
         import uvicorn
         from prefect.server.api.server import create_app

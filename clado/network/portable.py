@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,9 @@ def portable(graph: Graph, model: nn.Module) -> PortableGraph:
 
     constants = {slot: constant(value) for slot, value in graph.constants.items()}
     steps = (
-        replace(step, function=Operator(str(step.function))) if isinstance(step.function, torch._ops.OpOverload) else step
+        replace(step, function=cast(Any, Operator(str(step.function))))
+        if isinstance(step.function, torch._ops.OpOverload)
+        else step
         for step in graph.instructions
     )
     shapes = {value.name: tuple(tensors[value.name].shape) for value in constants.values() if isinstance(value, Named)}

@@ -14,7 +14,8 @@ def prepare(run: OpenedRun, workers: Workers) -> list[str]:
     """Makes what is absent: the equalized float network first, then layers, as deployed and plain. Returns notes."""
     run.preparation.equalize()
     stages = run.preparation.stages()
-    with progress("preparing", sum(task.cost for tasks in stages for task in tasks)) as advance:
+    costs = [task.cost for tasks in stages for task in tasks]
+    with progress("preparing", sum(costs), run.config.cluster.workers * max(costs, default=0.0)) as advance:
         for tasks in stages:
             for task in workers.map(worker.prepare, run.config, tasks):
                 advance(task.cost)
