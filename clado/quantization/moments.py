@@ -85,8 +85,9 @@ class MomentSums:
             self._waiting.clear()
 
     def moments(self) -> Moments:
-        """The moments of the rows added so far, scatter in float32."""
+        """The moments of the rows added, scatter in float32. Nothing can be added after it."""
         self._multiply()
         shift = self._total / self.count
-        scatter = self._products - (self.count * shift[..., None] * shift[..., None, :]).float()
+        column, row = shift[..., None].float(), shift[..., None, :].float()
+        scatter = self._products.baddbmm_(column, row, alpha=-self.count)  # in place: it may be large
         return Moments(self.count, self._centre[:, 0].double() + shift, scatter)

@@ -147,8 +147,7 @@ class RunPreparation:
             return []
         widths = len(self.inputs.space.activation_widths) if on_grids else 1
         # half of the limit is for the float run itself
-        sizes = {i: widths * moments_bytes(self.forms[i]) if i in self.forms else 0 for i in layers}
-        groups = groups_within_memory(sizes, self.inputs.memory_limit // 2)
+        groups = groups_within_memory({i: widths * self.moments_bytes(i) for i in layers}, self.inputs.memory_limit // 2)
         files, tasks = self.files(plain).inputs, []
         for block, (start, stop) in enumerate(self.blocks):
             for group in groups:
@@ -177,6 +176,10 @@ class RunPreparation:
         columns, rounded = spec.num_weights // spec.num_channels, spec.num_weights * len(self.inputs.space.candidates(layer))
         return float(RANGE_COST * rounded + (0 if plain else COLUMN_COST * columns + SWEEPS_COST * rounded * columns))
 
+    def moments_bytes(self, layer: int) -> int:
+        """Bytes of the moments that a block gives of a layer's input."""
+        return moments_bytes(self.forms[layer]) if layer in self.forms else 0
+
     @cached_property
     def forms(self) -> dict[int, MatrixForm]:
         """The matrix form of every layer whose input can be observed."""
@@ -202,7 +205,12 @@ class RunPreparation:
                 found = self._read_inputs(task.plain, task.layer, sweep.on_grids)
                 layer_input = found if layer_input is None else replace(layer_input, on_grid=found.on_grid)
             files.write_layer(task.layer, *prepare_layer(network, self.inputs.space, recipe, task.layer, layer_input))
-            files.inputs.drop(task.layer)
+
+    def clear(self) -> None:
+        """Deletes what sweeps gathered, once every layer is prepared."""
+        for plain in (False, True):
+            if not self.files(plain).missing(self.inputs.space.num_layers):
+                self.files(plain).inputs.clear()
 
     def _read_inputs(self, plain: bool, layer: int, on_grids: bool) -> LayerInput:
         device = self.inputs.float_network.device
@@ -239,6 +247,7 @@ class RunPreparation:
             for task in stage:
                 if task.plain == plain:
                     self.do(task)
+        self.clear()
         files, device = self.files(plain), self.inputs.float_network.device
         layers: list[QuantizedLayer] = []
         notes: list[str] = [] if plain else files.read_network(device)[1]

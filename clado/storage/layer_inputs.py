@@ -9,8 +9,8 @@ of the blocks. So the result is the same bit for bit for any number of workers.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,6 @@ class LayerInputs:
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(self.ranges_file(layer), error) from None
 
-    def drop(self, layer: int) -> None:
-        """Deletes what was gathered of a layer; the folder too when it is empty."""
-        for file in self.folder.glob(f"{layer:04d}-*.safetensors"):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):  # others are left, or another worker was quicker
-            self.folder.rmdir()
+    def clear(self) -> None:
+        """Deletes all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -19,6 +19,7 @@ def prepare(run: OpenedRun, workers: Workers) -> list[str]:
         for tasks in stages:
             for task in workers.map(worker.prepare, run.config, tasks):
                 advance(task.cost)
+    run.preparation.clear()
     notes = run.preparation.corrected.notes
     if not notes:
         return []
