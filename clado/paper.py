@@ -28,7 +28,8 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
     weight, top = weight.detach(), 2 ** (bits - 1) - 1  # the codes are -top .. top
     scales = [weight.abs().max() * share / 100 / top for share in range(100, 0, -1)]
     candidates = [(weight / scale).round().clamp(-top, top) * scale for scale in scales]
-    return min(candidates, key=lambda quantized: float((quantized - weight).square().sum()))
+    errors = [float((candidate - weight).square().sum()) for candidate in candidates]
+    return candidates[errors.index(min(errors))]
 
 
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -68,7 +69,10 @@ def interaction_matrix(model: nn.Module, options: Sequence[tuple[str, Tensor]], 
 
 
 def clip(matrix: Array) -> Array:
-    """The nearest positive semidefinite matrix (section 4.2): sampling noise makes eigenvalues negative, and solvers exploit it."""
+    """The nearest positive semidefinite matrix (section 4.2).
+
+    Sampling noise makes eigenvalues negative, and a solver would exploit them.
+    """
     eigenvalues, vectors = np.linalg.eigh(matrix)
     return np.asarray(vectors @ np.diag(eigenvalues.clip(min=0)) @ vectors.T)
 
