@@ -31,7 +31,7 @@ Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its 
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Whether a module's 2-d convolutions are faster in (N, H, W, C): see notebooks/LOG.md.
+    """Whether a module's 2-d convolutions are faster in (N, H, W, C): see docs/lab-log.md.
 
     On a CPU with AVX2 alone all of them are, on other CPUs those with one channel a group. On a GPU
     it is the user's to say.
