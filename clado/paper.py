@@ -1,12 +1,12 @@
 """CLADO in its plainest form (arXiv 2307.05657): whole forward passes, a dense matrix, exhaustive search.
 
-    options = [(name, quantize(model.get_parameter(name), bits)) for name in layers for bits in (2, 4, 8)]
+    options = [(name, quantize(weight, bits)) for name, weight in weights.items() for bits in (2, 4, 8)]
     matrix = interaction_matrix(model, options, cross_entropy(images, labels))
     chosen = solve(clip(matrix), [name for name, _ in options], sizes, budget)
 
-An option is one layer at one bit-width: its name and its quantized weight. K options make a matrix (K, K).
-This file imports nothing of clado, and clado never imports it. It is the oracle of the tests, and the place
-to start reading. Everything else computes the same numbers faster, or for networks that are too large for it.
+An option is one layer at one bit-width: its name and its quantized weight. K options make a matrix
+(K, K). This file imports nothing of clado, and clado never imports it. It is the oracle of the
+tests, and the place to start reading. The library computes the same numbers faster.
 """
 
 import copy
@@ -24,12 +24,15 @@ Loss = Callable[[nn.Module], float]
 
 
 def quantize(weight: Tensor, bits: int) -> Tensor:
-    """Q(w, b): rounds to the nearest code of a symmetric grid. Its range has the least squared error (section 5)."""
+    """Q(w, b): rounds to the nearest code of a symmetric grid, at 2 bits or more.
+
+    One range serves the whole weight. It has the least squared error of 100 ranges (section 5).
+    """
     weight, top = weight.detach(), 2 ** (bits - 1) - 1  # the codes are -top .. top
     scales = [weight.abs().max() * share / 100 / top for share in range(100, 0, -1)]
-    candidates = [(weight / scale).round().clamp(-top, top) * scale for scale in scales]
-    errors = [float((candidate - weight).square().sum()) for candidate in candidates]
-    return candidates[errors.index(min(errors))]
+    roundings = [(weight / scale).round().clamp(-top, top) * scale for scale in scales]
+    errors = [float((rounding - weight).square().sum()) for rounding in roundings]
+    return roundings[errors.index(min(errors))]
 
 
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -43,7 +46,11 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def cross_entropy(images: Tensor, labels: Tensor) -> Loss:
     """The loss of the paper: mean cross entropy on images (n, C, H, W) with labels (n,), in nats."""
-    return lambda network: float(nn.functional.cross_entropy(forward(network, images).double(), labels))
+
+    def loss(network: nn.Module) -> float:
+        return float(nn.functional.cross_entropy(forward(network, images).double(), labels))
+
+    return loss
 
 
 def forward(network: nn.Module, images: Tensor) -> Tensor:
@@ -54,7 +61,11 @@ def forward(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def interaction_matrix(model: nn.Module, options: Sequence[tuple[str, Tensor]], loss: Loss) -> Array:
-    """Ĝ, (K, K): twice the loss increases of single layers, and what pairs add to their sum (equations 7 to 9)."""
+    """Ĝ, (K, K), by equations 7 to 9.
+
+    The diagonal is twice the loss increase of each option. The other entries are what two options
+    together add to the sum of their increases.
+    """
     float_loss = loss(replaced(model, {}))
 
     def increase(*chosen: int) -> float:  # ℓ(S) = L(S) − L(∅)
@@ -83,10 +94,12 @@ def predicted_increase(matrix: Array, chosen: Sequence[int]) -> float:
 
 
 def solve(matrix: Array, layers: Sequence[str], sizes: Sequence[float], budget: float) -> tuple[int, ...] | None:
-    """The integer quadratic program: one option for each layer, sizes within the budget, least predicted increase.
+    """The integer quadratic program: the least predicted increase within a budget.
 
-    `layers` and `sizes` have the layer and the size of each of the K options. None: nothing fits the budget.
+    One option is chosen for each layer. `layers` and `sizes` say the layer and the size of each of the
+    K options. The answer is None if nothing fits the budget.
     """
-    options = [[k for k, owner in enumerate(layers) if owner == layer] for layer in dict.fromkeys(layers)]
-    affordable = (chosen for chosen in itertools.product(*options) if sum(sizes[k] for k in chosen) <= budget)
+    distinct = dict.fromkeys(layers)
+    options_of = [[k for k, owner in enumerate(layers) if owner == layer] for layer in distinct]
+    affordable = (chosen for chosen in itertools.product(*options_of) if sum(sizes[k] for k in chosen) <= budget)
     return min(affordable, key=lambda chosen: predicted_increase(matrix, chosen), default=None)
