@@ -55,7 +55,11 @@ class Layer:
         return self.shape[self.channel_axis]
 
     def weight_bytes(self, bits: int) -> int:
-        """Bytes of the weights packed as one bit stream: ceil(n b / 8)."""
+        """Bytes of the weights packed as one bit stream: ceil(n b / 8).
+
+        Args:
+            bits: Bits of one weight.
+        """
         return (self.num_weights * bits + 7) // 8
 
 
@@ -112,14 +116,27 @@ class Assignment:
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
     def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":
-        """A copy with another bit-width of the weights and of the input activations of one layer."""
+        """A copy with another bit-width of the weights and of the input activations of one layer.
+
+        Args:
+            layer: Index of the layer.
+            bits: Its bit-width. None leaves the layer in float.
+            activation_bits: Bit-width of its input activations.
+        """
         pairs = list(self.pairs)
         pairs[layer] = (bits, activation_bits)
         has_activations = bool(self.activation_bits) or activation_bits is not None
         return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else (), self.corrected)
 
     def with_corrections(self, corrected: str) -> "Assignment":
-        """The same bits, deployed with all, the static or none of the run's corrections."""
+        """The same bits, deployed with all, the static or none of the run's corrections.
+
+        Args:
+            corrected: "all", "static" or "none".
+
+        Raises:
+            ConfigurationError: It is another word.
+        """
         return replace(self, corrected=corrected)
 
     def __str__(self) -> str:
@@ -180,7 +197,16 @@ class SearchSpace:
 
     @classmethod
     def uniform(cls, layers: Sequence[Layer], bits: Sequence[int], ties: Sequence[Sequence[int]] = ()) -> "SearchSpace":
-        """The same bit-widths for every layer."""
+        """The same bit-widths for every layer.
+
+        Args:
+            layers: The searched layers, in execution order.
+            bits: Candidate bit-widths, ascending, each from 1 to 16.
+            ties: Groups of layers (indices) that must have the same candidate.
+
+        Raises:
+            ConfigurationError: There is no layer, or bits or ties are impossible.
+        """
         return cls(tuple(layers), (check_bits(bits),) * len(layers), tuple(tuple(t) for t in ties))
 
     def _matches(self, patterns: Sequence[str]) -> tuple[int, ...]:
@@ -190,7 +216,11 @@ class SearchSpace:
     def restricted(self, candidates: Mapping[str, Sequence[int]]) -> "SearchSpace":
         """Other bit-widths for the layers whose name matches a pattern (`fnmatch`).
 
-        A single bit-width pins the layer.
+        Args:
+            candidates: Pattern -> bit-widths. A single bit-width pins the layer.
+
+        Raises:
+            ConfigurationError: A pattern matches no layer, or bits are impossible.
         """
         widths = list(self.bit_widths)
         for pattern, bits in candidates.items():
@@ -202,7 +232,14 @@ class SearchSpace:
         return replace(self, bit_widths=tuple(widths))
 
     def tied(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
-        """The same space with groups of layers, by name patterns, that must have equal bits."""
+        """The same space with groups of layers that must have equal bits.
+
+        Args:
+            groups: Name patterns (`fnmatch`) of each group.
+
+        Raises:
+            ConfigurationError: A group matches fewer than two layers, or their candidates differ.
+        """
         ties = []
         for patterns in (check_patterns(group, "a tie") for group in groups):
             indices = self._matches(patterns)
@@ -215,9 +252,15 @@ class SearchSpace:
         return replace(self, ties=tuple(ties))
 
     def blocked(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
-        """The same space with blocks of layers, by name patterns, instead of the module tree's.
+        """The same space with blocks of layers instead of the module tree's.
 
         Each other layer is a block.
+
+        Args:
+            groups: Name patterns (`fnmatch`) of each block.
+
+        Raises:
+            ConfigurationError: A block matches no layer, or a layer is in two blocks.
         """
         blocks: list[tuple[int, ...]] = []
         for patterns in (check_patterns(group, "a block") for group in groups):
@@ -239,9 +282,13 @@ class SearchSpace:
         return tuple(sorted([*self.custom_blocks, *((i,) for i in other_layers)]))
 
     def with_activations(self, widths: Sequence[int]) -> "SearchSpace":
-        """The same space with these candidate bit-widths of every layer's input activations.
+        """The same space with candidate bit-widths of every layer's input activations.
 
-        Without any, they stay in float.
+        Args:
+            widths: The bit-widths, ascending. Without any, activations stay in float.
+
+        Raises:
+            ConfigurationError: Bit-widths are impossible.
         """
         return replace(self, activation_widths=check_bits(widths, "activation_widths") if widths else (None,))
 
@@ -290,7 +337,14 @@ class SearchSpace:
     def option(self, layer: int, bits: int, activation_bits: int | None = None) -> int:
         """Number of the option.
 
-        `activation_bits` may be left out if there is one activation width.
+        Args:
+            layer: Index of the layer.
+            bits: Bit-width of its weights.
+            activation_bits: Bit-width of its input activations. It may be left out if there is one
+                activation width.
+
+        Raises:
+            ConfigurationError: The layer has no such option.
         """
         name = self.layers[layer].name
         if activation_bits is None and len(self.activation_widths) > 1:
@@ -336,7 +390,11 @@ class SearchSpace:
         return Assignment(assignment.bits, tuple(activation_bits) if self.has_activations else (), assignment.corrected)
 
     def chosen_options(self, assignment: Assignment) -> list[int]:
-        """Options that the assignment takes, one for each layer that has a bit-width."""
+        """Options that the assignment takes, one for each layer that has a bit-width.
+
+        Raises:
+            ConfigurationError: The assignment does not fit, as in `completed`.
+        """
         pairs = self.completed(assignment).pairs
         return [self.option(i, bits, width) for i, (bits, width) in enumerate(pairs) if bits is not None]
 
@@ -345,7 +403,11 @@ class SearchSpace:
         self.completed(assignment)
 
     def assignment(self, options: Sequence[int]) -> Assignment:
-        """The assignment that takes these options."""
+        """The assignment that takes these options. All other layers stay in float.
+
+        Args:
+            options: Numbers of options, at most one for each layer.
+        """
         pairs: list[tuple[int | None, int | None]] = [(None, None)] * self.num_layers
         for option in options:
             layer, bits, activation_bits = self.options[option]
@@ -386,17 +448,29 @@ class SearchSpace:
         return sum(layer.num_weights for layer in self.layers)
 
     def size_bits(self, assignment: Assignment) -> int:
-        """Σ n b over the searched layers; a layer left in float counts 32 bits a weight."""
+        """Bits of the searched weights: Σ n b. A layer left in float counts 32 bits a weight.
+
+        Raises:
+            ConfigurationError: The assignment does not fit, as in `completed`.
+        """
         self.check(assignment)
         return sum(layer.num_weights * (b or FLOAT_BITS) for layer, b in zip(self.layers, assignment.bits, strict=True))
 
     def size_bytes(self, assignment: Assignment) -> int:
-        """Bytes of the searched weights, each tensor packed as one bit stream: Σ ceil(n b / 8)."""
+        """Bytes of the searched weights, each tensor packed as one bit stream: Σ ceil(n b / 8).
+
+        Raises:
+            ConfigurationError: The assignment does not fit, as in `completed`.
+        """
         self.check(assignment)
         return sum(layer.weight_bytes(b or FLOAT_BITS) for layer, b in zip(self.layers, assignment.bits, strict=True))
 
     def average_bits(self, assignment: Assignment) -> float:
-        """Bits per searched weight: Σ n b / Σ n."""
+        """Bits per searched weight: Σ n b / Σ n.
+
+        Raises:
+            ConfigurationError: The assignment does not fit, as in `completed`.
+        """
         return self.size_bits(assignment) / self.num_weights
 
     def to_json(self, assignment: Assignment) -> dict[str, Any]:

@@ -13,6 +13,7 @@ R = TypeVar("R")
 
 app = typer.Typer(
     help="Chooses a bit-width for every layer of a vision network, by measuring how the quantization errors of layers interact.",
+    epilog="Words such as option, proposal or tile: docs/glossary.md",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clado import paper
 from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.engine import Call
 from clado.network.network import Network
@@ -187,13 +188,8 @@ def labels(count: int, classes: int = 4, seed: int = 2) -> Tensor:
 
 
 def replaced_logits(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The reference: the module itself, run whole in eval mode with weights replaced by name."""
-    was = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = torch.func.functional_call(model, weights, (x,))
-    model.train(was)
-    return logits
+    """The reference: a copy of the module, run whole in eval mode with tensors replaced by name."""
+    return paper.forward(paper.replaced(model, weights), x)
 
 
 class PlainAttention(nn.Module):

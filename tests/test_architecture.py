@@ -146,8 +146,19 @@ def test_the_import_contracts_hold():
         ("clado/choosing/wrong.py", "import torch", "clado.choosing is not allowed to import torch"),
         ("clado/measuring/wrong.py", "import zarr", "clado.measuring is not allowed to import zarr"),
         ("clado/run/wrong.py", "import prefect", "clado is not allowed to import prefect"),
+        ("clado/paper.py", "import clado.space", "clado.paper is not allowed to import clado.space"),
+        ("clado/run/wrong.py", "import clado.paper", "clado.run.wrong -> clado.paper"),
     ],
-    ids=["storage", "upwards", "a module in no room", "torch in choosing", "zarr in measuring", "an orchestrator"],
+    ids=[
+        "storage",
+        "upwards",
+        "a module in no room",
+        "torch in choosing",
+        "zarr in measuring",
+        "an orchestrator",
+        "the oracle",
+        "on the oracle",
+    ],
 )
 def test_a_module_in_the_wrong_room_breaks_a_contract(module, source, told, tmp_path):
     for package in ("clado", "flows"):

@@ -27,8 +27,9 @@ def safe_methods() -> tuple[str, ...]:
 
 
 def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
-    """The estimator whose predictions rank the measured assignments best (Spearman's correlation), of those with all corrections;
-    of equal ones the one that knows of more interactions.
+    """The estimator whose predictions rank the measured assignments best, by Spearman's correlation.
+
+    Only assignments with all corrections count. Of equal estimators it is the one that knows of more interactions.
     """
     measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
 

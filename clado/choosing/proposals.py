@@ -93,8 +93,10 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
 
 
 def merge_limits(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
-    """A budget, first, and the standing limits; of several on the same cost the tightest. Other costs of one name, as of two
-    tables, are told apart by a number."""
+    """A budget, first, and the standing limits; of several on the same cost the tightest.
+
+    Other costs of one name, as of two tables, are told apart by a number.
+    """
     tightest: dict[str, Constraint] = {}
     for limit in (budget, *limits):
         names = chain([limit.name], (f"{limit.name} {k}" for k in count(2)))

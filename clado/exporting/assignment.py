@@ -191,7 +191,7 @@ def _modelopt(entries: Any, space: SearchSpace) -> dict[str, Any]:
 
 
 def _torchao(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """torchao's FqnToConfig: parameter, module, pattern of either, default of linear layers.
+    """A torchao FqnToConfig: parameter, module, pattern of either, default of linear layers.
 
     The first match counts.
     """

@@ -134,6 +134,13 @@ def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
     outputs are those of fake quantization, and `torch.export` takes the copy as it takes the
     module.
 
+    Args:
+        path: A file that `clado export --format packed` or `clado finetune` wrote.
+        network: The float network, or its module.
+
+    Returns:
+        The copy. It maps images (N, C, H, W) to logits (N, classes), as the module does.
+
     Raises:
         StoreError: The file is damaged, is no packed file, or has an unknown version.
         NetworkError: The file is of another network.

@@ -64,9 +64,18 @@ class InteractionMatrix:
         return self.space.label(option)
 
     def predicted_increase(self, assignment: Assignment) -> float:
-        """½ αᵀ Ĝ α: the predicted increase of the mean loss.
+        """½ αᵀ Ĝ α: the predicted increase of the mean loss (CLADO, equation 8).
 
-        It is exact for at most two layers under `pairwise`. It is infinite with a quarantined option or a forbidden pair.
+        It is exact for at most two layers under `pairwise`.
+
+        Args:
+            assignment: It may leave layers in float.
+
+        Returns:
+            The increase, in the unit of the criterion. It is infinite with a quarantined option or a forbidden pair.
+
+        Raises:
+            ConfigurationError: The assignment does not fit the space.
         """
         options = self.space.chosen_options(assignment)
         distinct = set(options)
@@ -80,7 +89,14 @@ class InteractionMatrix:
         return np.asarray(owner[:, None] == owner[None, :])
 
     def loss_of(self, objective: float) -> float | None:
-        """The loss that a predicted increase means. None where the matrix only orders assignments."""
+        """The loss that a predicted increase means.
+
+        Args:
+            objective: A predicted increase ½ αᵀ Ĝ α.
+
+        Returns:
+            The mean loss on the sensitivity set. None if the matrix only orders assignments.
+        """
         return None if self.ranking_only else self.baseline + objective
 
     def diagonal_only(self) -> "InteractionMatrix":
@@ -125,6 +141,9 @@ class InteractionMatrix:
 
         Its arrays are `values`, `standard_error` (empty where there is none), `options` ("layer:4", or "layer:4/8" with
         activation bits), the numbers of `quarantined` options, `forbidden` pairs (n, 2), and `ranking_only`.
+
+        Args:
+            path: The file. Its folder is made if it is missing.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.{os.getpid()}.part.npz")

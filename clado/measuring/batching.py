@@ -10,12 +10,14 @@ from clado.space import SearchSpace
 
 @dataclass(frozen=True)
 class Batching:
-    """How images travel: a sample block in passes of at most `images_per_pass`, and `batch_images[i]` in one run resumed at
-    layer i (rows stacked). `working_bytes` is what one such run may take beside the stored prefixes."""
+    """How images travel."""
 
     images_per_pass: int
+    """Most images of a sample block that are measured at a time."""
     batch_images: tuple[int, ...]
+    """Images of one run resumed at each layer, rows stacked."""
     working_bytes: int
+    """Bytes that one such run may take, without the stored prefixes."""
 
 
 def batching(

@@ -75,8 +75,10 @@ def each_option(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tenso
 
 
 def _capacity(bench: Workbench, part: Pass, layer: int, to_the_end: bool) -> int:
-    """Rows of a full stack behind a layer. Of pairs a power of two, so that full stacks still fill the larger ones of later
-    layers."""
+    """Rows of a full stack behind a layer.
+
+    Of pairs it is a power of two, so that full stacks still fill the larger ones of later layers.
+    """
     batch = bench.batching.batch_images[min(layer + 1, bench.space.num_layers - 1)]
     capacity = max(1, batch // len(part.images))
     return capacity if to_the_end else 1 << (capacity.bit_length() - 1)

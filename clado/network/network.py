@@ -31,7 +31,7 @@ Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its 
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Whether a module's 2-d convolutions are faster in (N, H, W, C): see notebooks/LOG.md.
+    """Whether a module's 2-d convolutions are faster in (N, H, W, C): see docs/lab-log.md.
 
     On a CPU with AVX2 alone all of them are, on other CPUs those with one channel a group. On a GPU
     it is the user's to say.
@@ -64,6 +64,11 @@ class Network:
             converted with `model.to(memory_format=torch.channels_last)`.
         exported: What `portable` gives of the same network, here or in another process. Exporting
             it again takes seconds. It is not read where it does not fit the module.
+
+    Raises:
+        DataError: `example_input` is no batch of images.
+        ConfigurationError: A pattern matches no parameter, or the numeric mode is unknown.
+        NetworkError: torch.export refuses the module, a weight is not finite, or no layer is left.
     """
 
     def __init__(
@@ -149,12 +154,28 @@ class Network:
         return processor_of(self.device.type).images(self.places[0].cut.peak_bytes_per_image)
 
     def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
-        """The same candidate bit-widths for every layer; `restricted` gives some layers others."""
+        """The same candidate bit-widths for every layer; `restricted` gives some layers others.
+
+        Args:
+            bits: Candidate bit-widths, ascending, each from 1 to 16.
+            ties: Groups of layers (indices) that must have the same bit-width.
+
+        Raises:
+            ConfigurationError: Bits or ties are impossible.
+        """
         return SearchSpace.uniform(self.layers, bits, ties)
 
     @torch.inference_mode()
     def logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), with layers (by index) replaced."""
+        """Logits of images, with some layers replaced.
+
+        Args:
+            images: (N, C, H, W), normalised as the network was trained.
+            replaced: Index of a layer -> its weight, or its weight, bias and grid of the input.
+
+        Returns:
+            (N, classes).
+        """
         return self.finish(self.begin(images), replaced)
 
     def differentiable_logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
@@ -339,7 +360,11 @@ class Network:
         return list(self.engine.unsearched)
 
     def check_assignment(self, assignment: Assignment) -> None:
-        """Refuses an assignment of another network."""
+        """Refuses an assignment of another network.
+
+        Raises:
+            NetworkError: It has another number of layers.
+        """
         if len(assignment.bits) != len(self.layers):
             raise NetworkError(f"the assignment has {len(assignment.bits)} layers, the network {len(self.layers)}")
 

@@ -7,7 +7,7 @@ too, as in LSQ (Esser et al. 2020, arXiv 1902.08153). Its gradient follows from 
 batch norm and float layers are also trained. Grids of inputs keep their range.
 
 Batch norm keeps its initial statistics, as in the deployed network. Statistics of training batches add the noise of few images:
-with them no epoch at 4 bits was better than the start (notebooks/LOG.md).
+with them no epoch at 4 bits was better than the start (docs/lab-log.md).
 """
 
 import math

@@ -24,6 +24,7 @@ from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.records.run_record import RunRecord
 from clado.records.text import percent, short_names, size_text, write_text
 from clado.reporting import tables
+from clado.reporting.glossary import WORDS
 from clado.settings.redaction import redact
 
 PAGE = "report.html"
@@ -157,6 +158,7 @@ def render(folder: Path) -> str:
         coverage=_coverage(record),
         provenance=_provenance(record),
         settings=_settings(folder / "config.yaml"),
+        words=WORDS,
         percent=percent,
         size_text=size_text,
         loss_text=tables.loss_text,

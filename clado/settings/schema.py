@@ -171,8 +171,11 @@ class AdaroundSettings(Settings):
 
 
 class BudgetSettings(Settings):
-    """What each answer must fit, one answer for each number: average bits per searched weight, bytes of the searched weights,
-    percent of their bytes at 8 bits everywhere, or bit operations of one image."""
+    """What each answer must fit, one answer for each number.
+
+    The numbers are average bits per searched weight, bytes of the searched weights, percent of their bytes at 8 bits
+    everywhere, or bit operations of one image.
+    """
 
     average_bits: tuple[Annotated[float, Field(strict=True, gt=0, le=32)], ...] = ()
     size_bytes: tuple[Count, ...] = ()

@@ -160,8 +160,10 @@ class MeasurementStore:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Images per sample block, by the coverage, which every run compares with its own. The array `counts` says the same to
-        other readers of the store."""
+        """Images per sample block, by the coverage, which every run compares with its own.
+
+        The array `counts` says the same to other readers of the store.
+        """
         return np.array([stop - start for start, stop in self.coverage["blocks"]], dtype=np.int64)
 
     def grow(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
@@ -207,8 +209,10 @@ class MeasurementStore:
         return values
 
     def missing(self, plan: Plan) -> list[Tile]:
-        """Tiles of the plan that are not done, in the plan's order: sample blocks that the store has no room for yet are not, and
-        a mark that cannot be read is none."""
+        """Tiles of the plan that are not done, in the plan's order.
+
+        Sample blocks that the store has no room for yet are not done. A mark that cannot be read is none.
+        """
         done: set[tuple[Any, ...]] = set()
         covered = self._covered(plan)
         for kind in plan.kinds:

@@ -62,7 +62,7 @@ and cancels. Each channel of a batch norm's output gets the float network's mean
 falls below that of plain rounding. At 4 bits it is lower than the former rule's by a fifth to a half, and 64 images do
 nearly as well as 512 (R reads 128 at most). In one place the former rule is better: EfficientNet-Lite0 at 3 bits without
 any other correction, by 12 % with 128 or 256 images.
-Other rules, shrinkage and acceptance layer by layer on images held back were tried and not kept: notebooks/LOG.md has figures.
+Other rules, shrinkage and acceptance layer by layer on images held back were tried and not kept: docs/lab-log.md has figures.
 
 **Behind `gptq` and `output_statistics` re-estimation still lowers the loss of Fashion-MNIST's networks**, most at 2 and 3
 bits, and that of EfficientNet-Lite0 at uniform bits. At the mixed bits that a default run finds for EfficientNet-Lite0 it

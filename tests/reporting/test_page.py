@@ -13,9 +13,10 @@ import pytest
 from clado.errors import StoreError
 from clado.records.run_record import RunRecord
 from clado.records.text import percent, size_text
-from clado.reporting import page, plots, tables
+from clado.reporting import glossary, page, plots, tables
 from tests.synthetic import make_matrix, make_record, make_space, with_activations
 
+ROOT = Path(__file__).parents[2]
 EMPTY = {"meta", "link", "br", "img", "line", "path", "circle", "input"}  # HTML's elements without an end, and SVG's that we draw
 NASTY = "<script>alert(1)</script>\"'&</script>"
 
@@ -89,6 +90,12 @@ def test_it_says_what_the_record_holds(tmp_path: Path) -> None:
         assert text in html.flat
     for text in (record.fingerprint, "2.15.0", "fe" * 32, f"256 images, sha256 {'ab' * 32}", "activations are not quantized"):
         assert text in html.flat
+
+
+def test_it_explains_its_words_as_the_glossary_does(tmp_path: Path) -> None:
+    html = parsed(make_run(tmp_path))
+    assert all(f"{word} {meaning}" in html.flat for word, meaning in glossary.WORDS.items())
+    assert (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8") == glossary.page()
 
 
 def test_it_needs_nothing_from_outside(tmp_path: Path) -> None:

@@ -66,8 +66,10 @@ class Constraint:
 
 
 def whole(bound: float, times: Fraction | int = 1) -> float:
-    """The largest whole number within a bound, times a factor. 2.3 means the decimal 2.3, not its binary neighbour; an infinite
-    bound, or NaN, stays."""
+    """The largest whole number within a bound, times a factor.
+
+    2.3 means the decimal 2.3, not its binary neighbour. An infinite bound, or NaN, stays.
+    """
     return float(floor(Fraction(repr(float(bound))) * times)) if isfinite(bound) else float(bound)
 
 

@@ -5,8 +5,9 @@ from clado.space import SearchSpace
 
 
 def _build(space: SearchSpace, average: float) -> Constraint:
-    """At most `average` bits per weight, weighted by the layers' parameters; 2.3 means the decimal 2.3, not its binary
-    neighbour.
+    """At most `average` bits per weight, weighted by the layers' parameters.
+
+    2.3 means the decimal 2.3, not its binary neighbour.
     """
     costs = tuple(float(space.layers[i].num_weights * b) for i, b, _ in space.options)
     return Constraint("average_bits", "bits in all", costs, whole(average, space.num_weights))

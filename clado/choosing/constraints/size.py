@@ -8,8 +8,9 @@ from clado.space import SearchSpace
 
 
 def _build(space: SearchSpace, budget_bytes: float, overhead_bytes: Mapping[str, int] | None = None) -> Constraint:
-    """At most `budget_bytes` of weights; `overhead_bytes` (layer name to bytes) adds scales and zero points when they are to
-    count.
+    """At most `budget_bytes` of weights.
+
+    `overhead_bytes` (layer name to bytes) adds scales and zero points when they are to count.
     """
     overhead = dict(overhead_bytes or {})
     unknown = sorted(set(overhead) - set(space.names))

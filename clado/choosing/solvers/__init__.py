@@ -51,8 +51,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver found: choices (one per group, None if none was found), a bound on the minimised function, and how it
-    ended.
+    """What a solver found.
+
+    It has choices (one per group, None if none was found), a bound on the minimised function, and how it ended.
     """
 
     status: Status

@@ -1,4 +1,6 @@
-"""Measures tiles. One module for each tile kind, of the same name as its file in `kinds/`, with
+"""Measures tiles. There is one module for each tile kind, of the same name as its file in `kinds/`.
+
+It has the function
 
 measure(bench: Workbench, tile: Tile) -> Array
     float64 sums over the tile's sample block, of the kind's shape; only the tile's rows where the kind has row tiles

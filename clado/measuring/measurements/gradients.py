@@ -86,8 +86,10 @@ def _biases(prepared: Prepared) -> list[Tensor | None]:
 
 
 def _errors(prepared: Prepared, layer: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(options of a layer, weights) and (options, bias): what each option adds to the float layer, float32 at least: squares of
-    small errors leave float16's range."""
+    """What each option adds to the float layer: (options of a layer, weights) and (options, bias).
+
+    They are float32 at least, because squares of small errors leave float16's range.
+    """
     weight = prepared.network.weights[layer]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     layers = [prepared.layers[k] for k in prepared.space.options_of(layer)]

@@ -92,7 +92,10 @@ def _add_traces(traces: Tensor, loss: Tensor, weights: Sequence[Tensor], vectors
 
 
 def images_at_once(network: Network, most: int, limit_bytes: int | None) -> int:
-    """Images of one recorded run, at most `most`: autograd keeps every layer's input and output, and second derivatives as much
-    again twice over, within a quarter of the limit (default 2 GB)."""
+    """Images of one recorded run, at most `most`.
+
+    Autograd keeps every layer's input and output, and second derivatives as much again twice over. All of it is within a
+    quarter of the limit (default 2 GB).
+    """
     kept = 8 * sum(place.cut.bytes_per_image for place in network.places)
     return max(1, min(most, (limit_bytes or 2 * 10**9) // (4 * max(1, kept))))
