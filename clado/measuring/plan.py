@@ -78,11 +78,12 @@ class Plan:
     def tiles(self) -> tuple[Tile, ...]:
         """All tiles: first the kinds without row tiles, which are cheap; sample block by sample block."""
         kinds = [kind for kind in tile_kinds().values() if kind.name in self.kinds]
-        numbers = range(len(self.sample_blocks))
-        tiles = [Tile(kind.name, n) for kind in kinds if not kind.has_row_tiles for n in numbers]
+        blocks = {kind.name: range(kind.num_blocks(len(self.sample_blocks))) for kind in kinds}
+        tiles = [Tile(kind.name, n) for kind in kinds if not kind.has_row_tiles for n in blocks[kind.name]]
         for kind in kinds:
             if kind.has_row_tiles:
-                tiles += [self.row_tile(kind.name, n, number) for n in numbers for number in range(self.num_row_tiles)]
+                rows = range(self.num_row_tiles)
+                tiles += [self.row_tile(kind.name, n, number) for n in blocks[kind.name] for number in rows]
         return tuple(tiles)
 
     def row_tile(self, kind: str, sample_block: int, number: int) -> Tile:
@@ -113,7 +114,8 @@ class Plan:
 
     def stored_bytes(self) -> int:
         """Bytes of all chunks before compression."""
-        return 8 * len(self.sample_blocks) * sum(math.prod(tile_kind(kind).shape(self.space)) for kind in self.kinds)
+        kinds, count = [tile_kind(kind) for kind in self.kinds], len(self.sample_blocks)
+        return 8 * sum(kind.num_blocks(count) * math.prod(kind.shape(self.space)) for kind in kinds)
 
 
 def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:

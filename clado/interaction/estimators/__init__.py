@@ -170,8 +170,10 @@ def uncorrected(measured: Measured) -> InteractionMatrix | None:
     """
     if "plain_singles" not in measured.sums:
         return None
+    blocks = tile_kind("plain_singles").num_blocks(len(measured.counts))
+    sums = {"singles": measured.sums["plain_singles"][:blocks]}
     with suppress(MeasurementError):
-        return estimate("layerwise", replace(measured, sums={"singles": measured.sums["plain_singles"]}))
+        return estimate("layerwise", replace(measured, counts=measured.counts[:blocks], sums=sums))
     return None
 
 

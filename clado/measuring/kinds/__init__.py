@@ -42,6 +42,10 @@ class TileKind:
         """Shape of the sums of one sample block. K is the number of options."""
         return (1 + space.num_options,)
 
+    def num_blocks(self, sample_blocks: int) -> int:
+        """How many of the sample blocks are measured. They are the first ones; by default all."""
+        return sample_blocks
+
     def terms(self, plan: "Plan") -> dict[str, Any]:
         """What the sums depend on beside the store's identity, as plain data. The store keeps it with the sums."""
         return {}

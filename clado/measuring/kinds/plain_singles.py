@@ -1,14 +1,21 @@
-"""Singles of layers that are rounded to nearest, without corrections: 1 + K values a sample block."""
+"""Singles of layers that are rounded to nearest, without corrections: 1 + K values a sample block, of a quarter of them."""
 
 from clado.measuring.kinds import TileKind
 
 
 class PlainSingles(TileKind):
-    """The same losses as singles, of uncorrected layers."""
+    """The same losses as singles, of uncorrected layers, on a quarter of the sample blocks.
+
+    They only propose what a network without corrections is compared with. That comparison is measured on all images.
+    """
 
     name = "plain_singles"
     order = 20
     is_uncorrected = True
+
+    def num_blocks(self, sample_blocks: int) -> int:
+        """A quarter, and at least two where there are two."""
+        return max(min(2, sample_blocks), -(-sample_blocks // 4))
 
 
 kind = PlainSingles()
