@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from clado.choosing.program import Program, Solution, Solve, Status
+from clado.choosing.program import Program, Solve
+from clado.choosing.solution import Solution, Status
 from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted, StoreError
 from clado.space import Assignment
 

@@ -119,7 +119,13 @@ class Prepared:
         return self.network.updated(tensors) if tensors else self.network, self.chosen(assignment)
 
 
-def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, images: Sequence[Tensor] = ()) -> Prepared:
+def prepare(
+    network: Network,
+    space: SearchSpace,
+    recipe: Recipe | None = None,
+    images: Sequence[Tensor] = (),
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Prepared:
     """Quantizes every layer at every candidate, in this process.
 
     Args:
@@ -127,6 +133,7 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
         space: The options of its layers.
         recipe: How layers are quantized; by default `Recipe()`.
         images: Calibration batches (n, C, H, W).
+        progress: It is called with (layers that are prepared, all layers) after every layer.
 
     Raises:
         DataError: Corrections or activations need images, and there are none, or too few.
@@ -145,6 +152,7 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
         options, layer_notes = prepare_layer(network, space, recipe, layer, runs)
         layers += options
         notes += layer_notes
+        progress(layer + 1, space.num_layers)
     return Prepared(network, space, recipe, tuple(layers), images, tuple(notes))
 
 
