@@ -19,6 +19,7 @@ from clado.api.progress import Advance, Progress, showing
 from clado.api.steps import measured, prepare
 from clado.choosing import solvers
 from clado.choosing.choice import Score, choose
+from clado.choosing.constraints import Constraint
 from clado.choosing.program import Program, Solve
 from clado.choosing.proposals import Proposal, check_budgets, propose
 from clado.choosing.solution import assignment_rows
@@ -229,9 +230,7 @@ def compress(
     candidates = {p.assignment: (plain if p.assignment.corrected == "none" else prepared) for p in proposals}
     with showing(progress, "choosing") as advance:
         scores = _scores(candidates, criterion, slices.selection, advance)
-    losses = {assignment: float(score.losses.mean()) for assignment, score in scores.items()}
-    deciding = {assignment: Score(float(s.briers.mean()), s.hits) for assignment, s in scores.items()}
-    results = choose(space, proposals, losses, limits[1:], deciding)
+    results = _results(space, proposals, scores, limits[1:])
     chosen = next(row for row in results if row.method == CHOSEN)
     method = chosen.winner or CHOSEN
     deployed = candidates[chosen.assignment].deployed(chosen.assignment)
@@ -252,7 +251,7 @@ def compress(
         num_images={name: len(getattr(slices, name)) for name in SETS},
         seed=seed,
         matrices=matrices,
-        results=tuple(results),
+        results=results,
         deployed=deployed,
     )
 
@@ -305,6 +304,15 @@ def _uncorrected(proposal: Proposal) -> Proposal:
     """The same bits, rounded to nearest."""
     assignment = proposal.assignment.with_corrections("none")
     return replace(proposal, assignment=assignment, loss_predicted=None, solution=None, reported=False)
+
+
+def _results(
+    space: SearchSpace, proposals: Sequence[Proposal], scores: Mapping[Assignment, Scores], limits: Sequence[Constraint]
+) -> tuple[Result, ...]:
+    """One row for each reported proposal, and the chosen one, by the rules of `clado run`."""
+    losses = {assignment: float(score.losses.mean()) for assignment, score in scores.items()}
+    deciding = {assignment: Score(float(score.briers.mean()), score.hits) for assignment, score in scores.items()}
+    return tuple(choose(space, proposals, losses, limits, deciding))
 
 
 def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
