@@ -100,7 +100,7 @@ class Solution(Tabular):
 
     def summary(self) -> str:
         """Status, bits, bytes and predicted increase, in one line."""
-        gap = "" if self.gap == 0 else f", gap {100 * self.gap:.3g} %"
+        gap = "" if self.gap == 0 or self.status == Status.OPTIMAL else f", gap {100 * self.gap:.3g} %"
         return (
             f"{self.status}: {self.average_bits:.4g} bits a weight, {self.size_bytes:,} bytes, "
             f"predicted increase {self.objective:.4g}{gap}"
