@@ -140,11 +140,11 @@ def count_each(
             float_network = reference or plain
             if labels is None and id(float_network) not in floats:
                 floats[id(float_network)] = float_network.logits(x)
-            totals[k] += batch_counts(network.logits(x, replaced), labels, floats.get(id(float_network)))
+            totals[k] += _batch_counts(network.logits(x, replaced), labels, floats.get(id(float_network)))
     return totals
 
 
-def batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
+def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
     """Counts of one batch: cross entropy and hits with labels, KL to the float logits without."""
     if labels is None:
         if floats is None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clado import criteria
 from clado.api import budgets
 from clado.api.budgets import TableBound
 from clado.api.checks import image_slice
 from clado.api.progress import Advance, Progress, showing
 from clado.api.steps import measured, prepare
+from clado.api.validation import validate
 from clado.choosing import solvers
 from clado.choosing.choice import Score, choose
 from clado.choosing.constraints import Constraint
@@ -25,7 +25,6 @@ from clado.choosing.proposals import Proposal, check_budgets, propose
 from clado.choosing.solution import assignment_rows
 from clado.data.images import DataSlices, ImageSlice, PickedSlice, as_slice
 from clado.errors import ConfigurationError, DataError
-from clado.evaluation import Counts, batch_counts, evaluation_batches
 from clado.exporting._torch_module import as_module
 from clado.exporting.packed import PackedSize, export_packed
 from clado.grids import QuantizedLayer
@@ -36,7 +35,7 @@ from clado.measuring.workbench import Workbench
 from clado.network.arguments import check_model
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization.preparation import Prepared
-from clado.records.results import CHOSEN, Z95, Accuracy, Result
+from clado.records.results import CHOSEN, Accuracy, Result
 from clado.records.tabular import Tabular, html_table
 from clado.records.text import size_text
 from clado.space import Assignment, SearchSpace
@@ -235,7 +234,7 @@ def compress(
     method = chosen.winner or CHOSEN
     deployed = candidates[chosen.assignment].deployed(chosen.assignment)
     with showing(progress, "evaluating") as advance:
-        validation = _validate(network, deployed, criterion, slices.validation, advance)
+        validation = validate(network, deployed, criterion, slices.validation, advance)
     matrix = matrices.get(method)
     return Compressed(
         module=as_module(*deployed),
@@ -244,8 +243,8 @@ def compress(
         method=method,
         loss_predicted=None if matrix is None else _predicted(matrix, chosen.assignment),
         loss_measured=validation.loss,
-        accuracy=validation.counts.accuracy(),
-        float_accuracy=validation.float_counts.accuracy(),
+        accuracy=validation.accuracy,
+        float_accuracy=validation.float_accuracy,
         agreement=validation.agreement,
         drop_interval=validation.drop_interval,
         num_images={name: len(getattr(slices, name)) for name in SETS},
@@ -337,41 +336,3 @@ def _scores(
         scores[assignment] = Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         advance(k + 1, len(candidates))
     return scores
-
-
-@dataclass(frozen=True)
-class _Validation:
-    """What was counted of a deployed network beside the float network."""
-
-    float_counts: Counts
-    counts: Counts
-    loss: float
-    """Mean of the criterion."""
-    agreement: float
-    """Fraction of images with the same top class."""
-    drop_interval: float | None
-    """Half the 95 % interval of the difference in top-1."""
-
-
-@torch.inference_mode()
-def _validate(
-    network: Network, deployed: tuple[Network, dict[int, QuantizedLayer]], criterion: Any, images: ImageSlice, advance: Advance
-) -> _Validation:
-    folded, replaced = deployed[0].folded_with(deployed[1])
-    counts = float_counts = Counts()
-    losses, agrees, differences = [], [], []
-    for start, stop in evaluation_batches(len(images), network.images_at_once):
-        x, labels = images.load(start, stop)
-        x, labels = x.to(network.device), None if labels is None else labels.to(network.device)
-        floats, logits = network.logits(x), folded.logits(x, replaced)
-        float_counts += batch_counts(floats, labels, floats)
-        counts += batch_counts(logits, labels, floats)
-        losses.append(criteria.bind(criterion, floats, labels)(logits))
-        classes, float_classes = logits.argmax(1), floats.argmax(1)
-        agrees.append(classes == float_classes)
-        if labels is not None:
-            differences.append((classes == labels).double() - (float_classes == labels).double())
-        advance(stop, len(images))
-    n = len(images)
-    interval = Z95 * float(torch.cat(differences).std(correction=1)) / sqrt(n) if differences and n > 1 else None
-    return _Validation(float_counts, counts, float(torch.cat(losses).mean()), float(torch.cat(agrees).double().mean()), interval)
