@@ -203,6 +203,8 @@ def compress(
         "table": table,
     }
     asked = budgets.budgets(given)
+    if isinstance(model, Network) and fixed:
+        raise ConfigurationError("model is a clado.Network, which has its fixed layers; expected clado.Network(..., fixed=...)")
     images = as_slice(data, image_shape=model.image_shape if isinstance(model, Network) else None)
     counts = (calibration_images, sensitivity_images, selection_images, validation_images)
     slices = split(images, counts, seed)

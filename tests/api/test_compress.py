@@ -165,6 +165,10 @@ def test_large_data_leave_all_other_images_to_validation():
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
+        (
+            lambda: clado.compress(clado.Network(MODEL, X[:1]), X, average_bits=3, fixed=["head.*"]),
+            ConfigurationError, "which has its fixed layers",
+        ),
         (lambda: clado.compress(MODEL, X), ConfigurationError, "there is no limit.*average_bits=3.0"),
         (lambda: clado.compress(MODEL, X, average_bits="3"), ConfigurationError, "'3' of type str; expected a number"),
         (lambda: clado.compress(MODEL, X, average_bits=1), InfeasibleError, "reaches from"),
