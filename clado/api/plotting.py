@@ -1,6 +1,6 @@
 """One picture of any result."""
 
-from matplotlib.figure import Figure
+from typing import Any
 
 from clado.api.compression import Compressed
 from clado.api.finished_run import Run
@@ -12,13 +12,16 @@ from clado.records.run_record import RunRecord
 from clado.reporting import plots
 
 
-def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord | Run) -> Figure:
+def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord | Run) -> Any:
     """The picture of a result. Notebooks show it; `figure.savefig("name.png")` writes it.
 
     Args:
         result: A matrix (heat map), a solution or what `compress` gives (bits per layer), a front
             (predicted loss against size), or a run or its record (accuracy against size; without
             labels loss against size).
+
+    Returns:
+        A figure of matplotlib.
 
     Raises:
         ConfigurationError: There is no picture of such an object.
