@@ -1,10 +1,13 @@
 """clado chooses a bit-width for every layer of a vision network by measuring how the quantization errors of layers interact.
 
-    network = clado.Network(model, example_input)
+    result = clado.compress(model, data, average_bits=3)  # the whole way; result.module is a torch module
+
+    network = clado.Network(model, example_input)  # the same in steps
     space = network.search_space(bits=(2, 4, 8))
     matrix = clado.measure(network, space, data, estimator="gauss_newton", criterion="kl_to_float")
     solution = clado.solve(matrix, average_bits=3.0)
     report = clado.evaluate(network, solution.assignment, validation_data)
+    module = clado.quantize(network, solution.assignment)
 
 Names are loaded when first used, so that `import clado` costs nothing.
 """
@@ -13,8 +16,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clado.api import evaluate, measure, prepare, solve
-    from clado.choosing.program import Solution
+    from clado.api.compression import Compressed, compress
+    from clado.api.finished_run import Run
+    from clado.api.plotting import plot
+    from clado.api.steps import evaluate, front, measure, prepare, quantize, solve
+    from clado.choosing.pareto import Front
+    from clado.choosing.solution import Solution
     from clado.errors import CladoError
     from clado.exporting.packed import load_packed
     from clado.interaction.matrix import InteractionMatrix
@@ -26,15 +33,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "evaluate": "api",
-    "measure": "api",
-    "prepare": "api",
-    "solve": "api",
+    "Compressed": "api.compression",
+    "Run": "api.finished_run",
+    "compress": "api.compression",
+    "evaluate": "api.steps",
+    "front": "api.steps",
+    "measure": "api.steps",
+    "plot": "api.plotting",
+    "prepare": "api.steps",
+    "quantize": "api.steps",
+    "solve": "api.steps",
     "load_packed": "exporting.packed",
     "CladoError": "errors",
+    "Front": "choosing.pareto",
     "InteractionMatrix": "interaction.matrix",
     "Network": "network.network",
-    "Solution": "choosing.program",
+    "Solution": "choosing.solution",
     "WeightQuantizer": "quantization.quantizers",
     "Accuracy": "records.results",
     "Assignment": "space",
@@ -45,16 +59,23 @@ __all__ = [
     "Accuracy",
     "Assignment",
     "CladoError",
+    "Compressed",
+    "Front",
     "InteractionMatrix",
     "Layer",
     "Network",
+    "Run",
     "SearchSpace",
     "Solution",
     "WeightQuantizer",
+    "compress",
     "evaluate",
+    "front",
     "load_packed",
     "measure",
+    "plot",
     "prepare",
+    "quantize",
     "solve",
 ]
 

@@ -153,7 +153,7 @@ def check_patterns(patterns: Sequence[str], subject: str) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchSpace:
     """The layers and the bit-widths that each may have."""
 
@@ -194,6 +194,9 @@ class SearchSpace:
             if len({self.bit_widths[i] for i in group}) > 1:
                 raise ConfigurationError(f"tied layers {names} have different bit-widths; give them the same candidates")
             tied_layers |= set(group)
+
+    def __repr__(self) -> str:
+        return f"SearchSpace({self.num_layers} layers, {self.num_options} options)"
 
     @classmethod
     def uniform(cls, layers: Sequence[Layer], bits: Sequence[int], ties: Sequence[Sequence[int]] = ()) -> "SearchSpace":

@@ -79,8 +79,7 @@ def plan(
 @command
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
-    from clado.records.text import write_text
-    from flows.commands.export import file_name
+    from clado.records.text import file_name, write_text
     from flows.commands.stored import StoredRun, predicted_text, solution_text
 
     stored = StoredRun.open(folder)

@@ -36,6 +36,9 @@ Limits = Annotated[
 ]
 SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
 
+OF_FLOWS = ("dask", "distributed", "fastapi", "mlflow", "prefect", "sqlalchemy")
+"""Libraries of the extra `flows`, which the library part does without."""
+
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
     """A command whose user errors are one message and a non-zero exit, without a traceback."""
@@ -51,6 +54,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
             typer.echo(f"clado: {redact(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in OF_FLOWS:
+                raise
+            expected = "expected: pip install 'clado[flows]'"
+            typer.echo(f"clado: this command needs {error.name}, which is not installed; {expected}", err=True)
+            raise typer.Exit(CladoError.exit_code) from None
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # such an error names no file
             if error.filename is None and not full:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from clado.choosing.program import Program, Solution, Solve, Status
+from clado.choosing.program import Program, Solve
+from clado.choosing.solution import Solution, Status
 from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted, StoreError
 from clado.space import Assignment
 from flows.embedded import foreign_url

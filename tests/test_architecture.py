@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.command_line import OF_FLOWS
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(file for package in ("clado", "flows") for file in (ROOT / package).rglob("*.py"))
 # outside library -> the only places that may import it
@@ -58,6 +60,22 @@ bench = Workbench(prepared, "kl_to_float", ((0, 4),), lambda a, b: (x[a:b], None
 plan = Plan(space, ((0, 4),), ("singles", "gram"), 4)
 sums = {tile.kind: measure_tile(bench, tile)[None] for tile in plan.tiles}
 assert estimators.estimate("gauss_newton", estimators.Measured(space, "kl_to_float", np.array([4]), sums)).values.shape == (4, 4)
+"""
+
+LIBRARY_RUN = """
+import pkgutil
+from importlib import import_module
+import torch, clado
+from torch import nn
+for module in pkgutil.walk_packages(clado.__path__, "clado."):
+    if module.name != "clado.data.zoo.train":  # a script
+        import_module(module.name)
+model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+result = clado.compress(model, torch.randn(128, 1, 8, 8), average_bits=4)
+result.save("network.safetensors")
+for module in (result.module, clado.load_packed("network.safetensors", model)):
+    assert module(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+clado.plot(result.matrices["gauss_newton"]).savefig("matrix.png")
 """
 
 
@@ -199,6 +217,22 @@ def test_the_check_of_a_process_can_fail():
 def test_measuring_runs_with_torch_and_numpy_alone():
     result = blocked("".join(f"import {name}\n" for name in CORE) + CORE_RUN, BEYOND_CORE)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_library_works_without_the_extra_flows(tmp_path):
+    script = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); os.chdir({str(tmp_path)!r}){LIBRARY_RUN}"
+    result = blocked(script, OF_FLOWS)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "matrix.png").stat().st_size > 1000
+
+
+def test_a_command_that_needs_the_extra_flows_says_so(tmp_path):
+    arguments = ["clado", "run", str(ROOT / "demo.yaml"), f"folder={tmp_path / 'run'}"]
+    script = f"sys.argv = {arguments!r}; from flows.cli import main; main()"
+    result = blocked(script, OF_FLOWS)
+    assert result.returncode == 2
+    assert "not installed; expected: pip install 'clado[flows]'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_check_of_blocked_libraries_can_fail():

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from clado.exporting._torch_module import as_module
 from clado.grids import QuantizedLayer
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, sample_blocks
 from clado.measuring.workbench import Workbench, rows_per_tile
-from clado.network.network import Network
+from clado.network.network import Network, computing
 from clado.quantization.preparation import Recipe, calibration_batches, prepare
 from tests.networks import Attention, Normed, Recurrent, Residual, Tied, Volume, build, images, labels
-from tests.tolerance import LOSS, assert_close_losses, of_forward
+from tests.tolerance import LOSS, assert_close_but_for_ties, assert_close_losses, of_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NUM_IMAGES = 12
@@ -144,3 +145,16 @@ def test_memory_stays_within_the_limit() -> None:
         assert torch.cuda.max_memory_allocated() - before < limit * 10**6
     for sums in found[1:]:
         assert_close_losses(sums, found[0], len(x))
+
+
+@KINDS
+def test_a_quantized_module_moves_to_the_gpu_and_back(kind) -> None:
+    """Weights, added biases and grids of inputs all move."""
+    network = Network(build(kind), images(1))
+    space = network.search_space((2, 4)).with_activations((8,))
+    prepared = prepare(network, space, Recipe(corrections=("output_statistics",)), [images(40, seed=3)])
+    module, x = as_module(*prepared.deployed(space.narrowest)), images(6, seed=5)
+    with torch.no_grad(), computing("float32", torch.device("cuda")):
+        expected = module(x)
+        assert_close_but_for_ties(module.to("cuda")(x.to("cuda")).cpu(), expected)
+        assert torch.equal(module.to("cpu")(x), expected)

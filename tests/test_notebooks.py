@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE = re.compile(r"(?<![\w/.:])(?:/\w+/|[A-Z]:\\)")  # the beginning of a path from a file system's root
-MIMES = {"image/png", "text/markdown", "text/plain"}
+MIMES = {"image/png", "text/html", "text/markdown", "text/plain"}
 
 
 def code_cells(path: Path) -> list[dict]:
@@ -44,8 +44,21 @@ def test_a_path_is_seen():
     assert not ABSOLUTE.search("https://arxiv.org/abs/2307.05657, 3 / 4, bits/s")
 
 
-def test_there_are_three_lessons():
-    assert [path.name for path in LESSONS] == ["1-why-pairs-matter.ipynb", "2-reading-the-matrix.ipynb", "3-pareto.ipynb"]
+def test_there_are_four_lessons():
+    assert [path.name for path in LESSONS] == [
+        "1-why-pairs-matter.ipynb", "2-reading-the-matrix.ipynb", "3-pareto.ipynb", "4-ten-lines.ipynb",
+    ]  # fmt: skip
+
+
+def test_the_lesson_in_ten_lines_runs_and_has_them():
+    """The others take minutes; tests/system runs them too, in a kernel."""
+    first, *rest = code_cells(LESSONS[-1])
+    lines = [line for line in first["source"] if line.strip()]
+    assert len(lines) <= 10
+    names: dict[str, object] = {}
+    for cell in (first, *rest):
+        exec("".join(cell["source"]), names)  # asserts on its way
+    assert names["module"] is names["result"].module
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

@@ -43,7 +43,7 @@ def given(path: Path) -> dict[str, object]:
         return {
             "model": build(Residual),
             "example_input": images(1),
-            "data": torch.split(images(32), 8),
+            "data": torch.split(images(128), 32),
             "validation_data": [(images(20), labels(20))],
         }
     if path.name == "reading-the-results.md":
@@ -71,6 +71,8 @@ def test_the_python_of_a_page_runs_in_order_in_one_namespace(path, tmp_path, mon
         first = text[: block.start("fenced")].count("\n")
         exec(compile("\n" * first + block["fenced"], str(path), "exec"), names)
     if path.name == "README.md":
+        assert names["result"].average_bits <= 3
+        assert names["module"](images(2)).shape == (2, 4)
         assert names["solution"].status == "optimal"
         assert 0 <= names["report"].top1 <= 1
     else:

@@ -6,11 +6,19 @@ computes once what all bounds share.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from clado.choosing.program import Program, Solution, Solve
-from clado.errors import ConfigurationError, InfeasibleError
+from clado.choosing.program import Program, Solve
+from clado.choosing.solution import Solution
+from clado.errors import CladoError, ConfigurationError, InfeasibleError
+from clado.records.documents import read_document, space_document, space_of, unreadable, write_document
+from clado.records.tabular import Tabular
+
+FORMAT = "clado-front/1"
+_FILE = "a file that `Front.save` wrote"
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,64 @@ class ParetoPoint:
     """The value of the constraint, which is at most the bound."""
     solution: Solution
     """The solver's answer."""
+
+
+@dataclass(frozen=True, repr=False)
+class Front(Tabular):
+    """The answers at several budgets of one kind, in ascending order of the budgets."""
+
+    budget: str
+    """The keyword of the budgets, such as average_bits."""
+    bounds: tuple[float, ...]
+    """The budgets, as they were asked for."""
+    solutions: tuple[Solution, ...]
+    """The answer to each budget."""
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def summary(self) -> str:
+        """Budgets and sizes, in one line."""
+        if not self.bounds:
+            return "no budget"
+        sizes = f"{self.solutions[0].size_bytes:,} to {self.solutions[-1].size_bytes:,} bytes"
+        return f"{len(self)} budgets, {self.budget} {self.bounds[0]:g} to {self.bounds[-1]:g}, {sizes}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each budget: bits, bytes, predicted increase, status and gap of its answer."""
+        return [
+            {
+                self.budget if self.budget not in ("average_bits", "size_bytes") else f"budget_{self.budget}": bound,
+                "average_bits": solution.average_bits,
+                "size_bytes": solution.size_bytes,
+                "predicted_increase": solution.objective,
+                "status": str(solution.status),
+                "gap": solution.gap,
+            }
+            for bound, solution in zip(self.bounds, self.solutions, strict=True)
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the front as JSON, for `load`."""
+        rows = [{"bound": b, "solution": s.document()} for b, s in zip(self.bounds, self.solutions, strict=True)]
+        space = space_document(self.solutions[0].space) if self.solutions else None
+        write_document(path, {"format": FORMAT, "budget": self.budget, "space": space, "points": rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Front":
+        """The front that `save` wrote.
+
+        Raises:
+            StoreError: The file is missing, or holds something else.
+        """
+        document = read_document(path, FORMAT, _FILE)
+        try:
+            space = space_of(document["space"])
+            bounds = tuple(row["bound"] for row in document["points"])
+            solutions = tuple(Solution.of_document(row["solution"], space) for row in document["points"])
+            return cls(document["budget"], bounds, solutions)
+        except (KeyError, TypeError, ValueError, CladoError) as error:
+            raise unreadable(path, error, _FILE) from None
 
 
 def within_reach(program: Program, constraint: str, bounds: Sequence[float]) -> list[float]:

@@ -10,7 +10,6 @@ Q = Tᵀ Ĝ T, where T maps a choice to its options. One product merges the rows
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cached_property
 from typing import Protocol, get_args
 
@@ -28,81 +27,12 @@ from clado.choosing._building import (
     merged,
 )
 from clado.choosing.constraints import Constraint
+from clado.choosing.solution import Solution, Status
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.interaction.matrix import Array, Convexity, InteractionMatrix
 from clado.space import Assignment, SearchSpace
 
 Choices = NDArray[np.intp]
-
-
-class Status(StrEnum):
-    """How a solve ended. `advice` says what that means and what to try."""
-
-    OPTIMAL = "optimal"
-    LIMIT = "limit"
-    INTERRUPTED = "interrupted"
-    HEURISTIC = "heuristic"
-    INFEASIBLE = "infeasible"
-    DOUBTFUL = "doubtful"
-
-    @property
-    def advice(self) -> str:
-        """One sentence: what happened, and what to try."""
-        return _ADVICE[self]
-
-
-_ADVICE = {
-    Status.OPTIMAL: "Proven: no other assignment within the constraints has a lower objective (relative tolerance 1e-6).",
-    Status.LIMIT: "A limit was reached: this is the best assignment found, and the gap bounds what is left; raise the limit, "
-    "offer fewer bit-widths, or use convexity='clip_psd' or more sensitivity images, which make the program easier.",
-    Status.INTERRUPTED: "Interrupted: this is the best assignment found until then, and the gap bounds what is left; run it "
-    "again to prove it.",
-    Status.HEURISTIC: "Found by a heuristic, which proves nothing; solve with 'scip' for a bound.",
-    Status.INFEASIBLE: "No assignment meets the constraints; raise a budget, offer narrower bit-widths, or unpin layers.",
-    Status.DOUBTFUL: "The solver's numbers and the recomputed ones disagree by more than the tolerance; the assignment is "
-    "feasible, but its bound is not to be trusted: rescale the matrix or compare with solver='exhaustive' on a smaller space.",
-}
-
-
-@dataclass(frozen=True)
-class Solution:
-    """An assignment, its value, and how far that is proven."""
-
-    assignment: Assignment
-    """One bit-width per layer."""
-    status: Status
-    """How the solve ended."""
-    objective: float
-    """The predicted loss increase ½ αᵀ Ĝ α on the *raw* matrix."""
-    minimised: float
-    """The value of the minimised function. It differs from `objective` with clipping or in `Program.layerwise`."""
-    bound: float
-    """A lower bound on the minimised function; −∞ for a heuristic."""
-    gap: float
-    """(minimised − bound) / |minimised|; ∞ for a heuristic."""
-    seconds: float
-    """How long the solve took."""
-    nodes: int
-    """Nodes of the search tree."""
-    values: dict[str, float]
-    """The value of each constraint by name, in its unit."""
-    slack: dict[str, float]
-    """The unused budget of each constraint by name, in its unit."""
-    solver: str
-    """The solver's name."""
-    estimator: str
-    """The name of the estimator that made the matrix."""
-    convexity: Convexity
-    """What was minimised: the matrix as measured, or clipped."""
-    better_than_widest: Assignment | None = None
-    """An assignment that the raw matrix prefers to the widest bits everywhere, which is a sign of sampling noise."""
-    message: str = ""
-    """What the solver says about this solve."""
-
-    @property
-    def advice(self) -> str:
-        """What happened and what to try, followed by the solver's message."""
-        return f"{self.status.advice} {self.message}".strip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,6 +294,7 @@ class Program:
             solver,
             self.matrix.estimator,
             self.convexity,
+            self.space,
             better_than_widest,
             message,
         )

@@ -13,7 +13,8 @@ import numpy as np
 from clado.bits import FLOAT_BITS
 from clado.choosing import constraints, solvers
 from clado.choosing.constraints import Constraint
-from clado.choosing.program import Program, Solution
+from clado.choosing.program import Program
+from clado.choosing.solution import Solution
 from clado.choosing.solvers import Solve
 from clado.errors import InfeasibleError
 from clado.interaction import estimators

@@ -239,7 +239,10 @@ def check_batch(
     is_image = image_shape is None or len(image_shape) == 3
     axes = "(N, C, H, W)" if is_image else f"(N, {', '.join(map(str, image_shape or ()))})"
     if not isinstance(images, Tensor):
-        raise DataError(f"{subject} holds images of type {type(images).__name__}; expected a torch tensor {axes} of float32")
+        hint = ": torch.from_numpy(images).float()" if type(images).__name__ == "ndarray" else ""
+        raise DataError(
+            f"{subject} holds images of type {type(images).__name__}; expected a torch tensor {axes} of float32{hint}"
+        )
     shape = tuple(images.shape)
     if images.ndim != _axes(image_shape):
         hint = "; a single image becomes a batch with image.unsqueeze(0), a dataset with torch.utils.data.DataLoader"
@@ -335,8 +338,9 @@ def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes:
     if isinstance(data, Tensor) or _is_pair(data, _axes(image_shape)):
         data = [data]
     elif not isinstance(data, Iterable):
+        hint = ": torch.utils.data.DataLoader(dataset, batch_size=64) makes one" if hasattr(data, "__getitem__") else ""
         raise DataError(
-            f"data is a {type(data).__name__}; expected an iterable of image batches (N, C, H, W) or (images, labels)"
+            f"data is a {type(data).__name__}; expected an iterable of image batches (N, C, H, W) or (images, labels){hint}"
         )
     batches: list[Tensor] = []
     labels: list[Tensor] = []
@@ -367,8 +371,8 @@ def _axes(image_shape: tuple[int, ...] | None) -> int:
 
 
 def _is_pair(data: object, axes: int) -> bool:
-    # A tuple of two image batches is an iterable of batches; of images and anything else, one labelled batch.
-    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(element, Tensor) for element in data)):
+    # Two image batches are an iterable of batches; images and anything else are one labelled batch.
+    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(element, Tensor) for element in data)):
         return False
     return bool(data[0].ndim == axes and data[1].ndim != axes)
 

@@ -26,6 +26,8 @@ _MODULE_TYPES = tuple(
 """Modules whose call reads their `weight` and their first argument."""
 Rounding = Callable[[Tensor, ActivationGrid], Tensor]
 """Puts a tensor on a grid."""
+GRID_BUFFERS = ("input_grid_scale", "input_grid_zero_point", "input_grid_last_code")
+"""Buffers of a module whose input is quantized."""
 
 
 def as_module(network: Network, layers: Replaced, rounding: Rounding | None = None) -> nn.Module:
@@ -36,7 +38,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     Args:
         network: The float network.
         layers: Layers by index, or their weights alone.
-        rounding: Puts a layer's input on its grid; by default `exportable_fake_quantize`.
+        rounding: Puts a layer's input on its grid; by default `InputGrid`'s, by buffers of the module.
 
     Returns:
         A copy of the network's module in eval mode.
@@ -51,7 +53,7 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     inputs: dict[str, ActivationGrid] = {}
     for i, layer in as_layers(layers).items():
         merge_input_grid(inputs, network.places[i].parameter, layer.activation)
-    model, readers = assemble(network.model, state, new_biases, inputs, rounding or exportable_fake_quantize)
+    model, readers = assemble(network.model, state, new_biases, inputs, rounding)
     called_modules: set[nn.Module] = set()
     hooks = [reader.register_forward_pre_hook(lambda module, _: called_modules.add(module)) for reader in readers.values()]
     if hooks:
@@ -89,14 +91,17 @@ def as_layers(layers: Replaced) -> dict[int, QuantizedLayer]:
     return {i: layer if isinstance(layer, QuantizedLayer) else QuantizedLayer(layer) for i, layer in layers.items()}
 
 
-def exportable_fake_quantize(x: Tensor, grid: ActivationGrid) -> Tensor:
-    """The same as `grid.fake_quantize(x)`, in operators that `torch.export` takes.
+def fake_quantize_by_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, last_code: Tensor) -> Tensor:
+    """The same as `ActivationGrid.fake_quantize`, in operators that `torch.export` takes. Bit for bit in float32.
 
-    It is the same bit for bit in float32.
+    Args:
+        x: Any tensor.
+        scale: The grid's scale, float32, a scalar.
+        zero_point: The grid's zero point, an integer.
+        last_code: The largest code, 2^bits - 1.
     """
-    inverse = float(1 / torch.tensor(grid.scale, dtype=torch.float32))
-    codes = ((x.float() * inverse).round() + grid.zero_point).clamp(0, 2**grid.bits - 1)
-    return ((codes - grid.zero_point) * grid.scale).to(x.dtype)
+    codes = ((x.float() * (1 / scale)).round() + zero_point).clamp_min(0).minimum(last_code)
+    return ((codes - zero_point) * scale).to(x.dtype)
 
 
 def merge_input_grid(inputs: dict[str, ActivationGrid], parameter: str, grid: ActivationGrid | None) -> None:
@@ -128,7 +133,7 @@ def assemble(
     state: Mapping[str, Tensor],
     new_biases: Sequence[str],
     inputs: Mapping[str, ActivationGrid],
-    rounding: Rounding,
+    rounding: Rounding | None = None,
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """A copy of a module with a state, new biases, and grids of inputs.
 
@@ -137,7 +142,7 @@ def assemble(
         state: Tensors by name, those of new biases among them.
         new_biases: Names of biases that corrections added.
         inputs: Grid of the input, by the name of the parameter that reads it.
-        rounding: Puts an input on its grid.
+        rounding: Puts an input on its grid; by default by buffers that are kept in the module's state.
 
     Returns:
         The copy in eval mode, and the modules that have a grid by the name of their parameter.
@@ -161,7 +166,7 @@ def assemble(
     for parameter_name, grid in inputs.items():
         for name in names[id(model.get_parameter(parameter_name))]:
             readers[name] = _reader(model, name)
-            readers[name].register_forward_pre_hook(InputGrid(grid, rounding), with_kwargs=True)
+            InputGrid(grid, rounding).attach(readers[name])
     return model, readers
 
 
@@ -209,8 +214,22 @@ class InputGrid:
 
     grid: ActivationGrid
     """The grid of the module's inputs."""
-    rounding: Rounding
-    """Puts a tensor on the grid."""
+    rounding: Rounding | None = None
+    """Puts a tensor on the grid. None: the buffers that `attach` gives the module do.
+
+    The buffers are part of the module's state and follow it to other devices.
+    """
+
+    def attach(self, module: nn.Module) -> None:
+        """Makes this the hook of a module."""
+        if self.rounding is None:
+            device = next(module.parameters()).device
+            last_code = 2**self.grid.bits - 1
+            scale = torch.tensor(self.grid.scale, dtype=torch.float32)
+            values = (scale, torch.tensor(self.grid.zero_point), torch.tensor(last_code))
+            for name, value in zip(GRID_BUFFERS, values, strict=True):
+                module.register_buffer(name, value.to(device))
+        module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -224,7 +243,10 @@ class InputGrid:
 
         def put(x: Tensor) -> Tensor:
             if id(x) not in results:
-                results[id(x)] = self.rounding(x, self.grid)
+                if self.rounding is None:
+                    results[id(x)] = fake_quantize_by_tensors(x, *(getattr(module, name) for name in GRID_BUFFERS))
+                else:
+                    results[id(x)] = self.rounding(x, self.grid)
             return results[id(x)]
 
         args = (*(put(x) for x in args[: len(keys)]), *args[len(keys) :])

@@ -33,7 +33,6 @@ from clado.exporting._torch_module import (
     as_layers,
     as_module,
     assemble,
-    exportable_fake_quantize,
     merge_input_grid,
     shape_and_dtype,
 )
@@ -130,9 +129,9 @@ def packed_size(path: Path) -> PackedSize:
 def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
     """A copy of a module, in eval mode, with the packed weights. The module itself is not changed.
 
-    Weights are floats on their grids. Hooks of the modules put inputs on their grids. So the
-    outputs are those of fake quantization, and `torch.export` takes the copy as it takes the
-    module.
+    Weights are floats on their grids. Hooks of the modules put inputs on their grids, which are
+    buffers. So the outputs are those of fake quantization, and `torch.export` takes the copy as it
+    takes the module.
 
     Args:
         path: A file that `clado export --format packed` or `clado finetune` wrote.
@@ -155,7 +154,7 @@ def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
     model = network.model if isinstance(network, Network) else network
     if faults := _faults(state, new_biases, model):
         raise NetworkError(f"{path} does not fit: {'; '.join(faults)}; expected the network that was exported")
-    loaded, _ = assemble(model, state, new_biases, inputs, exportable_fake_quantize)
+    loaded, _ = assemble(model, state, new_biases, inputs)
     return loaded
 
 

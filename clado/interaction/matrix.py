@@ -4,25 +4,31 @@ Row and column k is option k of the space (`space.py`). For a one-hot choice α 
 (CLADO, arXiv 2307.05657, equation 8), so every estimator stores numbers on the scale of twice a loss.
 """
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clado.bits import bits_text
-from clado.errors import MeasurementError
+from clado.errors import CladoError, MeasurementError
+from clado.records.documents import space_document, space_of, unreadable
+from clado.records.tabular import Tabular, pandas
 from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
 Convexity = Literal["raw", "clip_psd"]
 """How a matrix is solved: as it is, or without its negative eigenvalues."""
 
+_FILE = "a matrix that `InteractionMatrix.save` wrote, or `clado run` in the folder matrices of a run"
 
-@dataclass(frozen=True)
-class InteractionMatrix:
+
+@dataclass(frozen=True, repr=False)
+class InteractionMatrix(Tabular):
     """A symmetric matrix over the K options of a space."""
 
     space: SearchSpace
@@ -136,19 +142,50 @@ class InteractionMatrix:
             factor[cross] = max(0.0, 1.0 - noise / signal) if signal else 1.0
         return replace(self, values=self.values * factor, standard_error=self.standard_error * factor)
 
-    def save(self, path: Path) -> None:
-        """Writes the matrix as .npz.
+    def summary(self) -> str:
+        """Estimator, criterion, size and number of images, in one line."""
+        images = f"{self.num_samples:,} image" + ("" if self.num_samples == 1 else "s")
+        layers, options = self.space.num_layers, self.space.num_options
+        return f"{self.estimator} of {self.criterion}: {layers} layers, {options} options, {images}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each option: layer, bits, weights, and what it adds to the loss alone, ½ Ĝ_kk. `score` where that is no loss."""
+        title, widths = "score" if self.ranking_only else "loss_alone", self.space.has_activations
+        return [
+            {
+                "layer": self.space.layers[i].name,
+                "bits": bits,
+                **({"activation_bits": activation_bits} if widths else {}),
+                "weights": self.space.layers[i].num_weights,
+                title: None if k in self.quarantined else 0.5 * float(self.values[k, k]),
+            }
+            for k, (i, bits, activation_bits) in enumerate(self.space.options)
+        ]
+
+    def to_frame(self) -> Any:
+        """The values as a pandas DataFrame, (K, K). Rows and columns are labelled with layer and bits."""
+        labels = [self.label(k) for k in range(self.space.num_options)]
+        return pandas().DataFrame(self.values, index=labels, columns=labels)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the matrix as .npz, for `load`.
 
         Its arrays are `values`, `standard_error` (empty where there is none), `options` ("layer:4", or "layer:4/8" with
-        activation bits), the numbers of `quarantined` options, `forbidden` pairs (n, 2), and `ranking_only`.
+        activation bits), the numbers of `quarantined` options, `forbidden` pairs (n, 2), and `ranking_only`. `document` holds
+        the space and all other fields as JSON.
 
         Args:
             path: The file. Its folder is made if it is missing.
         """
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.{os.getpid()}.part.npz")
         errors = np.empty(0) if self.standard_error is None else self.standard_error
         options = np.array([f"{self.space.layers[i].name}:{bits_text(*bits)}" for i, *bits in self.space.options])
+        document = {
+            "space": space_document(self.space),
+            **{name: getattr(self, name) for name in ("estimator", "criterion", "baseline", "num_samples", "convexity")},
+        }
         np.savez_compressed(
             part,
             values=self.values,
@@ -157,5 +194,28 @@ class InteractionMatrix:
             quarantined=np.array(self.quarantined, dtype=np.int64),
             forbidden=np.array(self.forbidden, dtype=np.int64).reshape(-1, 2),
             ranking_only=np.array(self.ranking_only),
+            document=np.array(json.dumps(document)),
         )
         part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "InteractionMatrix":
+        """The matrix that `save` wrote.
+
+        Raises:
+            StoreError: The file is missing, or holds something else.
+        """
+        try:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                document = json.loads(str(file["document"]))
+                errors = file["standard_error"]
+                return cls(
+                    **{**document, "space": space_of(document["space"])},
+                    values=file["values"],
+                    standard_error=errors if errors.size else None,
+                    ranking_only=bool(file["ranking_only"]),
+                    quarantined=tuple(file["quarantined"].tolist()),
+                    forbidden=tuple((int(one), int(other)) for one, other in file["forbidden"]),
+                )
+        except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, CladoError) as error:
+            raise unreadable(path, error, _FILE) from None

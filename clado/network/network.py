@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clado.errors import ConfigurationError, DataError, NetworkError
+from clado.errors import ConfigurationError, NetworkError
 from clado.grids import QuantizedLayer
 from clado.network import transforms
+from clado.network.arguments import check_example, check_model
 from clado.network.batch_size import processor_of
 from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.graph import Graph, GraphState
@@ -83,8 +84,8 @@ class Network:
         channels_last: bool = False,
         exported: PortableGraph | None = None,
     ) -> None:
-        if not isinstance(example_input, Tensor) or example_input.ndim < 2:
-            raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")
+        check_model(model)
+        check_example(example_input)
         self.model = model
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         for key, patterns in (("fixed", fixed), ("split", split)):

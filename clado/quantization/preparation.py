@@ -6,7 +6,7 @@ interaction matrix therefore describes the layers that are deployed, with their 
 batch norm) needs the whole assignment. It comes last, in `Prepared.deployed`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,7 +118,13 @@ class Prepared:
         return self.network.updated(tensors) if tensors else self.network, self.chosen(assignment)
 
 
-def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, images: Sequence[Tensor] = ()) -> Prepared:
+def prepare(
+    network: Network,
+    space: SearchSpace,
+    recipe: Recipe | None = None,
+    images: Sequence[Tensor] = (),
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Prepared:
     """Quantizes every layer at every candidate, in this process.
 
     Args:
@@ -126,6 +132,7 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
         space: The options of its layers.
         recipe: How layers are quantized; by default `Recipe()`.
         images: Calibration batches (n, C, H, W).
+        progress: It is called with (layers that are prepared, all layers) after every layer.
 
     Raises:
         DataError: Corrections or activations need images, and there are none, or too few.
@@ -143,6 +150,7 @@ def prepare(network: Network, space: SearchSpace, recipe: Recipe | None = None, 
         options, layer_notes = prepare_layer(network, space, recipe, layer, inputs.get(layer))
         layers += options
         notes += layer_notes
+        progress(layer + 1, space.num_layers)
     return Prepared(network, space, recipe, tuple(layers), images, tuple(notes))
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from clado.errors import StoreError
 from clado.records.results import IMAGENET_VALIDATION_IMAGES, Accuracy, MeasuredProposal, Result, SearchSummary, Stability
+from clado.records.tabular import Tabular
 from clado.records.text import write_text
 from clado.space import Assignment
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(frozen=True, repr=False)
+class RunRecord(Tabular):
     """Everything that a run reports."""
 
     network: str
@@ -108,19 +109,42 @@ class RunRecord:
         """Bytes of the searched weights in 32-bit floats."""
         return 4 * sum(self.layer_weights)
 
-    def save(self, path: Path) -> None:
+    def summary(self) -> str:
+        """Network, budgets and methods, in one line."""
+        accuracy, names = self.float_accuracy, ", ".join(self.budgets)
+        top1 = "" if accuracy.top1 is None else f", float top-1 {100 * accuracy.top1:.2f} %"
+        return f"{self.network}: {len(self.layer_names)} layers, budgets {names}{top1}, {accuracy.num_images:,} validation images"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each budget and method: bits, bytes, loss on the sensitivity images, accuracy on the validation images."""
+        return [
+            {
+                "budget": row.budget,
+                "method": row.method,
+                "average_bits": row.average_bits,
+                "size_bytes": row.size_bytes,
+                "loss_predicted": row.loss_predicted,
+                "loss_deployed": row.loss_deployed,
+                "validation_loss": None if row.validation is None else row.validation.loss,
+                "top1": None if row.validation is None else row.validation.top1,
+                "top5": None if row.validation is None else row.validation.top5,
+            }
+            for row in self.results
+        ]
+
+    def save(self, path: str | Path) -> None:
         """Writes the record as JSON, whole or not at all."""
-        write_text(path, json.dumps(_plain(asdict(self)), indent=1, allow_nan=False, default=str))
+        write_text(Path(path), json.dumps(_plain(asdict(self)), indent=1, allow_nan=False, default=str))
 
     @classmethod
-    def load(cls, path: Path) -> "RunRecord":
+    def load(cls, path: str | Path) -> "RunRecord":
         """Reads a record that `save` wrote.
 
         Raises:
             StoreError: The file is missing, or it is not a record.
         """
         try:
-            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            document: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
                 **{
                     **_measured(document, "baseline"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def size_text(num_bytes: float) -> str:
     """Bytes with three digits. kB = 10^3 bytes, MB = 10^6 bytes."""
     number, unit = (num_bytes / 1e6, "MB") if num_bytes >= 999_500 else (num_bytes / 1e3, "kB")
     return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+
+def file_name(budget: str) -> str:
+    """The name of a budget as that of a file or a folder."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

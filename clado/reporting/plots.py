@@ -7,7 +7,8 @@ bit-widths, blue to red through white for signed numbers.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +20,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from numpy.typing import NDArray
 
 from clado.bits import bits_text
+from clado.choosing.pareto import Front
 from clado.interaction.matrix import InteractionMatrix
 from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.records.run_record import RunRecord
 from clado.records.text import short_names, size_text
+from clado.space import Assignment, SearchSpace
 
 DOTS_PER_INCH = 150
 ROBUST_PERCENTILE = 98.0
@@ -133,32 +136,53 @@ def bits_per_layer(record: RunRecord) -> Figure:
         record: A record with at least one chosen assignment.
     """
     columns = [result for budget in record.budgets if (result := record.find(budget, CHOSEN)) is not None]
+    labels = [f"{result.budget}\n{size_text(result.size_bytes)}" for result in columns]
     activation_widths = {a for result in record.results for a in result.assignment.activation_bits if a is not None}
-    names = short_names(record.layer_names)
+    assignments = [result.assignment for result in columns]
+    title = f"Bits per layer, {record.network}"
+    return _bits_figure(record.layer_names, record.layer_weights, labels, assignments, title, activation_widths)
 
-    width = 0.075 * max(map(len, names)) + 0.78 * max(len(columns), 2) + 2.4
+
+def bits_of_assignments(space: SearchSpace, assignments: Mapping[str, Assignment]) -> Figure:
+    """Bits of each layer of some assignments, by their titles, next to the layers' weights."""
+    labels = [f"{title}\n{size_text(space.size_bytes(assignment))}" for title, assignment in assignments.items()]
+    weights = [layer.num_weights for layer in space.layers]
+    activation_widths = {width for width in space.activation_widths if width is not None}
+    return _bits_figure(space.names, weights, labels, list(assignments.values()), "Bits per layer", activation_widths)
+
+
+def _bits_figure(
+    layer_names: Sequence[str],
+    layer_weights: Sequence[int],
+    labels: Sequence[str],
+    assignments: Sequence[Assignment],
+    title: str,
+    activation_widths: Collection[int],
+) -> Figure:
+    """A column of coloured cells for each assignment, and a bar for each layer."""
+    names, num_columns = short_names(layer_names), max(len(assignments), 2)
+    width = 0.075 * max(map(len, names)) + 0.78 * num_columns + 2.4
     figure = _canvas(width, max(3.2, 0.2 * len(names) + 1.3))
-    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(max(len(columns), 2) * 0.78, 1.5))
-    _draw_cells(axes, columns, with_activations=len(activation_widths) > 1)
-    axes.set_xticks(range(len(columns)), [f"{result.budget}\n{size_text(result.size_bytes)}" for result in columns], fontsize=7.5)
+    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(num_columns * 0.78, 1.5))
+    _draw_cells(axes, assignments, with_activations=len(activation_widths) > 1)
+    axes.set_xticks(range(len(assignments)), labels, fontsize=7.5)
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.tick_params(length=0)
-    _draw_weights(side, record.layer_weights)
+    _draw_weights(side, layer_weights)
     for axis in (axes, side):
         axis.spines[:].set_visible(False)
-    title = f"Bits per layer, {record.network}"
     if len(activation_widths) == 1:
-        title += f", activations at {activation_widths.pop()} bits"
+        title += f", activations at {next(iter(activation_widths))} bits"
     elif activation_widths:
         title += ", weights/activations"
     axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left", pad=14)
     return figure
 
 
-def _draw_cells(axes: Axes, columns: Sequence[Result], with_activations: bool) -> None:
-    """One coloured cell with its bits for each layer (row) and chosen assignment (column)."""
-    bits = np.array([[b or 0 for b in result.assignment.bits] for result in columns], dtype=np.int64).T
+def _draw_cells(axes: Axes, assignments: Sequence[Assignment], with_activations: bool) -> None:
+    """One coloured cell with its bits for each layer (row) and assignment (column)."""
+    bits = np.array([[b or 0 for b in assignment.bits] for assignment in assignments], dtype=np.int64).T
     widths = sorted(set(bits.ravel().tolist()))
     shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 0.9, max(len(widths), 2)))[: len(widths)]
     colour = dict(zip(widths, shades, strict=True))
@@ -166,10 +190,10 @@ def _draw_cells(axes: Axes, columns: Sequence[Result], with_activations: bool) -
     axes.imshow(cells, aspect="auto", interpolation="nearest")
     for i, row in enumerate(bits.tolist()):
         for k, b in enumerate(row):
-            pair = columns[k].assignment.pairs[i]
+            pair = assignments[k].pairs[i]
             text = (bits_text(*pair) if with_activations else str(b)) if b else "float"
             axes.text(k, i, text, ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(colour[b]))
-    for k in range(1, len(columns)):
+    for k in range(1, len(assignments)):
         axes.axvline(k - 0.5, color="white", linewidth=2)
     for i in range(1, len(bits)):
         axes.axhline(i - 0.5, color="white", linewidth=0.6)
@@ -221,6 +245,26 @@ def loss_against_size(record: RunRecord) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     _title(axes, f"Measured loss against size, {record.network}", "sensitivity images; lower is better")
+    return figure
+
+
+def predicted_front(front: Front) -> Figure:
+    """Predicted loss increase against the size of the searched weights, for the answers of a front."""
+    figure, axes = _figure(6.4, 3.8)
+    sizes = [solution.size_bytes for solution in front.solutions]
+    unit, letters = (1e6, "MB") if max(sizes, default=0) >= 1_000_000 else (1e3, "kB")
+    increases = [solution.objective for solution in front.solutions]
+    colour, marker = STYLES["gauss_newton"]
+    axes.plot([size / unit for size in sizes], increases, color=colour, marker=marker, markersize=5)
+    if increases and min(increases) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"searched weights ({letters})")
+    axes.set_ylabel("predicted loss increase")
+    axes.grid(color=PALE, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    solution = front.solutions[0] if front.solutions else None
+    _title(axes, "Predicted front", "" if solution is None else f"{solution.estimator}; lower is better")
     return figure
 
 
@@ -276,8 +320,17 @@ def _against_size(
     return figure
 
 
+class Picture(Figure):
+    """A figure that notebooks show, whatever the backend."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.savefig(file, format="png", dpi=100, facecolor="white")
+        return file.getvalue()
+
+
 def _canvas(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

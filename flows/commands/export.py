@@ -1,7 +1,6 @@
 """Export: the network with an assignment's weights, as files that load without this package's settings or stores."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +9,13 @@ from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
 from clado.exporting.snippets import holds, write_snippet
 from clado.plugins import available
-from clado.records.text import write_text
+from clado.records.text import file_name, write_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 
 FORMATS = ("safetensors", "packed", "onnx", *available("snippets"))
 PACKED, ONNX = "packed.safetensors", "network.onnx"
 COMPARED_IMAGES = 1000  # of the validation set, in ONNX Runtime
-
-
-def file_name(budget: str) -> str:
-    """The name of a budget as that of a file or a folder."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
 
 
 def budget_folder(run: OpenedRun, budget: str) -> Path:

@@ -19,12 +19,12 @@ from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.training import Epoch, FineTuned, Training, finetune
 from clado.records.results import Accuracy, Receipt
-from clado.records.text import markdown_table, percent, write_text
+from clado.records.text import file_name, markdown_table, percent, write_text
 from clado.run.checks import too_many_unreadable
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from clado.tracking import delivery
-from flows.commands.export import PACKED, file_name
+from flows.commands.export import PACKED
 from flows.commands.stored import StoredRun, accuracy_of
 from flows.progress import progress
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clado.choosing import pareto, solvers
 from clado.choosing.constraints import Constraint
-from clado.choosing.program import Program, Solution
+from clado.choosing.program import Program
 from clado.choosing.proposals import (
     Budget,
     Matrices,
@@ -23,6 +23,7 @@ from clado.choosing.proposals import (
     propose,
     propose_uncorrected,
 )
+from clado.choosing.solution import Solution
 from clado.choosing.solvers import Solve
 from clado.errors import ConfigurationError, DataError
 from clado.evaluation import Counts
@@ -32,7 +33,7 @@ from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import Plan
 from clado.records.results import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result
 from clado.records.run_record import RunRecord
-from clado.records.text import markdown_table, percent, write_text
+from clado.records.text import file_name, markdown_table, percent, write_text
 from clado.run.limits import limit_of, limits_of
 from clado.run.opened_run import OpenedRun
 from clado.settings.loading import load_run_config, parse_limit
@@ -40,7 +41,6 @@ from clado.settings.schema import RunConfig
 from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
 from clado.tracking import delivery, metrics
-from flows.commands.export import file_name
 from flows.guard import uninterrupted
 from flows.phases.choose import chosen_of, with_fewer_corrections
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from clado.choosing import pareto
 from clado.choosing.constraints import Constraint
-from clado.choosing.program import Program, Solution
+from clado.choosing.program import Program
 from clado.choosing.proposals import Budget, Proposal, program_of
+from clado.choosing.solution import Solution
 from clado.choosing.solvers import Solve
 from clado.errors import InfeasibleError
 from clado.interaction.matrix import InteractionMatrix

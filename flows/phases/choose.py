@@ -11,8 +11,9 @@ from clado.choosing.choice import Score
 from clado.choosing.constraints import Constraint
 from clado.choosing.local_search import Searched, local_search
 from clado.choosing.local_search import search as search_around
-from clado.choosing.program import Program, Solution
+from clado.choosing.program import Program
 from clado.choosing.proposals import Budget, Matrices, Proposal, merge_limits, program_of
+from clado.choosing.solution import Solution
 from clado.choosing.solvers import Solve
 from clado.choosing.stability import stability
 from clado.errors import CladoError, InfeasibleError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from clado.choosing import constraints, pareto, solvers
-from clado.choosing.program import Program, Solution
+from clado.choosing.program import Program
+from clado.choosing.solution import Solution
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.space import Assignment
 from tests.choosing.test_program import a_matrix

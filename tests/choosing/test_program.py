@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from clado.choosing import constraints
-from clado.choosing.program import Program, Status
+from clado.choosing.program import Program
+from clado.choosing.solution import Status
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.interaction.matrix import InteractionMatrix
 from clado.space import Assignment, Layer, SearchSpace

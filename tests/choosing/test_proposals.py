@@ -10,7 +10,7 @@ import pytest
 from clado.choosing import solvers
 from clado.choosing.choice import Score, choose
 from clado.choosing.constraints import Constraint, constraint
-from clado.choosing.program import Program, Solution, Status
+from clado.choosing.program import Program
 from clado.choosing.proposals import (
     LAYERWISE_PLAIN,
     Budget,
@@ -25,6 +25,7 @@ from clado.choosing.proposals import (
     propose_variants,
     widest_uniform,
 )
+from clado.choosing.solution import Solution, Status
 from clado.errors import InfeasibleError
 from clado.interaction.estimators import Measured, estimate, kinds_of, uncorrected, unreported_estimators
 from clado.interaction.matrix import InteractionMatrix
@@ -82,7 +83,7 @@ class FakeSolver:
             self.solved += 1
             fitting = [a for a in ALL if all(limit.holds(SPACE, a) for limit in program.constraints)]
             value, best = min((program.matrix.predicted_increase(a), a) for a in fitting)
-            return Solution(best, Status.OPTIMAL, value, value, value, 0.0, 0.0, 0, {}, {}, "fake", "none", "raw")
+            return Solution(best, Status.OPTIMAL, value, value, value, 0.0, 0.0, 0, {}, {}, "fake", "none", "raw", SPACE)
 
         return solve
 

@@ -12,7 +12,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from clado.choosing import constraints, solvers
-from clado.choosing.program import Program, Status
+from clado.choosing.program import Program
+from clado.choosing.solution import Status
 from clado.choosing.solvers import _convexify, scip
 from clado.choosing.solvers._bound import STEPS, NodeBound
 from clado.choosing.solvers._forms import Forms

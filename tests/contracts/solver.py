@@ -12,7 +12,8 @@ import pytest
 
 from clado.choosing import constraints, solvers
 from clado.choosing.constraints import Constraint
-from clado.choosing.program import Convexity, Program, Solution, Status
+from clado.choosing.program import Convexity, Program
+from clado.choosing.solution import Solution, Status
 from clado.errors import InfeasibleError, SolverError
 from clado.interaction.matrix import InteractionMatrix
 from clado.space import Assignment, Layer, SearchSpace

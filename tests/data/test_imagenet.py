@@ -515,7 +515,7 @@ def test_timms_weights_bring_theirs() -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"", "not a state_dict"), (b"junk" * 50, "not a state_dict"), (None, "holds no plain state_dict")],
+    [(b"", "not a state_dict"), (b"junk" * 50, "not a state_dict"), (None, "and no state_dict")],
 )
 def test_pth_files_that_will_not_do_are_refused(tmp_path: Path, content: bytes | None, expected: str) -> None:
     path = tmp_path / "weights.pth"

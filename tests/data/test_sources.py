@@ -255,6 +255,24 @@ def test_weights_that_do_not_fit_are_named(
         assert words in str(refusal.value)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_a_training_script_is_read(module: MakeModule, tmp_path: Path, key: str, prefix: str) -> None:
+    name = module(NET)
+    state = state_of(factory(f"{name}:make"))
+    state["conv.bias"] += 1
+    checkpoint = {"epoch": 3, key: {prefix + tensor: value for tensor, value in state.items()}, "optimizer": {"lr": 0.1}}
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    loaded = factory(f"{name}:make", weights=tmp_path / "checkpoint.pth")
+    assert torch.equal(loaded.model.state_dict()["conv.bias"], state["conv.bias"])
+
+
+def test_a_file_without_a_state_is_answered_with_what_it_holds(module: MakeModule, tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "other.pth")
+    with pytest.raises(NetworkError, match=r"the keys epoch, optimizer and no state_dict; expected .*under state_dict"):
+        factory(f"{module(NET)}:make", weights=tmp_path / "other.pth")
+
+
 def test_weights_files_that_are_not_there_or_not_safetensors(module: MakeModule, tmp_path: Path) -> None:
     name = module(NET)
     with pytest.raises(NetworkError, match=r"none\.safetensors does not exist"):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from clado.choosing import solvers
-from clado.choosing.program import Status
 from clado.choosing.proposals import Budget, Matrices, Proposal, budgets_of, merge_limits, program_of
+from clado.choosing.solution import Status
 from clado.choosing.solvers import Outcome, Solver, scip
 from clado.settings.loading import parse_config
 from clado.space import SearchSpace

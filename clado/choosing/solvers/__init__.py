@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from clado.choosing.program import Choices, Program, Solution, Status
+from clado.choosing.program import Choices, Program
 from clado.choosing.program import Solve as Solve
+from clado.choosing.solution import Solution, Status
 from clado.choosing.solvers._start import better_than_widest
 from clado.errors import InfeasibleError, SolverError, SolverInterrupted
 from clado.plugins import load

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from clado.choosing.program import Choices, Program, Status
+from clado.choosing.program import Choices, Program
+from clado.choosing.solution import Status
 from clado.choosing.solvers import Outcome, Task
 from clado.choosing.solvers._convexify import Form
 from clado.choosing.solvers._forms import Forms

@@ -4,7 +4,8 @@ import time
 
 import numpy as np
 
-from clado.choosing.program import Program, Status
+from clado.choosing.program import Program
+from clado.choosing.solution import Status
 from clado.choosing.solvers import Outcome, Solver, Task
 from clado.errors import SolverError
 

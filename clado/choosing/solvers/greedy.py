@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from clado.choosing.program import Program, Status
+from clado.choosing.program import Program
+from clado.choosing.solution import Status
 from clado.choosing.solvers import Outcome, Solver, Task
 from clado.choosing.solvers._start import Descent, start
 

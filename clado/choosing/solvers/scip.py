@@ -28,7 +28,8 @@ from pyscipopt.scip import PY_SCIP_PARAMSETTING as SCIP_PARAMSETTING
 from pyscipopt.scip import PY_SCIP_RESULT as SCIP_RESULT
 from pyscipopt.scip import Relax
 
-from clado.choosing.program import Choices, Program, Status
+from clado.choosing.program import Choices, Program
+from clado.choosing.solution import Status
 from clado.choosing.solvers import TOLERANCE, Outcome, Solver, Task
 from clado.choosing.solvers._bound import Mask
 from clado.choosing.solvers._convexify import Form

@@ -40,6 +40,11 @@ __all__ = [
 EXAMPLE_BATCH = 2  # torch.export refuses to make a batch of one dynamic
 BUILD_SEED = 0
 
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
+"""Where a checkpoint holds a network's state."""
+PARALLEL = "module."
+"""What `torch.nn.DataParallel` puts before each name."""
+
 
 @dataclass(frozen=True)
 class LoadedNetwork:
@@ -135,6 +140,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from clado.data.sources.torchvision import current_names
 
     file_state = _torch_file(path) if path.suffix in (".pth", ".pt") else _safetensors_file(path)
+    if all(name.startswith(PARALLEL) for name in file_state) and not hasattr(model, "module"):
+        file_state = {name.removeprefix(PARALLEL): tensor for name, tensor in file_state.items()}
     state, versions = OrderedDict(current_names(file_state)), getattr(file_state, "_metadata", None)
     faults: list[str] = []
     # `_metadata` holds the version of each module that was saved; without it, try the first versions and today's
@@ -197,8 +204,14 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
             f"weights file {path} is not a state_dict that torch.load reads without running code "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected torch.save(model.state_dict(), FILE)"
         ) from None
+    if isinstance(state, dict):  # a checkpoint of a training script, which holds the state under a key
+        state = next((state[key] for key in CHECKPOINT_KEYS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise NetworkError(f"weights file {path} holds no plain state_dict; expected torch.save(model.state_dict(), FILE)")
+        held = f"the keys {_some(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise NetworkError(
+            f"weights file {path} holds {held} and no state_dict; expected torch.save(model.state_dict(), FILE), or a checkpoint "
+            f"with one under {', '.join(CHECKPOINT_KEYS)}"
+        )
     return state
 
 

@@ -1,0 +1,1 @@
+"""The Python interface: one process, no orchestrator. `import clado` has its names."""

@@ -1,0 +1,340 @@
+"""From a float module to a quantized one in one call."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clado.api import budgets
+from clado.api.budgets import TableBound
+from clado.api.checks import image_slice
+from clado.api.progress import Advance, Progress, showing
+from clado.api.steps import measured, prepare
+from clado.api.validation import validate
+from clado.choosing import solvers
+from clado.choosing.choice import Score, choose
+from clado.choosing.constraints import Constraint
+from clado.choosing.program import Program, Solve
+from clado.choosing.proposals import Proposal, check_budgets, propose
+from clado.choosing.solution import assignment_rows
+from clado.data.images import DataSlices, ImageSlice, PickedSlice, as_slice
+from clado.errors import ConfigurationError, DataError
+from clado.exporting._torch_module import as_module
+from clado.exporting.packed import PackedSize, export_packed
+from clado.grids import QuantizedLayer
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.plan import sample_blocks
+from clado.measuring.scores import Scores, deployed_scores
+from clado.measuring.workbench import Workbench
+from clado.network.arguments import check_model
+from clado.network.network import Network, prefers_channels_last
+from clado.quantization.preparation import Prepared
+from clado.records.results import CHOSEN, Accuracy, Result
+from clado.records.tabular import Tabular, html_table
+from clado.records.text import size_text
+from clado.space import Assignment, SearchSpace
+
+CORRECTIONS = ("equalization", "gptq", "output_statistics")
+"""Corrections that are tried. What is chosen may do without."""
+LEAST_IMAGES = 32
+"""Images that each of the four sets has at least. `output_statistics` needs as many for calibration."""
+MOST_IMAGES = 256
+"""Images that each set has at most by default; the validation set gets all others."""
+BLOCK_IMAGES = 64
+"""Images of one sample block of the images that decide."""
+SETS = ("calibration", "sensitivity", "selection", "validation")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Compressed(Tabular):
+    """A quantized module, and what is known of it. Accuracies are of images that nothing was decided on."""
+
+    module: nn.Module
+    """The quantized module, in eval mode, as of `clado.quantize`."""
+    assignment: Assignment
+    """A bit-width for each searched layer."""
+    space: SearchSpace
+    """The searched layers."""
+    method: str
+    """Who proposed the assignment: an estimator, or `uniform`."""
+    loss_predicted: float | None
+    """The criterion as the method's matrix predicts it, on the sensitivity images. None without a matrix, or if `method`
+    predicts no loss."""
+    loss_measured: float
+    """The criterion of the module, on the validation images."""
+    accuracy: Accuracy
+    """Accuracy of the module on the validation images."""
+    float_accuracy: Accuracy
+    """Accuracy of the float module on the same images."""
+    agreement: float
+    """Fraction of the validation images that get the same top class as from the float module."""
+    drop_interval: float | None
+    """Half the 95 % interval of the difference in top-1, of paired images. None without labels."""
+    num_images: Mapping[str, int]
+    """Images of each set: calibration, sensitivity, selection, validation."""
+    seed: int
+    """Seed of the split."""
+    matrices: Mapping[str, InteractionMatrix]
+    """The matrices that proposed, by estimator."""
+    results: tuple[Result, ...]
+    """What was measured on the selection images, one row for each method, and the chosen one."""
+    deployed: tuple[Network, dict[int, QuantizedLayer]]
+    """The deployed network and its layers, as exports take them."""
+
+    @property
+    def average_bits(self) -> float:
+        """Bits per searched weight."""
+        return self.space.average_bits(self.assignment)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the searched weights, each tensor packed."""
+        return self.space.size_bytes(self.assignment)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the same weights as 32-bit floats."""
+        return 4 * self.space.num_weights
+
+    def summary(self) -> str:
+        """Sizes and accuracies, in one line."""
+        sizes = f"{size_text(self.float_bytes)} → {size_text(self.size_bytes)} ({self.average_bits:.3g} bits a weight)"
+        images = f"{self.num_images['validation']:,} images"
+        before, after = self.float_accuracy.top1, self.accuracy.top1
+        if before is None or after is None or self.drop_interval is None:
+            same = f"same top class as the float network on {100 * self.agreement:.1f} % of {images}"
+            return f"{sizes}, {same}, KL divergence {self.accuracy.loss:.3g}"
+        points, interval = 100 * (after - before), 100 * self.drop_interval
+        return f"{sizes}, top-1 {100 * before:.1f} → {100 * after:.1f} % ({points:+.1f} ± {interval:.1f} points, {images})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each layer: its bits, weights and bytes."""
+        return assignment_rows(self.space, self.assignment)
+
+    def _repr_html_(self) -> str:
+        sets = ", ".join(f"{count:,} {name}" for name, count in self.num_images.items())
+        return html_table(f"{self.summary()}; images: {sets}", self.rows())
+
+    def save(self, path: str | Path) -> PackedSize:
+        """Writes the module as a packed safetensors file, in which weights take their bits.
+
+        `clado.load_packed(path, float_module)` reads it.
+        """
+        return export_packed(Path(path), *self.deployed)
+
+
+def compress(
+    model: nn.Module | Network,
+    data: Any,
+    *,
+    average_bits: float | None = None,
+    size_bytes: float | None = None,
+    percent_of_8_bit: float | None = None,
+    bops: float | None = None,
+    latency: TableBound | None = None,
+    table: TableBound | None = None,
+    bits: Sequence[int] = (2, 4, 8),
+    activation_bits: Sequence[int] = (),
+    fixed: Sequence[str] = (),
+    estimator: str = "gauss_newton",
+    criterion: Any = "kl_to_float",
+    corrections: Sequence[str] = CORRECTIONS,
+    calibration_images: int | None = None,
+    sensitivity_images: int | None = None,
+    selection_images: int | None = None,
+    validation_images: int | None = None,
+    seed: int = 0,
+    solver: str = "scip",
+    time_limit: float = 60.0,
+    progress: Progress = False,
+) -> Compressed:
+    """Quantizes a module: splits the data, corrects, measures, solves, chooses, evaluates.
+
+    The images are split into four disjoint sets by `seed`. Ranges and corrections are fitted to
+    calibration images. The interaction matrix is measured on sensitivity images. The estimator's
+    answer, the one of `layerwise` and the widest uniform bits that fit, each with and without
+    corrections, are compared on selection images. Accuracies are of validation images. Data that
+    are no `ImageSlice` are read into memory.
+
+    Args:
+        model: A float module that `torch.export` accepts, or a `clado.Network`. It is not changed.
+        data: Images as in `clado.measure`: a tensor, a pair (images, labels), or a DataLoader. Without
+            labels the criterion must do without (`kl_to_float` does).
+        average_bits: Largest average of bits per searched weight.
+        size_bytes: Largest size of the searched weights in bytes.
+        percent_of_8_bit: The same in percent of 8 bits everywhere.
+        bops: Most bit operations of one image.
+        latency: Most seconds of one image, and a CSV file layer,bits,seconds.
+        table: Most of any other costs, and a CSV file layer,bits,UNIT.
+        bits: Candidate bit-widths of weights.
+        activation_bits: Candidate bit-widths of the layers' inputs; without any they stay in float.
+        fixed: Name patterns of layers that stay in float.
+        estimator: A name of `clado.interaction.estimators`.
+        criterion: The loss that must not grow, as in `clado.measure`.
+        corrections: Names of `clado.quantization.corrections`.
+        calibration_images: Images of this set; by default a quarter of the data, 256 at most.
+        sensitivity_images: As before.
+        selection_images: As before.
+        validation_images: Images of this set; by default all others.
+        seed: Seed of the split and of corrections that draw random numbers.
+        solver: A name of `clado.choosing.solvers`.
+        time_limit: Seconds that each solve may take.
+        progress: True shows a bar for each of the phases preparing, measuring, choosing and
+            evaluating. A callable is called with (done, total), which begin anew with each phase.
+
+    Raises:
+        DataError: There are too few images (the message has the number needed), or they do not fit.
+        InfeasibleError: No assignment keeps the limits.
+        NetworkError: The module cannot be searched, or cannot hold what a correction gives it.
+        ConfigurationError: There is no limit, or a setting is unknown.
+    """
+    given = {
+        "average_bits": average_bits,
+        "size_bytes": size_bytes,
+        "percent_of_8_bit": percent_of_8_bit,
+        "bops": bops,
+        "latency": latency,
+        "table": table,
+    }
+    asked = budgets.budgets(given)
+    if isinstance(model, Network) and fixed:
+        raise ConfigurationError("model is a clado.Network, which has its fixed layers; expected clado.Network(..., fixed=...)")
+    images = as_slice(data, image_shape=model.image_shape if isinstance(model, Network) else None)
+    counts = (calibration_images, sensitivity_images, selection_images, validation_images)
+    slices = split(images, counts, seed)
+    network = model if isinstance(model, Network) else _network(model, slices.validation.load(0, 1)[0], fixed)
+    space = network.search_space(bits)
+    space = space.with_activations(activation_bits) if activation_bits else space
+    limits = budgets.limits(space, given)  # refuses a call without any
+    check_budgets(space, asked[:1], limits[1:])
+    image_slice(network, images)
+
+    calibration = slices.calibration
+    prepared = prepare(network, space, calibration, corrections=corrections, seed=seed, progress=progress)
+    plain = prepare(network, space, calibration) if corrections else prepared
+    as_module(prepared.network, prepared.chosen(space.narrowest))  # what a module cannot hold is refused before measuring
+    names = list(dict.fromkeys(["layerwise", estimator]))
+    matrices = measured(network, space, slices.sensitivity, names, criterion, prepared=prepared, progress=progress)
+
+    def solving(program: Program) -> Solve:
+        return solvers.prepare(program, solver, time_limit=time_limit)
+
+    proposals = propose(matrices, asked[:1], solving, limits[1:])
+    if corrections:
+        proposals += [_uncorrected(proposal) for proposal in proposals]
+    candidates = {p.assignment: (plain if p.assignment.corrected == "none" else prepared) for p in proposals}
+    with showing(progress, "choosing") as advance:
+        scores = _scores(candidates, criterion, slices.selection, advance)
+    results = _results(space, proposals, scores, limits[1:])
+    chosen = next(row for row in results if row.method == CHOSEN)
+    method = chosen.winner or CHOSEN
+    deployed = candidates[chosen.assignment].deployed(chosen.assignment)
+    with showing(progress, "evaluating") as advance:
+        validation = validate(network, deployed, criterion, slices.validation, advance)
+    matrix = matrices.get(method)
+    return Compressed(
+        module=as_module(*deployed),
+        assignment=chosen.assignment,
+        space=space,
+        method=method,
+        loss_predicted=None if matrix is None else _predicted(matrix, chosen.assignment),
+        loss_measured=validation.loss,
+        accuracy=validation.accuracy,
+        float_accuracy=validation.float_accuracy,
+        agreement=validation.agreement,
+        drop_interval=validation.drop_interval,
+        num_images={name: len(getattr(slices, name)) for name in SETS},
+        seed=seed,
+        matrices=matrices,
+        results=results,
+        deployed=deployed,
+    )
+
+
+def split(images: ImageSlice, counts: Sequence[int | None], seed: int) -> DataSlices:
+    """Four disjoint sets of images, drawn by a seed.
+
+    Args:
+        images: All images.
+        counts: Images of the calibration, sensitivity, selection and validation set. None: by default.
+        seed: Of the permutation of the images.
+
+    Raises:
+        DataError: There are too few images. The message has the number needed.
+        ConfigurationError: A count is no positive integer.
+    """
+    for name, count in zip(SETS, counts, strict=True):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ConfigurationError(f"{name}_images is {count!r}; expected a number of images, at least 1")
+    default = min(MOST_IMAGES, max(LEAST_IMAGES, len(images) // len(SETS)))
+    *firsts, last = [default if count is None else count for count in counts]
+    needed = sum(firsts) + (LEAST_IMAGES if counts[-1] is None else last)
+    if len(images) < needed:
+        parts = zip(SETS, [*firsts, needed - sum(firsts)], strict=True)
+        raise DataError(
+            f"the data has {len(images):,} images; expected {needed:,} or more, in disjoint sets: "
+            + ", ".join(f"{count:,} for {name}" for name, count in parts)
+            + ". Give more images, or smaller sets, such as calibration_images=32"
+        )
+    sizes = [*firsts, len(images) - sum(firsts) if counts[-1] is None else last]
+    order = np.random.default_rng(seed).permutation(len(images)).tolist()
+    ends = np.cumsum([0, *sizes]).tolist()
+    calibration, sensitivity, selection, validation = (
+        PickedSlice([images], order[start:stop]) for start, stop in zip(ends, ends[1:], strict=False)
+    )
+    return DataSlices(calibration, sensitivity, validation, selection)
+
+
+def _network(model: nn.Module, example: Tensor, fixed: Sequence[str]) -> Network:
+    """The module as a network. Its weights are laid out as is fastest on their device, in a copy."""
+    check_model(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    channels_last = prefers_channels_last(model, device)
+    if channels_last:
+        model = deepcopy(model).to(memory_format=torch.channels_last)
+    return Network(model, example.to(device), fixed, channels_last=channels_last)
+
+
+def _uncorrected(proposal: Proposal) -> Proposal:
+    """The same bits, rounded to nearest."""
+    assignment = proposal.assignment.with_corrections("none")
+    return replace(proposal, assignment=assignment, loss_predicted=None, solution=None, reported=False)
+
+
+def _results(
+    space: SearchSpace, proposals: Sequence[Proposal], scores: Mapping[Assignment, Scores], limits: Sequence[Constraint]
+) -> tuple[Result, ...]:
+    """One row for each reported proposal, and the chosen one, by the rules of `clado run`."""
+    losses = {assignment: float(score.losses.mean()) for assignment, score in scores.items()}
+    deciding = {assignment: Score(float(score.briers.mean()), score.hits) for assignment, score in scores.items()}
+    return tuple(choose(space, proposals, losses, limits, deciding))
+
+
+def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
+    """What a matrix predicts. It knows of corrected layers alone."""
+    increase = matrix.predicted_increase(assignment)
+    return matrix.loss_of(increase) if assignment.corrected == "all" and isfinite(increase) else None
+
+
+def _scores(
+    candidates: Mapping[Assignment, Prepared], criterion: Any, images: ImageSlice, advance: Advance
+) -> dict[Assignment, Scores]:
+    """What was measured of each assignment, as it would be deployed from its layers."""
+    blocks = sample_blocks(len(images), -(-len(images) // BLOCK_IMAGES))
+    benches: dict[int, Workbench] = {}
+    scores = {}
+    for k, (assignment, prepared) in enumerate(candidates.items()):
+        if id(prepared) not in benches:
+            benches[id(prepared)] = Workbench(prepared, criterion, blocks, images.load)
+        network, layers = prepared.deployed(assignment)
+        folded, replaced = network.folded_with(layers)
+        parts = [deployed_scores(benches[id(prepared)], folded, replaced, block) for block in range(len(blocks))]
+        scores[assignment] = Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        advance(k + 1, len(candidates))
+    return scores

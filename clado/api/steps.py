@@ -1,0 +1,318 @@
+"""The steps of the method: prepare, measure, solve, evaluate, quantize."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from clado.api.budgets import TableBound, series
+from clado.api.budgets import limits as limits_of
+from clado.api.checks import check_assignment, check_matrix, check_network, check_prepared, check_space, image_slice
+from clado.api.progress import Progress, showing
+from clado.bits import check_bits
+from clado.choosing import pareto, solvers
+from clado.choosing.constraints import Constraint
+from clado.choosing.pareto import Front
+from clado.choosing.proposals import program_of
+from clado.choosing.solution import Solution
+from clado.errors import ConfigurationError
+from clado.evaluation import Counts, count, evaluation_batches
+from clado.exporting._torch_module import as_module
+from clado.grids import QuantizedLayer
+from clado.interaction import estimators
+from clado.interaction.estimators import Measured
+from clado.interaction.matrix import InteractionMatrix
+from clado.measuring.measurements import measure_tile
+from clado.measuring.plan import Plan, sample_blocks
+from clado.measuring.workbench import Workbench, rows_per_tile
+from clado.network.network import Network
+from clado.quantization import preparation
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches
+from clado.quantization.quantizers import WeightQuantizer
+from clado.records.results import Accuracy
+from clado.space import Assignment, SearchSpace
+
+MOST_STEPS = 50
+"""Steps that the progress of an evaluation has at most."""
+
+
+def prepare(
+    network: Network,
+    space: SearchSpace,
+    calibration: Any = None,
+    *,
+    quantizer: WeightQuantizer | None = None,
+    corrections: Sequence[str] = (),
+    activation_range: str = "mse",
+    seed: int = 0,
+    adaround_steps: int = 1000,
+    progress: Progress = False,
+) -> Prepared:
+    """Quantizes every layer at every option.
+
+    Args:
+        network: The float network.
+        space: The layers and their candidates.
+        calibration: Data as in `measure`; labels are not needed. 256 images are plenty.
+        quantizer: Rounds the weights; by default `WeightQuantizer()`.
+        corrections: Names of `clado.quantization.corrections`.
+        activation_range: How the range of an input is fitted, if the space has activation widths.
+        seed: Seed of the corrections that draw random numbers.
+        adaround_steps: Steps of the correction `adaround`.
+        progress: True shows a bar. A callable is called with (layers that are prepared, all layers).
+
+    Returns:
+        The quantized layers, with the grids of their inputs if the space has activation widths.
+
+    Raises:
+        DataError: Images are needed, and there are none or too few.
+        ConfigurationError: A correction is unknown.
+    """
+    check_network(network)
+    check_space(space)
+    recipe = Recipe(quantizer or WeightQuantizer(), activation_range, tuple(corrections), seed, adaround_steps)
+    batches: list[Tensor] = []
+    if calibration is not None:
+        images = image_slice(network, calibration)
+        batches = calibration_batches(images.load(0, len(images))[0], network.images_at_once)
+    with showing(progress, "preparing") as advance:
+        return preparation.prepare(network, space, recipe, batches, advance)
+
+
+def measure(
+    network: Network,
+    space: SearchSpace,
+    data: Any,
+    estimator: str = "gauss_newton",
+    criterion: str = "kl_to_float",
+    *,
+    quantizer: WeightQuantizer | None = None,
+    prepared: Prepared | None = None,
+    num_blocks: int = 16,
+    batch_images: int | None = None,
+    memory_limit_mb: int | None = None,
+    progress: Progress = False,
+) -> InteractionMatrix:
+    """The interaction matrix of a network.
+
+    Args:
+        network: The float network.
+        space: The layers and their candidates.
+        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either.
+        estimator: A name of `clado.interaction.estimators`.
+        criterion: A name of `clado.criteria`. `kl_to_float` needs no labels, `cross_entropy` does.
+        quantizer: Rounds the weights, if there is no `prepared`.
+        prepared: Layers with corrections and activations; see `prepare`.
+        num_blocks: Number of sample blocks.
+        batch_images: Images of one forward pass; by default as many as are fast.
+        memory_limit_mb: Limit on the memory of stored prefixes and one forward pass, in megabytes.
+        progress: True shows a bar. A callable is called with (tiles that are measured, all tiles).
+
+    Raises:
+        DataError: The images do not fit.
+        ConfigurationError: The memory limit is too small, or `prepared` is of another network or
+            space.
+        MeasurementError: A layer has no finite loss.
+    """
+    return measured(
+        network, space, data, [estimator], criterion, quantizer, prepared, num_blocks, batch_images, memory_limit_mb, progress
+    )[estimator]
+
+
+def measured(
+    network: Network,
+    space: SearchSpace,
+    data: Any,
+    names: Sequence[str],
+    criterion: str,
+    quantizer: WeightQuantizer | None = None,
+    prepared: Prepared | None = None,
+    num_blocks: int = 16,
+    batch_images: int | None = None,
+    memory_limit_mb: int | None = None,
+    progress: Progress = False,
+) -> dict[str, InteractionMatrix]:
+    """The matrices of several estimators, from one measurement. Arguments are those of `measure`."""
+    check_network(network)
+    check_space(space)
+    images = image_slice(network, data)
+    block_ranges = sample_blocks(len(images), min(num_blocks, len(images)))
+    memory_limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
+    layers = check_prepared(network, space, prepared, quantizer) or prepare(network, space, quantizer=quantizer)
+    bench = Workbench(layers, criterion, block_ranges, images.load, batch_images, memory_limit)
+    plan = Plan(space, block_ranges, estimators.kinds_of(names), rows_per_tile(network, space, bench.batching, memory_limit))
+    tiles: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
+    with showing(progress, "measuring") as advance:
+        for done, tile in enumerate(plan.tiles):  # block by block, and row tile by row tile in a block
+            tiles[tile.kind].append(measure_tile(bench, tile))
+            advance(done + 1, len(plan.tiles))
+    counts = np.array([stop - start for start, stop in block_ranges])
+    sums = {kind: np.concatenate(parts).reshape(len(block_ranges), -1, *parts[0].shape[1:]) for kind, parts in tiles.items()}
+    return {name: estimators.estimate(name, Measured(space, criterion, counts, sums)) for name in names}
+
+
+def solve(
+    matrix: InteractionMatrix,
+    average_bits: float | None = None,
+    size_bytes: float | None = None,
+    *,
+    percent_of_8_bit: float | None = None,
+    bops: float | None = None,
+    latency: TableBound | None = None,
+    table: TableBound | None = None,
+    limits: Sequence[Constraint] = (),
+    solver: str = "scip",
+    time_limit: float = 60.0,
+) -> Solution:
+    """The assignment of least predicted loss within all limits.
+
+    Args:
+        matrix: The interaction matrix.
+        average_bits: Largest average of bits per searched weight.
+        size_bytes: Largest size of the searched weights in bytes, each tensor packed.
+        percent_of_8_bit: The same in percent of the bytes that 8 bits everywhere would take.
+        bops: Most bit operations of one image.
+        latency: Most seconds of one image, and a CSV file layer,bits,seconds.
+        table: Most of any other costs, and a CSV file layer,bits,UNIT.
+        limits: More constraints, as `clado.choosing.constraints.constraint` makes them.
+        solver: A name of `clado.choosing.solvers`. `scip` proves that the answer is optimal, or
+            gives the gap that is left.
+        time_limit: Seconds that the solver may take.
+
+    Raises:
+        InfeasibleError: No assignment keeps the limits. The message has the reachable range.
+        ConfigurationError: There is no limit, one is no number, or the solver is unknown.
+    """
+    check_matrix(matrix)
+    given = {
+        "average_bits": average_bits,
+        "size_bytes": size_bytes,
+        "percent_of_8_bit": percent_of_8_bit,
+        "bops": bops,
+        "latency": latency,
+        "table": table,
+    }
+    return solvers.solve(program_of(matrix, limits_of(matrix.space, given, limits)), solver, time_limit=time_limit)
+
+
+def front(
+    matrix: InteractionMatrix,
+    *,
+    average_bits: Iterable[float] | None = None,
+    size_bytes: Iterable[float] | None = None,
+    percent_of_8_bit: Iterable[float] | None = None,
+    bops: Iterable[float] | None = None,
+    solver: str = "scip",
+    time_limit: float = 60.0,
+) -> Front:
+    """The answers at several budgets, from one matrix.
+
+    Args:
+        matrix: The interaction matrix.
+        average_bits: Budgets in average bits per searched weight.
+        size_bytes: Budgets in bytes. Exactly one series of budgets is given.
+        percent_of_8_bit: Budgets in percent of the bytes that 8 bits everywhere would take.
+        bops: Budgets in bit operations of one image.
+        solver: A name of `clado.choosing.solvers`.
+        time_limit: Seconds that the solver may take for each budget.
+
+    Raises:
+        InfeasibleError: A budget is out of reach.
+        ConfigurationError: There is no series of budgets, or several.
+    """
+    check_matrix(matrix)
+    given = {"average_bits": average_bits, "size_bytes": size_bytes, "percent_of_8_bit": percent_of_8_bit, "bops": bops}
+    keyword, bounds = series(given)
+    constraints = {bound: limits_of(matrix.space, {keyword: bound})[0] for bound in sorted(set(bounds))}
+    program = program_of(matrix, [next(reversed(constraints.values()))])
+    name = program.constraints[0].name
+    solve_program = solvers.prepare(program, solver, time_limit=time_limit)
+    points = pareto.sweep(program, name, [limit.bound for limit in constraints.values()], solve_program)
+    answers = {point.bound: point.solution for point in points}
+    reached = {bound: answers[limit.bound] for bound, limit in constraints.items() if limit.bound in answers}
+    return Front(keyword, tuple(reached), tuple(reached.values()))
+
+
+def evaluate(
+    network: Network,
+    assignment: Assignment,
+    data: Any,
+    *,
+    quantizer: WeightQuantizer | None = None,
+    prepared: Prepared | None = None,
+    progress: Progress = False,
+) -> Accuracy:
+    """Top-1, top-5 and loss of an assignment. A layer without bits stays in float.
+
+    Args:
+        network: The float network.
+        assignment: A bit-width for each layer.
+        data: Data as in `measure`. With labels the loss is cross entropy, without labels KL.
+        quantizer: Rounds the weights, if there is no `prepared`.
+        prepared: With it, the deployed network is evaluated, with all final corrections.
+        progress: True shows a bar. A callable is called with (images that are counted, all images).
+
+    Raises:
+        DataError: Images or labels do not fit.
+        NetworkError: The assignment is of another network.
+        ConfigurationError: The assignment has activation bits, and there is no `prepared`.
+    """
+    deployed, layers = _deployed(network, assignment, quantizer, prepared)
+    images = image_slice(network, data)
+    counts, step = Counts(), network.images_at_once
+    step *= -(-len(images) // (step * MOST_STEPS))  # whole batches, so that no sum depends on the steps
+    with showing(progress, "evaluating") as advance:
+        for start, stop in evaluation_batches(len(images), step):
+            counts += count(deployed, layers, images, start, stop, reference=network)
+            advance(stop, len(images))
+    return counts.accuracy()
+
+
+def quantize(
+    network: Network,
+    assignment: Assignment,
+    *,
+    quantizer: WeightQuantizer | None = None,
+    prepared: Prepared | None = None,
+) -> nn.Module:
+    """The quantized network as a torch module, which computes what `evaluate` evaluates.
+
+    The module is a copy in eval mode. Weights are floats on their grids. Grids of inputs are
+    buffers. So `to(device)`, `state_dict`, `torch.export` and `torch.onnx.export` take it as they
+    take the float module. `clado.load_packed` reads a file in which weights take their bits.
+
+    Args:
+        network: The float network.
+        assignment: A bit-width for each layer. A layer without bits stays in float.
+        quantizer: Rounds the weights, if there is no `prepared`.
+        prepared: Layers with corrections and activations; see `prepare`.
+
+    Raises:
+        NetworkError: The assignment is of another network, or a module cannot hold the grid of an
+            input or the bias of a correction.
+        ConfigurationError: The assignment has activation bits, and there is no `prepared`.
+    """
+    return as_module(*_deployed(network, assignment, quantizer, prepared))
+
+
+def _deployed(
+    network: Network, assignment: Assignment, quantizer: WeightQuantizer | None, prepared: Prepared | None
+) -> tuple[Network, dict[int, QuantizedLayer]]:
+    """The deployed network, and its quantized layers by index."""
+    check_network(network)
+    check_assignment(network, assignment)
+    if (ready := check_prepared(network, None, prepared, quantizer)) is not None:
+        return ready.deployed(assignment)
+    if assignment.activation_bits:
+        raise ConfigurationError("the assignment has activation bits; expected prepared=clado.prepare(...), with their grids")
+    for bits in {bits for bits in assignment.bits if bits is not None}:
+        check_bits((bits,), "the assignment")
+    weight_quantizer, layers = quantizer or WeightQuantizer(), dict[int, QuantizedLayer]()
+    for i, width in enumerate(assignment.bits):
+        if width is not None:
+            weight = network.weights[i]
+            grid = weight_quantizer.grid(weight, width, network.layers[i].channel_axis)
+            layers[i] = QuantizedLayer(grid.fake_quantize(weight.detach().float()).to(weight.dtype), grid=grid)
+    return network, layers
