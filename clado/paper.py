@@ -28,7 +28,7 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
 
     One range serves the whole weight. It has the least squared error of 100 ranges (section 5).
     """
-    weight, top = weight.detach(), 2 ** (bits - 1) - 1  # the codes are -top .. top
+    weight, top = weight.detach(), int(2 ** (bits - 1)) - 1  # the codes are -top .. top
     scales = [weight.abs().max() * share / 100 / top for share in range(100, 0, -1)]
     roundings = [(weight / scale).round().clamp(-top, top) * scale for scale in scales]
     errors = [float((rounding - weight).square().sum()) for rounding in roundings]

@@ -30,7 +30,7 @@ from clado.exporting.packed import PackedSize, export_packed
 from clado.grids import QuantizedLayer
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import sample_blocks
-from clado.measuring.scores import Scores, deployed_scores
+from clado.measuring.scores import Scores, score_passes
 from clado.measuring.workbench import Workbench
 from clado.network.arguments import check_model
 from clado.network.network import Network, prefers_channels_last
@@ -334,7 +334,8 @@ def _scores(
             benches[id(prepared)] = Workbench(prepared, criterion, blocks, images.load)
         network, layers = prepared.deployed(assignment)
         folded, replaced = network.folded_with(layers)
-        parts = [deployed_scores(benches[id(prepared)], folded, replaced, block) for block in range(len(blocks))]
+        bench = benches[id(prepared)]
+        parts = [score_passes(bench.criterion, folded, replaced, bench.passes(block)) for block in range(len(blocks))]
         scores[assignment] = Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         advance(k + 1, len(candidates))
     return scores
