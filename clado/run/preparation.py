@@ -21,6 +21,7 @@ from clado.quantization.preparation import (
     sweeps,
 )
 from clado.quantization.sweep import (
+    SAMPLED_VALUES,
     LayerInput,
     Sweep,
     calibration_blocks,
@@ -176,6 +177,19 @@ class RunPreparation:
         columns, rounded = spec.num_weights // spec.num_channels, spec.num_weights * len(self.inputs.space.candidates(layer))
         return float(RANGE_COST * rounded + (0 if plain else COLUMN_COST * columns + SWEEPS_COST * rounded * columns))
 
+    def disk_bytes(self, tasks: Sequence[SweepTask]) -> int:
+        """Bytes that these sweeps write: moments, and values that ranges are fitted on."""
+        total = 0
+        for task in tasks:
+            sweep = self._sweep(task)
+            kinds = len(self.inputs.space.activation_widths) if sweep.on_grids else int(sweep.moments)
+            values = 4 * SAMPLED_VALUES // len(self.blocks) if sweep.values else 0
+            total += sum(kinds * self.moments_bytes(layer) + values for layer in task.layers)
+        return total
+
+    def _sweep(self, task: SweepTask) -> Sweep:
+        return next(sweep for sweep in self.sweeps(task.plain) if sweep.on_grids == task.on_grids)
+
     def moments_bytes(self, layer: int) -> int:
         """Bytes of the moments that a block gives of a layer's input."""
         return moments_bytes(self.forms[layer]) if layer in self.forms else 0
@@ -190,7 +204,7 @@ class RunPreparation:
         network, recipe, files = self._network(task.plain), self._recipe(task.plain), self.files(task.plain)
         if isinstance(task, SweepTask):
             start, stop = self.blocks[task.block]
-            sweep = next(sweep for sweep in self.sweeps(task.plain) if sweep.on_grids == task.on_grids)
+            sweep = self._sweep(task)
             if task.on_grids:
                 sweep = replace(sweep, grids={layer: files.inputs.read_ranges(layer) for layer in task.layers})
             images = self.inputs.slices.calibration.load(start, stop)[0].to(network.device)

@@ -1,12 +1,20 @@
 """A short measurement that turns a plan into an ETA."""
 
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from clado.choosing.proposals import merge_limits, widest_uniform
 from clado.interaction.estimators import estimator_of, unreported_estimators
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
+from clado.network.network import Network
 from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
 from clado.quantization.sweep import LayerInput
@@ -54,9 +62,7 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
     for tile in [warm_up, warm_up, *(pairs if "pairs" in plan.kinds else [])]:
         if time.perf_counter() - begin + 1.5 * plan.macs(tile, work) * rate > LIMIT_SECONDS:
             break
-        started = time.perf_counter()
-        measure_tile(bench, tile)
-        seconds, macs = time.perf_counter() - started, plan.macs(tile, work)
+        seconds, macs = _seconds(run, partial(measure_tile, bench, tile)), plan.macs(tile, work)
         # of the two warm-ups the second counts: the first loads images and compiles kernels
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
@@ -116,19 +122,17 @@ def _preparing(run: OpenedRun) -> float:
         gathered: dict[int, LayerInput] = {}
         for sweep in preparation.sweeps(plain):
             if not sweep.on_grids and work["sweep"]:
-                sweep.gather(network, batch[0], 0, layers)  # loads and compiles kernels
-                begin = time.perf_counter()
-                gathered = sweep.gather(network, batch[0], 0, layers)
-                rate = (time.perf_counter() - begin) / preparation.sweep_cost(sweep, layers, len(batch[0]))
+                gathered = sweep.gather(network, batch[0], 0, layers)  # loads and compiles kernels
+                spent = _seconds(run, partial(sweep.gather, network, batch[0], 0, layers))
+                rate = spent / preparation.sweep_cost(sweep, layers, len(batch[0]))
                 seconds += work["sweep"] * rate / run.config.cluster.workers
         if work["layer"]:
             by_cost = sorted(layers, key=lambda layer: preparation.layer_cost(plain, layer))
             timed = by_cost[len(by_cost) // 2], by_cost[-1 - len(by_cost) // 10]
-            begin = time.perf_counter()
-            for layer in timed:
-                recipe = run.recipe.plain if plain else run.recipe
-                prepare_layer(network, run.space, recipe, layer, gathered.get(layer))
-            spent, cost = time.perf_counter() - begin, sum(preparation.layer_cost(plain, layer) for layer in timed)
+            recipe = run.recipe.plain if plain else run.recipe
+            one_by_one = (partial(prepare_layer, network, run.space, recipe, layer, gathered.get(layer)) for layer in timed)
+            spent = sum(_seconds(run, function) for function in one_by_one)
+            cost = sum(preparation.layer_cost(plain, layer) for layer in timed)
             seconds += work["layer"] * spent / cost / run.config.cluster.workers
     return seconds
 
@@ -140,9 +144,28 @@ def _seconds_per_image(run: OpenedRun) -> float:
         batch, _ = images.load(0, count)
         batch = batch.to(run.float_network.device)
         run.float_network.logits(batch[:1]).cpu()
-        started = time.perf_counter()
-        run.float_network.logits(batch).cpu()  # a GPU is waited for
-        seconds = time.perf_counter() - started
+        seconds = _seconds(run, partial(_finished_logits, run.float_network, batch))
         if seconds > 1.0 or count >= min(most, len(images)):
             return seconds / len(batch)
         count = min(4 * count, most, len(images))
+
+
+def _seconds(run: OpenedRun, function: Callable[[], object]) -> float:
+    """Seconds of a call while as many others compute the same as this machine has workers, which share its memory and caches."""
+    cluster = run.config.cluster
+    here = cluster.name in ("local", "inline") and run.float_network.device.type == "cpu"
+    at_once = min(cluster.workers, os.cpu_count() or 1) if here else 1
+
+    def timed(_: int) -> float:
+        torch.set_num_threads(cluster.threads_per_worker)
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return sum(pool.map(timed, range(at_once))) / at_once
+
+
+def _finished_logits(network: Network, images: Tensor) -> Tensor:
+    """Logits on the CPU: a GPU is waited for."""
+    return network.logits(images).cpu()

@@ -3,6 +3,7 @@
 from clado.interaction.estimators import costs
 from clado.quantization.preparation import names_of
 from clado.run.opened_run import OpenedRun
+from clado.run.preparation import SweepTask
 from flows.commands.eta import num_competing, num_networks
 
 
@@ -40,9 +41,13 @@ def _preparing(run: OpenedRun) -> list[str]:
     config = run.config
     if not config.corrections and not config.activations.bits:
         return []
+    preparation = run.preparation
+    tasks = [task for stage in preparation.stages() for task in stage if isinstance(task, SweepTask)]
+    sweeps = len({(task.plain, task.on_grids, task.layers) for task in tasks})
     widths = f", inputs at {' or '.join(map(str, config.activations.bits))} bits" if config.activations.bits else ""
     return [
-        f"  prepare  {run.space.num_layers} tasks on {len(run.slices.calibration):,} calibration images; "
+        f"  prepare  {run.space.num_layers} layers: {sweeps} sweep{'' if sweeps == 1 else 's'} over "
+        f"{len(run.slices.calibration):,} calibration images, {preparation.disk_bytes(tasks) / 1e6:,.0f} MB on disk until then; "
         f"corrections: {names_of(config.corrections)}{widths}"
     ]
 
@@ -50,7 +55,7 @@ def _preparing(run: OpenedRun) -> list[str]:
 def _measuring(run: OpenedRun, kind: str) -> str:
     plan = run.plan
     tiles = [tile for tile in plan.tiles if tile.kind == kind]
-    evaluations = sum(plan.evaluations(tile) for tile in tiles) // len(plan.sample_blocks)
+    evaluations = sum(plan.evaluations(tile) for tile in tiles) // len({tile.sample_block for tile in tiles})
     gmacs = sum(plan.macs(tile, run.workload) for tile in tiles) / 1e9
     return (
         f"  {kind:<11} {evaluations:>7,} evaluations, {plan.forward_images(tiles):>11,} forward images, "
