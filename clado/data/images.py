@@ -102,38 +102,39 @@ class KeptSlice:
     """A slice of which a process reads each image once: what was read stays in memory."""
 
     def __init__(self, images: ImageSlice) -> None:
-        self._slice = images
+        self.source = images
+        """The slice that is read."""
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @property
     def image_shape(self) -> ImageShape:
         """Channels, height, width."""
-        return self._slice.image_shape
+        return self.source.image_shape
 
     @property
     def num_classes(self) -> int | None:
         """As of the slice."""
-        return self._slice.num_classes
+        return self.source.num_classes
 
     @property
     def sha256(self) -> str:
         """As of the slice."""
-        return self._slice.sha256
+        return self.source.sha256
 
     def __len__(self) -> int:
-        return len(self._slice)
+        return len(self.source)
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images and labels start..stop-1. What does not fit the protocol is given as it is, and not kept."""
         absent = [k for k in range(start, stop) if k not in self._kept]
         if absent:
             first, last = absent[0], absent[-1] + 1
-            images, labels = self._slice.load(first, last)
+            images, labels = self.source.load(first, last)
             if not self._fits(images, labels, last - first):
-                return self._slice.load(start, stop)
+                return self.source.load(start, stop)
             self._kept |= {first + k: (image, None if labels is None else labels[k]) for k, image in enumerate(images)}
         if start >= stop:
-            return self._slice.load(start, stop)
+            return self.source.load(start, stop)
         rows = [self._kept[k] for k in range(start, stop)]
         labels_of_rows = [label for _, label in rows if label is not None]
         return torch.stack([image for image, _ in rows]), torch.stack(labels_of_rows) if labels_of_rows else None

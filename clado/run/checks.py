@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from clado.choosing.proposals import check_budgets
 from clado.data.decoding import EncodedSlice
-from clado.data.images import ImageSlice, check_slice
+from clado.data.images import ImageSlice, KeptSlice, check_slice
 from clado.errors import ConfigurationError, DataError
 from clado.run.opened_run import OpenedRun, open_run
 from clado.storage.measurement_store import MeasurementStore, exists
@@ -70,7 +70,8 @@ def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:
         try:
             check_slice(images, run.loaded.image_shape, run.num_logits, unreadable=allowed)
         finally:
-            if isinstance(images, EncodedSlice):
-                images.end_ahead()
+            source = images.source if isinstance(images, KeptSlice) else images
+            if isinstance(source, EncodedSlice):
+                source.end_ahead()
         names += unreadable.values()
     return names

@@ -125,7 +125,7 @@ def test_a_front_out_of_reach_is_refused():
 CALLS = {
     "prepare": lambda progress: clado.prepare(NETWORK, SPACE, progress=progress),
     "measure": lambda progress: clado.measure(NETWORK, SPACE, images(6), "layerwise", progress=progress),
-    "evaluate": lambda progress: clado.evaluate(NETWORK, SPACE.widest, images(300), progress=progress),
+    "evaluate": lambda progress: clado.evaluate(NETWORK, SPACE.widest, images(1200), progress=progress),
 }
 
 

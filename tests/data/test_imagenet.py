@@ -57,7 +57,8 @@ def parts_of(slices: DataSlices) -> list[EncodedSlice]:
 
 
 def names(images: Any) -> list[str]:
-    return [image.name for image in images.images]
+    """The names of a slice's images, of one that is kept too."""
+    return [image.name for image in getattr(images, "source", images).images]
 
 
 # --- class numbers --------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def test_labels_are_known_where_the_first_image_is_one_of_them(small_run: dict[s
 
     small_run["data"]["max_corrupt_images"] = 3
     small_run["criterion"] = "cross_entropy"
-    images = open_run(parse_config(small_run)).slices.sensitivity
+    images = open_run(parse_config(small_run)).slices.sensitivity.source
     first = images.images[0].path
     for name in DAMAGED:
         (first.parents[1] / name).write_bytes(jpeg(1))

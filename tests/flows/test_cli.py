@@ -378,7 +378,8 @@ def test_what_was_killed_before_its_record_says_so_and_is_not_called_delivered(c
 def test_plan_says_what_of_a_grown_run_is_there_already(here, finished, copied):
     write(here, folder=str(copied))
     assert "in the store already: 100 % of the evaluations" in call("plan", "clado.yaml")
-    assert "in the store already: 50 % of the evaluations" in call("plan", "clado.yaml", "data.sensitivity_images=64")
+    # half of everything but the losses of uncorrected layers: a quarter of eight blocks is two, and so is that of four, at least
+    assert "in the store already: 51 % of the evaluations" in call("plan", "clado.yaml", "data.sensitivity_images=64")
 
 
 def test_paths_may_begin_at_home(here):
