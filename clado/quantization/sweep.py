@@ -20,7 +20,7 @@ from clado.space import Layer
 
 MOST_BLOCKS = 8  # calibration images are swept in at most so many blocks, of at least BLOCK_IMAGES
 BLOCK_IMAGES = 32
-# rows of all calibration images: more of them move the loss by less than its standard error (tests/benchmarks/PREPARING.md)
+# rows of all calibration images: at 4 bits more of them move the loss by less than its standard error (benchmarks/PREPARING.md)
 ROWS_PER_COLUMN, FEWEST_ROWS = 16, 4096
 SAMPLED_VALUES = 2**20  # values of a layer's input that an activation range is fitted on, with the exact extremes
 SAMPLED_ELEMENTS = 2**16  # elements of the rows that corrections may read, of all calibration images; at least one row of a block
