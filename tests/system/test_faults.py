@@ -22,7 +22,7 @@ from tests.system.running import PATIENCE, Bench, chunk_times, end_group, measur
 from tests.system.test_clusters import machines
 from tests.system.test_deployments import ask, prefect_server
 
-TILES = 12  # uncorrected layers, gram and pairs of four sample blocks
+TILES = 10  # pairs and gram of four sample blocks, uncorrected layers of one: a quarter of them
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 
