@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting study docs notebooks lock install clean
 
 # four of the six budgets, and no local search, which takes half as long again: minutes for a first look
 run: install
@@ -75,6 +75,11 @@ bench-run: install
 # what preparing costs, and how many rows of a layer's input are enough
 bench-preparing: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_preparing $(if $(PHOTOS),--photos $(PHOTOS))
+
+# what rounding fits to calibration images is worth on others: about five minutes
+bench-overfitting: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
+	$(BIN)/python -m tests.benchmarks.bench_overfitting --photos $(PHOTOS)
 
 # where interactions help: hours without a GPU, resumable; DATA holds Fashion-MNIST's idx files
 DATA ?= /usr/share/datasets/fashion-mnist

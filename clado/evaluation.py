@@ -5,9 +5,9 @@ They are counts and sums, which add up over evaluation batches.
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from clado.errors import DataError
 from clado.measuring.plan import sample_blocks
 from clado.measuring.workbench import split
 from clado.network.network import Network, Replaced
-from clado.records.results import Accuracy
+from clado.records.interval import Interval
+from clado.records.results import Accuracy, Comparison
 
 Number = TypeVar("Number", int, float)
 
@@ -41,12 +42,18 @@ class Counts:
     classes: tuple[tuple[int, int, int], ...] = ()
     """(class, images, top-1 hits) of each class that has images, in order of the classes."""
     brier: float | None = None
-    """Sum of the Brier scores of sensitivity images; None if they were not measured."""
+    """Sum of the Brier scores of the decision set; None if they were not measured."""
     hits: str = ""
-    """A 1 or a 0 for each sensitivity image: whether its top class is right."""
+    """A 1 or a 0 for each image: whether its top class is right. Without labels, whether it is the float network's."""
+    agreed: str = ""
+    """A 1 or a 0 for each validation image: whether its top class is the float network's."""
+    kl: tuple[float, ...] = ()
+    """KL divergence from the float network of each validation image, in nats, to six digits."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))  # from JSON
+        # from JSON
+        object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))
+        object.__setattr__(self, "kl", tuple(self.kl))
 
     def __add__(self, other: "Counts") -> "Counts":
         if not self.num_images:
@@ -59,13 +66,20 @@ class Counts:
             _merge_classes(self.classes, other.classes),
             _sum_or_none(self.brier, other.brier),
             self.hits + other.hits,
+            self.agreed + other.agreed,
+            self.kl + other.kl,
         )
 
     def accuracy(self) -> Accuracy:
         """Means over the images counted."""
         n = self.num_images
         return Accuracy(
-            n, self.loss / n, None if self.top1 is None else self.top1 / n, None if self.top5 is None else self.top5 / n
+            n,
+            self.loss / n,
+            None if self.top1 is None else self.top1 / n,
+            None if self.top5 is None else self.top5 / n,
+            math.fsum(self.kl) / n if self.kl else None,
+            self.agreed.count("1") / n if self.agreed else None,
         )
 
     @property
@@ -77,6 +91,22 @@ class Counts:
     def each_hit(self) -> NDArray[np.float64]:
         """`hits` as numbers (n,)."""
         return np.array([float(hit) for hit in self.hits])
+
+
+def compared(budget: str, method: str, other: str, counts: Counts, other_counts: Counts) -> Comparison | None:
+    """Two answers on the same validation images. None where these were not compared with the float network image by image.
+
+    Nor are networks compared that give no finite logits.
+    """
+    if not counts.kl or len(counts.kl) != len(other_counts.kl) or not np.isfinite([*counts.kl, *other_counts.kl]).all():
+        return None
+
+    def difference(of: Callable[[Counts], Iterable[Any]]) -> Interval:
+        one, another = (np.array([float(value) for value in of(each)]) for each in (counts, other_counts))
+        return Interval.of(one - another)
+
+    top1 = None if counts.top1 is None else difference(lambda each: each.hits)
+    return Comparison(budget, method, other, difference(lambda each: each.kl), difference(lambda each: each.agreed), top1)
 
 
 def _sum_or_none(a: Number | None, b: Number | None) -> Number | None:
@@ -114,7 +144,7 @@ def count(
         start: The first image.
         stop: The image after the last.
         batch_images: Images of one forward pass; by default as many as are fast.
-        reference: The float network, if final corrections have changed `network`.
+        reference: The float network. Each image is compared with it.
     """
     return count_each([(network, replaced)], images, start, stop, batch_images, reference)[0]
 
@@ -130,39 +160,60 @@ def count_each(
     """`count` of several networks with layers replaced. Each image is decoded once.
 
     The images are held in memory, and of the networks one at a time. The sums are the same, bit for bit.
+
+    Each image is compared with the float network where `reference` is given, or where there are no labels.
     """
     x, labels = images.load(start, stop)
     totals: list[Counts] = []
-    compared, floats = None, list[Tensor]()
+    against, floats = None, list[Tensor]()
     for plain, layers in variants:
         x = x.to(plain.device)
         batches = split(x, labels, batch_images or plain.images_at_once)
         float_network = reference or plain
-        if labels is None and compared is not float_network:
-            compared, (folded, _) = float_network, float_network.folded()
+        if (labels is None or reference is not None) and against is not float_network:
+            against, (folded, _) = float_network, float_network.folded()
             floats = [folded.logits(batch) for batch, _ in batches]
-        network, replaced = plain.folded_with(layers)
+        if plain is against and not layers:
+            logits = iter(floats)
+        else:
+            network, replaced = plain.folded_with(layers)
+            logits = (network.logits(batch, replaced) for batch, _ in batches)
         counts = (
-            _batch_counts(network.logits(batch, replaced), targets, floats[k] if floats else None)
-            for k, (batch, targets) in enumerate(batches)
+            _batch_counts(batch_logits, batches[k][1], floats[k] if floats else None) for k, batch_logits in enumerate(logits)
         )
         totals.append(sum(counts, Counts()))
     return totals
 
 
 def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
-    """Counts of one batch: cross entropy and hits with labels, KL to the float logits without."""
-    if labels is None:
-        if floats is None:
-            raise DataError("the images have no labels and no float network to compare with; expected one of them")
-        return Counts(len(logits), float(kl_to_float(logits, floats).sum()))
-    targets = labels.to(logits.device)
-    loss = cross_entropy(logits, targets).sum()
-    top5 = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-    hits, labels = (top5 & _is_finite(logits)[:, None]).cpu(), labels.cpu()  # column k: the class of rank k is the label
-    num_images, num_hits = Counter(labels.tolist()), Counter(labels[hits[:, 0]].tolist())
-    classes = tuple((label, num_images[label], num_hits[label]) for label in sorted(num_images))
-    return Counts(len(logits), float(loss), int(hits[:, 0].sum()), int(hits.sum()), classes)
+    """Counts of one batch: cross entropy and hits with labels, KL to the float logits without, and both where both are given."""
+    if labels is None and floats is None:
+        raise DataError("the images have no labels and no float network to compare with; expected one of them")
+    columns: dict[str, Tensor] = {}
+    if floats is not None:
+        kl = kl_to_float(logits, floats)
+        columns |= {"loss": kl, "kl": kl, "agreed": (logits.argmax(1) == floats.argmax(1)) & _is_finite(logits)}
+    if labels is not None:
+        targets = labels.to(logits.device)
+        top5 = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]) & _is_finite(logits)[:, None]
+        # column k of top5: the class of rank k is the label
+        columns |= {"loss": cross_entropy(logits, targets), "hit": top5[:, 0], "hit5": top5.any(1), "label": targets}
+    rows = torch.stack([column.double() for column in columns.values()]).cpu()  # the device is waited for once
+    each = dict(zip(columns, rows, strict=True))
+    counts = Counts(len(logits), float(each["loss"].sum()))
+    if "kl" in each:
+        kept = tuple(float(f"{value:.6g}") for value in each["kl"].tolist())
+        counts = replace(counts, agreed=_digits(each["agreed"]), kl=kept)
+    if "hit" in each:
+        hit, label = each["hit"].bool(), each["label"].long()
+        num_images, num_hits = Counter(label.tolist()), Counter(label[hit].tolist())
+        classes = tuple((one, num_images[one], num_hits[one]) for one in sorted(num_images))
+        counts = replace(counts, top1=int(hit.sum()), top5=int(each["hit5"].sum()), classes=classes, hits=_digits(hit))
+    return counts
+
+
+def _digits(hits: Tensor) -> str:
+    return "".join("01"[hit] for hit in hits.int().tolist())
 
 
 def per_image(

@@ -117,7 +117,7 @@ def prepare(document: dict[str, Any], task: PreparationTask) -> PreparationTask:
 
 
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
-    """Sums of an assignment's loss over the sensitivity set, as deployed."""
+    """Sums of an assignment's loss over the decision set, as deployed."""
     return assignment, last_opened(document).evaluation.loss(assignment)
 
 

@@ -1,13 +1,15 @@
 """Made-up runs for tests of what reads a record: plots, tables, the tracker. Numbers are plausible, seeded and consistent."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from clado.interaction.matrix import InteractionMatrix
-from clado.records.results import Accuracy, Result
+from clado.records.interval import Interval
+from clado.records.results import Accuracy, Comparison, Result
 from clado.records.run_record import RunRecord
 from clado.space import Assignment, Layer, SearchSpace
 
@@ -106,6 +108,7 @@ def make_record(
         baseline=0.0,
         float_accuracy=Accuracy(10_000, 0.21, 0.9312, 0.9985),
         results=tuple(results),
+        comparisons=compared_rows(results),
         seconds={"start-up": 12.25, "measuring": 81.5, "solving": 9.0, "evaluation": 30.5, "shutdown": 2.0},
         forwards={"pairwise": 2211, "gauss_newton": 67, "layerwise": 66},
         notes=("activations are not quantized",),
@@ -115,6 +118,26 @@ def make_record(
         },
         recorded="2026-11-25T12:00:00+00:00",
     )
+
+
+def compared_rows(results: Sequence[Result]) -> tuple[Comparison, ...]:
+    """The chosen answer against every other one, and the first method with interactions against layerwise, where they differ."""
+
+    def interval(difference: float) -> Interval:
+        return Interval(difference, difference - 0.002, difference + 0.002, 10_000)
+
+    rows = {(result.budget, result.method): result for result in results}
+    methods = list(dict.fromkeys(result.method for result in results))
+    interacting = [method for method in ("pairwise", "gauss_newton") if method in methods][:1]
+    pairs = [("chosen", method) for method in methods if method != "chosen"] + [(method, "layerwise") for method in interacting]
+    comparisons = []
+    for budget in dict.fromkeys(result.budget for result in results):
+        for method, other in pairs:
+            one, another = rows.get((budget, method)), rows.get((budget, other))
+            if one is not None and another is not None and one.assignment != another.assignment:
+                kl = one.loss_deployed - another.loss_deployed
+                comparisons.append(Comparison(budget, method, other, interval(kl), interval(-kl / 3), interval(-kl / 4)))
+    return tuple(comparisons)
 
 
 def make_model(folder: Path) -> Path:

@@ -52,12 +52,12 @@ def test_losses_that_are_not_finite_are_null_in_the_file_and_infinite_again_when
     record = make_record()
     first, *rest = record.results
     accuracy = replace(first.validation, loss=math.inf)
-    bad = replace(first, loss_deployed=math.inf, loss_probe_model=math.nan, gain=math.inf, validation=accuracy)
+    bad = replace(first, loss_deployed=math.inf, gain=math.inf, validation=accuracy)
     replace(record, results=(bad, *rest)).save(tmp_path / "record.json")
     assert "Infinity" not in (tmp_path / "record.json").read_text()
     loaded = RunRecord.load(tmp_path / "record.json")
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
-    assert loaded.results == (replace(bad, loss_probe_model=None, gain=None), *rest)
+    assert loaded.results == (replace(bad, gain=None), *rest)
     assert tables.markdown(loaded)
     assert [chart.title for chart in page.charts(loaded)] == [chart.title for chart in page.charts(record)]
     plots.save_all(loaded, {}, tmp_path / "plots")

@@ -15,7 +15,8 @@ from clado.data.images import ImageSlice
 from clado.evaluation import evaluation_batches
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
-from clado.records.results import Z95, Accuracy
+from clado.records.interval import Z95
+from clado.records.results import Accuracy
 
 
 @dataclass(frozen=True)

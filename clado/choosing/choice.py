@@ -29,9 +29,9 @@ def safe_methods() -> tuple[str, ...]:
 def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
     """The estimator whose predictions rank the measured assignments best, by Spearman's correlation.
 
-    Only assignments with all corrections count. Of equal estimators it is the one that knows of more interactions.
+    Assignments without corrections do not count. Of equal estimators it is the one that knows of more interactions.
     """
-    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected == "all"}
+    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected != "none"}
 
     def quality(name: str) -> tuple[float, int]:
         matrix = matrices[name].clip_psd() if matrices[name].convexity == "clip_psd" else matrices[name]

@@ -231,6 +231,11 @@ class EncodedSlice:
         images = torch.stack([self._image(k) for k in numbers]) if numbers else torch.empty(0, *self.image_shape)
         return images, None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
 
+    def part(self, start: int, stop: int) -> "EncodedSlice":
+        """Images start..stop-1 as a slice."""
+        labels = None if self.labels is None else self.labels[start:stop]
+        return EncodedSlice(self.images[start:stop], labels, self.classes, self.preprocessing)
+
     def _image(self, number: int) -> Tensor:
         if self._ahead is None:
             return self.preprocessing(self.images[number])

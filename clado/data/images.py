@@ -4,7 +4,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
@@ -48,18 +48,42 @@ class DataSlices:
     calibration: ImageSlice
     """Ranges and corrections are fitted to these images."""
     sensitivity: ImageSlice
-    """The interaction matrix is measured on these images."""
+    """The interaction matrix is measured on these images. Of a run they are the first half of the sensitivity set."""
     validation: ImageSlice
     """Results are reported on these images. No choice uses them."""
     selection: ImageSlice
     """The other images. An answer that must keep a measured loss or accuracy is chosen on them."""
+    decision: ImageSlice | None = None
+    """What is proposed is measured on these images, and the best is chosen. No proposal is fitted to them."""
     imagenet: bool = False
     """Whether labels are the numbers of ImageNet's thousand classes."""
 
     @property
     def used(self) -> tuple[ImageSlice, ...]:
         """The slices that a run reads: there may be no calibration images."""
-        return (self.sensitivity, *([self.calibration] if len(self.calibration) else []), self.validation)
+        decision = () if self.decision is None else (self.decision,)
+        return (self.sensitivity, *decision, *([self.calibration] if len(self.calibration) else []), self.validation)
+
+    def held_out(self) -> "DataSlices":
+        """The same slices with the second half of the sensitivity set held out to decide; of one image nothing is held out."""
+        count, images = len(self.sensitivity), self.sensitivity
+        if count < 2:
+            return self
+        first = count - count // 2
+        return replace(self, sensitivity=part(images, 0, first), decision=part(images, first, count))
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A slice that gives a part of itself as a slice of its own kind, which is the same as one drawn of these images."""
+
+    def part(self, start: int, stop: int) -> ImageSlice:
+        """Images start..stop-1."""
+
+
+def part(images: ImageSlice, start: int, stop: int) -> ImageSlice:
+    """Images start..stop-1 of a slice."""
+    return images.part(start, stop) if isinstance(images, Divisible) else PickedSlice([images], range(start, stop))
 
 
 class MemorySlice:
@@ -96,6 +120,10 @@ class MemorySlice:
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images and labels start..stop-1: views, not copies."""
         return self._images[start:stop], None if self._labels is None else self._labels[start:stop]
+
+    def part(self, start: int, stop: int) -> "MemorySlice":
+        """Images start..stop-1 as a slice."""
+        return MemorySlice(*self.load(start, stop), self._num_classes)
 
 
 class KeptSlice:

@@ -2,10 +2,14 @@
 
 For rows x with mean μ and second moment Σ = E[x xᵀ], a weight column w and its error e: the mean output is wᵀ μ, its variance
 wᵀ (Σ − μ μᵀ) w, and the expected squared output error eᵀ Σ e.
+
+A few hundred images do not say what the covariance of a thousand inputs is. A classifier sees one row of each image: rounding
+that is fitted to the covariance of 256 rows has almost no error on them, and on other images more than nearest codes
+(tests/benchmarks/OVERFITTING.md). So what rounds reads `Moments.shrunk`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +27,26 @@ class Moments:
     """μ, float64 (groups, columns)."""
     scatter: Tensor
     """Σ over rows of (x − μ)(x − μ)ᵀ, (groups, columns, columns): float32 of one block of images, float64 of several."""
+    noise: Tensor | None = None
+    """Share of the squared covariances that is sampling noise, float64 (groups,). None where no blocks tell."""
 
     @property
     def products(self) -> Tensor:
         """Σ over rows of x xᵀ, float64 (groups, columns, columns)."""
         return self.scatter.double() + self.count * self.mean[..., None] * self.mean[..., None, :]
+
+    def shrunk(self) -> "Moments":
+        """The same moments with covariances shrunk by the share of `noise`; variances and means stay.
+
+        That is the shrinkage of least expected squared error towards the diagonal (Schäfer and Strimmer 2005, "A shrinkage
+        approach to large-scale covariance matrix estimation", target D; after Ledoit and Wolf 2004).
+        """
+        if self.noise is None:
+            return self
+        variances = self.scatter.diagonal(dim1=1, dim2=2).clone()
+        scatter = self.scatter * (1 - self.noise)[:, None, None]
+        scatter.diagonal(dim1=1, dim2=2).copy_(variances)
+        return replace(self, scatter=scatter)
 
     def output_mean(self, columns: Tensor) -> Tensor:
         """Mean of x @ columns for columns (groups, columns, channels): float64 (groups, channels)."""
@@ -40,7 +59,12 @@ class Moments:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """The moments of all rows, from those of parts of them, added in the order given (Chan et al. 1983, equation 2.1)."""
+    """The moments of all rows, from those of parts of them, added in the order given (Chan et al. 1983, equation 2.1).
+
+    Args:
+        parts: Moments of disjoint blocks of images. How far they differ is the noise of the sum: rows of one image are no
+            independent sample.
+    """
     first, *others = parts
     count, mean, scatter = first.count, first.mean, first.scatter.double()
     for part in others:
@@ -49,7 +73,22 @@ def merged(parts: Sequence[Moments]) -> Moments:
         scatter += (count * part.count / total) * difference[..., None] * difference[..., None, :]
         mean = mean + difference * (part.count / total)
         count = total
-    return Moments(count, mean, scatter)
+    return Moments(count, mean, scatter, _noise(parts, mean, scatter / count) if len(parts) > 1 else None)
+
+
+def _noise(parts: Sequence[Moments], mean: Tensor, covariance: Tensor) -> Tensor:
+    """Σ_{i≠j} Var(s_ij) / Σ_{i≠j} s_ij² of each group, at most 1: the variance is that of a mean over parts of unequal counts."""
+    total = sum(part.count for part in parts)
+    variance = torch.zeros(len(mean), dtype=torch.float64, device=mean.device)
+    for part in parts:
+        shift = part.mean - mean
+        difference = part.scatter.double() / part.count - covariance
+        difference += shift[..., None] * shift[..., None, :]
+        difference.diagonal(dim1=1, dim2=2).zero_()
+        variance += (part.count / total) ** 2 * difference.square_().sum((1, 2))
+    size = covariance.square().sum((1, 2)) - covariance.diagonal(dim1=1, dim2=2).square().sum(1)
+    share = variance * len(parts) / (len(parts) - 1) / size
+    return torch.where(size > 0, share, 0.0).clamp(0.0, 1.0)
 
 
 class MomentSums:

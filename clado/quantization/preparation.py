@@ -275,8 +275,8 @@ def layer_sample(network: Network, layer: int, layer_input: LayerInput | None) -
         bias=network.biases[layer],
         form=MatrixForm.of(network.layers[layer], layer_input.arguments),
         num_images=layer_input.num_images,
-        moments=layer_input.moments,
-        on_grid=layer_input.on_grid,
+        moments=layer_input.moments.shrunk(),
+        on_grid={width: moments.shrunk() for width, moments in layer_input.on_grid.items()},
         rows=layer_input.rows,
         takes_bias=network.places[layer].takes_bias and layer_input.uses == 1,
     )

@@ -18,8 +18,8 @@ from clado.quantization.matrix_form import MatrixForm
 from clado.quantization.moments import Moments, MomentSums, merged
 from clado.space import Layer
 
-MOST_BLOCKS = 8  # calibration images are swept in at most so many blocks, of at least BLOCK_IMAGES
-BLOCK_IMAGES = 32
+MOST_BLOCKS = 8  # calibration images are swept in at most so many blocks, of at least BLOCK_IMAGES; in two where there are few
+BLOCK_IMAGES = 16
 # rows of all calibration images: at 4 bits more of them move the loss by less than its standard error (benchmarks/PREPARING.md)
 ROWS_PER_COLUMN, FEWEST_ROWS = 16, 4096
 SAMPLED_VALUES = 2**20  # values of a layer's input that an activation range is fitted on, with the exact extremes
@@ -62,7 +62,7 @@ def joined(parts: Sequence[LayerInput]) -> LayerInput:
 
 def calibration_blocks(num_images: int) -> list[tuple[int, int]]:
     """Ranges of calibration images that are swept apart: (first, image after the last)."""
-    count = min(MOST_BLOCKS, max(1, num_images // BLOCK_IMAGES))
+    count = min(MOST_BLOCKS, max(min(2, num_images), num_images // BLOCK_IMAGES))
     return [(num_images * k // count, num_images * (k + 1) // count) for k in range(count)]
 
 

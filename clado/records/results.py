@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from clado.records.interval import Z95, Interval
 from clado.space import Assignment
 
 CHOSEN, UNIFORM, FLOAT, LOCAL_SEARCH = "chosen", "uniform", "float", "local_search"
 IMAGENET_VALIDATION_IMAGES = 50_000
-Z95 = 1.959963984540054
-"""Quantile of the normal distribution that leaves 2.5 % above it."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,10 @@ class Accuracy:
     """Fraction of images whose top class is right. None without labels."""
     top5: float | None = None
     """Fraction of images whose right class is among the top five. None without labels."""
+    kl: float | None = None
+    """Mean KL divergence from the float network, in nats. None where it was not counted."""
+    agreement: float | None = None
+    """Fraction of images whose top class is the float network's. None where it was not counted."""
 
     @property
     def top1_interval(self) -> tuple[float, float] | None:
@@ -66,10 +69,7 @@ class Result:
     average_bits: float
     """Mean bit-width of the searched weights."""
     loss_deployed: float
-    """Mean criterion of the deployed network on the sensitivity set.
-
-    Final corrections are applied.
-    """
+    """Mean criterion of the deployed network on the decision set, to which no proposal is fitted."""
     brier_deployed: float | None = None
     """Mean Brier score, measured with `loss_deployed`.
 
@@ -82,11 +82,6 @@ class Result:
     """
     loss_predicted: float | None = None
     """Baseline + ½ αᵀĜα of the method's own matrix."""
-    loss_probe_model: float | None = None
-    """As `loss_deployed`, but of the network that tiles measure: without final corrections.
-
-    It is measured for what is chosen. None elsewhere, and if probes use batch statistics.
-    """
     status: str | None = None
     """Status of the solver."""
     objective: float | None = None
@@ -111,6 +106,24 @@ class Result:
 
     If it is negative, Brier score and agreement decided (`choice.choose`).
     """
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one budget on the same validation images, which no choice has seen. Differences are `method` − `other`."""
+
+    budget: str
+    """Name of the budget."""
+    method: str
+    """The one method."""
+    other: str
+    """The other method."""
+    kl: Interval
+    """Difference in KL divergence from the float network, in nats."""
+    agreement: Interval
+    """Difference in the fraction of images whose top class is the float network's."""
+    top1: Interval | None = None
+    """Difference in top-1, a fraction. None without labels."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from clado.errors import StoreError
-from clado.records.results import IMAGENET_VALIDATION_IMAGES, Accuracy, MeasuredProposal, Result, SearchSummary, Stability
+from clado.records.interval import Interval
+from clado.records.results import (
+    IMAGENET_VALIDATION_IMAGES,
+    Accuracy,
+    Comparison,
+    MeasuredProposal,
+    Result,
+    SearchSummary,
+    Stability,
+)
 from clado.records.tabular import Tabular
 from clado.records.text import write_text
 from clado.space import Assignment
@@ -38,7 +47,7 @@ class RunRecord(Tabular):
     forwards: dict[str, int] = field(default_factory=dict)
     """Forward images of each tile kind, of what is measured to choose, and of accuracies.
 
-    What is measured to choose are `proposals`, `local_search`, `fewer_corrections`, and
+    What is measured to choose are `proposals`, `local_search`, `other_corrections`, and
     `batchnorm_reestimation` for all three. `validation` are accuracies. Preparing is not counted.
     """
     notes: tuple[str, ...] = ()
@@ -57,6 +66,8 @@ class RunRecord(Tabular):
     """Whether the validation images are of ImageNet."""
     measured_proposals: tuple[MeasuredProposal, ...] = ()
     """Every proposal that was measured to choose."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Answers to one budget compared on the validation images: the chosen one with every other, and interactions with none."""
     searches: tuple[SearchSummary, ...] = ()
     """Result of each local search."""
     stability: tuple[Stability, ...] = ()
@@ -109,6 +120,11 @@ class RunRecord(Tabular):
         """Bytes of the searched weights in 32-bit floats."""
         return 4 * sum(self.layer_weights)
 
+    def comparison(self, budget: str, method: str, other: str) -> Comparison | None:
+        """How two answers to a budget compare on the validation images. None if they are the same, or were not compared."""
+        wanted = (budget, method, other)
+        return next((row for row in self.comparisons if (row.budget, row.method, row.other) == wanted), None)
+
     def summary(self) -> str:
         """Network, budgets and methods, in one line."""
         accuracy, names = self.float_accuracy, ", ".join(self.budgets)
@@ -116,7 +132,7 @@ class RunRecord(Tabular):
         return f"{self.network}: {len(self.layer_names)} layers, budgets {names}{top1}, {accuracy.num_images:,} validation images"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Each budget and method: bits, bytes, loss on the sensitivity images, accuracy on the validation images."""
+        """Each budget and method: bits, bytes, loss on the decision set, accuracy on the validation images."""
         return [
             {
                 "budget": row.budget,
@@ -155,6 +171,7 @@ class RunRecord(Tabular):
                     "float_accuracy": _accuracy(document["float_accuracy"]),
                     "results": tuple(_result(row) for row in document["results"]),
                     "measured_proposals": tuple(_measured_proposal(row) for row in document["measured_proposals"]),
+                    "comparisons": tuple(_comparison(row) for row in document["comparisons"]),
                     "stability": tuple(_stability(row) for row in document["stability"]),
                     "searches": tuple(_search(row) for row in document["searches"]),
                 }
@@ -192,6 +209,11 @@ def _search(row: dict[str, Any]) -> SearchSummary:
 
 def _assignment(document: dict[str, Any]) -> Assignment:
     return Assignment(tuple(document["bits"]), tuple(document["activation_bits"]), document["corrected"])
+
+
+def _comparison(row: dict[str, Any]) -> Comparison:
+    intervals = {key: None if row[key] is None else Interval(**row[key]) for key in ("kl", "agreement", "top1")}
+    return Comparison(**{**row, **intervals})
 
 
 def _stability(row: dict[str, Any]) -> Stability:

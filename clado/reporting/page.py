@@ -153,6 +153,8 @@ def render(folder: Path) -> str:
         bits=_bits_table(record, chosen),
         widths=_shades(chosen),
         matrices=[heat_map(path) for path in sorted((folder / "matrices").glob("*.npz"))],
+        comparisons=[row for row in record.comparisons if row.method == CHOSEN],
+        interval_text=tables.interval_text,
         winners=tables.winners(record),
         solver=tables.solver_line(record),
         coverage=_coverage(record),

@@ -235,7 +235,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
 
 
 def loss_against_size(record: RunRecord) -> Figure:
-    """Measured loss on the sensitivity set against the size of the searched weights."""
+    """Measured loss on the decision set against the size of the searched weights."""
     points = _points(record, lambda result: result.loss_deployed)
     positive = all(y > 0 for line in points.values() for _, y in line)
     reference = record.baseline if record.baseline > 0 or not positive else None
@@ -244,7 +244,7 @@ def loss_against_size(record: RunRecord) -> Figure:
     if positive and any(points.values()):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    _title(axes, f"Measured loss against size, {record.network}", "sensitivity images; lower is better")
+    _title(axes, f"Measured loss against size, {record.network}", "decision set; lower is better")
     return figure
 
 

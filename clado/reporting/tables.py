@@ -1,6 +1,6 @@
 """The results of a run as text for a terminal and for table.md. Nothing here measures.
 
-Sizes are those of the searched weights. Losses are measured on the sensitivity set with the
+Sizes are those of the searched weights. Losses are measured on the decision set with the
 deployed network. Accuracy is measured on the validation set, which no choice has seen. Only printed
 figures are in percent.
 """
@@ -20,7 +20,8 @@ from rich.text import Text
 
 from clado.interaction.estimators import safe_estimators, with_interactions
 from clado.plugins import available
-from clado.records.results import CHOSEN, MeasuredProposal, Receipt, Result
+from clado.records.interval import Interval
+from clado.records.results import CHOSEN, Comparison, MeasuredProposal, Receipt, Result
 from clado.records.run_record import RunRecord
 from clado.records.text import markdown_table, percent, size_text
 from clado.settings.tracking import database_of
@@ -62,11 +63,12 @@ def markdown(record: RunRecord) -> str:
         for quantity, cells, best in rows(record, budget):
             lines.append([budget, quantity, *[f"**{cell}**" if cell == best else cell for cell in cells]])
     body = markdown_table(["budget", "", *record.methods], lines)
-    return f"{record.network}: {caption(record)}.\n\n{body}\n\n{verdict(record)}\n"
+    parts = [f"{record.network}: {caption(record)}.", body, comparisons_table(record), verdict(record)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what interactions change.
+    """What interactions change, as counted on validation images.
 
     It compares `layerwise` with `pairwise`, or else with the next estimator by `interaction_order`.
     """
@@ -89,18 +91,56 @@ def verdict(record: RunRecord) -> str:
         where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
         return f"Interactions change nothing: {rival} and {base_name} agree on all {len(record.layer_names)} layers at {where}."
     layers = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
-    parts = [f"Interactions change {layers} of {len(record.layer_names)} layers"]
-    if len(pairs) == 1:
-        return f"{parts[0]} and the measured loss {_change(*pairs[0])} ({rival} against {base_name})."
-    lower = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed < base.loss_deployed]
-    higher = [(budget, base, other) for budget, base, other in pairs if other.loss_deployed > base.loss_deployed]
+    start, end = f"Interactions change {layers} of {len(record.layer_names)} layers", f"({rival} against {base_name})."
+    compared = [row for budget in record.budgets if (row := record.comparison(budget, rival, base_name)) is not None]
+    if not compared:
+        return f"{start}; they were not compared on validation images {end}"
+    return f"{start}. On {compared[0].kl.num_images:,} validation images they {_changes(compared)} {end}"
+
+
+def _changes(compared: Sequence[Comparison]) -> str:
+    """How often interactions lower or raise the divergence from the float network, and by how much at most."""
+    lower, higher = [row for row in compared if row.kl.mean < 0], [row for row in compared if row.kl.mean > 0]
+    parts = []
     for word, group, extreme in (("lower", lower, min), ("raise", higher, max)):
         if group:
-            pair = extreme(group, key=lambda pair: _relative(pair[1], pair[2]))
-            parts.append(f"{word} the measured loss at {len(group)} of {len(pairs)} budgets, most {_change(*pair, signed=False)}")
-    if not lower and not higher:
-        parts.append("leave the measured loss as it is")
-    return f"{'; they '.join(parts)} ({rival} against {base_name})."
+            most = extreme(group, key=lambda row: row.kl.mean)
+            sure = sum(row.kl.excludes_zero for row in group)
+            parts.append(
+                f"{word} KL from the float network at {len(group)} of {len(compared)} budgets, at {sure} by more than the 95 % "
+                f"interval; most at {most.budget}, by {_comparison_text(most)}"
+            )
+    return "; they ".join(parts) or "leave KL from the float network as it is"
+
+
+def _comparison_text(row: Comparison) -> str:
+    top1 = "" if row.top1 is None else f", with top-1 {interval_text(row.top1, 100, 2)} points"
+    return interval_text(row.kl) + top1
+
+
+def interval_text(interval: Interval, scale: float = 1.0, digits: int = 4) -> str:
+    """A difference with its 95 % interval."""
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} ({low} to {high})"
+
+
+def comparisons_table(record: RunRecord) -> str:
+    """What was chosen for each budget against every other method, on the validation images; empty where nothing differs."""
+    rows = [row for row in record.comparisons if row.method == CHOSEN]
+    if not rows:
+        return ""
+    lines = [
+        [
+            row.budget,
+            row.other,
+            "–" if row.top1 is None else interval_text(row.top1, 100, 2),
+            interval_text(row.agreement, 100, 2),
+            interval_text(row.kl),
+        ]
+        for row in rows
+    ]
+    title = f"Chosen minus others, on {rows[0].kl.num_images:,} validation images that no choice has seen (95 %, paired):"
+    return f"{title}\n\n{markdown_table(['budget', 'other', 'top-1 points', 'agreement points', 'KL from float'], lines)}"
 
 
 def winners(record: RunRecord) -> str:
@@ -292,6 +332,7 @@ def show(record: RunRecord) -> Group:
     """All texts of a record, to print with rich."""
     parts: list[RenderableType] = [Text(f"{record.network}: {caption(record)}"), table(record)]
     texts = [
+        comparisons_table(record),
         verdict(record),
         winners(record),
         search_text(record),
@@ -370,22 +411,3 @@ def loss_text(value: float) -> str:
 
 def _num_changed(one: Result, other: Result) -> int:
     return sum(a != b for a, b in zip(one.assignment.pairs, other.assignment.pairs, strict=True))
-
-
-def _relative(base: Result, other: Result) -> float:
-    """Relative change of the measured loss. If the base is 0, the absolute change."""
-    change = other.loss_deployed - base.loss_deployed
-    return change / abs(base.loss_deployed) if base.loss_deployed else change
-
-
-def _change(budget: str, base: Result, other: Result, signed: bool = True) -> str:
-    """A change in words, with or without sign.
-
-    An example: 'by -12.3 % at 2.5 bits, from 0.1000 to 0.0877, and top-1 from 80.00 to 81.00 %'.
-    """
-    change = 100 * _relative(base, other)
-    share = f"by {change:+.1f} % " if signed else f"by {abs(change):.1f} % "
-    share = share if base.loss_deployed else ""
-    before, after = _top1(base), _top1(other)
-    accuracy = "" if before is None or after is None else f", and top-1 from {percent(before)} to {percent(after)} %"
-    return f"{share}at {budget}, from {loss_text(base.loss_deployed)} to {loss_text(other.loss_deployed)}{accuracy}"

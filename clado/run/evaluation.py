@@ -1,4 +1,4 @@
-"""The evaluations of a run: losses on the sensitivity set, accuracies on the validation set, each read where it is known."""
+"""The evaluations of a run: losses on the decision set, accuracies on the validation set, each read where it is known."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -37,7 +37,7 @@ class RunEvaluation:
         self.inputs = inputs
         self.identity = identity
         self.preparation = preparation
-        self._float_logits: dict[int, Tensor] = {}  # of a pass over the sensitivity set, by its first image
+        self._float_logits: dict[int, Tensor] = {}  # of a pass over the decision set, by its first image
 
     @cached_property
     def bench(self) -> Workbench:
@@ -74,15 +74,15 @@ class RunEvaluation:
         return self.inputs.config.measure.batch_images or self.inputs.float_network.images_at_once
 
     def loss(self, assignment: Assignment) -> Counts:
-        """Sums of loss and Brier score of the deployed network over the sensitivity set, and its hits."""
+        """Sums of loss and Brier score of the deployed network over the decision set, and its hits."""
         network, layers = self.preparation.deployed(assignment)
         scores = score_passes(self.inputs.config.criterion, *network.folded_with(layers), self._passes())
         hits = "".join("01"[int(hit)] for hit in scores.hits)
         return Counts(len(hits), float(scores.losses.sum()), brier=float(scores.briers.sum()), hits=hits)
 
     def _passes(self) -> Iterator[Pass]:
-        """The sensitivity set with its float logits, as many images at a time as are fast."""
-        images, device = self.inputs.slices.sensitivity, self.inputs.float_network.device
+        """The decision set with their float logits, as many at a time as are fast."""
+        images, device = self.inputs.decision, self.inputs.float_network.device
         for start, stop in evaluation_batches(len(images), self.batch_images):
             x, labels = images.load(start, stop)
             x, labels = x.to(device), None if labels is None else labels.to(device)
@@ -119,20 +119,13 @@ class RunEvaluation:
         levels = dict.fromkeys(self._representative_levels.values())
         return [other for level in levels if (other := assignment.with_corrections(level)) != own]
 
-    def as_probed(self, assignment: Assignment) -> Assignment | None:
-        """What deploys the network that tiles measure: without final corrections. None where probes use batch statistics."""
-        if self.inputs.config.measure.batch_statistics:
-            return None
-        static = assignment.with_corrections("static") if assignment.corrected == "all" else assignment
-        return self.representative(static)
-
     def losses(
         self,
         assignments: Iterable[Assignment],
         measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
         advance: Callable[[float], None] = lambda amount: None,
     ) -> dict[Assignment, Counts]:
-        """Counts of each distinct assignment on the sensitivity set: read where they are known, else measured and kept.
+        """Counts of each distinct assignment on the decision set: read where they are known, else measured and kept.
 
         Args:
             assignments: What to count.
@@ -144,7 +137,7 @@ class RunEvaluation:
             return measure(sorted(absent, key=lambda assignment: CORRECTED.index(assignment.corrected)))
 
         return self._of_representatives(
-            assignments, lambda distinct: self.cache("sensitivity").read_or_measure(distinct, measured, advance)
+            assignments, lambda distinct: self.cache("decision").read_or_measure(distinct, measured, advance)
         )
 
     def _of_representatives(
@@ -165,9 +158,12 @@ class RunEvaluation:
 
     def accuracies(self, assignments: Iterable[Assignment], start: int, stop: int) -> list[Counts]:
         """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as deployed."""
-        variants = map(self.preparation.deployed, assignments)
-        validation = self.inputs.slices.validation
-        return count_each(variants, validation, start, stop, self.batch_images, self.inputs.float_network)
+        float_network, validation = self.inputs.float_network, self.inputs.slices.validation
+        variants = (
+            self.preparation.deployed(assignment) if self.inputs.space.chosen_options(assignment) else (float_network, {})
+            for assignment in assignments
+        )
+        return count_each(variants, validation, start, stop, self.batch_images, float_network)
 
     def count_batch(self, item: BatchItem) -> BatchCounts:
         """Counts of assignments on one evaluation batch, which is decoded once for all of them."""
@@ -176,8 +172,9 @@ class RunEvaluation:
         return number, list(zip(assignments, counts, strict=True))
 
     def cache(self, which: str) -> EvaluationCache:
-        """Evaluations on the `sensitivity` or the `validation` set, of deployed networks."""
-        identity = {**self.identity.document, "slice": getattr(self.inputs.slices, which).sha256}
+        """Evaluations on the decision set (`decision`) or on the `validation` set, of deployed networks."""
+        images = self.inputs.decision if which == "decision" else self.inputs.slices.validation
+        identity = {**self.identity.document, "slice": images.sha256}
         return EvaluationCache(self.inputs.folder / "evaluations" / which, fingerprint(identity))
 
     def validation_counts(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clado.choosing.constraints import Constraint
 from clado.choosing.proposals import Budget, budgets_of
-from clado.data.images import DataSlices
+from clado.data.images import DataSlices, ImageSlice
 from clado.data.sources import LoadedNetwork
 from clado.interaction import estimators
 from clado.measuring.plan import Plan, Workload, grown_sample_blocks, sample_blocks
@@ -78,6 +78,15 @@ class RunInputs:
             )
         return tuple(notes)
 
+    @property
+    def decision(self) -> ImageSlice:
+        """The images that decide between proposals. No proposal is fitted to them, unless there is a single sensitivity image.
+
+        Nor are corrections. What rounding fits to calibration images is far better on them than on others
+        (tests/benchmarks/OVERFITTING.md), so that they cannot decide.
+        """
+        return self.slices.decision or self.slices.sensitivity
+
     @cached_property
     def num_logits(self) -> int:
         """Logits of an image."""
@@ -86,7 +95,8 @@ class RunInputs:
     @cached_property
     def sample_blocks(self) -> tuple[tuple[int, int], ...]:
         """Sample blocks of the sensitivity set: those of the store, where there is one, and more where the images grew."""
-        num_images, num_blocks = len(self.slices.sensitivity), self.config.data.sample_blocks
+        num_images = len(self.slices.sensitivity)
+        num_blocks = min(num_images, self.config.data.sample_blocks)  # half of the set may have fewer images than blocks
         if not exists(self.store_path):
             return sample_blocks(num_images, num_blocks)
         return grown_sample_blocks(MeasurementStore.open(self.store_path).coverage["blocks"], num_images, num_blocks)

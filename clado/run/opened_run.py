@@ -74,14 +74,19 @@ def open_run(
     run = OpenedRun(config, loaded, network, slices, space)
     if not planning:
         limit = run.memory_limit // KEPT_SHARE
-        run.slices = replace(slices, sensitivity=kept(slices.sensitivity, limit), selection=kept(slices.selection, limit))
+        run.slices = replace(
+            slices,
+            sensitivity=kept(slices.sensitivity, limit),
+            decision=None if slices.decision is None else kept(slices.decision, limit),
+            selection=kept(slices.selection, limit),
+        )
     return run
 
 
 def _load_slices(config: RunConfig, loaded: LoadedNetwork, planning: bool) -> DataSlices:
     if planning and config.data.path is not None and not config.data.path.exists():
-        return absent_data(config.data, loaded.image_shape)
-    slices = load_data(config.data, loaded.image_shape, loaded.preprocessing)
+        return absent_data(config.data, loaded.image_shape).held_out()
+    slices = load_data(config.data, loaded.image_shape, loaded.preprocessing).held_out()
     if criterion_of(config.criterion).needs_labels and not _labelled(slices.sensitivity):
         raise DataError(
             f"criterion {config.criterion} needs labels and the sensitivity images have none; use criterion: kl_to_float"

@@ -95,7 +95,9 @@ class DataSettings(Settings):
         description="source folder: an image folder with one sub-folder a class, or train/ and val/ of such; source tar: a "
         "folder of shards *.tar (KEY.jpg, KEY.cls), or train/ and val/ of such",
     )
-    sensitivity_images: Count = 256
+    sensitivity_images: Count = Field(
+        default=256, description="the matrix is measured on the first half; the second half decides between what is proposed"
+    )
     calibration_images: Integer = Field(default=512, ge=0)
     validation_images: Count | None = Field(default=None, description="default: all there are")
     selection_images: Integer | None = Field(

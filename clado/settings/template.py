@@ -40,7 +40,7 @@ network:
   # channels_last: true              # memory layout; faster on GPUs; default: where it is faster on CPUs
 data:                                # three disjoint sets
 {data}\
-  sensitivity_images: 256            # measured on: more is more exact, and costs in proportion
+  sensitivity_images: 256            # half propose bits, half decide; more is more exact, and costs in proportion
   calibration_images: 512            # fit ranges and corrections; without labels
   # validation_images: 1000          # give the reported accuracy, seen by no choice; default: all there are
   # selection_images: 1000           # of the images left over, for `clado smallest`; default: all

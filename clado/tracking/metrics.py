@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from clado.records.results import Accuracy, Result
+from clado.records.results import CHOSEN, Accuracy, Result
 from clado.records.run_record import RunRecord
 from clado.tracking.sending import key
 
@@ -41,12 +41,27 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
         **(_interval(record, accuracy) if accuracy else {}),
         "top5": accuracy.top5 if accuracy else None,
         "validation_loss": accuracy.loss if accuracy else None,
+        "validation_kl": accuracy.kl if accuracy else None,
+        "validation_agreement": accuracy.agreement if accuracy else None,
         "validation_images": accuracy.num_images if accuracy else None,
+        **_against(record, result),
         "solver_objective": result.objective,
         "solver_bound": result.bound,
         "solver_gap": result.gap,
         "solver_seconds": result.seconds,
         "gain": result.gain,
+    }
+
+
+def _against(record: RunRecord, result: Result) -> dict[str, float | None]:
+    """Differences from the chosen answer of the budget on the validation images: chosen minus this one, and both ends."""
+    row = record.comparison(result.budget, CHOSEN, result.method)
+    intervals = {} if row is None else {"top1": row.top1, "agreement": row.agreement, "kl": row.kl}
+    return {
+        f"chosen_minus_this/{name}{suffix}": value
+        for name, interval in intervals.items()
+        if interval is not None
+        for suffix, value in (("", interval.mean), ("_low", interval.low), ("_high", interval.high))
     }
 
 

@@ -71,10 +71,8 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
     networks = (least + most) // 2  # estimators agree on some budgets
     plain = len(run.budgets) if run.config.corrections else 0  # what is chosen, without corrections
     validation = (networks + plain) * len(run.slices.validation)
-    competing = num_competing(run)
-    sensitivity = (networks + competing) * len(run.slices.sensitivity)
-    calibration = (networks + competing) * run.preparation.images_per_reestimation
-    evaluation = (validation + sensitivity + calibration) * forward / workers
+    choosing = (networks + num_competing(run)) * len(run.decision) + reestimation_images(run)
+    evaluation = (validation + choosing) * forward / workers
     return Eta(STARTS * own_start, _preparing(run), measuring, evaluation, most)
 
 
@@ -98,12 +96,17 @@ def num_networks(run: OpenedRun) -> tuple[int, int]:
 
 
 def num_competing(run: OpenedRun) -> int:
-    """Assignments at most that are measured on the sensitivity set and have no row of their own."""
+    """Assignments at most that are measured on the decision set and have no row of their own."""
     named = run.config.estimators
-    uncorrected = 4 if run.config.corrections else 0  # uniform and layerwise, and the chosen bits with fewer corrections
+    uncorrected = 5 if run.config.corrections else 0  # uniform and layerwise; the first and chosen bits otherwise corrected
     variants = 2 * sum(estimator_of(name).convexity == "clip_psd" for name in named)
     unreported = len(unreported_estimators(named, run.plan.kinds))
     return len(run.budgets) * (variants + unreported + uncorrected + run.config.search.evaluations)
+
+
+def reestimation_images(run: OpenedRun) -> int:
+    """Forward images of final corrections at most: of the float network, and of every network that is measured."""
+    return (1 + num_networks(run)[1] + num_competing(run)) * run.preparation.images_per_reestimation
 
 
 def _preparing(run: OpenedRun) -> float:

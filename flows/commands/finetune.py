@@ -50,7 +50,7 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
         raise DataError(f"--images is {most}; expected two or more to train on")
     if folder is None:
         slices = run.slices
-        everything: ImageSlice = PickedSlice([slices.calibration, slices.sensitivity, slices.selection])
+        everything: ImageSlice = PickedSlice([slices.calibration, slices.sensitivity, run.decision, slices.selection])
         origin = "the run's calibration, sensitivity and selection images"
     else:
         from clado.data.sources._training import load_training

@@ -4,7 +4,7 @@ from clado.interaction.estimators import costs
 from clado.quantization.preparation import names_of
 from clado.run.opened_run import OpenedRun
 from clado.run.preparation import SweepTask
-from flows.commands.eta import num_competing, num_networks
+from flows.commands.eta import num_competing, num_networks, reestimation_images
 
 
 def plan_text(run: OpenedRun) -> str:
@@ -20,7 +20,7 @@ def plan_text(run: OpenedRun) -> str:
     if stored := whole - sum(map(plan.evaluations, run.identity.missing_tiles())):
         lines.append(f"  in the store already: {100 * stored / whole:.0f} % of the evaluations")
     networks = num_networks(run)[1] + num_competing(run)
-    choosing = networks * (len(run.slices.sensitivity) + run.preparation.images_per_reestimation)
+    choosing = networks * len(run.decision) + reestimation_images(run)
     lines.append(f"  choosing    {networks:>7,} networks at most, {choosing:>16,} forward images, re-estimation included")
     for name, (forwards, backwards) in costs(run.config.estimators, plan).items():
         lines.append(

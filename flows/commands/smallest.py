@@ -7,9 +7,10 @@ import numpy as np
 
 from clado.choosing.constraints import Constraint
 from clado.choosing.proposals import Budget, budget_solver, merge_limits, program_of
-from clado.choosing.smallest import Interval, MeasuredAssignment, Smallest, smallest
+from clado.choosing.smallest import MeasuredAssignment, Smallest, smallest
 from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
+from clado.records.interval import Interval
 from clado.records.text import markdown_table
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment

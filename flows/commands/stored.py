@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from clado.choosing import pareto, solvers
@@ -42,7 +42,7 @@ from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
 from clado.tracking import delivery, metrics
 from flows.guard import uninterrupted
-from flows.phases.choose import chosen_of, with_fewer_corrections
+from flows.phases.choose import chosen_of, with_final_corrections, with_other_corrections
 
 
 @dataclass(frozen=True)
@@ -199,25 +199,26 @@ def recorded(stored: StoredRun, run: OpenedRun) -> list[Proposal]:
     return [p for p in proposals if p.budget not in unfit]
 
 
+def losses_of(run: OpenedRun, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
+    """Counts of each distinct assignment on the decision set: read where they are known, else measured here."""
+    return run.evaluation.losses(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
+
+
 def proposals_of(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Proposal]:
     """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
     proposals = recorded(stored, run)
     known = {proposal.budget for proposal in proposals}
     for budget in dict.fromkeys(wanted):
         if budget not in known:
-            proposals += stored.propose([budget])
+            proposals += with_final_corrections(run, stored.propose([budget]), partial(losses_of, run))
     return proposals
 
 
 def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
-    """One result for each reported proposal, and the chosen ones. Loss of each distinct proposal on the sensitivity set: read
-    where it is known, else measured here."""
-
-    def losses(assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
-        return run.evaluation.losses(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
-
-    counts = losses([proposal.assignment for proposal in proposals])
-    return chosen_of(run, with_fewer_corrections(run, proposals, counts, losses), counts)
+    """One result for each reported proposal, and the chosen ones."""
+    measure = partial(losses_of, run)
+    counts = measure([proposal.assignment for proposal in proposals])
+    return chosen_of(run, with_other_corrections(run, proposals, counts, measure), counts)
 
 
 def answers(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Result]:
@@ -226,7 +227,7 @@ def answers(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list
     rows = chosen_among(run, proposals_of(stored, run, wanted))
     before: dict[str, Result] = {}
     if solved := {proposal.budget.name for proposal in recorded(stored, run)}:
-        cache = run.evaluation.cache("sensitivity")
+        cache = run.evaluation.cache("decision")
         for row in RunRecord.load(stored.folder / "record.json").results:
             if row.method != CHOSEN or row.budget not in solved:
                 continue

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
 from clado.choosing import choice, proposals, solvers
 from clado.choosing.choice import Score
 from clado.choosing.constraints import Constraint
-from clado.choosing.local_search import Searched, local_search
+from clado.choosing.local_search import Searched, local_search, ordered
 from clado.choosing.local_search import search as search_around
 from clado.choosing.program import Program
 from clado.choosing.proposals import Budget, Matrices, Proposal, merge_limits, program_of
@@ -43,8 +44,8 @@ class Choice:
     proposals: tuple[Proposal, ...]
     """All proposals, those of local searches and those with fewer corrections included."""
     losses: Mapping[Assignment, Counts]
-    """Counts of every proposal on the sensitivity set, as deployed."""
-    fewer_corrections: frozenset[Assignment]
+    """Counts of every proposal on the decision set, as deployed."""
+    other_corrections: frozenset[Assignment]
     """Those of them that were measured because the same bits were chosen with other corrections."""
     surrogate: str
     """The estimator that ranked the moves of the searches."""
@@ -64,7 +65,9 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
         matrices = estimate(run, measured)
         proposed, notes = propose(run, matrices)
     with clock.phase("evaluation"):
-        losses = _losses(run, workers, "proposals", [proposal.assignment for proposal in proposed])
+        measure = partial(_losses, run, workers, "proposals")
+        proposed = with_final_corrections(run, proposed, measure)
+        losses = measure([proposal.assignment for proposal in proposed])
     with clock.phase("searching"):
         surrogate = choice.surrogate(matrices.every, _mean_losses(losses))
         matrix = matrices.every[surrogate]
@@ -76,8 +79,8 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
             for assignment in of_budget.tried
         ]
         before = set(losses)
-        proposed = with_fewer_corrections(
-            run, proposed, losses, lambda absent: _losses(run, workers, "fewer corrections", absent)
+        proposed = with_other_corrections(
+            run, proposed, losses, lambda absent: _losses(run, workers, "other corrections", absent)
         )
         results = chosen_of(run, proposed, losses)
         notes += [
@@ -85,8 +88,8 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
             for row in results
             if row.method == CHOSEN and not isfinite(row.loss_deployed)
         ]
-    fewer = frozenset(losses.keys() - before)
-    return Choice(matrices, tuple(proposed), losses, fewer, surrogate, searched, stable, tuple(results), tuple(notes))
+    others = frozenset(losses.keys() - before)
+    return Choice(matrices, tuple(proposed), losses, others, surrogate, searched, stable, tuple(results), tuple(notes))
 
 
 def estimate(run: OpenedRun, measured: Measured) -> Matrices:
@@ -146,7 +149,7 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
 
 
 def _losses(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
-    """Counts of each distinct assignment on the sensitivity set: read where they are known, else measured by the workers."""
+    """Counts of each distinct assignment on the decision set: read where they are known, else measured by the workers."""
     with progress(what, len({run.evaluation.representative(assignment) for assignment in assignments})) as advance:
         return _read_or_measure(run, workers, assignments, advance)
 
@@ -222,24 +225,68 @@ def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float |
 
 
 def chosen_of(run: OpenedRun, proposed: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
-    """One row for each reported proposal, and the chosen ones, by what was measured on the sensitivity set."""
+    """One row for each reported proposal, and the chosen ones, by what was measured on the decision set."""
     scores = {assignment: Score(of_one.mean_brier, of_one.each_hit) for assignment, of_one in counts.items()}
     return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores)
 
 
-def with_fewer_corrections(
+def with_final_corrections(
+    run: OpenedRun,
+    proposed: Sequence[Proposal],
+    measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
+) -> list[Proposal]:
+    """The proposals of each budget deployed with final corrections where these help one solution, and without elsewhere.
+
+    Re-estimation takes as many images as a loss, for each proposal. So it is tried on one: that of a safe method, else the first.
+
+    Args:
+        run: The run.
+        proposed: Proposals with all corrections, and without any.
+        measure: Counts on the decision set.
+
+    Returns:
+        The proposals, and each solution that was tried deployed the other way, which competes too.
+    """
+    first: dict[Budget, Proposal] = {}
+    for proposal in sorted(proposed, key=lambda proposal: proposal.method not in choice.safe_methods()):
+        if proposal.solution is not None and proposal.assignment.corrected == "all":
+            first.setdefault(proposal.budget, proposal)
+    ways = {
+        budget: {level: run.evaluation.representative(proposal.assignment.with_corrections(level)) for level in ("all", "static")}
+        for budget, proposal in first.items()
+    }
+    losses = _mean_losses(measure([assignment for levels in ways.values() for assignment in levels.values()]))
+    levels = {budget: min(of_budget, key=lambda level: ordered(losses[of_budget[level]])) for budget, of_budget in ways.items()}
+
+    def deployed(proposal: Proposal) -> Proposal:
+        if proposal.assignment.corrected != "all" or proposal.budget not in levels:
+            return proposal
+        assignment = proposal.assignment.with_corrections(levels[proposal.budget])
+        return replace(proposal, assignment=run.evaluation.representative(assignment))
+
+    others = [
+        replace(proposal, assignment=assignment, reported=False)
+        for budget, proposal in first.items()
+        for assignment in ways[budget].values()
+    ]
+    proposals = [deployed(proposal) for proposal in proposed]
+    known = {(proposal.budget, proposal.assignment) for proposal in proposals}
+    return proposals + [other for other in others if (other.budget, other.assignment) not in known]
+
+
+def with_other_corrections(
     run: OpenedRun,
     measured: Sequence[Proposal],
     counts: dict[Assignment, Counts],
     measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
 ) -> list[Proposal]:
-    """The proposals, and what would be chosen of them deployed with fewer corrections, until that chooses nothing new.
+    """The proposals, and what would be chosen of them deployed with other corrections, until that chooses nothing new.
 
     Args:
         run: The run.
         measured: All measured proposals.
         counts: What was measured of each; filled with what is measured here.
-        measure: Counts on the sensitivity set.
+        measure: Counts on the decision set.
     """
     proposed = list(measured)
     while True:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import clado
+from clado.choosing.choice import safe_methods
 from clado.choosing.local_search import Searched
 from clado.choosing.proposals import Budget, Proposal
 from clado.errors import NetworkError
-from clado.evaluation import Counts
+from clado.evaluation import Counts, compared
 from clado.exporting.model import export_model
 from clado.interaction import estimators
+from clado.interaction.estimators import with_interactions
 from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
-from clado.records.results import CHOSEN, LOCAL_SEARCH, MeasuredProposal, Result, SearchSummary
+from clado.records.results import CHOSEN, LOCAL_SEARCH, Comparison, MeasuredProposal, Result, SearchSummary
 from clado.records.run_record import RunRecord
 from clado.records.text import write_text
 from clado.reporting import page, plots, tables
@@ -73,11 +75,9 @@ def record_of(
     """The record of a run whose proposals are measured and evaluated."""
     space, config = run.space, run.config
     validation = {assignment: counts.accuracy() for assignment, counts in accuracies.items()}
-    losses = {run.evaluation.representative(assignment): counts.accuracy().loss for assignment, counts in choice.losses.items()}
     results = tuple(
         replace(
             row,
-            loss_probe_model=None if (probed := run.evaluation.as_probed(row.assignment)) is None else losses.get(probed),
             validation=validation.get(row.assignment),
             validation_plain=validation.get(row.assignment.with_corrections("none")) if config.corrections else None,
         )
@@ -97,6 +97,7 @@ def record_of(
         baseline=next(iter(choice.matrices.named.values())).baseline,
         float_accuracy=validation[space.nothing],
         results=results,
+        comparisons=comparisons_of(run, results, accuracies),
         seconds=dict(seconds),
         forwards=forwards_of(run, choice, accuracies),
         notes=(*run.notes, *notes),
@@ -111,26 +112,42 @@ def record_of(
     )
 
 
+def comparisons_of(run: OpenedRun, results: Sequence[Result], accuracies: Mapping[Assignment, Counts]) -> tuple[Comparison, ...]:
+    """Answers to each budget on the same validation images: the chosen one with every other, and interactions with none."""
+    named, comparisons = run.config.estimators, []
+    safe, interacting = [name for name in named if name in safe_methods()], with_interactions(named)
+    for budget in dict.fromkeys(row.budget for row in results):
+        rows = {row.method: row for row in results if row.budget == budget}
+        pairs = [(CHOSEN, method) for method in rows if method != CHOSEN]
+        pairs += [(method, other) for method in interacting[:1] for other in safe[:1]]
+        for method, other in pairs:
+            one, another = (rows[name].assignment for name in (method, other)) if {method, other} <= set(rows) else (None, None)
+            if one is not None and another is not None and one != another:
+                compared_rows = compared(budget, method, other, accuracies[one], accuracies[another])
+                comparisons += [] if compared_rows is None else [compared_rows]
+    return tuple(comparisons)
+
+
 def forwards_of(run: OpenedRun, choice: Choice, accuracies: Mapping[Assignment, Counts]) -> dict[str, int]:
     """Forward images of each tile kind, of choosing, and of accuracies."""
     plan, representative = run.plan, run.evaluation.representative
     tried = {representative(assignment) for searched in choice.searched.values() for assignment in searched.tried}
-    fewer = {representative(assignment) for assignment in choice.fewer_corrections} - tried
+    others = {representative(assignment) for assignment in choice.other_corrections} - tried
     measured, evaluated = ({representative(assignment) for assignment in counts} for counts in (choice.losses, accuracies))
-    num_images, num_validation = len(run.slices.sensitivity), len(run.slices.validation)
+    num_images, num_validation = len(run.decision), len(run.slices.validation)
     reestimated = sum(assignment.corrected == "all" for assignment in measured)
     is_labelled = all(counts.top1 is not None for counts in accuracies.values())
-    others = {
-        "proposals": len(measured - tried - fewer) * num_images,
+    choosing = {
+        "proposals": len(measured - tried - others) * num_images,
         "local_search": len(tried) * num_images,
-        "fewer_corrections": len(fewer) * num_images,
+        "other_corrections": len(others) * num_images,
         "batchnorm_reestimation": (1 + reestimated) * run.preparation.images_per_reestimation,
         "validation": (len(evaluated) + (not is_labelled)) * num_validation,
     }
     measuring: dict[str, int] = {
         kind: plan.forward_images([tile for tile in plan.tiles if tile.kind == kind]) for kind in plan.kinds
     }
-    return {**measuring, **{name: count for name, count in others.items() if count}}
+    return {**measuring, **{name: count for name, count in choosing.items() if count}}
 
 
 def summaries(choice: Choice) -> tuple[SearchSummary, ...]:
@@ -210,7 +227,7 @@ def provenance_of(run: OpenedRun) -> dict[str, str]:
 def data_of(run: OpenedRun) -> dict[str, dict[str, Any]]:
     """Number of images and hash of each set that the run read."""
     names = ("calibration", "sensitivity", "validation")
-    slices = {name: getattr(run.slices, name) for name in names}
+    slices = {**{name: getattr(run.slices, name) for name in names}, "decision": run.decision}
     return {f"{name}_set": {"num_images": len(part), "sha256": part.sha256} for name, part in slices.items() if len(part)}
 
 

@@ -40,9 +40,9 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 def network_of(name: str) -> Network:
     """A torchvision network with random weights, or EfficientNet-Lite0 with those of ImageNet."""
     if name == "efficientnet_lite0":
-        from tests.imagenet.efficientnet import make
+        from clado.data.factories import efficientnet_lite0
 
-        model = make()[0].eval()
+        model = efficientnet_lite0()[0].eval()
     else:
         model = by_name(name).eval()
     nhwc = prefers_channels_last(model, torch.device("cpu"))

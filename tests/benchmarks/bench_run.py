@@ -41,7 +41,7 @@ RATE_IMAGES = 128
 MCT_BITS = 3.0
 BUDGETS = [3, 3.5, 4, 5]
 EFFICIENTNET: dict[str, Any] = {
-    "network": {"source": "factory", "name": "tests.imagenet.efficientnet:make"},
+    "network": {"source": "factory", "name": "clado.data.factories:efficientnet_lite0"},
     "data": {
         "source": "folder", "mean": [127 / 255] * 3, "std": [128 / 255] * 3, "resize": 256, "interpolation": "bicubic",
         "calibration_images": 256, "sensitivity_images": 128, "validation_images": 616,
@@ -96,7 +96,7 @@ def counted(run: OpenedRun, record: RunRecord) -> dict[str, float]:
     """Whole forward passes of one image by phase."""
     plan, network = run.plan, run.float_network
     tiles = sum(plan.macs(tile, run.workload) for tile in plan.tiles) / network.macs
-    choosing = ("proposals", "local_search", "fewer_corrections", "batchnorm_reestimation")
+    choosing = ("proposals", "local_search", "other_corrections", "batchnorm_reestimation")
     found = record.forwards
     return {
         "preparing": float(2 * len(run.slices.calibration)),  # equalization and the sweep

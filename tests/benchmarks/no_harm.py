@@ -96,7 +96,7 @@ def settings(name: str, photos: Path | None, folder: str) -> dict[str, Any]:
         raise SystemExit("efficientnet_lite0 needs --photos FOLDER")
     numbers = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3, "resize": 256, "interpolation": "bicubic"}
     data = {"source": "folder", "path": str(photos), **numbers, "calibration_images": 512, "sensitivity_images": 128}
-    network = {"source": "factory", "name": "tests.imagenet.efficientnet:make"}
+    network = {"source": "factory", "name": "clado.data.factories:efficientnet_lite0"}
     return {"network": network, "data": {**data, "validation_images": 360}, "folder": folder}
 
 

@@ -52,13 +52,13 @@ def hits(model: nn.Module, images: Tensor, labels: Tensor) -> list[int]:
 
 def main() -> None:
     """Quantizes once, and prints what came out."""
-    from tests.imagenet.efficientnet import make
+    from clado.data.factories import efficientnet_lite0
 
     torch.manual_seed(0)
     np.random.seed(0)
     data, limit = load_file(sys.argv[1]), float(sys.argv[2])
-    model = plain(make()[0].eval())
-    expected, found = (network(data["images"][:4]) for network in (make()[0].eval(), model))
+    model = plain(efficientnet_lite0()[0].eval())
+    expected, found = (network(data["images"][:4]) for network in (efficientnet_lite0()[0].eval(), model))
     if not torch.allclose(expected, found, atol=1e-3):
         raise ValueError("the network that MCT gets computes something else")
     layers = searched(model)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from clado.choosing.smallest import Interval, smallest
+from clado.choosing.smallest import smallest
 from clado.errors import InfeasibleError
+from clado.records.interval import Interval
 from clado.space import Assignment, Layer, SearchSpace
 from tests.networks import all_assignments
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from clado.grids import Codes, Grid
 from clado.quantization.corrections import LayerSample
 from clado.quantization.matrix_form import MatrixForm
-from clado.quantization.moments import MomentSums
+from clado.quantization.moments import MomentSums, merged
 from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Layer
 from tests.tolerance import of_forward
@@ -151,6 +151,27 @@ class RoundingContract:
         """Output error as a share of that of nearest codes."""
         (codes,) = self.module.correction.round(layer, [grid], self.steps_that_pay)
         return output_error(layer, grid, codes) / output_error(layer, grid, grid.quantize(layer.weight))
+
+    def test_what_few_images_show_is_not_fitted(self):
+        """A classifier sees one row of each image: fewer rows than it has columns. On other images nothing may be lost."""
+        generator = torch.Generator().manual_seed(3)
+        mixing = torch.randn(96, 96, generator=generator) * torch.rand(96, generator=generator)
+        rows = torch.randn(2048, 96, generator=generator) @ mixing + 1.0
+        parts = []
+        for block in rows[:64].chunk(8):
+            sums = MomentSums()
+            sums.add(block[None])
+            parts.append(sums.moments())
+        moments = merged(parts)
+        seen = sample_of(torch.randn(16, 96, generator=generator), rows[:64])
+        unseen = sample_of(seen.weight, rows[64:])
+        grid = grid_of(seen, 3)
+        fitted, shrunk = (self.codes(replace(seen, moments=each), grid) for each in (moments, moments.shrunk()))
+        error, error_fitted, error_nearest = (
+            output_error(unseen, grid, codes) for codes in (shrunk, fitted, grid.quantize(seen.weight))
+        )
+        assert error < error_nearest
+        assert error < error_fitted
 
     @EVERY_GRID
     def test_codes_lie_on_the_grid_and_have_the_weights_shape(self, bits, per_channel, symmetric):

@@ -795,6 +795,35 @@ class Reading(MemorySlice):
         return super().load(start, stop)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
+def test_half_of_the_sensitivity_images_is_held_out_and_the_others_are_those_of_a_smaller_set(small_zoo, tmp_path, count):
+    for name in ("one", "two"):
+        draw_images(tmp_path / "images" / name, 8)
+    sources = {
+        "zoo": lambda n: load_data(zoo_settings(sensitivity_images=n, sample_blocks=1), (1, 28, 28)),
+        "folder": lambda n: load_data(folder_settings(tmp_path / "images", sensitivity_images=n), SHAPE),
+    }
+    for name, of in sources.items():
+        count = count if name == "zoo" else min(count, 4)
+        whole, split = of(count), of(count).held_out()
+        if count == 1:
+            assert split.decision is None
+            continue
+        measured, decision = split.sensitivity, split.decision
+        assert len(measured) - len(decision) in (0, 1)
+        assert len(measured) + len(decision) == count
+        for k, (part, first) in enumerate(((measured, 0), (decision, len(measured)))):
+            images, labels = part.load(0, len(part))
+            expected, expected_labels = whole.sensitivity.load(first, first + len(part))
+            assert torch.equal(images, expected), k
+            assert torch.equal(labels, expected_labels)
+        # so that a store may grow by more images
+        assert measured.sha256 == of(len(measured)).sensitivity.sha256
+        assert decision.sha256 != measured.sha256
+        assert decision in split.used
+        assert split.calibration.sha256 == whole.calibration.sha256
+
+
 @pytest.mark.parametrize("labels", [Y, None], ids=["labelled", "unlabelled"])
 def test_a_slice_that_keeps_what_it_reads_gives_the_same_and_reads_each_image_once(labels):
     whole, reading = MemorySlice(X, labels), Reading(X, labels)

@@ -150,12 +150,13 @@ def test_tasks_are_even_neither_tiny_nor_huge_and_few(num_images: int, macs: int
         assert len(batches) >= 10  # enough for two workers to end within a tenth of each other
 
 
-def test_sensitivity_images_are_decoded_once_in_a_process(run: OpenedRun, decoded: list[str]) -> None:
+def test_images_that_measure_and_that_decide_are_decoded_once_in_a_process(run: OpenedRun, decoded: list[str]) -> None:
     losses = [run.evaluation.loss(answer) for answer in (*ANSWERS, *ANSWERS)]
-    assert len(decoded) == len(set(decoded)) == len(run.slices.sensitivity)
+    assert len(decoded) == len(set(decoded)) == len(run.decision)
     assert losses[:3] == losses[3:]
-    run.evaluation.bench.loaded(0)
-    assert len(decoded) == len(run.slices.sensitivity)
+    for block in (*range(len(run.sample_blocks)), 0):
+        run.evaluation.bench.loaded(block)
+    assert len(decoded) == len(set(decoded)) == len(run.decision) + len(run.slices.sensitivity)
 
 
 CORRECTIONS = [(), ("output_statistics",), ("batchnorm_reestimation",), ("output_statistics", "batchnorm_reestimation")]
@@ -188,11 +189,10 @@ def test_a_loss_is_against_the_float_network_also_where_probes_use_batch_statist
     measuring = {"batch_statistics": statistics, "batch_images": 3}
     run = open_run(parse_config(config(tmp_path / "run", data=reduced, measure=measuring)))
     assert run.evaluation.loss(run.space.nothing).loss == pytest.approx(0, abs=8 * of_no_change())
-    x, _ = run.slices.sensitivity.load(0, 8)
+    x, _ = run.decision.load(0, 8)
     network, layers = run.preparation.deployed(run.space.narrowest)
     expected = float(kl_to_float(network.logits(x, layers), run.float_network.logits(x)).sum())
     assert_close_losses(run.evaluation.loss(run.space.narrowest).loss, expected, 8)
-    assert (run.evaluation.as_probed(run.space.narrowest) is None) == statistics
 
 
 def test_the_command_reads_the_same_counts_and_writes_each_class(run: OpenedRun, decoded: list[str]) -> None:

@@ -81,14 +81,15 @@ def test_what_is_chosen_is_no_worse_than_any_of_it_without_corrections(harmed):
     # the corrections did harm: a run that did not look would have chosen worse
     corrected = run.evaluation.loss(chosen.assignment.with_corrections("all")).accuracy().loss
     assert corrected > 1.1 * chosen.loss_deployed
-    assert all(record.find(BUDGET.name, method).loss_deployed > chosen.loss_deployed for method in safe_methods())
+    assert all(record.find(BUDGET.name, method).loss_deployed >= chosen.loss_deployed for method in safe_methods())
 
 
 def test_the_record_the_table_and_the_export_say_which_corrections_are_deployed(harmed, tmp_path):
     record, run, expected = harmed
     chosen = record.find(BUDGET.name, CHOSEN)
     cells = {name: cells for name, cells, _ in rows(record, BUDGET.name)}
-    assert cells["corrections"] == [*["all"] * (len(record.methods) - 1), expected]
+    tried = "static" if expected == "static" else "all"  # on the first solution
+    assert cells["corrections"] == [*[tried] * (len(record.methods) - 1), expected]
     assert expected in markdown(record)
     assert {"static": "without the final corrections", "none": "without corrections"}[expected] in winners(record)
     document = record.assignment_document(chosen)
@@ -110,6 +111,7 @@ def test_without_the_check_a_harmful_correction_would_be_deployed(harmed, monkey
     monkeypatch.setattr("flows.commands.stored.recorded", lambda stored, run: [])  # else what the run measured competes
     monkeypatch.setattr(RunEvaluation, "other_corrections", lambda self, assignment: [])
     monkeypatch.setattr(StoredRun, "uncorrected", lambda self, budgets: [])
+    monkeypatch.setattr("flows.commands.stored.with_final_corrections", lambda run, proposals, measure: proposals)
     assert chosen_for(stored, run, BUDGET).corrected == "all"
     monkeypatch.undo()
     assert chosen_for(stored, run, BUDGET).corrected != "all"

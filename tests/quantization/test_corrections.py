@@ -79,8 +79,10 @@ def test_an_unknown_correction_lists_the_valid_ones():
 def matched(
     kind, widths: tuple[int, ...] = (), per_channel: bool = True, names: tuple[str, ...] = ("output_statistics",)
 ) -> Prepared:
-    """The network at 2 and 4 bits, from calibration images in two batches."""
-    return corrected(kind, *names, per_channel=per_channel, sizes=(20, 28), widths=widths)
+    """The network at 2 and 4 bits, from calibration images in two batches, whose moments are used as they are measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "MOST_BLOCKS", 1)  # one block does not tell the noise of its covariances
+        return corrected(kind, *names, per_channel=per_channel, sizes=(20, 28), widths=widths)
 
 
 def outputs(model: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -159,8 +161,9 @@ def test_a_layer_whose_bias_is_not_its_own_is_left_with_a_note(kind, name):
             check_moments(ready, option)
 
 
-def test_whole_forwards_correct_what_can_be_seen_and_note_the_rest():
+def test_whole_forwards_correct_what_can_be_seen_and_note_the_rest(monkeypatch):
     network = Network(build(Attention), images(1), graph=False)
+    monkeypatch.setattr(sweep, "MOST_BLOCKS", 1)
     ready = prepare(network, network.search_space((2, 4)), Recipe(corrections=("output_statistics",)), calibration())
     assert ready.notes == tuple(
         f"output_statistics leaves attention.{name} as it is: no run of it can be observed"

@@ -115,6 +115,54 @@ def test_mean_variance_and_error_of_outputs_follow_from_the_moments():
     tolerance.assert_close(form, outputs.square().sum((1, 2)), share)
 
 
+def of_blocks(rows: Tensor, count: int) -> Moments:
+    """Moments of rows (groups, rows, columns) that lie in so many blocks."""
+    parts = []
+    for part in rows.chunk(count, 1):
+        sums = MomentSums()
+        sums.add(part)
+        parts.append(sums.moments())
+    return merged(parts)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_noise_of_covariances_is_that_of_independent_rows_where_rows_are_independent(count):
+    """The oracle takes each row as a sample (Schäfer and Strimmer 2005, section 2.4, without its factor n / (n − 1))."""
+    generator = torch.Generator().manual_seed(6)
+    rows = torch.randn(1, 96, 200, generator=generator) * torch.rand(200, generator=generator) + 3
+    rows[..., 1:] += 0.3 * rows[..., :1]  # something that is no noise
+    centred = (rows - rows.mean(1, keepdim=True))[0].double()
+    products = centred[:, :, None] * centred[:, None, :]
+    off = ~torch.eye(200, dtype=torch.bool)
+    expected = float(products.var(0)[off].sum() / 96 / products.mean(0)[off].square().sum())
+    assert 0.1 < expected < 0.9
+    # a variance of so many blocks has the relative error √(2 / (blocks − 1)), over many pairs of columns
+    assert float(of_blocks(rows, count).noise) == pytest.approx(expected, rel=(2 / (count - 1)) ** 0.5 / 10)
+
+
+def test_covariances_of_many_rows_stay_and_variances_and_means_always_do():
+    few, many = rows_of(16, 1.0), rows_of(2**15, 1.0)
+    for rows, share in ((few, 1.0), (many, 1e-2)):
+        moments = of_blocks(rows, 4)
+        shrunk = moments.shrunk()
+        assert torch.equal(shrunk.mean, moments.mean)
+        assert torch.equal(*(m.scatter.diagonal(dim1=1, dim2=2) for m in (shrunk, moments)))
+        off = ~torch.eye(5, dtype=torch.bool)
+        kept = shrunk.scatter[:, off] / moments.scatter[:, off]
+        assert torch.allclose(kept, (1 - moments.noise)[:, None].expand_as(kept))
+        assert ((moments.noise >= 0) & (moments.noise <= share)).all()
+    one_block = of_blocks(few, 1)
+    assert one_block.shrunk() is one_block  # nothing tells its noise
+
+
+def test_rows_of_one_image_are_no_independent_sample():
+    """Rows that repeat leave the noise as it is."""
+    rows = torch.randn(1, 64, 300, generator=torch.Generator().manual_seed(7))
+    noise = of_blocks(rows, 8).noise
+    assert float(noise) > 0.9  # a row of each of few images says nothing of 300 columns
+    tolerance.assert_close(of_blocks(rows.repeat_interleave(10, 1), 8).noise, noise, tolerance.of_sum(640) * 300)
+
+
 # -- what a sweep gathers -------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +286,8 @@ def test_blocks_cover_the_images_in_order_evenly_and_are_few(count):
     sizes = [stop - start for start, stop in blocks]
     assert max(sizes) - min(sizes) <= 1
     assert len(blocks) <= sweep.MOST_BLOCKS
-    assert min(sizes) >= min(count, sweep.BLOCK_IMAGES)
+    assert min(sizes) >= min(count // 2, sweep.BLOCK_IMAGES)
+    assert len(blocks) >= min(2, count)
 
 
 @pytest.mark.parametrize(

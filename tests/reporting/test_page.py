@@ -224,6 +224,6 @@ def test_a_run_writes_its_page(finished) -> None:
     record = RunRecord.load(finished.folder / "record.json")
     assert record.fingerprint in text
     assert record.provenance["weights_sha256"] in text
-    assert record.data["sensitivity_set"]["num_images"] == 32
+    assert record.data["sensitivity_set"]["num_images"] == record.data["decision_set"]["num_images"] == 16
     assert all(name in text for name, _, _ in record.unsearched)
     assert record.unsearched

@@ -11,7 +11,7 @@ from clado.records.results import MeasuredProposal, Receipt
 from clado.records.run_record import RunRecord
 from clado.records.text import percent, size_text
 from clado.reporting import tables
-from tests.synthetic import make_record
+from tests.synthetic import compared_rows, make_record
 
 
 def printed(renderable: RenderableType, width: int = 120) -> str:
@@ -28,7 +28,7 @@ def same_loss(record: RunRecord, factor: float) -> RunRecord:
         base = record.find(result.budget, "layerwise")
         assert base is not None
         results.append(replace(result, loss_deployed=factor * base.loss_deployed) if result.method == "pairwise" else result)
-    return replace(record, results=tuple(results))
+    return replace(record, results=tuple(results), comparisons=compared_rows(results))
 
 
 def test_the_table_holds_every_number_and_fits() -> None:
@@ -78,19 +78,38 @@ def test_verdict_counts_layers_and_losses() -> None:
     assert base is not None
     assert other is not None
     changed = sum(a != b for a, b in zip(base.assignment.bits, other.assignment.bits, strict=True))
-    share = 100 * (other.loss_deployed / base.loss_deployed - 1)
+    kl = record.comparison("2.5 bits", "pairwise", "layerwise").kl
     text = tables.verdict(record)
     assert changed > 0
-    assert text.startswith(f"Interactions change {changed} of 22 layers and the measured loss by {share:+.1f} % at 2.5 bits")
+    assert text.startswith(f"Interactions change {changed} of 22 layers. On 10,000 validation images they lower KL")
+    assert f"most at 2.5 bits, by {kl.mean:+.4f} ({kl.low:+.4f} to {kl.high:+.4f}), with top-1 " in text
     assert "\n" not in text
 
 
 def test_verdict_admits_a_raised_loss() -> None:
     record = make_record(budgets=(2.25, 2.5, 3.0))
-    assert "they lower the measured loss at 3 of 3 budgets" in tables.verdict(record)
-    worse = tables.verdict(same_loss(record, 1.25))
-    assert "they raise the measured loss at 3 of 3 budgets, most by 25.0 %" in worse
+    assert "they lower KL from the float network at 3 of 3 budgets, at 3 by more than the 95 % interval" in tables.verdict(record)
+    raised = same_loss(record, 1.25)
+    worse = tables.verdict(raised)
+    most = max(record.find(budget, "layerwise").loss_deployed for budget in record.budgets)
+    assert "they raise KL from the float network at 3 of 3 budgets" in worse
+    assert f"by {most / 4:+.4f}" in worse
     assert "lower" not in worse
+    unsure = replace(raised, comparisons=tuple(replace(c, kl=replace(c.kl, low=-1.0)) for c in raised.comparisons))
+    assert "at 0 by more than the 95 % interval" in tables.verdict(unsure)
+    assert "not compared on validation images" in tables.verdict(replace(record, comparisons=()))
+
+
+def test_what_is_chosen_is_compared_with_every_other_answer_on_validation_images() -> None:
+    record = make_record(budgets=(2.5, 3.0))
+    lines = tables.comparisons_table(record).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ") and "bits" in line]
+    compared = [row for row in record.comparisons if row.method == "chosen"]
+    assert [row[:2] for row in rows] == [[row.budget, row.other] for row in compared]
+    assert [row[4] for row in rows] == [tables.interval_text(row.kl) for row in compared]
+    assert [float(row[2].split()[0]) for row in rows] == [pytest.approx(100 * row.top1.mean, abs=0.005) for row in compared]
+    assert tables.comparisons_table(record) in tables.markdown(record)
+    assert tables.comparisons_table(replace(record, comparisons=())) == ""
 
 
 def test_verdict_without_a_change_or_a_comparison() -> None:

@@ -86,7 +86,7 @@ def test_a_layer_whose_file_is_lost_is_swept_and_made_again_alone(tmp_path):
     expected = prepared_by(run)
     run.preparation.files().layer_file(3).unlink()
     sweeps, ranges, on_grids, layers = run.preparation.stages()
-    assert [(task.block, task.layers) for task in sweeps] == [(0, (3,)), (1, (3,))]
+    assert [(task.block, task.layers) for task in sweeps] == [(block, (3,)) for block in range(len(run.preparation.blocks))]
     assert [(task.plain, task.layer) for task in layers] == [(False, 3)]
     assert ranges == on_grids == []
     assert prepared_by(run) == expected
@@ -101,7 +101,7 @@ def test_a_small_memory_limit_takes_more_sweeps_and_changes_nothing(tmp_path, mo
     tasks = cut.preparation.stages()[0]
     groups = {task.layers for task in tasks}
     assert len(groups) > 2
-    assert len(tasks) == len(groups) * 2
+    assert len(tasks) == len(groups) * len(cut.preparation.blocks)
     for group in groups:
         assert len(group) == 1 or sum(map(cut.preparation.moments_bytes, group)) <= limit
     assert sorted(layer for group in groups for layer in group) == list(range(cut.space.num_layers))

@@ -90,11 +90,11 @@ def test_a_damaged_or_deleted_chunk_is_found(bucket, harm):
 def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucket, tmp_path):
     first = opened(tmp_path / "run", bucket)
     assert measure(first) == list(first.plan.tiles)
-    grown = opened(tmp_path / "run", bucket, sensitivity_images=32)
+    grown = opened(tmp_path / "run", bucket, sensitivity_images=64)
     assert check(grown) == []
     assert measure(grown) == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]
     assert not (tmp_path / "run" / "store.zarr").exists()
-    at_once = opened(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
+    at_once = opened(tmp_path / "once", sensitivity_images=64, sample_blocks=4)
     measure(at_once)
     found, expected = (run.identity.open_store().gather(run.plan) for run in (grown, at_once))
     assert {kind: sums.tobytes() for kind, sums in found.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}

@@ -21,7 +21,7 @@ FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.[01].*"]
 
 def opened(folder: Path, store: str | None = None, **data) -> OpenedRun:
     """Four layers of the shipped network, without corrections; its store in the folder, or at a URL."""
-    settings = {"sensitivity_images": 16, "sample_blocks": 2, "calibration_images": 0, "validation_images": 20, **data}
+    settings = {"sensitivity_images": 32, "sample_blocks": 2, "calibration_images": 0, "validation_images": 20, **data}
     return open_run(
         parse_config(
             {
@@ -56,7 +56,7 @@ def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only
     assert first.space.num_layers <= 5
     assert measure(first) == list(first.plan.tiles)
     chunks = {name: content for name, content in files(first.store_path).items() if "/c/" in name and "sums" in name}
-    grown = opened(tmp_path / "grown", sensitivity_images=32)
+    grown = opened(tmp_path / "grown", sensitivity_images=64)
     assert check(grown) == []
     assert grown.sample_blocks == sample_blocks(32, 4)
     before = files(first.store_path)
@@ -66,10 +66,10 @@ def test_a_grown_store_is_bit_for_bit_the_one_measured_at_once_and_measures_only
     assert files(first.store_path) == before
     new = measure(grown)
     assert new == [tile for tile in grown.plan.tiles if tile.sample_block >= 2]
-    assert measure(opened(tmp_path / "grown", sensitivity_images=32)) == []
+    assert measure(opened(tmp_path / "grown", sensitivity_images=64)) == []
     after = files(grown.store_path)
     assert {name: after[name] for name in chunks} == chunks
-    once = opened(tmp_path / "once", sensitivity_images=32, sample_blocks=4)
+    once = opened(tmp_path / "once", sensitivity_images=64, sample_blocks=4)
     measure(once)
     stores = [MeasurementStore.open(run.store_path) for run in (grown, once)]
     assert stores[0].coverage == stores[1].coverage
@@ -92,17 +92,17 @@ def test_a_store_grows_for_weights_that_bring_their_preprocessing(tmp_path):
         document = {"network": {**network, "fixed": ["features.*"]}, "data": {**data, "calibration_images": 0}, "corrections": []}
         return open_run(parse_config({**document, "estimators": ["layerwise"], "folder": str(tmp_path / "run")}))
 
-    first = of(4)
+    first = of(8)
     assert first.loaded.preprocessing
     first.folder.mkdir()
     first.identity.open_store()
-    assert of(8).identity.adds_images(MeasurementStore.open(first.store_path))
+    assert of(16).identity.adds_images(MeasurementStore.open(first.store_path))
 
 
 def save_images(folder: Path) -> None:
-    """Twenty images of two classes."""
+    """Forty images of two classes."""
     rng = np.random.default_rng(0)
-    for k in range(20):
+    for k in range(40):
         path = folder / "ab"[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
@@ -111,10 +111,10 @@ def save_images(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"sensitivity_images": 32, "seed": 1}, "sensitivity_set"),  # other images
-        ({"sensitivity_images": 12}, "sensitivity_set"),  # fewer
+        ({"sensitivity_images": 64, "seed": 1}, "sensitivity_set"),  # other images
+        ({"sensitivity_images": 24}, "sensitivity_set"),  # fewer
         ({"sample_blocks": 4}, "blocks"),  # other blocks of the same images
-        ({"sensitivity_images": 32, "sample_blocks": 3}, "blocks"),
+        ({"sensitivity_images": 64, "sample_blocks": 3}, "blocks"),
     ],
 )
 def test_what_is_not_the_same_images_and_more_is_refused_and_nothing_changes(tmp_path, data, said):
@@ -130,7 +130,7 @@ def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_
     first = opened(tmp_path / "run")
     measure(first)
     sums = MeasurementStore.open(first.store_path).gather(first.plan)
-    grown = opened(tmp_path / "run", sensitivity_images=24)
+    grown = opened(tmp_path / "run", sensitivity_images=48)
     store, plan, coverage = MeasurementStore.open(first.store_path), grown.plan, grown.identity.coverage
 
     class Broken(dict):
@@ -148,7 +148,7 @@ def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_
     assert {kind: values.tobytes() for kind, values in kept.gather(again.plan).items()} == {
         kind: values.tobytes() for kind, values in sums.items()
     }
-    assert measure(opened(tmp_path / "run", sensitivity_images=24)) == [t for t in grown.plan.tiles if t.sample_block == 2]
+    assert measure(opened(tmp_path / "run", sensitivity_images=48)) == [t for t in grown.plan.tiles if t.sample_block == 2]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clado.records.results import Receipt
+from clado.records.results import Receipt, Result
 from clado.records.run_record import RunRecord
 from clado.reporting.tables import how_to_open
 from clado.settings.redaction import redact
@@ -149,6 +149,17 @@ def test_parent_holds_network_settings_and_provenance(tracked: Tracked, record: 
     assert len(RunRecord.load(place / "record.json").results) == len(record.results)
 
 
+def against(record: RunRecord, result: Result) -> dict[str, float]:
+    """How the chosen answer of the budget compares with this one on the validation images."""
+    row = record.comparison(result.budget, "chosen", result.method)
+    return {
+        f"chosen_minus_this/{name}{end}": getattr(getattr(row, name), which)
+        for name in ("kl", "agreement", "top1")
+        for end, which in (("", "mean"), ("_low", "low"), ("_high", "high"))
+        if row is not None
+    }
+
+
 def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) -> None:
     runs = {(run.data.params["budget"], run.data.params["method"]): run for run in children(tracked)}
     assert len(runs) == len(record.results)
@@ -168,6 +179,7 @@ def test_children_hold_the_records_numbers(tracked: Tracked, record: RunRecord) 
             "top5": result.validation.top5,
             "validation_loss": result.validation.loss,
             "validation_images": result.validation.num_images,
+            **against(record, result),
             "solver_objective": result.objective,
             "solver_bound": result.bound,
             "solver_gap": result.gap if result.gap != float("inf") else None,

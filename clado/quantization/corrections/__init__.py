@@ -45,7 +45,7 @@ class LayerSample:
     num_images: int
     """Number of calibration images."""
     moments: Moments
-    """Mean and second moments of the rows of its input, of a sample of the positions."""
+    """Mean and second moments of the rows of its input, of a sample of the positions, shrunk by their sampling noise."""
     on_grid: Mapping[int, Moments] = field(default_factory=dict)
     """Activation width -> moments of the rows of its input on the grid of this width."""
     rows: Tensor = field(default_factory=lambda: torch.zeros(0))
