@@ -164,8 +164,8 @@ def write_page() -> None:
         machines = ", ".join(dict.fromkeys(cell["machine"] for cell in of_setting))
         parts.append(
             f"## {setting}\n\n{len(of_setting)} draws of {images} photographs; float {floats}. "
-            f"Machine: {machines}.\n\n{setting_table(of_setting)}\n\nChosen minus others on the same photographs; in how many draws "
-            f"beyond the paired 95 % interval.\n\n{comparison_table(of_setting)}\n"
+            f"Machine: {machines}.\n\n{setting_table(of_setting)}\n\nChosen minus others on the same photographs; in how many "
+            f"draws beyond the paired 95 % interval.\n\n{comparison_table(of_setting)}\n"
         )
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
