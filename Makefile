@@ -8,9 +8,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting study-imagenet study docs notebooks lock install clean
 
-# four of the six budgets, and no local search, which takes half as long again: minutes for a first look
+# four of the six budgets: minutes for a first look
 run: install
-	$(BIN)/clado run demo.yaml search.evaluations=0 "budgets.average_bits=[2.25, 2.5, 3, 4]"
+	$(BIN)/clado run demo.yaml "budgets.average_bits=[2.25, 2.5, 3, 4]"
 
 # a worker has whole files, so that a file's fixtures are made once
 test: install

@@ -41,8 +41,8 @@ class Counts:
     """Number of top-5 hits; None without labels."""
     classes: tuple[tuple[int, int, int], ...] = ()
     """(class, images, top-1 hits) of each class that has images, in order of the classes."""
-    brier: float | None = None
-    """Sum of the Brier scores of the decision set; None if they were not measured."""
+    briers: tuple[float, ...] = ()
+    """Brier score of each image of the decision set, to six digits; empty if they were not measured."""
     hits: str = ""
     """A 1 or a 0 for each image: whether its top class is right. Without labels, whether it is the float network's."""
     agreed: str = ""
@@ -54,6 +54,7 @@ class Counts:
         # from JSON
         object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))
         object.__setattr__(self, "kl", tuple(self.kl))
+        object.__setattr__(self, "briers", tuple(self.briers))
 
     def __add__(self, other: "Counts") -> "Counts":
         if not self.num_images:
@@ -64,7 +65,7 @@ class Counts:
             _sum_or_none(self.top1, other.top1),
             _sum_or_none(self.top5, other.top5),
             _merge_classes(self.classes, other.classes),
-            _sum_or_none(self.brier, other.brier),
+            self.briers + other.briers,
             self.hits + other.hits,
             self.agreed + other.agreed,
             self.kl + other.kl,
@@ -83,9 +84,9 @@ class Counts:
         )
 
     @property
-    def mean_brier(self) -> float:
-        """NaN where it was not measured."""
-        return math.nan if self.brier is None else self.brier / self.num_images
+    def each_brier(self) -> NDArray[np.float64]:
+        """`briers` (n,)."""
+        return np.array(self.briers)
 
     @property
     def each_hit(self) -> NDArray[np.float64]:
@@ -202,14 +203,18 @@ def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) 
     each = dict(zip(columns, rows, strict=True))
     counts = Counts(len(logits), float(each["loss"].sum()))
     if "kl" in each:
-        kept = tuple(float(f"{value:.6g}") for value in each["kl"].tolist())
-        counts = replace(counts, agreed=_digits(each["agreed"]), kl=kept)
+        counts = replace(counts, agreed=_digits(each["agreed"]), kl=to_six_digits(each["kl"].tolist()))
     if "hit" in each:
         hit, label = each["hit"].bool(), each["label"].long()
         num_images, num_hits = Counter(label.tolist()), Counter(label[hit].tolist())
         classes = tuple((one, num_images[one], num_hits[one]) for one in sorted(num_images))
         counts = replace(counts, top1=int(hit.sum()), top5=int(each["hit5"].sum()), classes=classes, hits=_digits(hit))
     return counts
+
+
+def to_six_digits(values: Iterable[float]) -> tuple[float, ...]:
+    """The values as they are kept of each image."""
+    return tuple(float(f"{value:.6g}") for value in values)
 
 
 def _digits(hits: Tensor) -> str:

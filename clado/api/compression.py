@@ -312,7 +312,7 @@ def _results(
 ) -> tuple[Result, ...]:
     """One row for each reported proposal, and the chosen one, by the rules of `clado run`."""
     losses = {assignment: float(score.losses.mean()) for assignment, score in scores.items()}
-    deciding = {assignment: Score(float(score.briers.mean()), score.hits) for assignment, score in scores.items()}
+    deciding = {assignment: Score(score.briers, score.hits) for assignment, score in scores.items()}
     return tuple(choose(space, proposals, losses, limits, deciding))
 
 

@@ -18,7 +18,7 @@ from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.space import Assignment, SearchSpace
 
 SIGNIFICANT = 2.0
-"""Standard errors by which two networks' hits differ significantly."""
+"""Standard errors of a paired difference by which two networks differ significantly."""
 
 
 def safe_methods() -> tuple[str, ...]:
@@ -53,16 +53,34 @@ def rank_correlation(one: Array, other: Array) -> float:
 class Score:
     """What decides between assignments, beside their loss."""
 
-    brier: float
-    """Mean Brier score."""
+    briers: Array
+    """Brier score of each image (n,)."""
     hits: Array
     """Whether each image hits (n,), 0 or 1."""
 
+    @property
+    def brier(self) -> float:
+        """The mean Brier score."""
+        return float(self.briers.mean())
+
     def misses_significantly(self, other: "Score") -> bool:
         """Whether fewer images hit than with the other, by more than two standard errors of the paired difference."""
-        difference = other.hits - self.hits
-        n = len(difference)
-        return n > 1 and bool(difference.mean() > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(n))
+        return _is_significant(other.hits - self.hits)
+
+    def is_significantly_nearer(self, other: "Score") -> bool:
+        """Whether the Brier score is less than the other's, by more than two standard errors of the paired difference.
+
+        What is finite is nearer than what is not.
+        """
+        if not isfinite(other.brier):
+            return isfinite(self.brier)
+        return _is_significant(other.briers - self.briers)
+
+
+def _is_significant(differences: Array) -> bool:
+    """Whether the mean is above zero by more than two standard errors. One image has no error, and tells nothing."""
+    n = len(differences)
+    return n > 1 and bool(differences.mean() > SIGNIFICANT * differences.std(ddof=1) / np.sqrt(n))
 
 
 def choose(
@@ -75,15 +93,16 @@ def choose(
     """One result for each reported proposal, and one `chosen` for each budget.
 
     `chosen` is taken from all proposals that fit the budget, whether made for it or for another. Without `scores` it is
-    the one of least measured loss, the smaller on a tie. With them see `_Measurements.best`: `chosen` is then never worse, on
-    the images that decide, than what `safe_methods` proposed or what is deployed without corrections.
+    the one of least measured loss, the smaller on a tie. With them see `_Measurements.best`: `chosen` is then the best of what
+    `safe_methods` proposed or is deployed without corrections, unless another is nearer to the float network by more than the
+    images that decide leave to chance.
 
     Args:
         space: Layers and their candidates.
         proposals: All measured.
         losses: Measured losses. NaN is as bad as infinity.
         limits: Standing limits.
-        scores: Brier scores and hits of the same measurement.
+        scores: Brier scores and hits of the same measurement, image by image.
     """
     measurements = _Measurements(space, losses, scores)
     results = []
@@ -118,19 +137,28 @@ class _Measurements:
         return brier, loss, self.space.size_bits(proposal.assignment)
 
     def best(self, proposals: Sequence[Proposal]) -> Proposal:
-        """The proposal of least rank, among those that are safe.
+        """The reference of least loss, unless another proposal has earned its place.
 
-        Safe is a loss not above that of any of `safe_methods`, nor of any that is deployed without corrections. Of these,
-        proposals whose hits are significantly fewer than the most are passed over.
+        References are what `safe_methods` proposed and what is deployed without corrections. Another proposal competes if its
+        loss is not above the reference's, and its Brier scores are significantly less. The one of least rank among these and
+        the reference is taken. Those whose hits are significantly fewer than the most are passed over.
         """
         if self.scores is None:
             return min(proposals, key=self.rank)
-        safe = safe_methods()
+        scores, safe = self.scores, safe_methods()
         references = [p for p in proposals if p.method in safe or p.assignment.corrected == "none"]
-        most = min(map(self.loss, references), default=inf)
-        scores, ranked = self.scores, sorted((p for p in proposals if self.loss(p) <= most), key=self.rank)
+        # where there is none, all compete
+        reference = min(references, key=lambda p: (self.loss(p), *self.rank(p)), default=None)
+        ranked = sorted((p for p in proposals if reference is None or self._competes(p, reference)), key=self.rank)
         best = scores[max(ranked, key=lambda p: scores[p.assignment].hits.sum()).assignment]
         return next(p for p in ranked if not scores[p.assignment].misses_significantly(best))
+
+    def _competes(self, proposal: Proposal, reference: Proposal) -> bool:
+        """Whether it is the reference, or significantly nearer to the float network and of no more loss."""
+        assert self.scores is not None
+        one, other = self.scores[proposal.assignment], self.scores[reference.assignment]
+        is_better = self.loss(proposal) <= self.loss(reference) and one.is_significantly_nearer(other)
+        return proposal is reference or is_better
 
     def chosen_result(self, chosen: Proposal, budget: Budget, made_for_it: Sequence[Proposal]) -> Result:
         """The row `chosen` of a budget: who proposed it, and what it gains on other proposals for the budget."""

@@ -104,7 +104,7 @@ class Result:
     gain: float | None = None
     """For `chosen`: the least measured loss of the other methods, minus the one of `winner`.
 
-    If it is negative, Brier score and agreement decided (`choice.choose`).
+    If it is negative, the other was not better by more than chance (`choice.choose`).
     """
 
 

@@ -266,7 +266,7 @@ def _lead(result: Result) -> str:
     if result.gain == 0:
         return ", as low as the best of the others"
     if result.gain < 0:
-        return f", {loss_text(-result.gain)} above the least of the others: Brier score and agreement decided"
+        return f", {loss_text(-result.gain)} above the least of the others, which these images do not tell from it"
     others = result.loss_deployed + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"

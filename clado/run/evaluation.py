@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from clado.evaluation import Counts, count_each, evaluation_batches
+from clado.evaluation import Counts, count_each, evaluation_batches, to_six_digits
 from clado.measuring.kinds import tile_kind
 from clado.measuring.scores import score_passes
 from clado.measuring.workbench import FLOAT_LOGITS_BYTES, Pass, Workbench
@@ -74,11 +74,11 @@ class RunEvaluation:
         return self.inputs.config.measure.batch_images or self.inputs.float_network.images_at_once
 
     def loss(self, assignment: Assignment) -> Counts:
-        """Sums of loss and Brier score of the deployed network over the decision set, and its hits."""
+        """The sum of losses of the deployed network over the decision set, and the Brier score and hit of each image."""
         network, layers = self.preparation.deployed(assignment)
         scores = score_passes(self.inputs.config.criterion, *network.folded_with(layers), self._passes())
         hits = "".join("01"[int(hit)] for hit in scores.hits)
-        return Counts(len(hits), float(scores.losses.sum()), brier=float(scores.briers.sum()), hits=hits)
+        return Counts(len(hits), float(scores.losses.sum()), briers=to_six_digits(scores.briers), hits=hits)
 
     def _passes(self) -> Iterator[Pass]:
         """The decision set with their float logits, as many at a time as are fast."""

@@ -229,7 +229,7 @@ class SolverSettings(Settings):
 class SearchSettings(Settings):
     """Local search on the measured loss around the best proposal of each budget."""
 
-    evaluations: Integer = Field(default=8, ge=0, description="losses measured for one budget at most; 0: no search")
+    evaluations: Integer = Field(default=0, ge=0, description="losses measured for one budget at most; 0: no search")
     batch: Count = Field(default=4, description="of them measured at a time: fewer learn faster, more keep more workers busy")
 
 

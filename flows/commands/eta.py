@@ -71,7 +71,7 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
     networks = (least + most) // 2  # estimators agree on some budgets
     plain = len(run.budgets) if run.config.corrections else 0  # what is chosen, without corrections
     validation = (networks + plain) * len(run.slices.validation)
-    choosing = (networks + num_competing(run)) * len(run.decision) + reestimation_images(run)
+    choosing = (networks + num_competing(run)) * len(run.decision) + sum(reestimation_images(run)) // 2
     evaluation = (validation + choosing) * forward / workers
     return Eta(STARTS * own_start, _preparing(run), measuring, evaluation, most)
 
@@ -104,9 +104,11 @@ def num_competing(run: OpenedRun) -> int:
     return len(run.budgets) * (variants + unreported + uncorrected + run.config.search.evaluations)
 
 
-def reestimation_images(run: OpenedRun) -> int:
-    """Forward images of final corrections at most: of the float network, and of every network that is measured."""
-    return (1 + num_networks(run)[1] + num_competing(run)) * run.preparation.images_per_reestimation
+def reestimation_images(run: OpenedRun) -> tuple[int, int]:
+    """Forward images of final corrections where these help at no budget, and at all: they are tried on one network of each."""
+    most = num_networks(run)[1] + num_competing(run)
+    images = run.preparation.images_per_reestimation
+    return (1 + len(run.budgets)) * images, (1 + most) * images
 
 
 def _preparing(run: OpenedRun) -> float:

@@ -20,7 +20,7 @@ def plan_text(run: OpenedRun) -> str:
     if stored := whole - sum(map(plan.evaluations, run.identity.missing_tiles())):
         lines.append(f"  in the store already: {100 * stored / whole:.0f} % of the evaluations")
     networks = num_networks(run)[1] + num_competing(run)
-    choosing = networks * len(run.decision) + reestimation_images(run)
+    choosing = networks * len(run.decision) + reestimation_images(run)[1]
     lines.append(f"  choosing    {networks:>7,} networks at most, {choosing:>16,} forward images, re-estimation included")
     for name, (forwards, backwards) in costs(run.config.estimators, plan).items():
         lines.append(

@@ -226,7 +226,7 @@ def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float |
 
 def chosen_of(run: OpenedRun, proposed: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
     """One row for each reported proposal, and the chosen ones, by what was measured on the decision set."""
-    scores = {assignment: Score(of_one.mean_brier, of_one.each_hit) for assignment, of_one in counts.items()}
+    scores = {assignment: Score(of_one.each_brier, of_one.each_hit) for assignment, of_one in counts.items()}
     return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores)
 
 

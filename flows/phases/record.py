@@ -180,7 +180,7 @@ def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal
     def measured(proposal: Proposal) -> MeasuredProposal:
         assignment, predicted = proposal.assignment, proposal.loss_predicted
         counts, by = choice.losses[assignment], ""
-        loss, brier = counts.accuracy().loss, counts.mean_brier
+        loss, brier = counts.accuracy().loss, float(counts.each_brier.mean())
         if predicted is None and predictor is not None and (predicted := predicted_loss(predictor, assignment)) is not None:
             by = predictor.estimator
         return MeasuredProposal(

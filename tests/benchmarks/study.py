@@ -241,7 +241,7 @@ class Study:
             for assignment in assignments:
                 if assignment not in known:
                     each = score_passes(bench.criterion, *self.deployed(assignment), bench.passes(0))
-                    known[assignment] = float(each.losses.mean()), Score(float(each.briers.mean()), each.hits)
+                    known[assignment] = float(each.losses.mean()), Score(each.briers, each.hits)
                 found[assignment] = known[assignment]
             return found
 

@@ -142,7 +142,7 @@ def test_winners_name_the_gain() -> None:
     assert lines[2].split()[2] == "uniform"
     assert lines[2].endswith("as low as the best of the others")
     doubted = tables.winners(replace(record, results=(replace(first, gain=-0.01, winner="layerwise"),)))
-    assert doubted.endswith("0.0100 above the least of the others: Brier score and agreement decided")
+    assert doubted.endswith("0.0100 above the least of the others, which these images do not tell from it")
     assert tables.winners(make_record(budgets=())) == "Nothing was chosen."
 
 

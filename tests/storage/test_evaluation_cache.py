@@ -15,7 +15,7 @@ COUNTS = Counts(7, 0.1 + 0.2, 5, 6, ((0, 3, 2), (9, 4, 3)))
 
 @pytest.mark.parametrize("assignment", [ONE, ACTIVATED, PARTIAL, Assignment((None, None, None))])
 @pytest.mark.parametrize(
-    "counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(2, 0.6, brier=1 / 3, hits="01")]
+    "counts", [COUNTS, Counts(3, 1e-300), Counts(2, float("inf"), 0, 0), Counts(2, 0.6, briers=(0.333333, 0.1), hits="01")]
 )
 def test_what_is_put_is_got_bit_for_bit(tmp_path, assignment, counts):
     EvaluationCache(tmp_path / "evaluations", "abc").put(assignment, counts)
