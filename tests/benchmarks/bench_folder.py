@@ -33,7 +33,8 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 90
 OVERRIDES = (
     "network.name=mobilenet_v3_small", "network.weights=random", "network.weights_name=null", "network.image_shape=[3, 64, 64]",
     "data.resize=72", "data.sensitivity_images=32", "data.calibration_images=64", "data.class_balanced=false",
-    "estimators=[layerwise]", "budgets.average_bits=[4]", "cluster.kind=local", "cluster.workers=2", "measure.memory_limit_mb=2000",
+    "estimators=[layerwise]", "budgets.average_bits=[4]", "cluster.kind=local", "cluster.workers=2",
+    "measure.memory_limit_mb=2000",
 )  # fmt: skip
 
 
