@@ -22,7 +22,7 @@ from clado.run.opened_run import OpenedRun
 from clado.run.preparation import LayerTask, SweepTask
 
 LIMIT_SECONDS = 20.0
-STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/ETA.md)
+STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/RUN.md)
 
 KINDS = {"sweep": SweepTask, "layer": LayerTask}
 

@@ -7,12 +7,16 @@
 The floor is the number of whole forward passes that the run counts, divided by the machine's best rate. The rate is measured in
 the same run: as many processes as workers, one thread each, all at once, at the best batch. Tiles resume runs in the middle of
 the network; they count by their multiply-accumulates.
+
+Beside it stands what `clado plan --probe` predicted before the run, and how far the ETA of the progress lines was off after a
+tenth of each phase.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,6 +44,8 @@ BATCHES = (4, 8, 16, 32, 64, 128)
 RATE_IMAGES = 128
 MCT_BITS = 3.0
 BUDGETS = [3, 3.5, 4, 5]
+LONG = 5.0
+"""Seconds of a phase above which its prediction counts."""
 EFFICIENTNET: dict[str, Any] = {
     "network": {"source": "factory", "name": "clado.data.factories:efficientnet_lite0"},
     "data": {
@@ -61,13 +67,33 @@ def settings(name: str, photos: Path | None) -> dict[str, Any]:
     return {**document, "tracking": tracking, "folder": str(FOLDER / name)}
 
 
-def clado(*arguments: str) -> tuple[float, str]:
-    """Seconds of a command, and what it printed."""
+def clado(*arguments: str) -> tuple[float, str, str]:
+    """Seconds of a command, what it printed, and its lines of progress."""
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
-    return time.perf_counter() - begin, done.stdout
+    return time.perf_counter() - begin, done.stdout, done.stderr
+
+
+def predicted(path: Path) -> dict[str, float]:
+    """Seconds by phase, and of the whole, as `clado plan --probe` says before the run."""
+    _, text, _ = clado("plan", str(path), "--probe")
+    line = next(line for line in text.splitlines() if "ETA: about" in line)
+    named = {name: float(seconds) for name, seconds in re.findall(r"(preparing|measuring|evaluation|shutdown) (\d+)", line)}
+    return {**named, "whole": float(re.findall(r"about (\d+) s", line)[0])}
+
+
+def off_after_a_tenth(lines: str) -> dict[str, float]:
+    """The worst factor between the end that progress lines expect and the one that came, of those after a tenth of the work."""
+    worst: dict[str, float] = {}
+    found = re.findall(r"^([\w -]+): +([\d.]+) %, (\d+) s, ETA (\d+) s$", lines, re.MULTILINE)
+    took = {title: float(seconds) for title, _, seconds, _ in found}
+    for title, share, seconds, eta in found:
+        if float(share) >= 10 and took[title] > LONG:
+            factor = (float(seconds) + float(eta)) / took[title]
+            worst[title] = max(worst.get(title, 1.0), factor, 1 / factor)
+    return worst
 
 
 def rate_of(path: str, batch: int, num_images: int) -> float:
@@ -112,7 +138,8 @@ def measure(name: str, photos: Path | None) -> dict[str, Any]:
     path = FOLDER / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings(name, photos)))
     subprocess.run(["rm", "-rf", str(FOLDER / name), str(FOLDER / f"{name}.db")], check=True)
-    seconds, _ = clado("run", str(path))
+    expected = predicted(path)
+    seconds, _, lines = clado("run", str(path))
     record, config = RunRecord.load(FOLDER / name / "record.json"), load_config(path)
     run = open_run(config)
     rate, batch = best_rate(path, config.cluster.workers)
@@ -120,10 +147,11 @@ def measure(name: str, photos: Path | None) -> dict[str, Any]:
     further: float | None = None
     if name != "demo":
         budgets = [*BUDGETS, 3.25]
-        further, _ = clado("run", str(path), f"budgets.average_bits={budgets}")
+        further, _, _ = clado("run", str(path), f"budgets.average_bits={budgets}")
     return {
         "name": name, "seconds": seconds, "phases": record.seconds, "passes": counted(run, record), "rate": rate, "batch": batch,
         "floor": sum(floor.values()), "further": further, "preparing_images": len(run.slices.calibration),
+        "predicted": expected, "off": off_after_a_tenth(lines),
     }  # fmt: skip
 
 
@@ -173,6 +201,7 @@ def page(runs: list[dict[str, Any]], mct: dict[str, Any] | None) -> str:
             f"Passes: {', '.join(f'{name} {count:,.0f}' for name, count in run['passes'].items())}.\n\n"
             + markdown_table(["phase", "seconds", "floor", "ratio"], rows)
         )
+        parts.append(f"\n{_predictions(run)}\n")
         preparing = run["phases"].get("preparing", 0.0) / (run["preparing_images"] / run["rate"])
         parts.append(f"\nPreparing is {preparing:.1f} float forwards over the calibration images.\n")
         if run["further"] is not None:
@@ -187,6 +216,31 @@ def page(runs: list[dict[str, Any]], mct: dict[str, Any] | None) -> str:
             f"budget; one more budget takes {(ours['further'] or 0.0) / mct['seconds']:.2f} of one call.\n"
         )
     return "\n".join(parts)
+
+
+def _predictions(run: dict[str, Any]) -> str:
+    """What was expected of a run before it, and during it."""
+    took = {phase: run["phases"].get(phase, 0.0) for phase in ("preparing", "measuring")}
+    took["evaluation"] = run["phases"].get("evaluation", 0.0) + run["phases"].get("searching", 0.0)
+    rows = [
+        [phase, f"{run['predicted'].get(phase, 0.0):.0f}", f"{seconds:.0f}", f"{run['predicted'].get(phase, 0.0) / seconds:.2f}"]
+        for phase, seconds in took.items()
+        if seconds > LONG
+    ]
+    rows.append(
+        [
+            "whole",
+            f"{run['predicted']['whole']:.0f}",
+            f"{run['seconds']:.0f}",
+            f"{run['predicted']['whole'] / run['seconds']:.2f}",
+        ]
+    )
+    factors = ", ".join(f"{title} {factor:.2f}" for title, factor in run["off"].items())
+    return (
+        "`clado plan --probe` before the run (goal 0.75 to 1.25):\n\n"
+        + markdown_table(["phase", "predicted", "took", "ratio"], rows)
+        + f"\n\nProgress after a tenth of a phase: the end that was expected is off by a factor of at most {factors} (goal 1.5)."
+    )
 
 
 def _floor(run: dict[str, Any], phase: str) -> list[str]:
