@@ -80,17 +80,20 @@ def plan(
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records.text import file_name, write_text
-    from flows.commands.stored import StoredRun, predicted_text, solution_text
+    from flows.commands.stored import StoredRun, limit_as_budget, predicted_text, solution_text
 
-    stored = StoredRun.open(folder)
-    wanted = _budget(budget, size_bytes)
-    for name, matrix, solution in stored.solve(wanted, limits or []):
-        parts = [wanted.name, *(limits or []), name]
-        file = folder / "solutions" / f"{'-'.join(map(file_name, parts))}.json"
-        write_text(file, stored.document(matrix, solution, wanted, limits or []))
-        rivals = stored.rivals(matrix, wanted, limits or [])
+    stored, limits = StoredRun.open(folder), limits or []
+    if budget is None and size_bytes is None and limits:
+        wanted, *limits = [limit_as_budget(limits[0]), *limits[1:]]
+    else:
+        wanted = _budget(budget, size_bytes)
+    for name, matrix, solution in stored.solve(wanted, limits):
+        file = folder / "solutions" / f"{'-'.join(map(file_name, [wanted.name, *limits, name]))}.json"
+        write_text(file, stored.document(matrix, solution, wanted, limits))
+        rivals = stored.rivals(matrix, wanted, limits)
         others = ", ".join(f"{rival} {predicted_text(matrix, solution.objective)}" for rival, solution in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
+    typer.echo(_after_solving(folder, budget, size_bytes))
 
 
 @command
@@ -100,6 +103,9 @@ def evaluate(
     size_bytes: SizeBytes = None,
     per_class: Annotated[
         Path | None, typer.Option("--per-class", metavar="FILE", help="Write the accuracy of every class there, as CSV.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many validation images, for a quick look; not recorded.")
     ] = None,
 ) -> None:
     """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
@@ -111,8 +117,10 @@ def evaluate(
     wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
     run = _measured(stored.config)
     with locked(folder):
-        rows = evaluated(stored, run, wanted)
+        rows = evaluated(stored, run, wanted, images)
         typer.echo(evaluation_text(rows))
+        if images is not None:
+            return
         if per_class is not None:
             write_text(per_class, per_class_csv(run, rows))
             typer.echo(f"written to {per_class}")
@@ -290,9 +298,10 @@ def sync(
 @command
 def show(
     folder: RunFolder,
+    details: Annotated[bool, typer.Option("--details", help="Print all that is recorded, notes and seconds included.")] = False,
     proposals: Annotated[bool, typer.Option("--proposals", help="Print every proposal, predicted and measured.")] = False,
 ) -> None:
-    """Print the table, the verdict and the places of a finished run."""
+    """Print what a finished run found, what it recommends, and where its report is."""
     if proposals:
         from clado.records.run_record import RunRecord
         from clado.reporting import tables
@@ -300,7 +309,7 @@ def show(
         record = RunRecord.load(folder / "record.json")
         typer.echo(f"{tables.proposals_table(record)}\n\n{tables.search_text(record)}".rstrip())
         return
-    _show(folder, {}, None)
+    _show(folder, {}, None, details)
 
 
 @command
@@ -350,6 +359,13 @@ def _measured(settings: "RunConfig") -> "OpenedRun":
     return run
 
 
+def _after_solving(folder: Path, average_bits: float | None, size_bytes: int | None) -> str:
+    """What to do with predictions."""
+    asked = f"--size-bytes {size_bytes}" if size_bytes is not None else f"--budget {average_bits:g}" if average_bits else ""
+    told = "Predictions of different estimators do not compare; what is measured does."
+    return f"{told}\nNext: clado evaluate {folder} {asked} measures these answers and chooses one." if asked else told
+
+
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
     from clado.choosing.proposals import budgets_of
     from clado.errors import ConfigurationError
@@ -361,13 +377,14 @@ def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":
     return budgets_of([] if average_bits is None else [average_bits], [] if size_bytes is None else [size_bytes])[0]
 
 
-def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
+def _show(folder: Path, clock: dict[str, float], receipt: Any, details: bool = False) -> None:
     from dataclasses import replace
 
     from rich.console import Console
 
     from clado.records.run_record import RunRecord
-    from clado.reporting import page, tables
+    from clado.reporting import page, summary, tables
+    from clado.tracking.notes import last_receipt
 
     record = RunRecord.load(folder / "record.json")
     if clock:
@@ -375,8 +392,9 @@ def _show(folder: Path, clock: dict[str, float], receipt: Any) -> None:
         record.save(folder / "record.json")
         page.write(folder)
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
-    console.print(tables.show(record))
-    typer.echo(tables.locations(folder, sorted((folder / "plots").glob("*.png")), receipt))
+    console.print(tables.show(record) if details else summary.summary(record))
+    typer.echo(tables.locations(folder, receipt or last_receipt(folder)))
+    typer.echo(summary.recommendation(record, folder))
 
 
 def _report_end(clock: dict[str, float]) -> None:

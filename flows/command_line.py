@@ -36,6 +36,24 @@ Limits = Annotated[
 ]
 SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from clado import __version__
+
+        typer.echo(f"clado {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 OF_FLOWS = ("dask", "distributed", "fastapi", "mlflow", "prefect", "sqlalchemy")
 """Libraries of the extra `flows`, which the library part does without."""
 

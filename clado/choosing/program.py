@@ -201,9 +201,10 @@ class Program:
         for index, constraint in enumerate(self.constraints):
             smallest, largest = self.reachable(index)
             verdict = "below the smallest reachable" if smallest > constraint.limit else "reachable alone"
+            bound, least, most = map(constraint.typed, (constraint.bound, smallest, largest))
             lines.append(
-                f"{constraint.name}: the bound {constraint.bound:.12g} {constraint.unit} is {verdict}; reachable are "
-                f"{smallest:.12g} to {largest:.12g}; {self._pinned_by(index)}"
+                f"{constraint.name}: the bound {bound} {constraint.typed_unit or constraint.unit} is {verdict}; reachable are "
+                f"{least} to {most}; {self._pinned_by(index)}"
             )
         if self.forbidden:
             lines.append(f"{len(self.forbidden)} forbidden pairs")

@@ -67,7 +67,7 @@ class RunRecord(Tabular):
     measured_proposals: tuple[MeasuredProposal, ...] = ()
     """Every proposal that was measured to choose."""
     comparisons: tuple[Comparison, ...] = ()
-    """Answers to one budget compared on the validation images: the chosen one with every other, and interactions with none."""
+    """Answers to one budget compared on validation images: the chosen one with float and every other, interactions with none."""
     searches: tuple[SearchSummary, ...] = ()
     """Result of each local search."""
     stability: tuple[Stability, ...] = ()

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+REPORT = "report.html"
+"""The page of a run, in its folder."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file through a temporary file and a rename. So a reader never sees half of it."""

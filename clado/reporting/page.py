@@ -9,7 +9,7 @@ them. A content policy in its head forbids it to load anything.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,12 +22,11 @@ from clado.bits import bits_text
 from clado.errors import StoreError
 from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.records.run_record import RunRecord
-from clado.records.text import percent, short_names, size_text, write_text
-from clado.reporting import tables
+from clado.records.text import REPORT, percent, short_names, size_text, write_text
+from clado.reporting import summary, tables
 from clado.reporting.glossary import WORDS
 from clado.settings.redaction import redact
 
-PAGE = "report.html"
 ROBUST_PERCENTILE = 98.0
 # Okabe & Ito's, as in plots.py. `chosen` has the colour of the page's text, dark or light.
 COLOURS = {UNIFORM: "#8a8a8a", "layerwise": "#e69f00", "pairwise": "#0072b2", "gauss_newton": "#009e73", CHOSEN: "currentColor"}
@@ -60,6 +59,8 @@ class Line:
     """CSS colour."""
     points: tuple[Point, ...]
     """Points, ordered by size."""
+    width: float = 1.8
+    """Width of the line."""
 
     @property
     def path(self) -> str:
@@ -126,7 +127,7 @@ def write(folder: Path) -> Path:
     Raises:
         StoreError: The folder holds no finished run, or a damaged matrix.
     """
-    path = folder / PAGE
+    path = folder / REPORT
     write_text(path, render(folder))
     return path
 
@@ -142,10 +143,13 @@ def render(folder: Path) -> str:
         lstrip_blocks=True,
     )
     chosen = [result for result in record.results if result.method == CHOSEN]
+    best = summary.recommended(record)
     return environment.get_template("page.html").render(
         record=record,
         caption=tables.caption(record),
         verdict=tables.verdict(record),
+        gains=summary.gains(record),
+        recommended=best and f"{best.budget}: {summary.why(record, best)}",
         chosen=chosen,
         charts=charts(record),
         colours=_colours(record),
@@ -208,6 +212,8 @@ def _chart(
         ]
         if points:
             lines.append(Line(method, colour, tuple(points)))
+    # earlier ones are wider, so that they show below those that coincide with them
+    lines = [replace(line, width=1.8 + 1.4 * max(0, len(lines) - 2 - k)) for k, line in enumerate(lines)]
     y_ticks = _decades(axes.floor, axes.ceiling) if axes.logarithmic else _ticks(axes.floor, axes.ceiling)
     return Chart(
         title,
@@ -234,7 +240,8 @@ def _axes(sizes: Sequence[float], values: Mapping[Result, float], reference: flo
     margin = max(0.08 * (high - low), 1e-6 * max(abs(high), 1.0), 0.0 if logarithmic else 0.02 * abs(high) * (high == low))
     x_margin = max(0.05 * (max(sizes) - min(sizes)), 0.02 * max(sizes))
     floor = low - (1.0 if logarithmic else 3.0) * margin
-    return Axes(max(0.0, min(sizes) - x_margin), max(sizes) + x_margin, floor, high + margin, logarithmic)
+    ceiling = high + margin if logarithmic else min(high + margin, max(100.0, high))  # no accuracy is beyond 100 %
+    return Axes(max(0.0, min(sizes) - x_margin), max(sizes) + x_margin, floor, ceiling, logarithmic)
 
 
 def _ticks(low: float, high: float, max_steps: int = 7) -> list[float]:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from clado.bits import bits_text
@@ -229,6 +229,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
             _note(axes, f"uniform {y:.1f} %  ↓", (x, floor), (8, 5))
         if outliers:
             axes.set_ylim(floor, high + margin)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 100.0))
     images = record.float_accuracy.num_images
     _title(axes, f"Accuracy against size, {record.network}", f"{images:,} validation images")
     return figure
@@ -242,8 +243,7 @@ def loss_against_size(record: RunRecord) -> Figure:
     figure = _against_size(record, points, reference, f"loss ({record.criterion})")
     axes = figure.axes[0]
     if positive and any(points.values()):
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes)
     _title(axes, f"Measured loss against size, {record.network}", "decision set; lower is better")
     return figure
 
@@ -257,8 +257,7 @@ def predicted_front(front: Front) -> Figure:
     colour, marker = STYLES["gauss_newton"]
     axes.plot([size / unit for size in sizes], increases, color=colour, marker=marker, markersize=5)
     if increases and min(increases) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes)
     axes.set_xlabel(f"searched weights ({letters})")
     axes.set_ylabel("predicted loss increase")
     axes.grid(color=PALE, linewidth=0.5)
@@ -290,7 +289,7 @@ def _against_size(
         label_float = f"float ({size_text(record.float_bytes)})"
         axes.axhline(reference, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=label_float, zorder=1)
     others = iter(OTHER_STYLES * (1 + len(points) // len(OTHER_STYLES)))
-    for method, line in points.items():
+    for k, (method, line) in enumerate(points.items()):
         colour, marker = STYLES.get(method) or next(others)
         if not line:
             continue
@@ -298,7 +297,8 @@ def _against_size(
         chosen, uniform = method == CHOSEN, method == UNIFORM
         axes.plot(
             x, y, color=colour, marker=marker, label=method, zorder=5 if chosen else 2,
-            linewidth=0.9 if uniform else 1.5,
+            # earlier ones are wider, so that they show below those that coincide with them
+            linewidth=0.9 if uniform else 1.5 + max(0, len(points) - 2 - k),
             # circles without a line, around the point of the method that was chosen
             linestyle="none" if chosen else ":" if uniform else "-",
             # steps, because there is nothing between two uniform widths
@@ -318,6 +318,14 @@ def _against_size(
     axes.margins(x=0.05, y=0.08)
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A vertical axis by powers of ten, labelled at 1, 2 and 5 of each, so that a narrow range has several labels too."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 class Picture(Figure):

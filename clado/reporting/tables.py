@@ -23,7 +23,7 @@ from clado.plugins import available
 from clado.records.interval import Interval
 from clado.records.results import CHOSEN, Comparison, MeasuredProposal, Receipt, Result
 from clado.records.run_record import RunRecord
-from clado.records.text import markdown_table, percent, size_text
+from clado.records.text import REPORT, markdown_table, percent, size_text
 from clado.settings.tracking import database_of
 
 QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
@@ -302,7 +302,8 @@ def how_to_open(receipt: Receipt) -> str:
     In the folder of the database, the command needs no address.
     """
     if receipt.uri.startswith(("http://", "https://")):
-        page = f"/#/experiments/{receipt.experiment_id}/runs/{receipt.parent_run_id}" if receipt.parent_run_id else ""
+        is_known = receipt.experiment_id and receipt.parent_run_id
+        page = f"/#/experiments/{receipt.experiment_id}/runs/{receipt.parent_run_id}" if is_known else ""
         return receipt.uri.rstrip("/") + page
     installed = Path(sys.executable).with_name("mlflow")
     command = shlex.quote(str(installed)) if shutil.which("mlflow") is None and installed.exists() else "mlflow"
@@ -311,16 +312,13 @@ def how_to_open(receipt: Receipt) -> str:
     return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui{store}"
 
 
-def locations(folder: Path, plots: Sequence[Path] = (), receipt: Receipt | None = None) -> str:
-    """The places of the run, the plots and the MLflow store, and how to open them."""
-    lines = [("run", str(folder)), ("shown by", f"clado show {folder}")]
-    if plots:
-        folders = sorted({str(path.parent) for path in plots})
-        lines.append(("plots", f"{', '.join(folders)} ({', '.join(path.name for path in plots)})"))
+def locations(folder: Path, receipt: Receipt | None = None) -> str:
+    """The places of the report and of the run in MLflow, and how to open them."""
+    lines = [("report", str(folder / REPORT)), ("all of it", f"clado show {folder} --details")]
     if receipt is not None:
         lines.append(("MLflow", f"{receipt.uri}, experiment {receipt.experiment}"))
         if receipt.parent_run_id is not None:
-            lines.append(("", f"run {receipt.parent_run_id}, {receipt.num_children} below it"))
+            lines.append(("", f"run {receipt.parent_run_id}"))
         if receipt.problem is not None:
             lines.append(("", f"NOT all delivered: {receipt.problem}"))
         if receipt.parent_run_id is not None:

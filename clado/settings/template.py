@@ -76,7 +76,7 @@ solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget
 search:                              # around the best proposal of each budget, on the measured loss
-  evaluations: 8                     # losses measured for one budget at most; 0: no search
+  evaluations: 0                     # losses measured for one budget at most, such as 8; 0: no search
   batch: 4                           # of them measured at a time, by as many workers
 cluster:
   kind: local                        # processes of this machine; or local_gpus, address, ssh, slurm, kubernetes, inline

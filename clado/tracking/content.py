@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from clado.records.results import CHOSEN, Result
 from clado.records.run_record import RunRecord
-from clado.records.text import write_text
+from clado.records.text import REPORT, write_text
 from clado.settings.redaction import redact
 from clado.tracking import models
 from clado.tracking.metrics import child_metrics, curves, parent_metrics
@@ -129,7 +129,7 @@ class RecordContent:
         return {**matrices, **{f"plots/{path.name}": path for path in self.plots}}
 
     def _send_artifacts(self, sender: Sender, run_id: str) -> None:
-        """Uploads record, settings, matrices and plots at once.
+        """Uploads record, settings, report, matrices and plots at once.
 
         Files that do not exist stay pending.
         """
@@ -138,7 +138,8 @@ class RecordContent:
             write_text(tree / "record.json", json.dumps(redacted(asdict(self.record)), indent=1, default=str))
             write_text(tree / "config.json", json.dumps(redacted(self.config), indent=1, default=str))
             files = {target: path for target, path in self._artifacts().items() if path.is_file()}
-            for target, path in files.items():
+            report = {REPORT: self.folder / REPORT} if (self.folder / REPORT).is_file() else {}
+            for target, path in (files | report).items():
                 (tree / target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, tree / target)
             sender.client.log_artifacts(run_id, str(tree))

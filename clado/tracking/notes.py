@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clado.errors import StoreError
+from clado.records.results import Receipt
 from clado.settings.redaction import redact
 
 UNDELIVERED, DELIVERED = "mlflow-undelivered.json", "mlflow-delivered.json"
@@ -43,6 +44,27 @@ def read_note(path: Path) -> dict[str, Any]:
             f"{path} is no note of ours ({one_line(error)}); expected {FORMAT}. Delete it and run `clado run` on the run's "
             "configuration: nothing is measured twice"
         ) from None
+
+
+def last_receipt(folder: Path) -> Receipt | None:
+    """Where a run's record is in MLflow, from its notes. None if nothing was ever sent, or if a note cannot be read."""
+    for name in (UNDELIVERED, DELIVERED):
+        if (folder / name).is_file():
+            try:
+                note = read_note(folder / name)
+            except StoreError:
+                return None
+            return Receipt(
+                uri=redact(note["uri"]),
+                experiment=note["experiment"],
+                experiment_id=None,
+                parent_run_id=note["parent_run_id"],
+                num_children=0,
+                delivered=name == DELIVERED,
+                seconds=0.0,
+                problem=note["problem"],
+            )
+    return None
 
 
 def file_of(note_path: Path, folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from clado.errors import DataError, InfeasibleError
 from clado.evaluation import per_image
 from clado.records.interval import Interval
 from clado.records.text import markdown_table
+from clado.reporting.summary import layers_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.commands.stored import StoredRun
@@ -107,5 +108,6 @@ def text(result: Smallest, run: OpenedRun, top1: bool) -> str:
     )
     return (
         f"{table}\n{len(result.measured)} assignments measured on {result.answer.measured.num_images} images that neither "
-        f"calibrate, nor measure, nor validate.{note}\n  {result.answer.assignment}"
+        f"calibrate, nor measure, nor validate.{note}\n{layers_text(run.space.names, result.answer.assignment)}\n"
+        f"Next: clado export {run.folder} --size-bytes {result.answer.size_bytes}"
     )

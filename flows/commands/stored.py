@@ -34,8 +34,11 @@ from clado.measuring.plan import Plan
 from clado.records.results import CHOSEN, FLOAT, UNIFORM, Accuracy, Receipt, Result
 from clado.records.run_record import RunRecord
 from clado.records.text import file_name, markdown_table, percent, write_text
+from clado.reporting.summary import layers_text
+from clado.reporting.tables import loss_text
 from clado.run.limits import limit_of, limits_of
 from clado.run.opened_run import OpenedRun
+from clado.run.plugin_checks import check_constraint
 from clado.settings.loading import load_run_config, parse_limit
 from clado.settings.schema import RunConfig
 from clado.space import Assignment
@@ -139,18 +142,25 @@ class StoredRun:
         return json.dumps(document, indent=1)
 
 
+def limit_as_budget(text: str) -> Budget:
+    """A further limit of a command line, KIND=BOUND or KIND=BOUND:CSV, where it is the only one."""
+    limit = parse_limit(text)
+    check_constraint(limit)
+    return Budget(limit.name, limit.bound, None if limit.path is None else str(limit.path))
+
+
 def score_text(stored: StoredRun, assignment: Assignment) -> str:
     """What each of the run's matrices predicts for an assignment."""
     space = stored.measured.space
-    rows = [[name, predicted_text(m, m.predicted_increase(assignment), 5)] for name, m in stored.matrices.named.items()]
+    rows = [[name, predicted_text(m, m.predicted_increase(assignment))] for name, m in stored.matrices.named.items()]
     size = f"{space.size_bytes(assignment):,} bytes, {space.average_bits(assignment):.3f} bits a weight"
-    return f"{markdown_table(['estimator', 'predicted loss'], rows)}\n{size}\n  {assignment}"
+    return f"{markdown_table(['estimator', 'predicted loss'], rows)}\n{size}\n{layers_text(space.names, assignment)}"
 
 
-def predicted_text(matrix: InteractionMatrix, objective: float, digits: int = 4) -> str:
+def predicted_text(matrix: InteractionMatrix, objective: float) -> str:
     """The loss that an objective predicts, or the objective alone where the matrix only orders assignments."""
     loss = matrix.loss_of(objective)
-    return f"none (score {objective:.4g}: orders assignments, is not a loss)" if loss is None else f"{loss:.{digits}f}"
+    return f"none (score {objective:.4g}: orders assignments, is not a loss)" if loss is None else loss_text(loss)
 
 
 def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> str:
@@ -160,7 +170,7 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
     lines = [
         f"{name}: {solution.status}, predicted loss {predicted_text(matrix, solution.objective)}, "
         f"gap {100 * solution.gap:.4f} %, {solution.nodes} nodes, {solution.seconds:.2f} s; {size}",
-        f"  {solution.assignment}",
+        layers_text(space.names, solution.assignment),
         f"  {solution.advice}",
         "  unused: "
         + ", ".join(f"{slack:g} of {solution.values[limit] + slack:g} ({limit})" for limit, slack in solution.slack.items()),
@@ -253,12 +263,22 @@ def accuracy_of(run: OpenedRun, assignment: Assignment) -> Accuracy:
     return counts_of(run, assignment).accuracy()
 
 
-def evaluated(stored: StoredRun, run: OpenedRun, budget: Budget | None) -> list[Result]:
-    """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set."""
+def evaluated(stored: StoredRun, run: OpenedRun, budget: Budget | None, images: int | None = None) -> list[Result]:
+    """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set.
+
+    With `images` on the first so many of them. These counts are not kept.
+    """
     wanted = [budget] if budget else list(run.budgets)
     names = {asked.name for asked in wanted}
-    rows = answers(stored, run, wanted)
-    return [replace(row, validation=accuracy_of(run, row.assignment)) for row in rows if row.budget in names]
+    rows = [row for row in answers(stored, run, wanted) if row.budget in names]
+    if images is None:
+        return [replace(row, validation=accuracy_of(run, row.assignment)) for row in rows]
+    there = len(run.slices.validation)
+    if images > there:
+        raise ConfigurationError(f"--images is {images}, and the run has {there} validation images; expected at most these")
+    different = list(dict.fromkeys(row.assignment for row in rows))
+    counts = dict(zip(different, run.evaluation.accuracies(different, 0, images), strict=True))
+    return [replace(row, validation=counts[row.assignment].accuracy()) for row in rows]
 
 
 def evaluation_text(rows: Sequence[Result]) -> str:
@@ -266,10 +286,10 @@ def evaluation_text(rows: Sequence[Result]) -> str:
     table = []
     for row in rows:
         if (accuracy := row.validation) is not None:
-            cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", f"{row.loss_deployed:.4f}"]
+            cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", loss_text(row.loss_deployed)]
             low, high = accuracy.top1_interval or (None, None)
             interval = "–" if low is None else f"{percent(low)} to {percent(high)}"
-            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), f"{accuracy.loss:.4f}"])
+            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), loss_text(accuracy.loss)])
     header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", "validation loss"]
     return markdown_table(header, table)
 

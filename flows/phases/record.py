@@ -22,7 +22,7 @@ from clado.interaction import estimators
 from clado.interaction.estimators import with_interactions
 from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
-from clado.records.results import CHOSEN, LOCAL_SEARCH, Comparison, MeasuredProposal, Result, SearchSummary
+from clado.records.results import CHOSEN, FLOAT, LOCAL_SEARCH, Comparison, MeasuredProposal, Result, SearchSummary
 from clado.records.run_record import RunRecord
 from clado.records.text import write_text
 from clado.reporting import page, plots, tables
@@ -113,15 +113,15 @@ def record_of(
 
 
 def comparisons_of(run: OpenedRun, results: Sequence[Result], accuracies: Mapping[Assignment, Counts]) -> tuple[Comparison, ...]:
-    """Answers to each budget on the same validation images: the chosen one with every other, and interactions with none."""
+    """Answers to each budget on the same validation images: the chosen one with float and every other, interactions with none."""
     named, comparisons = run.config.estimators, []
     safe, interacting = [name for name in named if name in safe_methods()], with_interactions(named)
     for budget in dict.fromkeys(row.budget for row in results):
-        rows = {row.method: row for row in results if row.budget == budget}
-        pairs = [(CHOSEN, method) for method in rows if method != CHOSEN]
+        answers = {FLOAT: run.space.nothing} | {row.method: row.assignment for row in results if row.budget == budget}
+        pairs = [(CHOSEN, method) for method in answers if method != CHOSEN]
         pairs += [(method, other) for method in interacting[:1] for other in safe[:1]]
         for method, other in pairs:
-            one, another = (rows[name].assignment for name in (method, other)) if {method, other} <= set(rows) else (None, None)
+            one, another = answers.get(method), answers.get(other)
             if one is not None and another is not None and one != another:
                 compared_rows = compared(budget, method, other, accuracies[one], accuracies[another])
                 comparisons += [] if compared_rows is None else [compared_rows]

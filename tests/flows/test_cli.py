@@ -23,6 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import clado
 from clado.choosing.solvers import solve as solve_program
 from clado.data import zoo
 from clado.records.results import CHOSEN
@@ -311,13 +312,57 @@ def test_plan_with_a_probe_adds_an_eta_within_its_limit(here):
     assert listing(here) == before
 
 
-def test_show_prints_the_table_the_verdict_and_the_places(finished):
-    text = call("show", finished.folder)
+@pytest.mark.parametrize("details", [(), ("--details",)])
+def test_show_prints_the_table_the_verdict_and_the_places(finished, details):
+    text = call("show", finished.folder, *details)
     record = RunRecord.load(finished.folder / "record.json")
     for result in record.results:
         assert f"{100 * result.validation.top1:.2f}" in text
     assert "Interactions" in text
-    assert str(finished.folder.name) in text.replace("\n", "")
+    assert str(finished.folder / "report.html") in text.replace("\n", "")
+    assert ("Seconds: " in text) == bool(details)
+
+
+def test_what_a_run_found_fits_on_a_screen_and_begins_with_it(finished):
+    lines = call("show", finished.folder).splitlines()
+    record = RunRecord.load(finished.folder / "record.json")
+    assert len(lines) <= 24 + 2 * len(record.budgets)
+    for line, budget in zip(lines[1:], record.budgets, strict=False):
+        chosen, drop = record.find(budget, CHOSEN), record.comparison(budget, CHOSEN, "float").top1
+        assert f"{100 * record.float_accuracy.top1:.2f} → {100 * chosen.validation.top1:.2f} %" in line
+        assert f"({100 * drop.mean:+.2f} ± {50 * (drop.high - drop.low):.2f} points, {drop.num_images} images)" in line
+    assert any(line.startswith("Recommended: ") for line in lines)
+    assert lines[-1].startswith(f"Next: clado export {finished.folder}")
+
+
+def test_the_version_is_printed():
+    assert call("--version").strip() == f"clado {clado.__version__}"
+
+
+def test_a_further_limit_may_be_the_only_one(copied):
+    from flows.commands.stored import StoredRun
+
+    text = call("solve", copied, "--limit", "size=90000")
+    assert "Proven" in text
+    files = {path.name for path in (copied / "solutions").iterdir()}
+    assert {f"90_kB-{name}.json" for name in StoredRun.open(copied).matrices.named} <= files
+
+
+def test_a_budget_out_of_reach_is_refused_in_the_unit_that_was_typed(copied):
+    told = call("solve", copied, "--budget", 1, ends=2)
+    assert "the bound 1 average bits a weight is below the smallest reachable; reachable are 2 to 4" in told
+
+
+def test_answers_are_evaluated_on_a_part_of_the_images(copied):
+    call("evaluate", copied)
+    before = listing(copied / "evaluations")
+    text = call("evaluate", copied, "--images", 16)
+    record = RunRecord.load(copied / "record.json")
+    assert all(f"| {budget}" in text for budget in record.budgets)
+    hits = [0.16 * float(line.split("|")[6]) for line in text.splitlines() if " bits " in line]
+    assert [round(count) for count in hits] == pytest.approx(hits, abs=0.01)  # whole images of 16
+    assert listing(copied / "evaluations") == before
+    assert "expected at most these" in call("evaluate", copied, "--images", 10**6, ends=2)
 
 
 def test_solve_equals_solving_the_stored_matrix(finished, copied):

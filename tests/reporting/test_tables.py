@@ -176,12 +176,12 @@ def test_proposals_say_who_predicts_where_another_proposed() -> None:
 
 def test_locations_say_how_to_open(tmp_path: Path) -> None:
     receipt = Receipt("sqlite:////a b/mlflow.db", "clado", "1", "abc", 30, True, 1.0)
-    text = tables.locations(tmp_path, [tmp_path / "plots" / "x.png"], receipt)
-    assert f"clado show {tmp_path}" in text
-    assert str(tmp_path / "plots") in text
+    text = tables.locations(tmp_path, receipt)
+    assert f"clado show {tmp_path} --details" in text
+    assert str(tmp_path / "report.html") in text
     assert "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'" in text
     failed = Receipt("http://***@host", "clado", None, None, 0, False, 1.0, problem="ConnectionError: refused")
-    text = tables.locations(tmp_path, (), failed)
+    text = tables.locations(tmp_path, failed)
     assert "NOT all delivered: ConnectionError: refused" in text
     assert "opened by" not in text
 

@@ -5,7 +5,7 @@ To add a constraint, add a file to this folder with an object `constraint = Cons
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import floor, fsum, isfinite
@@ -27,9 +27,17 @@ class Constraint:
     """
 
     name: str
+    """How messages call it."""
     unit: str
+    """Unit of costs and bound."""
     costs: tuple[float, ...]
+    """The cost of each option."""
     bound: float
+    """The most that an assignment may cost."""
+    typed_unit: str = ""
+    """Unit in which people give the bound, such as bits a weight. Empty: `unit`."""
+    per_typed: float = 1.0
+    """How many of `unit` one of `typed_unit` is."""
 
     def __post_init__(self) -> None:
         for option, cost in enumerate(self.costs):
@@ -62,7 +70,11 @@ class Constraint:
 
     def with_bound(self, bound: float) -> "Constraint":
         """The same costs under another bound."""
-        return Constraint(self.name, self.unit, self.costs, bound)
+        return replace(self, bound=bound)
+
+    def typed(self, value: float) -> str:
+        """A value in the unit in which people give the bound, without the unit."""
+        return f"{value / self.per_typed:.{12 if self.per_typed == 1 else 6}g}"
 
 
 def whole(bound: float, times: Fraction | int = 1) -> float:

@@ -10,7 +10,8 @@ def _build(space: SearchSpace, average: float) -> Constraint:
     2.3 means the decimal 2.3, not its binary neighbour.
     """
     costs = tuple(float(space.layers[i].num_weights * b) for i, b, _ in space.options)
-    return Constraint("average_bits", "bits in all", costs, whole(average, space.num_weights))
+    count = space.num_weights
+    return Constraint("average_bits", "bits in all", costs, whole(average, count), "average bits a weight", float(count))
 
 
 constraint = ConstraintKind(_build, text=lambda bound: f"{bound:.12g} bits")

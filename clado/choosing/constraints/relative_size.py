@@ -10,7 +10,7 @@ def _build(space: SearchSpace, percent: float) -> Constraint:
     """At most `percent` of the bytes that 8 bits everywhere would take (50 is the size of 4 bits everywhere)."""
     costs = tuple(float(space.layers[i].weight_bytes(b)) for i, b, _ in space.options)
     full = sum(layer.weight_bytes(8) for layer in space.layers)
-    return Constraint("relative_size", "bytes", costs, whole(percent, Fraction(full, 100)))
+    return Constraint("relative_size", "bytes", costs, whole(percent, Fraction(full, 100)), "% of the size at 8 bits", full / 100)
 
 
 constraint = ConstraintKind(_build, text=lambda bound: f"{bound:.12g} % of 8-bit")

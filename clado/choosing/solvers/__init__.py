@@ -152,7 +152,6 @@ def _why_infeasible(program: Program, search: Callable[[Program, Task], Outcome]
         outcome = search(program.minimising(index), Task())
         if outcome.choices is not None and outcome.status is Status.OPTIMAL:
             least = float(program.costs[index, outcome.choices].sum())
-            lines.append(
-                f"with the other constraints as they are, {constraint.name} needs at least {least:.12g} {constraint.unit}"
-            )
+            needed = f"{constraint.typed(least)} {constraint.typed_unit or constraint.unit}"
+            lines.append(f"with the other constraints as they are, {constraint.name} needs at least {needed}")
     return ". ".join(lines)

@@ -1,0 +1,175 @@
+"""The result of a run on one screen: in words, as a table, and what to do next. Nothing here measures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from clado.bits import bits_text
+from clado.records.interval import Interval
+from clado.records.results import CHOSEN, FLOAT, Accuracy, Result
+from clado.records.run_record import RunRecord
+from clado.records.text import file_name, percent, short_names, size_text
+from clado.reporting import tables
+from clado.space import Assignment
+
+MOST_DROP = 0.01
+"""What the recommended network loses of top-1 at most, as a fraction of the images."""
+NAMED = 6
+"""Layers of a bit-width that are named; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the chosen network of a budget gives, in words."""
+
+    budget: str
+    """Name of the budget."""
+    sizes: str
+    """Bytes of the searched weights, in float and chosen."""
+    quality: str
+    """Top-1 of both, or agreement with the float network; empty if it was not evaluated."""
+    points: str
+    """The difference with half its 95 % interval, and the number of images; empty if it was not evaluated."""
+    winner: str
+    """The method that proposed it."""
+    is_recommended: bool
+    """Whether it is the one to take."""
+
+    def __str__(self) -> str:
+        return f"{self.sizes}, {self.quality} ({self.points})" if self.quality else f"{self.sizes}, not evaluated"
+
+
+def gains(record: RunRecord) -> list[Gain]:
+    """What each budget's chosen network gives."""
+    best = recommended(record)
+    return [_gain(record, row, row is best) for row in _chosen(record)]
+
+
+def _gain(record: RunRecord, row: Result, is_recommended: bool) -> Gain:
+    sizes = f"{size_text(record.float_bytes)} → {size_text(row.size_bytes)}"
+    validation, with_float = row.validation, record.comparison(row.budget, CHOSEN, FLOAT)
+    if validation is None:
+        return Gain(row.budget, sizes, "", "", row.winner or "", is_recommended)
+    name, before, after = _quality(record, record.float_accuracy, validation)
+    interval = None if with_float is None else with_float.agreement if with_float.top1 is None else with_float.top1
+    points = f"{_points(interval, before, after)}{validation.num_images:,} images"
+    return Gain(row.budget, sizes, f"{name} {percent(before)} → {percent(after)} %", points, row.winner or "", is_recommended)
+
+
+def headlines(record: RunRecord) -> list[str]:
+    """A line for each budget: size and accuracy, before and after."""
+    found = gains(record)
+    width = max((len(gain.budget) for gain in found), default=0)
+    return [f"{gain.budget.ljust(width)}  {gain}" for gain in found]
+
+
+def _quality(record: RunRecord, before: Accuracy, after: Accuracy) -> tuple[str, float | None, float | None]:
+    """(what is compared, of the float network, of the other): top-1, or agreement with float where there are no labels."""
+    if after.top1 is None:
+        return "the float network's class on", 1.0, after.agreement
+    return record.top1_title, before.top1, after.top1
+
+
+def _points(interval: Interval | None, before: float | None, after: float | None) -> str:
+    """A difference in points, with half its 95 % interval where that is known."""
+    if interval is not None:
+        return f"{100 * interval.mean:+.2f} ± {50 * (interval.high - interval.low):.2f} points, "
+    return "" if before is None or after is None else f"{100 * (after - before):+.2f} points, "
+
+
+def recommended(record: RunRecord) -> Result | None:
+    """The smallest chosen network that loses at most one point of top-1; where none does, the one that loses least.
+
+    Without labels: of agreement with the float network. None where nothing was evaluated.
+    """
+    drops = {}
+    for row in _chosen(record):
+        if row.validation is not None:
+            _, before, after = _quality(record, record.float_accuracy, row.validation)
+            if before is not None and after is not None:
+                drops[row.budget] = before - after, row
+    within = [row for drop, row in drops.values() if drop <= MOST_DROP]
+    if within:
+        return min(within, key=lambda row: row.size_bytes)
+    return min(drops.values(), key=lambda pair: pair[0])[1] if drops else None
+
+
+def recommendation(record: RunRecord, folder: Path) -> str:
+    """One network, why, and the command that writes it."""
+    row = recommended(record)
+    if row is None:
+        return f"Next: clado evaluate {folder}"
+    exported = f"Its weights are in {folder / 'exports' / file_name(row.budget)}."
+    bits = row.budget.removesuffix(" bits")
+    other = f"\nNext: clado export {folder} --budget {bits} --format onnx" if bits != row.budget else ""
+    return f"Recommended: {row.budget}, {why(record, row)}. {exported}{other}"
+
+
+def why(record: RunRecord, row: Result) -> str:
+    """Why a network is recommended."""
+    _, before, after = _quality(record, record.float_accuracy, row.validation or record.float_accuracy)
+    is_within = before is not None and after is not None and before - after <= MOST_DROP
+    return "the smallest that loses at most 1 point" if is_within else "the one that loses least; none loses less than 1 point"
+
+
+def table(record: RunRecord) -> Table:
+    """Top-1 of every method at every budget with its 95 % interval; agreement with float where there are no labels."""
+    labelled = record.float_accuracy.top1 is not None
+    title = f"{record.top1_title if labelled else 'agreement'} %, {record.float_accuracy.num_images:,} images"
+    grid = Table(title=title, title_justify="left", title_style="dim")
+    grid.add_column("budget", no_wrap=True)
+    for method in record.methods:
+        grid.add_column(method, justify="right", overflow="fold", min_width=6)
+    for budget in record.budgets:
+        cells = [_cell(record.find(budget, method)) for method in record.methods]
+        grid.add_row(Text(budget, style="bold"), *cells)
+    return grid
+
+
+def _cell(row: Result | None) -> str:
+    if row is None or row.validation is None:
+        return "–"
+    if row.validation.top1 is None:
+        return percent(row.validation.agreement)
+    low, high = row.validation.top1_interval or (0.0, 0.0)
+    return f"{percent(row.validation.top1)} ± {50 * (high - low):.1f}"
+
+
+def summary(record: RunRecord) -> Group:
+    """What fits on a screen. The rest is in table.md, the report, and `clado show RUN --details`."""
+    texts = [f"{record.network}, {record.criterion}", *headlines(record)]
+    parts = [*map(Text, texts), table(record), Text(tables.verdict(record))]
+    fewer = _fewer_corrections(record)
+    parts += [Text(text) for text in (fewer, _notes(record)) if text]
+    return Group(*parts)
+
+
+def _fewer_corrections(record: RunRecord) -> str:
+    budgets = [row.budget for row in _chosen(record) if row.assignment.corrected != "all"]
+    return f"Deployed with fewer corrections than asked for, which measured better: {', '.join(budgets)}." if budgets else ""
+
+
+def _notes(record: RunRecord) -> str:
+    count = len(record.notes)
+    return f"{count} note{'' if count == 1 else 's'}: clado show RUN --details" if count else ""
+
+
+def layers_text(names: Sequence[str], assignment: Assignment) -> str:
+    """The layers of each bit-width by name, from the narrowest on; after the first few of a width the others are counted."""
+    groups: dict[str, list[str]] = {}
+    order = sorted(zip(assignment.pairs, short_names(names), strict=True), key=lambda pair: [bits or 99 for bits in pair[0]])
+    for (bits, activation_bits), name in order:
+        groups.setdefault(bits_text(bits, activation_bits), []).append(name)
+    lines = []
+    for width, layers in groups.items():
+        more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+        lines.append(f"  {width} bits, {len(layers)} of {len(names)} layers: {', '.join(layers[:NAMED])}{more}")
+    return "\n".join(lines)
+
+
+def _chosen(record: RunRecord) -> list[Result]:
+    return [row for row in record.results if row.method == CHOSEN]
