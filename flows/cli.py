@@ -33,14 +33,22 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("clado.yaml"),
 ) -> None:
     """Write a commented configuration."""
-    from clado.errors import ConfigurationError
+    from clado.errors import ConfigurationError, NetworkError
+    from clado.plugins import imported
     from clado.records.text import write_text
-    from clado.settings.template import render
+    from clado.settings.template import render, sizes
 
     if output.exists():
         raise ConfigurationError(f"{output} exists already; name another file with --output")
-    write_text(output, render(network, None if data is None else str(data)))
-    typer.echo(f"Wrote {output}. Next: clado run {output}")
+    of_data = None
+    if network is not None and data is not None:
+        from clado.data.sources.folder import listings
+
+        imported(network, "factory", "function", NetworkError)
+        training, validation = listings(data)
+        of_data = sizes(len(training.images), validation is not None)
+    write_text(output, render(network, None if data is None else str(data), of_data))
+    typer.echo(f"Wrote {output}. Next: clado plan {output}, then clado run {output}")
 
 
 @command

@@ -1,11 +1,13 @@
 """The commented configuration that `clado init` writes. What it sets are the defaults; what is commented out has none."""
 
 import json
+from collections.abc import Mapping
 
 import yaml
 
-from clado.errors import ConfigurationError
+from clado.errors import ConfigurationError, DataError
 from clado.settings.loading import parse_config
+from clado.settings.schema import DataSettings
 
 _ZOO_NETWORK = """\
   source: zoo                        # zoo, torchvision or timm (by name), or factory (package.module:function)
@@ -40,10 +42,11 @@ network:
   # channels_last: true              # memory layout; faster on GPUs; default: where it is faster on CPUs
 data:                                # three disjoint sets
 {data}\
-  sensitivity_images: 256            # half propose bits, half decide; more is more exact, and costs in proportion
-  calibration_images: 512            # fit ranges and corrections; without labels
+  {sensitivity_images}# half propose bits, half decide; more is more exact, and costs in proportion
+  {calibration_images}# fit ranges and corrections; without labels
   # validation_images: 1000          # give the reported accuracy, seen by no choice; default: all there are
   # selection_images: 1000           # of the images left over, for `clado smallest`; default: all
+  {sample_blocks}# parts of the sensitivity set whose losses are kept apart
   seed: 0                            # which images
 bits: [2, 4, 8]                      # candidate widths of each layer, ascending within 1..16
 # layers:
@@ -98,19 +101,50 @@ tracking:
 """
 
 
-def render(network: str | None = None, data: str | None = None) -> str:
+LEAST_IMAGES = 16
+"""Images of a folder that are split between calibration, sensitivity and validation, at least."""
+DEFAULTS = DataSettings()
+
+
+def sizes(num_images: int, has_validation: bool) -> dict[str, int]:
+    """Sizes of the sets that a folder has images for: the defaults, or an eighth for sensitivity and a quarter for calibration.
+
+    Args:
+        num_images: Images that these sets are taken from.
+        has_validation: Whether validation images are apart, so that none are left over for them.
+
+    Raises:
+        DataError: There are fewer than `LEAST_IMAGES`.
+    """
+    if num_images < LEAST_IMAGES:
+        raise DataError(f"the folder holds {num_images} images to calibrate and measure on; expected {LEAST_IMAGES} at least")
+    share = 3 if has_validation else 8
+    if num_images >= share * DEFAULTS.sensitivity_images:
+        sensitivity, calibration = DEFAULTS.sensitivity_images, DEFAULTS.calibration_images
+    else:
+        sensitivity, calibration = num_images // share, 2 * (num_images // share)
+    return {
+        "sensitivity_images": sensitivity,
+        "calibration_images": calibration,
+        "sample_blocks": min(DEFAULTS.sample_blocks, sensitivity),
+    }
+
+
+def render(network: str | None = None, data: str | None = None, of_data: Mapping[str, int] | None = None) -> str:
     """The YAML for the zoo's demo, or for a factory `package.module:function` and an image folder. Raises ConfigurationError.
 
-    Both arguments or neither: the zoo's images fit the zoo's network only.
+    Both or neither of `network` and `data`: the zoo's images fit the zoo's network only. `of_data`: `sizes` of the folder's sets.
     """
+    of_data = of_data or {name: getattr(DEFAULTS, name) for name in ("sensitivity_images", "calibration_images", "sample_blocks")}
+    lines = {name: f"{name}: {count}".ljust(35) for name, count in of_data.items()}
     if (network is None) != (data is None):
         given, absent = ("network", "data FOLDER") if data is None else ("data", "network package.module:function")
         raise ConfigurationError(f"--{given} is given without --{absent}; expected both, or neither for the zoo's demo")
     if network is None or data is None:
-        text = _TEMPLATE.format(network=_ZOO_NETWORK, data=_ZOO_DATA)
+        text = _TEMPLATE.format(network=_ZOO_NETWORK, data=_ZOO_DATA, **lines)
     else:
         # A JSON string is a YAML scalar whatever characters it holds.
         own_network = _FACTORY_NETWORK.format(network=json.dumps(network, ensure_ascii=False))
-        text = _TEMPLATE.format(network=own_network, data=_FOLDER_DATA.format(data=json.dumps(data, ensure_ascii=False)))
+        text = _TEMPLATE.format(network=own_network, data=_FOLDER_DATA.format(data=json.dumps(data, ensure_ascii=False)), **lines)
     parse_config(yaml.safe_load(text), "clado init")
     return text

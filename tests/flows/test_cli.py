@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import clado
 from clado.choosing.solvers import solve as solve_program
 from clado.data import zoo
+from clado.data.sources import load_data
 from clado.records.results import CHOSEN
 from clado.records.run_record import RunRecord
 from clado.run.opened_run import open_run
@@ -94,12 +95,38 @@ def test_init_writes_a_configuration_that_is_the_default(here):
     assert document["network"] == {"source": "zoo", "name": "resnet20_fashion_mnist"}
 
 
-def test_init_takes_a_network_and_a_folder_of_images(here):
-    call("init", "--network", "models:make", "--data", here / "photos", "-o", "mine.yaml")
+def with_factory(here: Path) -> str:
+    """Writes a module, and names its factory."""
+    (here / "models_of_init.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Linear(1, 1)\n")
+    return "models_of_init:make"
+
+
+@pytest.mark.parametrize(("folders", "expected"), [(("",), (15, 30, 15)), (("train", "val"), (40, 80, 16))])
+def test_init_takes_a_network_and_a_folder_and_writes_sizes_that_fit(here, folders, expected):
+    for folder in folders:
+        for k in range(120):
+            file = here / "photos" / folder / f"class{k % 2}" / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()  # only names are read
+    call("init", "--network", with_factory(here), "--data", here / "photos", "-o", "mine.yaml")
     document = yaml.safe_load((here / "mine.yaml").read_text())
-    assert document["network"] == {"source": "factory", "name": "models:make"}
+    assert document["network"] == {"source": "factory", "name": "models_of_init:make"}
     assert (document["data"]["source"], document["data"]["path"]) == ("folder", str(here / "photos"))
-    parse_config(document)
+    data = parse_config(document).data
+    assert (data.sensitivity_images, data.calibration_images, data.sample_blocks) == expected
+    cut_slices = load_data(data, (3, 8, 8))
+    assert min(len(cut_slices.calibration), len(cut_slices.sensitivity), len(cut_slices.validation)) > 0
+
+
+def test_init_refuses_a_factory_or_images_that_are_not_there(here):
+    (here / "few").mkdir()
+    (here / "few" / "0.png").touch()
+    factory = with_factory(here)
+    assert "has no function 'build'" in call("init", "--network", "models_of_init:build", "--data", here / "few", ends=2)
+    assert "no module 'nowhere'" in call("init", "--network", "nowhere:make", "--data", here / "few", ends=2)
+    assert "expected 16 at least" in call("init", "--network", factory, "--data", here / "few", ends=2)
+    assert "is not a folder" in call("init", "--network", factory, "--data", here / "nowhere", ends=2)
+    assert not (here / "clado.yaml").exists()
 
 
 def test_init_never_overwrites(here):

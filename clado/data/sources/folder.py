@@ -42,7 +42,15 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
 
     Only file names are read here; images are read when they are loaded.
     """
-    root = settings.path
+    return cut(settings, image_shape, *listings(settings.path))
+
+
+def listings(root: Path | None) -> tuple[Listing, Listing | None]:
+    """The images of a folder: all of them and None, or those of train/ and of val/.
+
+    Raises:
+        DataError: The folder is not there, holds no images, or has them where they are not expected.
+    """
     if root is None or not root.is_dir():
         raise folder_error(root, "one with a sub-folder of images for each class")
     train_and_val = (root / "train").is_dir() and (root / "val").is_dir()
@@ -51,7 +59,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
             f"{root} has class sub-folders one level down; expected both {root}/train and {root}/val, or the path of one of them"
         )
     training = _list(root, root / "train" if train_and_val else root)
-    return cut(settings, image_shape, training, _list(root, root / "val") if train_and_val else None)
+    return training, _list(root, root / "val") if train_and_val else None
 
 
 def training_slice(
