@@ -46,6 +46,11 @@ class EncodedImage(Protocol):
         """The whole file. Raises OSError."""
 
 
+def _numbers(values: Sequence[float]) -> str:
+    """One number for each channel."""
+    return ", ".join(f"{value:.6g}" for value in values)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize of the shorter side (antialiased), centre crop, pixels / 255, minus mean, divided by std."""
@@ -79,6 +84,14 @@ class Preprocessing:
                 f"data.resize is {resize} pixels; the crop needs {height} x {width}, so at least {max(height, width)}"
             )
         return cls((channels, height, width), resize, mean, std, settings.interpolation or "bilinear")
+
+    def __str__(self) -> str:
+        """In words, as a README says it."""
+        _, height, width = self.image_shape
+        return (
+            f"shorter side resized to {self.resize} pixels ({self.interpolation}), centre crop of {height} x {width}, "
+            f"pixels / 255, minus {_numbers(self.mean)}, divided by {_numbers(self.std)}"
+        )
 
     def __call__(self, encoded: EncodedImage) -> Tensor:
         """The image as float32 (C, H, W); UnreadableImage names one that cannot be read."""

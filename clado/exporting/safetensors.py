@@ -10,7 +10,7 @@ the packed codes.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ WEIGHTS, ASSIGNMENT, README = "weights.safetensors", "assignment.json", "README.
 FORMAT = "clado-export/1"
 
 
-def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_document: Mapping[str, Any], snippet: str) -> Path:
+def export_network(
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    assignment_document: Mapping[str, Any],
+    snippet: str,
+    facts: Sequence[str] = (),
+) -> Path:
     """Writes weights.safetensors, assignment.json and README.md into a folder.
 
     Replaces an earlier export.
@@ -38,6 +44,7 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
         state: The network's whole state dict. Its searched weights are already fake-quantized.
         assignment_document: The JSON object that `SearchSpace.to_json` makes.
         snippet: The Python code that loads the folder again.
+        facts: What the README says of inputs, outputs and accuracy, a line each.
 
     Returns:
         The folder.
@@ -74,7 +81,7 @@ def export_network(folder: Path, state: Mapping[str, torch.Tensor], assignment_d
     finally:
         temporary.unlink(missing_ok=True)
     write_text(folder / ASSIGNMENT, document)
-    write_text(folder / README, _readme(assignment_document, snippet))
+    write_text(folder / README, _readme(assignment_document, snippet, facts))
     return folder
 
 
@@ -139,7 +146,7 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _readme(document: Mapping[str, Any], snippet: str) -> str:
+def _readme(document: Mapping[str, Any], snippet: str, facts: Sequence[str]) -> str:
     activations = document.get("activation_bits", {})
     rows = [[" layer ", " bits ", " activation bits "], ["---"] * 3]
     rows += [[f" `{name}` ", f" {bits} ", f" {activations.get(name)} "] for name, bits in document["bits"].items()]
@@ -152,6 +159,9 @@ def _readme(document: Mapping[str, Any], snippet: str) -> str:
 
 {len(document["bits"])} layers, {document["average_bits"]:.3f} bits per searched weight on average.
 Packed, the searched weights take {document["size_bytes"]:,} bytes.
+
+{"".join(f"- {fact}{chr(10)}" for fact in facts)}
+To load it, in this folder:
 
 ```python
 {snippet.strip()}

@@ -297,19 +297,22 @@ def phase_times(record: RunRecord) -> str:
 
 
 def how_to_open(receipt: Receipt) -> str:
-    """The address of the run's page in MLflow, or the command that serves it.
+    """The address of the run's page in MLflow, or the command that serves it, and its address then.
 
-    In the folder of the database, the command needs no address.
+    In the folder of the database, the command needs no address. The pages are those of model training, not of GenAI.
     """
+    is_known = receipt.experiment_id and receipt.parent_run_id
+    page = (
+        f"/#/experiments/{receipt.experiment_id}/runs/{receipt.parent_run_id}?workflowType=machine_learning" if is_known else ""
+    )
     if receipt.uri.startswith(("http://", "https://")):
-        is_known = receipt.experiment_id and receipt.parent_run_id
-        page = f"/#/experiments/{receipt.experiment_id}/runs/{receipt.parent_run_id}" if is_known else ""
         return receipt.uri.rstrip("/") + page
     installed = Path(sys.executable).with_name("mlflow")
     command = shlex.quote(str(installed)) if shutil.which("mlflow") is None and installed.exists() else "mlflow"
     is_default = database_of(receipt.uri) == Path.cwd() / "mlflow.db"
     store = "" if is_default else f" --backend-store-uri {shlex.quote(receipt.uri)}"
-    return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui{store}"
+    served = f"\n{''.ljust(10)}then http://localhost:5000{page}" if page else ""
+    return f"MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true {command} ui{store}{served}"
 
 
 def locations(folder: Path, receipt: Receipt | None = None) -> str:

@@ -6,12 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 from clado.records.results import CHOSEN, Result
 from clado.records.run_record import RunRecord
-from clado.records.text import REPORT, write_text
+from clado.records.text import REPORT, percent, size_text, write_text
 from clado.settings.redaction import redact
 from clado.tracking import models
 from clado.tracking.metrics import child_metrics, curves, parent_metrics
@@ -97,7 +98,8 @@ class RecordContent:
         When all are whole, it registers the models.
         """
         logged = []
-        with sender.run(self.record.network, self._parent_tags()) as parent_id:
+        name = f"{self.record.network}, sweep" if "sweep" in self.tags else self.record.network
+        with sender.run(name, self._parent_tags(), span=self._span()) as parent_id:
             if self.record.data:
                 sender.client.log_inputs(parent_id, models.inputs(self.record, self.config.get("data", NOTHING)))
             sender.log_series(parent_id, curves(self.record, self.record.results))
@@ -107,8 +109,17 @@ class RecordContent:
             for result in self.record.results:
                 logged += self._send_child(sender, parent_id, result)
         for model in logged:
-            models.register(sender.client, model, self.record.recorded, self._model_tags(sender))
+            row = self.record.find(model.budget, CHOSEN)
+            text = "" if row is None else model_text(self.record, row)
+            models.register(sender.client, model, self.record.recorded, self._model_tags(sender), text)
             sender.progress.pending.remove(f"model of {model.budget}")
+
+    def _span(self) -> tuple[int, int] | None:
+        """When the run began and ended, in ms since 1970. None where its phases were not timed."""
+        if not self.record.seconds or not self.record.recorded:
+            return None
+        end = datetime.fromisoformat(self.record.recorded).timestamp()
+        return int(1000 * (end - sum(self.record.seconds.values()))), int(1000 * end)
 
     def _parent_tags(self) -> dict[str, str]:
         return {
@@ -176,6 +187,15 @@ class RecordContent:
             return []
         tags = self._model_tags(sender)
         return [models.log_model(sender.client, sender.experiment_id, run_ids, result.budget, folder, tags)]
+
+
+def model_text(record: RunRecord, row: Result) -> str:
+    """What a registered model is: bits, size and accuracy, beside those of the float network."""
+    text = f"{row.average_bits:.3f} bits a weight, {size_text(record.float_bytes)} → {size_text(row.size_bytes)}"
+    if row.validation is None or row.validation.top1 is None:
+        return text
+    before = percent(record.float_accuracy.top1)
+    return f"{text}, {record.top1_title} {before} → {percent(row.validation.top1)} % on {row.validation.num_images:,} images"
 
 
 def _child_item(result: Result) -> str:

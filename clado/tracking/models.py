@@ -129,6 +129,7 @@ def log_model(
         pyfunc.save_model(
             f"{temporary}/model", loader_module=LOADER, data_path=str(folder), mlflow_model=model,
             signature=ModelSignature(inputs_schema, outputs_schema),
+            input_example=np.zeros((1, *document["image_shape"]), np.float32),
             pip_requirements=document["requirements"],
         )  # fmt: skip
         client.log_model_artifacts(entity.model_id, f"{temporary}/model")
@@ -138,7 +139,7 @@ def log_model(
     return LoggedModel(entity.model_id, entity.artifact_location, run_ids[0], document["name"], budget)
 
 
-def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Mapping[str, str]) -> None:
+def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Mapping[str, str], description: str = "") -> None:
     """Registers a logged model as the next version of its network.
 
     The version gets the alias of its budget, unless the version of a newer run has it. A delivery
@@ -149,6 +150,7 @@ def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Ma
         model: The logged model.
         recorded: Time of the run, in ISO 8601 and UTC.
         tags: Tags of the version.
+        description: What it is, in words.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
@@ -161,7 +163,7 @@ def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Ma
     owner = client.get_registered_model(model.network).aliases.get(model.alias)
     version = client.create_model_version(
         model.network, model.location, model.run_id, model_id=model.model_id,
-        tags={**tags, "budget": model.budget, "recorded": recorded},
+        tags={**tags, "budget": model.budget, "recorded": recorded}, description=description or None,
     )  # fmt: skip
     versions = [{"name": model.network, "version": version.version}]
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})  # as MLflow's page expects

@@ -54,16 +54,19 @@ class Sender:
     """How far the attempt has come."""
 
     @contextmanager
-    def run(self, name: str, tags: Mapping[str, str], status: str = "FINISHED") -> Iterator[str]:
+    def run(
+        self, name: str, tags: Mapping[str, str], status: str = "FINISHED", span: tuple[int, int] | None = None
+    ) -> Iterator[str]:
         """An MLflow run around a block. The block gets its id.
 
         Args:
             name: Name of the run.
             tags: Tags of the run. They are redacted.
             status: Status of the run after the block. If the block raises, the status is FAILED.
+            span: When it began and ended, in ms since 1970. By default these are the times of sending.
         """
-        tags = trim({**tags, TAG: self.delivery})
-        run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
+        tags, (begin, end) = trim({**tags, TAG: self.delivery}), span or (None, None)
+        run_id = str(self.client.create_run(self.experiment_id, begin, tags=tags, run_name=name).info.run_id)
         self.progress.parent_id = self.progress.parent_id or run_id
         try:
             yield run_id
@@ -73,7 +76,7 @@ class Sender:
             except Exception as fault:  # the first fault is the one to report; the next attempt ends the run
                 log.debug("run %s stays open: %s", run_id, one_line(fault))
             raise
-        self.client.set_terminated(run_id, status)
+        self.client.set_terminated(run_id, status, end)
 
     def log(
         self,

@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from clado.data import zoo
+from clado.data.decoding import EncodedSlice
 from clado.errors import ConfigurationError, StoreError
 from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
 from clado.exporting.snippets import holds, write_snippet
 from clado.plugins import available
-from clado.records.text import file_name, write_text
+from clado.records.results import Accuracy
+from clado.records.text import file_name, percent, write_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 
@@ -39,7 +42,8 @@ def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -
     if kind == "safetensors":
         return export(run, assignment, folder), ""
     if kind in available("snippets"):
-        return write_snippet(folder, kind, run.space, assignment), ""
+        warning = lost_with(kind, run, assignment)
+        return write_snippet(folder, kind, run.space, assignment, warning), warning
     network, layers = run.preparation.deployed(assignment)
     document = run.space.to_json(assignment)
     if (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document):
@@ -75,11 +79,46 @@ def export(run: OpenedRun, assignment: Assignment, folder: Path) -> Path:
     if added:  # refused where a module takes none, or its forward would not read it
         as_module(network, {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()})
     replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
-    export_network(folder, state, document, loading_snippet(run, bool(added)))
+    export_network(folder, state, document, loading_snippet(run, bool(added)), facts(run, assignment))
     if replaced:  # what lies beside is of another assignment
         for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in available("snippets"))):
             (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def lost_with(peer: str, run: OpenedRun, assignment: Assignment) -> str:
+    """What a peer's file loses, for it carries bit-widths alone: both accuracies, counted where they are new."""
+    plain = assignment.with_corrections("none")
+    counts = run.evaluation.validation_counts([assignment, plain], lambda items: map(run.evaluation.count_batch, items))
+    ours, theirs = counts[assignment].accuracy(), counts[plain].accuracy()
+    if run.evaluation.representative(assignment) == run.evaluation.representative(plain):
+        return f"WARNING: {peer} chooses its own scales. As measured here: {_accuracy_text(ours)}."
+    return (
+        f"WARNING: only bit-widths travel. {peer} rounds to nearest, and clado's corrections are lost.\n"
+        f"As measured here: {_accuracy_text(ours)}.\nRounded to nearest: {_accuracy_text(theirs)}."
+    )
+
+
+def _accuracy_text(accuracy: Accuracy) -> str:
+    if accuracy.top1 is None or accuracy.top1_interval is None:
+        return f"KL from the float network {accuracy.loss:.4g} on {accuracy.num_images:,} images"
+    low, high = accuracy.top1_interval
+    return f"top-1 {percent(accuracy.top1)} % (95 %: {percent(low)} to {percent(high)}) on {accuracy.num_images:,} images"
+
+
+def facts(run: OpenedRun, assignment: Assignment) -> list[str]:
+    """What somebody needs who gets the exported folder alone: inputs, outputs, and accuracy where it has been measured."""
+    shape, validation = ", ".join(map(str, run.loaded.image_shape)), run.slices.validation
+    preprocessing = "pixels / 255" if not isinstance(validation, EncodedSlice) else str(validation.preprocessing)
+    if run.config.data.source == "zoo":
+        preprocessing = f"{preprocessing}, minus {zoo.MEAN}, divided by {zoo.STD}"
+    known = run.evaluation.cache("validation").get(run.evaluation.representative(assignment))
+    classes = validation.num_classes
+    return [
+        f"Input: float32 (images, {shape}): {preprocessing}",
+        "Output: logits" + (f" of {classes:,} classes" if classes else ""),
+        *([] if known is None else [f"Measured: {_accuracy_text(known.accuracy())}"]),
+    ]
 
 
 ADDING = """for name in state.keys() - network.state_dict().keys():  # biases that corrections gave to layers without one

@@ -386,7 +386,7 @@ def test_answers_are_evaluated_on_a_part_of_the_images(copied):
     text = call("evaluate", copied, "--images", 16)
     record = RunRecord.load(copied / "record.json")
     assert all(f"| {budget}" in text for budget in record.budgets)
-    hits = [0.16 * float(line.split("|")[6]) for line in text.splitlines() if " bits " in line]
+    hits = [0.16 * float(line.split("|")[6]) for line in text.splitlines()[2:] if line.startswith("|")]
     assert [round(count) for count in hits] == pytest.approx(hits, abs=0.01)  # whole images of 16
     assert listing(copied / "evaluations") == before
     assert "expected at most these" in call("evaluate", copied, "--images", 10**6, ends=2)
@@ -512,6 +512,17 @@ def test_evaluate_of_a_new_budget_measures_what_is_new_once(finished, copied):
     assert again.partition(ran)[0] == text.partition(ran)[0]
     assert [run.info.run_name for run in runs_of(copied)].count("3.25 bits evaluated") == 1
     assert listing(copied / "evaluations") == after
+
+
+def test_a_peers_file_says_what_it_loses_with_both_accuracies(finished, copied, tmp_path):
+    record = RunRecord.load(finished.folder / "record.json")
+    chosen = record.find(record.budgets[0], CHOSEN)
+    told = call("export", copied, "--budget", BUDGETS[0], "--format", "torchao", "-o", tmp_path / "peer")
+    text = (tmp_path / "peer" / "assignment_torchao.py").read_text()
+    for top1 in (chosen.validation.top1, chosen.validation_plain.top1):
+        assert f"top-1 {100 * top1:.2f} %" in told
+        assert f"top-1 {100 * top1:.2f} %" in text.partition('"""')[0]
+    assert "clado's corrections are lost" in told
 
 
 @pytest.mark.parametrize("bits", BUDGETS)

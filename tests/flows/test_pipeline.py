@@ -475,6 +475,16 @@ def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, added, tmp
     assert torch.equal(scope["network"][1].weight, state["1.weight"])
 
 
+def test_an_exported_readme_says_inputs_outputs_and_accuracy(finished, record):
+    for budget in record.budgets:
+        readme = (finished.folder / "exports" / budget.replace(" ", "_") / "README.md").read_text()
+        assert "Input: float32 (images, 1, 28, 28): pixels / 255, minus 0.286, divided by 0.353" in readme
+        assert "Output: logits of 10 classes" in readme
+        validation = record.find(budget, CHOSEN).validation
+        assert f"Measured: top-1 {100 * validation.top1:.2f} % (95 %: " in readme
+        assert f"on {validation.num_images:,} images" in readme
+
+
 def test_an_export_loads_back_with_its_snippet_and_has_the_recorded_accuracy(finished, record, slices, monkeypatch):
     x, y = slices.validation.load(0, 100)
     for budget in record.budgets:

@@ -123,8 +123,23 @@ def test_all_is_delivered_and_finished(tracked: Tracked, record: RunRecord) -> N
     assert receipt.spool is None
     assert not (tracked.files.folder / "mlflow-undelivered.json").exists()
     assert how_to_open(receipt).startswith("MLFLOW_DISABLE_TELEMETRY=true ")
-    assert how_to_open(receipt).endswith(f"mlflow ui --backend-store-uri '{receipt.uri}'")
+    command, address = how_to_open(receipt).splitlines()
+    assert command.endswith(f"mlflow ui --backend-store-uri '{receipt.uri}'")
+    assert address.endswith(f"/runs/{receipt.parent_run_id}?workflowType=machine_learning")
     assert receipt.uri == f"sqlite:///{tracked.files.folder}/mlflow.db"
+
+
+def test_a_run_lasts_as_long_as_it_took_and_a_sweep_is_called_one(tracked: Tracked, record: RunRecord, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    (parent,) = [run for run in tracked.runs if "mlflow.parentRunId" not in run.data.tags]
+    seconds = (parent.info.end_time - parent.info.start_time) / 1000
+    assert seconds == pytest.approx(sum(record.seconds.values()), abs=0.01)
+    assert parent.info.run_name == record.network
+    swept = replace(record, seconds={})
+    swept.save(tmp_path / "record.json")
+    receipt = track(swept, tmp_path, {}, uri=f"sqlite:///{tmp_path}/mlflow.db", tags={"sweep": "average_bits"})
+    assert MlflowClient(receipt.uri).get_run(receipt.parent_run_id).info.run_name == f"{record.network}, sweep"
 
 
 def test_parent_holds_network_settings_and_provenance(tracked: Tracked, record: RunRecord) -> None:
@@ -271,8 +286,12 @@ def aliases_of(uri: str) -> dict[str, Any]:
     }
 
 
-def test_every_budget_is_an_alias_of_the_registered_network(tracked: Tracked) -> None:
+def test_every_budget_is_an_alias_of_the_registered_network_and_says_what_it_is(tracked: Tracked, record: RunRecord) -> None:
     versions = aliases_of(tracked.receipt.uri)
+    for version in versions.values():
+        row = record.find(version.tags["budget"], "chosen")
+        assert f"{row.average_bits:.3f} bits a weight" in version.description
+        assert f"→ {100 * row.validation.top1:.2f} % on 10,000 images" in version.description
     assert {alias: version.tags["budget"] for alias, version in versions.items()} == {"2_5_bits": "2.5 bits", "4_bits": "4 bits"}
 
 
@@ -503,12 +522,14 @@ def test_redact(text: str, expected: str) -> None:
 
 def test_a_servers_run_is_opened_by_its_address() -> None:
     receipt = Receipt("http://127.0.0.1:5000/", "clado", "3", "abc", 1, True, 0.0)
-    assert how_to_open(receipt) == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+    assert how_to_open(receipt) == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
 
 
 def test_a_database_in_the_working_folder_is_opened_without_an_address(tmp_path: Path) -> None:
     receipt = Receipt(f"sqlite:///{tmp_path}/mlflow.db", "clado", "1", "abc", 1, True, 0.0)
-    assert how_to_open(receipt).endswith("mlflow ui")
+    command, address = how_to_open(receipt).splitlines()
+    assert command.endswith("mlflow ui")
+    assert address.split() == ["then", "http://localhost:5000/#/experiments/1/runs/abc?workflowType=machine_learning"]
 
 
 def test_telemetry_is_off_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:

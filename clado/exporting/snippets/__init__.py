@@ -38,9 +38,13 @@ def refuse_shared(model):
 '''
 
 
-def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment) -> Path:
-    """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path."""
+def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment, warning: str = "") -> Path:
+    """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path.
+
+    `warning` is a comment at its top.
+    """
     text = load("snippets", check_peer(peer)).snippet(space, assignment)
+    text = "".join(f"# {line}\n" for line in warning.splitlines()) + text
     document, assignment_file = space.to_json(assignment), folder / ASSIGNMENT
     if not assignment_file.is_file():
         write_text(assignment_file, json.dumps(document, indent=1))
