@@ -1,4 +1,4 @@
-"""What corrections are worth: networks × budgets × estimators × {measured plain, measured corrected} × corrections shipped.
+"""What corrections are worth, by network, budget, estimator, and whether layers were measured plain or corrected.
 
     python -m tests.benchmarks.bench_corrections measure [--network NAME] [--draws 3] [--jobs 2]   appends to corrections.jsonl
     python -m tests.benchmarks.bench_corrections table                                       writes CORRECTIONS.md and its plot
@@ -38,6 +38,7 @@ from clado.records.text import markdown_table
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOT = HERE / "corrections.jsonl", HERE / "CORRECTIONS.md", HERE.parents[1] / "docs" / "corrections.png"
@@ -180,9 +181,9 @@ def table() -> str:
     data, floats = rows(), float_figures()
     parts = [(__doc__ or "").split("\n\n")[0] + "\n"]
     parts.append("Top-1 in percent on the 10,000 test images, mean ± standard deviation over sensitivity draws of "
-                 f"{NUM_SENSITIVITY} images (one figure: one draw); {NUM_CALIBRATION} calibration images, no training.\n"
-                 f"Columns are what ships; `all` is {' + '.join(ALL)}. Measured: whether the matrix describes layers rounded to "
-                 "nearest or corrected ones.\n")  # fmt: skip
+                 f"{NUM_SENSITIVITY} images. A single figure is of one draw. {NUM_CALIBRATION} calibration images, no training. "
+                 f"Columns are the corrections that are deployed; `all` is {' + '.join(ALL)}. The column \"measured\" says "
+                 "whether the matrix describes layers rounded to nearest or corrected ones.\n")  # fmt: skip
     for name in NETWORKS:
         mine = [row for row in data if row["network"] == name]
         if not mine:
@@ -201,7 +202,7 @@ def table() -> str:
         parts.append(_verdicts(mine, top1))
     machines = Counter((row.get("device", "cpu"), row["torch"]) for row in data)
     parts.append("Cells by machine: " + "; ".join(f"{n:,} on {d}, torch {t}" for (d, t), n in machines.most_common()) + ".\n")
-    return "\n".join(parts)
+    return filled("\n".join(parts))
 
 
 def _figure(values: list[float]) -> str:
@@ -225,10 +226,10 @@ def _verdicts(mine: list[dict[str, Any]], float_top1: float) -> str:
              for b in BUDGETS}  # fmt: skip
     text = ", ".join(f"{b:g} bits {100 * float(np.mean(v)):.2f}" for b, v in drops.items() if v)
     return (
-        "With all corrections shipped, measuring under them is at least as good as measuring plain in "
-        f"{at_least} of {len(pairs)} cells by top-1 and in {lower} by loss; mean gain {np.mean(gains):.2f} points. "
-        f"In {noticeable} cells it is worse by more than {NOTICEABLE} points, at most by {-min(gains):.2f}; the other losses are "
-        "within the noise of 10,000 test images: with all corrections shipped, what the methods choose differs by little more. "
+        "Here all corrections are deployed. Measuring under them is then at least as good as measuring plain in "
+        f"{at_least} of {len(pairs)} cells by top-1, and in {lower} by loss. The mean gain is {np.mean(gains):.2f} points. "
+        f"In {noticeable} cells it is worse by more than {NOTICEABLE} points, at most by {-min(gains):.2f}. The other losses are "
+        "within the noise of 10,000 test images. What the methods choose differs by little more. "
         f"Points of top-1 below float (gauss_newton, measured corrected, all): {text}.\n"
     )
 

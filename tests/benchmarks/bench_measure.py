@@ -36,6 +36,7 @@ from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.storage.measurement_store import MeasurementStore
 from flows.clusters._dask import ALLOCATOR
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 SIZE, IMAGES, MANY, BITS, ROUNDS = 64, 16, 64, (2, 4, 8), 5
@@ -421,9 +422,10 @@ def report(results: Sequence[Result]) -> str:
         "",
         f"Machine: {machine()}.",
         "",
-        f"Setting: {SIZE} × {SIZE} pixels, bits {BITS}, all layers, all pairs, a sample block of {IMAGES} images ({MANY} in the "
-        "columns that say so), `kl_to_float`, one worker; a tile as the flow executes it, the checksummed Zarr write included. "
-        f"Laid out as `clado run` does on this machine: {', '.join(turned) or 'none'} in channels_last.",
+        f"Setting: {SIZE} × {SIZE} pixels, bits {BITS}, all layers, all pairs, `kl_to_float`, one worker. A sample block has "
+        f"{IMAGES} images, or {MANY} in the columns that say so. A tile is executed as in the flow, the checksummed Zarr write "
+        "included. Memory is laid out as `clado run` does on this machine: "
+        f"{', '.join(turned) or 'none'} in channels_last.",
         "",
         "| network | layers | pairs | floor s | pairs s | **pairs ÷ floor** (goal 1.25) | pairs ÷ least times | "
         "pairs ÷ suffix forwards | GFLOP/s of the floor's operators, whole network | at inference's batch | "
@@ -448,15 +450,16 @@ def report(results: Sequence[Result]) -> str:
     lines += [
         "",
         "- *floor*: Σ over pairs of the operators behind the cut, each at its best batch size of "
-        f"{', '.join(map(str, BATCHES))}: the median of its times within forwards of the whole network.",
+        f"{', '.join(map(str, BATCHES))}. An operator's time is the median within forwards of the whole network.",
         "- *least times*: the same with the least time of each operator, which no forward attains for all of them.",
         "- *suffix forwards*: Σ over pairs of one run of everything behind the cut, at its best batch size.",
-        "- *inference*: the module itself, batch norm folded, in inference mode at its best batch size: medians of "
+        "- *inference*: the module itself, batch norm folded, in inference mode at its best batch size. Times are medians of "
         "forwards that take turns with the floor's. Its one batch does not suit every operator, so the floor's rate is the "
-        "higher one; *at inference's batch* is the rate of the floor's operators at that one batch.",
-        "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
-        "- *outside forwards*: everything but operators, of the pairs' time; the profile below.",
-        "- *speed*: the machine's least and greatest speed meanwhile, of the one at first. All times are scaled to it: a run "
+        "higher one. *At inference's batch* is the rate of the floor's operators at that one batch.",
+        "- *swapping*: two weights are copied into the module, it runs whole at its best batch size, and the weights are copied "
+        "back.",
+        "- *outside forwards*: the share of the pairs' time that is not spent in operators; the profile below.",
+        "- *speed*: the machine's least and greatest speed meanwhile, over the one at first. All times are scaled to that. A run "
         f"from the middle of the network is timed again after every {SteadyClock.EVERY:g} s.",
         "",
         "## Profile of the pairs",
@@ -472,9 +475,9 @@ def report(results: Sequence[Result]) -> str:
         "",
         "## Estimators of single options",
         "",
-        "Their cost over that of one forward from the cut of each option's layer on (goal 1.15), and over the floor's operators. "
-        f"Forwards and tiles take turns: medians of {ROUNDS} rounds. A `gram` tile, which gauss_newton reads, holds what "
-        "layerwise reads.",
+        "Their cost is given over that of one forward from the cut of each option's layer on (goal 1.15), and over the floor's "
+        f"operators. Forwards and tiles take turns, and figures are medians of {ROUNDS} rounds. A `gram` tile, which "
+        "gauss_newton reads, holds what layerwise reads.",
         "",
         f"| network | gauss_newton, {MANY} images | {IMAGES} images | layerwise, {MANY} images | {IMAGES} images | "
         f"over the operators: gauss_newton, {MANY} images | layerwise, {MANY} images |",
@@ -489,8 +492,8 @@ def report(results: Sequence[Result]) -> str:
         "",
         "## Batch size",
         "",
-        "Seconds for an image of a run resumed at a layer, relative to the best batch. A run is fastest while batch × values of "
-        "one image stay within the 32 MB that the cache holds and the batch is large; the default follows from that.",
+        "Seconds for an image of a run resumed at a layer, relative to the best batch. A run is fastest while the batch is "
+        "large, and batch × values of one image stay within the 32 MB that the cache holds. The default follows from that.",
         "",
         "| network, resumed at | MB an image | " + " | ".join(map(str, BATCHES)) + " |",
         "|---|" + "--:|" * (1 + len(BATCHES)),
@@ -498,7 +501,7 @@ def report(results: Sequence[Result]) -> str:
     for r in results:
         for layer, peak, times in r.sweep:
             lines.append(f"| {r.name} {layer} | {peak:.2f} | " + " | ".join(f"{t:.2f}" for t in times) + " |")
-    return "\n".join(lines) + "\n"
+    return filled("\n".join(lines) + "\n")
 
 
 def main() -> None:

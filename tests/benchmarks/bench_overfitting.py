@@ -21,6 +21,7 @@ from clado.quantization.sweep import Sweep, calibration_blocks, joined
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import machine
 from tests.benchmarks.bench_preparing import network_of, photographs
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 CALIBRATION, JUDGED = 256, 400  # photographs
@@ -78,7 +79,7 @@ def main() -> None:
         f"classifier alone is quantized, on {CALIBRATION}\ncalibration photographs. Output statistics are matched in every row. "
         f"KL divergence from the float network, with its standard\nerror. Machine: {machine()}.\n\n{body}\n"
     )
-    (HERE / "OVERFITTING.md").write_text(page, encoding="utf-8")
+    (HERE / "OVERFITTING.md").write_text(filled(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

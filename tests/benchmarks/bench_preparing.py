@@ -21,6 +21,7 @@ from clado.quantization import sweep
 from clado.quantization.preparation import Recipe, equalized, layer_inputs, prepare, prepare_layer
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import by_name, machine
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 CORRECTIONS = ("equalization", "gptq", "output_statistics")
@@ -148,7 +149,7 @@ def main() -> None:
             f"{JUDGED} others with standard errors; those of differences are paired.\n",
             rows_table(images),
         ]
-    (HERE / "PREPARING.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    (HERE / "PREPARING.md").write_text(filled("\n".join(parts) + "\n"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from flows import clusters, worker
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
 from flows.phases import measure
 from tests.benchmarks.bench_measure import machine
+from tests.benchmarks.pages import filled
 from tests.system.running import free_port
 
 HERE = Path(__file__).parent
@@ -188,8 +189,8 @@ def many_tiles(folder: Path) -> str:
     return "\n".join([
         f"## {tiles:,} tiles on {WORKERS} workers",
         "",
-        f"{1e3 * whole.seconds / tiles:.1f} ms a tile from the first one submitted to the last receipt (goal 10), "
-        f"{1e3 * bare.seconds / tiles:.1f} ms where the task does nothing at all, not even open the store and write a chunk. "
+        f"A tile takes {1e3 * whole.seconds / tiles:.1f} ms, from the first one submitted to the last receipt (goal 10). It "
+        f"takes {1e3 * bare.seconds / tiles:.1f} ms if the task does nothing at all, not even open the store and write a chunk. "
         f"CPU time a tile: scheduler {spent[0]:.1f} ms, flow {spent[1]:.1f} ms, workers {sum(spent[2:]):.1f} ms.",
         "",
         markdown_table(["tiles received", "scheduler, MB", "flow, MB"], rows),
@@ -257,8 +258,8 @@ def own_tiles(folder: Path) -> str:
     return "\n".join([
         "## Two workers against one, one against a plain loop",
         "",
-        f"The {tiles} tiles of the demo's network on {IMAGES} images, seconds from the first tile submitted to the last receipt, "
-        f"{ROUNDS} rounds of all three in turn.",
+        f"The {tiles} tiles of the demo's network on {IMAGES} images, {ROUNDS} rounds of all three in turn. Seconds are from "
+        "the first tile submitted to the last receipt.",
         "",
         markdown_table(["", "rounds", "best"], rows),
         "",
@@ -280,8 +281,8 @@ def command(folder: Path) -> str:
     return "\n".join([
         "## Start-up and shutdown",
         "",
-        f"{up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45): imports, the network's export, Prefect's "
-        f"embedded server, Dask, workers, sessions, and their end. It prints: `{line}`",
+        f"They take {up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45). That is imports, the network's "
+        f"export, Prefect's embedded server, Dask, workers, sessions, and their end. It prints: `{line}`",
     ])  # fmt: skip
 
 
@@ -307,7 +308,7 @@ def main() -> None:
     ])  # fmt: skip
     print(page)
     if asked.only is None:
-        write_text(HERE / "SCALE.md", page + "\n")
+        write_text(HERE / "SCALE.md", filled(page + "\n"))
 
 
 if __name__ == "__main__":

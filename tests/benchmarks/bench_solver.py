@@ -23,6 +23,7 @@ import numpy as np
 
 from clado.choosing import constraints, pareto, solvers
 from clado.choosing.program import Convexity, Program
+from tests.benchmarks.pages import filled
 from tests.benchmarks.solver_instances import FAMILIES, MEASURED_ESTIMATORS, MEASURED_NETWORKS, instance, measured
 
 HERE = Path(__file__).parent
@@ -168,13 +169,14 @@ def table() -> str:
         "",
         f"Machine: {processor()}, one core of {os.cpu_count()}; Python {platform.python_version()}.",
         "Command: `python -m tests.benchmarks.bench_solver`. Relative tolerance 1e-6; start, convexification and proof included.",
-        "Each cell is the worst of its programs: seconds (CPU seconds; nodes), or the gap left at the time limit.",
+        "",
+        "Each cell is the worst of its programs. It has seconds (CPU seconds; nodes), or the gap left at the time limit.",
         "",
         "## Synthetic matrices",
         "",
-        "Real layer sizes, structure as in `solver_instances.py`; three seeds, budgets of 3, 4 and 5 average bits; lowrank has",
-        "no goal and one seed. 'naive' is SCIP with a quadratic epigraph on the same program (seed 0, 4 bits): how many times",
-        "longer it took, in CPU seconds; '>' when it was stopped unfinished.",
+        "Layer sizes are real, and the structure is that of `solver_instances.py`. Three seeds, budgets of 3, 4 and 5 average",
+        "bits. The family lowrank has no goal and one seed. Naive is SCIP with a quadratic epigraph on the same program (seed 0,",
+        "4 bits). Its column says how many times longer it took, in CPU seconds, with > if it was stopped unfinished.",
         "",
         "| instance | goal | matrix | weak | medium | strong | lowrank | naive (weak, medium, strong) |",
         "|---|---|---|---|---|---|---|---|",
@@ -215,7 +217,7 @@ def table() -> str:
     for convexity in CONVEXITIES:
         cells = [front_cell(fronts.get((family, convexity))) for family in GOALS]
         lines.append(f"| {convexity} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return filled("\n".join(lines) + "\n")
 
 
 def front_cell(record: dict[str, Any] | None) -> str:

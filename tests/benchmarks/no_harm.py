@@ -1,4 +1,4 @@
-"""What each correction does: alone, in pairs and all, against bits and calibration images, on images that it has not seen.
+"""What each correction does alone, in pairs and with all, on images that it has not seen.
 
     python -m tests.benchmarks.no_harm measure --network resnet20_fashion_mnist     appends to no_harm.jsonl
     python -m tests.benchmarks.no_harm measure --network efficientnet_lite0 --photos FOLDER
@@ -34,6 +34,7 @@ from clado.records.text import markdown_table
 from clado.run.opened_run import open_run
 from clado.settings.loading import load_run_config, parse_config
 from clado.space import Assignment
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 DATA, TABLE = HERE / "no_harm.jsonl", HERE / "NO_HARM.md"
@@ -61,18 +62,18 @@ crops. So it is not the crops of training that are missing. On Fashion-MNIST's n
 and cancels. Each channel of a batch norm's output gets the float network's mean and deviation. At 8 bits the loss
 falls below that of plain rounding. At 4 bits it is lower than the former rule's by a fifth to a half, and 64 images do
 nearly as well as 512 (R reads 128 at most). In one place the former rule is better: EfficientNet-Lite0 at 3 bits without
-any other correction, by 12 % with 128 or 256 images.
-Other rules, shrinkage and acceptance layer by layer on images held back were tried and not kept: docs/lab-log.md has figures.
+any other correction, by 12 % with 128 or 256 images. Other rules, shrinkage, and acceptance layer by layer on images held
+back were tried and not kept. docs/lab-log.md has figures.
 
 **Behind `gptq` and `output_statistics` re-estimation still lowers the loss of Fashion-MNIST's networks**, most at 2 and 3
-bits, and that of EfficientNet-Lite0 at uniform bits. At the mixed bits that a default run finds for EfficientNet-Lite0 it
-changes top-1 by less than its noise and raises the loss by 5 to 15 %: probabilities become less confident, classes stay.
-A run measures what it chooses without re-estimation too, and the default runs below were
+bits, and that of EfficientNet-Lite0 at uniform bits. It was also tried at the mixed bits that a default run finds for
+EfficientNet-Lite0. There it changes top-1 by less than its noise and raises the loss by 5 to 15 %. Probabilities become less
+confident, and classes stay. A run measures what it chooses without re-estimation too, and the default runs below were
 deployed without it.
 
-Names: E equalization, G gptq, A adaround, O output statistics, R batch-norm re-estimation, seen: batch norm's statistics
-replaced by those seen, as R did before. Equalization and
-adaround were tried with 256 images only; a dash: not measured.
+Names: E equalization, G gptq, A adaround, O output statistics, R batch-norm re-estimation. "Seen" replaces batch norm's
+statistics by those of the calibration images, as R did before. Equalization and adaround were tried with 256 images only. A
+dash means not measured.
 """
 
 
@@ -226,7 +227,7 @@ def table() -> str:
     parts += _runs([r for r in data if "run" in r])
     versions = ", ".join(sorted({r["torch"] for r in data if "torch" in r}))
     parts.append(f"Measured on two cores of an AMD EPYC (AVX-512) without a GPU, torch {versions}.\n")
-    return "\n".join(parts)
+    return filled("\n".join(parts))
 
 
 def _network(name: str, data: Sequence[Mapping[str, Any]]) -> list[str]:

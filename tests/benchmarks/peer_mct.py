@@ -268,23 +268,25 @@ def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, 
 
 TEXT = """# Against Sony's Model Compression Toolkit
 
-Written by `tests/benchmarks/peer_mct.py`; MCT's figures, with the bits of every layer, are in `peer_mct.jsonl`.
+Written by `tests/benchmarks/peer_mct.py`. MCT's figures, with the bits of every layer, are in `peer_mct.jsonl`.
 
-The zoo's `{network}`: the same weights; 22 layers of {bits} bits each, first and last included; weights only,
-one scale for each channel, biases in float; {calibration}. Top-1 in percent on
-{images}, cross entropy in brackets; float: {float_}. A budget limits the bytes of the
-searched weights, Σ n·b / 8; MCT gets the same number as its weights memory, and what it reports is what its bits add up to.
+Both quantize the zoo's `{network}`, with the same weights and {calibration}. 22 layers have {bits} bits each,
+first and last included. Only weights are quantized, with one scale for each channel. Biases stay in float. Top-1 in percent
+on {images}, cross entropy in brackets; float: {float_}. A budget limits the bytes of the searched weights, Σ n·b / 8. MCT gets
+the same number as its weights memory. What it reports is what its bits add up to.
 
-MCT's own final network is of its post-training quantization, bias correction on. "MCT, integers" is the best *at that budget, on
-the test images*, of its weight quantizers with integer grids ({grids}), all else as it
-ships; "MCT, any setting" the best of everything below. The gains are clado's over the first and over the second.
+MCT's own final network is that of its post-training quantization, with bias correction. The column "MCT, integers" has
+the best of its weight quantizers with integer grids ({grids}), with all else as it ships. The best is picked *at that budget,
+on the test images*. The column "MCT, any setting" has the best of everything below. The gains are clado's over the first
+and over the second.
 
 {main}
 
-Of {budgets} budgets clado is at least as good as MCT with integer grids at {ahead} by top-1 and {lower} by loss, and as the best
-of all of MCT's settings at {ahead_of_all} by top-1 and {loss_of_all} by loss. A top-1 of 94 % on 10,000 images has a
-standard error of 0.24 points; differences have rather less, the images being the same. MCT's bits under our grids and corrections
-do at least as well as clado's own bits at {bits_alone} of {budgets} by top-1: there the choice of bits gains nothing.
+Of {budgets} budgets clado is at least as good as MCT with integer grids at {ahead} by top-1 and {lower} by loss. It is at
+least as good as the best of all of MCT's settings at {ahead_of_all} by top-1 and {loss_of_all} by loss. A top-1 of 94 % on
+10,000 images has a standard error of 0.24 points. Differences have rather less, because the images are the same. MCT's bits
+under our grids and corrections do at least as well as clado's own bits at {bits_alone} of {budgets} by top-1. There the
+choice of bits gains nothing.
 
 ## MCT's settings
 
@@ -292,28 +294,28 @@ do at least as well as clado's own bits at {bits_alone} of {budgets} by top-1: t
 
 {all}
 
-{unmeasured}`lookup_table` is not a grid of integers: a weight is one of 4 or 16 values of 8 bits that its layer
-is free to choose, times the scale of its channel, so that arithmetic on the codes themselves is out.
+{unmeasured}The setting `lookup_table` is not a grid of integers. A weight is one of 4 or 16 values of 8 bits, times
+the scale of its channel. The layer is free to choose the values. So there is no arithmetic on the codes themselves.
 
 ## What is not equal
 
 For clado:
 
-- It measures on {sensitivity} unlabelled images beside the calibration images{labels}. MCT has the calibration
-  images alone, and as deployed searches bits on the first 32 of them (`all_images`: on all of them).
-- Its network has the corrections {corrections};
-  MCT's as deployed has bias correction. "MCT's bits, ours else" puts the bits of "MCT, integers" under our grids and
-  corrections: what is left between that and clado's is the choice of bits.{rounding}{more}
-- It measures its final candidates, keeps the best one on the sensitivity images, and takes longer: {our_seconds:.0f} s for all
-  budgets with {threads}, evaluation included. MCT: {fastest:.0f} to {slowest:.0f} s a budget with one thread ("MCT, integers"),
-  evaluation not included, on a machine that had other work.
+- It measures on {sensitivity} unlabelled images beside the calibration images{labels}. MCT has the calibration images alone. As
+  deployed it searches bits on the first 32 of them (`all_images`: on all of them).
+- Its network has the corrections {corrections}. MCT's as deployed has bias correction. The column "MCT's bits, ours else" puts
+  the bits of "MCT, integers" under our grids and corrections. The difference to clado's is then the choice of bits
+  alone.{rounding}{more}
+- It measures its final candidates and keeps the best one on the sensitivity images. That takes longer: {our_seconds:.0f} s for
+  all budgets with {threads}, evaluation included. MCT takes {fastest:.0f} to {slowest:.0f} s a budget with one thread ("MCT,
+  integers"), evaluation not included, on a machine that had other work.
 - MCT is made for one target that rounds activations to 8 bits, and offers a gradient-based method (its "GPTQ")
   where post-training quantization loses too much, as at 2 bits. It is not in "MCT, integers".
 
 For MCT:
 
-- Its symmetric grid of b bits has 2^b values (−2, −1, 0, 1 times the scale at 2 bits), ours 2^b − 1 (−1, 0, 1): we pay for a
-  code that we leave unused.{affine}
+- Its symmetric grid of b bits has 2^b values (−2, −1, 0, 1 times the scale at 2 bits). Ours has 2^b − 1 (−1, 0, 1). We pay
+  for a code that we leave unused.{affine}
 - Its quantizer, and the best of its settings, are chosen on the test images; ours chose nothing on them.
 - Scales are not counted in bytes: {scales}
   A table of `lookup_table`, at most 16 bytes a layer, is not counted either.{activations}
@@ -343,6 +345,7 @@ def table(run: Path) -> str:
     import clado
     from clado.quantization.preparation import names_of
     from clado.records.text import markdown_table, percent
+    from tests.benchmarks.pages import filled
 
     def figure(top1: float, loss: float) -> str:
         return f"{percent(top1)} ({loss:.3f})"
@@ -385,7 +388,7 @@ def table(run: Path) -> str:
     widths, channels = ", ".join(map(str, config.activations.bits)), sum(layer.num_channels for layer in opened.space.layers)
     seconds = [row["seconds"] for row in peers.values()]
     workers, threads = config.cluster.workers, config.cluster.threads_per_worker
-    return TEXT.format(
+    text = TEXT.format(
         network=NETWORK,
         bits=", ".join(map(str, BITS[:-1])) + f" or {BITS[-1]}",
         calibration=f"the same {CALIBRATION_IMAGES} calibration images"
@@ -424,6 +427,7 @@ def table(run: Path) -> str:
         clado=clado.__version__,
         torch=torch.__version__,
     )
+    return filled(text)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from clado.records.results import CHOSEN
 from clado.records.run_record import RunRecord
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import machine
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 ROOT, CELLS, PAGE = HERE.parents[1], HERE / "imagenet", HERE / "IMAGENET.md"
@@ -167,7 +168,7 @@ def write_page() -> None:
             f"Machine: {machines}.\n\n{setting_table(of_setting)}\n\nChosen minus others on the same photographs; in how many "
             f"draws beyond the paired 95 % interval.\n\n{comparison_table(of_setting)}\n"
         )
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    PAGE.write_text(filled("\n".join(parts)), encoding="utf-8")
 
 
 def main() -> None:

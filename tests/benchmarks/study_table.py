@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clado.records.text import markdown_table
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"
@@ -218,13 +219,14 @@ def seconds(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 INTRODUCTION = """# The study's figures
 
-Written by `python -m tests.benchmarks.study_table` from study.jsonl, which holds every answer and to which
-`python -m tests.benchmarks.study measure` appends (`make study` does all). What they say: docs/where-interactions-help.md.
+Written by `python -m tests.benchmarks.study_table` from study.jsonl, which holds every answer.
+`python -m tests.benchmarks.study measure` appends to it, and `make study` does all.
+[Where interactions help](../../docs/where-interactions-help.md) says what the figures mean.
 
-Top-1 is of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of `chosen` was picked
-by them; "unseen" are images that no rule was picked on. A difference is a mean in points of top-1 over all cells and the budgets
-of 2.25 to 3.5 bits, paired, with its 95 % bootstrap interval over networks and draws. After ±: the standard deviation of draws.
-w248 are the bits (2, 4, 8), w23468 the bits (2, 3, 4, 6, 8), a8 activations of 8 bits.
+Top-1 is of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of `chosen` was
+picked by them. "Unseen" are images that no rule was picked on. A difference is a mean in points of top-1 over all cells and
+the budgets of 2.25 to 3.5 bits. It is paired, with its 95 % bootstrap interval over networks and draws. After ± is the
+standard deviation of draws. w248 are the bits (2, 4, 8), w23468 the bits (2, 3, 4, 6, 8), a8 activations of 8 bits.
 """
 
 
@@ -236,14 +238,16 @@ def page(lines: list[dict[str, Any]]) -> str:
     count: dict[tuple[str, int], int] = defaultdict(int)
     for _, space, _, images, _ in found:
         count[space, images] += 1
-    cells = "; ".join(f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items()))
+    spaces, sizes = (sorted({key[part] for key in count}) for part in (0, 1))
+    cells = [[space, *(str(count.get((space, size), "–")) for size in sizes)] for space in spaces]
     devices = ", ".join(sorted({device for row in rows for device in row["devices"]}))
     spent, (again, _) = costs(rows, SETTINGS), costs(map(with_statistics, rows), ["corrected"])["chosen"]
     headers = ["against", "answers", "points above it", f"lost by > {MARGIN}", "worst"]
     shown = ("uniform", "layerwise", "pairwise", "gauss_newton", "chosen")
     parts = [
         INTRODUCTION,
-        f"{len(found)} cells, on {devices}: {cells}.\n",
+        f"{len(found)} cells, on {devices}.\n",
+        markdown_table(["cells", *(f"{size} images" for size in sizes)], cells) + "\n",
         "## `chosen` against the others, plain\n",
         markdown_table([*headers, f"{num_unseen:,} unseen images"], comparison(found, "plain", unseen)),
         "\n## `chosen` against the others, corrected\n",
@@ -252,14 +256,14 @@ def page(lines: list[dict[str, Any]]) -> str:
         markdown_table(*ways(found)),
         "\n## Points above layerwise by network, and what a method costs\n",
         markdown_table(*by_network(found, spent)),
-        f"\nLayerwise takes {spent['layerwise'][0]} of pairwise's forward images. In the corrected cells `chosen` takes {again},",
-        f"where the {NUM_CALIBRATION} calibration images count on which batch-norm statistics are measured for every assignment",
-        "that it measures. Pairs are measured without that. Seconds of measuring 64 images (on a CPU: one thread):\n",
+        f"\nLayerwise takes {spent['layerwise'][0]} of pairwise's forward images. In the corrected cells `chosen` takes {again}.",
+        f"There the {NUM_CALIBRATION} calibration images count on which it measures batch-norm statistics for every assignment.",
+        "Pairs are measured without that.\n\nSeconds of measuring 64 images (on a CPU: one thread):\n",
         markdown_table(["device", "network", *KINDS], seconds(lines)),
         "\n## Top-1 in percent, 256 images, bits (2, 4, 8)\n",
         markdown_table(["network", "bits", *shown], top1(found, shown)),
     ]
-    return "\n".join(parts) + "\n"
+    return filled("\n".join(parts) + "\n")
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
