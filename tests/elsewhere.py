@@ -1,7 +1,7 @@
 """A device that only refuses: tensors that compute on the CPU and say that they are elsewhere.
 
 As on a GPU, an operator that is given tensors of both places raises, and so does NumPy. So what would fail on a GPU fails in
-tests that have none. `lazy` is a device that torch knows by name in every build, and that nothing else here uses.
+tests that have none. The device `lazy` is one that torch knows by name in every build, and that nothing else here uses.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 Rounding moves a result by at most eps / 2 of itself. Three rules say what it does to larger computations:
 
-- A sum of n terms is off by at most n · eps / 2 of the sum of the terms' absolute values, in any order of
-  the terms, with vectors of any width (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+- A sum of n terms is off by at most n · eps / 2 of the sum of the terms' absolute values. This holds in any order
+  of the terms, with vectors of any width. (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.)
 - In a forward pass roundings have random signs. A sum of n products of similar size is then off by about
   √n · eps of its size. The roundings of the operators add up.
 - An eigenvalue of a symmetric matrix moves by at most the Frobenius norm of what the matrix is off by (Weyl).

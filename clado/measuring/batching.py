@@ -30,9 +30,12 @@ def batching(
 ) -> Batching:
     """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
 
-    A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what the processor runs
-    fast, and a pass at least. A run takes a quarter of `limit_bytes` at most: operators' own buffers are as large as their values
-    again, and stored prefixes need the rest. ConfigurationError where one image does not fit.
+    A run is fastest while its values stay in the cache and its batch is large. So by default a batch is what the processor runs
+    fast, and a pass at least. A run takes a quarter of `limit_bytes` at most. Buffers of operators are as large as their values
+    again, and stored prefixes need the rest.
+
+    Raises:
+        ConfigurationError: One image does not fit.
     """
     if batch_images is not None and batch_images < 1:
         raise ConfigurationError(f"batch_images is {batch_images}; expected at least 1")

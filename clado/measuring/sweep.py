@@ -28,8 +28,8 @@ class Stack:
 def sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State, end: int) -> Iterator[tuple[int, list[Stack]]]:
     """Yields (layer, stacks of the rows of earlier layers, at this layer's cut) for every layer behind the first row, to `end`.
 
-    Where `end` is the number of layers, stacks are finished runs: each is run to the end as soon as it is full, while its values
-    are in the cache, and yielded once. What is left is yielded behind the last layer.
+    If `end` is the number of layers, stacks are finished runs. Each is run to the end as soon as it is full, while its values are
+    in the cache. It is yielded once. What is left is yielded behind the last layer.
 
     Args:
         bench: Network and quantized layers.

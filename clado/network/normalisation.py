@@ -24,6 +24,7 @@ class NormStatistics:
     variance: str
     """Name of the buffer of the running variance."""
     eps: float
+    """What is added to the variance."""
     trained: Moments
     """What the network has."""
     seen: Moments

@@ -84,8 +84,11 @@ class RunIdentity:
         return fingerprint([self.document, slices.sensitivity.sha256, len(slices.validation)])
 
     def open_store(self) -> MeasurementStore:
-        """The run's store, made where there is none and grown where images were added; IdentityMismatch where it holds other
-        numbers."""
+        """The run's store. It is made if there is none, and grows if images were added.
+
+        Raises:
+            IdentityMismatch: The folder holds a store of other numbers.
+        """
         path, plan = self.inputs.store_path, self.inputs.plan
         if not exists(path):
             return MeasurementStore.create(path, plan, self.document, self.coverage, self.provenance)

@@ -111,8 +111,11 @@ def loading_snippet(run: OpenedRun, adds_biases: bool = False) -> str:
 
 
 def _built(run: OpenedRun) -> str:
-    """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
-    change of normalisation that published weights need."""
+    """The arguments with which sources/torchvision.py built the network, as text.
+
+    They are the size of a vision transformer that is not built for 224 pixels, and a change of normalisation that published
+    weights need.
+    """
     if run.config.network.source != "torchvision":
         return ""
     size = run.loaded.image_shape[1]

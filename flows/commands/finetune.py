@@ -34,11 +34,14 @@ HELD_OUT, MOST_HELD_OUT = 0.2, 3000  # of the training images
 
 @dataclass(frozen=True)
 class Images:
-    """What a fine-tuning reads: images to train on, images held out of them that decide when it ends, and where they are from."""
+    """What a fine-tuning reads."""
 
     training: ImageSlice
+    """Images to train on."""
     held_out: ImageSlice
+    """Images that decide when it ends, and that are not trained on."""
     origin: str
+    """Where the images are from."""
 
 
 def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
@@ -80,8 +83,11 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
 
 
 def _unreadable(run: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
-    """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
-    or where one does not fit the network."""
+    """Which images cannot be read. Each is decoded once, before hours are spent.
+
+    Raises:
+        DataError: They are more than the run allows, or one does not fit the network.
+    """
     allowed, unreadable = run.config.data.max_corrupt_images, dict[int, str]()
     check_slice(images, run.loaded.image_shape, outputs, unreadable=unreadable if allowed else None)
     if len(unreadable) > allowed:
@@ -97,8 +103,11 @@ def folder_of(stored: StoredRun, budget: str) -> Path:
 def train(
     stored: StoredRun, run: OpenedRun, budget: str, assignment: Assignment, training: Training, images: Images
 ) -> tuple[str, Receipt | None]:
-    """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt, None for a run
-    without a record, below which it would stand)."""
+    """Trains, evaluates on the validation set, and writes RUN/finetuned/BUDGET.
+
+    Returns:
+        What to print, and MLflow's receipt. The receipt is None if the run has no record, below which it would stand.
+    """
     begin, folder = time.perf_counter(), folder_of(stored, budget)
     network, layers = run.preparation.deployed(assignment)
     as_module(network, layers)  # what could not be written is refused before hours are spent

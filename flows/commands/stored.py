@@ -50,8 +50,11 @@ class StoredRun:
     """The configuration and the measurements of a run's folder."""
 
     folder: Path
+    """The folder of the run."""
     config: RunConfig
+    """Its settings, as it kept them."""
     measured: Measured
+    """What its store holds."""
 
     @classmethod
     def open(cls, folder: Path) -> "StoredRun":
@@ -222,8 +225,11 @@ def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
 
 
 def answers(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Result]:
-    """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, as long as it is measured to be
-    what it was: what is exported is what the record says."""
+    """`chosen_among` the proposals of some budgets.
+
+    What the run itself chose stays chosen, as long as it is measured to be what it was. So what is exported is what the record
+    says.
+    """
     rows = chosen_among(run, proposals_of(stored, run, wanted))
     before: dict[str, Result] = {}
     if solved := {proposal.budget.name for proposal in recorded(stored, run)}:

@@ -7,10 +7,11 @@ arXiv 1512.03385, with the stride in the 3 × 3 convolution; random weights, sin
 
     python -m tests.benchmarks.bench_gpu --images 64 --numeric tf32 --channels-last --state gpu-64.json
 
-Each call works for at most --minutes (8), writes what it did to --state after every sample block, and prints the sums so far;
-call it again until it says `complete`. Seconds are sums over blocks, with the device synchronised around each; a block's `pairs`
-are measured in row tiles, so that a piece ends in time. Printed at the end: seconds, achieved TFLOP/s, ratio to the floor
-(Σ over pairs of the operators behind the cut, each at its best batch size, measured in the same call), and peak memory.
+Each call works for at most --minutes (8). It writes what it did to --state after every sample block, and prints the sums so
+far. Call it again until it says `complete`. Seconds are sums over blocks, with the device synchronised around each. A block's
+`pairs` are measured in row tiles, so that a piece ends in time. At the end it prints seconds, achieved TFLOP/s, the ratio to the
+floor, and peak memory. The floor is Σ over pairs of the operators behind the cut, each at its best batch size, measured in the
+same call.
 """
 
 import argparse

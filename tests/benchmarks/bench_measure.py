@@ -1,10 +1,10 @@
 """How close measuring is to its floor, as ratios within one run on this machine; writes MEASURE.md. Run: make bench.
 
-The *floor* of a tile is what ordinary inference spends behind its cuts: Σ over pairs (or singles) of the operators from the cut
-on, each at the batch size where it is fastest, timed one by one within forwards of the whole network. *Suffix forwards* are the
-same sum of whole runs from each cut, each at its best batch size. Both are of the network as it is measured, batch norm folded
-into convolutions. Times are CPU seconds of the process, which other processes on the machine disturb least, at a steady speed
-(`SteadyClock`); one thread, and memory is allocated as in the workers of a run.
+The *floor* of a tile is what ordinary inference spends behind its cuts. It is Σ over pairs (or singles) of the operators from the
+cut on, each at the batch size where it is fastest. They are timed one by one within forwards of the whole network. *Suffix
+forwards* are the same sum of whole runs from each cut, each at its best batch size. Both are of the network as it is measured,
+batch norm folded into convolutions. Times are CPU seconds of the process at a steady speed (`SteadyClock`). Other processes on
+the machine disturb these least. It runs in one thread, and memory is allocated as in the workers of a run.
 """
 
 import argparse
@@ -98,7 +98,7 @@ class SteadyClock:
     """CPU seconds of the process, as if the machine kept the speed that it had at first.
 
     A machine's speed drifts by a fifth within minutes, more than what is to be told apart. So the same work is timed again
-    where `EVERY` seconds have passed since, and what passes next is scaled by what that took at first; its own time is left out.
+    whenever `EVERY` seconds have passed. What passes next is scaled by what that work took at first. Its own time is left out.
     """
 
     EVERY = 1.0
@@ -148,8 +148,9 @@ def seconds(work: Callable[[], Any], now: Now, repeats: int = 3) -> float:
 def forward_seconds(
     graph: Graph, model: nn.Module, channels_last: bool, now: Now
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Seconds for one image: of each instruction within forwards at its best batch, of each at least, of each at the batch that
-    is the module's best, and of the module itself there.
+    """Seconds for one image.
+    They are of each instruction within forwards at its best batch, of each at least, of each at the batch that is the module's
+    best, and of the module itself there.
 
     All but the second are medians, of forwards that take turns: the least time of each of a hundred operators is no time that a
     forward takes.

@@ -1,9 +1,9 @@
 """Synthetic interaction matrices with the layer sizes of real networks, in four families.
 
-The error that option (i, b) causes is a vector U_ib of length r with |U_ib| = s_i 2^-b: s_i² is log-normal over about 2.5
-decades and grows with the layer. Its direction mixes a part common to all layers (share c²), a part that drifts from layer to
-layer (AR) and a part per bit-width. G = U Uᵀ + noise, with in-layer entries other than the diagonal set to zero, as `pairwise`
-stores them: that, and the noise, make G indefinite.
+The error that option (i, b) causes is a vector U_ib of length r with |U_ib| = s_i 2^-b. Here s_i² is log-normal over about 2.5
+decades and grows with the layer. The direction of U_ib mixes a part common to all layers (share c²), a part that drifts from
+layer to layer (AR) and a part per bit-width. G = U Uᵀ + noise, with in-layer entries other than the diagonal set to zero, as
+`pairwise` stores them: that, and the noise, make G indefinite.
 
 | family | common share | AR | r | resembles |
 |---|---|---|---|---|

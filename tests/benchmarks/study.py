@@ -414,8 +414,8 @@ def evaluations(cells: Iterable[Mapping[str, Any]], case: Case) -> dict[str, tup
 
 
 def record(cells: Iterable[Mapping[str, Any]], uri: str) -> int:
-    """Each cell that the experiment `clado-study` does not have yet as a run: its settings, and a metric of each method with a
-    step for each budget (in hundredths of a bit). Returns how many were new."""
+    """Records each cell that the experiment `clado-study` lacks as a run. Returns how many were new.
+    A run has the settings of the cell, and a metric of each method with a step for each budget (in hundredths of a bit)."""
     set_environment()
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param

@@ -125,8 +125,8 @@ def spread(values: Mapping[tuple[Cell, float], float]) -> str:
 
 
 def comparison(found: Figures, setting: str, unseen: Figures | None = None) -> list[list[str]]:
-    """`chosen` against each other method: mean difference with its interval, answers lost by more than the margin, the worst; and
-    the mean difference on the images that no rule was picked on, where these are given."""
+    """`chosen` against each other method: mean difference with its interval, answers lost by more than the margin, the worst.
+    With `unseen` also the mean difference on the images that no rule was picked on."""
     lines = []
     for other in (method for method in METHODS if method not in ("chosen", *EARLIER)):
         if values := differences(found, setting, "chosen", other, LOW):

@@ -245,8 +245,8 @@ class TestTempered2(EstimatorContract):
         assert (np.abs(estimate(name, measured).values - expected) <= bound).all()
 
     def test_sees_what_a_sure_network_hides(self):
-        """Where the float network is sure of an image, a change of its logits costs nothing until it is large: the form at
-        temperature 1 says nothing there, and ranks the ruinous assignment first; the tempered one does not."""
+        """If the float network is sure of an image, a change of its logits costs nothing until it is large. The form at
+        temperature 1 says nothing there, and ranks the ruinous assignment first. The tempered one does not."""
         sure, change = np.array([12.0, 0.0]), np.array([[-40.0, 0.0], [-1.0, 0.0]])
         forms = {}
         for temperature in (1, 2, 4):

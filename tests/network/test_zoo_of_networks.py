@@ -72,8 +72,8 @@ def build(case: Case) -> nn.Module:
 
 
 def check_random_pairs(model: nn.Module, network: Network, x: Tensor, columns: int, rows: int = 3) -> None:
-    """The law: for random later layers j and several earlier (i, a) stacked before j, per-sample losses are those of the module
-    run whole with both weights replaced, within 1e-5 · max(1, loss)."""
+    """For random later layers j and several earlier (i, a) stacked before j, per-sample losses are those of the whole module.
+    Both weights are replaced in it. The tolerance is 1e-5 · max(1, loss)."""
     draw = random.Random(0)
     float_logits = replaced_logits(model, {}, x)
     labels = float_logits.argmax(1)

@@ -39,8 +39,8 @@ def average_traces(
     """(1 + K,) sums over images: the float network's loss, then of each option tr(H_ii) / n_i · ‖Δ‖², n_i weights in layer i.
 
     The trace of the Hessian of the loss in a layer's weights is Hutchinson's estimate, mean v_iᵀ (H v)_i over `num_vectors`
-    vectors v of random signs in all layers at once: other layers' blocks vanish in expectation. One forward and one backward an
-    image, and another backward through both for each vector.
+    vectors v of random signs. A vector covers all layers at once, because blocks of other layers vanish in expectation. An image
+    takes one forward and one backward, and another backward through both for each vector.
     """
     network, space = prepared.network, prepared.space
     weights = leaves(network.weights)
