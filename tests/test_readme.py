@@ -55,9 +55,9 @@ def given(path: Path) -> dict[str, object]:
 @pytest.mark.parametrize("path", PAGES, ids=page)
 def test_every_block_of_the_documentation_runs_or_says_why_not(path):
     text = path.read_text(encoding="utf-8")
-    found = blocks(path)
-    assert text.count("```") == 2 * sum(block["kind"] is not None for block in found)  # none is passed over for its fences
-    for block in found:
+    matches = blocks(path)
+    assert text.count("```") == 2 * sum(block["kind"] is not None for block in matches)  # none is passed over for its fences
+    for block in matches:
         line = text[: block.start()].count("\n") + 1
         assert block["kind"] in PARSED or block["reason"], f"{page(path)}:{line} neither runs nor says why not"
 
@@ -81,11 +81,14 @@ def test_the_python_of_a_page_runs_in_order_in_one_namespace(path, tmp_path, mon
 
 @pytest.mark.parametrize("path", [path for path in PAGES if "```yaml" in path.read_text(encoding="utf-8")], ids=page)
 def test_the_settings_of_a_page_are_settings(path):
-    own = {"network": {"source": "factory", "name": "my_network:make_network"}, "data": {"source": "folder", "path": "FOLDER"}}
+    required = {
+        "network": {"source": "factory", "name": "my_network:make_network"},
+        "data": {"source": "folder", "path": "FOLDER"},
+    }
     for block in blocks(path):
         if block["kind"] == "yaml":
             written = yaml.safe_load(block["fenced"])
-            assert set(written) <= parse_config({**own, **written}, page(path)).model_fields_set
+            assert set(written) <= parse_config({**required, **written}, page(path)).model_fields_set
 
 
 def test_the_options_of_written_commands_are_options_there_are():

@@ -122,8 +122,8 @@ def assert_close_tile(
     np.testing.assert_allclose(actual[1], expected[1], rtol=0, atol=samples * 2**0.5 * 2 * logits)
     k = expected.shape[1] - 1
     for start in range(2, len(expected), k):
-        found, form = (sums[start : start + k, 1:] for sums in (actual, expected))
+        measured_sums, form = (sums[start : start + k, 1:] for sums in (actual, expected))
         bound = of_gram(np.diag(form), samples, samples * classes, logits)
-        assert (np.abs(found - form) <= bound).all(), np.abs(found - form).max()
+        assert (np.abs(measured_sums - form) <= bound).all(), np.abs(measured_sums - form).max()
     assert actual.shape == expected.shape
     assert (actual[1:, 0] == 0).all()

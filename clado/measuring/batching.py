@@ -47,13 +47,13 @@ def batching(
             f"{(limit_bytes or 0) / 1e6:.1f} MB; raise memory_limit_mb or use smaller images"
         )
     if batch_images is None:
-        wanted = [processor.images(peak) for peak in peak_bytes]
+        ideal = [processor.images(peak) for peak in peak_bytes]
         # a pass rather up to twice as large than half as small: its runs of one row cannot be stacked
-        passes = max(1, images_per_block // min(wanted))
-        wanted = [max(want, -(-images_per_block // passes)) for want in wanted]
+        passes = max(1, images_per_block // min(ideal))
+        ideal = [max(want, -(-images_per_block // passes)) for want in ideal]
     else:
-        wanted = [batch_images] * len(sizes)
-    batches = tuple(min(want, fit) for want, fit in zip(wanted, fits, strict=True))
+        ideal = [batch_images] * len(sizes)
+    batches = tuple(min(want, fit) for want, fit in zip(ideal, fits, strict=True))
     images = min(images_per_block, *batches)
     return Batching(images, batches, 2 * max(size * batch for size, batch in zip(sizes, batches, strict=True)))
 

@@ -87,13 +87,13 @@ def _capacity(bench: Workbench, part: Pass, layer: int, to_the_end: bool) -> int
 def _packed(network: Network, stacks: list[Stack], capacity: int, layer: int) -> list[Stack]:
     """The same rows in as few stacks as `capacity` rows each allow; full ones are left alone, and unlike ones kept apart."""
     packed = [stack for stack in stacks if len(stack.rows) >= capacity]
-    alike: dict[Hashable, list[Stack]] = {}
+    by_shape: dict[Hashable, list[Stack]] = {}
     for stack in stacks:
         if len(stack.rows) < capacity:
-            alike.setdefault(stack.state.stack_key, []).append(stack)
-    for loose in alike.values():
+            by_shape.setdefault(stack.state.stack_key, []).append(stack)
+    for of_shape in by_shape.values():
         group: list[Stack] = []
-        for stack in loose:
+        for stack in of_shape:
             if group and sum(len(s.rows) for s in group) + len(stack.rows) > capacity:
                 packed.append(_joined(network, group, layer))
                 group = []

@@ -123,8 +123,8 @@ class RunIdentity:
     def adds_images(self, store: MeasurementStore) -> bool:
         """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
         old, new = store.coverage, self.coverage
-        kept = len(old["blocks"])
-        adds = len(new["blocks"]) > kept and new["blocks"][:kept] == old["blocks"]
+        num_old = len(old["blocks"])
+        adds = len(new["blocks"]) > num_old and new["blocks"][:num_old] == old["blocks"]
         adds = adds and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]
         store.check(self.document, old if adds else new)
         return adds

@@ -104,8 +104,8 @@ def render(network: str | None = None, data: str | None = None) -> str:
     Both arguments or neither: the zoo's images fit the zoo's network only.
     """
     if (network is None) != (data is None):
-        given, absent = ("network", "data FOLDER") if data is None else ("data", "network package.module:function")
-        raise ConfigurationError(f"--{given} is given without --{absent}; expected both, or neither for the zoo's demo")
+        argument, absent = ("network", "data FOLDER") if data is None else ("data", "network package.module:function")
+        raise ConfigurationError(f"--{argument} is given without --{absent}; expected both, or neither for the zoo's demo")
     if network is None or data is None:
         text = _TEMPLATE.format(network=_ZOO_NETWORK, data=_ZOO_DATA)
     else:

@@ -60,8 +60,8 @@ def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -
     file = folder / ONNX
     written = export_onnx(file, network, layers)
     write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
-    kept = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
-    told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{kept}"
+    remark = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
+    told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{remark}"
     validation = run.slices.validation
     agreement = compare(file, network, layers, *validation.load(0, min(COMPARED_IMAGES, len(validation))))
     return file, f"{told}\n{agreement}"

@@ -177,9 +177,9 @@ def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, fo
         return [str(epoch.number), loss, f"{epoch.held_out_loss:.5f}", f"{epoch.seconds:.0f}", mark]
 
     table = markdown_table(["epoch", "training loss", "held-out loss", "seconds", ""], [row(epoch) for epoch in tuned.epochs])
-    kept = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
+    outcome = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
     return (
-        f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {kept}\n"
+        f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {outcome}\n"
         f"validation, {after.num_images:,} images: top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
         f"loss {before.loss:.4f} before, {after.loss:.4f} after\nwritten to {folder}: {PACKED}, {RECORD}"
     )

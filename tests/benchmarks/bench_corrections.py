@@ -76,7 +76,7 @@ def prepared(network: Network, name: str, variant: str, slices: DataSlices) -> P
     inputs = layer_inputs(network, space, recipe, images) if missing else {}
     for layer in missing:
         prepared_layers.write_layer(layer, *prepare_layer(network, space, recipe, layer, inputs.get(layer)))
-    layers = [made for layer in range(space.num_layers) for made in prepared_layers.read_layer(layer, network.device)[0]]
+    layers = [rounded for layer in range(space.num_layers) for rounded in prepared_layers.read_layer(layer, network.device)[0]]
     return Prepared(network, space, recipe, tuple(layers), images)
 
 
@@ -107,35 +107,35 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
     if not network.engine.norms:
         variants = [v for v in variants if v != "batchnorm_reestimation"]
     known = [row for row in rows() if (row["network"], row["draw"]) == (name, draw)]
-    asked = list(product(("plain", "corrected"), METHODS, BUDGETS))
+    cases = list(product(("plain", "corrected"), METHODS, BUDGETS))
     done = {(row["measured"], row["method"], row["budget"], row["deployed"]) for row in known}
-    variants = [variant for variant in variants if not done >= {(*question, variant) for question in asked}]
+    variants = [variant for variant in variants if not done >= {(*question, variant) for question in cases}]
     if not variants:
         return
     # what was chosen before stands: a machine with another torch may break a near tie the other way
     answers = {(row["measured"], row["method"], row["budget"]): Assignment(tuple(row["bits"])) for row in known}
     unanswered = {
-        m: b for m, b in (("plain", "none"), ("corrected", "all")) if not answers.keys() >= {q for q in asked if q[0] == m}
+        m: b for m, b in (("plain", "none"), ("corrected", "all")) if not answers.keys() >= {q for q in cases if q[0] == m}
     }
     ready = {variant: prepared(network, name, variant, slices) for variant in {*variants, *unanswered.values()}}
     for measured, base in unanswered.items():
-        found = matrices(ready[base], slices.sensitivity, draw * NUM_SENSITIVITY)
-        proposals = propose(found, budgets_of(average_bits=BUDGETS), lambda program: solvers.prepare(program, "scip"))
+        by_estimator = matrices(ready[base], slices.sensitivity, draw * NUM_SENSITIVITY)
+        proposals = propose(by_estimator, budgets_of(average_bits=BUDGETS), lambda program: solvers.prepare(program, "scip"))
         for proposal in proposals:
             if proposal.method in METHODS:
                 answers.setdefault((measured, proposal.method, proposal.budget.bound), proposal.assignment)
-    seen = {(tuple(row["bits"]), row["deployed"]): row for row in rows() if row["network"] == name}
+    counted = {(tuple(row["bits"]), row["deployed"]): row for row in rows() if row["network"] == name}
     for (measured, method, budget), assignment in answers.items():
         for variant in variants:
             if (measured, method, budget, variant) in done:
                 continue
             key = (assignment.bits, variant)
-            if key not in seen:
+            if key not in counted:
                 begin = time.perf_counter()
                 shipped = ready[variant].deployed(assignment)
                 accuracy = count(*shipped, slices.validation, 0, len(slices.validation)).accuracy()
-                seen[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
-            row = {k: seen[key][k] for k in ("top1", "loss", "seconds")}
+                counted[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
+            row = {k: counted[key][k] for k in ("top1", "loss", "seconds")}
             yield {
                 "network": name,
                 "draw": draw,
@@ -193,11 +193,11 @@ def table() -> str:
         parts.append(f"## {name}: float {100 * top1:.2f} %, loss {loss:.4f}\n")
         lines = []
         for budget, measured, method in product(BUDGETS, ("plain", "corrected"), METHODS):
-            found = {v: [r["top1"] for r in mine
+            by_variant = {v: [r["top1"] for r in mine
                          if (r["budget"], r["measured"], r["method"], r["deployed"]) == (budget, measured, method, v)]
                      for v in variants}  # fmt: skip
-            if any(found.values()):
-                lines.append([f"{budget:g} bits", measured, method, *[_figure(values) for values in found.values()]])
+            if any(by_variant.values()):
+                lines.append([f"{budget:g} bits", measured, method, *[_figure(values) for values in by_variant.values()]])
         parts.append(markdown_table(["budget", "measured", "method", *variants], lines) + "\n")
         parts.append(_verdicts(mine, top1))
     machines = Counter((row.get("device", "cpu"), row["torch"]) for row in data)

@@ -109,7 +109,7 @@ def effect(num_images: int = 256) -> str:
     images = load_data(DataSettings(sensitivity_images=num_images), loaded.image_shape).sensitivity
     blocks = sample_blocks(num_images, 16)
     counts = np.array([stop - start for start, stop in blocks])
-    found = {}
+    matrices = {}
     for numeric in get_args(Numeric):
         network = Network(loaded.model.to(device), loaded.example_input.to(device), numeric=numeric)
         ready = prepare(network, network.search_space((2, 4, 8)), Recipe(WeightQuantizer()))
@@ -121,8 +121,8 @@ def effect(num_images: int = 256) -> str:
             tiles[tile.kind].append(measure_tile(bench, tile))
         seconds = synchronised(device) - begin
         sums = {kind: np.stack(parts) for kind, parts in tiles.items()}
-        found[numeric] = estimators.estimate("pairwise", Measured(ready.space, "kl_to_float", counts, sums)), seconds
-    reference = found["float32"][0]
+        matrices[numeric] = estimators.estimate("pairwise", Measured(ready.space, "kl_to_float", counts, sums)), seconds
+    reference = matrices["float32"][0]
     assert reference.standard_error is not None
     lines = [
         "| numeric | seconds | diagonal: relative change | pairs: relative change | median change / standard error | "
@@ -130,7 +130,7 @@ def effect(num_images: int = 256) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     inside, diagonal = reference.in_layer_mask(), np.eye(len(reference.values), dtype=bool)
-    for numeric, (matrix, seconds) in found.items():
+    for numeric, (matrix, seconds) in matrices.items():
         change = np.abs(matrix.values - reference.values)
         share = [float(np.linalg.norm(change[mask]) / np.linalg.norm(reference.values[mask])) for mask in (diagonal, ~inside)]
         ratio = change[~inside] / reference.standard_error[~inside]

@@ -210,8 +210,8 @@ def fused(model: nn.Module) -> nn.Module:
 
     if not any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         return model
-    found: nn.Module = fuse(model).eval()
-    return found
+    module: nn.Module = fuse(model).eval()
+    return module
 
 
 @torch.inference_mode()
@@ -306,17 +306,17 @@ def batch_sweep(network: Network, now: Now) -> list[tuple[str, float, list[float
 def over_suffixes(bench: Workbench, images: int, batches: Sequence[int], store: Path, now: Now) -> dict[str, float]:
     """Time of the tiles of single options over that of their forwards from the cut on, each at its batch size. They take
     turns: medians."""
-    found: dict[str, list[float]] = {"singles": [], "gram": []}
+    seconds: dict[str, list[float]] = {"singles": [], "gram": []}
     measure_tile(bench, Tile("singles", 0))  # warms up
     for _ in range(ROUNDS):
         behind = typical_suffix_seconds(bench.network, batches, now)
         forwards = images * sum(behind[option.layer] for option in bench.space.options)
-        for kind, ratios in found.items():
+        for kind, ratios in seconds.items():
             begin = now()
             tile = Tile(kind, 0)
             MeasurementStore.open(store).write(tile, measure_tile(bench, tile))
             ratios.append((now() - begin) / forwards)
-    return {kind: float(np.median(ratios)) for kind, ratios in found.items()}
+    return {kind: float(np.median(ratios)) for kind, ratios in seconds.items()}
 
 
 def measure(name: str, folder: Path) -> Result:
@@ -350,8 +350,8 @@ def measure(name: str, folder: Path) -> Result:
 
     def summed(behind: list[float]) -> dict[str, float]:
         singles = IMAGES * sum(behind[option.layer] for option in space.options)
-        found = {"pairs": IMAGES * sum(n * s for n, s in zip(pairs, behind, strict=True)), "singles": singles, "gram": singles}
-        return found | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
+        totals = {"pairs": IMAGES * sum(n * s for n, s in zip(pairs, behind, strict=True)), "singles": singles, "gram": singles}
+        return totals | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
 
     swapping = swapping_seconds(model, bench, now)
     sweep = batch_sweep(bench.network, now)

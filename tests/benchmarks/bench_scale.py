@@ -184,7 +184,8 @@ def many_tiles(folder: Path) -> str:
     assert MeasurementStore.open(run.store_path).missing(run.plan) == []
     assert whole.receipts == bare.receipts == tiles
     rows = [
-        [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in seen)] for mark, seen in {0: before, **whole.looks}.items()
+        [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in megabytes_each)]
+        for mark, megabytes_each in {0: before, **whole.looks}.items()
     ]
     return "\n".join([
         f"## {tiles:,} tiles on {WORKERS} workers",
@@ -241,7 +242,7 @@ def own_tiles(folder: Path) -> str:
     """Section of the page."""
     prepared = open_run(own(folder / "prepared", 1))
     assert prepared.preparation.corrected
-    found: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
+    times_of: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
     for number in range(ROUNDS):
         for name, seconds in (
             ("plain loop", by_loop),
@@ -251,10 +252,10 @@ def own_tiles(folder: Path) -> str:
             run = folder / f"{name[:3]}{number}"
             run.mkdir(parents=True)
             os.symlink(folder / "prepared" / "prepared", run / "prepared")
-            found[name].append(seconds(run))
+            times_of[name].append(seconds(run))
     tiles = len(prepared.plan.tiles)
-    plain, one, two = (min(times) for times in found.values())
-    rows = [[name, " ".join(f"{each:.1f}" for each in times), f"{min(times):.1f}"] for name, times in found.items()]
+    plain, one, two = (min(times) for times in times_of.values())
+    rows = [[name, " ".join(f"{each:.1f}" for each in times), f"{min(times):.1f}"] for name, times in times_of.items()]
     return "\n".join([
         "## Two workers against one, one against a plain loop",
         "",
@@ -292,22 +293,22 @@ def main() -> None:
     options.add_argument("--host", nargs=2, help=argparse.SUPPRESS)
     options.add_argument("--loop", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--only", choices=["tiles", "own", "command"], help="print one section, write nothing")
-    asked = options.parse_args()
-    if asked.host:
-        return host(asked.host[0], int(asked.host[1]))
-    if asked.loop:
-        return loop(asked.loop)
+    arguments = options.parse_args()
+    if arguments.host:
+        return host(arguments.host[0], int(arguments.host[1]))
+    if arguments.loop:
+        return loop(arguments.loop)
     sections = {"tiles": many_tiles, "own": own_tiles, "command": command}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        texts = [make(Path(folder)) for name, make in sections.items() if asked.only in (None, name)]
+        texts = [make(Path(folder)) for name, make in sections.items() if arguments.only in (None, name)]
     page = "\n\n".join([
         "# What workers cost a run\n\nWritten by `python -m tests.benchmarks.bench_scale`.\n\n"
         f"Machine: {machine()}; load average {load:.1f} when it began and {os.getloadavg()[0]:.1f} at its end.",
         *texts,
     ])  # fmt: skip
     print(page)
-    if asked.only is None:
+    if arguments.only is None:
         write_text(HERE / "SCALE.md", filled(page + "\n"))
 
 

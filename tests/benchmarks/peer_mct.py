@@ -149,7 +149,7 @@ def quantized(setting: Setting, model: nn.Module, images: Tensor, limit: float) 
 
 def chosen_bits(model: nn.Module, layers: dict[str, int]) -> dict[str, int]:
     """Bits of each searched layer as they arrived: read off its quantizer, and no channel has more values than they allow."""
-    modules, found = dict(model.named_modules()), {}
+    modules, widths = dict(model.named_modules()), {}
     if holders := [name for name, module in modules.items() if "ActivationQuantization" in type(module).__name__]:
         raise ValueError(f"activations are quantized at {holders[:3]}; expected weights alone")
     for name in layers:
@@ -159,8 +159,8 @@ def chosen_bits(model: nn.Module, layers: dict[str, int]) -> dict[str, int]:
         values = module.get_quantized_weights()[KERNEL].flatten(1)
         if (most := max(len(row.unique()) for row in values)) > 2**bits:
             raise ValueError(f"{name} has {most} values in a channel at {bits} bits")
-        found[name] = bits
-    return found
+        widths[name] = bits
+    return widths
 
 
 def size_bytes(layers: dict[str, int], bits: dict[str, int]) -> int:
@@ -250,7 +250,7 @@ def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, 
     run = open_run(load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder))}"]))
     if record.network != f"zoo:{NETWORK}" or tuple(run.config.bits) != BITS:
         raise SystemExit(f"{folder} is of {record.network} with bits {run.config.bits}; expected zoo:{NETWORK} with {BITS}")
-    found = {}
+    answers = {}
     for budget, row in peers.items():
         result = record.find(f"{budget:.12g} bits", CHOSEN)
         if result is None:
@@ -260,10 +260,10 @@ def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, 
         if run.space.size_bytes(assignment) != row["bytes"] or result.size_bytes > row["limit_bytes"]:
             raise SystemExit(f"{budget:g} bits: {row['bytes']:,} and {result.size_bytes:,} bytes are not of one budget")
         peer = evaluate_weights(*run.preparation.corrected.deployed(assignment), run.slices.validation)
-        found[budget] = Ours(result.size_bytes, result.validation, peer)
-    if not found:
+        answers[budget] = Ours(result.size_bytes, result.validation, peer)
+    if not answers:
         raise SystemExit(f"{folder} has none of the budgets {BUDGETS}; it has {', '.join(record.budgets)}")
-    return found, record, run
+    return answers, record, run
 
 
 TEXT = """# Against Sony's Model Compression Toolkit
@@ -356,10 +356,10 @@ def table(run: Path) -> str:
     settings = [name for name in SETTINGS if any((name, budget) in rows for budget in BUDGETS)]
     absent = [name for name in SETTINGS if name not in settings]
     peers = {budget: best(rows, budget, GRIDS) for budget in BUDGETS}
-    found, record, opened = ours(run, peers)
+    answers, record, opened = ours(run, peers)
     config, calibration = opened.config, opened.slices.calibration
     shown = []
-    for budget, mine in found.items():
+    for budget, mine in answers.items():
         one, any_ = peers[budget], best(rows, budget, settings)
         cells = [f"{budget:g} bits", f"{one['bytes']:,}", f"{mine.size_bytes:,}"]
         cells += [
@@ -379,7 +379,7 @@ def table(run: Path) -> str:
         return sum(
             sign * getattr(mine.chosen, figure)
             >= max(sign * rows[name, budget][figure] for name in candidates if (name, budget) in rows)
-            for budget, mine in found.items()
+            for budget, mine in answers.items()
         )
 
     same = sha256(calibration.load(0, len(calibration))[0]) == peers[BUDGETS[0]]["calibration_sha256"]
@@ -403,12 +403,12 @@ def table(run: Path) -> str:
         settings="\n".join(f"- `{name}`: {SETTINGS[name].text}" for name in settings),
         all=markdown_table(["budget", *settings], everything),
         unmeasured=f"Not measured: {', '.join(f'`{name}`' for name in absent)}. " if absent else "",
-        budgets=len(found),
+        budgets=len(answers),
         ahead=at_least(GRIDS, "top1"),
         lower=at_least(GRIDS, "loss"),
         ahead_of_all=at_least(settings, "top1"),
         loss_of_all=at_least(settings, "loss"),
-        bits_alone=sum(mine.peer.top1 >= mine.chosen.top1 for mine in found.values()),
+        bits_alone=sum(mine.peer.top1 >= mine.chosen.top1 for mine in answers.values()),
         rounding="" if "gptq" in settings or not fitted else UNMEASURED_ROUNDING.format(" and ".join(fitted)),
         more="" if len(calibration) <= CALIBRATION_IMAGES else MORE_IMAGES.format(len(calibration), CALIBRATION_IMAGES),
         sensitivity=len(opened.slices.sensitivity),
@@ -435,12 +435,12 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help=f"of {', '.join(SETTINGS)}; all if none is named")
     parser.add_argument("--table", type=Path, metavar="RUN", help="write PEERS.md from the results and this finished run")
     parser.add_argument("--out", type=Path, default=TABLE, help="where --table writes")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.table:
-        asked.out.write_text(table(asked.table), encoding="utf-8")
+    if options.table:
+        options.out.write_text(table(options.table), encoding="utf-8")
         return
-    for name in asked.settings or SETTINGS:
+    for name in options.settings or SETTINGS:
         for budget in BUDGETS:
             if (name, budget) in done():
                 continue

@@ -77,8 +77,8 @@ def main() -> None:
     for line in lines:
         done[line["network"], line["space"], line["setting"]] |= set(line["top1"])
     cells = rows()
-    asked = {c: set(answers(cells, c)) - done[c] for c in cases() if c[1] in options.spaces and c[2] == "plain"}
-    lacking = {case: sorted(bits) for case, bits in asked.items() if bits}
+    missing = {c: set(answers(cells, c)) - done[c] for c in cases() if c[1] in options.spaces and c[2] == "plain"}
+    lacking = {case: sorted(bits) for case, bits in missing.items() if bits}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for line in pool.map(confirm, lacking, lacking.values(), [options.data] * len(lacking)):
             with CONFIRMATION.open("a") as file:

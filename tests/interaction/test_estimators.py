@@ -126,8 +126,8 @@ class TestBlockwise(EstimatorContract):
         assert np.array_equal(blockwise[same], pairwise[same])
         assert not blockwise[~same].any()
         assert blockwise[0, 5] != 0 != pairwise[0, 3]
-        own = {kind: sums for kind, sums in measured.sums.items() if kind != "pairs"}
-        alone = estimate("blockwise", Measured(measured.space, measured.criterion, measured.counts, own))
+        without_pairs = {kind: sums for kind, sums in measured.sums.items() if kind != "pairs"}
+        alone = estimate("blockwise", Measured(measured.space, measured.criterion, measured.counts, without_pairs))
         tolerance.assert_close(alone.values, blockwise, ENTRY, least=0.0)
 
     def test_pairs_of_blocks_cost_no_other_pairs(self):

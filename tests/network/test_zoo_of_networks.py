@@ -92,13 +92,13 @@ def check_random_pairs(model: nn.Module, network: Network, x: Tensor, columns: i
             state = network.advance(network.advance(network.begin(x), i), j, {i: quantized(i, a)})
             states.append(state)
         logits = network.finish(network.stack(states, j), at_j).split(len(x))
-        for (i, a), own in zip(chosen, logits, strict=True):
+        for (i, a), logits_of in zip(chosen, logits, strict=True):
             names = {network.layers[j].name: at_j[j], network.layers[i].name: quantized(i, a)}
             whole = replaced_logits(model, names, x)
             for loss in losses:
                 expected = loss(whole)
                 assert bool(torch.isfinite(expected).all())
-                error = (loss(own) - expected).abs() / expected.clamp(min=1.0)
+                error = (loss(logits_of) - expected).abs() / expected.clamp(min=1.0)
                 assert float(error.max()) <= tolerance.LOSS, (network.layers[i].name, a, network.layers[j].name)
 
 

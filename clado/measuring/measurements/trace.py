@@ -97,5 +97,5 @@ def images_at_once(network: Network, most: int, limit_bytes: int | None) -> int:
     Autograd keeps every layer's input and output, and second derivatives as much again twice over. All of it is within a
     quarter of the limit (default 2 GB).
     """
-    kept = 8 * sum(place.cut.bytes_per_image for place in network.places)
-    return max(1, min(most, (limit_bytes or 2 * 10**9) // (4 * max(1, kept))))
+    prefix_bytes = 8 * sum(place.cut.bytes_per_image for place in network.places)
+    return max(1, min(most, (limit_bytes or 2 * 10**9) // (4 * max(1, prefix_bytes))))
