@@ -96,7 +96,7 @@ study: install
 
 # README, guides, lessons and the API reference as one site; a warning or a broken link fails
 docs: install
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -j auto -c docs . build/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
 	@echo "Wrote build/docs/docs/index.html"
 
 # executes the lessons and saves them with their outputs

@@ -1,6 +1,8 @@
 """The documentation keeps its word: its code runs or says why not, its commands and files exist, the map names what is there."""
 
+import ast
 import re
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,20 @@ def test_the_options_of_written_commands_are_options_there_are():
 def test_every_public_name_has_a_docstring():
     for name in clado.__all__:
         assert (getattr(clado, name).__doc__ or "").strip(), name
+
+
+def test_every_field_of_a_dataclass_has_a_line_below_it():
+    fields, silent = 0, []
+    for file in sorted(file for package in ("clado", "flows") for file in (ROOT / package).rglob("*.py")):
+        for owner in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(owner, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in owner.decorator_list):
+                for field, below in zip_longest(owner.body, owner.body[1:]):
+                    if isinstance(field, ast.AnnAssign):
+                        fields += 1
+                        said = isinstance(below, ast.Expr) and isinstance(getattr(below.value, "value", None), str)
+                        silent += [] if said else [f"{page(file)}: {owner.name}.{ast.unparse(field.target)}"]
+    assert fields > 400
+    assert silent == []
 
 
 def test_the_commands_of_the_readme_and_the_guides_are_the_commands_there_are():

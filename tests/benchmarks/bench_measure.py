@@ -149,8 +149,8 @@ def forward_seconds(
     graph: Graph, model: nn.Module, channels_last: bool, now: Now
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Seconds for one image.
-    They are of each instruction within forwards at its best batch, of each at least, of each at the batch that is the module's
-    best, and of the module itself there.
+    The first three are of each instruction: at its best batch, at least, and at the batch that is the module's best. The last is
+    of the module itself at that batch.
 
     All but the second are medians, of forwards that take turns: the least time of each of a hundred operators is no time that a
     forward takes.

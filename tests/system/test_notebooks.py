@@ -31,7 +31,7 @@ def test_a_lesson_runs_top_to_bottom(path, tmp_path):
 
 
 def test_the_site_builds_without_warnings_and_its_pages_lead_to_each_other(tmp_path):
-    python("-m", "sphinx", "--fail-on-warning", "--quiet", "-j", "auto", "-c", "docs", ".", tmp_path)
+    python("-m", "sphinx", "--fail-on-warning", "--quiet", "-c", "docs", ".", tmp_path)
     reference = tmp_path / "docs" / "reference"
     facade = (reference / "clado.html").read_text(encoding="utf-8")
     assert all(f'id="clado.{name}"' in facade for name in clado.__all__)

@@ -22,14 +22,17 @@ RELATIVE_TOLERANCE = 1e-9  # for sums of fractions (seconds); sums of integers a
 class Constraint:
     """Σ costs of the chosen options ≤ bound.
 
-    `costs` has one number per option of the space (`space.options`), in `unit`; `bound` has the same unit. Whole numbers are
-    added and compared exactly, fractions within a relative 1e-9.
+    Whole numbers are added and compared exactly, fractions within a relative 1e-9.
     """
 
     name: str
+    """The constraint's name in the settings."""
     unit: str
+    """The unit of costs and bound, for messages."""
     costs: tuple[float, ...]
+    """A number for each option of the space, in the order of `space.options`."""
     bound: float
+    """What the sum may not exceed."""
 
     def __post_init__(self) -> None:
         for option, cost in enumerate(self.costs):
