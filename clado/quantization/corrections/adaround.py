@@ -7,9 +7,9 @@ minimises
     N tr(Eᵀ Σ E) / tr(E₀ᵀ Σ E₀)  +  λ Σ (1 − |2 h(V) − 1|^β)
 
 for N weights. Σ is the second moment of the layer's float inputs, E = W̃ − W the error of the weight as columns, and E₀ that of
-nearest codes. The first trace is the expected squared output error of the layer, which the paper estimates on mini-batches
-(its equation 20). The weight λ fits any layer and bit-width, unlike the paper's, because the first term is divided by the error of nearest
-codes. β falls from a large value to a small one, which leaves every h at 0 or 1.
+nearest codes. The first trace is the expected squared output error of the layer, which the paper estimates on mini-batches (its
+equation 20). The weight λ fits any layer and bit-width, unlike the paper's, because the first term is divided by the error of
+nearest codes. β falls from a large value to a small one, which leaves every h at 0 or 1.
 """
 
 from collections.abc import Sequence
