@@ -99,9 +99,10 @@ study: install
 	$(BIN)/python -m tests.benchmarks.study_table
 	$(BIN)/python -m tests.benchmarks.study record
 
-# the API reference, from docstrings
+# README, guides, lessons and the API reference as one site; a warning or a broken link fails
 docs: install
-	$(BIN)/python -W error docs/reference.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
+	@echo "Wrote build/docs/docs/index.html"
 
 # executes the lessons and saves them with their outputs
 notebooks: install

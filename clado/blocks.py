@@ -11,11 +11,10 @@ from collections.abc import Sequence
 def module_blocks(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Blocks of layers, by index. Each layer is in one block, which may hold that layer only.
 
-    The search begins at the root of the module tree. A module with several layers is a block if
-
-    - its name ends in a number, and none of its children is a numbered module with several layers
-      (`layer1.0` is a block, `layer1` is not), or
-    - none of its children has several layers.
+    The search begins at the root of the module tree. A module with several layers is a block if none
+    of its children has several layers. It is also a block if its name ends in a number, and none of
+    its children is a numbered module with several layers. So `layer1.0` is a block, and `layer1` is
+    not.
 
     Args:
         names: Qualified names of the layers' weights.

@@ -92,13 +92,13 @@ def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes =
 
     stored, limits = StoredRun.open(folder), limits or []
     if budget is None and size_bytes is None and limits:
-        wanted, *limits = [limit_as_budget(limits[0]), *limits[1:]]
+        row_budget, *limits = [limit_as_budget(limits[0]), *limits[1:]]
     else:
-        wanted = _budget(budget, size_bytes)
-    for name, matrix, solution in stored.solve(wanted, limits):
-        file = folder / "solutions" / f"{'-'.join(map(file_name, [wanted.name, *limits, name]))}.json"
-        write_text(file, stored.document(matrix, solution, wanted, limits))
-        rivals = stored.rivals(matrix, wanted, limits)
+        row_budget = _budget(budget, size_bytes)
+    for name, matrix, solution in stored.solve(row_budget, limits):
+        file = folder / "solutions" / f"{'-'.join(map(file_name, [row_budget.name, *limits, name]))}.json"
+        write_text(file, stored.document(matrix, solution, row_budget, limits))
+        rivals = stored.rivals(matrix, row_budget, limits)
         others = ", ".join(f"{rival} {predicted_text(matrix, solution.objective)}" for rival, solution in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
     typer.echo(_after_solving(folder, budget, size_bytes))
@@ -122,17 +122,17 @@ def evaluate(
     from flows.guard import locked
 
     stored = StoredRun.open(folder)
-    wanted = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
+    row_budget = None if budget is None and size_bytes is None else _budget(budget, size_bytes)
     run = _measured(stored.config)
     with locked(folder):
-        rows = evaluated(stored, run, wanted, images)
+        rows = evaluated(stored, run, row_budget, images)
         typer.echo(evaluation_text(rows))
         if images is not None:
             return
         if per_class is not None:
             write_text(per_class, per_class_csv(run, rows))
             typer.echo(f"written to {per_class}")
-        if receipt := track_evaluation(stored, rows, wanted):
+        if receipt := track_evaluation(stored, rows, row_budget):
             typer.echo(f"MLflow run {receipt.parent_run_id or 'not delivered'}")
 
 
@@ -151,10 +151,10 @@ def export(
     from flows.commands.stored import StoredRun, chosen_for
 
     check_format(kind)
-    stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
+    stored, row_budget = StoredRun.open(folder), _budget(budget, size_bytes)
     run = _measured(stored.config)
-    assignment = chosen_for(stored, run, wanted)
-    target, told = export_as(kind, run, assignment, output or budget_folder(run, wanted.name))
+    assignment = chosen_for(stored, run, row_budget)
+    target, told = export_as(kind, run, assignment, output or budget_folder(run, row_budget.name))
     typer.echo(
         f"Wrote {target}: {run.space.size_bytes(assignment):,} bytes of weights when packed, "
         f"{run.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
@@ -186,7 +186,7 @@ def finetune(
     from clado.quantization.training import Training
     from flows.commands.stored import StoredRun, chosen_for
 
-    wanted = _budget(budget, size_bytes)
+    row_budget = _budget(budget, size_bytes)
     training = Training(epochs, criterion, learning_rate, batch_images, patience, learned_scales, augment, seed)
     stored = StoredRun.open(folder)
     run = _measured(stored.config)
@@ -200,9 +200,9 @@ def finetune(
 
     chosen_images = images_of(run, data, seed, images, labels=training.objective.needs_labels)
     with locked(folder):
-        text, receipt = train(stored, run, wanted.name, chosen_for(stored, run, wanted), training, chosen_images)
-    kept = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
-    typer.echo(f"{text}\nMLflow run {kept}")
+        text, receipt = train(stored, run, row_budget.name, chosen_for(stored, run, row_budget), training, chosen_images)
+    parent = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
+    typer.echo(f"{text}\nMLflow run {parent}")
 
 
 @command

@@ -83,8 +83,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             if error.filename is None and not full:
                 raise
             what = f"{error.filename} cannot be used" if error.filename else "a file could not be written"
-            kept = "; make room: what was measured is kept, and the same command goes on from there" if full else ""
-            typer.echo(f"clado: {what}: {error.strerror}{kept}", err=True)
+            advice = "; make room: what was measured is kept, and the same command goes on from there" if full else ""
+            typer.echo(f"clado: {what}: {error.strerror}{advice}", err=True)
             raise typer.Exit(CladoError.exit_code) from None
         except KeyboardInterrupt as error:
             from flows.guard import end_in_peace, farewell

@@ -25,7 +25,9 @@ class Pace:
     done: float = 0.0
     """Work of the tasks that have ended."""
     _largest: float = 0.0
-    _ends: list[tuple[float, float, float]] = field(default_factory=lambda: [(0.0, 0.0, 0.0)])  # (first time, last time, work)
+    """Work of the largest task that has ended."""
+    _ends: list[tuple[float, float, float]] = field(default_factory=lambda: [(0.0, 0.0, 0.0)])
+    """(first time, last time, work) of groups of tasks that ended."""
 
     def add(self, now: float, amount: float) -> None:
         """A task of this amount has ended."""

@@ -25,11 +25,14 @@ from clado.space import Assignment
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a task reports: the tile, its probes, and seconds in the worker. No tensor passes through the scheduler."""
+    """What a task reports. No tensor passes through the scheduler."""
 
     tile: Tile
+    """The tile that was measured."""
     evaluations: int
+    """How many losses it has."""
     seconds: float
+    """How long it took in the worker."""
 
 
 class RunPlugin(WorkerPlugin):
@@ -66,6 +69,7 @@ class _LastOpened:
     document: dict[str, Any]
     """Its settings as a task gets them."""
     run: OpenedRun
+    """The opened run."""
     is_checked: bool = False
     """Whether its images and budgets have been checked."""
 

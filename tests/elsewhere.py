@@ -1,7 +1,7 @@
 """A device that only refuses: tensors that compute on the CPU and say that they are elsewhere.
 
 As on a GPU, an operator that is given tensors of both places raises, and so does NumPy. So what would fail on a GPU fails in
-tests that have none. `lazy` is a device that torch knows by name in every build, and that nothing else here uses.
+tests that have none. The device `lazy` is one that torch knows by name in every build, and that nothing else here uses.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Elsewhere":
-        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapped: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -43,8 +43,8 @@ class Elsewhere(Tensor):
             dtype=inner.dtype,
             device=ELSEWHERE,
         )
-        made.inner = inner
-        return made
+        wrapped.inner = inner
+        return wrapped
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Elsewhere({self.inner})"
@@ -94,28 +94,28 @@ def elsewhere() -> Iterator[None]:
 
 def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    there = any(isinstance(tensor, Elsewhere) for tensor in tensors)
+    is_elsewhere = any(isinstance(tensor, Elsewhere) for tensor in tensors)
     here = any(not isinstance(tensor, Elsewhere) and tensor.ndim for tensor in tensors)  # single numbers go anywhere
-    if there and here and str(func) not in _CROSSING:
+    if is_elsewhere and here and str(func) not in _CROSSING:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found two")
-    if there and (kwargs.get("device") is not None or str(func) == "aten._local_scalar_dense.default"):
+    if is_elsewhere and (kwargs.get("device") is not None or str(func) == "aten._local_scalar_dense.default"):
         Reads.count += 1
     if kwargs.get("device") is not None:
-        there = torch.device(kwargs["device"]) == ELSEWHERE
+        is_elsewhere = torch.device(kwargs["device"]) == ELSEWHERE
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
     result = func(*inner_args, **inner_kwargs)
     if any(value.alias_info is not None and value.alias_info.is_write for value in func._schema.returns):
         return args[0]  # in place
-    return tree_map(lambda x: Elsewhere(x) if there and isinstance(x, Tensor) else x, result)
+    return tree_map(lambda x: Elsewhere(x) if is_elsewhere and isinstance(x, Tensor) else x, result)
 
 
 def moved(network: Network) -> Network:
     """The network with everything it computes with elsewhere."""
-    graph, other, there = network.engine, network.updated({}), dict[int, Tensor]()
+    graph, other, moved_tensors = network.engine, network.updated({}), dict[int, Tensor]()
 
     def move(value: Any) -> Any:
-        return there.setdefault(value.data_ptr(), value.to(ELSEWHERE)) if isinstance(value, Tensor) else value
+        return moved_tensors.setdefault(value.data_ptr(), value.to(ELSEWHERE)) if isinstance(value, Tensor) else value
 
     other.engine = replace(graph, constants={slot: move(value) for slot, value in graph.constants.items()})  # type: ignore[type-var,attr-defined]
     other.weights = other.engine.weights

@@ -154,23 +154,23 @@ def digest(array: Any) -> str:
 
 def figures_of(folder: Path) -> Figures:
     """Everything that a run measured, as flat keys."""
-    found: Figures = {}
+    figures: Figures = {}
     store = zarr.open_group(folder / "store.zarr", mode="r")
     for name, member in store.members(max_depth=None):
         if isinstance(member, zarr.Array):
-            found[f"store/{name}"] = digest(member[...])
+            figures[f"store/{name}"] = digest(member[...])
     for file in sorted((folder / "matrices").glob("*.npz")):
         with np.load(file) as arrays:
-            found |= {f"matrices/{file.stem}/{key}": digest(array) for key, array in arrays.items()}
+            figures |= {f"matrices/{file.stem}/{key}": digest(array) for key, array in arrays.items()}
     for file in sorted((folder / "exports").rglob("*.safetensors")):
-        found |= {f"exports/{file.parent.name}/{key}": digest(array) for key, array in load_file(file).items()}
-    found |= leaves(json.loads((folder / "record.json").read_text()), "record")
-    return {key: value for key, value in found.items() if not UNLIKE.search(key)}
+        figures |= {f"exports/{file.parent.name}/{key}": digest(array) for key, array in load_file(file).items()}
+    figures |= leaves(json.loads((folder / "record.json").read_text()), "record")
+    return {key: value for key, value in figures.items() if not UNLIKE.search(key)}
 
 
 def run(tree: Path, former: Mapping[str, str]) -> Figures:
     """The figures of all runs, made by the code in a folder."""
-    found: Figures = {}
+    figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="golden-") as name:
         folder = Path(name)
         make_folder(folder)
@@ -188,22 +188,22 @@ def run(tree: Path, former: Mapping[str, str]) -> Figures:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"the run {run_name} of {tree} failed:\n{done.stdout}\n{done.stderr}")
-            found |= {f"{run_name}/{key}": value for key, value in figures_of(folder / "runs" / run_name).items()}
-    return found
+            figures |= {f"{run_name}/{key}": value for key, value in figures_of(folder / "runs" / run_name).items()}
+    return figures
 
 
 def figures_at(commit: str) -> Figures:
     """The figures of a commit: read where they are kept, else made and kept."""
     sha = git("rev-parse", f"{commit}^{{commit}}")
-    asked = hashlib.sha256(json.dumps([RUNS, COMMON, NETWORK]).encode()).hexdigest()[:8]
-    file = KEPT / f"{sha[:12]}-{asked}.json"
+    settings_hash = hashlib.sha256(json.dumps([RUNS, COMMON, NETWORK]).encode()).hexdigest()[:8]
+    file = KEPT / f"{sha[:12]}-{settings_hash}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory(prefix="golden-tree-") as name:
             archive = subprocess.run(["git", "archive", sha, "clado", "flows"], cwd=ROOT, check=True, stdout=subprocess.PIPE)
             subprocess.run(["tar", "-x", "-C", name], input=archive.stdout, check=True)
-            found = run(Path(name), FORMER_SETTINGS)
+            figures = run(Path(name), FORMER_SETTINGS)
         KEPT.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
+        file.write_text(json.dumps(figures))
     return dict(json.loads(file.read_text()))
 
 

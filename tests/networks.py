@@ -257,20 +257,20 @@ def rematched(source: nn.Module, model: nn.Module, x: Tensor) -> dict[str, Tenso
     model, source = copy.deepcopy(model).eval(), source.eval()
 
     def seen(module: nn.Module, name: str) -> Tensor:
-        found = []
-        hook = module.get_submodule(name).register_forward_pre_hook(lambda _, given: found.append(given[0]))
+        inputs = []
+        hook = module.get_submodule(name).register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         with torch.no_grad():
             module(x)
         hook.remove()
-        return found[0].movedim(1, 0).flatten(1).double()
+        return inputs[0].movedim(1, 0).flatten(1).double()
 
     for name, norm in model.named_modules():
         if isinstance(norm, _BatchNorm):
             trained, floats, ours = source.get_submodule(name), seen(source, name), seen(model, name)
             deviation = (trained.running_var.double() + norm.eps).sqrt()
-            wanted = (floats.mean(1) - trained.running_mean.double()) / deviation
+            target = (floats.mean(1) - trained.running_mean.double()) / deviation
             spread = ((ours.var(1) + norm.eps) / (floats.var(1) + norm.eps)).sqrt() * deviation
-            norm.running_mean.copy_(ours.mean(1) - wanted * spread)
+            norm.running_mean.copy_(ours.mean(1) - target * spread)
             norm.running_var.copy_(spread.square() - norm.eps)
     return {name: buffer for name, buffer in model.named_buffers() if "running" in name}
 

@@ -34,21 +34,21 @@ def sums_on(device: str, kind, tiles=TILES, rows=None, batch_images=16, statisti
     """Every tile of a network on a device; layers are quantized once, on the CPU, so that both devices round alike."""
     x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
     plain = Network(build(kind), images(1))
-    made = prepare(plain, plain.search_space((2, 4)), Recipe())
+    plain_layers = prepare(plain, plain.search_space((2, 4)), Recipe())
     model = build(kind).to(device)
     if settings.get("channels_last"):
         model = model.to(memory_format=torch.channels_last)
     network = Network(model, images(1).to(device), **settings)
-    ready = replace(made, network=network, layers=tuple(moved(layer, device) for layer in made.layers))
+    ready = replace(plain_layers, network=network, layers=tuple(moved(layer, device) for layer in plain_layers.layers))
     blocks = sample_blocks(NUM_IMAGES, 3)
     bench = Workbench(ready, "cross_entropy", blocks, lambda a, b: (x[a:b], y[a:b]), batch_images, batch_statistics=statistics)
     plan = Plan(ready.space, blocks, tiles, rows or ready.space.num_options)
     return [measure_tile(bench, tile) for tile in plan.tiles]
 
 
-def check_equal(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def check_equal(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
     """Sums over four images: within 1e-5 · max(1, loss) for each of them."""
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
         assert np.nanmax(np.abs(one - other) / np.maximum(1, np.abs(other))) <= 4 * LOSS
 
@@ -67,8 +67,8 @@ def test_channels_last_changes_nothing_beyond_rounding(kind) -> None:
 def test_rows_and_batches_change_nothing_beyond_rounding(kind) -> None:
     expected = np.concatenate(sums_on("cuda", kind, ("pairs",)))
     for rows, batch in ((1, 1), (3, 7), (4, 1000)):
-        found = np.concatenate(sums_on("cuda", kind, ("pairs",), rows, batch))
-        check_equal([found], [expected])
+        actual = np.concatenate(sums_on("cuda", kind, ("pairs",), rows, batch))
+        check_equal([actual], [expected])
 
 
 @SOME
@@ -135,16 +135,16 @@ def test_memory_stays_within_the_limit() -> None:
     x = torch.randn(16, 1, 64, 64)
     network = Network(model, x[:1].cuda())
     ready = prepare(network, network.search_space((2, 4, 8)), Recipe())
-    found = []
+    peaks = []
     for limit in (20, 40, 80):
         bench = Workbench(ready, "kl_to_float", ((0, 16),), lambda a, b: (x[a:b], None), memory_limit=limit * 10**6)
         plan = Plan(ready.space, ((0, 16),), ("pairs",), rows_per_tile(network, ready.space, bench.batching, limit * 10**6))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        found.append(np.concatenate([measure_tile(bench, tile) for tile in plan.tiles]))
+        peaks.append(np.concatenate([measure_tile(bench, tile) for tile in plan.tiles]))
         assert torch.cuda.max_memory_allocated() - before < limit * 10**6
-    for sums in found[1:]:
-        assert_close_losses(sums, found[0], len(x))
+    for sums in peaks[1:]:
+        assert_close_losses(sums, peaks[0], len(x))
 
 
 @KINDS

@@ -56,10 +56,10 @@ def prepared(network: Network, corrections: tuple[str, ...] = (), **settings) ->
     return prepare(network, space, recipe, calibration_batches(images(64)))
 
 
-def check_alike(here: QuantizedLayer, there: QuantizedLayer) -> None:
-    assert there.weight.device == ELSEWHERE
+def check_alike(here: QuantizedLayer, moved_one: QuantizedLayer) -> None:
+    assert moved_one.weight.device == ELSEWHERE
     for name in ("weight", "bias"):
-        one, other = getattr(here, name), getattr(there, name)
+        one, other = getattr(here, name), getattr(moved_one, name)
         assert (one is None) == (other is None)
         if one is not None:
             tolerance.assert_close(other.cpu(), one, STATISTICS)
@@ -70,8 +70,8 @@ def check_alike(here: QuantizedLayer, there: QuantizedLayer) -> None:
 def test_layers_are_rounded_there(quantizer, settings) -> None:
     network = network_of(Residual)
     with elsewhere():
-        there = prepared(moved(network), quantizer=quantizer, **settings)
-        for one, other in zip(prepared(network, quantizer=quantizer, **settings).layers, there.layers, strict=True):
+        moved_one = prepared(moved(network), quantizer=quantizer, **settings)
+        for one, other in zip(prepared(network, quantizer=quantizer, **settings).layers, moved_one.layers, strict=True):
             check_alike(one, other)
 
 
@@ -80,15 +80,15 @@ def test_layers_are_corrected_there(correction) -> None:
     network = network_of(Normed)
     here = prepared(network, (correction,))
     with elsewhere():
-        there = prepared(moved(network), (correction,))
+        moved_one = prepared(moved(network), (correction,))
         if correction != "adaround":  # learned by gradients that such a device does not keep
-            for one, other in zip(here.layers, there.layers, strict=True):
+            for one, other in zip(here.layers, moved_one.layers, strict=True):
                 check_alike(one, other)
-        shipped, chosen = there.deployed(there.space.narrowest)
+        shipped, chosen = moved_one.deployed(moved_one.space.narrowest)
         logits = shipped.logits(images(4).to(ELSEWHERE), chosen).cpu()
-    plain, own = here.deployed(here.space.narrowest)
+    plain, biases = here.deployed(here.space.narrowest)
     if correction != "adaround":
-        tolerance.assert_close(logits, plain.logits(images(4), own), STATISTICS)
+        tolerance.assert_close(logits, plain.logits(images(4), biases), STATISTICS)
 
 
 def test_output_statistics_read_back_sums_alone() -> None:
@@ -183,13 +183,13 @@ def test_accuracy_is_counted_there(labelled) -> None:
     x, y = images(NUM_IMAGES), labels(NUM_IMAGES)
     data = as_slice((x, y) if labelled else x, image_shape=(1, 8, 8))
     with elsewhere():
-        there = prepared(moved(network))
-        shipped = there.deployed(there.space.narrowest)
+        moved_one = prepared(moved(network))
+        shipped = moved_one.deployed(moved_one.space.narrowest)
         Reads.count = 0
-        found = count(*shipped, data, 0, NUM_IMAGES, 4, there.network)
+        counts = count(*shipped, data, 0, NUM_IMAGES, 4, moved_one.network)
         assert Reads.count <= 2 * (NUM_IMAGES // 4)
-        each = per_image(*there.deployed(there.space.narrowest), data, 4, there.network)
+        each = per_image(*moved_one.deployed(moved_one.space.narrowest), data, 4, moved_one.network)
     ready = prepared(network)
     expected = count(*ready.deployed(ready.space.narrowest), data, 0, NUM_IMAGES, 4, network)
-    assert replace(found, loss=0.0) == replace(expected, loss=0.0)
-    tolerance.assert_close_losses([found.loss, each[0].sum()], [expected.loss] * 2, NUM_IMAGES)
+    assert replace(counts, loss=0.0) == replace(expected, loss=0.0)
+    tolerance.assert_close_losses([counts.loss, each[0].sum()], [expected.loss] * 2, NUM_IMAGES)

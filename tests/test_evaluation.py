@@ -43,7 +43,7 @@ def plain(network, weights) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the quantized and of the float module, in float64."""
     named = {network.layers[i].name: weight for i, weight in weights.items()}
     x = images(NUM_IMAGES)
-    return tuple(replaced_logits(network.model, given, x).double().numpy() for given in (named, {}))
+    return tuple(replaced_logits(network.model, named_tensors, x).double().numpy() for named_tensors in (named, {}))
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:
@@ -55,18 +55,18 @@ def test_counts_are_those_of_a_plain_computation(network, weights):
     z, _ = plain(network, weights)
     y = labels(NUM_IMAGES, CLASSES).numpy()
     ranks = (z > z[np.arange(NUM_IMAGES), y][:, None]).sum(1)
-    found = count(network, weights, slice_of(), 0, NUM_IMAGES)
-    assert (found.num_images, found.top1, found.top5) == (NUM_IMAGES, int((ranks == 0).sum()), int((ranks < 5).sum()))
-    assert 0 < found.top1 < found.top5 < NUM_IMAGES  # else the test could not fail
-    assert_close_losses(found.loss, -log_softmax(z)[np.arange(NUM_IMAGES), y].sum(), NUM_IMAGES)
+    counts = count(network, weights, slice_of(), 0, NUM_IMAGES)
+    assert (counts.num_images, counts.top1, counts.top5) == (NUM_IMAGES, int((ranks == 0).sum()), int((ranks < 5).sum()))
+    assert 0 < counts.top1 < counts.top5 < NUM_IMAGES  # else the test could not fail
+    assert_close_losses(counts.loss, -log_softmax(z)[np.arange(NUM_IMAGES), y].sum(), NUM_IMAGES)
 
 
 def test_without_labels_the_loss_is_kl_to_the_float_network(network, weights):
     z, reference = plain(network, weights)
     p, q = log_softmax(reference), log_softmax(z)
-    found = count(network, weights, slice_of(labelled=False), 0, NUM_IMAGES)
-    assert (found.top1, found.top5) == (None, None)
-    assert_close_losses(found.loss, (np.exp(p) * (p - q)).sum(), NUM_IMAGES)
+    counts = count(network, weights, slice_of(labelled=False), 0, NUM_IMAGES)
+    assert (counts.top1, counts.top5) == (None, None)
+    assert_close_losses(counts.loss, (np.exp(p) * (p - q)).sum(), NUM_IMAGES)
     none = count(network, {}, slice_of(labelled=False), 0, NUM_IMAGES).loss
     assert none == pytest.approx(0, abs=NUM_IMAGES * of_no_change())
 
@@ -136,10 +136,10 @@ class Counted(MemorySlice):
 def test_many_assignments_take_one_pass_and_count_the_same_bit_for_bit(network, weights, labelled):
     data = Counted(images(NUM_IMAGES), labels(NUM_IMAGES, CLASSES) if labelled else None, CLASSES)
     variants = [(network, weights), (network, {}), (network, {0: weights[0]})]
-    found = count_each(variants, data, 3, NUM_IMAGES, batch_images=10)
+    each = count_each(variants, data, 3, NUM_IMAGES, batch_images=10)
     assert data.asked == list(range(3, NUM_IMAGES))
-    assert found == [count(*variant, slice_of(labelled), 3, NUM_IMAGES, batch_images=10) for variant in variants]
-    assert len({counts.loss for counts in found}) == 3
+    assert each == [count(*variant, slice_of(labelled), 3, NUM_IMAGES, batch_images=10) for variant in variants]
+    assert len({counts.loss for counts in each}) == 3
 
 
 @pytest.mark.parametrize("size", [1, 7, 45])

@@ -18,7 +18,7 @@ from clado.settings.loading import load_config
 INFRA = Path(__file__).parents[1] / "infra"
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OBJECTS = [found for found in yaml.safe_load_all((INFRA / "kubernetes" / "clado.yaml").read_text()) if found]
+OBJECTS = [document for document in yaml.safe_load_all((INFRA / "kubernetes" / "clado.yaml").read_text()) if document]
 OURS = {name: service for name, service in SERVICES.items() if service["image"].startswith("clado:")}
 PINNED = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[\w.]+)?")
 SECRET = re.compile(r"PASSWORD|SECRET|KEY|AUTH_STRING|PREFECT_AUTH", re.IGNORECASE)
@@ -30,11 +30,11 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
 
 
 def containers(kind: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = kind.get("spec", {}).get("template", {}).get("spec", {}).get("containers", [])
-    return found
+    listed: list[dict[str, Any]] = kind.get("spec", {}).get("template", {}).get("spec", {}).get("containers", [])
+    return listed
 
 
-PODS = {found["metadata"]["name"]: containers(found) for found in OBJECTS if containers(found)}
+PODS = {document["metadata"]["name"]: containers(document) for document in OBJECTS if containers(document)}
 
 
 def test_every_service_is_there():
@@ -95,8 +95,8 @@ def test_the_check_of_passwords_can_fail():
 def test_servers_ask_who_is_there():
     mlflow, prefect, scheduler = (SERVICES[name] for name in ("mlflow", "prefect-server", "dask-scheduler"))
     assert "--app-name basic-auth" in mlflow["command"]
-    given = environment(SERVICES["prefect-worker"])["MLFLOW_TRACKING_PASSWORD"]
-    assert environment(mlflow)["MLFLOW_AUTH_ADMIN_PASSWORD"] == VARIABLE.sub(r"${\1}", given)
+    value = environment(SERVICES["prefect-worker"])["MLFLOW_TRACKING_PASSWORD"]
+    assert environment(mlflow)["MLFLOW_AUTH_ADMIN_PASSWORD"] == VARIABLE.sub(r"${\1}", value)
     assert "PREFECT_SERVER_API_AUTH_STRING" in environment(prefect)
     for service in (scheduler, SERVICES["worker"], SERVICES["gpu-worker-1"]):
         assert all(f"--tls-{part} /tls/" in service["command"] for part in ("ca-file", "cert", "key"))
@@ -114,10 +114,10 @@ def test_each_gpu_worker_has_its_own_gpu():
 
 def commands() -> dict[str, list[str]]:
     """The commands of our image, in compose.yaml and on Kubernetes, by their words."""
-    found = {name: shlex.split(service["command"]) for name, service in OURS.items()}
-    for name, made in PODS.items():
-        found |= {f"{name} on Kubernetes": one["args"] for one in made if one["image"].startswith("clado:")}
-    return found
+    by_name = {name: shlex.split(service["command"]) for name, service in OURS.items()}
+    for name, pod_containers in PODS.items():
+        by_name |= {f"{name} on Kubernetes": one["args"] for one in pod_containers if one["image"].startswith("clado:")}
+    return by_name
 
 
 COMMANDS = commands()
@@ -156,7 +156,7 @@ def test_configurations_fit_the_declarations():
     assert config.tracking.uri == environment(SERVICES["prefect-worker"])["MLFLOW_TRACKING_URI"]
     pods = load_config(INFRA / "kubernetes" / "clado-run.yaml").cluster.kubernetes
     assert pods is not None
-    names = {(found["kind"], found["metadata"]["name"]) for found in OBJECTS}
+    names = {(document["kind"], document["metadata"]["name"]) for document in OBJECTS}
     assert {("Namespace", pods.namespace), *(("PersistentVolumeClaim", claim.name) for claim in pods.claims)} <= names
 
 
@@ -172,10 +172,10 @@ def test_a_pod_is_pinned_limited_and_probed(name):
 
 
 def test_kubernetes_and_compose_agree():
-    made = {found["metadata"]["name"]: found for found in OBJECTS if found["kind"] == "ConfigMap"}["clado"]["data"]
+    data = {document["metadata"]["name"]: document for document in OBJECTS if document["kind"] == "ConfigMap"}["clado"]["data"]
     strip = lambda text: [line.strip() for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]  # noqa: E731
-    assert strip(made["databases.sh"]) == strip((INFRA / "postgres" / "databases.sh").read_text())
-    assert strip(made["auth.ini"]) == strip((INFRA / "mlflow" / "auth.ini").read_text())
+    assert strip(data["databases.sh"]) == strip((INFRA / "postgres" / "databases.sh").read_text())
+    assert strip(data["auth.ini"]) == strip((INFRA / "mlflow" / "auth.ini").read_text())
     assert json.dumps(OBJECTS).count("namespace") > len(OBJECTS) - 2
 
 
@@ -201,6 +201,6 @@ def test_the_image_has_what_its_commands_need():
 
 
 def test_a_run_reaches_the_bucket_that_compose_makes():
-    given = COMPOSE["x-s3"]
-    assert given["AWS_ENDPOINT_URL"] == given["AWS_ENDPOINT_URL_S3"]
-    assert given["AWS_ENDPOINT_URL"].startswith("https://") or given["AWS_ALLOW_HTTP"] == "true"
+    settings = COMPOSE["x-s3"]
+    assert settings["AWS_ENDPOINT_URL"] == settings["AWS_ENDPOINT_URL_S3"]
+    assert settings["AWS_ENDPOINT_URL"].startswith("https://") or settings["AWS_ALLOW_HTTP"] == "true"

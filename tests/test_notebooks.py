@@ -81,5 +81,5 @@ class TestLesson:
 
     def test_is_small_and_says_nothing_of_a_machine(self, path):
         assert path.stat().st_size < 1_000_000
-        found = [text for text in texts(json.loads(path.read_text(encoding="utf-8"))) if ABSOLUTE.search(text)]
-        assert found == []
+        paths = [text for text in texts(json.loads(path.read_text(encoding="utf-8"))) if ABSOLUTE.search(text)]
+        assert paths == []

@@ -1,6 +1,8 @@
 """The documentation keeps its word: its code runs or says why not, its commands and files exist, the map names what is there."""
 
+import ast
 import re
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -55,9 +57,9 @@ def given(path: Path) -> dict[str, object]:
 @pytest.mark.parametrize("path", PAGES, ids=page)
 def test_every_block_of_the_documentation_runs_or_says_why_not(path):
     text = path.read_text(encoding="utf-8")
-    found = blocks(path)
-    assert text.count("```") == 2 * sum(block["kind"] is not None for block in found)  # none is passed over for its fences
-    for block in found:
+    matches = blocks(path)
+    assert text.count("```") == 2 * sum(block["kind"] is not None for block in matches)  # none is passed over for its fences
+    for block in matches:
         line = text[: block.start()].count("\n") + 1
         assert block["kind"] in PARSED or block["reason"], f"{page(path)}:{line} neither runs nor says why not"
 
@@ -81,11 +83,14 @@ def test_the_python_of_a_page_runs_in_order_in_one_namespace(path, tmp_path, mon
 
 @pytest.mark.parametrize("path", [path for path in PAGES if "```yaml" in path.read_text(encoding="utf-8")], ids=page)
 def test_the_settings_of_a_page_are_settings(path):
-    own = {"network": {"source": "factory", "name": "my_network:make_network"}, "data": {"source": "folder", "path": "FOLDER"}}
+    required = {
+        "network": {"source": "factory", "name": "my_network:make_network"},
+        "data": {"source": "folder", "path": "FOLDER"},
+    }
     for block in blocks(path):
         if block["kind"] == "yaml":
             written = yaml.safe_load(block["fenced"])
-            assert set(written) <= parse_config({**own, **written}, page(path)).model_fields_set
+            assert set(written) <= parse_config({**required, **written}, page(path)).model_fields_set
 
 
 def test_the_options_of_written_commands_are_options_there_are():
@@ -107,6 +112,20 @@ def test_the_options_of_written_commands_are_options_there_are():
 def test_every_public_name_has_a_docstring():
     for name in clado.__all__:
         assert (getattr(clado, name).__doc__ or "").strip(), name
+
+
+def test_every_field_of_a_dataclass_has_a_line_below_it():
+    fields, silent = 0, []
+    for file in sorted(file for package in ("clado", "flows") for file in (ROOT / package).rglob("*.py")):
+        for owner in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(owner, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in owner.decorator_list):
+                for field, below in zip_longest(owner.body, owner.body[1:]):
+                    if isinstance(field, ast.AnnAssign):
+                        fields += 1
+                        said = isinstance(below, ast.Expr) and isinstance(getattr(below.value, "value", None), str)
+                        silent += [] if said else [f"{page(file)}: {owner.name}.{ast.unparse(field.target)}"]
+    assert fields > 400
+    assert silent == []
 
 
 def test_the_commands_of_the_readme_and_the_guides_are_the_commands_there_are():

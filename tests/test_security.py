@@ -20,22 +20,22 @@ PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 def unsafe(source: str) -> list[str]:
     """Calls that would run code out of what they read."""
-    found = sorted(imports_of(source) & PICKLES)
+    problems = sorted(imports_of(source) & PICKLES)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        if name in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
-            found.append("np.load with pickles")
-        if name == "torch.load" and given.get("weights_only") != "True":
-            found.append("torch.load of more than weights")
+        name, arguments = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if name in ("np.load", "numpy.load") and arguments.get("allow_pickle", "False") != "False":
+            problems.append("np.load with pickles")
+        if name == "torch.load" and arguments.get("weights_only") != "True":
+            problems.append("torch.load of more than weights")
         if name in ("eval", "exec") or (name == "yaml.load" and ast.unparse(node.args[1]) != "_Loader"):
-            found.append(name)
-    return found
+            problems.append(name)
+    return problems
 
 
 def test_nothing_that_is_read_is_unpickled():
-    assert {str(file): found for file in SOURCES if (found := unsafe(file.read_text()))} == {}
+    assert {str(file): problems for file in SOURCES if (problems := unsafe(file.read_text()))} == {}
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_our_yaml_makes_no_objects(tmp_path):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..", "/etc/passwd", "a/../../b", "3 bits", "..\\..\\x"])
 def test_names_make_one_folder_within_the_runs(tmp_path, name):
-    made = budget_folder(SimpleNamespace(folder=tmp_path), f"{name} ")
-    assert made.resolve().parent == (tmp_path / "exports").resolve()
+    folders = budget_folder(SimpleNamespace(folder=tmp_path), f"{name} ")
+    assert folders.resolve().parent == (tmp_path / "exports").resolve()
 
 
 @pytest.mark.parametrize("name", ["../../../etc:make", "..:make", "/etc/x:make", "a/b:c/../../d"])

@@ -19,17 +19,17 @@ from tests.synthetic import make_space
 
 
 def test_sets_of_one_size_share_no_image_and_larger_ones_hold_the_smaller() -> None:
-    found = draws(4024)
-    assert {size: sum(s == size for s, _ in found) for size in study.SIZES} == study.SIZES
-    for (size, _), part in found.items():
+    parts = draws(4024)
+    assert {size: sum(s == size for s, _ in parts) for size in study.SIZES} == study.SIZES
+    for (size, _), part in parts.items():
         assert len(set(part.tolist())) == size
         assert 0 <= part.min() <= part.max() < 4024
-    for (size, one), (other, two) in combinations(found, 2):
+    for (size, one), (other, two) in combinations(parts, 2):
         if size == other:
-            assert not set(found[size, one].tolist()) & set(found[size, two].tolist())
+            assert not set(parts[size, one].tolist()) & set(parts[size, two].tolist())
         if one == two:
             small, large = sorted((size, other))
-            assert found[large, one][:small].tolist() == found[small, one].tolist()
+            assert parts[large, one][:small].tolist() == parts[small, one].tolist()
 
 
 def test_too_few_images_and_shared_ones_are_refused() -> None:
@@ -167,22 +167,22 @@ def test_the_page_is_what_the_data_give() -> None:
 
 @pytest.mark.parametrize("other", ["layerwise", "pairwise"])
 def test_the_goals_hold_in_the_data_plain_chosen_is_above_and_the_interval_excludes_zero(other) -> None:
-    found = study_table.figures(study_table.rows())
-    mean, low, _ = study_table.interval(study_table.differences(found, "plain", "chosen", other, study_table.LOW))
+    cells = study_table.figures(study_table.rows())
+    mean, low, _ = study_table.interval(study_table.differences(cells, "plain", "chosen", other, study_table.LOW))
     assert mean >= low > 0
 
 
 @pytest.mark.parametrize("other", study_table.SINGLE)
 def test_on_images_that_no_rule_was_picked_on_the_mean_is_above_every_single_method(other) -> None:
-    found, _ = study_table.confirmed(study_table.figures(study_table.rows()))
-    mean, _, _ = study_table.interval(study_table.differences(found, "plain", "chosen", other, study_table.LOW))
+    cells, _ = study_table.confirmed(study_table.figures(study_table.rows()))
+    mean, _, _ = study_table.interval(study_table.differences(cells, "plain", "chosen", other, study_table.LOW))
     assert mean > 0.5
 
 
 @pytest.mark.parametrize("other", study_table.SINGLE)
 def test_the_goals_hold_in_the_data_to_no_method_is_more_than_a_twentieth_lost(other) -> None:
-    found = study_table.figures(study_table.rows())
-    values = list(study_table.differences(found, "plain", "chosen", other, study_table.LOW).values())
+    cells = study_table.figures(study_table.rows())
+    values = list(study_table.differences(cells, "plain", "chosen", other, study_table.LOW).values())
     assert len(values) >= 100
     assert sum(value < -study_table.MARGIN for value in values) <= 0.05 * len(values)
 
@@ -194,11 +194,11 @@ def test_the_goals_hold_in_the_data_chosen_spends_a_tenth_of_what_pairs_spend() 
 
 def test_where_one_machine_measured_all_chosen_has_no_more_loss_on_the_sensitivity_set_than_uniform_and_layerwise() -> None:
     compared = 0
-    for found in study_table.figures([line for line in study_table.lines() if "uniform" in study_table.methods(line)]).values():
-        for (_, bound), rest in [answer for answer in found.items() if answer[0][0] == "chosen"]:
+    for cell in study_table.figures([line for line in study_table.lines() if "uniform" in study_table.methods(line)]).values():
+        for (_, bound), rest in [answer for answer in cell.items() if answer[0][0] == "chosen"]:
             compared += 1
             for other in ("uniform", "layerwise"):
-                assert rest[study_table.MEASURED] <= found[other, bound][study_table.MEASURED]
+                assert rest[study_table.MEASURED] <= cell[other, bound][study_table.MEASURED]
     assert compared >= 100
 
 
@@ -210,11 +210,11 @@ def test_what_confirms_is_of_no_set_and_of_every_plain_answer() -> None:
     for part in draws(len(pool)).values():
         assert not set(unseen.tolist()) & set(pool[part].tolist())
     rows = study_table.rows()
-    found, number = study_table.confirmed(study_table.figures(rows))
+    cells, number = study_table.confirmed(study_table.figures(rows))
     assert number == len(unseen)
     for row in rows:
         if row["setting"] == "plain":
-            assert {(m, b) for m, b, *_ in row["rows"] if b in study_table.LOW} <= set(found[key(row)])
+            assert {(m, b) for m, b, *_ in row["rows"] if b in study_table.LOW} <= set(cells[key(row)])
 
 
 def test_an_answer_is_confirmed_as_the_bits_that_it_is_of() -> None:

@@ -17,8 +17,8 @@ def test_a_sum_stays_within_its_bound_in_any_order(terms):
     products = torch.randn(50, terms, generator=generator)
     exact, scale = products.double().sum(1), products.double().abs().sum(1)
     one_by_one = torch.stack([products[:, k] for k in range(terms)]).cumsum(0)[-1]
-    for found in (products.sum(1), products.flip(1).sum(1), products.sort(1).values.sum(1), one_by_one):
-        assert bool(((found.double() - exact).abs() <= tolerance.of_sum(terms) * scale).all())
+    for total in (products.sum(1), products.flip(1).sum(1), products.sort(1).values.sum(1), one_by_one):
+        assert bool(((total.double() - exact).abs() <= tolerance.of_sum(terms) * scale).all())
 
 
 @pytest.mark.parametrize("terms", [4, 24, 300])

@@ -2,8 +2,8 @@
 
 Rounding moves a result by at most eps / 2 of itself. Three rules say what it does to larger computations:
 
-- A sum of n terms is off by at most n · eps / 2 of the sum of the terms' absolute values, in any order of
-  the terms, with vectors of any width (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+- A sum of n terms is off by at most n · eps / 2 of the sum of the terms' absolute values. This holds in any order
+  of the terms, with vectors of any width. (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.)
 - In a forward pass roundings have random signs. A sum of n products of similar size is then off by about
   √n · eps of its size. The roundings of the operators add up.
 - An eigenvalue of a symmetric matrix moves by at most the Frobenius norm of what the matrix is off by (Weyl).
@@ -122,8 +122,8 @@ def assert_close_tile(
     np.testing.assert_allclose(actual[1], expected[1], rtol=0, atol=samples * 2**0.5 * 2 * logits)
     k = expected.shape[1] - 1
     for start in range(2, len(expected), k):
-        found, form = (sums[start : start + k, 1:] for sums in (actual, expected))
+        measured_sums, form = (sums[start : start + k, 1:] for sums in (actual, expected))
         bound = of_gram(np.diag(form), samples, samples * classes, logits)
-        assert (np.abs(found - form) <= bound).all(), np.abs(found - form).max()
+        assert (np.abs(measured_sums - form) <= bound).all(), np.abs(measured_sums - form).max()
     assert actual.shape == expected.shape
     assert (actual[1:, 0] == 0).all()

@@ -33,40 +33,40 @@ EXAMPLES = {
 WITH_TABLE = ("latency", "table")
 
 
-def budgets(given: Mapping[str, Any]) -> list[Budget]:
+def budgets(keywords: Mapping[str, Any]) -> list[Budget]:
     """The budgets of keywords that are not None, in the order of the keywords.
 
     Raises:
         ConfigurationError: A bound is not a positive number, or a table is missing.
     """
-    return [_budget(keyword, value) for keyword, value in given.items() if value is not None]
+    return [_budget(keyword, value) for keyword, value in keywords.items() if value is not None]
 
 
-def limits(space: SearchSpace, given: Mapping[str, Any], more: Sequence[Constraint] = ()) -> list[Constraint]:
+def limits(space: SearchSpace, keywords: Mapping[str, Any], more: Sequence[Constraint] = ()) -> list[Constraint]:
     """All limits of a call as constraints on a space. Raises ConfigurationError if there are none."""
-    constraints = [budget.limit(space) for budget in budgets(given)]
+    constraints = [budget.limit(space) for budget in budgets(keywords)]
     if not constraints and not more:
         raise ConfigurationError(
             "there is no limit, so the widest bits everywhere would be the answer; expected one or more of "
-            + ", ".join(EXAMPLES[keyword] for keyword in given)
+            + ", ".join(EXAMPLES[keyword] for keyword in keywords)
         )
     first, *rest = [*constraints, *more]
     return merge_limits(first, rest)
 
 
-def series(given: Mapping[str, Any]) -> tuple[str, list[float]]:
+def series(keywords: Mapping[str, Any]) -> tuple[str, list[float]]:
     """(keyword, bounds) of the one keyword that has a sequence of bounds.
 
     Raises:
         ConfigurationError: None or several have one, or a bound is not a positive number.
     """
-    names = [keyword for keyword, value in given.items() if value is not None]
+    names = [keyword for keyword, value in keywords.items() if value is not None]
     if len(names) != 1:
         raise ConfigurationError(
             f"a front has one series of budgets, and {', '.join(names) or 'none'} is given; "
             "expected such as average_bits=[2.5, 3, 4]"
         )
-    bounds = given[names[0]]
+    bounds = keywords[names[0]]
     if isinstance(bounds, str) or not isinstance(bounds, Iterable):
         raise ConfigurationError(f"{names[0]} is {bounds!r}; expected several bounds, such as {names[0]}=[...]")
     numbers = [_number(names[0], bound, "") for bound in bounds]

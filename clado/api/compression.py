@@ -194,7 +194,7 @@ def compress(
         NetworkError: The module cannot be searched, or cannot hold what a correction gives it.
         ConfigurationError: There is no limit, or a setting is unknown.
     """
-    given = {
+    keywords = {
         "average_bits": average_bits,
         "size_bytes": size_bytes,
         "percent_of_8_bit": percent_of_8_bit,
@@ -202,7 +202,7 @@ def compress(
         "latency": latency,
         "table": table,
     }
-    asked = budgets.budgets(given)
+    row_budgets = budgets.budgets(keywords)
     if isinstance(model, Network) and fixed:
         raise ConfigurationError("model is a clado.Network, which has its fixed layers; expected clado.Network(..., fixed=...)")
     images = as_slice(data, image_shape=model.image_shape if isinstance(model, Network) else None)
@@ -211,8 +211,8 @@ def compress(
     network = model if isinstance(model, Network) else _network(model, slices.validation.load(0, 1)[0], fixed)
     space = network.search_space(bits)
     space = space.with_activations(activation_bits) if activation_bits else space
-    limits = budgets.limits(space, given)  # refuses a call without any
-    check_budgets(space, asked[:1], limits[1:])
+    limits = budgets.limits(space, keywords)  # refuses a call without any
+    check_budgets(space, row_budgets[:1], limits[1:])
     image_slice(network, images)
 
     calibration = slices.calibration
@@ -225,7 +225,7 @@ def compress(
     def solving(program: Program) -> Solve:
         return solvers.prepare(program, solver, time_limit=time_limit)
 
-    proposals = propose(matrices, asked[:1], solving, limits[1:])
+    proposals = propose(matrices, row_budgets[:1], solving, limits[1:])
     if corrections:
         proposals += [_uncorrected(proposal) for proposal in proposals]
     candidates = {p.assignment: (plain if p.assignment.corrected == "none" else prepared) for p in proposals}

@@ -16,9 +16,9 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
     """The picture of a result. Notebooks show it; `figure.savefig("name.png")` writes it.
 
     Args:
-        result: A matrix (heat map), a solution or what `compress` gives (bits per layer), a front
-            (predicted loss against size), or a run or its record (accuracy against size; without
-            labels loss against size).
+        result: A matrix gives a heat map. A solution, or what `compress` gives, gives the bits of
+            each layer. A front gives predicted loss against size. A run or its record gives
+            accuracy against size, or without labels loss against size.
 
     Returns:
         A figure of matplotlib.

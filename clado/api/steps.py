@@ -186,7 +186,7 @@ def solve(
         ConfigurationError: There is no limit, one is no number, or the solver is unknown.
     """
     check_matrix(matrix)
-    given = {
+    keywords = {
         "average_bits": average_bits,
         "size_bytes": size_bytes,
         "percent_of_8_bit": percent_of_8_bit,
@@ -194,7 +194,7 @@ def solve(
         "latency": latency,
         "table": table,
     }
-    return solvers.solve(program_of(matrix, limits_of(matrix.space, given, limits)), solver, time_limit=time_limit)
+    return solvers.solve(program_of(matrix, limits_of(matrix.space, keywords, limits)), solver, time_limit=time_limit)
 
 
 def front(
@@ -223,8 +223,8 @@ def front(
         ConfigurationError: There is no series of budgets, or several.
     """
     check_matrix(matrix)
-    given = {"average_bits": average_bits, "size_bytes": size_bytes, "percent_of_8_bit": percent_of_8_bit, "bops": bops}
-    keyword, bounds = series(given)
+    keywords = {"average_bits": average_bits, "size_bytes": size_bytes, "percent_of_8_bit": percent_of_8_bit, "bops": bops}
+    keyword, bounds = series(keywords)
     constraints = {bound: limits_of(matrix.space, {keyword: bound})[0] for bound in sorted(set(bounds))}
     program = program_of(matrix, [next(reversed(constraints.values()))])
     name = program.constraints[0].name

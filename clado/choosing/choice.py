@@ -123,8 +123,11 @@ class _Measurements:
     """What was measured of every proposal."""
 
     space: SearchSpace
+    """The options."""
     losses: Mapping[Assignment, float]
+    """The measured loss of each proposal."""
     scores: Mapping[Assignment, Score] | None
+    """Brier score and hits of each proposal, where they were counted."""
 
     def loss(self, proposal: Proposal) -> float:
         """The measured loss; infinite where it is no number."""

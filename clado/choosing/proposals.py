@@ -51,17 +51,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One method's answer to one budget, not yet measured; `solution` is None for the uniform assignment.
-
-    `reported` methods have a row of their own in tables; the others (variants, what a local search found) only compete.
-    """
+    """One method's answer to one budget, not yet measured."""
 
     budget: Budget
+    """The budget that it fits."""
     method: str
+    """The name of the method."""
     assignment: Assignment
+    """The bits of each layer."""
     loss_predicted: float | None = None
+    """The predicted loss, if the method predicts one."""
     solution: Solution | None = None
+    """The solver's answer. None for the uniform assignment."""
     reported: bool = True
+    """Whether the method has a row in tables. Variants, and what a local search tried, only compete."""
 
 
 def budgets_of(

@@ -61,7 +61,7 @@ class Solution(Tabular):
     bound: float
     """A lower bound on the minimised function; −∞ for a heuristic."""
     gap: float
-    """(minimised − bound) / |minimised|; ∞ for a heuristic."""
+    """`(minimised − bound) / |minimised|`; ∞ for a heuristic."""
     seconds: float
     """How long the solve took."""
     nodes: int

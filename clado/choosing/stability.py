@@ -4,9 +4,10 @@ A resample draws sample blocks with replacement (Efron, 1979), estimates the mat
 answer by the moves of the local search (`local_search.settle`). A layer is *undecided* where fewer than 90 % of the resamples
 keep its bits. A run chooses by measured losses, and may choose another answer. The bootstrap says nothing about that one.
 
-It also says how many images would be enough. m times as many blocks have the sampling noise of m times as many images, σ/√(mN)
-(the m out of n bootstrap, Bickel, Götze and van Zwet, 1997). The first multiple of 4 and 16 that leaves no layer undecided is
-reported. The resamples vary around the measured values, not around the true ones, so this is a guess and not a bound.
+It also says how many images would be enough. With m times as many images there are m times as many blocks. A resample of so
+many has the sampling noise of so many images, σ/√(mN) (the m out of n bootstrap, Bickel, Götze and van Zwet, 1997). The first
+multiple of 4 and 16 that leaves no layer undecided is reported. The resamples vary around the measured values, not around the
+true ones, so this is a guess and not a bound.
 """
 
 from collections.abc import Callable, Mapping

@@ -58,8 +58,10 @@ def brier(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None
 
 
 def hits(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Whether the class of the largest logit is the one that the criterion expects: bool (..., N). Logits that are not finite hit
-    nothing."""
+    """Whether the class of the largest logit is the one that the criterion expects: bool (..., N).
+
+    Logits that are not finite hit nothing.
+    """
     classes = _with_labels(name, labels).classes(float_logits, labels)
     return (logits.argmax(-1) == classes) & logits.isfinite().all(-1)
 

@@ -21,7 +21,7 @@ def _target(float_logits: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _residual(float_logits: Tensor, labels: Tensor | None) -> Tensor:
-    """p − onehot(y)."""
+    """The gradient in the logits: p − onehot(y)."""
     return float_logits.double().softmax(-1) - _target(float_logits, labels)
 
 

@@ -34,9 +34,11 @@ def _expm1(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _kl_of_differences(float_logits: Tensor) -> Loss:
-    """`kl_to_float` as log(1 + Σ p (eᶜ − 1 − c)), where c = d − Σ p d and d is the difference of the logits: float32 elements
-    that keep the digits of small losses, at half the time and less. Samples that are not finite this way (eᶜ may overflow), and
-    logits with a gradient, go through `kl_to_float`. For a CPU: a GPU would wait for the check, and is fast enough in float64.
+    """`kl_to_float` as log(1 + Σ p (eᶜ − 1 − c)), where c = d − Σ p d and d is the difference of the logits.
+
+    Its float32 elements keep the digits of small losses, in half the time and less. Samples that are not finite this way (eᶜ may
+    overflow), and logits with a gradient, go through `kl_to_float`. This is for a CPU. A GPU would wait for the check, and is
+    fast enough in float64.
     """
     dtype = torch.promote_types(float_logits.dtype, torch.float32)
     reference = float_logits.to(dtype)

@@ -256,7 +256,7 @@ def check_batch(
     """Checks one batch.
 
     Args:
-        images: Finite float32 images (N, C, H, W), or (N, *image_shape).
+        images: Finite float32 images (N, C, H, W), or N times `image_shape`.
         labels: Integer labels (N,), or None.
         image_shape: The shape that each image must have, if it is known.
         num_classes: Labels must lie within 0..num_classes − 1, if it is known.

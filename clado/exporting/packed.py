@@ -92,7 +92,7 @@ def export_packed(path: Path, network: Network, layers: Replaced) -> PackedSize:
         How many bytes the file takes.
 
     Raises:
-        NetworkError: A weight is off its grid, a tensor holds a NaN or an infinity, or a torch
+        NetworkError: A weight is off its grid, or a tensor holds a NaN or an infinity. Or a torch
             module cannot hold the grid of an input or the bias of a correction. Nothing is written
             then.
     """

@@ -170,9 +170,9 @@ class InteractionMatrix(Tabular):
     def save(self, path: str | Path) -> None:
         """Writes the matrix as .npz, for `load`.
 
-        Its arrays are `values`, `standard_error` (empty where there is none), `options` ("layer:4", or "layer:4/8" with
-        activation bits), the numbers of `quarantined` options, `forbidden` pairs (n, 2), and `ranking_only`. `document` holds
-        the space and all other fields as JSON.
+        Its arrays are `values`, `standard_error` (empty if there is none), `options`, the numbers of `quarantined` options,
+        `forbidden` pairs (n, 2), and `ranking_only`. An option is "layer:4", or "layer:4/8" with activation bits. `document`
+        holds the space and all other fields as JSON.
 
         Args:
             path: The file. Its folder is made if it is missing.

@@ -30,9 +30,12 @@ def batching(
 ) -> Batching:
     """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
 
-    A run is fastest while its values stay in the cache and its batch is large, so by default a batch is what the processor runs
-    fast, and a pass at least. A run takes a quarter of `limit_bytes` at most: operators' own buffers are as large as their values
-    again, and stored prefixes need the rest. ConfigurationError where one image does not fit.
+    A run is fastest while its values stay in the cache and its batch is large. So by default a batch is what the processor runs
+    fast, and a pass at least. A run takes a quarter of `limit_bytes` at most. Buffers of operators are as large as their values
+    again, and stored prefixes need the rest.
+
+    Raises:
+        ConfigurationError: One image does not fit.
     """
     if batch_images is not None and batch_images < 1:
         raise ConfigurationError(f"batch_images is {batch_images}; expected at least 1")
@@ -44,13 +47,13 @@ def batching(
             f"{(limit_bytes or 0) / 1e6:.1f} MB; raise memory_limit_mb or use smaller images"
         )
     if batch_images is None:
-        wanted = [processor.images(peak) for peak in peak_bytes]
+        ideal = [processor.images(peak) for peak in peak_bytes]
         # a pass rather up to twice as large than half as small: its runs of one row cannot be stacked
-        passes = max(1, images_per_block // min(wanted))
-        wanted = [max(want, -(-images_per_block // passes)) for want in wanted]
+        passes = max(1, images_per_block // min(ideal))
+        ideal = [max(want, -(-images_per_block // passes)) for want in ideal]
     else:
-        wanted = [batch_images] * len(sizes)
-    batches = tuple(min(want, fit) for want, fit in zip(wanted, fits, strict=True))
+        ideal = [batch_images] * len(sizes)
+    batches = tuple(min(want, fit) for want, fit in zip(ideal, fits, strict=True))
     images = min(images_per_block, *batches)
     return Batching(images, batches, 2 * max(size * batch for size, batch in zip(sizes, batches, strict=True)))
 

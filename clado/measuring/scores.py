@@ -32,6 +32,6 @@ def score_passes(criterion: str, network: Network, replaced: Replaced, passes: I
     per_pass = []
     for part in passes:
         logits = network.logits(part.images, replaced)
-        given = criterion, logits, part.float_logits, part.labels
-        per_pass.append((part.criterion(criterion)(logits), criteria.brier(*given), criteria.hits(*given)))
+        arguments = criterion, logits, part.float_logits, part.labels
+        per_pass.append((part.criterion(criterion)(logits), criteria.brier(*arguments), criteria.hits(*arguments)))
     return Scores(*(np.concatenate([to_numpy(value) for value in column]) for column in zip(*per_pass, strict=True)))

@@ -28,8 +28,8 @@ class Stack:
 def sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State, end: int) -> Iterator[tuple[int, list[Stack]]]:
     """Yields (layer, stacks of the rows of earlier layers, at this layer's cut) for every layer behind the first row, to `end`.
 
-    Where `end` is the number of layers, stacks are finished runs: each is run to the end as soon as it is full, while its values
-    are in the cache, and yielded once. What is left is yielded behind the last layer.
+    If `end` is the number of layers, stacks are finished runs. Each is run to the end as soon as it is full, while its values are
+    in the cache. It is yielded once. What is left is yielded behind the last layer.
 
     Args:
         bench: Network and quantized layers.
@@ -87,13 +87,13 @@ def _capacity(bench: Workbench, part: Pass, layer: int, to_the_end: bool) -> int
 def _packed(network: Network, stacks: list[Stack], capacity: int, layer: int) -> list[Stack]:
     """The same rows in as few stacks as `capacity` rows each allow; full ones are left alone, and unlike ones kept apart."""
     packed = [stack for stack in stacks if len(stack.rows) >= capacity]
-    alike: dict[Hashable, list[Stack]] = {}
+    by_shape: dict[Hashable, list[Stack]] = {}
     for stack in stacks:
         if len(stack.rows) < capacity:
-            alike.setdefault(stack.state.stack_key, []).append(stack)
-    for loose in alike.values():
+            by_shape.setdefault(stack.state.stack_key, []).append(stack)
+    for of_shape in by_shape.values():
         group: list[Stack] = []
-        for stack in loose:
+        for stack in of_shape:
             if group and sum(len(s.rows) for s in group) + len(stack.rows) > capacity:
                 packed.append(_joined(network, group, layer))
                 group = []

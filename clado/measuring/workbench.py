@@ -68,7 +68,9 @@ class Workbench:
     batching: Batching = field(init=False)
     """How images travel through `network`."""
     _kept: tuple[int, tuple[Pass, ...]] | None = None
+    """The number of the last sample block, and its passes."""
     _float_logits: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Logits of the float network for each pass, by sample block."""
 
     def __post_init__(self) -> None:
         largest = max(stop - start for start, stop in self.sample_blocks)

@@ -39,9 +39,13 @@ class Movement:
     """Splits axes, picks one index of some, permutes the rest, merges: a view where one exists."""
 
     split: tuple[int, ...]
+    """Sizes of the axes after splitting."""
     picks: tuple[tuple[int, int], ...]
+    """(axis, index) of each axis of which one index is picked."""
     order: tuple[int, ...]
+    """The permutation of the axes that are left."""
     shape: tuple[int, ...]
+    """Sizes after merging."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The moved tensor."""
@@ -77,6 +81,7 @@ class _Sizes:
     """Sizes of values for a number of images."""
 
     symbol: Any
+    """The symbol that stands for the number of images."""
 
     def number(self, value: Any, count: int) -> int:
         return size_at(value, self.symbol, count)

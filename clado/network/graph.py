@@ -34,6 +34,7 @@ class Value:
     """Reads the value that an earlier operator computed."""
 
     slot: int
+    """The number of the slot that holds it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Constant:
     """Reads a parameter, a buffer or a folded constant, unless a weight is put in its place."""
 
     slot: int
+    """The number of the slot that holds it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Scalar:
     """Reads an integer that follows from the number of images."""
 
     slot: int
+    """The number of the slot that holds it."""
 
 
 @dataclass(frozen=True)

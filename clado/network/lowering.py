@@ -44,7 +44,7 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
     """
     operators, constants, rules = _classified(program, {node for weight in weights for node in weight.nodes})
     ordered = sorted(weights, key=lambda weight: weight.positions(operators)[0])
-    given = {weight.consumer: len(program.nodes) + k for k, weight in enumerate(ordered) if weight.lacks_bias}
+    bias_positions = {weight.consumer: len(program.nodes) + k for k, weight in enumerate(ordered) if weight.lacks_bias}
     last_reads = _last_reads(program, operators)
 
     def read(argument: Any) -> Any:
@@ -58,17 +58,17 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
     for k, node in enumerate(operators):
         consumed = tuple(i for i, weight in enumerate(ordered) if node in weight.consumers)
         frees = tuple(slot for slot in _slots_read(program, node) if last_reads.get(slot) == k)
-        function, arguments, keywords = _call(node, read, given.get(node))
+        function, arguments, keywords = _call(node, read, bias_positions.get(node))
         instructions.append(Instruction(function, arguments, keywords, program.slots[node], frees, node.name, consumed))
     return Lowered(
         operators,
         tuple(instructions),
-        {**{program.slots[node]: value for node, value in constants.items()}, **dict.fromkeys(given.values())},
+        {**{program.slots[node]: value for node, value in constants.items()}, **dict.fromkeys(bias_positions.values())},
         rules,
         last_reads,
         ordered,
         tuple(
-            given[weight.consumer] if weight.lacks_bias else None if weight.bias is None else program.slots[weight.bias]
+            bias_positions[weight.consumer] if weight.lacks_bias else None if weight.bias is None else program.slots[weight.bias]
             for weight in ordered
         ),
     )

@@ -24,6 +24,7 @@ class NormStatistics:
     variance: str
     """Name of the buffer of the running variance."""
     eps: float
+    """What is added to the variance."""
     trained: Moments
     """What the network has."""
     seen: Moments
@@ -73,8 +74,8 @@ def _of_graph(
             states[k] = graph.run(state, norm.position, replaced)
             # at once, while the values are in the cache
             moments_of_batches.append(batch_moments(states[k].values[norm.input_slot]))
-        seen = pooled(moments_of_batches, trained_mean.dtype)
-        moments = statistics(NormStatistics(norm.mean, norm.variance, norm.eps, (trained_mean, trained_variance), seen))
+        measured = pooled(moments_of_batches, trained_mean.dtype)
+        moments = statistics(NormStatistics(norm.mean, norm.variance, norm.eps, (trained_mean, trained_variance), measured))
         changed = dict(zip((norm.mean, norm.variance), moments, strict=True))
         buffers |= changed
         graph = graph.updated(changed)
@@ -88,7 +89,7 @@ def _of_modules(
     changed = engine.changed
     for name, module in _norms_in_order(engine, batches[0][:1], replaced).items():
         inputs: list[BatchMoments] = []
-        hook = module.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(batch_moments(given[0])))
+        hook = module.register_forward_pre_hook(lambda _, arguments, inputs=inputs: inputs.append(batch_moments(arguments[0])))
         try:
             for batch in batches:
                 engine.forward(batch, replaced)
@@ -97,8 +98,8 @@ def _of_modules(
         if inputs:  # else the images themselves decide whether it runs
             mean, variance = (f"{name}.{buffer}".lstrip(".") for buffer in ("running_mean", "running_var"))
             trained_mean, trained_variance = (changed.get(n, engine.model.get_buffer(n)) for n in (mean, variance))
-            seen = pooled(inputs, trained_mean.dtype)
-            moments = statistics(NormStatistics(mean, variance, module.eps, (trained_mean, trained_variance), seen))
+            measured = pooled(inputs, trained_mean.dtype)
+            moments = statistics(NormStatistics(mean, variance, module.eps, (trained_mean, trained_variance), measured))
             buffers |= zip((mean, variance), moments, strict=True)
             engine = engine.updated(buffers)
     return buffers

@@ -109,7 +109,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _operator(name: str) -> Any:
-    found: Any = torch.ops
+    operator: Any = torch.ops
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        operator = getattr(operator, part)
+    return operator

@@ -157,12 +157,12 @@ def unsearched(
     """(name, bytes, why) of every parameter that is not searched."""
     parameters = program.exported.graph_signature.inputs_to_parameters
     # a tied parameter has several placeholders, some of them unused
-    seen = {program.names[node] for weight in weights for node in weight.nodes}
+    listed = {program.names[node] for weight in weights for node in weight.nodes}
     rows = []
     for node, name in program.names.items():
-        if node.name not in parameters or name in seen:
+        if node.name not in parameters or name in listed:
             continue
-        seen.add(name)
+        listed.add(name)
         tensor = program.tensors[node]
         users = ", ".join(sorted({str(user.target) for user in node.users})) or "nothing"
         rows.append((name, tensor.numel() * tensor.element_size(), why_unsearched(tensor, fixed(name), users)))

@@ -192,8 +192,13 @@ def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     """(input, weight, bias, and what is behind them) of a call of a consumer."""
     operator, axis = _CONSUMERS[func]
     rest = {} if operator == "linear" else _TRANSPOSED if axis else _CONVOLUTION
-    given = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
-    return (given["input"], given["weight"], given.get("bias"), *(given.get(name, default) for name, default in rest.items()))
+    by_name = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
+    return (
+        by_name["input"],
+        by_name["weight"],
+        by_name.get("bias"),
+        *(by_name.get(name, default) for name, default in rest.items()),
+    )
 
 
 class _Seen(TorchFunctionMode):
@@ -273,6 +278,6 @@ class _Watch(TorchFunctionMode):
         whole, stride = self.parameters[name], weight.stride(axis)
         if whole.stride(axis) != stride and stride in whole.stride():  # it is read transposed
             axis = whole.stride().index(stride)
-        seen = self.layers.get(name)
-        total = macs // self.num_images + (seen.macs if seen else 0)
+        known = self.layers.get(name)
+        total = macs // self.num_images + (known.macs if known else 0)
         self.layers[name] = Layer(name, tuple(whole.shape), operator, total, axis)

@@ -49,18 +49,18 @@ class MatrixForm:
         if not kernel:
             return cls(shape)
         transposed = "transpose" in layer.operator
-        given = dict(zip(TRANSPOSED_ARGUMENTS if transposed else ARGUMENTS, arguments, strict=False))
-        stride, dilation = (_per_axis(given.get(name, 1), kernel) for name in ("stride", "dilation"))
+        by_name = dict(zip(TRANSPOSED_ARGUMENTS if transposed else ARGUMENTS, arguments, strict=False))
+        stride, dilation = (_per_axis(by_name.get(name, 1), kernel) for name in ("stride", "dilation"))
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        if given.get("padding") == "same":
+        if by_name.get("padding") == "same":
             sides = [(r // 2, r - r // 2) for r in reach]
         else:
-            padding = _per_axis(0 if given.get("padding") == "valid" else given.get("padding", 0), kernel)
+            padding = _per_axis(0 if by_name.get("padding") == "valid" else by_name.get("padding", 0), kernel)
             sides = [(p, p) for p in padding]
             if transposed:
-                extra = _per_axis(given.get("output_padding", 0), kernel)
+                extra = _per_axis(by_name.get("output_padding", 0), kernel)
                 sides = [(r - p, r - p + e) for r, p, e in zip(reach, padding, extra, strict=True)]
-        return cls(shape, int(given.get("groups", 1)), transposed, stride, dilation, tuple(sides))
+        return cls(shape, int(by_name.get("groups", 1)), transposed, stride, dilation, tuple(sides))
 
     @property
     def num_columns(self) -> int:

@@ -1,10 +1,10 @@
 """First and second moments of a layer's input rows, of which everything that is quadratic in a weight's error follows.
 
-For rows x with mean μ and second moment Σ = E[x xᵀ], a weight column w and its error e: the mean output is wᵀ μ, its variance
-wᵀ (Σ − μ μᵀ) w, and the expected squared output error eᵀ Σ e.
+Rows x have mean μ and second moment Σ = E[x xᵀ]. A weight column w has the error e. Then the mean output is wᵀ μ, its variance is
+wᵀ (Σ − μ μᵀ) w, and the expected squared output error is eᵀ Σ e.
 
-A few hundred images do not say what the covariance of a thousand inputs is. A classifier sees one row of each image: rounding
-that is fitted to the covariance of 256 rows has almost no error on them, and on other images more than nearest codes
+A few hundred images do not say what the covariance of a thousand inputs is. A classifier sees one row of each image. Rounding
+that is fitted to the covariance of 256 rows has almost no error on them. On other images it has more than nearest codes
 (tests/benchmarks/OVERFITTING.md). So what rounds reads `Moments.shrunk`.
 """
 
@@ -38,8 +38,8 @@ class Moments:
     def shrunk(self) -> "Moments":
         """The same moments with covariances shrunk by the share of `noise`; variances and means stay.
 
-        That is the shrinkage of least expected squared error towards the diagonal (Schäfer and Strimmer 2005, "A shrinkage
-        approach to large-scale covariance matrix estimation", target D; after Ledoit and Wolf 2004).
+        That is the shrinkage of least expected squared error towards the diagonal, after Ledoit and Wolf 2004. (Schäfer and
+        Strimmer 2005, "A shrinkage approach to large-scale covariance matrix estimation", target D.)
         """
         if self.noise is None:
             return self

@@ -79,6 +79,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     """What each correction did or skipped, for the user."""
     _references: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What final corrections compute once on the float network, by correction."""
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> its quantized layer, for the layers that an assignment quantizes."""

@@ -180,9 +180,9 @@ class _Gatherer:
                 self._add_rows(call.input.to(self.weight.dtype))  # autocast may have made it coarser
 
     def _add_values(self, x: Tensor) -> None:
-        wanted = max(1, SAMPLED_VALUES * self.num_images // self.sweep.num_images)
+        count = max(1, SAMPLED_VALUES * self.num_images // self.sweep.num_images)
         # a stride prime to the usual sizes does not meet the same channel again and again
-        stride = max(1, x.numel() // wanted) | 1
+        stride = max(1, x.numel() // count) | 1
         self.values += [x[::stride], torch.stack(x.aminmax())]
 
     def _add_rows(self, x: Tensor) -> None:
@@ -192,8 +192,8 @@ class _Gatherer:
             self.on_grid[width].add(grid.fake_quantize(rows))  # zero is on the grid: what a convolution pads with stays
         if self.sweep.moments:
             self.sums.add(rows)
-            wanted = SAMPLED_ELEMENTS * self.num_images // (self.sweep.num_images * rows.shape[0] * rows.shape[2])
-            self.rows.append(rows[:, : max(wanted, 0 if self.rows else 1)].clone())
+            count = SAMPLED_ELEMENTS * self.num_images // (self.sweep.num_images * rows.shape[0] * rows.shape[2])
+            self.rows.append(rows[:, : max(count, 0 if self.rows else 1)].clone())
 
     def _numbers(self, form: MatrixForm, x: Tensor) -> Tensor | None:
         """The rows that are read of an input: of each image another part of one random order. None: all rows."""

@@ -122,8 +122,8 @@ class RunRecord(Tabular):
 
     def comparison(self, budget: str, method: str, other: str) -> Comparison | None:
         """How two answers to a budget compare on the validation images. None if they are the same, or were not compared."""
-        wanted = (budget, method, other)
-        return next((row for row in self.comparisons if (row.budget, row.method, row.other) == wanted), None)
+        key = (budget, method, other)
+        return next((row for row in self.comparisons if (row.budget, row.method, row.other) == key), None)
 
     def summary(self) -> str:
         """Network, budgets and methods, in one line."""

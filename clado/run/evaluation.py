@@ -115,9 +115,9 @@ class RunEvaluation:
 
     def other_corrections(self, assignment: Assignment) -> list[Assignment]:
         """The same bits with other corrections, which deploy other networks."""
-        own = self.representative(assignment)
+        deployed_as = self.representative(assignment)
         levels = dict.fromkeys(self._representative_levels.values())
-        return [other for level in levels if (other := assignment.with_corrections(level)) != own]
+        return [other for level in levels if (other := assignment.with_corrections(level)) != deployed_as]
 
     def losses(
         self,
@@ -212,5 +212,5 @@ def task_images(macs: int, num_images: int) -> int:
 
     It does not depend on the workers, so that the sums are the same, bit for bit, for any number of them.
     """
-    wanted = max(TASK_MACS // max(1, macs), num_images // MAX_TASKS)
-    return min(max(wanted, MIN_TASK_IMAGES), MAX_TASK_IMAGES)
+    images = max(TASK_MACS // max(1, macs), num_images // MAX_TASKS)
+    return min(max(images, MIN_TASK_IMAGES), MAX_TASK_IMAGES)

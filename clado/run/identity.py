@@ -84,8 +84,11 @@ class RunIdentity:
         return fingerprint([self.document, slices.sensitivity.sha256, len(slices.validation)])
 
     def open_store(self) -> MeasurementStore:
-        """The run's store, made where there is none and grown where images were added; IdentityMismatch where it holds other
-        numbers."""
+        """The run's store. It is made if there is none, and grows if images were added.
+
+        Raises:
+            IdentityMismatch: The folder holds a store of other numbers.
+        """
         path, plan = self.inputs.store_path, self.inputs.plan
         if not exists(path):
             return MeasurementStore.create(path, plan, self.document, self.coverage, self.provenance)
@@ -120,8 +123,8 @@ class RunIdentity:
     def adds_images(self, store: MeasurementStore) -> bool:
         """Whether this run adds images to those of a store; IdentityMismatch where anything else differs. Writes nothing."""
         old, new = store.coverage, self.coverage
-        kept = len(old["blocks"])
-        adds = len(new["blocks"]) > kept and new["blocks"][:kept] == old["blocks"]
+        num_old = len(old["blocks"])
+        adds = len(new["blocks"]) > num_old and new["blocks"][:num_old] == old["blocks"]
         adds = adds and self._first_images(old["blocks"][-1][1]) == old["sensitivity_set"]
         store.check(self.document, old if adds else new)
         return adds

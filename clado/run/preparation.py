@@ -143,8 +143,8 @@ class RunPreparation:
 
     def _sweep_tasks(self, plain: bool, on_grids: bool, unprepared: Sequence[tuple[bool, int]]) -> list[SweepTask]:
         layers = [layer for variant, layer in unprepared if variant == plain]
-        found = next((sweep for sweep in self.sweeps(plain) if sweep.on_grids == on_grids), None)
-        if found is None or not layers:
+        same_form = next((sweep for sweep in self.sweeps(plain) if sweep.on_grids == on_grids), None)
+        if same_form is None or not layers:
             return []
         widths = len(self.inputs.space.activation_widths) if on_grids else 1
         # half of the limit is for the float run itself
@@ -154,7 +154,7 @@ class RunPreparation:
             for group in groups:
                 absent = tuple(layer for layer in group if not files.file(layer, block, on_grids).exists())
                 if absent:
-                    tasks.append(SweepTask(plain, on_grids, block, absent, self.sweep_cost(found, absent, stop - start)))
+                    tasks.append(SweepTask(plain, on_grids, block, absent, self.sweep_cost(same_form, absent, stop - start)))
         return tasks
 
     def _macs_behind(self, layer: int) -> int:
@@ -208,16 +208,16 @@ class RunPreparation:
             if task.on_grids:
                 sweep = replace(sweep, grids={layer: files.inputs.read_ranges(layer) for layer in task.layers})
             images = self.inputs.slices.calibration.load(start, stop)[0].to(network.device)
-            for layer, found in sweep.gather(network, images, start, task.layers).items():
-                files.inputs.write(layer, task.block, task.on_grids, found)
+            for layer, layer_inputs in sweep.gather(network, images, start, task.layers).items():
+                files.inputs.write(layer, task.block, task.on_grids, layer_inputs)
         elif isinstance(task, RangesTask):
-            found = self._read_inputs(task.plain, task.layer, on_grids=False)
-            files.inputs.write_ranges(task.layer, activation_grids(network, self.inputs.space, recipe, task.layer, found))
+            layer_inputs = self._read_inputs(task.plain, task.layer, on_grids=False)
+            files.inputs.write_ranges(task.layer, activation_grids(network, self.inputs.space, recipe, task.layer, layer_inputs))
         else:
             layer_input = None
             for sweep in self.sweeps(task.plain):
-                found = self._read_inputs(task.plain, task.layer, sweep.on_grids)
-                layer_input = found if layer_input is None else replace(layer_input, on_grid=found.on_grid)
+                layer_inputs = self._read_inputs(task.plain, task.layer, sweep.on_grids)
+                layer_input = layer_inputs if layer_input is None else replace(layer_input, on_grid=layer_inputs.on_grid)
             files.write_layer(task.layer, *prepare_layer(network, self.inputs.space, recipe, task.layer, layer_input))
 
     def clear(self) -> None:

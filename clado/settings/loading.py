@@ -65,14 +65,14 @@ def load_run_config(folder: Path, uri: str | None = None) -> RunConfig:
             f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
         )
     overrides = [f"folder={json.dumps(str(folder), ensure_ascii=False)}"]
-    kept = load_config(file, overrides)
-    database, chosen = database_of(kept.tracking.uri), uri or os.environ.get(TRACKING_VARIABLE)
+    settings = load_config(file, overrides)
+    database, chosen = database_of(settings.tracking.uri), uri or os.environ.get(TRACKING_VARIABLE)
     gone = database is not None and not database.parent.is_dir()
     if not chosen and not gone:
-        return kept
+        return settings
     config = load_config(file, [*overrides, f"tracking.uri={json.dumps(uri or '')}"])
     if not chosen:
-        log.warning("%s is gone; MLflow's records of %s go to %s", kept.tracking.uri, folder, config.tracking.uri)
+        log.warning("%s is gone; MLflow's records of %s go to %s", settings.tracking.uri, folder, config.tracking.uri)
     return config
 
 
@@ -117,9 +117,9 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _explain(fault: Any) -> str:
     *path, key = fault["loc"] or ("",)
-    where, given = ".".join(str(part) for part in fault["loc"]), fault["input"]
-    plain = isinstance(given, str | int | float | bool | list | tuple)
-    shown = repr(given) if plain else "empty" if given is None else type(given).__name__
+    where, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
+    plain = isinstance(value, str | int | float | bool | list | tuple)
+    shown = repr(value) if plain else "empty" if value is None else type(value).__name__
     match fault["type"]:
         case "extra_forbidden":
             valid = _keys_at(path)
@@ -132,16 +132,16 @@ def _explain(fault: Any) -> str:
             said = f"{where!r} is missing{example if 'network' in (key, *path) else ', and has no default'}"
         case "literal_error":
             valid = tuple(re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
-            said = f"{where}: unknown name {shown}; expected one of {', '.join(valid)}{nearest(str(given), valid)}"
+            said = f"{where}: unknown name {shown}; expected one of {', '.join(valid)}{nearest(str(value), valid)}"
         case "tuple_type":
-            said = f"{where} is {shown}; expected a list, such as [{given if plain else 2}]"
+            said = f"{where} is {shown}; expected a list, such as [{value if plain else 2}]"
         case "model_type" | "model_attributes_type":
             said = f"{where} is {shown}; expected a section with keys of {', '.join(_keys_at(fault['loc']))}"
         case "value_error":
             message = str(fault["msg"]).removeprefix("Value error, ")
             said = message if not where or message.startswith(f"{where} ") else f"{where}: {message}"
-        case "float_type" if isinstance(given, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\d+", given):
-            said = f"{where} is the text {shown} to YAML; expected a point and a sign, such as {float(given):.1e}"
+        case "float_type" if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\d+", value):
+            said = f"{where} is the text {shown} to YAML; expected a point and a sign, such as {float(value):.1e}"
         case _:
             said = f"{where}: {fault['msg']}, got {shown}"
     return said

@@ -11,7 +11,7 @@ _SECRET = re.compile(r"([?&][^=&\s]*(?:pass|pwd|token|secret|key|sig|credential|
 
 
 def redact(text: str) -> str:
-    """The text with the user, the password and the secret query values of any URI in it replaced by ***."""
+    """The text with the user, the password and the secret query values of any URI in it replaced by `***`."""
     return _SECRET.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
 
 

@@ -138,8 +138,8 @@ def render(network: str | None = None, data: str | None = None, of_data: Mapping
     of_data = of_data or {name: getattr(DEFAULTS, name) for name in ("sensitivity_images", "calibration_images", "sample_blocks")}
     lines = {name: f"{name}: {count}".ljust(35) for name, count in of_data.items()}
     if (network is None) != (data is None):
-        given, absent = ("network", "data FOLDER") if data is None else ("data", "network package.module:function")
-        raise ConfigurationError(f"--{given} is given without --{absent}; expected both, or neither for the zoo's demo")
+        argument, absent = ("network", "data FOLDER") if data is None else ("data", "network package.module:function")
+        raise ConfigurationError(f"--{argument} is given without --{absent}; expected both, or neither for the zoo's demo")
     if network is None or data is None:
         text = _TEMPLATE.format(network=_ZOO_NETWORK, data=_ZOO_DATA, **lines)
     else:

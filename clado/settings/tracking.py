@@ -13,9 +13,9 @@ from clado.settings.redaction import Uri, redact
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
-def tracking_uri(given: str | None = None) -> str:
+def tracking_uri(explicit: str | None = None) -> str:
     """The URI given, else MLFLOW_TRACKING_URI, else MLflow's own default. A relative path becomes absolute."""
-    uri = given or os.environ.get(TRACKING_VARIABLE) or "sqlite:///mlflow.db"
+    uri = explicit or os.environ.get(TRACKING_VARIABLE) or "sqlite:///mlflow.db"
     return re.sub("^(sqlite:///|file:)(?!/|:memory:)(.+)", lambda match: match[1] + Path(match[2]).resolve().as_posix(), uri)
 
 
@@ -24,10 +24,10 @@ def database_of(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
-def _kept_uri(given: str) -> str:
-    if "?" in str(Path.cwd()) and not (given or os.environ.get(TRACKING_VARIABLE)):
+def _kept_uri(uri: str) -> str:
+    if "?" in str(Path.cwd()) and not (uri or os.environ.get(TRACKING_VARIABLE)):
         raise ValueError(f"{Path.cwd()} has a ?, which ends the name of MLflow's database; expected another folder, or a URI")
-    return tracking_uri(given) if given else redact(tracking_uri())  # the environment keeps its credentials
+    return tracking_uri(uri) if uri else redact(tracking_uri())  # the environment keeps its credentials
 
 
 class TrackingSettings(Settings):

@@ -39,11 +39,11 @@ def _differences_by_name(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping
         lines.append(f"{where}: only the store has {_listed(only)}")
     if only := [name for name in after if name not in before]:
         lines.append(f"{where}: only this run has {_listed(only)}")
-    alike: dict[str, list[str]] = {}
+    names_by_change: dict[str, list[str]] = {}
     for name in before:
         for line in differences(before[name], after[name]) if name in after else []:
-            alike.setdefault(line, []).append(name)
-    lines += [f"{line} ({where}: {_listed(names)})" for line, names in alike.items()]
+            names_by_change.setdefault(line, []).append(name)
+    lines += [f"{line} ({where}: {_listed(names)})" for line, names in names_by_change.items()]
     return lines or [f"{where}: the store has them in another order than this run"]
 
 

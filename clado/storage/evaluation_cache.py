@@ -66,10 +66,10 @@ class EvaluationCache:
         """Removes the counts of evaluation batches of assignments whose whole slice is evaluated."""
         keys = {assignment.key for assignment in assignments}
         for file in self.folder.glob(f"parts/{self.identity[:12]}-*.json"):
-            kept = {key: counts for key, counts in _read_batch(file, self.identity).items() if key not in keys}
-            if kept:
+            others = {key: counts for key, counts in _read_batch(file, self.identity).items() if key not in keys}
+            if others:
                 start, stop = file.stem.rsplit("-", 2)[1:]
-                self.put_batch((int(start), int(stop)), kept)
+                self.put_batch((int(start), int(stop)), others)
             else:
                 file.unlink(missing_ok=True)
 

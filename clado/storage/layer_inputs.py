@@ -39,18 +39,18 @@ class LayerInputs:
         """Where the grids of a layer's input are kept."""
         return self.folder / f"{layer:04d}-ranges.safetensors"
 
-    def write(self, layer: int, block: int, on_grids: bool, found: LayerInput) -> None:
+    def write(self, layer: int, block: int, on_grids: bool, inputs: LayerInput) -> None:
         """Keeps what a block shows of a layer."""
-        moments = {f"{width}.": each for width, each in found.on_grid.items()}
-        if found.moments is not None:
-            moments[""] = found.moments
-        tensors: dict[str, Tensor] = {"rows": found.rows, "values": found.values}
+        moments = {f"{width}.": each for width, each in inputs.on_grid.items()}
+        if inputs.moments is not None:
+            moments[""] = inputs.moments
+        tensors: dict[str, Tensor] = {"rows": inputs.rows, "values": inputs.values}
         for prefix, each in moments.items():
             tensors |= {f"{prefix}mean": each.mean, f"{prefix}scatter": each.scatter}
         header = {
-            "num_images": found.num_images,
-            "arguments": found.arguments,
-            "uses": found.uses,
+            "num_images": inputs.num_images,
+            "arguments": inputs.arguments,
+            "uses": inputs.uses,
             "counts": {prefix: each.count for prefix, each in moments.items()},
         }
         write_tensors(self.file(layer, block, on_grids), tensors, {"input": json.dumps(header)}, FORMAT)

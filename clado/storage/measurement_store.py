@@ -1,8 +1,8 @@
 """The store of measurements: a Zarr v3 group of shards. The only module that imports zarr.
 
-One task writes one whole chunk: a tile is the unit of work, of storage and of retry, so repeating or killing one is harmless and
-resume is the list of absent tiles. Every chunk carries a checksum (crc32c over zstd). An array `done` beside each array of sums
-holds one cell per tile, written after the tile: a tile of NaNs is not a missing tile.
+One task writes one whole chunk. A tile is the unit of work, of storage and of retry. So repeating or killing one is harmless,
+and resuming is the list of absent tiles. Every chunk carries a checksum (crc32c over zstd). Beside each array of sums an array
+`done` holds one cell per tile, written after the tile. So a tile of NaNs is not a missing tile.
 
     store.zarr/                attributes: format, identity, coverage, provenance, rows_per_tile
       counts       (blocks,)            images per sample block

@@ -1,9 +1,9 @@
 """Where tasks run: one file for each kind of cluster. Choosing another is a change of configuration only.
 
 A cluster is a module of this folder with a context manager `start(settings: ClusterSettings) -> Workers` and a function
-`describe(settings) -> str` that says, or prints, what `start` would start. Where starting takes long and needs no answer of
-others, it has `prepare(settings)` too: it begins what can begin before the network is known, and `start` is then called in the
-background. To add one, add a file and subclass `ClusterContract` (tests/contracts/cluster.py).
+`describe(settings) -> str` that says, or prints, what `start` would start. If starting takes long and needs no answer of others,
+it has `prepare(settings)` too. That begins what can begin before the network is known. Then `start` is called in the background.
+To add one, add a file and subclass `ClusterContract` (tests/contracts/cluster.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator

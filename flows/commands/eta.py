@@ -29,13 +29,18 @@ KINDS = {"sweep": SweepTask, "layer": LayerTask}
 
 @dataclass(frozen=True)
 class Eta:
-    """Expected seconds of each phase, if workers are as fast as this process; `num_networks` are evaluated at most."""
+    """Expected seconds of each phase, if workers are as fast as this process."""
 
     around: float
+    """Start-up, recording and shutdown."""
     preparing: float
+    """Preparing layers that no file has yet."""
     measuring: float
+    """Measuring tiles that the store lacks."""
     evaluation: float
+    """Evaluating on the validation set."""
     num_networks: int
+    """Networks that are evaluated at most."""
 
     @property
     def total(self) -> float:
@@ -87,8 +92,10 @@ def eta_text(run: OpenedRun, own_start: float) -> str:
 
 
 def num_networks(run: OpenedRun) -> tuple[int, int]:
-    """Networks that a run evaluates where all estimators agree, and where no two do: float, uniform, for each budget one of each
-    estimator and the one chosen."""
+    """How many networks a run evaluates at least, if all estimators agree, and at most, if no two do.
+
+    They are float, uniform, and for each budget one of each estimator and the one chosen.
+    """
     budgets, limits, space = run.budgets, run.limits, run.space
     uniform = {widest_uniform(space, merge_limits(budget.limit(space), limits)) for budget in budgets}
     least = 1 + len(uniform) + len(budgets)

@@ -64,8 +64,8 @@ def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -
     file = folder / ONNX
     written = export_onnx(file, network, layers)
     write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
-    kept = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
-    told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{kept}"
+    remark = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
+    told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{remark}"
     validation = run.slices.validation
     agreement = compare(file, network, layers, *validation.load(0, min(COMPARED_IMAGES, len(validation))))
     return file, f"{told}\n{agreement}"
@@ -150,8 +150,11 @@ def loading_snippet(run: OpenedRun, adds_biases: bool = False) -> str:
 
 
 def _built(run: OpenedRun) -> str:
-    """Arguments that sources/torchvision.py gave: the size of a vision transformer that is not built for 224 pixels, and a
-    change of normalisation that published weights need."""
+    """The arguments with which sources/torchvision.py built the network, as text.
+
+    They are the size of a vision transformer that is not built for 224 pixels, and a change of normalisation that published
+    weights need.
+    """
     if run.config.network.source != "torchvision":
         return ""
     size = run.loaded.image_shape[1]

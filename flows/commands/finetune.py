@@ -34,11 +34,14 @@ HELD_OUT, MOST_HELD_OUT = 0.2, 3000  # of the training images
 
 @dataclass(frozen=True)
 class Images:
-    """What a fine-tuning reads: images to train on, images held out of them that decide when it ends, and where they are from."""
+    """What a fine-tuning reads."""
 
     training: ImageSlice
+    """Images to train on."""
     held_out: ImageSlice
+    """Images that decide when it ends, and that are not trained on."""
     origin: str
+    """Where the images are from."""
 
 
 def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
@@ -80,8 +83,11 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
 
 
 def _unreadable(run: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
-    """Which images cannot be read, each decoded once before hours are spent; DataError where they are more than the run allows,
-    or where one does not fit the network."""
+    """Which images cannot be read. Each is decoded once, before hours are spent.
+
+    Raises:
+        DataError: They are more than the run allows, or one does not fit the network.
+    """
     allowed, unreadable = run.config.data.max_corrupt_images, dict[int, str]()
     check_slice(images, run.loaded.image_shape, outputs, unreadable=unreadable if allowed else None)
     if len(unreadable) > allowed:
@@ -97,8 +103,11 @@ def folder_of(stored: StoredRun, budget: str) -> Path:
 def train(
     stored: StoredRun, run: OpenedRun, budget: str, assignment: Assignment, training: Training, images: Images
 ) -> tuple[str, Receipt | None]:
-    """Trains, evaluates on the validation set, writes RUN/finetuned/BUDGET; (what to print, MLflow's receipt, None for a run
-    without a record, below which it would stand)."""
+    """Trains, evaluates on the validation set, and writes RUN/finetuned/BUDGET.
+
+    Returns:
+        What to print, and MLflow's receipt. The receipt is None if the run has no record, below which it would stand.
+    """
     begin, folder = time.perf_counter(), folder_of(stored, budget)
     network, layers = run.preparation.deployed(assignment)
     as_module(network, layers)  # what could not be written is refused before hours are spent
@@ -168,9 +177,9 @@ def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, fo
         return [str(epoch.number), loss, f"{epoch.held_out_loss:.5f}", f"{epoch.seconds:.0f}", mark]
 
     table = markdown_table(["epoch", "training loss", "held-out loss", "seconds", ""], [row(epoch) for epoch in tuned.epochs])
-    kept = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
+    outcome = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
     return (
-        f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {kept}\n"
+        f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {outcome}\n"
         f"validation, {after.num_images:,} images: top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
         f"loss {before.loss:.4f} before, {after.loss:.4f} after\nwritten to {folder}: {PACKED}, {RECORD}"
     )

@@ -26,8 +26,8 @@ FILL = 3  # budgets that fill the gap below an answer, per estimator and round
 def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smallest:
     """Measures assignments on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
 
-    `top1`: the bound is on the drop of top-1 (a fraction), which needs labels; else on the increase of cross entropy, or of KL
-    to the float network where there are no labels.
+    With `top1` the bound is on the drop of top-1 (a fraction), which needs labels. Else it is on the increase of cross entropy,
+    or of KL to the float network if there are no labels.
     """
     images, space = run.slices.selection, run.space
     if len(images) < 2:
@@ -64,8 +64,10 @@ def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smalles
 
 
 def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
-    """The least size that an estimator reaches, the largest that the run's limit on it allows, and what solves for every
-    estimator's optimum at each size between: programs and convexification are made once."""
+    """The least size that an estimator reaches, the largest that the run allows, and a solver for the sizes between.
+
+    The solver gives every estimator's optimum at each of some sizes. Programs and convexification are made once.
+    """
     space = stored.measured.space
     matrices = stored.matrices.named.values()
     solvers = [budget_solver(matrix, stored.prepare) for matrix in matrices]

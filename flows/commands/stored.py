@@ -53,8 +53,11 @@ class StoredRun:
     """The configuration and the measurements of a run's folder."""
 
     folder: Path
+    """The folder of the run."""
     config: RunConfig
+    """Its settings, as it kept them."""
     measured: Measured
+    """What its store holds."""
 
     @classmethod
     def open(cls, folder: Path) -> "StoredRun":
@@ -214,11 +217,11 @@ def losses_of(run: OpenedRun, assignments: Sequence[Assignment]) -> dict[Assignm
     return run.evaluation.losses(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
 
 
-def proposals_of(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Proposal]:
+def proposals_of(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -> list[Proposal]:
     """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
     proposals = recorded(stored, run)
     known = {proposal.budget for proposal in proposals}
-    for budget in dict.fromkeys(wanted):
+    for budget in dict.fromkeys(budgets):
         if budget not in known:
             proposals += with_final_corrections(run, stored.propose([budget]), partial(losses_of, run))
     return proposals
@@ -231,10 +234,13 @@ def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
     return chosen_of(run, with_other_corrections(run, proposals, counts, measure), counts)
 
 
-def answers(stored: StoredRun, run: OpenedRun, wanted: Sequence[Budget]) -> list[Result]:
-    """`chosen_among` what there is for some budgets. What the run itself chose stays chosen, as long as it is measured to be
-    what it was: what is exported is what the record says."""
-    rows = chosen_among(run, proposals_of(stored, run, wanted))
+def answers(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -> list[Result]:
+    """`chosen_among` the proposals of some budgets.
+
+    What the run itself chose stays chosen, as long as it is measured to be what it was. So what is exported is what the record
+    says.
+    """
+    rows = chosen_among(run, proposals_of(stored, run, budgets))
     before: dict[str, Result] = {}
     if solved := {proposal.budget.name for proposal in recorded(stored, run)}:
         cache = run.evaluation.cache("decision")
@@ -268,9 +274,9 @@ def evaluated(stored: StoredRun, run: OpenedRun, budget: Budget | None, images: 
 
     With `images` on the first so many of them. These counts are not kept.
     """
-    wanted = [budget] if budget else list(run.budgets)
-    names = {asked.name for asked in wanted}
-    rows = [row for row in answers(stored, run, wanted) if row.budget in names]
+    of_budgets = [budget] if budget else list(run.budgets)
+    names = {one.name for one in of_budgets}
+    rows = [row for row in answers(stored, run, of_budgets) if row.budget in names]
     if images is None:
         return [replace(row, validation=accuracy_of(run, row.assignment)) for row in rows]
     there = len(run.slices.validation)

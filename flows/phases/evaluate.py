@@ -13,8 +13,11 @@ from flows.progress import progress
 
 
 def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dict[Assignment, Counts]:
-    """Counts on the validation set of the float network, of every distinct assignment of the results as deployed, and of what is
-    chosen without corrections; what an earlier run counted is read."""
+    """Counts on the validation set. What an earlier run counted is read.
+
+    They are of the float network, of every distinct assignment of the results as deployed, and of what is chosen without
+    corrections.
+    """
     wanted = [run.space.nothing, *(row.assignment for row in results)]
     if run.config.corrections:
         wanted += [row.assignment.with_corrections("none") for row in results if row.method == CHOSEN]

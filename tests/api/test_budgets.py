@@ -68,7 +68,7 @@ def test_all_limits_hold_together(table):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("keywords", "message"),
     [
         ({}, r"no limit, so the widest bits everywhere .*average_bits=3\.0, size_bytes=100_000, .*latency=\(0\.002"),
         ({"average_bits": "3"}, r"average_bits is '3' of type str; expected a number, such as average_bits=3\.0"),
@@ -81,9 +81,9 @@ def test_all_limits_hold_together(table):
         ({"latency": (0.1, "absent.csv")}, "absent.csv"),
     ],
 )
-def test_a_budget_that_is_none_is_refused(given, message):
+def test_a_budget_that_is_none_is_refused(keywords, message):
     with pytest.raises(ConfigurationError, match=message):
-        clado.solve(MATRIX, **given)
+        clado.solve(MATRIX, **keywords)
 
 
 # -- fronts ------------------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_a_front_is_the_answer_to_each_budget(keyword):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("keywords", "message"),
     [
         ({}, "none is given"),
         ({"average_bits": [3], "bops": [4]}, "average_bits, bops is given"),
@@ -110,9 +110,9 @@ def test_a_front_is_the_answer_to_each_budget(keyword):
         ({"average_bits": ["3"]}, "'3' of type str"),
     ],
 )
-def test_a_front_has_one_series_of_budgets(given, message):
+def test_a_front_has_one_series_of_budgets(keywords, message):
     with pytest.raises(ConfigurationError, match=message):
-        clado.front(MATRIX, **given)
+        clado.front(MATRIX, **keywords)
 
 
 def test_a_front_out_of_reach_is_refused():

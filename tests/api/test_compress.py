@@ -137,13 +137,13 @@ def test_the_sets_are_disjoint_and_drawn_by_the_seed(counts):
         return [getattr(slices, name).load(0, 200)[0].flatten().tolist() for name in SETS]
 
     sets = drawn(0)
-    together = [number for numbers in sets for number in numbers]
-    assert len(set(together)) == len(together)
+    all_numbers = [number for numbers in sets for number in numbers]
+    assert len(set(all_numbers)) == len(all_numbers)
     assert all(count is None or len(numbers) == count for count, numbers in zip(counts, sets, strict=True))
-    assert counts[-1] is not None or len(together) == 200
+    assert counts[-1] is not None or len(all_numbers) == 200
     assert drawn(0) == sets
     assert drawn(1) != sets
-    assert together != sorted(together)
+    assert all_numbers != sorted(all_numbers)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def test_a_network_is_made_anew_where_it_was_not_kept(run, validation, tmp_path)
     shutil.copytree(run.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "models")
     with torch.no_grad():
-        remade, kept = clado.Run(tmp_path / "run").network(3)(validation[0][:20]), run.network(3)(validation[0][:20])
-    tolerance.assert_close(remade, kept)
+        remade, stored = clado.Run(tmp_path / "run").network(3)(validation[0][:20]), run.network(3)(validation[0][:20])
+    tolerance.assert_close(remade, stored)
 
 
 def test_it_has_a_picture(run):
@@ -78,9 +78,9 @@ def test_what_the_run_lacks_is_answered_with_what_it_has(run, budget, method):
         run.result(budget, method)
 
 
-@pytest.mark.parametrize(("made", "message"), [(False, "is not a folder"), (True, "not the record of a finished run")])
-def test_a_folder_without_a_finished_run_is_refused(made, message, tmp_path):
-    if made:
+@pytest.mark.parametrize(("folder_holds", "message"), [(False, "is not a folder"), (True, "not the record of a finished run")])
+def test_a_folder_without_a_finished_run_is_refused(folder_holds, message, tmp_path):
+    if folder_holds:
         (tmp_path / "run").mkdir()
     with pytest.raises(StoreError, match=message):
         clado.Run(tmp_path / "run")

@@ -38,9 +38,9 @@ def test_it_computes_what_was_measured(prepared, module):
         logits = module(x)
     tolerance.assert_close_but_for_ties(logits, network.logits(x, layers))
     measured = clado.evaluate(prepared.network, prepared.space.narrowest, (x, y), prepared=prepared)
-    own = float(nn.functional.cross_entropy(logits.double(), y))
+    direct = float(nn.functional.cross_entropy(logits.double(), y))
     # one image may fall on either side of a tie of its inputs' grids
-    assert abs(own - measured.loss) <= float(logits.abs().max()) / len(x)
+    assert abs(direct - measured.loss) <= float(logits.abs().max()) / len(x)
     assert abs(float((logits.argmax(1) == y).sum()) - measured.top1 * len(x)) <= 1 + 1e-9
 
 

@@ -104,8 +104,8 @@ def test_every_estimator_and_criterion_measures(network, space, estimator, crite
 def test_the_callers_mode_changes_no_number(network, space, estimator, mode):
     expected = clado.measure(network, space, images(6), estimator)
     with mode():
-        found = clado.measure(network, space, images(6), estimator)
-    assert found.values.tobytes() == expected.values.tobytes()
+        actual = clado.measure(network, space, images(6), estimator)
+    assert actual.values.tobytes() == expected.values.tobytes()
 
 
 def test_the_blocks_change_a_matrix_by_rounding_only(network, space):
@@ -196,8 +196,8 @@ def test_without_corrections_preparing_changes_no_number(network, space):
 
 @pytest.mark.parametrize("data", [data for name, data in DATA.items() if "label" in name or name == "a pair"])
 def test_labels_and_form_of_the_calibration_data_do_not_matter(network, space, data):
-    given = [clado.prepare(network, space, d(), corrections=("batchnorm_reestimation",)) for d in (DATA["one tensor"], data)]
-    assert all(torch.equal(torch.cat(ready.images), images(NUM_IMAGES)) for ready in given)
+    both = [clado.prepare(network, space, d(), corrections=("batchnorm_reestimation",)) for d in (DATA["one tensor"], data)]
+    assert all(torch.equal(torch.cat(ready.images), images(NUM_IMAGES)) for ready in both)
 
 
 def test_activations_are_part_of_what_ships(network):

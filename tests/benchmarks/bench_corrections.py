@@ -1,4 +1,4 @@
-"""What corrections are worth: networks × budgets × estimators × {measured plain, measured corrected} × corrections shipped.
+"""What corrections are worth, by network, budget, estimator, and whether layers were measured plain or corrected.
 
     python -m tests.benchmarks.bench_corrections measure [--network NAME] [--draws 3] [--jobs 2]   appends to corrections.jsonl
     python -m tests.benchmarks.bench_corrections table                                       writes CORRECTIONS.md and its plot
@@ -38,6 +38,7 @@ from clado.records.text import markdown_table
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOT = HERE / "corrections.jsonl", HERE / "CORRECTIONS.md", HERE.parents[1] / "docs" / "corrections.png"
@@ -75,7 +76,7 @@ def prepared(network: Network, name: str, variant: str, slices: DataSlices) -> P
     inputs = layer_inputs(network, space, recipe, images) if missing else {}
     for layer in missing:
         prepared_layers.write_layer(layer, *prepare_layer(network, space, recipe, layer, inputs.get(layer)))
-    layers = [made for layer in range(space.num_layers) for made in prepared_layers.read_layer(layer, network.device)[0]]
+    layers = [rounded for layer in range(space.num_layers) for rounded in prepared_layers.read_layer(layer, network.device)[0]]
     return Prepared(network, space, recipe, tuple(layers), images)
 
 
@@ -106,35 +107,35 @@ def cells(name: str, draw: int, singly: bool) -> Iterator[dict[str, Any]]:
     if not network.engine.norms:
         variants = [v for v in variants if v != "batchnorm_reestimation"]
     known = [row for row in rows() if (row["network"], row["draw"]) == (name, draw)]
-    asked = list(product(("plain", "corrected"), METHODS, BUDGETS))
+    cases = list(product(("plain", "corrected"), METHODS, BUDGETS))
     done = {(row["measured"], row["method"], row["budget"], row["deployed"]) for row in known}
-    variants = [variant for variant in variants if not done >= {(*question, variant) for question in asked}]
+    variants = [variant for variant in variants if not done >= {(*question, variant) for question in cases}]
     if not variants:
         return
     # what was chosen before stands: a machine with another torch may break a near tie the other way
     answers = {(row["measured"], row["method"], row["budget"]): Assignment(tuple(row["bits"])) for row in known}
     unanswered = {
-        m: b for m, b in (("plain", "none"), ("corrected", "all")) if not answers.keys() >= {q for q in asked if q[0] == m}
+        m: b for m, b in (("plain", "none"), ("corrected", "all")) if not answers.keys() >= {q for q in cases if q[0] == m}
     }
     ready = {variant: prepared(network, name, variant, slices) for variant in {*variants, *unanswered.values()}}
     for measured, base in unanswered.items():
-        found = matrices(ready[base], slices.sensitivity, draw * NUM_SENSITIVITY)
-        proposals = propose(found, budgets_of(average_bits=BUDGETS), lambda program: solvers.prepare(program, "scip"))
+        by_estimator = matrices(ready[base], slices.sensitivity, draw * NUM_SENSITIVITY)
+        proposals = propose(by_estimator, budgets_of(average_bits=BUDGETS), lambda program: solvers.prepare(program, "scip"))
         for proposal in proposals:
             if proposal.method in METHODS:
                 answers.setdefault((measured, proposal.method, proposal.budget.bound), proposal.assignment)
-    seen = {(tuple(row["bits"]), row["deployed"]): row for row in rows() if row["network"] == name}
+    counted = {(tuple(row["bits"]), row["deployed"]): row for row in rows() if row["network"] == name}
     for (measured, method, budget), assignment in answers.items():
         for variant in variants:
             if (measured, method, budget, variant) in done:
                 continue
             key = (assignment.bits, variant)
-            if key not in seen:
+            if key not in counted:
                 begin = time.perf_counter()
                 shipped = ready[variant].deployed(assignment)
                 accuracy = count(*shipped, slices.validation, 0, len(slices.validation)).accuracy()
-                seen[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
-            row = {k: seen[key][k] for k in ("top1", "loss", "seconds")}
+                counted[key] = {"top1": accuracy.top1, "loss": accuracy.loss, "seconds": round(time.perf_counter() - begin, 2)}
+            row = {k: counted[key][k] for k in ("top1", "loss", "seconds")}
             yield {
                 "network": name,
                 "draw": draw,
@@ -180,9 +181,9 @@ def table() -> str:
     data, floats = rows(), float_figures()
     parts = [(__doc__ or "").split("\n\n")[0] + "\n"]
     parts.append("Top-1 in percent on the 10,000 test images, mean ± standard deviation over sensitivity draws of "
-                 f"{NUM_SENSITIVITY} images (one figure: one draw); {NUM_CALIBRATION} calibration images, no training.\n"
-                 f"Columns are what ships; `all` is {' + '.join(ALL)}. Measured: whether the matrix describes layers rounded to "
-                 "nearest or corrected ones.\n")  # fmt: skip
+                 f"{NUM_SENSITIVITY} images. A single figure is of one draw. {NUM_CALIBRATION} calibration images, no training. "
+                 f"Columns are the corrections that are deployed; `all` is {' + '.join(ALL)}. The column \"measured\" says "
+                 "whether the matrix describes layers rounded to nearest or corrected ones.\n")  # fmt: skip
     for name in NETWORKS:
         mine = [row for row in data if row["network"] == name]
         if not mine:
@@ -192,16 +193,16 @@ def table() -> str:
         parts.append(f"## {name}: float {100 * top1:.2f} %, loss {loss:.4f}\n")
         lines = []
         for budget, measured, method in product(BUDGETS, ("plain", "corrected"), METHODS):
-            found = {v: [r["top1"] for r in mine
+            by_variant = {v: [r["top1"] for r in mine
                          if (r["budget"], r["measured"], r["method"], r["deployed"]) == (budget, measured, method, v)]
                      for v in variants}  # fmt: skip
-            if any(found.values()):
-                lines.append([f"{budget:g} bits", measured, method, *[_figure(values) for values in found.values()]])
+            if any(by_variant.values()):
+                lines.append([f"{budget:g} bits", measured, method, *[_figure(values) for values in by_variant.values()]])
         parts.append(markdown_table(["budget", "measured", "method", *variants], lines) + "\n")
         parts.append(_verdicts(mine, top1))
     machines = Counter((row.get("device", "cpu"), row["torch"]) for row in data)
     parts.append("Cells by machine: " + "; ".join(f"{n:,} on {d}, torch {t}" for (d, t), n in machines.most_common()) + ".\n")
-    return "\n".join(parts)
+    return filled("\n".join(parts))
 
 
 def _figure(values: list[float]) -> str:
@@ -225,10 +226,10 @@ def _verdicts(mine: list[dict[str, Any]], float_top1: float) -> str:
              for b in BUDGETS}  # fmt: skip
     text = ", ".join(f"{b:g} bits {100 * float(np.mean(v)):.2f}" for b, v in drops.items() if v)
     return (
-        "With all corrections shipped, measuring under them is at least as good as measuring plain in "
-        f"{at_least} of {len(pairs)} cells by top-1 and in {lower} by loss; mean gain {np.mean(gains):.2f} points. "
-        f"In {noticeable} cells it is worse by more than {NOTICEABLE} points, at most by {-min(gains):.2f}; the other losses are "
-        "within the noise of 10,000 test images: with all corrections shipped, what the methods choose differs by little more. "
+        "Here all corrections are deployed. Measuring under them is then at least as good as measuring plain in "
+        f"{at_least} of {len(pairs)} cells by top-1, and in {lower} by loss. The mean gain is {np.mean(gains):.2f} points. "
+        f"In {noticeable} cells it is worse by more than {NOTICEABLE} points, at most by {-min(gains):.2f}. The other losses are "
+        "within the noise of 10,000 test images. What the methods choose differs by little more. "
         f"Points of top-1 below float (gauss_newton, measured corrected, all): {text}.\n"
     )
 

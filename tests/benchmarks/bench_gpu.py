@@ -7,10 +7,11 @@ arXiv 1512.03385, with the stride in the 3 × 3 convolution; random weights, sin
 
     python -m tests.benchmarks.bench_gpu --images 64 --numeric tf32 --channels-last --state gpu-64.json
 
-Each call works for at most --minutes (8), writes what it did to --state after every sample block, and prints the sums so far;
-call it again until it says `complete`. Seconds are sums over blocks, with the device synchronised around each; a block's `pairs`
-are measured in row tiles, so that a piece ends in time. Printed at the end: seconds, achieved TFLOP/s, ratio to the floor
-(Σ over pairs of the operators behind the cut, each at its best batch size, measured in the same call), and peak memory.
+Each call works for at most --minutes (8). It writes what it did to --state after every sample block, and prints the sums so
+far. Call it again until it says `complete`. Seconds are sums over blocks, with the device synchronised around each. A block's
+`pairs` are measured in row tiles, so that a piece ends in time. At the end it prints seconds, achieved TFLOP/s, the ratio to the
+floor, and peak memory. The floor is Σ over pairs of the operators behind the cut, each at its best batch size, measured in the
+same call.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def effect(num_images: int = 256) -> str:
     images = load_data(DataSettings(sensitivity_images=num_images), loaded.image_shape).sensitivity
     blocks = sample_blocks(num_images, 16)
     counts = np.array([stop - start for start, stop in blocks])
-    found = {}
+    matrices = {}
     for numeric in get_args(Numeric):
         network = Network(loaded.model.to(device), loaded.example_input.to(device), numeric=numeric)
         ready = prepare(network, network.search_space((2, 4, 8)), Recipe(WeightQuantizer()))
@@ -120,8 +121,8 @@ def effect(num_images: int = 256) -> str:
             tiles[tile.kind].append(measure_tile(bench, tile))
         seconds = synchronised(device) - begin
         sums = {kind: np.stack(parts) for kind, parts in tiles.items()}
-        found[numeric] = estimators.estimate("pairwise", Measured(ready.space, "kl_to_float", counts, sums)), seconds
-    reference = found["float32"][0]
+        matrices[numeric] = estimators.estimate("pairwise", Measured(ready.space, "kl_to_float", counts, sums)), seconds
+    reference = matrices["float32"][0]
     assert reference.standard_error is not None
     lines = [
         "| numeric | seconds | diagonal: relative change | pairs: relative change | median change / standard error | "
@@ -129,7 +130,7 @@ def effect(num_images: int = 256) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     inside, diagonal = reference.in_layer_mask(), np.eye(len(reference.values), dtype=bool)
-    for numeric, (matrix, seconds) in found.items():
+    for numeric, (matrix, seconds) in matrices.items():
         change = np.abs(matrix.values - reference.values)
         share = [float(np.linalg.norm(change[mask]) / np.linalg.norm(reference.values[mask])) for mask in (diagonal, ~inside)]
         ratio = change[~inside] / reference.standard_error[~inside]

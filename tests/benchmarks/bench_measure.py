@@ -1,10 +1,10 @@
 """How close measuring is to its floor, as ratios within one run on this machine; writes MEASURE.md. Run: make bench.
 
-The *floor* of a tile is what ordinary inference spends behind its cuts: Σ over pairs (or singles) of the operators from the cut
-on, each at the batch size where it is fastest, timed one by one within forwards of the whole network. *Suffix forwards* are the
-same sum of whole runs from each cut, each at its best batch size. Both are of the network as it is measured, batch norm folded
-into convolutions. Times are CPU seconds of the process, which other processes on the machine disturb least, at a steady speed
-(`SteadyClock`); one thread, and memory is allocated as in the workers of a run.
+The *floor* of a tile is what ordinary inference spends behind its cuts. It is Σ over pairs (or singles) of the operators from the
+cut on, each at the batch size where it is fastest. They are timed one by one within forwards of the whole network. *Suffix
+forwards* are the same sum of whole runs from each cut, each at its best batch size. Both are of the network as it is measured,
+batch norm folded into convolutions. Times are CPU seconds of the process at a steady speed (`SteadyClock`). Other processes on
+the machine disturb these least. It runs in one thread, and memory is allocated as in the workers of a run.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.storage.measurement_store import MeasurementStore
 from flows.clusters._dask import ALLOCATOR
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 SIZE, IMAGES, MANY, BITS, ROUNDS = 64, 16, 64, (2, 4, 8), 5
@@ -97,7 +98,7 @@ class SteadyClock:
     """CPU seconds of the process, as if the machine kept the speed that it had at first.
 
     A machine's speed drifts by a fifth within minutes, more than what is to be told apart. So the same work is timed again
-    where `EVERY` seconds have passed since, and what passes next is scaled by what that took at first; its own time is left out.
+    whenever `EVERY` seconds have passed. What passes next is scaled by what that work took at first. Its own time is left out.
     """
 
     EVERY = 1.0
@@ -147,8 +148,9 @@ def seconds(work: Callable[[], Any], now: Now, repeats: int = 3) -> float:
 def forward_seconds(
     graph: Graph, model: nn.Module, channels_last: bool, now: Now
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Seconds for one image: of each instruction within forwards at its best batch, of each at least, of each at the batch that
-    is the module's best, and of the module itself there.
+    """Seconds for one image.
+    The first three are of each instruction: at its best batch, at least, and at the batch that is the module's best. The last is
+    of the module itself at that batch.
 
     All but the second are medians, of forwards that take turns: the least time of each of a hundred operators is no time that a
     forward takes.
@@ -208,8 +210,8 @@ def fused(model: nn.Module) -> nn.Module:
 
     if not any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         return model
-    found: nn.Module = fuse(model).eval()
-    return found
+    module: nn.Module = fuse(model).eval()
+    return module
 
 
 @torch.inference_mode()
@@ -304,17 +306,17 @@ def batch_sweep(network: Network, now: Now) -> list[tuple[str, float, list[float
 def over_suffixes(bench: Workbench, images: int, batches: Sequence[int], store: Path, now: Now) -> dict[str, float]:
     """Time of the tiles of single options over that of their forwards from the cut on, each at its batch size. They take
     turns: medians."""
-    found: dict[str, list[float]] = {"singles": [], "gram": []}
+    seconds: dict[str, list[float]] = {"singles": [], "gram": []}
     measure_tile(bench, Tile("singles", 0))  # warms up
     for _ in range(ROUNDS):
         behind = typical_suffix_seconds(bench.network, batches, now)
         forwards = images * sum(behind[option.layer] for option in bench.space.options)
-        for kind, ratios in found.items():
+        for kind, ratios in seconds.items():
             begin = now()
             tile = Tile(kind, 0)
             MeasurementStore.open(store).write(tile, measure_tile(bench, tile))
             ratios.append((now() - begin) / forwards)
-    return {kind: float(np.median(ratios)) for kind, ratios in found.items()}
+    return {kind: float(np.median(ratios)) for kind, ratios in seconds.items()}
 
 
 def measure(name: str, folder: Path) -> Result:
@@ -348,8 +350,8 @@ def measure(name: str, folder: Path) -> Result:
 
     def summed(behind: list[float]) -> dict[str, float]:
         singles = IMAGES * sum(behind[option.layer] for option in space.options)
-        found = {"pairs": IMAGES * sum(n * s for n, s in zip(pairs, behind, strict=True)), "singles": singles, "gram": singles}
-        return found | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
+        totals = {"pairs": IMAGES * sum(n * s for n, s in zip(pairs, behind, strict=True)), "singles": singles, "gram": singles}
+        return totals | {f"{kind} of {MANY}": singles * MANY / IMAGES for kind in ("singles", "gram")}
 
     swapping = swapping_seconds(model, bench, now)
     sweep = batch_sweep(bench.network, now)
@@ -421,9 +423,10 @@ def report(results: Sequence[Result]) -> str:
         "",
         f"Machine: {machine()}.",
         "",
-        f"Setting: {SIZE} × {SIZE} pixels, bits {BITS}, all layers, all pairs, a sample block of {IMAGES} images ({MANY} in the "
-        "columns that say so), `kl_to_float`, one worker; a tile as the flow executes it, the checksummed Zarr write included. "
-        f"Laid out as `clado run` does on this machine: {', '.join(turned) or 'none'} in channels_last.",
+        f"Setting: {SIZE} × {SIZE} pixels, bits {BITS}, all layers, all pairs, `kl_to_float`, one worker. A sample block has "
+        f"{IMAGES} images, or {MANY} in the columns that say so. A tile is executed as in the flow, the checksummed Zarr write "
+        "included. Memory is laid out as `clado run` does on this machine: "
+        f"{', '.join(turned) or 'none'} in channels_last.",
         "",
         "| network | layers | pairs | floor s | pairs s | **pairs ÷ floor** (goal 1.25) | pairs ÷ least times | "
         "pairs ÷ suffix forwards | GFLOP/s of the floor's operators, whole network | at inference's batch | "
@@ -448,15 +451,16 @@ def report(results: Sequence[Result]) -> str:
     lines += [
         "",
         "- *floor*: Σ over pairs of the operators behind the cut, each at its best batch size of "
-        f"{', '.join(map(str, BATCHES))}: the median of its times within forwards of the whole network.",
+        f"{', '.join(map(str, BATCHES))}. An operator's time is the median within forwards of the whole network.",
         "- *least times*: the same with the least time of each operator, which no forward attains for all of them.",
         "- *suffix forwards*: Σ over pairs of one run of everything behind the cut, at its best batch size.",
-        "- *inference*: the module itself, batch norm folded, in inference mode at its best batch size: medians of "
+        "- *inference*: the module itself, batch norm folded, in inference mode at its best batch size. Times are medians of "
         "forwards that take turns with the floor's. Its one batch does not suit every operator, so the floor's rate is the "
-        "higher one; *at inference's batch* is the rate of the floor's operators at that one batch.",
-        "- *swapping*: two weights copied into the module, the module run whole at its best batch size, the weights copied back.",
-        "- *outside forwards*: everything but operators, of the pairs' time; the profile below.",
-        "- *speed*: the machine's least and greatest speed meanwhile, of the one at first. All times are scaled to it: a run "
+        "higher one. *At inference's batch* is the rate of the floor's operators at that one batch.",
+        "- *swapping*: two weights are copied into the module, it runs whole at its best batch size, and the weights are copied "
+        "back.",
+        "- *outside forwards*: the share of the pairs' time that is not spent in operators; the profile below.",
+        "- *speed*: the machine's least and greatest speed meanwhile, over the one at first. All times are scaled to that. A run "
         f"from the middle of the network is timed again after every {SteadyClock.EVERY:g} s.",
         "",
         "## Profile of the pairs",
@@ -472,9 +476,9 @@ def report(results: Sequence[Result]) -> str:
         "",
         "## Estimators of single options",
         "",
-        "Their cost over that of one forward from the cut of each option's layer on (goal 1.15), and over the floor's operators. "
-        f"Forwards and tiles take turns: medians of {ROUNDS} rounds. A `gram` tile, which gauss_newton reads, holds what "
-        "layerwise reads.",
+        "Their cost is given over that of one forward from the cut of each option's layer on (goal 1.15), and over the floor's "
+        f"operators. Forwards and tiles take turns, and figures are medians of {ROUNDS} rounds. A `gram` tile, which "
+        "gauss_newton reads, holds what layerwise reads.",
         "",
         f"| network | gauss_newton, {MANY} images | {IMAGES} images | layerwise, {MANY} images | {IMAGES} images | "
         f"over the operators: gauss_newton, {MANY} images | layerwise, {MANY} images |",
@@ -489,8 +493,8 @@ def report(results: Sequence[Result]) -> str:
         "",
         "## Batch size",
         "",
-        "Seconds for an image of a run resumed at a layer, relative to the best batch. A run is fastest while batch × values of "
-        "one image stay within the 32 MB that the cache holds and the batch is large; the default follows from that.",
+        "Seconds for an image of a run resumed at a layer, relative to the best batch. A run is fastest while the batch is "
+        "large, and batch × values of one image stay within the 32 MB that the cache holds. The default follows from that.",
         "",
         "| network, resumed at | MB an image | " + " | ".join(map(str, BATCHES)) + " |",
         "|---|" + "--:|" * (1 + len(BATCHES)),
@@ -498,7 +502,7 @@ def report(results: Sequence[Result]) -> str:
     for r in results:
         for layer, peak, times in r.sweep:
             lines.append(f"| {r.name} {layer} | {peak:.2f} | " + " | ".join(f"{t:.2f}" for t in times) + " |")
-    return "\n".join(lines) + "\n"
+    return filled("\n".join(lines) + "\n")
 
 
 def main() -> None:

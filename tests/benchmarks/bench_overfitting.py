@@ -21,6 +21,7 @@ from clado.quantization.sweep import Sweep, calibration_blocks, joined
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import machine
 from tests.benchmarks.bench_preparing import network_of, photographs
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 CALIBRATION, JUDGED = 256, 400  # photographs
@@ -29,14 +30,14 @@ BITS = (2, 3, 4, 8)
 
 def features(network: Network, images: Tensor) -> Tensor:
     """What the classifier reads, (images, columns)."""
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
 
     def see(layer: int, call: Call) -> None:
-        found.append(call.input.float())
+        rows.append(call.input.float())
 
     for batch in images.split(network.images_at_once):
         network.observe(batch, [len(network.layers) - 1], see)
-    return torch.cat(found)
+    return torch.cat(rows)
 
 
 def table(network: Network, images: Tensor) -> str:
@@ -48,11 +49,11 @@ def table(network: Network, images: Tensor) -> str:
     both = Recipe(corrections=("gptq", "output_statistics"))
     blocks = calibration_blocks(CALIBRATION)
     sweep = Sweep(CALIBRATION, moments=True)
-    seen = joined([sweep.gather(network, images[start:stop], start, [last])[last] for start, stop in blocks])
-    nearest = prepare_layer(network, space, Recipe(corrections=("output_statistics",)), last, seen)[0]
-    shrunk = prepare_layer(network, space, both, last, seen)[0]
+    sample = joined([sweep.gather(network, images[start:stop], start, [last])[last] for start, stop in blocks])
+    nearest = prepare_layer(network, space, Recipe(corrections=("output_statistics",)), last, sample)[0]
+    shrunk = prepare_layer(network, space, both, last, sample)[0]
     with patch.object(Moments, "shrunk", lambda self: self):
-        measured = prepare_layer(network, space, both, last, seen)[0]
+        measured = prepare_layer(network, space, both, last, sample)[0]
     rows = []
     for k, bits in enumerate(BITS):
         for name, layers in (("nearest", nearest), ("fitted as measured", measured), ("fitted, shrunk", shrunk)):
@@ -60,7 +61,7 @@ def table(network: Network, images: Tensor) -> str:
             on_seen, on_unseen = kl[:CALIBRATION], kl[CALIBRATION:]
             error = float(on_unseen.std(correction=1)) / len(on_unseen) ** 0.5
             rows.append([str(bits), name, f"{on_seen.mean():.4f}", f"{on_unseen.mean():.4f} ± {error:.4f}"])
-    noise = float(seen.moments.noise) if seen.moments is not None and seen.moments.noise is not None else 0.0
+    noise = float(sample.moments.noise) if sample.moments is not None and sample.moments.noise is not None else 0.0
     body = markdown_table(["bits", "codes", f"KL on the {CALIBRATION}", f"KL on {JUDGED} others"], rows)
     return f"{100 * noise:.0f} % of the squared covariances of its {x.shape[1]:,} columns are noise.\n\n{body}"
 
@@ -78,7 +79,7 @@ def main() -> None:
         f"classifier alone is quantized, on {CALIBRATION}\ncalibration photographs. Output statistics are matched in every row. "
         f"KL divergence from the float network, with its standard\nerror. Machine: {machine()}.\n\n{body}\n"
     )
-    (HERE / "OVERFITTING.md").write_text(page, encoding="utf-8")
+    (HERE / "OVERFITTING.md").write_text(filled(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from clado.quantization import sweep
 from clado.quantization.preparation import Recipe, equalized, layer_inputs, prepare, prepare_layer
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import by_name, machine
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 CORRECTIONS = ("equalization", "gptq", "output_statistics")
@@ -64,17 +65,17 @@ def costs(name: str, images: Tensor) -> dict[str, float]:
     """CPU seconds of one forward and of each part of preparing."""
     network = network_of(name)
     space, recipe = network.search_space(CANDIDATES), Recipe(corrections=CORRECTIONS)
-    found = {"forward": forward_seconds(network, images)}
-    found["equalization"], (tensors, _) = timed(lambda: equalized(network, recipe, [*images.split(network.images_at_once)]))
+    seconds = {"forward": forward_seconds(network, images)}
+    seconds["equalization"], (tensors, _) = timed(lambda: equalized(network, recipe, [*images.split(network.images_at_once)]))
     equal = network.updated(tensors)
-    found["sweep"], inputs = timed(lambda: layer_inputs(equal, space, recipe, [images]))
+    seconds["sweep"], inputs = timed(lambda: layer_inputs(equal, space, recipe, [images]))
     layers = range(space.num_layers)
-    found["layers"], _ = timed(lambda: [prepare_layer(equal, space, recipe, i, inputs[i]) for i in layers])
-    found["plain"], _ = timed(lambda: [prepare_layer(network, space, recipe.plain, i, None) for i in layers])
-    found["weights"] = float(sum(weight.numel() for weight in network.weights))
-    found["macs"] = float(network.macs * len(images))
-    found["num_layers"] = float(space.num_layers)
-    return found
+    seconds["layers"], _ = timed(lambda: [prepare_layer(equal, space, recipe, i, inputs[i]) for i in layers])
+    seconds["plain"], _ = timed(lambda: [prepare_layer(network, space, recipe.plain, i, None) for i in layers])
+    seconds["weights"] = float(sum(weight.numel() for weight in network.weights))
+    seconds["macs"] = float(network.macs * len(images))
+    seconds["num_layers"] = float(space.num_layers)
+    return seconds
 
 
 def cost_table(images: Tensor, with_photos: bool) -> str:
@@ -83,11 +84,11 @@ def cost_table(images: Tensor, with_photos: bool) -> str:
     rows = []
     for name in names:
         part = images if name == "efficientnet_lite0" else images[:64]
-        found = costs(name, part)
-        parts = [found[key] for key in ("equalization", "sweep", "layers", "plain")]
-        sizes = (f"{found['num_layers']:.0f}", f"{found['weights'] / 1e6:.1f}", f"{found['macs'] / 1e9:.0f}")
-        seconds = (f"{value:.1f}" for value in (found["forward"], *parts))
-        rows.append([name, str(len(part)), *sizes, *seconds, f"**{sum(parts) / found['forward']:.1f}**"])
+        spent = costs(name, part)
+        parts = [spent[key] for key in ("equalization", "sweep", "layers", "plain")]
+        sizes = (f"{spent['num_layers']:.0f}", f"{spent['weights'] / 1e6:.1f}", f"{spent['macs'] / 1e9:.0f}")
+        seconds = (f"{value:.1f}" for value in (spent["forward"], *parts))
+        rows.append([name, str(len(part)), *sizes, *seconds, f"**{sum(parts) / spent['forward']:.1f}**"])
         print(rows[-1], flush=True)
     header = ["network", "images", "layers", "million weights", "GMAC of a forward", "forward"]
     return markdown_table([*header, "equalization", "sweep", "layers", "plain layers", "preparing ÷ forward"], rows)
@@ -148,7 +149,7 @@ def main() -> None:
             f"{JUDGED} others with standard errors; those of differences are paired.\n",
             rows_table(images),
         ]
-    (HERE / "PREPARING.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    (HERE / "PREPARING.md").write_text(filled("\n".join(parts) + "\n"), encoding="utf-8")
 
 
 if __name__ == "__main__":

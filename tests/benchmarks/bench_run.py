@@ -123,12 +123,12 @@ def counted(run: OpenedRun, record: RunRecord) -> dict[str, float]:
     plan, network = run.plan, run.float_network
     tiles = sum(plan.macs(tile, run.workload) for tile in plan.tiles) / network.macs
     choosing = ("proposals", "local_search", "other_corrections", "batchnorm_reestimation")
-    found = record.forwards
+    total = record.forwards
     return {
         "preparing": float(2 * len(run.slices.calibration)),  # equalization and the sweep
         "measuring": tiles,
-        "choosing": float(sum(found.get(name, 0) for name in choosing)),
-        "evaluation": float(found.get("validation", 0)),
+        "choosing": float(sum(total.get(name, 0) for name in choosing)),
+        "evaluation": float(total.get("validation", 0)),
     }
 
 
@@ -144,13 +144,13 @@ def measure(name: str, photos: Path | None) -> dict[str, Any]:
     run = open_run(config)
     rate, batch = best_rate(path, config.cluster.workers)
     floor = {phase: passes / rate for phase, passes in counted(run, record).items()}
-    further: float | None = None
+    again: float | None = None
     if name != "demo":
         budgets = [*BUDGETS, 3.25]
-        further, _, _ = clado("run", str(path), f"budgets.average_bits={budgets}")
+        again, _, _ = clado("run", str(path), f"budgets.average_bits={budgets}")
     return {
         "name": name, "seconds": seconds, "phases": record.seconds, "passes": counted(run, record), "rate": rate, "batch": batch,
-        "floor": sum(floor.values()), "further": further, "preparing_images": len(run.slices.calibration),
+        "floor": sum(floor.values()), "further": again, "preparing_images": len(run.slices.calibration),
         "predicted": expected, "off": off_after_a_tenth(lines),
     }  # fmt: skip
 
@@ -171,8 +171,8 @@ def with_mct(photos: Path, python: str) -> dict[str, Any]:
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    theirs = np.array([int(hit) for hit in found["hits"]])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    theirs = np.array([int(hit) for hit in result["hits"]])
     record = RunRecord.load(FOLDER / "efficientnet_lite0" / "record.json")
     row = record.find(f"{MCT_BITS:g} bits", CHOSEN)
     assert row is not None
@@ -180,7 +180,7 @@ def with_mct(photos: Path, python: str) -> dict[str, Any]:
     folded, replaced = network.folded_with(layers)
     logits = torch.cat([folded.logits(part, replaced) for part in images.split(folded.images_at_once)])
     difference = (logits.argmax(1) == labels).int().numpy() - theirs
-    return {**found, "top1": theirs.mean(), "ours": float((logits.argmax(1) == labels).double().mean()),
+    return {**result, "top1": theirs.mean(), "ours": float((logits.argmax(1) == labels).double().mean()),
             "difference": difference.mean(), "error": difference.std(ddof=1) / len(difference) ** 0.5}  # fmt: skip
 
 

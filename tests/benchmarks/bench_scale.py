@@ -38,6 +38,7 @@ from flows import clusters, worker
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, scheduler_environment, threads
 from flows.phases import measure
 from tests.benchmarks.bench_measure import machine
+from tests.benchmarks.pages import filled
 from tests.system.running import free_port
 
 HERE = Path(__file__).parent
@@ -183,13 +184,14 @@ def many_tiles(folder: Path) -> str:
     assert MeasurementStore.open(run.store_path).missing(run.plan) == []
     assert whole.receipts == bare.receipts == tiles
     rows = [
-        [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in seen)] for mark, seen in {0: before, **whole.looks}.items()
+        [f"{mark:,}" if mark else "0", *(f"{value:.0f}" for value in megabytes_each)]
+        for mark, megabytes_each in {0: before, **whole.looks}.items()
     ]
     return "\n".join([
         f"## {tiles:,} tiles on {WORKERS} workers",
         "",
-        f"{1e3 * whole.seconds / tiles:.1f} ms a tile from the first one submitted to the last receipt (goal 10), "
-        f"{1e3 * bare.seconds / tiles:.1f} ms where the task does nothing at all, not even open the store and write a chunk. "
+        f"A tile takes {1e3 * whole.seconds / tiles:.1f} ms, from the first one submitted to the last receipt (goal 10). It "
+        f"takes {1e3 * bare.seconds / tiles:.1f} ms if the task does nothing at all, not even open the store and write a chunk. "
         f"CPU time a tile: scheduler {spent[0]:.1f} ms, flow {spent[1]:.1f} ms, workers {sum(spent[2:]):.1f} ms.",
         "",
         markdown_table(["tiles received", "scheduler, MB", "flow, MB"], rows),
@@ -240,7 +242,7 @@ def own_tiles(folder: Path) -> str:
     """Section of the page."""
     prepared = open_run(own(folder / "prepared", 1))
     assert prepared.preparation.corrected
-    found: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
+    times_of: dict[str, list[float]] = {"plain loop": [], "one worker": [], "two workers": []}
     for number in range(ROUNDS):
         for name, seconds in (
             ("plain loop", by_loop),
@@ -250,15 +252,15 @@ def own_tiles(folder: Path) -> str:
             run = folder / f"{name[:3]}{number}"
             run.mkdir(parents=True)
             os.symlink(folder / "prepared" / "prepared", run / "prepared")
-            found[name].append(seconds(run))
+            times_of[name].append(seconds(run))
     tiles = len(prepared.plan.tiles)
-    plain, one, two = (min(times) for times in found.values())
-    rows = [[name, " ".join(f"{each:.1f}" for each in times), f"{min(times):.1f}"] for name, times in found.items()]
+    plain, one, two = (min(times) for times in times_of.values())
+    rows = [[name, " ".join(f"{each:.1f}" for each in times), f"{min(times):.1f}"] for name, times in times_of.items()]
     return "\n".join([
         "## Two workers against one, one against a plain loop",
         "",
-        f"The {tiles} tiles of the demo's network on {IMAGES} images, seconds from the first tile submitted to the last receipt, "
-        f"{ROUNDS} rounds of all three in turn.",
+        f"The {tiles} tiles of the demo's network on {IMAGES} images, {ROUNDS} rounds of all three in turn. Seconds are from "
+        "the first tile submitted to the last receipt.",
         "",
         markdown_table(["", "rounds", "best"], rows),
         "",
@@ -280,8 +282,8 @@ def command(folder: Path) -> str:
     return "\n".join([
         "## Start-up and shutdown",
         "",
-        f"{up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45): imports, the network's export, Prefect's "
-        f"embedded server, Dask, workers, sessions, and their end. It prints: `{line}`",
+        f"They take {up + down:.0f} s of `clado run demo.yaml` with two workers (goal 45). That is imports, the network's "
+        f"export, Prefect's embedded server, Dask, workers, sessions, and their end. It prints: `{line}`",
     ])  # fmt: skip
 
 
@@ -291,23 +293,23 @@ def main() -> None:
     options.add_argument("--host", nargs=2, help=argparse.SUPPRESS)
     options.add_argument("--loop", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--only", choices=["tiles", "own", "command"], help="print one section, write nothing")
-    asked = options.parse_args()
-    if asked.host:
-        return host(asked.host[0], int(asked.host[1]))
-    if asked.loop:
-        return loop(asked.loop)
+    arguments = options.parse_args()
+    if arguments.host:
+        return host(arguments.host[0], int(arguments.host[1]))
+    if arguments.loop:
+        return loop(arguments.loop)
     sections = {"tiles": many_tiles, "own": own_tiles, "command": command}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        texts = [make(Path(folder)) for name, make in sections.items() if asked.only in (None, name)]
+        texts = [make(Path(folder)) for name, make in sections.items() if arguments.only in (None, name)]
     page = "\n\n".join([
         "# What workers cost a run\n\nWritten by `python -m tests.benchmarks.bench_scale`.\n\n"
         f"Machine: {machine()}; load average {load:.1f} when it began and {os.getloadavg()[0]:.1f} at its end.",
         *texts,
     ])  # fmt: skip
     print(page)
-    if asked.only is None:
-        write_text(HERE / "SCALE.md", page + "\n")
+    if arguments.only is None:
+        write_text(HERE / "SCALE.md", filled(page + "\n"))
 
 
 if __name__ == "__main__":

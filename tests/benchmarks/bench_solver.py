@@ -23,6 +23,7 @@ import numpy as np
 
 from clado.choosing import constraints, pareto, solvers
 from clado.choosing.program import Convexity, Program
+from tests.benchmarks.pages import filled
 from tests.benchmarks.solver_instances import FAMILIES, MEASURED_ESTIMATORS, MEASURED_NETWORKS, instance, measured
 
 HERE = Path(__file__).parent
@@ -168,13 +169,14 @@ def table() -> str:
         "",
         f"Machine: {processor()}, one core of {os.cpu_count()}; Python {platform.python_version()}.",
         "Command: `python -m tests.benchmarks.bench_solver`. Relative tolerance 1e-6; start, convexification and proof included.",
-        "Each cell is the worst of its programs: seconds (CPU seconds; nodes), or the gap left at the time limit.",
+        "",
+        "Each cell is the worst of its programs. It has seconds (CPU seconds; nodes), or the gap left at the time limit.",
         "",
         "## Synthetic matrices",
         "",
-        "Real layer sizes, structure as in `solver_instances.py`; three seeds, budgets of 3, 4 and 5 average bits; lowrank has",
-        "no goal and one seed. 'naive' is SCIP with a quadratic epigraph on the same program (seed 0, 4 bits): how many times",
-        "longer it took, in CPU seconds; '>' when it was stopped unfinished.",
+        "Layer sizes are real, and the structure is that of `solver_instances.py`. Three seeds, budgets of 3, 4 and 5 average",
+        "bits. The family lowrank has no goal and one seed. Naive is SCIP with a quadratic epigraph on the same program (seed 0,",
+        "4 bits). Its column says how many times longer it took, in CPU seconds, with > if it was stopped unfinished.",
         "",
         "| instance | goal | matrix | weak | medium | strong | lowrank | naive (weak, medium, strong) |",
         "|---|---|---|---|---|---|---|---|",
@@ -183,9 +185,9 @@ def table() -> str:
         for convexity in CONVEXITIES:
             cells, ratios = [], []
             for family in FAMILIES:
-                found = {k: r for k, r in records.items() if k[:3] == (name, family, convexity)}
-                cells.append(cell(list(found.values())))
-                ratios += [ratio(compared[k], r["cpu"]) for k, r in found.items() if k in compared]
+                of_family = {k: r for k, r in records.items() if k[:3] == (name, family, convexity)}
+                cells.append(cell(list(of_family.values())))
+                ratios += [ratio(compared[k], r["cpu"]) for k, r in of_family.items() if k in compared]
             if any(cells):
                 lines.append(f"| {name} | {goal} | {convexity} | {' | '.join(cells)} | {', '.join(ratios)} |")
     lines += [
@@ -215,7 +217,7 @@ def table() -> str:
     for convexity in CONVEXITIES:
         cells = [front_cell(fronts.get((family, convexity))) for family in GOALS]
         lines.append(f"| {convexity} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return filled("\n".join(lines) + "\n")
 
 
 def front_cell(record: dict[str, Any] | None) -> str:
@@ -225,17 +227,19 @@ def front_cell(record: dict[str, Any] | None) -> str:
     return f"{record['cpu']:.1f}; {record['optimal']} of {record['points']}"
 
 
-def cell(found: list[dict[str, Any]]) -> str:
+def cell(solves: list[dict[str, Any]]) -> str:
     """The worst of several solves."""
-    if not found:
+    if not solves:
         return ""
-    late = max((r["gap_30"] for r in found if "gap_30" in r), default=None)
+    late = max((r["gap_30"] for r in solves if "gap_30" in r), default=None)
     at_30 = "" if late is None else f"; gap {100 * late:.2g} % at 30 s"
-    open_ones = [r for r in found if r["status"] != "optimal"]
+    open_ones = [r for r in solves if r["status"] != "optimal"]
     if open_ones:
         widest = max(open_ones, key=lambda r: r["gap"])
-        return f"{len(open_ones)} of {len(found)} open, gap up to {100 * widest['gap']:.2g} % at {widest['seconds']:.0f} s{at_30}"
-    slowest = max(found, key=lambda r: r["seconds"])
+        return (
+            f"{len(open_ones)} of {len(solves)} open, gap up to {100 * widest['gap']:.2g} % at {widest['seconds']:.0f} s{at_30}"
+        )
+    slowest = max(solves, key=lambda r: r["seconds"])
     return f"{slowest['seconds']:.2f} ({slowest['cpu']:.2f}; {slowest['nodes']}{at_30})"
 
 
@@ -261,19 +265,19 @@ def note(record: dict[str, Any]) -> None:
     TABLE.write_text(table())
 
 
-def main(wanted: list[str]) -> None:
+def main(names: list[str]) -> None:
     """Solves what is wanted and not kept yet, then the naive formulation."""
     known = kept("key")
     for key in cases():
-        if key not in known and (not wanted or key[0] in wanted):
+        if key not in known and (not names or key[0] in names):
             note(measure(key))
     fronts = kept("front")
     for family, convexity in itertools.product(GOALS, CONVEXITIES):
-        if (family, convexity) not in fronts and (not wanted or "fronts" in wanted):
+        if (family, convexity) not in fronts and (not names or "fronts" in names):
             note(front(family, convexity))
     compared = kept("naive")
     for key, record in kept("key").items():
-        if is_compared(key) and key not in compared and (not wanted or key[0] in wanted or "naive" in wanted):
+        if is_compared(key) and key not in compared and (not names or key[0] in names or "naive" in names):
             note(naive(key, record["cpu"]))
     TABLE.write_text(table())
 

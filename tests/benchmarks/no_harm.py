@@ -1,4 +1,4 @@
-"""What each correction does: alone, in pairs and all, against bits and calibration images, on images that it has not seen.
+"""What each correction does alone, in pairs and with all, on images that it has not seen.
 
     python -m tests.benchmarks.no_harm measure --network resnet20_fashion_mnist     appends to no_harm.jsonl
     python -m tests.benchmarks.no_harm measure --network efficientnet_lite0 --photos FOLDER
@@ -34,6 +34,7 @@ from clado.records.text import markdown_table
 from clado.run.opened_run import open_run
 from clado.settings.loading import load_run_config, parse_config
 from clado.space import Assignment
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 DATA, TABLE = HERE / "no_harm.jsonl", HERE / "NO_HARM.md"
@@ -61,18 +62,18 @@ crops. So it is not the crops of training that are missing. On Fashion-MNIST's n
 and cancels. Each channel of a batch norm's output gets the float network's mean and deviation. At 8 bits the loss
 falls below that of plain rounding. At 4 bits it is lower than the former rule's by a fifth to a half, and 64 images do
 nearly as well as 512 (R reads 128 at most). In one place the former rule is better: EfficientNet-Lite0 at 3 bits without
-any other correction, by 12 % with 128 or 256 images.
-Other rules, shrinkage and acceptance layer by layer on images held back were tried and not kept: docs/lab-log.md has figures.
+any other correction, by 12 % with 128 or 256 images. Other rules, shrinkage, and acceptance layer by layer on images held
+back were tried and not kept. docs/lab-log.md has figures.
 
 **Behind `gptq` and `output_statistics` re-estimation still lowers the loss of Fashion-MNIST's networks**, most at 2 and 3
-bits, and that of EfficientNet-Lite0 at uniform bits. At the mixed bits that a default run finds for EfficientNet-Lite0 it
-changes top-1 by less than its noise and raises the loss by 5 to 15 %: probabilities become less confident, classes stay.
-A run measures what it chooses without re-estimation too, and the default runs below were
+bits, and that of EfficientNet-Lite0 at uniform bits. It was also tried at the mixed bits that a default run finds for
+EfficientNet-Lite0. There it changes top-1 by less than its noise and raises the loss by 5 to 15 %. Probabilities become less
+confident, and classes stay. A run measures what it chooses without re-estimation too, and the default runs below were
 deployed without it.
 
-Names: E equalization, G gptq, A adaround, O output statistics, R batch-norm re-estimation, seen: batch norm's statistics
-replaced by those seen, as R did before. Equalization and
-adaround were tried with 256 images only; a dash: not measured.
+Names: E equalization, G gptq, A adaround, O output statistics, R batch-norm re-estimation. "Seen" replaces batch norm's
+statistics by those of the calibration images, as R did before. Equalization and adaround were tried with 256 images only. A
+dash means not measured.
 """
 
 
@@ -80,11 +81,11 @@ def combos(images: int) -> list[tuple[str, ...]]:
     """Corrections that are tried together: each alone, in pairs, the default ones. Two are tried with `MOST` images alone:
     equalization, which reads few of them, and adaround, which takes longest."""
     names = ["gptq", "output_statistics", "batchnorm_reestimation"]
-    found = [(), *((name,) for name in names), (SEEN,), *combinations(names, 2), tuple(names)]
+    tried = [(), *((name,) for name in names), (SEEN,), *combinations(names, 2), tuple(names)]
     if images == MOST:
-        found += [("equalization",), *(("equalization", name) for name in names), ("equalization", *names)]
-        found += [("adaround",), ("adaround", "output_statistics"), ("adaround", "batchnorm_reestimation")]
-    return found
+        tried += [("equalization",), *(("equalization", name) for name in names), ("equalization", *names)]
+        tried += [("adaround",), ("adaround", "output_statistics"), ("adaround", "batchnorm_reestimation")]
+    return tried
 
 
 def settings(name: str, photos: Path | None, folder: str) -> dict[str, Any]:
@@ -100,26 +101,26 @@ def settings(name: str, photos: Path | None, folder: str) -> dict[str, Any]:
     return {"network": network, "data": {**data, "validation_images": 360}, "folder": folder}
 
 
-def variants(network: Network, images: Sequence[Tensor], wanted: Sequence[tuple[str, ...]]) -> Iterator[tuple[Any, ...]]:
+def variants(network: Network, images: Sequence[Tensor], combos_tried: Sequence[tuple[str, ...]]) -> Iterator[tuple[Any, ...]]:
     """(whether equalized, network, rounding, whether output statistics are corrected, layers of every option) of all that is
     wanted, in one sweep over the layers for each float network."""
     space = network.search_space(BITS)
-    for is_equalized in sorted({"equalization" in names for names in wanted}):
-        mine = [names for names in wanted if ("equalization" in names) == is_equalized]
+    for is_equalized in sorted({"equalization" in names for names in combos_tried}):
+        mine = [names for names in combos_tried if ("equalization" in names) == is_equalized]
         if is_equalized:
             tensors, _ = equalized(network, Recipe(corrections=("equalization",)), images)
             network = network.updated(tensors)
         roundings = {next((n for n in names if n in ("gptq", "adaround")), "") for names in mine}
-        made: dict[tuple[str, bool], list[QuantizedLayer]] = {(r, o): [] for r in sorted(roundings) for o in (False, True)}
+        by_rounding: dict[tuple[str, bool], list[QuantizedLayer]] = {(r, o): [] for r in sorted(roundings) for o in (False, True)}
         inputs = layer_inputs(network, space, Recipe(corrections=("output_statistics",)), images)
         for layer in range(space.num_layers):
             sample = layer_sample(network, layer, inputs[layer])
             for rounding in sorted(roundings):
                 recipe = Recipe(corrections=(rounding,) if rounding else (), adaround_steps=ADAROUND_STEPS)
                 layers, _ = prepare_layer(network, space, recipe, layer, inputs[layer])
-                made[rounding, False] += layers
-                made[rounding, True] += output_statistics.correct(sample, layers) if sample else layers
-        for (rounding, statistics), layers in made.items():
+                by_rounding[rounding, False] += layers
+                by_rounding[rounding, True] += output_statistics.correct(sample, layers) if sample else layers
+        for (rounding, statistics), layers in by_rounding.items():
             yield is_equalized, network, rounding, statistics, layers
 
 
@@ -147,22 +148,22 @@ def cells(name: str, photos: Path | None) -> Iterator[dict[str, Any]]:
     crops = RandomResizedCrop(calibration.shape[-1], antialias=True)
     torch.manual_seed(0)
     cropped = torch.stack([crops(image.flip(-1) if k % 2 else image) for k, image in enumerate(calibration)])
-    for images, given, names in [(n, calibration[:n], (SEEN,)) for n in IMAGES] + [(512, cropped, (SEEN, "random crops"))]:
+    for images, part_of, names in [(n, calibration[:n], (SEEN,)) for n in IMAGES] + [(512, cropped, (SEEN, "random crops"))]:
         if (images, None, names) not in done:  # the float network: nothing is quantized
-            yield line(images, None, names, network.updated(network.normalisation(given.split(size))), {})
+            yield line(images, None, names, network.updated(network.normalisation(part_of.split(size))), {})
     passes = [(n, False) for n in (MOST, *(n for n in IMAGES if n != MOST))] + [(MOST, True)]  # what takes longest is last
     for images, adaround in passes:
         batches = calibration_batches(calibration[:images], size)
         tried = [names for names in combos(images) if ("adaround" in names) == adaround]
-        wanted = [names for names in tried if any((images, bits, names) not in done for bits in BITS)]
-        for is_equalized, base, rounding, statistics, layers in variants(network, batches, wanted) if wanted else ():
+        open_ones = [names for names in tried if any((images, bits, names) not in done for bits in BITS)]
+        for is_equalized, base, rounding, statistics, layers in variants(network, batches, open_ones) if open_ones else ():
             space, reference = base.search_space(BITS), None
             static = [*["equalization"] * is_equalized, *[rounding] * bool(rounding), *["output_statistics"] * statistics]
             for bits, assignment in space.uniform_assignments():
                 chosen = {space.options[k].layer: layers[k] for k in space.chosen_options(assignment)}
                 for final in ((), ("batchnorm_reestimation",), (SEEN,)):
                     names = (*static, *final)
-                    if names not in wanted or (images, bits, names) in done:
+                    if names not in open_ones or (images, bits, names) in done:
                         continue
                     shipped = base
                     if final == (SEEN,):
@@ -215,10 +216,10 @@ def table() -> str:
     ]
     lines = []
     for name in NETWORKS:
-        own = {(r["images"], tuple(r["corrections"])): r for r in data if r.get("network") == name and r["bits"] is None}
-        if own:
+        by_key = {(r["images"], tuple(r["corrections"])): r for r in data if r.get("network") == name and r["bits"] is None}
+        if by_key:
             keys = [(0, ()), *((n, (SEEN,)) for n in IMAGES), (512, (SEEN, "random crops"))]
-            lines.append([name, *[_figure(own.get(key)) for key in keys]])
+            lines.append([name, *[_figure(by_key.get(key)) for key in keys]])
     header = ["network", "trained statistics", *[f"{n} images" for n in IMAGES], "512 random crops"]
     parts.append(markdown_table(header, lines) + "\n")
     for name in NETWORKS:
@@ -226,14 +227,14 @@ def table() -> str:
     parts += _runs([r for r in data if "run" in r])
     versions = ", ".join(sorted({r["torch"] for r in data if "torch" in r}))
     parts.append(f"Measured on two cores of an AMD EPYC (AVX-512) without a GPU, torch {versions}.\n")
-    return "\n".join(parts)
+    return filled("\n".join(parts))
 
 
 def _network(name: str, data: Sequence[Mapping[str, Any]]) -> list[str]:
     """Tables of one network: bits by corrections and images."""
     if not data:
         return []
-    found = {(r["images"], r["bits"], tuple(r["corrections"])): r for r in data}
+    by_key = {(r["images"], r["bits"], tuple(r["corrections"])): r for r in data}
     parts = [
         f"## {name}, uniform bits\n",
         f"Top-1 in percent, and KL divergence from the float network, on {data[0]['evaluated']} other images. "
@@ -243,7 +244,7 @@ def _network(name: str, data: Sequence[Mapping[str, Any]]) -> list[str]:
         lines = []
         for names in combos(MOST):
             title = " + ".join(SHORT[n] for n in names) or "none"
-            figures = [_figure(found.get((n, bits, names))) for n in IMAGES]
+            figures = [_figure(by_key.get((n, bits, names))) for n in IMAGES]
             if any(figure != "–" for figure in figures):
                 lines.append([title, *figures])
         if lines:

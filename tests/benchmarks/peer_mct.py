@@ -149,7 +149,7 @@ def quantized(setting: Setting, model: nn.Module, images: Tensor, limit: float) 
 
 def chosen_bits(model: nn.Module, layers: dict[str, int]) -> dict[str, int]:
     """Bits of each searched layer as they arrived: read off its quantizer, and no channel has more values than they allow."""
-    modules, found = dict(model.named_modules()), {}
+    modules, widths = dict(model.named_modules()), {}
     if holders := [name for name, module in modules.items() if "ActivationQuantization" in type(module).__name__]:
         raise ValueError(f"activations are quantized at {holders[:3]}; expected weights alone")
     for name in layers:
@@ -159,8 +159,8 @@ def chosen_bits(model: nn.Module, layers: dict[str, int]) -> dict[str, int]:
         values = module.get_quantized_weights()[KERNEL].flatten(1)
         if (most := max(len(row.unique()) for row in values)) > 2**bits:
             raise ValueError(f"{name} has {most} values in a channel at {bits} bits")
-        found[name] = bits
-    return found
+        widths[name] = bits
+    return widths
 
 
 def size_bytes(layers: dict[str, int], bits: dict[str, int]) -> int:
@@ -250,7 +250,7 @@ def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, 
     run = open_run(load_config(folder / "config.yaml", [f"folder={json.dumps(str(folder))}"]))
     if record.network != f"zoo:{NETWORK}" or tuple(run.config.bits) != BITS:
         raise SystemExit(f"{folder} is of {record.network} with bits {run.config.bits}; expected zoo:{NETWORK} with {BITS}")
-    found = {}
+    answers = {}
     for budget, row in peers.items():
         result = record.find(f"{budget:.12g} bits", CHOSEN)
         if result is None:
@@ -260,31 +260,33 @@ def ours(folder: Path, peers: dict[float, dict[str, Any]]) -> tuple[dict[float, 
         if run.space.size_bytes(assignment) != row["bytes"] or result.size_bytes > row["limit_bytes"]:
             raise SystemExit(f"{budget:g} bits: {row['bytes']:,} and {result.size_bytes:,} bytes are not of one budget")
         peer = evaluate_weights(*run.preparation.corrected.deployed(assignment), run.slices.validation)
-        found[budget] = Ours(result.size_bytes, result.validation, peer)
-    if not found:
+        answers[budget] = Ours(result.size_bytes, result.validation, peer)
+    if not answers:
         raise SystemExit(f"{folder} has none of the budgets {BUDGETS}; it has {', '.join(record.budgets)}")
-    return found, record, run
+    return answers, record, run
 
 
 TEXT = """# Against Sony's Model Compression Toolkit
 
-Written by `tests/benchmarks/peer_mct.py`; MCT's figures, with the bits of every layer, are in `peer_mct.jsonl`.
+Written by `tests/benchmarks/peer_mct.py`. MCT's figures, with the bits of every layer, are in `peer_mct.jsonl`.
 
-The zoo's `{network}`: the same weights; 22 layers of {bits} bits each, first and last included; weights only,
-one scale for each channel, biases in float; {calibration}. Top-1 in percent on
-{images}, cross entropy in brackets; float: {float_}. A budget limits the bytes of the
-searched weights, Σ n·b / 8; MCT gets the same number as its weights memory, and what it reports is what its bits add up to.
+Both quantize the zoo's `{network}`, with the same weights and {calibration}. 22 layers have {bits} bits each,
+first and last included. Only weights are quantized, with one scale for each channel. Biases stay in float. Top-1 in percent
+on {images}, cross entropy in brackets; float: {float_}. A budget limits the bytes of the searched weights, Σ n·b / 8. MCT gets
+the same number as its weights memory. What it reports is what its bits add up to.
 
-MCT's own final network is of its post-training quantization, bias correction on. "MCT, integers" is the best *at that budget, on
-the test images*, of its weight quantizers with integer grids ({grids}), all else as it
-ships; "MCT, any setting" the best of everything below. The gains are clado's over the first and over the second.
+MCT's own final network is that of its post-training quantization, with bias correction. The column "MCT, integers" has
+the best of its weight quantizers with integer grids ({grids}), with all else as it ships. The best is picked *at that budget,
+on the test images*. The column "MCT, any setting" has the best of everything below. The gains are clado's over the first
+and over the second.
 
 {main}
 
-Of {budgets} budgets clado is at least as good as MCT with integer grids at {ahead} by top-1 and {lower} by loss, and as the best
-of all of MCT's settings at {ahead_of_all} by top-1 and {loss_of_all} by loss. A top-1 of 94 % on 10,000 images has a
-standard error of 0.24 points; differences have rather less, the images being the same. MCT's bits under our grids and corrections
-do at least as well as clado's own bits at {bits_alone} of {budgets} by top-1: there the choice of bits gains nothing.
+Of {budgets} budgets clado is at least as good as MCT with integer grids at {ahead} by top-1 and {lower} by loss. It is at
+least as good as the best of all of MCT's settings at {ahead_of_all} by top-1 and {loss_of_all} by loss. A top-1 of 94 % on
+10,000 images has a standard error of 0.24 points. Differences have rather less, because the images are the same. MCT's bits
+under our grids and corrections do at least as well as clado's own bits at {bits_alone} of {budgets} by top-1. There the
+choice of bits gains nothing.
 
 ## MCT's settings
 
@@ -292,28 +294,28 @@ do at least as well as clado's own bits at {bits_alone} of {budgets} by top-1: t
 
 {all}
 
-{unmeasured}`lookup_table` is not a grid of integers: a weight is one of 4 or 16 values of 8 bits that its layer
-is free to choose, times the scale of its channel, so that arithmetic on the codes themselves is out.
+{unmeasured}The setting `lookup_table` is not a grid of integers. A weight is one of 4 or 16 values of 8 bits, times
+the scale of its channel. The layer is free to choose the values. So there is no arithmetic on the codes themselves.
 
 ## What is not equal
 
 For clado:
 
-- It measures on {sensitivity} unlabelled images beside the calibration images{labels}. MCT has the calibration
-  images alone, and as deployed searches bits on the first 32 of them (`all_images`: on all of them).
-- Its network has the corrections {corrections};
-  MCT's as deployed has bias correction. "MCT's bits, ours else" puts the bits of "MCT, integers" under our grids and
-  corrections: what is left between that and clado's is the choice of bits.{rounding}{more}
-- It measures its final candidates, keeps the best one on the sensitivity images, and takes longer: {our_seconds:.0f} s for all
-  budgets with {threads}, evaluation included. MCT: {fastest:.0f} to {slowest:.0f} s a budget with one thread ("MCT, integers"),
-  evaluation not included, on a machine that had other work.
+- It measures on {sensitivity} unlabelled images beside the calibration images{labels}. MCT has the calibration images alone. As
+  deployed it searches bits on the first 32 of them (`all_images`: on all of them).
+- Its network has the corrections {corrections}. MCT's as deployed has bias correction. The column "MCT's bits, ours else" puts
+  the bits of "MCT, integers" under our grids and corrections. The difference to clado's is then the choice of bits
+  alone.{rounding}{more}
+- It measures its final candidates and keeps the best one on the sensitivity images. That takes longer: {our_seconds:.0f} s for
+  all budgets with {threads}, evaluation included. MCT takes {fastest:.0f} to {slowest:.0f} s a budget with one thread ("MCT,
+  integers"), evaluation not included, on a machine that had other work.
 - MCT is made for one target that rounds activations to 8 bits, and offers a gradient-based method (its "GPTQ")
   where post-training quantization loses too much, as at 2 bits. It is not in "MCT, integers".
 
 For MCT:
 
-- Its symmetric grid of b bits has 2^b values (−2, −1, 0, 1 times the scale at 2 bits), ours 2^b − 1 (−1, 0, 1): we pay for a
-  code that we leave unused.{affine}
+- Its symmetric grid of b bits has 2^b values (−2, −1, 0, 1 times the scale at 2 bits). Ours has 2^b − 1 (−1, 0, 1). We pay
+  for a code that we leave unused.{affine}
 - Its quantizer, and the best of its settings, are chosen on the test images; ours chose nothing on them.
 - Scales are not counted in bytes: {scales}
   A table of `lookup_table`, at most 16 bytes a layer, is not counted either.{activations}
@@ -343,6 +345,7 @@ def table(run: Path) -> str:
     import clado
     from clado.quantization.preparation import names_of
     from clado.records.text import markdown_table, percent
+    from tests.benchmarks.pages import filled
 
     def figure(top1: float, loss: float) -> str:
         return f"{percent(top1)} ({loss:.3f})"
@@ -353,10 +356,10 @@ def table(run: Path) -> str:
     settings = [name for name in SETTINGS if any((name, budget) in rows for budget in BUDGETS)]
     absent = [name for name in SETTINGS if name not in settings]
     peers = {budget: best(rows, budget, GRIDS) for budget in BUDGETS}
-    found, record, opened = ours(run, peers)
+    answers, record, opened = ours(run, peers)
     config, calibration = opened.config, opened.slices.calibration
     shown = []
-    for budget, mine in found.items():
+    for budget, mine in answers.items():
         one, any_ = peers[budget], best(rows, budget, settings)
         cells = [f"{budget:g} bits", f"{one['bytes']:,}", f"{mine.size_bytes:,}"]
         cells += [
@@ -376,7 +379,7 @@ def table(run: Path) -> str:
         return sum(
             sign * getattr(mine.chosen, figure)
             >= max(sign * rows[name, budget][figure] for name in candidates if (name, budget) in rows)
-            for budget, mine in found.items()
+            for budget, mine in answers.items()
         )
 
     same = sha256(calibration.load(0, len(calibration))[0]) == peers[BUDGETS[0]]["calibration_sha256"]
@@ -385,7 +388,7 @@ def table(run: Path) -> str:
     widths, channels = ", ".join(map(str, config.activations.bits)), sum(layer.num_channels for layer in opened.space.layers)
     seconds = [row["seconds"] for row in peers.values()]
     workers, threads = config.cluster.workers, config.cluster.threads_per_worker
-    return TEXT.format(
+    text = TEXT.format(
         network=NETWORK,
         bits=", ".join(map(str, BITS[:-1])) + f" or {BITS[-1]}",
         calibration=f"the same {CALIBRATION_IMAGES} calibration images"
@@ -400,12 +403,12 @@ def table(run: Path) -> str:
         settings="\n".join(f"- `{name}`: {SETTINGS[name].text}" for name in settings),
         all=markdown_table(["budget", *settings], everything),
         unmeasured=f"Not measured: {', '.join(f'`{name}`' for name in absent)}. " if absent else "",
-        budgets=len(found),
+        budgets=len(answers),
         ahead=at_least(GRIDS, "top1"),
         lower=at_least(GRIDS, "loss"),
         ahead_of_all=at_least(settings, "top1"),
         loss_of_all=at_least(settings, "loss"),
-        bits_alone=sum(mine.peer.top1 >= mine.chosen.top1 for mine in found.values()),
+        bits_alone=sum(mine.peer.top1 >= mine.chosen.top1 for mine in answers.values()),
         rounding="" if "gptq" in settings or not fitted else UNMEASURED_ROUNDING.format(" and ".join(fitted)),
         more="" if len(calibration) <= CALIBRATION_IMAGES else MORE_IMAGES.format(len(calibration), CALIBRATION_IMAGES),
         sensitivity=len(opened.slices.sensitivity),
@@ -424,6 +427,7 @@ def table(run: Path) -> str:
         clado=clado.__version__,
         torch=torch.__version__,
     )
+    return filled(text)
 
 
 def main() -> None:
@@ -431,12 +435,12 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help=f"of {', '.join(SETTINGS)}; all if none is named")
     parser.add_argument("--table", type=Path, metavar="RUN", help="write PEERS.md from the results and this finished run")
     parser.add_argument("--out", type=Path, default=TABLE, help="where --table writes")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.table:
-        asked.out.write_text(table(asked.table), encoding="utf-8")
+    if options.table:
+        options.out.write_text(table(options.table), encoding="utf-8")
         return
-    for name in asked.settings or SETTINGS:
+    for name in options.settings or SETTINGS:
         for budget in BUDGETS:
             if (name, budget) in done():
                 continue

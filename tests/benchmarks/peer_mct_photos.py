@@ -58,8 +58,8 @@ def main() -> None:
     np.random.seed(0)
     data, limit = load_file(sys.argv[1]), float(sys.argv[2])
     model = plain(efficientnet_lite0()[0].eval())
-    expected, found = (network(data["images"][:4]) for network in (efficientnet_lite0()[0].eval(), model))
-    if not torch.allclose(expected, found, atol=1e-3):
+    expected, actual = (network(data["images"][:4]) for network in (efficientnet_lite0()[0].eval(), model))
+    if not torch.allclose(expected, actual, atol=1e-3):
         raise ValueError("the network that MCT gets computes something else")
     layers = searched(model)
     begin = time.perf_counter()

@@ -1,9 +1,9 @@
 """Synthetic interaction matrices with the layer sizes of real networks, in four families.
 
-The error that option (i, b) causes is a vector U_ib of length r with |U_ib| = s_i 2^-b: s_i² is log-normal over about 2.5
-decades and grows with the layer. Its direction mixes a part common to all layers (share c²), a part that drifts from layer to
-layer (AR) and a part per bit-width. G = U Uᵀ + noise, with in-layer entries other than the diagonal set to zero, as `pairwise`
-stores them: that, and the noise, make G indefinite.
+The error that option (i, b) causes is a vector U_ib of length r with |U_ib| = s_i 2^-b. Here s_i² is log-normal over about 2.5
+decades and grows with the layer. The direction of U_ib mixes a part common to all layers (share c²), a part that drifts from
+layer to layer (AR) and a part per bit-width. G = U Uᵀ + noise, with in-layer entries other than the diagonal set to zero, as
+`pairwise` stores them: that, and the noise, make G indefinite.
 
 | family | common share | AR | r | resembles |
 |---|---|---|---|---|
@@ -75,8 +75,8 @@ def search_space(network: str, bits: tuple[int, ...]) -> SearchSpace:
 
 def measured(network: str, estimator: str) -> InteractionMatrix:
     """The matrix of a network of the zoo, with its layers named by number."""
-    with np.load(MEASURED / f"{network}-{estimator}.npz", allow_pickle=False) as kept:
-        values, bits, sizes = kept["values"], kept["bits"].tolist(), kept["sizes"].tolist()
+    with np.load(MEASURED / f"{network}-{estimator}.npz", allow_pickle=False) as arrays:
+        values, bits, sizes = arrays["values"], arrays["bits"].tolist(), arrays["sizes"].tolist()
     layers = [Layer(f"layer{i}", (size,), "conv2d") for i, size in enumerate(sizes)]
     return InteractionMatrix(SearchSpace.uniform(layers, bits), values, estimator, "kl_to_float", 0.0, 256)
 
@@ -94,8 +94,8 @@ def instance(network: str, bits: tuple[int, ...], family: str, seed: int) -> Int
     for layer, widths in enumerate(space.bit_widths):
         drifting = drift * drifting + np.sqrt(1 - drift**2) * rng.normal(size=rank)
         for b in widths:
-            own = np.sqrt(SHARED_BETWEEN_BITS) * drifting + np.sqrt(1 - SHARED_BETWEEN_BITS) * rng.normal(size=rank)
-            direction = np.sqrt(common_share) * common + np.sqrt(1 - common_share) * own
+            per_width = np.sqrt(SHARED_BETWEEN_BITS) * drifting + np.sqrt(1 - SHARED_BETWEEN_BITS) * rng.normal(size=rank)
+            direction = np.sqrt(common_share) * common + np.sqrt(1 - common_share) * per_width
             errors.append(scale[layer] * 2.0**-b * direction / np.linalg.norm(direction))
     u = np.array(errors)
     gram = u @ u.T

@@ -94,27 +94,27 @@ Case = tuple[str, str, str]  # network, space, setting
 def draws(pool: int, sizes: Mapping[int, int] = SIZES, seed: int = 0) -> dict[tuple[int, int], NDArray[np.int64]]:
     """(size, draw) -> positions in the pool. Sets of one size are disjoint; a draw's larger sets begin with its smaller ones."""
     order = np.random.default_rng(seed).permutation(pool)
-    found: dict[tuple[int, int], NDArray[np.int64]] = {}
+    parts: dict[tuple[int, int], NDArray[np.int64]] = {}
     used, previous = 0, 0
     for size in sorted(sizes):
-        further = size - previous
+        more = size - previous
         most = max(sizes.values())
         for draw in range(most if size < max(sizes) else sizes[size]):
-            begin = used + draw * further
-            part = order[begin : begin + further]
-            if len(part) < further:
+            begin = used + draw * more
+            part = order[begin : begin + more]
+            if len(part) < more:
                 raise DataError(f"{pool} images are too few for {sizes[size]} disjoint sets of {size}")
-            found[size, draw] = np.concatenate([found[previous, draw], part]) if previous else part
-        used, previous = used + most * further, size
-    found = {(size, draw): part for (size, draw), part in found.items() if draw < sizes[size]}
-    check_disjoint(found)
-    return found
+            parts[size, draw] = np.concatenate([parts[previous, draw], part]) if previous else part
+        used, previous = used + most * more, size
+    parts = {(size, draw): part for (size, draw), part in parts.items() if draw < sizes[size]}
+    check_disjoint(parts)
+    return parts
 
 
-def check_disjoint(found: Mapping[tuple[int, int], NDArray[np.int64]]) -> None:
+def check_disjoint(parts: Mapping[tuple[int, int], NDArray[np.int64]]) -> None:
     """Raises DataError where two sets of one size share an image."""
-    for size in {size for size, _ in found}:
-        merge_limits = np.concatenate([part for (other, _), part in found.items() if other == size])
+    for size in {size for size, _ in parts}:
+        merge_limits = np.concatenate([part for (other, _), part in parts.items() if other == size])
         if len(np.unique(merge_limits)) < len(merge_limits):
             raise DataError(f"two sensitivity sets of {size} images share an image")
 
@@ -191,8 +191,8 @@ class Study:
     def evaluated(self, assignment: Assignment) -> tuple[float, float]:
         """(top-1, cross entropy) on the test images."""
         if (name := digits(assignment)) not in self.top1:
-            found = count(*self.deployed(assignment), self.validation, 0, len(self.validation)).accuracy()
-            self.top1[name] = found.top1 or 0.0, found.loss
+            counts = count(*self.deployed(assignment), self.validation, 0, len(self.validation)).accuracy()
+            self.top1[name] = counts.top1 or 0.0, counts.loss
         return self.top1[name]
 
     def measured(
@@ -221,9 +221,9 @@ class Study:
         counts = np.array([stop - start for start, stop in blocks])
         return Measured(self.space, "kl_to_float", counts, sums), seconds
 
-    def cell(self, measured: Measured, positions: NDArray[np.int64], wanted: Collection[str]) -> dict[str, Any]:
+    def cell(self, measured: Measured, positions: NDArray[np.int64], methods: Collection[str]) -> dict[str, Any]:
         """The answer of each method that is wanted to every budget, and what it is worth."""
-        size, names = len(positions), estimators_of(wanted, len(positions))
+        size, names = len(positions), estimators_of(methods, len(positions))
         images = self.pool[positions]
         bench = Workbench(self.prepared, "kl_to_float", ((0, size),), lambda a, b: (images[a:b], None))
         matrices = {name: estimators.estimate(name, measured) for name in names}
@@ -233,40 +233,40 @@ class Study:
             return solvers.prepare(program, "scip", time_limit=10)
 
         proposals = propose(matrices, budgets, solver)
-        variants = propose_variants(matrices, budgets, solver) if {"chosen_full", "pairwise_raw"} & set(wanted) else []
+        variants = propose_variants(matrices, budgets, solver) if {"chosen_full", "pairwise_raw"} & set(methods) else []
         known: dict[Assignment, tuple[float, Score]] = {}
 
         def measure(assignments: Iterable[Assignment]) -> dict[Assignment, tuple[float, Score]]:
-            found = {}
+            measured = {}
             for assignment in assignments:
                 if assignment not in known:
                     each = score_passes(bench.criterion, *self.deployed(assignment), bench.passes(0))
                     known[assignment] = float(each.losses.mean()), Score(each.briers, each.hits)
-                found[assignment] = known[assignment]
-            return found
+                measured[assignment] = known[assignment]
+            return measured
 
         plan = Plan(self.space, blocks_of(size), ("pairs",), self.space.num_options)
         spent = {name: list(cost) for name, cost in estimators.costs(names, plan).items()}
         answers: dict[tuple[str, float], tuple[Assignment, float | None]] = {}
         thrifty = [p for p in proposals if p.method in (UNIFORM, *THRIFTY)]
         tempered = [p for p in proposals if p.method in TEMPERED]
-        for name, own, by_loss in (
+        for name, estimator, by_loss in (
             ("chosen", thrifty + tempered, False),
             ("chosen_least", thrifty, True),
             ("chosen_full", proposals + variants, False),
         ):
-            if name not in wanted:
+            if name not in methods:
                 continue
-            usable = {k: m for k, m in matrices.items() if any(p.method == k for p in own)}
-            rows, evaluations = self._chosen(usable, budgets, own, measure, by_loss)
+            usable = {k: m for k, m in matrices.items() if any(p.method == k for p in estimator)}
+            rows, evaluations = self._chosen(usable, budgets, estimator, measure, by_loss)
             answers |= {(name, bound): (assignment, None) for bound, assignment in rows.items()}
             kinds_once = replace(plan, kinds=estimators.kinds_of(usable)).tiles  # what two estimators read is measured once
             spent[name] = [plan.forward_images(kinds_once) + size * evaluations, plan.backward_images(kinds_once)]
         for proposal in [*proposals, *(v for v in variants if v.method == "pairwise_raw")]:
             answers[proposal.method, proposal.budget.bound] = proposal.assignment, proposal.loss_predicted
         return {
-            "forward_images": {name: forward for name, (forward, _) in spent.items() if name in wanted},
-            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward and name in wanted},
+            "forward_images": {name: forward for name, (forward, _) in spent.items() if name in methods},
+            "backward_images": {name: backward for name, (_, backward) in spent.items() if backward and name in methods},
             "rows": [
                 [
                     method,
@@ -275,7 +275,7 @@ class Study:
                     *_rounded((*self.evaluated(assignment), measure([assignment])[assignment][0], predicted)),
                 ]
                 for (method, bound), (assignment, predicted) in answers.items()
-                if method in wanted
+                if method in methods
             ],
         }
 
@@ -292,10 +292,10 @@ class Study:
         def losses(assignments: Iterable[Assignment]) -> dict[Assignment, float]:
             return {assignment: loss for assignment, (loss, _) in measure(assignments).items()}
 
-        found = losses(dict.fromkeys(p.assignment for p in proposals))
-        matrix = matrices[surrogate(matrices, found)]
+        loss_of = losses(dict.fromkeys(p.assignment for p in proposals))
+        matrix = matrices[surrogate(matrices, loss_of)]
         programs = {b: program_of(matrix, [b.limit(self.space)]) for b in budgets}
-        searched = local_search({b: search(p, found, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
+        searched = local_search({b: search(p, loss_of, SEARCH_EVALUATIONS, SEARCH_BATCH) for b, p in programs.items()}, losses)
         everything = [*proposals, *(Proposal(b, LOCAL_SEARCH, a, reported=False) for b, s in searched.items() for a in s.tried)]
         measured = measure(dict.fromkeys(p.assignment for p in everything))
         judged = None if by_loss else {assignment: score for assignment, (_, score) in measured.items()}
@@ -355,13 +355,13 @@ def cells(
     for group in groups:
         measured = None
         for size, draw in group:
-            there = done.get((*study.case, size, draw), ())
-            wanted = [method for method in methods_of(size) if method not in there and (only is None or method in only)]
-            if not wanted:
+            done_methods = done.get((*study.case, size, draw), ())
+            methods = [method for method in methods_of(size) if method not in done_methods and (only is None or method in only)]
+            if not methods:
                 continue
             begin = time.perf_counter()
-            measured, seconds = study.measured(sets[size, draw], estimators_of(wanted, size), measured)
-            cell = study.cell(measured, sets[size, draw], wanted)
+            measured, seconds = study.measured(sets[size, draw], estimators_of(methods, size), measured)
+            cell = study.cell(measured, sets[size, draw], methods)
             yield {
                 **dict(zip(("network", "space", "setting", "images", "draw"), (*study.case, size, draw), strict=True)),
                 "device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu",
@@ -390,9 +390,9 @@ def work(job: Job) -> None:
     torch.set_num_threads(1)
     pool = images_not_trained_on(job.folder)
     sets = {(n, d): positions for (n, d), positions in draws(len(pool)).items() if n in job.sizes and d < job.num_draws}
-    there = rows(job.path)
-    study = Study(job.case, pool, top1=evaluations(there, job.case))
-    for row in cells(study, sets, {key(row): methods(row) for row in there}, job.only):
+    known = rows(job.path)
+    study = Study(job.case, pool, top1=evaluations(known, job.case))
+    for row in cells(study, sets, {key(row): methods(row) for row in known}, job.only):
         with job.path.open("a") as file:  # one short line at a time: appended whole
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
         print(*key(row), f"{row['seconds']:.0f} s", flush=True)
@@ -414,15 +414,15 @@ def evaluations(cells: Iterable[Mapping[str, Any]], case: Case) -> dict[str, tup
 
 
 def record(cells: Iterable[Mapping[str, Any]], uri: str) -> int:
-    """Each cell that the experiment `clado-study` does not have yet as a run: its settings, and a metric of each method with a
-    step for each budget (in hundredths of a bit). Returns how many were new."""
+    """Records each cell that the experiment `clado-study` lacks as a run. Returns how many were new.
+    A run has the settings of the cell, and a metric of each method with a step for each budget (in hundredths of a bit)."""
     set_environment()
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
     client = MlflowClient(uri)
-    found = client.get_experiment_by_name(EXPERIMENT)
-    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+    existing = client.get_experiment_by_name(EXPERIMENT)
+    experiment = existing.experiment_id if existing else client.create_experiment(EXPERIMENT)
     known, token = set(), None
     while True:
         runs = client.search_runs([experiment], "attributes.status = 'FINISHED'", max_results=1000, page_token=token)
@@ -484,8 +484,8 @@ def main() -> None:
     # as the workers of a run
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        asked = {pool.submit(work, job): job.case for job in jobs}
-        wrong = [f"{case}: {error}" for running, case in asked.items() if (error := running.exception()) is not None]
+        jobs_of = {pool.submit(work, job): job.case for job in jobs}
+        wrong = [f"{case}: {error}" for running, case in jobs_of.items() if (error := running.exception()) is not None]
     if wrong:
         raise SystemExit("\n".join(wrong))
 

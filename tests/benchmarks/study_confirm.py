@@ -4,8 +4,8 @@
 
 The rule of `chosen` was picked by top-1 on the test images (docs/lab-log.md), so what it gains there is flattered. 1,208 of the
 pool's images are in no sensitivity set, and no other figure of the study is of them (890 chose the networks' checkpoints).
-Every plain answer to the budgets of 2.25 to 3.5 bits is evaluated on them, once: a line of study_confirmation.jsonl for each
-case, appended as soon as it is known. STUDY.md compares by them.
+Every plain answer to the budgets of 2.25 to 3.5 bits is evaluated on them once. Each case is a line of
+study_confirmation.jsonl, appended as soon as it is known. STUDY.md compares by them.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def main() -> None:
     for line in lines:
         done[line["network"], line["space"], line["setting"]] |= set(line["top1"])
     cells = rows()
-    asked = {c: set(answers(cells, c)) - done[c] for c in cases() if c[1] in options.spaces and c[2] == "plain"}
-    lacking = {case: sorted(bits) for case, bits in asked.items() if bits}
+    missing = {c: set(answers(cells, c)) - done[c] for c in cases() if c[1] in options.spaces and c[2] == "plain"}
+    lacking = {case: sorted(bits) for case, bits in missing.items() if bits}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for line in pool.map(confirm, lacking, lacking.values(), [options.data] * len(lacking)):
             with CONFIRMATION.open("a") as file:

@@ -18,6 +18,7 @@ from clado.records.results import CHOSEN
 from clado.records.run_record import RunRecord
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import machine
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 ROOT, CELLS, PAGE = HERE.parents[1], HERE / "imagenet", HERE / "IMAGENET.md"
@@ -86,8 +87,8 @@ def cell_of(record: RunRecord, setting: str, draw: int) -> dict[str, Any]:
 
 def cells() -> list[dict[str, Any]]:
     """All cells that are kept, by setting and draw."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in CELLS.glob("*.json")]
-    return sorted(found, key=lambda cell: (list(SETTINGS).index(cell["setting"]), cell["draw"]))
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in CELLS.glob("*.json")]
+    return sorted(documents, key=lambda cell: (list(SETTINGS).index(cell["setting"]), cell["draw"]))
 
 
 def mean_text(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
@@ -129,10 +130,10 @@ def setting_table(of_setting: list[dict[str, Any]]) -> str:
 
 def comparison_table(of_setting: list[dict[str, Any]]) -> str:
     """Chosen minus every other method in each draw: how often better or worse beyond the paired interval, and the mean."""
-    found = [row for cell in of_setting for row in cell["comparisons"] if row["method"] == CHOSEN]
+    comparisons = [row for cell in of_setting for row in cell["comparisons"] if row["method"] == CHOSEN]
     table = []
-    for budget, other in dict.fromkeys((row["budget"], row["other"]) for row in found):
-        rows = [row for row in found if (row["budget"], row["other"]) == (budget, other)]
+    for budget, other in dict.fromkeys((row["budget"], row["other"]) for row in comparisons):
+        rows = [row for row in comparisons if (row["budget"], row["other"]) == (budget, other)]
         top1, kl = ([row[name] for row in rows] for name in ("top1", "kl"))
         table.append(
             [
@@ -148,14 +149,14 @@ def comparison_table(of_setting: list[dict[str, Any]]) -> str:
 
 def write_page() -> None:
     """Writes the page from the cells that are there."""
-    found = cells()
+    all_cells = cells()
     parts = [
         "# EfficientNet-Lite0 on ImageNet photographs\n\nWritten by `make study-imagenet PHOTOS=FOLDER` from the cells in "
         "`tests/benchmarks/imagenet/`. 224 pixels, the recipe's settings but for what a section names. Top-1 in percent of "
         "validation photographs that no choice has seen; means over draws with 95 % intervals by Student's t.\n",
     ]
     for setting in SETTINGS:
-        of_setting = [cell for cell in found if cell["setting"] == setting]
+        of_setting = [cell for cell in all_cells if cell["setting"] == setting]
         if not of_setting:
             parts.append(f"## {setting}\n\nNot measured yet.\n")
             continue
@@ -167,7 +168,7 @@ def write_page() -> None:
             f"Machine: {machines}.\n\n{setting_table(of_setting)}\n\nChosen minus others on the same photographs; in how many "
             f"draws beyond the paired 95 % interval.\n\n{comparison_table(of_setting)}\n"
         )
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    PAGE.write_text(filled("\n".join(parts)), encoding="utf-8")
 
 
 def main() -> None:
@@ -176,13 +177,15 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="a folder of ImageNet photographs; without it the page alone is written")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--draws", type=int, default=5)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     CELLS.mkdir(exist_ok=True)
-    for draw in range(given.draws if given.photos else 0):
-        for setting in given.settings:
+    for draw in range(arguments.draws if arguments.photos else 0):
+        for setting in arguments.settings:
             file = file_of(setting, draw)
             if not file.exists():
-                file.write_text(json.dumps(run_cell(setting, draw, given.photos.resolve()), indent=1) + "\n", encoding="utf-8")
+                file.write_text(
+                    json.dumps(run_cell(setting, draw, arguments.photos.resolve()), indent=1) + "\n", encoding="utf-8"
+                )
                 write_page()
     write_page()
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clado.records.text import markdown_table
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 DATA, TABLE, PLOTS = HERE / "study.jsonl", HERE / "STUDY.md", HERE.parents[1] / "docs"
@@ -72,7 +73,7 @@ def figures(rows: Iterable[Mapping[str, Any]]) -> Figures:
     }
 
 
-def confirmed(found: Figures, path: Path = CONFIRMATION) -> tuple[Figures, int]:
+def confirmed(cells: Figures, path: Path = CONFIRMATION) -> tuple[Figures, int]:
     """The same with top-1 on the images of study_confirm.py, where it is known, and how many images these are."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     top1: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
@@ -80,17 +81,17 @@ def confirmed(found: Figures, path: Path = CONFIRMATION) -> tuple[Figures, int]:
         top1[line["network"], line["space"], line["setting"]] |= line["top1"]
     answers = {
         cell: {name: [rest[BITS], top1[cell[:3]][rest[BITS]], *rest[LOSS:]] for name, rest in a.items() if rest[BITS] in known}
-        for cell, a in found.items()
+        for cell, a in cells.items()
         if (known := top1.get(cell[:3]))
     }
     return answers, max((line["images"] for line in lines), default=0)
 
 
-def differences(found: Figures, setting: str, one: str, other: str, budgets: Iterable[float]) -> dict[tuple[Cell, float], float]:
+def differences(cells: Figures, setting: str, one: str, other: str, budgets: Iterable[float]) -> dict[tuple[Cell, float], float]:
     """Points of top-1 by which a method is above another, in every cell and budget where both are."""
     return {
         (cell, b): 100 * (answers[one, b][TOP1] - answers[other, b][TOP1])
-        for cell, answers in found.items()
+        for cell, answers in cells.items()
         if cell[2] == setting
         for b in budgets
         if (one, b) in answers and (other, b) in answers
@@ -123,50 +124,50 @@ def spread(values: Mapping[tuple[Cell, float], float]) -> str:
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def comparison(found: Figures, setting: str, unseen: Figures | None = None) -> list[list[str]]:
-    """`chosen` against each other method: mean difference with its interval, answers lost by more than the margin, the worst; and
-    the mean difference on the images that no rule was picked on, where these are given."""
+def comparison(cells: Figures, setting: str, unseen: Figures | None = None) -> list[list[str]]:
+    """`chosen` against each other method: mean difference with its interval, answers lost by more than the margin, the worst.
+    With `unseen` also the mean difference on the images that no rule was picked on."""
     lines = []
     for other in (method for method in METHODS if method not in ("chosen", *EARLIER)):
-        if values := differences(found, setting, "chosen", other, LOW):
+        if values := differences(cells, setting, "chosen", other, LOW):
             lost = sum(value < -MARGIN for value in values.values()) / len(values)
             line = [other, str(len(values)), spread(values), f"{100 * lost:.1f} %", f"{min(values.values()):+.2f}"]
             lines.append(line + ([] if unseen is None else [spread(differences(unseen, setting, "chosen", other, LOW))]))
     return lines
 
 
-def by_network(found: Figures, spent: Mapping[str, Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+def by_network(cells: Figures, spent: Mapping[str, Sequence[str]]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): mean points above layerwise of each method on each network, ResNet-20 with five bit-widths on its own; and
     what the method costs (`costs`)."""
-    cases = sorted({(SETTINGS.index(setting), network, space == "w23468") for network, space, setting, _, _ in found})
+    cases = sorted({(SETTINGS.index(setting), network, space == "w23468") for network, space, setting, _, _ in cells})
     names = [f"{network.split('_')[0]}{', 5 widths' if five else ''}, {SETTINGS[number]}" for number, network, five in cases]
     lines = []
     for method in (m for m in METHODS if m != "layerwise"):
         means = []
         for number, network, five in cases:
-            mine = {cell: a for cell, a in found.items() if cell[0] == network and (cell[1] == "w23468") == five}
+            mine = {cell: a for cell, a in cells.items() if cell[0] == network and (cell[1] == "w23468") == five}
             values = differences(mine, SETTINGS[number], method, "layerwise", LOW)
             means.append(f"{np.mean(list(values.values())):+.2f}" if values else "–")
         lines.append([method, *means, *spent.get(method, ("–", "–"))])
     return ["method", *names, "forward images, of pairwise's", "backward passes an image"], lines
 
 
-def ways(found: Figures) -> tuple[list[str], list[list[str]]]:
+def ways(cells: Figures) -> tuple[list[str], list[list[str]]]:
     """(header, rows): points of top-1 of each way of choosing above layerwise, pairwise and `chosen`."""
     others = ("layerwise", "pairwise", "chosen")
     lines = [
-        [method, *(spread(differences(found, s, method, other, LOW)) for s in SETTINGS for other in others if other != method)]
+        [method, *(spread(differences(cells, s, method, other, LOW)) for s in SETTINGS for other in others if other != method)]
         for method in METHODS
         if method.startswith("chosen_")
     ]
     return ["method", *(f"above {other}, {setting}" for setting in SETTINGS for other in others)], lines
 
 
-def top1(found: Figures, shown: Sequence[str], budgets: Iterable[float] = (2.25, 3, 4)) -> list[list[str]]:
+def top1(figures_of: Figures, shown: Sequence[str], budgets: Iterable[float] = (2.25, 3, 4)) -> list[list[str]]:
     """Mean top-1 in percent over the draws of 256 images, bits (2, 4, 8), with the standard deviation of the draws."""
     lines = []
-    for setting, network, budget in product(SETTINGS, sorted({cell[0] for cell in found}), budgets):
-        cells = [a for (n, s, c, k, _), a in found.items() if (n, s, c, k) == (network, "w248", setting, 256)]
+    for setting, network, budget in product(SETTINGS, sorted({cell[0] for cell in figures_of}), budgets):
+        cells = [a for (n, s, c, k, _), a in figures_of.items() if (n, s, c, k) == (network, "w248", setting, 256)]
         parts = [[100 * a[method, budget][TOP1] for a in cells if (method, budget) in a] for method in shown]
         if any(parts):
             cell = [f"{np.mean(part):.2f} ± {_deviation(part):.2f}" if part else "–" for part in parts]
@@ -205,61 +206,64 @@ def with_statistics(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def seconds(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Mean seconds of measuring each kind of tile on 64 images with bits (2, 4, 8)."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    times: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if (line["images"], line["space"]) == (64, "w248"):
             for kind, spent in line["measuring"].items():
-                found[line["device"], line["network"].split("_")[0]][kind].append(spent)
+                times[line["device"], line["network"].split("_")[0]][kind].append(spent)
     return [
         [device, network, *(f"{np.mean(of[kind]):.1f}" if kind in of else "–" for kind in KINDS)]
-        for (device, network), of in sorted(found.items())
+        for (device, network), of in sorted(times.items())
     ]
 
 
 INTRODUCTION = """# The study's figures
 
-Written by `python -m tests.benchmarks.study_table` from study.jsonl, which holds every answer and to which
-`python -m tests.benchmarks.study measure` appends (`make study` does all). What they say: docs/where-interactions-help.md.
+Written by `python -m tests.benchmarks.study_table` from study.jsonl, which holds every answer.
+`python -m tests.benchmarks.study measure` appends to it, and `make study` does all.
+[Where interactions help](../../docs/where-interactions-help.md) says what the figures mean.
 
-Top-1 is of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of `chosen` was picked
-by them; "unseen" are images that no rule was picked on. A difference is a mean in points of top-1 over all cells and the budgets
-of 2.25 to 3.5 bits, paired, with its 95 % bootstrap interval over networks and draws. After ±: the standard deviation of draws.
-w248 are the bits (2, 4, 8), w23468 the bits (2, 3, 4, 6, 8), a8 activations of 8 bits.
+Top-1 is of the 10,000 test images, where nothing else is said. No answer was chosen on them, but the rule of `chosen` was
+picked by them. "Unseen" are images that no rule was picked on. A difference is a mean in points of top-1 over all cells and
+the budgets of 2.25 to 3.5 bits. It is paired, with its 95 % bootstrap interval over networks and draws. After ± is the
+standard deviation of draws. w248 are the bits (2, 4, 8), w23468 the bits (2, 3, 4, 6, 8), a8 activations of 8 bits.
 """
 
 
 def page(lines: list[dict[str, Any]]) -> str:
     """STUDY.md."""
     rows = merged(lines)
-    found = figures(rows)
-    unseen, num_unseen = confirmed(found)
+    cells_of = figures(rows)
+    unseen, num_unseen = confirmed(cells_of)
     count: dict[tuple[str, int], int] = defaultdict(int)
-    for _, space, _, images, _ in found:
+    for _, space, _, images, _ in cells_of:
         count[space, images] += 1
-    cells = "; ".join(f"{n} of {space} with {images} images" for (space, images), n in sorted(count.items()))
+    spaces, sizes = (sorted({key[part] for key in count}) for part in (0, 1))
+    cells = [[space, *(str(count.get((space, size), "–")) for size in sizes)] for space in spaces]
     devices = ", ".join(sorted({device for row in rows for device in row["devices"]}))
     spent, (again, _) = costs(rows, SETTINGS), costs(map(with_statistics, rows), ["corrected"])["chosen"]
     headers = ["against", "answers", "points above it", f"lost by > {MARGIN}", "worst"]
     shown = ("uniform", "layerwise", "pairwise", "gauss_newton", "chosen")
     parts = [
         INTRODUCTION,
-        f"{len(found)} cells, on {devices}: {cells}.\n",
+        f"{len(cells_of)} cells, on {devices}.\n",
+        markdown_table(["cells", *(f"{size} images" for size in sizes)], cells) + "\n",
         "## `chosen` against the others, plain\n",
-        markdown_table([*headers, f"{num_unseen:,} unseen images"], comparison(found, "plain", unseen)),
+        markdown_table([*headers, f"{num_unseen:,} unseen images"], comparison(cells_of, "plain", unseen)),
         "\n## `chosen` against the others, corrected\n",
-        markdown_table(headers, comparison(found, "corrected")),
+        markdown_table(headers, comparison(cells_of, "corrected")),
         "\n## Other ways of choosing\n",
-        markdown_table(*ways(found)),
+        markdown_table(*ways(cells_of)),
         "\n## Points above layerwise by network, and what a method costs\n",
-        markdown_table(*by_network(found, spent)),
-        f"\nLayerwise takes {spent['layerwise'][0]} of pairwise's forward images. In the corrected cells `chosen` takes {again},",
-        f"where the {NUM_CALIBRATION} calibration images count on which batch-norm statistics are measured for every assignment",
-        "that it measures. Pairs are measured without that. Seconds of measuring 64 images (on a CPU: one thread):\n",
+        markdown_table(*by_network(cells_of, spent)),
+        f"\nLayerwise takes {spent['layerwise'][0]} of pairwise's forward images. In the corrected cells `chosen` takes {again}.",
+        f"There the {NUM_CALIBRATION} calibration images count on which it measures batch-norm statistics for every assignment.",
+        "Pairs are measured without that.\n\nSeconds of measuring 64 images (on a CPU: one thread):\n",
         markdown_table(["device", "network", *KINDS], seconds(lines)),
         "\n## Top-1 in percent, 256 images, bits (2, 4, 8)\n",
-        markdown_table(["network", "bits", *shown], top1(found, shown)),
+        markdown_table(["network", "bits", *shown], top1(cells_of, shown)),
     ]
-    return "\n".join(parts) + "\n"
+    return filled("\n".join(parts) + "\n")
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
@@ -267,23 +271,23 @@ def plot(rows: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    found = figures(rows)
-    _plot_size(found)
+    cells = figures(rows)
+    _plot_size(cells)
     _plot_forwards(rows)
-    _plot_predicted(found)
+    _plot_predicted(cells)
 
 
-def _plot_size(found: Figures) -> None:
+def _plot_size(figures_of: Figures) -> None:
     """Means and deviations over the draws of one size: 256 images, or 64 for what is measured on no more in most cells."""
     from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    networks, methods = sorted({cell[0] for cell in found}), (*SINGLE, "chosen")
-    budgets = sorted({b for answers in found.values() for _, b in answers})
+    networks, methods = sorted({cell[0] for cell in figures_of}), (*SINGLE, "chosen")
+    budgets = sorted({b for answers in figures_of.values() for _, b in answers})
     figure, axes = pyplot.subplots(2, len(networks), figsize=(5.4 * len(networks), 10), squeeze=False)
     for (row, setting), (column, network) in product(enumerate(SETTINGS), enumerate(networks)):
         axis, known = axes[row][column], []
-        cells = [(k, a) for (n, s, c, k, _), a in found.items() if (n, s, c) == (network, "w248", setting) and k < 1024]
+        cells = [(k, a) for (n, s, c, k, _), a in figures_of.items() if (n, s, c) == (network, "w248", setting) and k < 1024]
         for number, method in enumerate(methods):
             size = 64 if method == "hawq" else 256
             values = [[100 * a[method, b][TOP1] for k, a in cells if k == size and (method, b) in a] for b in budgets]
@@ -332,13 +336,13 @@ def _plot_forwards(rows: list[dict[str, Any]]) -> None:
     _save(figure, "study-forwards")
 
 
-def _plot_predicted(found: Figures) -> None:
+def _plot_predicted(cells: Figures) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, setting in zip(axes, SETTINGS, strict=True):
         for method in ("layerwise", "pairwise", "gauss_newton"):
-            answers = [rest for cell, a in found.items() if cell[2] == setting for (m, _), rest in a.items() if m == method]
+            answers = [rest for cell, a in cells.items() if cell[2] == setting for (m, _), rest in a.items() if m == method]
             known = [(rest[PREDICTED], rest[MEASURED]) for rest in answers if rest[PREDICTED] is not None and rest[MEASURED]]
             points = [(predicted, measured) for predicted, measured in known if predicted > 0]
             if points:
@@ -359,9 +363,9 @@ def _save(figure: Any, name: str) -> None:
 
 def main() -> None:
     """Writes the page and its plots."""
-    found = lines()
-    TABLE.write_text(page(found))
-    plot(merged(found))
+    data = lines()
+    TABLE.write_text(page(data))
+    plot(merged(data))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Meter:
 
 def run(limited, losses, known, evaluations, batch=4):
     meter = Meter(losses)
-    found = local_search({0: search(limited, {a: losses[a] for a in known}, evaluations, batch)}, meter)[0]
-    return found, meter
+    results = local_search({0: search(limited, {a: losses[a] for a in known}, evaluations, batch)}, meter)[0]
+    return results, meter
 
 
 @pytest.mark.parametrize("space", [SPACE, TIED], ids=["free", "tied"])
@@ -52,15 +52,15 @@ def run(limited, losses, known, evaluations, batch=4):
 def test_moves_are_all_feasible_assignments_of_one_or_two_groups_the_least_surrogate_first(space, bits):
     limited = program(3, bits, space)
     here = limited.choices(space.narrowest)
-    found = list(moves(limited, here))
+    results = list(moves(limited, here))
 
     def changed(assignment: Assignment) -> int:
         return int((limited.choices(assignment) != here).sum())
 
-    assert sorted(map(limited.assignment, found), key=str) == sorted(
+    assert sorted(map(limited.assignment, results), key=str) == sorted(
         (a for a in fitting(limited) if 1 <= changed(a) <= 2), key=str
     )
-    values = [limited.minimised(choices) for choices in found]
+    values = [limited.minimised(choices) for choices in results]
     assert values == pytest.approx(sorted(values), abs=1e-12)
 
 
@@ -69,12 +69,12 @@ def test_moves_are_all_feasible_assignments_of_one_or_two_groups_the_least_surro
 def test_it_is_never_worse_than_any_start_and_asks_for_at_most_what_it_may(seed, evaluations, batch):
     limited, losses = program(seed), random_losses(seed)
     known = fitting(limited)[seed % 5 :: 9]
-    found, meter = run(limited, losses, known, evaluations, batch)
-    assert found.start_loss == min(losses[a] for a in known)
-    assert found.best_loss == losses[found.best] == min([found.start_loss, *(losses[a] for a in found.tried)])
-    assert found.gain == found.start_loss - found.best_loss >= 0
-    assert len(meter.asked) == len(set(meter.asked)) == len(found.tried) <= evaluations
-    assert found.tried == {a: losses[a] for a in meter.asked}
+    results, meter = run(limited, losses, known, evaluations, batch)
+    assert results.start_loss == min(losses[a] for a in known)
+    assert results.best_loss == losses[results.best] == min([results.start_loss, *(losses[a] for a in results.tried)])
+    assert results.gain == results.start_loss - results.best_loss >= 0
+    assert len(meter.asked) == len(set(meter.asked)) == len(results.tried) <= evaluations
+    assert results.tried == {a: losses[a] for a in meter.asked}
     assert not set(meter.asked) & set(known)  # nothing is measured twice
     assert set(meter.asked) <= set(fitting(limited))
 
@@ -85,8 +85,8 @@ def test_with_enough_evaluations_it_finds_the_optimum_whatever_is_measured(space
     """Losses unrelated to the surrogate: only completeness can find the least of them."""
     limited, losses = program(seed, 4, space), random_losses(seed)
     everything = fitting(limited)
-    found, meter = run(limited, losses, [space.narrowest], len(ALL))
-    assert found.best_loss == min(losses[a] for a in everything)
+    results, meter = run(limited, losses, [space.narrowest], len(ALL))
+    assert results.best_loss == min(losses[a] for a in everything)
     assert set(meter.asked) | {space.narrowest} == set(everything)  # and it ends when all is seen
 
 
@@ -95,11 +95,11 @@ def test_a_true_surrogate_needs_few_evaluations(seed):
     """Where the surrogate is the truth, the best move is the first: descent by single moves and swaps, one batch each."""
     limited = program(seed, 4)
     losses = {a: limited.matrix.predicted_increase(a) for a in ALL}
-    found, _ = run(limited, losses, [SPACE.narrowest], 12, batch=1)
+    results, _ = run(limited, losses, [SPACE.narrowest], 12, batch=1)
     here = limited.choices(SPACE.narrowest)
     while (best := next(moves(limited, here))) is not None and limited.minimised(best) < limited.minimised(here) - 1e-12:
         here = best
-    assert found.best_loss <= losses[limited.assignment(here)] + 1e-12
+    assert results.best_loss <= losses[limited.assignment(here)] + 1e-12
 
 
 def test_searches_share_what_they_measure_and_ask_for_it_side_by_side():
@@ -107,7 +107,7 @@ def test_searches_share_what_they_measure_and_ask_for_it_side_by_side():
     searches = {bits: search(program(1, bits), {SPACE.narrowest: losses[SPACE.narrowest]}, 8, 4) for bits in limits}
     meter = Meter(losses)
     merge_limits = local_search(searches, meter)
-    assert len(meter.asked) == len(set(meter.asked)) == len({a for found in merge_limits.values() for a in found.tried})
+    assert len(meter.asked) == len(set(meter.asked)) == len({a for results in merge_limits.values() for a in results.tried})
     assert meter.calls <= 2  # two rounds of four, for all budgets at once
     for bits in limits:
         assert merge_limits[bits] == run(program(1, bits), losses, [SPACE.narrowest], 8)[0]  # and each finds what it finds alone
@@ -115,10 +115,10 @@ def test_searches_share_what_they_measure_and_ask_for_it_side_by_side():
 
 def test_equal_losses_are_decided_by_the_order_asked():
     losses = dict.fromkeys(ALL, 1.0)
-    found, _ = run(program(), losses, [SPACE.narrowest], 20)
-    assert found.best == found.start == SPACE.narrowest
-    below = {**losses, **dict.fromkeys(list(found.tried)[5:9], 0.5)}
-    assert run(program(), below, [SPACE.narrowest], 20)[0].best == list(found.tried)[5]
+    results, _ = run(program(), losses, [SPACE.narrowest], 20)
+    assert results.best == results.start == SPACE.narrowest
+    below = {**losses, **dict.fromkeys(list(results.tried)[5:9], 0.5)}
+    assert run(program(), below, [SPACE.narrowest], 20)[0].best == list(results.tried)[5]
 
 
 def test_a_surrogate_without_a_preference_is_searched_in_a_fixed_order():
@@ -133,8 +133,8 @@ def test_losses_that_are_not_finite_are_the_worst():
     losses = {a: math.nan if k % 2 else math.inf for k, a in enumerate(ALL)} | {SPACE.narrowest: 5.0}
     good = Assignment((4, 2, 2, 2))
     losses[good] = 1.0
-    found, _ = run(program(), losses, [SPACE.narrowest], len(ALL))
-    assert (found.best, found.best_loss) == (good, 1.0)
+    results, _ = run(program(), losses, [SPACE.narrowest], len(ALL))
+    assert (results.best, results.best_loss) == (good, 1.0)
 
 
 def test_a_start_that_does_not_fit_or_is_excluded_is_no_start():
@@ -144,8 +144,8 @@ def test_a_start_that_does_not_fit_or_is_excluded_is_no_start():
     matrix = matrix_of(0)
     excluded = Program.build(matrix, [constraint("average_bits", SPACE, 4)], quarantined=[0])
     losses = random_losses(0)
-    found, meter = run(excluded, losses, [SPACE.narrowest, Assignment((4, 2, 2, 2))], 30)
-    assert found.start.bits[0] != 2
+    results, meter = run(excluded, losses, [SPACE.narrowest, Assignment((4, 2, 2, 2))], 30)
+    assert results.start.bits[0] != 2
     assert all(a.bits[0] != 2 for a in meter.asked)
 
 

@@ -43,8 +43,8 @@ def test_bounds_at_which_forbidden_pairs_leave_nothing_have_no_point() -> None:
     whole = a_program()
     program = replace(whole, forbidden=((int(whole.starts[0]), int(whole.starts[1])),))
     low, high = whole.reachable(0)
-    found = pareto.sweep(program, "size", [low, high], exhaustive)
-    assert [point.bound for point in found] == [high]
+    points = pareto.sweep(program, "size", [low, high], exhaustive)
+    assert [point.bound for point in points] == [high]
     with pytest.raises(InfeasibleError, match="forbidden"):
         pareto.sweep(program, "size", [low], exhaustive)
 

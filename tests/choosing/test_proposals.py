@@ -95,13 +95,13 @@ def test_chosen_is_never_worse_than_any_proposal_and_never_worsens_with_budget(s
     rows = choose(SPACE, random_proposals(seed), losses)
     chosen = []
     for budget in BUDGETS:
-        own = {row.method: row for row in rows if row.budget == budget.name}
-        assert set(own) == {UNIFORM, "layerwise", "pairwise", CHOSEN}
-        best = own.pop(CHOSEN)
+        by_method = {row.method: row for row in rows if row.budget == budget.name}
+        assert set(by_method) == {UNIFORM, "layerwise", "pairwise", CHOSEN}
+        best = by_method.pop(CHOSEN)
         assert budget.limit(SPACE).holds(SPACE, best.assignment)
         assert best.loss_deployed == losses[best.assignment]
-        assert all(best.loss_deployed <= row.loss_deployed for row in own.values())
-        others = [row.loss_deployed for row in own.values() if row.method != best.winner]
+        assert all(best.loss_deployed <= row.loss_deployed for row in by_method.values())
+        others = [row.loss_deployed for row in by_method.values() if row.method != best.winner]
         assert best.gain == min(others) - best.loss_deployed
         assert best.gain >= 0
         chosen.append(best.loss_deployed)
@@ -123,13 +123,13 @@ def test_what_no_program_may_choose_costs_the_budgets_that_need_it_and_no_others
     whole = matrix_of(0, "gauss_newton")
     forbidden = replace(whole, forbidden=((SPACE.option(0, 2), SPACE.option(1, 2)),))
     budgets, without_answer = budgets_of([2, 3, 8]), []
-    found = propose(
+    answers = propose(
         {"layerwise": replace(whole, estimator="layerwise"), "gauss_newton": forbidden},
         budgets,
         solvers.prepare,
         without_answer=lambda budget, method, error: without_answer.append((budget.name, method, str(error))),
     )
-    assert {(p.budget.name, p.method) for p in found} == {
+    assert {(p.budget.name, p.method) for p in answers} == {
         *((f"{bits} bits", method) for bits in (2, 3, 8) for method in (UNIFORM, "layerwise")),
         *((f"{bits} bits", "gauss_newton") for bits in (3, 8)),
     }
@@ -178,8 +178,8 @@ def test_chosen_is_the_best_that_is_safe_unless_another_is_significantly_nearer_
         assert not exceeds(scores[most].hits, score.hits)
         nearer = [a for a in rivals if scores[a].brier < score.brier]
         assert all(exceeds(scores[most].hits, scores[a].hits) for a in nearer)
-        own = [r for r in rows if r.budget == row.budget and r.method not in (CHOSEN, row.winner)]
-        assert row.gain == min(r.loss_deployed for r in own) - row.loss_deployed
+        competitors = [r for r in rows if r.budget == row.budget and r.method not in (CHOSEN, row.winner)]
+        assert row.gain == min(r.loss_deployed for r in competitors) - row.loss_deployed
 
 
 def test_hits_decide_where_the_difference_is_significant_and_brier_scores_where_it_is_not():
@@ -246,9 +246,12 @@ def test_a_network_without_a_finite_loss_is_chosen_only_where_there_is_no_other(
 
 def test_what_a_search_tried_beside_the_chosen_one_is_no_rival_of_it():
     budget = BUDGETS[-1]
-    uniform, found, tried = Assignment((2, 2, 2, 2)), Assignment((4, 2, 2, 2)), Assignment((2, 4, 2, 2))
-    proposals = [Proposal(budget, UNIFORM, uniform), *(Proposal(budget, LOCAL_SEARCH, a, reported=False) for a in (found, tried))]
-    (chosen,) = [r for r in choose(SPACE, proposals, {uniform: 0.4, found: 0.1, tried: 0.2}) if r.method == CHOSEN]
+    uniform, searched, tried = Assignment((2, 2, 2, 2)), Assignment((4, 2, 2, 2)), Assignment((2, 4, 2, 2))
+    proposals = [
+        Proposal(budget, UNIFORM, uniform),
+        *(Proposal(budget, LOCAL_SEARCH, a, reported=False) for a in (searched, tried)),
+    ]
+    (chosen,) = [r for r in choose(SPACE, proposals, {uniform: 0.4, searched: 0.1, tried: 0.2}) if r.method == CHOSEN]
     assert (chosen.winner, chosen.gain) == (LOCAL_SEARCH, pytest.approx(0.3))
 
 
@@ -267,9 +270,9 @@ def measured_of(seed: int) -> Measured:
 @pytest.mark.parametrize("named", [(), ("layerwise", "gauss_newton"), ("tempered4",), TEMPERED])
 def test_matrices_beside_those_named_are_made_of_what_is_measured_anyway(named):
     measured = measured_of(0)
-    found = extra_matrices(measured, named)
-    assert set(found) == {"layerwise", *TEMPERED} - set(named)
-    for name, matrix in found.items():
+    extra = extra_matrices(measured, named)
+    assert set(extra) == {"layerwise", *TEMPERED} - set(named)
+    for name, matrix in extra.items():
         assert np.array_equal(matrix.values, estimate(name, measured).values)
     singles = Measured(SPACE, "kl_to_float", measured.counts, {"singles": measured.sums["singles"]})
     assert set(extra_matrices(singles, named)) == {"layerwise"} - set(named)
@@ -390,10 +393,10 @@ def test_the_winner_is_named_and_of_equal_ones_the_first_of_this_budget():
         Proposal(small, UNIFORM, a), Proposal(small, "pairwise", b),
         Proposal(large, UNIFORM, c), Proposal(large, "layerwise", c),
     ]  # fmt: skip
-    found = {row.budget: row for row in choose(SPACE, proposals, losses) if row.method == CHOSEN}
-    assert (found["3 bits"].winner, found["3 bits"].gain) == ("pairwise", pytest.approx(0.2))
-    assert (found["5 bits"].winner, found["5 bits"].assignment) == ("pairwise for 3 bits", b)
-    assert found["5 bits"].gain == pytest.approx(0.1)
+    by_budget = {row.budget: row for row in choose(SPACE, proposals, losses) if row.method == CHOSEN}
+    assert (by_budget["3 bits"].winner, by_budget["3 bits"].gain) == ("pairwise", pytest.approx(0.2))
+    assert (by_budget["5 bits"].winner, by_budget["5 bits"].assignment) == ("pairwise for 3 bits", b)
+    assert by_budget["5 bits"].gain == pytest.approx(0.1)
     tied = choose(SPACE, [*proposals, Proposal(large, "pairwise", b)], losses)
     assert next(row.winner for row in tied if row.budget == "5 bits" and row.method == CHOSEN) == "pairwise"
     shared = choose(SPACE, [*proposals, Proposal(small, "gauss_newton", b)], losses)  # ahead of nobody who found the same
@@ -474,8 +477,8 @@ def test_options_that_lose_their_loss_are_never_proposed():
     matrix = replace(matrix_of(3), quarantined=(best,))
     limit = constraint("average_bits", SPACE, 8)
     program = program_of(matrix, [limit])
-    found = solvers.solve(program, "exhaustive")
-    assert found.assignment.bits[0] != 8
+    outcome = solvers.solve(program, "exhaustive")
+    assert outcome.assignment.bits[0] != 8
 
 
 def test_what_must_not_be_chosen_is_predicted_to_cost_infinitely_much():

@@ -24,10 +24,10 @@ def between(low: int, high: int) -> list[Assignment]:
 @pytest.mark.parametrize("bound", [0.5, 0.1, 0.022])
 def test_with_a_loss_that_falls_with_size_the_answer_is_the_smallest_of_all(bound):
     losses = {a: 1.0 / SPACE.size_bytes(a) for a in EVERY}
-    found = smallest(SPACE, [EVERY[0], EVERY[-1]], lambda a: exact(losses[a]), between, bound)
+    result = smallest(SPACE, [EVERY[0], EVERY[-1]], lambda a: exact(losses[a]), between, bound)
     within = [a for a in EVERY if losses[a] <= bound]
-    assert found.answer.size_bytes == SPACE.size_bytes(within[0])
-    assert found.smaller is None or found.smaller.measured.high > bound
+    assert result.answer.size_bytes == SPACE.size_bytes(within[0])
+    assert result.smaller is None or result.smaller.measured.high > bound
 
 
 def test_where_none_stays_under_the_bound_the_closest_is_named_and_nan_is_the_farthest():
@@ -46,19 +46,19 @@ def test_a_loss_that_is_not_monotone_still_gives_an_answer_with_measured_neighbo
             calls.append(assignment)
             return exact(losses[assignment])
 
-        found = smallest(SPACE, [*EVERY[::5], EVERY[-2]], measure, between, 0.4)
-        order = [c.size_bytes for c in found.measured]
-        at = found.measured.index(found.answer)
+        result = smallest(SPACE, [*EVERY[::5], EVERY[-2]], measure, between, 0.4)
+        order = [c.size_bytes for c in result.measured]
+        at = result.measured.index(result.answer)
         assert order == sorted(order)
-        assert found.answer.measured.high <= 0.4
-        assert all(c.measured.high > 0.4 for c in found.measured[:at])
-        assert len(calls) == len(set(calls)) == len(found.measured)
+        assert result.answer.measured.high <= 0.4
+        assert all(c.measured.high > 0.4 for c in result.measured[:at])
+        assert len(calls) == len(set(calls)) == len(result.measured)
 
 
 def test_the_upper_end_of_the_interval_counts_not_the_mean():
     wide = {a: Interval(0.1, -0.2, 0.4 if k < 10 else 0.2, 50) for k, a in enumerate(EVERY)}
-    found = smallest(SPACE, EVERY, wide.__getitem__, between, 0.3)
-    assert found.answer.assignment == EVERY[10]
+    result = smallest(SPACE, EVERY, wide.__getitem__, between, 0.3)
+    assert result.answer.assignment == EVERY[10]
 
 
 def test_a_bound_that_nothing_keeps_is_refused_with_the_closest():

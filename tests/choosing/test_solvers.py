@@ -195,10 +195,10 @@ def test_linear_programs_are_solved_to_the_same_relative_precision_whatever_thei
     matrix = InteractionMatrix(space, np.diag(losses), "wide", "none", 0.0, 1)
     bound = rng.uniform(9.6, 15.7)  # so generous that the best answer is many orders of magnitude below the worst option
     program = Program.build(matrix, [constraints.constraint("average_bits", space, bound)])
-    exact, found = solvers.solve(program, "exhaustive"), solvers.solve(program)
-    assert found.status == Status.OPTIMAL
-    assert found.minimised == pytest.approx(exact.minimised, rel=3e-6, abs=0)
-    assert found.bound <= exact.minimised * (1 + 3e-6)
+    exact, outcome = solvers.solve(program, "exhaustive"), solvers.solve(program)
+    assert outcome.status == Status.OPTIMAL
+    assert outcome.minimised == pytest.approx(exact.minimised, rel=3e-6, abs=0)
+    assert outcome.bound <= exact.minimised * (1 + 3e-6)
 
 
 def test_layerwise_is_an_integer_linear_program() -> None:
@@ -286,8 +286,8 @@ def test_groups_of_one_choice_may_be_many_more_than_arrays_have_axes() -> None:
     matrix = InteractionMatrix(space, np.diag(np.tile([0.0, 1.0], 80)), "none", "none", 0.0, 1)
     for free in ([], ["layer3?"]):
         pins = {f"layer{i:02}": [8] for i in range(80) if not (free and i // 10 == 3)}
-        found = solvers.solve(Program.build(matrix, candidates=pins), "exhaustive")
-        assert found.assignment.bits == tuple(2 if free and i // 10 == 3 else 8 for i in range(80))
+        outcome = solvers.solve(Program.build(matrix, candidates=pins), "exhaustive")
+        assert outcome.assignment.bits == tuple(2 if free and i // 10 == 3 else 8 for i in range(80))
 
 
 def test_forbidden_pairs_can_make_it_infeasible() -> None:
@@ -342,10 +342,10 @@ def test_a_time_limit_keeps_the_incumbent() -> None:
 @pytest.mark.system
 def test_a_gap_limit_stops_early() -> None:
     program = program_of("lowrank", 4.0, network="resnet50")
-    loose, tight = solvers.solve(program, gap_limit=0.5), solvers.solve(program)
-    assert loose.nodes < tight.nodes
-    assert loose.gap <= 0.5
-    assert loose.bound <= tight.minimised * (1 + 1e-9)
+    early, tight = solvers.solve(program, gap_limit=0.5), solvers.solve(program)
+    assert early.nodes < tight.nodes
+    assert early.gap <= 0.5
+    assert early.bound <= tight.minimised * (1 + 1e-9)
 
 
 def test_starts_are_used_and_repaired() -> None:

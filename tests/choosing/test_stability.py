@@ -82,13 +82,13 @@ def posed(matrix, budget):
     return program_of(matrix, [constraint("average_bits", SPACE, float(budget.split()[0]))])
 
 
-def stable(found: Measured, *budgets: str) -> tuple[Stability, ...]:
-    matrix = estimators.estimate("pairwise", found)
+def stable(data: Measured, *budgets: str) -> tuple[Stability, ...]:
+    matrix = estimators.estimate("pairwise", data)
     answers = {}
     for budget in budgets:
         program = posed(matrix, budget)
         answers[budget] = program.assignment(settle(program, program.narrowest))
-    return stability(found, lambda m: estimators.estimate("pairwise", m), posed, answers)
+    return stability(data, lambda m: estimators.estimate("pairwise", m), posed, answers)
 
 
 def test_without_noise_every_layer_is_decided():
@@ -113,13 +113,13 @@ def test_the_same_seed_gives_the_same_shares_and_one_block_none():
 
 @pytest.mark.parametrize("multiple", [1, 4, 16])
 def test_a_resample_of_more_blocks_scatters_as_more_images_would(multiple):
-    found, rng = measured(2.0), np.random.default_rng(0)
-    draws = [resampled(found, multiple, rng) for _ in range(200)]
+    data, rng = measured(2.0), np.random.default_rng(0)
+    draws = [resampled(data, multiple, rng) for _ in range(200)]
     assert {draw.num_images for draw in draws} == {256 * multiple}
     means = np.array([draw.mean(draw.increases()) for draw in draws])
-    expected = found.standard_error(found.increases()) * (15 / 16 / multiple) ** 0.5
+    expected = data.standard_error(data.increases()) * (15 / 16 / multiple) ** 0.5
     assert (means.std(axis=0) / expected).mean() == pytest.approx(1, abs=0.05)
-    assert means.mean(axis=0) == pytest.approx(found.mean(found.increases()), abs=5 * expected.max())
+    assert means.mean(axis=0) == pytest.approx(data.mean(data.increases()), abs=5 * expected.max())
 
 
 def test_the_sentence_counts_layers_and_images():

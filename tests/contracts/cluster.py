@@ -167,11 +167,11 @@ class ProcessContract(ClusterContract):
 
     def test_tasks_run_in_other_processes_with_the_threads_asked_for(self, workers):
         config = configuration(self.settings)
-        found = list(workers.map(where, config, range(12)))
-        pids = {pid for pid, _, _ in found}
+        places = list(workers.map(where, config, range(12)))
+        pids = {pid for pid, _, _ in places}
         assert os.getpid() not in pids
         assert 1 <= len(pids) <= config.cluster.workers
-        assert {(omp, threads) for _, omp, threads in found} == {("1", 1)}
+        assert {(omp, threads) for _, omp, threads in places} == {("1", 1)}
 
     def test_a_worker_is_reached_at_one_port_at_most(self, workers):
         """Its own, which TLS guards: Dask's HTTP server stays on loopback."""
@@ -180,10 +180,10 @@ class ProcessContract(ClusterContract):
 
     def test_a_worker_that_is_killed_costs_no_result_and_no_task_but_its_own(self, workers, tmp_path):
         items = [(str(tmp_path), number) for number in range(6)]
-        found = []
+        results = []
         for number in workers.map(die_once, configuration(self.settings), items):  # the others while it lives: it holds up none
-            found.append(number)
+            results.append(number)
             (tmp_path / f"received-{number}").touch()
-        assert (sorted(found[:-1]), found[-1]) == ([0, 2, 3, 4, 5], 1)
+        assert (sorted(results[:-1]), results[-1]) == ([0, 2, 3, 4, 5], 1)
         started = Counter(int(file.name.split("-")[0]) for file in tmp_path.glob("[0-9]*"))
         assert started == {**dict.fromkeys(range(6), 1), 1: 2}

@@ -53,10 +53,10 @@ def sample_at(network: Network, layer: int, batches: list[Tensor]) -> LayerSampl
 
 def tensors_of(ready: Prepared) -> dict[str, Tensor]:
     """Everything that corrections may change, at each option and for the narrowest assignment."""
-    found = {f"{k}.weight": layer.weight for k, layer in enumerate(ready.layers)}
-    found |= {f"{k}.bias": layer.bias for k, layer in enumerate(ready.layers) if layer.bias is not None}
-    found |= {f"{k}.scale": layer.grid.scale for k, layer in enumerate(ready.layers)}
-    return found | ready.final(ready.space.narrowest)
+    tensors = {f"{k}.weight": layer.weight for k, layer in enumerate(ready.layers)}
+    tensors |= {f"{k}.bias": layer.bias for k, layer in enumerate(ready.layers) if layer.bias is not None}
+    tensors |= {f"{k}.scale": layer.grid.scale for k, layer in enumerate(ready.layers)}
+    return tensors | ready.final(ready.space.narrowest)
 
 
 class CorrectionContract:
@@ -81,26 +81,26 @@ class CorrectionContract:
                 assert correction.correct(sample, []) == []
                 (same,) = correction.correct(sample, [QuantizedLayer(weight)])
                 assert torch.equal(same.weight, weight)
-                own = network.biases[i]
-                expected = torch.zeros_like(same.bias) if own is None else own
+                float_bias = network.biases[i]
+                expected = torch.zeros_like(same.bias) if float_bias is None else float_bias
                 tolerance.assert_close(same.bias, expected, STATISTICS)
 
     @KINDS
     def test_what_it_is_given_is_not_changed(self, kind):
-        network, given = network_of(kind), calibration(20, 28)
+        network, images = network_of(kind), calibration(20, 28)
         plain = prepare(network, network.search_space((2, 4)))
         correction = correction_of(self.name)
         tensors = [tensor for layer in plain.layers for tensor in (layer.weight, layer.grid.scale, layer.grid.zero_point)]
-        before = [tensor.clone() for tensor in (*tensors, *given)]
+        before = [tensor.clone() for tensor in (*tensors, *images)]
         if isinstance(correction, LayerCorrection):
             for i in range(plain.space.num_layers):
                 correction.correct(
-                    sample_at(network, i, given), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]]
+                    sample_at(network, i, images), plain.layers[plain.space.offsets[i] : plain.space.offsets[i + 1]]
                 )
         else:
             chosen = plain.chosen(plain.space.narrowest)
-            correction.reestimate(network, chosen, given, correction.reference(network, given))
-        assert all(torch.equal(now, then) for now, then in zip((*tensors, *given), before, strict=True))
+            correction.reestimate(network, chosen, images, correction.reference(network, images))
+        assert all(torch.equal(now, then) for now, then in zip((*tensors, *images), before, strict=True))
         state = network.model.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in build(kind).state_dict().items())
 
@@ -123,19 +123,19 @@ class CorrectionContract:
     @SCALES
     def test_weights_stay_on_the_grid_they_state_with_the_codes_they_had(self, kind, per_channel):
         plain = corrected(kind, per_channel=per_channel)
-        for made, before in zip(corrected(kind, self.name, per_channel=per_channel).layers, plain.layers, strict=True):
+        for layer, before in zip(corrected(kind, self.name, per_channel=per_channel).layers, plain.layers, strict=True):
             codes = before.grid.quantize(before.weight)
-            assert torch.equal(made.grid.quantize(made.weight), codes)
-            assert torch.equal(made.grid.dequantize(codes), made.weight)
-            assert made.grid.codes == before.grid.codes
-            assert torch.equal(made.grid.zero_point, before.grid.zero_point)
-            assert made.grid.scale.shape == before.grid.scale.shape
-            assert made.weight.dtype == before.weight.dtype
+            assert torch.equal(layer.grid.quantize(layer.weight), codes)
+            assert torch.equal(layer.grid.dequantize(codes), layer.weight)
+            assert layer.grid.codes == before.grid.codes
+            assert torch.equal(layer.grid.zero_point, before.grid.zero_point)
+            assert layer.grid.scale.shape == before.grid.scale.shape
+            assert layer.weight.dtype == before.weight.dtype
 
     @KINDS
     def test_grids_of_activations_stay(self, kind):
-        plain, made = corrected(kind, widths=(4, 8)), corrected(kind, self.name, widths=(4, 8))
-        assert [layer.activation for layer in made.layers] == [layer.activation for layer in plain.layers]
+        plain, changed = corrected(kind, widths=(4, 8)), corrected(kind, self.name, widths=(4, 8))
+        assert [layer.activation for layer in changed.layers] == [layer.activation for layer in plain.layers]
 
     @pytest.mark.parametrize("none", [[], [images(0)]], ids=["no batch", "an empty batch"])
     def test_it_says_that_it_needs_images(self, none):

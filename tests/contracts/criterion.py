@@ -51,5 +51,5 @@ class CriterionContract:
                 criteria.bind(self.name, logits(), None)
         else:
             z = logits(seed=1)
-            without, given = (criteria.bind(self.name, logits(), labels)(z) for labels in (None, LABELS))
-            assert torch.equal(without, given)
+            without, with_labels = (criteria.bind(self.name, logits(), labels)(z) for labels in (None, LABELS))
+            assert torch.equal(without, with_labels)

@@ -65,8 +65,8 @@ class EstimatorContract:
 
     def test_its_own_kinds_of_tiles_are_all_it_reads(self):
         _, measured = measured_network("cross_entropy")
-        own = {kind: measured.sums[kind] for kind in kinds_of([self.name])}
-        matrix = estimate(self.name, Measured(measured.space, measured.criterion, measured.counts, own))
+        read = {kind: measured.sums[kind] for kind in kinds_of([self.name])}
+        matrix = estimate(self.name, Measured(measured.space, measured.criterion, measured.counts, read))
         whole = estimate(self.name, measured)
         assert_close(matrix.values, whole.values, ENTRY, least=0.0)
         assert matrix.baseline == pytest.approx(whole.baseline, abs=LOSS * max(1, whole.baseline))

@@ -163,12 +163,12 @@ class RoundingContract:
             sums.add(block[None])
             parts.append(sums.moments())
         moments = merged(parts)
-        seen = sample_of(torch.randn(16, 96, generator=generator), rows[:64])
-        unseen = sample_of(seen.weight, rows[64:])
-        grid = grid_of(seen, 3)
-        fitted, shrunk = (self.codes(replace(seen, moments=each), grid) for each in (moments, moments.shrunk()))
+        narrow = sample_of(torch.randn(16, 96, generator=generator), rows[:64])
+        unseen = sample_of(narrow.weight, rows[64:])
+        grid = grid_of(narrow, 3)
+        fitted, shrunk = (self.codes(replace(narrow, moments=each), grid) for each in (moments, moments.shrunk()))
         error, error_fitted, error_nearest = (
-            output_error(unseen, grid, codes) for codes in (shrunk, fitted, grid.quantize(seen.weight))
+            output_error(unseen, grid, codes) for codes in (shrunk, fitted, grid.quantize(narrow.weight))
         )
         assert error < error_nearest
         assert error < error_fitted
@@ -209,20 +209,20 @@ class RoundingContract:
     def test_nothing_given_is_changed(self):
         layer = sample("conv_transpose2d, grouped")
         grid = grid_of(layer)
-        given = (layer.weight, grid.scale, grid.zero_point, layer.rows, layer.moments.mean, layer.moments.scatter)
-        before = [tensor.clone() for tensor in given]
+        tensors = (layer.weight, grid.scale, grid.zero_point, layer.rows, layer.moments.mean, layer.moments.scatter)
+        before = [tensor.clone() for tensor in tensors]
         state = torch.get_rng_state()
         self.codes(layer, grid)
-        assert all(map(torch.equal, given, before))
+        assert all(map(torch.equal, tensors, before))
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_grids_that_are_rounded_together_get_the_codes_that_each_gets_alone(self):
         layer = sample("conv2d")
         grids = [grid_of(layer, bits) for bits in (1, 2, 3, 4)]
         torch.rand(3)
-        found = self.module.correction.round(layer, grids[::-1], self.steps)[::-1]
-        assert all(torch.equal(codes, self.codes(layer, grid)) for codes, grid in zip(found, grids, strict=True))
-        assert not torch.equal(found[0], found[1])
+        codes_of = self.module.correction.round(layer, grids[::-1], self.steps)[::-1]
+        assert all(torch.equal(codes, self.codes(layer, grid)) for codes, grid in zip(codes_of, grids, strict=True))
+        assert not torch.equal(codes_of[0], codes_of[1])
 
     @pytest.mark.parametrize("name", ["linear, tokens", "conv2d, same", "conv_transpose2d"])
     def test_inference_mode_gives_the_same_codes(self, name):
@@ -241,8 +241,8 @@ class RoundingContract:
         x = (100 * torch.cat(sample("conv2d").inputs)).half()  # whose squares overflow half precision
         layer = sample_of(weight.float(), x.float(), "conv2d")
         expected = self.codes(layer, grid_of(layer))
-        for given in (sample_of(weight, x, "conv2d"), replace(layer, weight=nn.Parameter(layer.weight))):
-            assert torch.equal(self.codes(given, grid_of(layer)), expected)
+        for variant in (sample_of(weight, x, "conv2d"), replace(layer, weight=nn.Parameter(layer.weight))):
+            assert torch.equal(self.codes(variant, grid_of(layer)), expected)
 
     @EVERY_GRID
     def test_inputs_that_are_always_zero_leave_nearest_codes(self, bits, per_channel, symmetric):

@@ -103,9 +103,9 @@ def random_case(seed: int, activation_widths: tuple[int, ...] = ()) -> Case:
         matrix = InteractionMatrix(space, np.where(off_diagonal, 0.0, matrix.values), "random", "none", 0.0, 1)
     limits: list[Constraint] = []
     for name in rng.permutation(["size", "average_bits", "bops"])[: rng.integers(0, 4)]:
-        loose = constraints.constraint(str(name), space, 1.0)
-        low, high = loose.value(space, space.narrowest), loose.value(space, space.widest)
-        limits.append(loose.with_bound(float(np.floor(low + rng.uniform(0.02, 0.9) * (high - low)))))
+        unbounded = constraints.constraint(str(name), space, 1.0)
+        low, high = unbounded.value(space, space.narrowest), unbounded.value(space, space.widest)
+        limits.append(unbounded.with_bound(float(np.floor(low + rng.uniform(0.02, 0.9) * (high - low)))))
     free = [
         o for i, (first, last) in enumerate(itertools.pairwise(space.offsets)) if last - first > 1 for o in range(first + 1, last)
     ]

@@ -58,12 +58,12 @@ def rounding(z: torch.Tensor, f: torch.Tensor) -> float:
 def test_losses_have_their_digits_whatever_their_size(classes, scale, sharpness, shift):
     f = logits(6, classes, scale=sharpness)
     z = f + logits(5, 6, classes, scale=scale, seed=1) + shift
-    found, expected = criteria.bind("kl_to_float", f, None)(z), textbook(z, f)
-    assert found.dtype == torch.float64
-    assert float((found - expected).abs().max()) <= rounding(z, f)
+    actual, expected = criteria.bind("kl_to_float", f, None)(z), textbook(z, f)
+    assert actual.dtype == torch.float64
+    assert float((actual - expected).abs().max()) <= rounding(z, f)
     # gaps of about √(2 loss) are off by 2 eps (1 + |shift|): by less than a thousandth of a loss above this
     significant = expected > 8 * (1e3 * tolerance.eps() * (1 + abs(shift))) ** 2
-    assert float(((found - expected).abs() / expected)[significant].max() if significant.any() else 0.0) < 1e-3
+    assert float(((actual - expected).abs() / expected)[significant].max() if significant.any() else 0.0) < 1e-3
 
 
 def test_equal_logits_have_no_loss_and_no_loss_is_negative():
@@ -78,9 +78,9 @@ def test_rows_have_the_losses_they_have_alone_and_again():
     f = logits(16, 1000)
     z = f + logits(40, 16, 1000, scale=0.1, seed=3)
     criterion = criteria.bind("kl_to_float", f, None)
-    found = criterion(z)
-    assert torch.equal(found, criterion(z))
-    torch.testing.assert_close(found, torch.stack([criterion(row) for row in z]), rtol=0, atol=rounding(z, f))
+    actual = criterion(z)
+    assert torch.equal(actual, criterion(z))
+    torch.testing.assert_close(actual, torch.stack([criterion(row) for row in z]), rtol=0, atol=rounding(z, f))
 
 
 def test_gaps_that_overflow_are_computed_and_what_is_not_finite_stays_so():
@@ -91,12 +91,12 @@ def test_gaps_that_overflow_are_computed_and_what_is_not_finite_stays_so():
     z[2, 2, 0] = torch.nan
     z[3, 3, 1] = torch.inf
     z[4, 0, 1] = -torch.inf
-    found, expected = criteria.bind("kl_to_float", f, None)(z), textbook(z, f)
-    assert torch.equal(found.isfinite(), expected.isfinite())
+    actual, expected = criteria.bind("kl_to_float", f, None)(z), textbook(z, f)
+    assert torch.equal(actual.isfinite(), expected.isfinite())
     # gaps whose exponential overflows are float64; other losses are zero
     off = tolerance.of_sum(10, torch.float64) * float(z.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=off, equal_nan=True)
-    assert [int((~row.isfinite()).sum()) for row in found] == [0, 0, 1, 1, 1, 0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=off, equal_nan=True)
+    assert [int((~row.isfinite()).sum()) for row in actual] == [0, 0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -108,10 +108,10 @@ def test_other_types_of_logits_count_as_they_are(dtype):
 def test_gradients_are_those_of_the_textbook():
     f = logits(3, 10)
     z = logits(3, 10, seed=5).requires_grad_()
-    found, expected = (
+    actual, expected = (
         torch.autograd.grad(loss(z).sum(), z)[0] for loss in (criteria.bind("kl_to_float", f, None), lambda x: textbook(x, f))
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance.eps())  # within ±1, and cast to float32 once
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance.eps())  # within ±1, and cast to float32 once
 
 
 @pytest.mark.parametrize("name", ["kl_to_float", "cross_entropy"])
@@ -122,11 +122,11 @@ def test_the_brier_score_is_least_where_the_criterion_is_and_bounded_where_that_
     assert float(criteria.brier(name, ideal, f, labels).max()) == 0.0
     wrong = certain.roll(1, dims=-1)
     for z in (logits(50, 10, seed=1), 50 * logits(50, 10, seed=2), wrong):
-        found = criteria.brier(name, z, f, labels)
+        actual = criteria.brier(name, z, f, labels)
         p = f.double().softmax(-1) if name == "kl_to_float" else torch.nn.functional.one_hot(labels, 10)
         expected = ((z.double().softmax(-1) - p) ** 2).sum(-1)
-        torch.testing.assert_close(found, expected, rtol=0, atol=2 * tolerance.of_sum(10, torch.float64))
-        assert 0 < float(found.min()) <= float(found.max()) <= 2 * (1 + tolerance.of_sum(10, torch.float64))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2 * tolerance.of_sum(10, torch.float64))
+        assert 0 < float(actual.min()) <= float(actual.max()) <= 2 * (1 + tolerance.of_sum(10, torch.float64))
     assert float(criteria.bind(name, f, labels)(wrong).max()) > 1000
 
 

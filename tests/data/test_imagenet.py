@@ -121,20 +121,20 @@ def test_names_that_are_no_synsets_are_folders_or_refused(tmp_path: Path) -> Non
 def test_balanced_slices_hold_every_class_alike_are_disjoint_and_nested(
     imagenet: Path, sensitivity: int, calibration: int, validation: int
 ) -> None:
-    asked = {"sensitivity_images": sensitivity, "calibration_images": calibration, "validation_images": validation}
-    slices = load_data(settings(imagenet, class_balanced=True, **asked), SHAPE)
+    counts = {"sensitivity_images": sensitivity, "calibration_images": calibration, "validation_images": validation}
+    slices = load_data(settings(imagenet, class_balanced=True, **counts), SHAPE)
     all_names: list[str] = []
-    for images, count in zip(parts_of(slices)[:3], asked.values(), strict=True):
+    for images, count in zip(parts_of(slices)[:3], counts.values(), strict=True):
         per_class = Counter(images.labels or ())
         assert sum(per_class.values()) == len(images) == count
         assert not count or max(per_class.values()) - (min(per_class.values()) if len(per_class) == CLASSES else 0) <= 1
         all_names += names(images)
     all_names += names(slices.selection)
     assert len(set(all_names)) == len(all_names) == CLASSES * EACH
-    fewer = load_data(settings(imagenet, class_balanced=True, **{**asked, "sensitivity_images": 2}), SHAPE)
+    fewer = load_data(settings(imagenet, class_balanced=True, **{**counts, "sensitivity_images": 2}), SHAPE)
     assert names(fewer.sensitivity) == names(slices.sensitivity)[:2]
     assert names(fewer.calibration) == names(slices.calibration)
-    drawn = load_data(settings(imagenet, **asked), SHAPE)
+    drawn = load_data(settings(imagenet, **counts), SHAPE)
     assert sensitivity < CLASSES or max(Counter(parts_of(drawn)[0].labels or ()).values()) > -(-sensitivity // CLASSES)
 
 
@@ -187,8 +187,8 @@ def test_shards_hold_what_a_folder_of_the_same_files_holds(tmp_path: Path, label
     shards(tmp_path / "tar", label)
     slices = load_data(settings(tmp_path / "tar", **FEW), SHAPE)
     parts = parts_of(slices)[:3]
-    seen = [name for images in parts for name in names(images)]
-    assert sorted(seen) == [f"shard-{k // 4:03}.tar/part/{k:05}.jpg" for k in range(20)]
+    drawn = [name for images in parts for name in names(images)]
+    assert sorted(drawn) == [f"shard-{k // 4:03}.tar/part/{k:05}.jpg" for k in range(20)]
     preprocessing = Preprocessing.of(DataSettings(), SHAPE)
     for images in parts:
         pixels, labels = images.load(0, len(images))
@@ -328,11 +328,11 @@ def test_images_of_sixteen_bits_are_scaled_and_wider_ones_refused(tmp_path: Path
         (tmp_path / synset).mkdir()
         for k in range(4):
             Image.fromarray(image).save(tmp_path / synset / f"{k}.tiff")
-    asked = DataSettings(
+    settings = DataSettings(
         source="folder", path=tmp_path, sensitivity_images=4, calibration_images=0, mean=(0.0,) * channels, std=(1.0,) * channels,
         validation_images=4, sample_blocks=2,
     )  # fmt: skip
-    everything = load_data(asked, (channels, 8, 8))
+    everything = load_data(settings, (channels, 8, 8))
     read = 0
     for part in parts_of(everything):
         for k, image in enumerate(part.images):
@@ -352,10 +352,10 @@ def test_so_many_damaged_images_are_left_out_and_the_record_says_so(small_run: d
     from clado.run.opened_run import open_run
 
     small_run["data"]["max_corrupt_images"] = 3
-    asked = parse_config(small_run)
-    run = checked(open_run(asked))
+    settings = parse_config(small_run)
+    run = checked(open_run(settings))
     assert sorted(run.config.data.skip) == DAMAGED
-    assert run.config.run_folder == asked.run_folder
+    assert run.config.run_folder == settings.run_folder
     assert checked(run) is run
     used = [name for images in run.slices.used for name in names(images)]
     assert len(set(used)) == len(used) == 24 - 3
@@ -388,10 +388,10 @@ def test_a_damaged_image_to_choose_on_is_left_out_where_that_is_asked_for(small_
     before = [names(images) for images in parts_of(run.slices)[:3]]
     other = next(name for name in names(run.slices.selection) if name not in DAMAGED)
     (run.config.data.path / other).write_bytes(b"")  # type: ignore[operator]
-    found = with_readable_selection(checked(open_run(run.config)))
-    assert set(found.config.data.skip) == {*DAMAGED, other}
-    assert [names(images) for images in parts_of(found.slices)[:3]] == before
-    check_slice(found.slices.selection)
+    checked_run = with_readable_selection(checked(open_run(run.config)))
+    assert set(checked_run.config.data.skip) == {*DAMAGED, other}
+    assert [names(images) for images in parts_of(checked_run.slices)[:3]] == before
+    check_slice(checked_run.slices.selection)
 
 
 def test_there_may_be_no_images_to_choose_on(small_run: dict[str, Any]) -> None:
@@ -399,9 +399,9 @@ def test_there_may_be_no_images_to_choose_on(small_run: dict[str, Any]) -> None:
     from clado.run.opened_run import open_run
 
     small_run["data"] |= {"max_corrupt_images": 3, "validation_images": 9}
-    found = with_readable_selection(checked(open_run(parse_config(small_run))))  # the last one left was damaged
-    assert len(found.slices.selection) == 0
-    assert with_readable_selection(found) is found
+    checked_run = with_readable_selection(checked(open_run(parse_config(small_run))))  # the last one left was damaged
+    assert len(checked_run.slices.selection) == 0
+    assert with_readable_selection(checked_run) is checked_run
 
 
 def test_images_to_train_on_are_left_out_where_they_cannot_be_read_and_so_many_are_allowed(
@@ -437,9 +437,9 @@ def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
     from clado.run.opened_run import open_run
     from flows.commands.plan import plan_text
 
-    there = open_run(parse_config({**small_run, "data": {**small_run["data"], "validation_images": 5}}), planning=True)
-    expected = plan_text(there)
-    assert len(there.slices.validation.load(0, 0)[0]) == 0
+    planned = open_run(parse_config({**small_run, "data": {**small_run["data"], "validation_images": 5}}), planning=True)
+    expected = plan_text(planned)
+    assert len(planned.slices.validation.load(0, 0)[0]) == 0
     small_run["data"]["path"] = "nowhere"
     absent = open_run(parse_config(small_run), planning=True)
     assert plan_text(absent) == expected
@@ -483,17 +483,17 @@ def test_torchvisions_weights_bring_their_preprocessing(tmp_path: Path, imagenet
 
 
 def test_what_the_settings_say_goes_before_what_the_weights_bring(imagenet: Path) -> None:
-    own = {"resize": 256, "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    stated = {"resize": 256, "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
     def preprocessing(**changes: Any) -> Preprocessing:
-        return parts_of(load_data(settings(imagenet, **changes), (3, 224, 224), own))[0].preprocessing
+        return parts_of(load_data(settings(imagenet, **changes), (3, 224, 224), stated))[0].preprocessing
 
     assert preprocessing() == Preprocessing((3, 224, 224), 256, (0.5,) * 3, (0.25,) * 3, "bicubic")
     changes = {"resize": 230, "interpolation": "bilinear", "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
     for key, value in changes.items():
         changed = preprocessing(**{key: value})
         assert getattr(changed, key) == value
-        assert all(getattr(changed, other) == own[other] for other in own if other != key)
+        assert all(getattr(changed, other) == stated[other] for other in stated if other != key)
 
 
 def test_weights_of_other_crops_and_unknown_names() -> None:
@@ -506,8 +506,8 @@ def test_weights_of_other_crops_and_unknown_names() -> None:
 
 def test_timms_weights_bring_theirs() -> None:
     network = NetworkSettings(source="timm", name="resnet18.a1_in1k", weights="random")
-    found = load_network(network)
-    assert found.preprocessing == {
+    loaded = load_network(network)
+    assert loaded.preprocessing == {
         "resize": int(224 / 0.95), "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
     }  # fmt: skip
     with pytest.raises(NetworkError, match="timm has no weights 'a1_in2k' of resnet18"):

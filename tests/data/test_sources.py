@@ -186,15 +186,15 @@ def test_every_process_builds_the_same_network(module: MakeModule) -> None:
 
 def test_the_weights_hash_sees_every_tensor(module: MakeModule) -> None:
     name = module(NET)
-    seen = {factory(f"{name}:make").weights_sha256}
+    hashes = {factory(f"{name}:make").weights_sha256}
     names = list(factory(f"{name}:make").model.state_dict())
     for key in names:
         loaded = factory(f"{name}:make")
         with torch.no_grad():
             loaded.model.state_dict()[key].view(-1)[-1:].add_(1)
-        seen.add(loaded.weights_sha256)
+        hashes.add(loaded.weights_sha256)
     tied = 1  # a.weight is b.weight
-    assert len(seen) == 1 + len(names) - tied
+    assert len(hashes) == 1 + len(names) - tied
 
 
 # --- weights files --------------------------------------------------------------------------------------------------
@@ -830,9 +830,9 @@ def test_a_slice_that_keeps_what_it_reads_gives_the_same_and_reads_each_image_on
     keeping = KeptSlice(reading)
     assert (len(keeping), keeping.image_shape, keeping.sha256) == (len(X), whole.image_shape, whole.sha256)
     for start, stop in [(2, 4), (0, 2), (1, 4), (4, 6), (0, 6), (3, 3), (5, 99)]:
-        (images, found), (expected, expected_labels) = keeping.load(start, min(stop, 6)), whole.load(start, min(stop, 6))
+        (images, labels_read), (expected, expected_labels) = keeping.load(start, min(stop, 6)), whole.load(start, min(stop, 6))
         assert torch.equal(images, expected)
-        assert (found is None and expected_labels is None) or torch.equal(found, expected_labels)
+        assert (labels_read is None and expected_labels is None) or torch.equal(labels_read, expected_labels)
     assert sorted(reading.read) == sorted(set(reading.read)) == list(range(6))
 
 
@@ -848,7 +848,7 @@ def test_only_what_fits_into_the_limit_is_kept_and_what_does_not_fit_the_protoco
             check_slice(KeptSlice(slice_of(X, wrong)), tuple(X.shape[1:]))
 
 
-def slice_of(images: Tensor, given: Tensor | None = None) -> ImageSlice:
+def slice_of(images: Tensor, labels: Tensor | None = None) -> ImageSlice:
     """A slice of its own class, which gives other images than it says."""
 
     class Other:
@@ -858,7 +858,7 @@ def slice_of(images: Tensor, given: Tensor | None = None) -> ImageSlice:
             return len(images)
 
         def load(self, start: int, stop: int) -> tuple[Tensor, None]:
-            return (images if given is None else given)[start:stop], None
+            return (images if labels is None else labels)[start:stop], None
 
     return Other()
 

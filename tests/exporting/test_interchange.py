@@ -511,9 +511,9 @@ def test_mct_takes_the_assignment(tmp_path, monkeypatch):
     before = network(IMAGES)
     quantized = module.quantize(network, *CALIBRATION["mct"])
     wrappers = {name.removesuffix("_bn"): m for name, m in quantized.named_modules() if hasattr(m, "weights_quantizers")}
-    found = {name: m.weights_quantizers["weight"].num_bits for name, m in wrappers.items() if m.weights_quantizers}
+    bits_of = {name: m.weights_quantizers["weight"].num_bits for name, m in wrappers.items() if m.weights_quantizers}
     pairs = dict(zip(space.names, assignment.bits, strict=True))
-    assert found == {n.removesuffix(".weight").replace(".", "_"): bits for n, bits in pairs.items() if bits is not None}
+    assert bits_of == {n.removesuffix(".weight").replace(".", "_"): bits for n, bits in pairs.items() if bits is not None}
     assert all(m.weights_quantizers["weight"].per_channel for m in wrappers.values() if m.weights_quantizers)
     assert 0 < (quantized(IMAGES) - before).abs().max() < 20
     document = json.loads(json.dumps(module.bit_widths(network), default=vars))

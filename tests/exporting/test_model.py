@@ -48,8 +48,8 @@ def test_its_outputs_are_those_of_fake_quantization_for_any_batch(written):
     folder, images, expected, layers = written
     model = PackedModel(folder)
     for count in (1, 2, 5):
-        found = torch.tensor(model.predict(images[:count].numpy()))
-        tolerance.assert_close(found, expected[:count], tolerance.of_layers(layers))
+        actual = torch.tensor(model.predict(images[:count].numpy()))
+        tolerance.assert_close(actual, expected[:count], tolerance.of_layers(layers))
 
 
 def test_it_says_what_it_takes_gives_and_needs(written):
@@ -98,9 +98,9 @@ def test_every_budgets_registered_model_is_the_network_that_was_chosen(finished)
     aliases = client.get_registered_model("zoo.resnet20_fashion_mnist").aliases
     assert len(aliases) == len(record.budgets)
     for version in aliases.values():
-        made = client.get_model_version("zoo.resnet20_fashion_mnist", version)
-        model = pyfunc.load_model(made.source)
-        result = record.find(made.tags["budget"], "chosen")
+        model_version = client.get_model_version("zoo.resnet20_fashion_mnist", version)
+        model = pyfunc.load_model(model_version.source)
+        result = record.find(model_version.tags["budget"], "chosen")
         assert result is not None
         network, layers = run.preparation.deployed(result.assignment)
         np.testing.assert_allclose(model.predict(images.numpy()), network.logits(images, layers).numpy(), rtol=1e-4, atol=1e-4)

@@ -59,10 +59,10 @@ def initializers(path: Path, kind: str) -> list[onnx.TensorProto]:
 
 def types_of(path: Path) -> dict[str, str]:
     """Type of each layer's codes."""
-    found = {
+    actual = {
         tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type).lower() for tensor in onnx.load(path).graph.initializer
     }
-    return {name.removesuffix(".codes"): kind for name, kind in found.items() if name.endswith(".codes")}
+    return {name.removesuffix(".codes"): kind for name, kind in actual.items() if name.endswith(".codes")}
 
 
 def run(path: Path, x: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ def test_inputs_meet_their_grid_exactly(opset, widths, tmp_path):
     expected = torch.cat([grid.fake_quantize(x).flatten(1) for grid in grids], 1)
     assert torch.equal(run(tmp_path / "n.onnx", x), expected)
     types = (8, 16)  # narrower ones fail in ONNX Runtime's usual optimisation
-    found = {(TYPES[onnx.TensorProto.DataType.Name(t.data_type).lower()]) for t in initializers(tmp_path / "n.onnx", "uint")}
-    assert found == {min(b for b in types if b >= bits) for bits in widths}
+    actual = {(TYPES[onnx.TensorProto.DataType.Name(t.data_type).lower()]) for t in initializers(tmp_path / "n.onnx", "uint")}
+    assert actual == {min(b for b in types if b >= bits) for bits in widths}
     assert len(nodes_of(tmp_path / "n.onnx", "Clip")) == len(set(widths) - set(types))
 
 
@@ -243,8 +243,8 @@ def test_inputs_of_any_width_load_with_the_usual_optimisation(activation, width,
     usual = onnxruntime.InferenceSession(
         str(tmp_path / "n.onnx"), options, ["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
     )
-    found = torch.from_numpy(usual.run(None, {"images": x.numpy()})[0])
-    assert (found - network.logits(x, layers)).abs().mean() < 1e-3  # biases are left in float, as docs/limits.md says
+    actual = torch.from_numpy(usual.run(None, {"images": x.numpy()})[0])
+    assert (actual - network.logits(x, layers)).abs().mean() < 1e-3  # biases are left in float, as docs/limits.md says
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------------

@@ -159,18 +159,18 @@ def test_a_split_weight_is_whole_again(widths, tmp_path):
     export_packed(tmp_path / "n", network, layers)
     x = images(6, seed=5)
     with torch.no_grad():
-        found = load_packed(tmp_path / "n", network.model)(x)
-    tolerance.assert_close_but_for_ties(found, network.logits(x, layers), images=1 if widths else 0)
+        actual = load_packed(tmp_path / "n", network.model)(x)
+    tolerance.assert_close_but_for_ties(actual, network.logits(x, layers), images=1 if widths else 0)
     assert (
         len({bits_of(layer.grid.codes) for i, layer in layers.items() if network.layers[i].name[-2:] in (".q", ".k", ".v")}) > 1
     )
 
 
-@pytest.mark.parametrize("kept", range(5))
-def test_layers_that_are_not_quantized_stay_floats(kept, tmp_path):
+@pytest.mark.parametrize("fixed", range(5))
+def test_layers_that_are_not_quantized_stay_floats(fixed, tmp_path):
     prepared = prepared_of(Attention, split=True)
     network, layers = prepared.deployed(drawn(prepared))
-    layers = {i: layer for i, layer in layers.items() if i != kept}
+    layers = {i: layer for i, layer in layers.items() if i != fixed}
     size = export_packed(tmp_path / "n", network, layers)
     assert size.weight_bytes == sum(network.layers[i].weight_bytes(bits_of(layer.grid.codes)) for i, layer in layers.items())
     assert same(state_of(load_packed(tmp_path / "n", network.model)), network.state_dict(layers))
@@ -275,11 +275,11 @@ def test_open_attention_is_attention(batch_first, bias, need_weights):
         for sources in ((x, x, x), (x, y, z)):
             for average in (True, False):
                 expected = attention(*sources, need_weights=need_weights, average_attn_weights=average)
-                found = opened(*sources, need_weights=need_weights, average_attn_weights=average)
-                tolerance.assert_close(found[0], expected[0])
-                assert (found[1] is None) == (expected[1] is None) == (not need_weights)
+                actual = opened(*sources, need_weights=need_weights, average_attn_weights=average)
+                tolerance.assert_close(actual[0], expected[0])
+                assert (actual[1] is None) == (expected[1] is None) == (not need_weights)
                 if need_weights:
-                    tolerance.assert_close(found[1], expected[1])
+                    tolerance.assert_close(actual[1], expected[1])
     with pytest.raises(NetworkError, match="with a mask"):
         opened(x, x, x, attn_mask=torch.zeros(5, 5))
 
@@ -498,8 +498,8 @@ def test_a_run_exports_it_and_the_package_loads_it(tmp_path, monkeypatch):
     network, layers = run.preparation.deployed(assignment)
     x, _ = run.slices.validation.load(0, 100)
     with torch.no_grad():
-        found = clado.load_packed(path, network.model)(x)
-    tolerance.assert_close(found, network.logits(x, layers), tolerance.of_layers(network.layers))
+        actual = clado.load_packed(path, network.model)(x)
+    tolerance.assert_close(actual, network.logits(x, layers), tolerance.of_layers(network.layers))
     assert isinstance(as_module(network, layers), nn.Module)
     with pytest.raises(StoreError, match="another assignment"):
         export_as("packed", run, run.space.narrowest, tmp_path / "out")

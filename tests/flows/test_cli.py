@@ -482,7 +482,7 @@ def runs_of(folder):
     from mlflow import MlflowClient
 
     client = MlflowClient(load_run_config(folder).tracking.uri)
-    return [run for found in client.search_experiments() for run in client.search_runs([found.experiment_id])]
+    return [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
 
 
 def test_evaluate_prints_what_the_run_recorded_and_computes_nothing(finished, copied):
@@ -528,14 +528,14 @@ def test_a_peers_file_says_what_it_loses_with_both_accuracies(finished, copied, 
 @pytest.mark.parametrize("bits", BUDGETS)
 def test_export_of_a_budget_of_the_run_is_what_the_run_exported(finished, copied, tmp_path, bits):
     call("export", copied, "--budget", bits, "--output", tmp_path / "out")
-    own = finished.folder / "exports" / f"{bits:g}_bits"
+    exported_by_run = finished.folder / "exports" / f"{bits:g}_bits"
     for name in ("assignment.json", "README.md"):
-        assert (tmp_path / "out" / name).read_text() == (own / name).read_text()
-    one, other = (load_file(folder / "weights.safetensors") for folder in (own, tmp_path / "out"))
+        assert (tmp_path / "out" / name).read_text() == (exported_by_run / name).read_text()
+    one, other = (load_file(folder / "weights.safetensors") for folder in (exported_by_run, tmp_path / "out"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     chosen = RunRecord.load(copied / "record.json").find(f"{bits:g} bits", CHOSEN)
-    assert list(json.loads((own / "assignment.json").read_text())["bits"].values()) == list(chosen.assignment.bits)
+    assert list(json.loads((exported_by_run / "assignment.json").read_text())["bits"].values()) == list(chosen.assignment.bits)
 
 
 def test_a_server_that_prefects_profile_names_is_known(here, monkeypatch):
@@ -618,8 +618,8 @@ def test_a_finished_run_whose_settings_changed_since_is_not_mixed_with_its_old_m
     document = {**finished.document, "folder": str(tmp_path / "run"), "data": {**finished.document["data"], **changed}}
     (tmp_path / "run" / "config.yaml").write_text(parse_config(document).to_yaml())
     before = listing(tmp_path / "run")
-    wanted = {"sweep": ["--budgets", "3"], "smallest": ["--max-loss-increase", "1"]}.get(command, ["--budget", "3"])
-    assert said in " ".join(call(command, tmp_path / "run", *wanted, ends=2).split())
+    options = {"sweep": ["--budgets", "3"], "smallest": ["--max-loss-increase", "1"]}.get(command, ["--budget", "3"])
+    assert said in " ".join(call(command, tmp_path / "run", *options, ends=2).split())
     assert listing(tmp_path / "run") == before
 
 

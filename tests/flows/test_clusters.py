@@ -87,7 +87,7 @@ def test_one_word_moves_a_run_to_another_cluster():
 
 
 @pytest.mark.parametrize(
-    ("there", "settings", "pins"),
+    ("gpus", "settings", "pins"),
     [
         (["0", "1"], {"workers": 2}, ["0", "1"]),
         (["0", "1", "2"], {"workers": 2}, ["0", "1"]),
@@ -95,22 +95,24 @@ def test_one_word_moves_a_run_to_another_cluster():
         (["GPU-a", "GPU-b"], {"workers": 3, "share_gpus": True}, ["GPU-a", "GPU-b", "GPU-a"]),
     ],
 )
-def test_each_worker_has_its_gpu(monkeypatch, there, settings, pins):
-    monkeypatch.setattr(local_gpus, "gpus", lambda: there)
+def test_each_worker_has_its_gpu(monkeypatch, gpus, settings, pins):
+    monkeypatch.setattr(local_gpus, "gpus", lambda: gpus)
     config = configuration({"kind": "local_gpus", **settings})
     assert local_gpus.pins(config.cluster) == pins
     assert clusters.describe(config).count("CUDA_VISIBLE_DEVICES=") == len(pins)
 
 
-@pytest.mark.parametrize(("there", "expected"), [([], "no GPU that torch can use.*kind: local"), (["0"], r"share_gpus=true")])
-def test_too_few_gpus_are_refused_before_anything_starts(monkeypatch, there, expected):
-    monkeypatch.setattr(local_gpus, "gpus", lambda: there)
+@pytest.mark.parametrize(("gpus", "expected"), [([], "no GPU that torch can use.*kind: local"), (["0"], r"share_gpus=true")])
+def test_too_few_gpus_are_refused_before_anything_starts(monkeypatch, gpus, expected):
+    monkeypatch.setattr(local_gpus, "gpus", lambda: gpus)
     with pytest.raises(ConfigurationError, match=expected), clusters.start(configuration({"kind": "local_gpus"})):
         pytest.fail("it started")
 
 
-@pytest.mark.parametrize(("named", "found"), [(None, ["0", "1"]), ("4,7", ["4", "7"]), ("MIG-x,MIG-y,MIG-z", ["MIG-x", "MIG-y"])])
-def test_gpus_are_those_that_this_process_may_use(monkeypatch, named, found):
+@pytest.mark.parametrize(
+    ("named", "visible"), [(None, ["0", "1"]), ("4,7", ["4", "7"]), ("MIG-x,MIG-y,MIG-z", ["MIG-x", "MIG-y"])]
+)
+def test_gpus_are_those_that_this_process_may_use(monkeypatch, named, visible):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -118,7 +120,7 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch, named, found):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert local_gpus.gpus() == found
+    assert local_gpus.gpus() == visible
 
 
 # --- other machines
@@ -255,10 +257,10 @@ def test_certificates_are_for_nobody_else_and_overwrite_nothing(tmp_path):
     files = make_certificates(tmp_path / "tls", hosts=["node1", "10.0.0.7"])
     assert {name: path.name for name, path in files.items()} == {"ca_file": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
     assert all(stat.S_IMODE(os.stat(path).st_mode) == 0o600 for path in files.values())
-    kept = files["key"].read_bytes()
+    before = files["key"].read_bytes()
     with pytest.raises(ConfigurationError, match="exists already"):
         make_certificates(tmp_path / "tls")
-    assert files["key"].read_bytes() == kept
+    assert files["key"].read_bytes() == before
 
     from cryptography import x509
 
@@ -271,18 +273,18 @@ def test_certificates_are_for_nobody_else_and_overwrite_nothing(tmp_path):
 
 
 def test_tls_settings_reach_dask(tmp_path):
-    made = make_certificates(tmp_path)
-    config = configuration({"tls": {name: str(path) for name, path in made.items()}})
-    found = security(config.cluster)
-    assert found.require_encryption
-    assert found.get_tls_config_for_role("worker")["key"] == str(made["key"])
+    files = make_certificates(tmp_path)
+    config = configuration({"tls": {name: str(path) for name, path in files.items()}})
+    secured = security(config.cluster)
+    assert secured.require_encryption
+    assert secured.get_tls_config_for_role("worker")["key"] == str(files["key"])
     assert security(configuration({"kind": "local"}).cluster) is None
 
 
 @pytest.mark.parametrize("broken", ["ca_file", "cert", "key"])
 def test_certificates_that_cannot_be_used_are_refused(tmp_path, broken):
-    made = {name: str(path) for name, path in make_certificates(tmp_path).items()}
-    Path(made[broken]).write_text("not a certificate")
-    for files in (made, {**made, broken: str(tmp_path / "nowhere.pem")}):
+    paths = {name: str(path) for name, path in make_certificates(tmp_path).items()}
+    Path(paths[broken]).write_text("not a certificate")
+    for files in (paths, {**paths, broken: str(tmp_path / "nowhere.pem")}):
         with pytest.raises(ConfigurationError, match=r"cluster\.tls cannot be used .*PEM"):
             security(configuration({"tls": files}).cluster)

@@ -87,11 +87,11 @@ def test_scheduler_and_flow_hold_a_window_of_tasks_and_nothing_afterwards(cluste
 
 
 def test_items_that_are_not_asked_for_yet_are_not_made_yet(cluster):
-    made = []
+    items = []
     with workers(cluster, 1) as started:
-        results = started.map(begin, CONFIG, (made.append(k) or k for k in range(1000)))
+        results = started.map(begin, CONFIG, (items.append(k) or k for k in range(1000)))
         next(results)
-        assert len(made) <= WINDOW
+        assert len(items) <= WINDOW
         results.close()
 
 

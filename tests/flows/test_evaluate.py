@@ -81,7 +81,7 @@ def test_every_image_is_decoded_once_for_all_assignments_and_the_sums_are_those_
     run: OpenedRun, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = Workers()
-    found = evaluated(run, workers)
+    actual = evaluated(run, workers)
     assert len(decoded) == len(set(decoded)) == VALIDATED
     assert run.evaluation.batches == RANGES
     assert [(number, len(group)) for number, group in workers.made] == [
@@ -89,12 +89,12 @@ def test_every_image_is_decoded_once_for_all_assignments_and_the_sums_are_those_
         (1, 4),
         (2, 4),
     ]  # three answers, and the float one
-    for assignment, counts in found.items():
+    for assignment, counts in actual.items():
         [whole] = run.evaluation.accuracies([assignment], 0, VALIDATED)
         assert (counts.num_images, counts.top1, counts.top5, counts.classes) == (VALIDATED, whole.top1, whole.top5, whole.classes)
         assert_close_losses(counts.loss, whole.loss, VALIDATED)
     again = Workers()
-    assert evaluated(run, again) == found
+    assert evaluated(run, again) == actual
     assert again.made == []
 
 
@@ -104,12 +104,12 @@ def test_a_killed_evaluation_keeps_what_it_counted(run: OpenedRun, decoded: list
         evaluated(run, Workers(lifetime))
     assert len(decoded) == sum(stop - start for start, stop in RANGES[:lifetime])
     rest = Workers()
-    found = evaluated(run, rest)
+    actual = evaluated(run, rest)
     assert len(rest.made) == 3 - lifetime
     assert len(decoded) == VALIDATED
     for file in (run.folder / "evaluations" / "validation" / "parts").glob("*"):
         raise AssertionError(f"{file} is left behind")
-    for assignment, counts in found.items():
+    for assignment, counts in actual.items():
         parts = [run.evaluation.accuracies([assignment], *batch)[0] for batch in RANGES]
         assert counts == sum(parts, Counts())
 
@@ -128,9 +128,9 @@ def test_counts_are_the_same_bit_for_bit_for_any_number_of_workers_in_any_order(
     alone = run.evaluation.validation_counts(ANSWERS, lambda items: map(run.evaluation.count_batch, items))
     others = [replace(run, config=run.config.model_copy(update={"folder": run.folder.with_name(f"run{k}")})) for k in range(2)]
 
-    def count_batches(wanted: Any) -> Any:
-        assert wanted == items
-        for k, item in enumerate(reversed(wanted)):
+    def count_batches(task: Any) -> Any:
+        assert task == items
+        for k, item in enumerate(reversed(task)):
             yield others[k % 2].evaluation.count_batch(item)
 
     assert others[0].evaluation.validation_counts(ANSWERS, count_batches) == alone
@@ -176,9 +176,9 @@ def test_assignments_that_deploy_the_same_network_are_measured_once_and_others_a
         measured.extend(absent)
         return [(assignment, run.evaluation.loss(assignment)) for assignment in absent]
 
-    found = run.evaluation.losses(every, measure)
-    assert found == {assignment: run.evaluation.loss(assignment) for assignment in every}
-    assert len(measured) == len({counts.loss for counts in found.values()})
+    actual = run.evaluation.losses(every, measure)
+    assert actual == {assignment: run.evaluation.loss(assignment) for assignment in every}
+    assert len(measured) == len({counts.loss for counts in actual.values()})
     others = run.evaluation.other_corrections(run.space.narrowest)
     assert {*others, run.space.narrowest} == {a for a in measured if a.bits == run.space.narrowest.bits}
 

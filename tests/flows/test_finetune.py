@@ -46,9 +46,9 @@ def test_the_record_holds_what_was_trained_and_what_it_is_worth(tuned):
 
 def test_no_validation_image_is_trained_on_and_the_held_out_are_apart(tuned):
     run, images = tuned[1], images_of(tuned[1], None, seed=0)
-    seen = {hash(x.numpy().tobytes()) for part in (images.training, images.held_out) for x in part.load(0, len(part))[0]}
+    hashes = {hash(x.numpy().tobytes()) for part in (images.training, images.held_out) for x in part.load(0, len(part))[0]}
     validation, _ = run.slices.validation.load(0, len(run.slices.validation))
-    assert not seen & {hash(x.numpy().tobytes()) for x in validation}
+    assert not hashes & {hash(x.numpy().tobytes()) for x in validation}
     both = [hash(x.numpy().tobytes()) for x in images.held_out.load(0, 50)[0]]
     training = {hash(x.numpy().tobytes()) for x in images.training.load(0, len(images.training))[0]}
     assert not training & set(both)

@@ -86,7 +86,7 @@ def test_a_front_of_every_kind_reaches_from_the_narrowest_that_works_to_the_wide
     stored = StoredRun.open(finished.folder)
     space = stored.measured.space
     if damaged:  # the first layer at 2 bits
-        sums = {name: found.copy() for name, found in stored.measured.sums.items()}
+        sums = {name: array.copy() for name, array in stored.measured.sums.items()}
         sums["singles"][0, 1] = sums["gram"][0, 0, 1] = nan
         sums["gram"][0, 2 :: space.num_options, 1] = nan
         stored = replace(stored, measured=replace(stored.measured, sums=sums))
@@ -110,8 +110,8 @@ def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_p
     stored = StoredRun.open(tmp_path / "run")
     space, (least, most, _) = stored.measured.space, solver_of(stored)
     assert (least, most) == (space.size_bytes(space.narrowest), 90_000)
-    found = find(stored, open_run(parse_config(document)), 100.0, top1=False)
-    assert max(c.size_bytes for c in found.measured) <= most < space.size_bytes(space.widest)
+    answer = find(stored, open_run(parse_config(document)), 100.0, top1=False)
+    assert max(c.size_bytes for c in answer.measured) <= most < space.size_bytes(space.widest)
     reachable = max(solution.minimised for _, _, solution in stored.solve(Budget("size", most)))
     for _, _, solution in stored.smallest_predicted(reachable + 1e-3):
         assert space.size_bytes(solution.assignment) <= most
@@ -121,7 +121,7 @@ def test_the_smallest_is_looked_for_within_the_limits_of_the_run(finished, tmp_p
 def forbidden(finished) -> StoredRun:
     """A run in which the first two layers have no finite loss at 2 bits together; each alone has."""
     stored = StoredRun.open(finished.folder)
-    sums = {name: found.copy() for name, found in stored.measured.sums.items()}
+    sums = {name: array.copy() for name, array in stored.measured.sums.items()}
     k = stored.measured.space.num_options
     first, second = stored.measured.space.option(0, 2), stored.measured.space.option(1, 2)
     sums["pairs"][0, first, second] = nan
@@ -151,9 +151,9 @@ def test_a_limit_on_what_is_swept_costs_no_method_a_budget(stored):
     budgets = {p.budget for p in proposals if p.method == UNIFORM}
     assert len(budgets) == 5
     for name in ("layerwise", "pairwise", "gauss_newton"):
-        own = {p.budget: p.assignment for p in proposals if p.method == name}
-        assert set(own) == budgets
-        assert len({own[b] for b in own if b.bound >= 2.5}) == 1
+        by_budget = {p.budget: p.assignment for p in proposals if p.method == name}
+        assert set(by_budget) == budgets
+        assert len({by_budget[b] for b in by_budget if b.bound >= 2.5}) == 1
 
 
 def test_an_impossible_limit_says_what_is_reachable(stored):
@@ -217,11 +217,11 @@ def test_the_smallest_network_keeps_its_bound_as_measured(finished, tmp_path, to
     document["data"] = {**document["data"], "selection_images": 100}
     run = open_run(parse_config(document))
     bound = 0.2 if top1 else 0.5
-    found = find(StoredRun.open(tmp_path / "run"), run, bound, top1)
-    assert found.answer.measured.high <= bound
-    assert found.answer.measured.num_images == 100
-    assert found.smaller is None or found.smaller.measured.high > bound
-    assert f"{found.answer.size_bytes:,}" in text(found, run, top1)
+    least = find(StoredRun.open(tmp_path / "run"), run, bound, top1)
+    assert least.answer.measured.high <= bound
+    assert least.answer.measured.num_images == 100
+    assert least.smaller is None or least.smaller.measured.high > bound
+    assert f"{least.answer.size_bytes:,}" in text(least, run, top1)
 
 
 def test_the_smallest_by_prediction_keeps_its_bound_and_one_byte_less_does_not(stored):

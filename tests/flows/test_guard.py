@@ -73,16 +73,16 @@ def terminate(number, frame):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_termination_that_python_drops_comes_again(kept):
+@pytest.mark.parametrize("handler", [True, False])
+def test_a_termination_that_python_drops_comes_again(handler):
     signal.signal(signal.SIGTERM, terminate)
     reached = False
-    with pytest.raises(Terminated) if kept else nullcontext(), insistent(0.2) if kept else nullcontext():
-        thing = Dropped()
-        del thing
+    with pytest.raises(Terminated) if handler else nullcontext(), insistent(0.2) if handler else nullcontext():
+        dropped = Dropped()
+        del dropped
         time.sleep(2)
         reached = True
-    assert reached != kept
+    assert reached != handler
     assert signal.getsignal(signal.SIGTERM) is terminate
 
 

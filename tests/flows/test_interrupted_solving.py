@@ -89,7 +89,7 @@ def test_a_signal_while_solving_keeps_the_incumbent_and_the_next_run_starts_from
 
     monkeypatch.setattr(scip, "solver", Solver(counted))
     proposals = proposed(run)
-    assert [len(given) for given in starts][:3] == [0, 1, 1]  # variants behind them begin anew
+    assert [len(choices) for choices in starts][:3] == [0, 1, 1]  # variants behind them begin anew
     assert not file.exists()
     optimum = solvers.solve(solvers_program(run), time_limit=60).objective
     assert proposals[-1].solution.objective == pytest.approx(optimum, rel=1e-6)

@@ -50,10 +50,10 @@ def ratios(
     return [pace.eta(now) / (end - now) for now, pace in looks if after * end <= now <= until * end]
 
 
-def assert_honest(found: list[float], factor: float = TOLERATED) -> None:
-    assert len(found) > 20
-    assert 1 / factor <= min(found)
-    assert max(found) <= factor
+def assert_honest(values: list[float], factor: float = TOLERATED) -> None:
+    assert len(values) > 20
+    assert 1 / factor <= min(values)
+    assert max(values) <= factor
 
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2, 4, 8])
@@ -62,8 +62,8 @@ WORKERS = pytest.mark.parametrize("workers", [1, 2, 4, 8])
 @WORKERS
 @pytest.mark.parametrize("stagger", [0.0, 0.07])
 def test_at_a_constant_rate_the_eta_is_the_truth(workers, stagger):
-    found = ratios(simulated([1.0] * 40 * workers, workers, stagger=stagger))
-    assert_honest(found, 1.15)
+    eta_ratios = ratios(simulated([1.0] * 40 * workers, workers, stagger=stagger))
+    assert_honest(eta_ratios, 1.15)
 
 
 @WORKERS

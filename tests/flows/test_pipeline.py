@@ -87,8 +87,8 @@ def kl(floats: torch.Tensor, quantized: torch.Tensor) -> float:
 def arrays(folder: Path) -> dict[str, bytes]:
     """Every measured number of a store, and every matrix."""
     group = MeasurementStore.open(folder / "store.zarr").group
-    found = {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in tile_kinds()}
-    return found | {file.name: np.load(file)["values"].tobytes() for file in (folder / "matrices").iterdir()}
+    sums = {kind: np.asarray(group[f"{kind}/sums"][:]).tobytes() for kind in tile_kinds()}
+    return sums | {file.name: np.load(file)["values"].tobytes() for file in (folder / "matrices").iterdir()}
 
 
 def test_the_record_has_one_result_for_each_budget_and_method(record):
@@ -212,22 +212,22 @@ def level_of(record: RunRecord, budget: str) -> str:
 def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(finished, record):
     tried = {}
     for budget in record.budgets:
-        own = [c for c in record.measured_proposals if c.budget == budget]
+        of_budget = [c for c in record.measured_proposals if c.budget == budget]
         proposing = {UNIFORM, *ESTIMATORS, "pairwise_raw", "pairwise_shrunk", *TEMPERED, LAYERWISE_PLAIN, LOCAL_SEARCH}
-        assert {c.origin for c in own} == proposing
-        assert {c.assignment.corrected for c in own if c.origin == LAYERWISE_PLAIN} == {"none"}
+        assert {c.origin for c in of_budget} == proposing
+        assert {c.assignment.corrected for c in of_budget if c.origin == LAYERWISE_PLAIN} == {"none"}
         level = level_of(record, budget)
-        assert {c.assignment.corrected for c in own if c.origin == UNIFORM} >= {level, "none"}
+        assert {c.assignment.corrected for c in of_budget if c.origin == UNIFORM} >= {level, "none"}
         summary = next(row for row in record.searches if row.budget == budget)
         assert summary.evaluations == 5
         # behind these are the chosen bits with other corrections
-        searched = [c for c in own if c.origin == LOCAL_SEARCH][:5]
+        searched = [c for c in of_budget if c.origin == LOCAL_SEARCH][:5]
         assert len({c.assignment.corrected for c in searched}) == 1
         tried |= {c.assignment: None for c in searched}
         before = [
             c.loss_deployed
             for c in record.measured_proposals
-            if c.origin != LOCAL_SEARCH and c.size_bytes <= own[0].size_bytes
+            if c.origin != LOCAL_SEARCH and c.size_bytes <= of_budget[0].size_bytes
             if c.assignment.corrected in (level_of(record, c.budget), "none")
         ]
         assert summary.start_loss <= min(before)
@@ -276,21 +276,21 @@ def test_nothing_chosen_is_worse_than_layerwise_where_it_is_not_named(finished, 
     """Layerwise's answers and their losses are those of the run that names it."""
     document = {**copy_of(finished, tmp_path / "run"), "estimators": list(named)}
     run_pipeline(document, tracked=False)
-    found = RunRecord.load(tmp_path / "run" / "record.json")
+    stored = RunRecord.load(tmp_path / "run" / "record.json")
     run = open_run(parse_config(document))
-    assert found.methods == (UNIFORM, *named, CHOSEN)
+    assert stored.methods == (UNIFORM, *named, CHOSEN)
     for budget in run.budgets:
         safe = [record.find(budget.name, method) for method in SAFE]
-        assert found.find(budget.name, CHOSEN).loss_deployed <= min(row.loss_deployed for row in safe) + 1e-12
-        ours = {c.assignment for c in found.measured_proposals if (c.budget, c.origin) == (budget.name, "layerwise")}
+        assert stored.find(budget.name, CHOSEN).loss_deployed <= min(row.loss_deployed for row in safe) + 1e-12
+        ours = {c.assignment for c in stored.measured_proposals if (c.budget, c.origin) == (budget.name, "layerwise")}
         assert ours >= {row.assignment for row in safe if row.method == "layerwise"}
-    corrected = [c for c in found.measured_proposals if c.assignment.corrected == level_of(found, c.budget)]
+    corrected = [c for c in stored.measured_proposals if c.assignment.corrected == level_of(stored, c.budget)]
     predicting = {c.predicted_by for c in corrected if c.origin in (UNIFORM, *TEMPERED)}
     assert predicting == ({"layerwise"} if named == ("tempered2",) else set(named))
     assert all(c.loss_predicted is not None for c in corrected)
     # what is read back knows who proposed what, also where two proposed the same
     known = {(p.budget.name, p.method, p.assignment) for p in recorded(StoredRun.open(tmp_path / "run"), run)}
-    assert known == {(c.budget, c.origin, c.assignment) for c in found.measured_proposals}
+    assert known == {(c.budget, c.origin, c.assignment) for c in stored.measured_proposals}
 
 
 def test_show_prints_every_candidate(finished, record):
@@ -303,10 +303,10 @@ def test_show_prints_every_candidate(finished, record):
     chosen_elsewhere = [budget for budget in record.budgets if " for " in record.find(budget, CHOSEN).winner]
     assert len(lines) == 1 + len(record.measured_proposals) + len(chosen_elsewhere)
     for budget in record.budgets:
-        own = [line for line in lines if line[0] == budget]
-        scores = [float(line[5]) for line in own]
+        of_budget = [line for line in lines if line[0] == budget]
+        scores = [float(line[5]) for line in of_budget]
         assert scores == sorted(scores)
-        marked = {line[-1] for line in own if line[1].endswith("(chosen)")}
+        marked = {line[-1] for line in of_budget if line[1].endswith("(chosen)")}
         assert marked <= {str(record.find(budget, CHOSEN).assignment)}
         assert marked or record.find(budget, CHOSEN).winner.endswith("bits")  # measured for a smaller budget
     assert f"Local search on the measured loss ({5 * len(record.budgets)} evaluations" in printed
@@ -338,8 +338,8 @@ def test_each_layer_is_prepared_once_with_and_without_corrections(finished):
     run = open_run(parse_config(finished.document))
     layers = range(run.space.num_layers)
     tasks = finished.calls.of("prepare")
-    made = [(task.plain, task.layer) for task in tasks if isinstance(task, LayerTask)]
-    assert sorted(made) == [(plain, layer) for plain in (False, True) for layer in layers]
+    done = [(task.plain, task.layer) for task in tasks if isinstance(task, LayerTask)]
+    assert sorted(done) == [(plain, layer) for plain in (False, True) for layer in layers]
     swept = [(task.plain, task.block, task.layers) for task in tasks if isinstance(task, SweepTask)]
     assert sorted(swept) == [(False, block, tuple(layers)) for block in range(len(run.preparation.blocks))]
     assert not list(finished.folder.glob("prepared/*/inputs"))
@@ -447,21 +447,21 @@ def test_a_run_in_which_uniform_bits_have_no_finite_loss_is_recorded(finished, t
 
     monkeypatch.setattr(RunEvaluation, "loss", broken)
     run_pipeline(document, tracked=False)
-    found = RunRecord.load(tmp_path / "run" / "record.json")
-    for budget in found.budgets:
-        assert found.find(budget, UNIFORM).loss_deployed == math.inf
-        assert math.isfinite(found.find(budget, CHOSEN).loss_deployed)
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    for budget in record.budgets:
+        assert record.find(budget, UNIFORM).loss_deployed == math.inf
+        assert math.isfinite(record.find(budget, CHOSEN).loss_deployed)
     assert "inf" in (tmp_path / "run" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("added", ["", ", bias=False"], ids=["own bias", "a bias that corrections added"])
-@pytest.mark.parametrize("made", ["network", "(network, example)"])
-def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(made, added, tmp_path, monkeypatch):
+@pytest.mark.parametrize("result", ["network", "(network, example)"])
+def test_the_snippet_of_a_factory_takes_what_a_factory_may_give(result, added, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module = f"factory_{len(made)}_{len(added)}"
+    module = f"factory_{len(result)}_{len(added)}"
     (tmp_path / f"{module}.py").write_text(
         f"import torch\ndef make():\n    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3{added}))\n"
-        f"    example = torch.zeros(1, 1, 2, 2)\n    return {made}\n"
+        f"    example = torch.zeros(1, 1, 2, 2)\n    return {result}\n"
     )
     network = NetworkSettings(source="factory", name=f"{module}:make")
     scope: dict = {}

@@ -60,11 +60,13 @@ def test_a_folder_that_is_in_use_is_skipped_and_nothing_fails(tmp_path):
 
 
 def test_the_folder_is_named_after_the_scheduled_start_and_overrides_apply(tmp_path, monkeypatch):
-    asked = []
+    commands = []
     monkeypatch.setattr(module, "flow_run", SimpleNamespace(scheduled_start_time=datetime(2026, 2, 3, 4, tzinfo=UTC)))
-    monkeypatch.setattr(module, "pipeline", SimpleNamespace(fn=lambda s: asked.append(s) or SimpleNamespace(parent_run_id="7")))
+    monkeypatch.setattr(
+        module, "pipeline", SimpleNamespace(fn=lambda s: commands.append(s) or SimpleNamespace(parent_run_id="7"))
+    )
     state = scheduled.fn(file_of(tmp_path), ["data.seed=3"], str(tmp_path / "%Y-%m-%d"))
-    (settings,) = asked
+    (settings,) = commands
     assert (settings.data.seed, settings.folder) == (3, tmp_path / "2026-02-03")
     assert state.type.value == "COMPLETED"
     assert state.name == "Completed"
@@ -72,20 +74,24 @@ def test_the_folder_is_named_after_the_scheduled_start_and_overrides_apply(tmp_p
 
 
 def test_a_folder_that_yaml_would_read_as_a_date_is_a_folder(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "pipeline", SimpleNamespace(fn=lambda s: asked.append(s) or SimpleNamespace(parent_run_id="7")))
+    commands = []
+    monkeypatch.setattr(
+        module, "pipeline", SimpleNamespace(fn=lambda s: commands.append(s) or SimpleNamespace(parent_run_id="7"))
+    )
     monkeypatch.chdir(tmp_path)
     scheduled.fn(file_of(tmp_path), folder="2026-02-03")
-    assert asked[0].folder == Path("2026-02-03")
+    assert commands[0].folder == Path("2026-02-03")
 
 
 def test_a_worker_writes_to_the_mlflow_of_the_settings(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "pipeline", SimpleNamespace(fn=lambda s: asked.append(s) or SimpleNamespace(parent_run_id="7")))
+    commands = []
+    monkeypatch.setattr(
+        module, "pipeline", SimpleNamespace(fn=lambda s: commands.append(s) or SimpleNamespace(parent_run_id="7"))
+    )
     scheduled.fn(file_of(tmp_path), ["tracking.uri=sqlite:///mine.db"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     scheduled.fn(file_of(tmp_path), ["tracking.uri=''"])
-    assert [settings.tracking.uri for settings in asked] == [f"sqlite:///{tmp_path}/mine.db", "http://127.0.0.1:9"]
+    assert [settings.tracking.uri for settings in commands] == [f"sqlite:///{tmp_path}/mine.db", "http://127.0.0.1:9"]
 
 
 def test_an_override_with_a_password_is_refused_and_not_repeated(tmp_path):

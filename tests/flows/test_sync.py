@@ -271,12 +271,12 @@ def test_a_folder_that_moved_is_delivered_to_another_tracker(unsent, monkeypatch
 
 
 def test_a_delivered_run_is_delivered_again_where_mlflow_has_not_got_it(unsent, tmp_path, template):
-    folder, kept = Path(unsent["folder"]), tmp_path / "tracker.db"
+    folder, database = Path(unsent["folder"]), tmp_path / "tracker.db"
     assert track(unsent).delivered
     assert nested(unsent, "evaluated").delivered
     first = runs_of(unsent)
     assert "Nothing to deliver" in sync(folder)
-    shutil.copy(template, kept)  # the records are gone
+    shutil.copy(template, database)  # the records are gone
     assert f"{CHILDREN} below it" in sync(folder)
     again = runs_of(unsent)
     assert len(again) == len(first) == CHILDREN + 2

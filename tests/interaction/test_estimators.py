@@ -126,8 +126,8 @@ class TestBlockwise(EstimatorContract):
         assert np.array_equal(blockwise[same], pairwise[same])
         assert not blockwise[~same].any()
         assert blockwise[0, 5] != 0 != pairwise[0, 3]
-        own = {kind: sums for kind, sums in measured.sums.items() if kind != "pairs"}
-        alone = estimate("blockwise", Measured(measured.space, measured.criterion, measured.counts, own))
+        without_pairs = {kind: sums for kind, sums in measured.sums.items() if kind != "pairs"}
+        alone = estimate("blockwise", Measured(measured.space, measured.criterion, measured.counts, without_pairs))
         tolerance.assert_close(alone.values, blockwise, ENTRY, least=0.0)
 
     def test_pairs_of_blocks_cost_no_other_pairs(self):
@@ -245,8 +245,8 @@ class TestTempered2(EstimatorContract):
         assert (np.abs(estimate(name, measured).values - expected) <= bound).all()
 
     def test_sees_what_a_sure_network_hides(self):
-        """Where the float network is sure of an image, a change of its logits costs nothing until it is large: the form at
-        temperature 1 says nothing there, and ranks the ruinous assignment first; the tempered one does not."""
+        """If the float network is sure of an image, a change of its logits costs nothing until it is large. The form at
+        temperature 1 says nothing there, and ranks the ruinous assignment first. The tempered one does not."""
         sure, change = np.array([12.0, 0.0]), np.array([[-40.0, 0.0], [-1.0, 0.0]])
         forms = {}
         for temperature in (1, 2, 4):

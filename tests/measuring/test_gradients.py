@@ -44,9 +44,9 @@ class Tiny(nn.Module):
 def prepared_of(kind, graph=True, biases=True, size=8) -> Prepared:
     network = Network(build(kind), images(1, size=size), graph=graph)
     ready = prepare(network, network.search_space((2, 4)), Recipe(WeightQuantizer()))
-    own = network.biases
+    old_bias = network.biases
     layers = [
-        layer if own[option.layer] is None or not biases else replace(layer, bias=own[option.layer] + 0.1 / option.bits)
+        layer if old_bias[option.layer] is None or not biases else replace(layer, bias=old_bias[option.layer] + 0.1 / option.bits)
         for option, layer in zip(ready.space.options, ready.layers, strict=True)
     ]
     return replace(ready, layers=tuple(layers))
@@ -64,12 +64,12 @@ def bench_of(ready: Prepared, criterion="cross_entropy", num_blocks=2, seed=0, b
 
 def changes(ready: Prepared, named: dict[str, torch.Tensor], option: int) -> dict[str, torch.Tensor]:
     """What an option adds to the parameters of the module, by name, in float64."""
-    made, name = ready.layers[option], ready.space.layers[ready.space.options[option].layer].name
-    found = {name: made.weight.double() - named[name].detach()}
-    if made.bias is not None:
+    rounded, name = ready.layers[option], ready.space.layers[ready.space.options[option].layer].name
+    differences = {name: rounded.weight.double() - named[name].detach()}
+    if rounded.bias is not None:
         other = name.replace("weight", "bias")
-        found[other] = made.bias.double() - named[other].detach()
-    return found
+        differences[other] = rounded.bias.double() - named[other].detach()
+    return differences
 
 
 def explicit_slopes(ready: Prepared, n: int, y: int) -> np.ndarray:
@@ -86,14 +86,14 @@ def explicit_slopes(ready: Prepared, n: int, y: int) -> np.ndarray:
             logits.log_softmax(-1)[0, y], list(named.values()), allow_unused=True, materialize_grads=True
         )
     by_name = dict(zip(named, slopes, strict=True))
-    found = np.zeros((3, ready.space.num_options))
+    result = np.zeros((3, ready.space.num_options))
     for k, option in enumerate(ready.space.options):
         delta, name = changes(ready, named, k), ready.space.layers[option.layer].name
-        found[0, k] = float(sum((d * by_name[key]).sum() for key, d in delta.items())) ** 2
-        found[1, k] = float((delta[name].square() * by_name[name].square()).sum())
+        result[0, k] = float(sum((d * by_name[key]).sum() for key, d in delta.items())) ** 2
+        result[1, k] = float((delta[name].square() * by_name[name].square()).sum())
         norms = (sum(part[key].square().sum() for key in delta) for part in (delta, by_name))
-        found[2, k] = np.prod([float(norm) for norm in norms])
-    return found
+        result[2, k] = np.prod([float(norm) for norm in norms])
+    return result
 
 
 @pytest.mark.parametrize(("kind", "graph"), OTHERS)
@@ -144,8 +144,8 @@ def test_traces_are_hutchinsons_estimate_of_the_exact_hessian_and_their_mean_is_
     ends = np.cumsum([0, *(w.numel() for w in weights)])
     factors = np.array(
         [
-            float((made.weight - weights[option.layer]).double().square().sum()) / weights[option.layer].numel()
-            for option, made in zip(ready.space.options, ready.layers, strict=True)
+            float((rounded.weight - weights[option.layer]).double().square().sum()) / weights[option.layer].numel()
+            for option, rounded in zip(ready.space.options, ready.layers, strict=True)
         ]
     )
     owner = [option.layer for option in ready.space.options]
@@ -158,13 +158,13 @@ def test_traces_are_hutchinsons_estimate_of_the_exact_hessian_and_their_mean_is_
     parts = [(images(NUM_IMAGES, size=2), labels(NUM_IMAGES, 2))]
     draws = []
     for seed in range(60):
-        found = trace.average_traces(ready, criterion, parts, 1, np.random.default_rng(seed))
+        estimate = trace.average_traces(ready, criterion, parts, 1, np.random.default_rng(seed))
         random = np.random.default_rng(seed)
         v = np.concatenate([(random.integers(0, 2, tuple(w.shape)) * 2.0 - 1.0).reshape(-1) for w in weights])
         products = v * (exact @ v)
         # a second backward goes through both
-        assert (np.abs(found[1:] - by_options(products)) <= 2 * SLOPE * by_options(np.abs(products))).all()
-        draws.append(found[1:])
+        assert (np.abs(estimate[1:] - by_options(products)) <= 2 * SLOPE * by_options(np.abs(products))).all()
+        draws.append(estimate[1:])
     traces = by_options(np.diag(exact))
     error = np.std(draws, axis=0, ddof=1) / np.sqrt(len(draws))
     assert (np.abs(np.mean(draws, axis=0) - traces) < 4 * error + 1e-3 * np.abs(traces)).all()
@@ -195,24 +195,24 @@ def test_what_is_drawn_depends_on_seed_and_block_alone(kind, criterion):
 def test_images_forward_and_backward_are_those_of_the_plan(kind, monkeypatch):
     bench = bench_of(prepared_of(Tiny, size=2), "kl_to_float", num_vectors=3)
     plan = Plan(bench.space, tuple(bench.sample_blocks), (kind,), 1, num_vectors=3)
-    seen = {"forward": 0, "backward": 0, "images": 0}
+    counted = {"forward": 0, "backward": 0, "images": 0}
     forward, backward = Network.recorded_logits, torch.autograd.grad
 
     def counted_forward(self, x, replaced):
-        seen["images"] = len(x)
-        seen["forward"] += len(x)
+        counted["images"] = len(x)
+        counted["forward"] += len(x)
         return forward(self, x, replaced)
 
     def counted_backward(*arguments, **settings):
-        seen["backward"] += seen["images"]
+        counted["backward"] += counted["images"]
         return backward(*arguments, **settings)
 
     monkeypatch.setattr(Network, "recorded_logits", counted_forward)
     monkeypatch.setattr(torch.autograd, "grad", counted_backward)
     for tile in plan.tiles:
         measure_tile(bench, tile)
-    assert seen["forward"] == plan.forward_images(plan.tiles) == NUM_IMAGES
-    assert seen["backward"] == plan.backward_images(plan.tiles) == NUM_IMAGES * (4 if kind == "trace" else 1)
+    assert counted["forward"] == plan.forward_images(plan.tiles) == NUM_IMAGES
+    assert counted["backward"] == plan.backward_images(plan.tiles) == NUM_IMAGES * (4 if kind == "trace" else 1)
 
 
 def test_gradients_of_single_samples_are_refused_on_batch_statistics():

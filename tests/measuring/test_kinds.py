@@ -134,7 +134,7 @@ def test_plan_store_and_sweep_name_no_kind():
     files = [ROOT / "clado/storage/measurement_store.py", *(ROOT / "clado/measuring").glob("*.py")]
     files += [ROOT / f"clado/measuring/{folder}/__init__.py" for folder in ("kinds", "measurements")]
     assert len(files) > 8
-    assert [(file.name, found) for file in files if (found := quoted.findall(file.read_text()))] == []
+    assert [(file.name, quoted_names) for file in files if (quoted_names := quoted.findall(file.read_text()))] == []
 
 
 def test_two_files_make_a_kind_that_is_planned_measured_and_stored(tmp_path):

@@ -61,14 +61,16 @@ def prepared_of(kind, graph: bool = True, within_reach: bool = False) -> Prepare
     ready = prepare(network, network.search_space((2, 4)), Recipe(WeightQuantizer()))
     layers = []
     for option, layer in zip(ready.space.options, ready.layers, strict=True):
-        name, own = network.layers[option.layer].name, network.biases[option.layer]
+        name, old_bias = network.layers[option.layer].name, network.biases[option.layer]
         bias = None
         if network.places[option.layer].takes_bias and name not in ("second.weight", "again.weight"):  # used twice
             zeros = torch.zeros(network.layers[option.layer].num_channels)
-            bias = torch.linspace(-0.2, 0.3, len(zeros if own is None else own)) / option.bits + (zeros if own is None else own)
+            bias = torch.linspace(-0.2, 0.3, len(zeros if old_bias is None else old_bias)) / option.bits + (
+                zeros if old_bias is None else old_bias
+            )
         grid = ActivationGrid.of_range(-1.0 - 0.1 * option.layer, 1.3, option.bits)
         if within_reach:
-            bias = None if own is None else bias
+            bias = None if old_bias is None else bias
             grid = None if "attention" in name else grid
         layers.append(QuantizedLayer(layer.weight, bias, grid, layer.grid))
     return replace(ready, layers=tuple(layers))
@@ -97,9 +99,9 @@ def reference_logits(bench: Workbench, assignment: Assignment, block: int) -> to
     for i, (layer, bits) in enumerate(zip(bench.space.layers, assignment.bits, strict=True)):
         if bits is not None:
             weight = bench.prepared.network.weights[i]
-            made = bench.prepared.layers[bench.space.offsets[i] + bench.space.bit_widths[i].index(bits)]
+            option_layer = bench.prepared.layers[bench.space.offsets[i] + bench.space.bit_widths[i].index(bits)]
             rounded = bench.prepared.recipe.quantizer.fake_quantize(weight, bits, layer.channel_axis)
-            replaced[layer.name] = QuantizedLayer(rounded, made.bias, made.activation)
+            replaced[layer.name] = QuantizedLayer(rounded, option_layer.bias, option_layer.activation)
     model = rebuilt(bench.prepared.network.model, replaced)
     with torch.no_grad():
         logits: torch.Tensor = (on_batch_statistics(model) if bench.batch_statistics else model)(x)
@@ -241,8 +243,8 @@ def tiles_of(b: Workbench, rows: int | None = None) -> dict[str, np.ndarray]:
 def test_row_tiles_and_batch_sizes_change_nothing_beyond_rounding(kind, rows):
     expected = tiles_of(bench(kind))
     for batch in (1, 7, 1000):
-        for name, found in tiles_of(bench(kind, batch_images=batch), rows).items():
-            tolerance.assert_close_tile(name, found, expected[name], NUM_IMAGES // 3)
+        for name, actual in tiles_of(bench(kind, batch_images=batch), rows).items():
+            tolerance.assert_close_tile(name, actual, expected[name], NUM_IMAGES // 3)
 
 
 @NETWORKS
@@ -267,11 +269,11 @@ def test_losses_of_an_assignment_are_those_of_the_module(kind):
 def test_scores_of_an_assignment_are_those_of_its_logits(kind):
     b = bench(kind)
     x, y = b.load(*b.sample_blocks[1])
-    found = scores(b, b.space.narrowest, 1)
-    given = b.criterion, b.network.logits(x, b.chosen(b.space.narrowest)), b.network.logits(x), y
+    actual = scores(b, b.space.narrowest, 1)
+    arguments = b.criterion, b.network.logits(x, b.chosen(b.space.narrowest)), b.network.logits(x), y
     # a softmax moves by no more than half of what its logits do, and a score by 2√2 of that
-    np.testing.assert_allclose(found.briers, criteria.brier(*given), rtol=0, atol=2**0.5 * tolerance.FORWARD)
-    assert found.hits.tolist() == criteria.hits(*given).tolist()
+    np.testing.assert_allclose(actual.briers, criteria.brier(*arguments), rtol=0, atol=2**0.5 * tolerance.FORWARD)
+    assert actual.hits.tolist() == criteria.hits(*arguments).tolist()
 
 
 def test_losses_of_what_ships_are_against_the_float_network_too():
@@ -287,15 +289,15 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
         tolerance.assert_close_losses(score_passes(b.criterion, *ships, b.passes(1)).losses, expected)
 
 
-@pytest.mark.parametrize(("kept", "runs"), [(2**24, 1), (0, 3)])
-def test_float_logits_are_computed_once_where_they_are_few(kept, runs, monkeypatch):
-    monkeypatch.setattr(workbench, "FLOAT_LOGITS_BYTES", kept)
+@pytest.mark.parametrize(("cached", "runs"), [(2**24, 1), (0, 3)])
+def test_float_logits_are_computed_once_where_they_are_few(cached, runs, monkeypatch):
+    monkeypatch.setattr(workbench, "FLOAT_LOGITS_BYTES", cached)
     b = bench(Normed)
-    logits, asked = b.network.logits, []
-    monkeypatch.setattr(b.network, "logits", lambda x, replaced=None: asked.append(replaced is None) or logits(x, replaced))
+    logits, calls = b.network.logits, []
+    monkeypatch.setattr(b.network, "logits", lambda x, replaced=None: calls.append(replaced is None) or logits(x, replaced))
     losses = [[scores(b, b.space.narrowest, block).losses for block in (0, 1)] for _ in range(3)]
-    assert sum(asked) == runs * len(b.passes(0)) + runs * len(b.passes(1))
-    assert all(np.array_equal(x, y) for found in losses for x, y in zip(found, losses[0], strict=True))
+    assert sum(calls) == runs * len(b.passes(0)) + runs * len(b.passes(1))
+    assert all(np.array_equal(x, y) for actual in losses for x, y in zip(actual, losses[0], strict=True))
 
 
 @NETWORKS
@@ -312,13 +314,13 @@ def test_tiles_and_whole_forwards_take_batches_by_one_rule(kind):
 def test_blocks_that_interleave_are_measured_as_any_others(rows):
     """As those of a network that comes back to its first module."""
     b = bench(Residual)
-    given = replace(b.space, custom_blocks=((0,), (1, 4), (2, 3)))
-    b.prepared = replace(b.prepared, space=given)
-    whole = measure_tile(b, Tile("block_pairs", 0, 0, 0, given.num_options))
-    plan = Plan(given, tuple(b.sample_blocks), ("block_pairs",), rows)
-    found = np.concatenate([measure_tile(b, tile) for tile in plan.tiles if tile.sample_block == 0])
-    tolerance.assert_close_losses(found, whole, plan.num_images(0))
-    assert np.isfinite(found).sum() == 2 * 2 * 2
+    interleaved = replace(b.space, custom_blocks=((0,), (1, 4), (2, 3)))
+    b.prepared = replace(b.prepared, space=interleaved)
+    whole = measure_tile(b, Tile("block_pairs", 0, 0, 0, interleaved.num_options))
+    plan = Plan(interleaved, tuple(b.sample_blocks), ("block_pairs",), rows)
+    actual = np.concatenate([measure_tile(b, tile) for tile in plan.tiles if tile.sample_block == 0])
+    tolerance.assert_close_losses(actual, whole, plan.num_images(0))
+    assert np.isfinite(actual).sum() == 2 * 2 * 2
 
 
 @NORMED
@@ -345,8 +347,8 @@ def test_on_batch_statistics_a_probe_is_the_module_with_its_batch_norms_in_train
 def test_on_batch_statistics_rows_and_batches_change_nothing_either(kind, rows):
     expected = tiles_of(bench(kind, batch_statistics=True))
     for batch in (1, 7, 1000):
-        for name, found in tiles_of(bench(kind, batch_images=batch, batch_statistics=True), rows).items():
-            tolerance.assert_close_tile(name, found, expected[name], NUM_IMAGES // 3)
+        for name, actual in tiles_of(bench(kind, batch_images=batch, batch_statistics=True), rows).items():
+            tolerance.assert_close_tile(name, actual, expected[name], NUM_IMAGES // 3)
 
 
 def test_a_block_on_batch_statistics_needs_its_memory_at_once():

@@ -109,8 +109,8 @@ def test_stacked_states_run_as_they_would_alone_and_are_not_changed(kind):
         stacked = network.finish(network.stack(states, layer))
         alone = torch.cat([network.finish(state) for state in states])
         assert_same(stacked, alone)
-        for state, kept in zip(states, before, strict=True):
-            assert all(torch.equal(state.values[slot], kept.values[slot]) for slot in kept.values)
+        for state, original in zip(states, before, strict=True):
+            assert all(torch.equal(state.values[slot], original.values[slot]) for slot in original.values)
 
 
 @PATHS
@@ -242,9 +242,9 @@ class _InPlace(nn.Module):
 def test_images_that_the_module_changes_in_place_stay_as_they_are_and_the_logits_are_the_modules():
     torch.manual_seed(0)
     model, x = _InPlace().eval(), torch.randn(5, 4)
-    given = x.clone()
-    assert_same(Network(model, torch.randn(1, 4)).logits(given), model(x.clone()).detach())
-    assert torch.equal(given, x)
+    copy = x.clone()
+    assert_same(Network(model, torch.randn(1, 4)).logits(copy), model(x.clone()).detach())
+    assert torch.equal(copy, x)
     with pytest.raises(NetworkError, match="changes its images in place"):
         Network(model, x, graph=False)
 
@@ -329,23 +329,23 @@ def test_a_vector_that_is_read_as_a_matrix_is_no_layer(graph):
 def test_images_are_cast_to_the_type_of_the_example(dtype, graph):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval().to(dtype)
     x = images(3)
-    found, terms = Network(model, images(1).to(dtype), graph=graph).logits(x), 144 if dtype is torch.float64 else 1
-    assert found.dtype == dtype
+    actual, terms = Network(model, images(1).to(dtype), graph=graph).logits(x), 144 if dtype is torch.float64 else 1
+    assert actual.dtype == dtype
     # sums of narrow numbers are float32: each of three operators rounds its result
-    tolerance.assert_close(found, model(x.to(dtype)).detach(), tolerance.of_forward(3, terms, dtype))
+    tolerance.assert_close(actual, model(x.to(dtype)).detach(), tolerance.of_forward(3, terms, dtype))
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "says"),
     [
         ({"fixed": "stem.weight"}, "fixed is 'stem.weight'; expected a list of name patterns"),
         ({"fixed": ["stem"]}, "fixed: no parameter matches 'stem'"),
         ({"split": ["*.in_proj_wieght"]}, r"split: no parameter matches '\*\.in_proj_wieght'"),
     ],
 )
-def test_patterns_that_name_nothing_are_refused(given, says):
+def test_patterns_that_name_nothing_are_refused(arguments, says):
     with pytest.raises(ConfigurationError, match=says):
-        Network(build(Residual), images(1), **given)
+        Network(build(Residual), images(1), **arguments)
 
 
 def test_a_network_that_branches_on_its_images_is_sent_to_whole_forwards_and_what_the_example_never_met_is_reported():
@@ -407,9 +407,9 @@ def test_an_unknown_numeric_mode_is_refused():
 
 def other_layer(network: Network, i: int, activation: bool = True, bias: bool = True) -> QuantizedLayer:
     """Something else in the place of a layer: another weight and, where it may have them, another bias and a coarse input."""
-    own = network.biases[i]
-    own = torch.zeros(network.layers[i].num_channels) if own is None else own
-    moved = own + torch.linspace(-0.3, 0.4, len(own))
+    old_bias = network.biases[i]
+    old_bias = torch.zeros(network.layers[i].num_channels) if old_bias is None else old_bias
+    moved = old_bias + torch.linspace(-0.3, 0.4, len(old_bias))
     return QuantizedLayer(
         network.weights[i] * 0.7 + 0.01,
         moved if bias and network.places[i].takes_bias else None,
@@ -442,9 +442,9 @@ def test_a_layer_takes_a_bias_unless_its_weight_is_used_twice(kind):
     assert [place.layer.name for place in network.places if place.takes_bias] == TAKES_BIAS[kind]
     parameters = dict(network.model.named_parameters())
     for name, bias in zip(LAYERS[kind], network.biases, strict=True):
-        own = parameters.get(name.replace("weight", "bias")) if name in TAKES_BIAS[kind] else None
-        assert (bias is None) == (own is None)
-        assert bias is None or torch.equal(bias, own)
+        old_bias = parameters.get(name.replace("weight", "bias")) if name in TAKES_BIAS[kind] else None
+        assert (bias is None) == (old_bias is None)
+        assert bias is None or torch.equal(bias, old_bias)
 
 
 @KINDS
@@ -508,8 +508,8 @@ def test_a_resumed_run_keeps_what_was_replaced_before_until_its_last_use(kind, g
     network, x = network_of(kind, graph), images(2)
     layers = {}
     for i, name in enumerate(LAYERS[kind]):
-        made = other_layer(network, i, bias=graph and name in TAKES_BIAS[kind])
-        layers[i] = made if graph or name in IN_REACH[kind] else QuantizedLayer(made.weight, made.bias)
+        layer = other_layer(network, i, bias=graph and name in TAKES_BIAS[kind])
+        layers[i] = layer if graph or name in IN_REACH[kind] else QuantizedLayer(layer.weight, layer.bias)
     for i, j in pairwise(range(len(layers))):
         state = network.advance(network.begin(x), i)
         state = network.advance(state, j, {i: layers[i]})
@@ -544,23 +544,23 @@ def images_first(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def test_what_a_layer_sees_is_what_a_hook_on_the_module_sees(kind):
     network, x = network_of(kind), images(3)
     model = rebuilt(network.model, {})
-    seen = []
+    hooked = []
 
     def hook(module, arguments, output):
-        seen.append((arguments[0].clone(), output.clone()))  # the module may go on in place
+        hooked.append((arguments[0].clone(), output.clone()))  # the module may go on in place
 
     for i, name in enumerate(LAYERS[kind]):
         owner, _ = owner_of(model, name)
         users = [module for module in model.modules() if getattr(module, "weight", None) is owner.weight]
         hooks = [module.register_forward_hook(hook) for module in dict.fromkeys(users)]
-        seen.clear()
+        hooked.clear()
         with torch.inference_mode():
             model(x)
             calls = calls_of(network, x, i)
             for handle in hooks:
                 handle.remove()
-            assert len(calls) == len(seen) == (1 if name in TAKES_BIAS[kind] else 2)
-            for call, user, (inputs, outputs) in zip(calls, users * 2, seen, strict=False):
+            assert len(calls) == len(hooked) == (1 if name in TAKES_BIAS[kind] else 2)
+            for call, user, (inputs, outputs) in zip(calls, users * 2, hooked, strict=False):
                 assert_same(images_first(call.input, inputs), inputs)
                 assert_same(images_first(call.apply(call.input, network.weights[i], user.bias), outputs), outputs)
 
@@ -718,11 +718,11 @@ def test_the_state_of_replaced_layers_loaded_into_the_module_gives_the_same_logi
 
 def test_a_bias_goes_where_the_module_has_a_place_for_it():
     network = network_of(Normed)
-    own = network.model.state_dict()
+    tensors = network.model.state_dict()
 
     def differing(i):
         state = network.state_dict({i: other_layer(network, i)})
-        return {name for name, tensor in state.items() if name not in own or not torch.equal(tensor, own[name])}
+        return {name for name, tensor in state.items() if name not in tensors or not torch.equal(tensor, tensors[name])}
 
     assert differing(0) == {"stem.weight", "first.running_mean"}
     assert differing(1) == {"depthwise.weight", "depthwise.bias"}
@@ -814,32 +814,32 @@ def test_normalisation_is_that_of_the_module_whatever_the_batches(kind, graph, s
     network, x = network_of(kind, graph), images(24)
     layers = {i: other_layer(network, i, bias=graph) for i in range(1, len(network.layers))}
     for chosen in ({}, layers):
-        found = network.normalisation(x.split(sizes), chosen)
+        actual = network.normalisation(x.split(sizes), chosen)
         reference = rebuilt(network.model, {network.layers[i].name: layer for i, layer in chosen.items()})
         expected = renormalised(reference, x)
-        assert set(found) == set(expected)
+        assert set(actual) == set(expected)
         for name, tensor in expected.items():
-            assert_same(found[name], tensor)
-        assert_same(network.updated(found).logits(x, chosen), replaced_logits(reference, found, x))
+            assert_same(actual[name], tensor)
+        assert_same(network.updated(actual).logits(x, chosen), replaced_logits(reference, actual, x))
 
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_batch_norms_before_the_first_searched_layer_are_normalised_too(graph):
     model, x = build(Normed), images(24)
     first = Network(model, images(1)).layers[0].name
-    found = Network(model, images(1), [first], graph=graph).normalisation(x.split((10, 14)))
+    actual = Network(model, images(1), [first], graph=graph).normalisation(x.split((10, 14)))
     expected = renormalised(model, x)
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert_same(found[name], tensor)
+        assert_same(actual[name], tensor)
 
 
 def test_later_batch_norms_see_what_earlier_ones_have_become():
     network, x = network_of(Normed), images(24)
-    found = network.normalisation([x])
-    stale = network.updated({name: tensor for name, tensor in found.items() if not name.startswith("first")}).normalisation([x])
-    assert float((found["second.running_var"] - build(Normed).state_dict()["second.running_var"]).abs().max()) > 1e-2
-    assert all(torch.equal(stale[name], found[name]) for name in found)  # what they were before does not count
+    actual = network.normalisation([x])
+    stale = network.updated({name: tensor for name, tensor in actual.items() if not name.startswith("first")}).normalisation([x])
+    assert float((actual["second.running_var"] - build(Normed).state_dict()["second.running_var"]).abs().max()) > 1e-2
+    assert all(torch.equal(stale[name], actual[name]) for name in actual)  # what they were before does not count
 
 
 class _PreActivated(nn.Module):
@@ -861,9 +861,9 @@ class _PreActivated(nn.Module):
 @PATHS
 def test_a_value_changed_in_place_behind_a_batch_norm_counts_as_the_batch_norm_saw_it(graph):
     model, x = build(_PreActivated), images(12)
-    found = Network(model, images(1), graph=graph).normalisation([x[:5], x[5:]])
+    actual = Network(model, images(1), graph=graph).normalisation([x[:5], x[5:]])
     for name, tensor in renormalised(model, x).items():
-        assert_same(found[name], tensor)
+        assert_same(actual[name], tensor)
 
 
 @pytest.mark.parametrize("kind", [Tied, Attention])
@@ -949,7 +949,7 @@ def test_folded_states_are_left_as_they_are(kind):
     folded, _ = network_of(kind).folded()
     for layer in range(len(folded.layers)):
         state = folded.advance(folded.begin(images(2)), layer)
-        kept = {slot: value.clone() for slot, value in state.values.items()}
+        before = {slot: value.clone() for slot, value in state.values.items()}
         first = folded.finish(state)
         assert torch.equal(folded.finish(state), first)
-        assert all(torch.equal(state.values[slot], value) for slot, value in kept.items())
+        assert all(torch.equal(state.values[slot], value) for slot, value in before.items())

@@ -72,8 +72,8 @@ def build(case: Case) -> nn.Module:
 
 
 def check_random_pairs(model: nn.Module, network: Network, x: Tensor, columns: int, rows: int = 3) -> None:
-    """The law: for random later layers j and several earlier (i, a) stacked before j, per-sample losses are those of the module
-    run whole with both weights replaced, within 1e-5 · max(1, loss)."""
+    """For random later layers j and several earlier (i, a) stacked before j, per-sample losses are those of the whole module.
+    Both weights are replaced in it. The tolerance is 1e-5 · max(1, loss)."""
     draw = random.Random(0)
     float_logits = replaced_logits(model, {}, x)
     labels = float_logits.argmax(1)
@@ -92,13 +92,13 @@ def check_random_pairs(model: nn.Module, network: Network, x: Tensor, columns: i
             state = network.advance(network.advance(network.begin(x), i), j, {i: quantized(i, a)})
             states.append(state)
         logits = network.finish(network.stack(states, j), at_j).split(len(x))
-        for (i, a), own in zip(chosen, logits, strict=True):
+        for (i, a), logits_of in zip(chosen, logits, strict=True):
             names = {network.layers[j].name: at_j[j], network.layers[i].name: quantized(i, a)}
             whole = replaced_logits(model, names, x)
             for loss in losses:
                 expected = loss(whole)
                 assert bool(torch.isfinite(expected).all())
-                error = (loss(own) - expected).abs() / expected.clamp(min=1.0)
+                error = (loss(logits_of) - expected).abs() / expected.clamp(min=1.0)
                 assert float(error.max()) <= tolerance.LOSS, (network.layers[i].name, a, network.layers[j].name)
 
 

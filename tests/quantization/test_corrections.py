@@ -88,12 +88,12 @@ def matched(
 def outputs(model: nn.Module, name: str, x: Tensor) -> Tensor:
     """What a layer gives, (channels, observations), by a hook on the module that has its weight."""
     owner, rows = owner_of(model, name)
-    seen = []
-    hook = owner.register_forward_hook(lambda _, arguments, output: seen.append(output.clone()))
+    values = []
+    hook = owner.register_forward_hook(lambda _, arguments, output: values.append(output.clone()))
     with torch.no_grad():
         model(x)
     hook.remove()
-    (output,) = seen
+    (output,) = values
     return output.movedim(-1 if isinstance(owner, nn.Linear) else 1, 0)[rows].flatten(1).double()
 
 
@@ -130,10 +130,10 @@ def test_mean_and_deviation_of_every_channel_become_those_of_the_float_layer(kin
 @pytest.mark.parametrize("widths", [(), (8,)], ids=["float inputs", "inputs on a grid"])
 def test_a_per_tensor_scale_stays_and_only_the_mean_is_matched(kind, widths):
     ready, plain = matched(kind, widths, per_channel=False), matched(kind, widths, per_channel=False, names=())
-    for option, (made, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
+    for option, (layer, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
         check_moments(ready, option, deviation=False)
-        assert made.grid.scale.numel() == 1
-        assert torch.equal(made.weight, before.weight)
+        assert layer.grid.scale.numel() == 1
+        assert torch.equal(layer.weight, before.weight)
 
 
 @pytest.mark.parametrize("kind", [Residual, Normed, SPLIT])
@@ -153,10 +153,10 @@ def test_corrected_layers_together_ship_as_the_state_of_the_module(kind):
 def test_a_layer_whose_bias_is_not_its_own_is_left_with_a_note(kind, name):
     ready, plain = matched(kind), matched(kind, names=())
     assert ready.notes == (f"output_statistics leaves {name} as it is: its bias is not its own",)
-    for option, (made, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
+    for option, (rounded, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
         if ready.space.layers[ready.space.options[option].layer].name == name:
-            assert made.bias is None
-            assert torch.equal(made.weight, before.weight)
+            assert rounded.bias is None
+            assert torch.equal(rounded.weight, before.weight)
         else:
             check_moments(ready, option)
 
@@ -185,10 +185,10 @@ def test_a_channel_that_is_always_zero_keeps_its_scale_and_its_bias():
     weight, bias = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, -1.0, 0.25, 2.0])
     weight[2] = 0
     before = plain_layer(weight)
-    (made,) = output_statistics.correct(replace(sample_of(weight, torch.randn(40, 6)), bias=bias), [before])
-    assert torch.equal(made.grid.scale[2], before.grid.scale[2])
-    assert float(made.bias[2]) == pytest.approx(0.25, rel=tolerance.of_sum(40))
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in (made.weight, made.bias, made.grid.scale))
+    (layer,) = output_statistics.correct(replace(sample_of(weight, torch.randn(40, 6)), bias=bias), [before])
+    assert torch.equal(layer.grid.scale[2], before.grid.scale[2])
+    assert float(layer.bias[2]) == pytest.approx(0.25, rel=tolerance.of_sum(40))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in (layer.weight, layer.bias, layer.grid.scale))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.37, 1e4])
@@ -197,24 +197,24 @@ def test_inputs_that_never_vary_change_no_scale(value):
     weight = torch.randn(10, 67, generator=torch.Generator().manual_seed(0))
     before = plain_layer(weight)
     sample = replace(sample_of(weight, torch.full((100, 67), value)), bias=torch.arange(10.0))
-    (made,) = output_statistics.correct(sample, [before])
-    assert torch.equal(made.grid.scale, before.grid.scale)
+    (layer,) = output_statistics.correct(sample, [before])
+    assert torch.equal(layer.grid.scale, before.grid.scale)
     x = torch.full((1, 67), value)
     expected = F.linear(x, weight, torch.arange(10.0))
     # two sums of 67 products of about `value`, and a mean over 100
     share = tolerance.of_forward(2, 67) + tolerance.of_forward(1, 100)
-    tolerance.assert_close(F.linear(x, made.weight, made.bias), expected, share, least=max(1.0, value * 67**0.5))
+    tolerance.assert_close(F.linear(x, layer.weight, layer.bias), expected, share, least=max(1.0, value * 67**0.5))
 
 
 def test_a_channel_that_rounds_to_zero_gets_the_mean_and_keeps_its_scale():
     weight = torch.tensor([[0.1, 0.1, -0.05], [1.0, -2.0, 3.0]])
     grid = Grid(torch.ones(2, 1), torch.zeros(2, 1), Codes.of(4, True))
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 1
-    (made,) = output_statistics.correct(sample_of(weight, x), [QuantizedLayer(grid.fake_quantize(weight), None, None, grid)])
-    assert torch.equal(made.weight[0], torch.zeros(3))
+    (layer,) = output_statistics.correct(sample_of(weight, x), [QuantizedLayer(grid.fake_quantize(weight), None, None, grid)])
+    assert torch.equal(layer.weight[0], torch.zeros(3))
     share = tolerance.of_forward(2, 3) + tolerance.of_forward(2, 40)
-    tolerance.assert_close(F.linear(x, made.weight, made.bias).mean(0), F.linear(x, weight).mean(0), share)
-    assert float(made.grid.scale[0]) == 1.0
+    tolerance.assert_close(F.linear(x, layer.weight, layer.bias).mean(0), F.linear(x, weight).mean(0), share)
+    assert float(layer.grid.scale[0]) == 1.0
 
 
 def test_too_few_images_are_refused_with_the_number_that_is_enough():
@@ -235,10 +235,10 @@ def test_too_few_images_are_refused_with_the_number_that_is_enough():
 NORMED = pytest.mark.parametrize("kind", [Residual, Normed])
 
 
-def with_statistics(model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
+def with_statistics(model: nn.Module, statistics: dict[str, Tensor]) -> nn.Module:
     """A copy of a module with other buffers."""
     model = copy.deepcopy(model)
-    for name, tensor in found.items():
+    for name, tensor in statistics.items():
         model.get_buffer(name).copy_(tensor)
     return model
 
@@ -249,11 +249,11 @@ def normalised(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     The variance has ε's share, ε / (σ² + ε), beside that of the observations: it is the batch norm's own deviation.
     """
     norms = {name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)}
-    seen: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def keep(name: str):
-        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen[name] = given[0].movedim(1, 0).flatten(1).double()
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[name] = arguments[0].movedim(1, 0).flatten(1).double()
 
         return hook
 
@@ -262,12 +262,12 @@ def normalised(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         model(x)
     for hook in hooks:
         hook.remove()
-    found = {}
+    statistics = {}
     for name, part in norms.items():
         deviation = (part.running_var.double() + part.eps).sqrt()
-        z = (seen[name] - part.running_mean.double()[:, None]) / deviation[:, None]
-        found[name] = z.mean(1), z.var(1) + part.eps / deviation.square()
-    return found
+        z = (inputs[name] - part.running_mean.double()[:, None]) / deviation[:, None]
+        statistics[name] = z.mean(1), z.var(1) + part.eps / deviation.square()
+    return statistics
 
 
 @NORMED
@@ -281,13 +281,13 @@ def test_what_every_batch_norm_makes_has_the_float_networks_mean_and_deviation(k
     expected = normalised(source, x)
     for assignment in (ready.space.narrowest, ready.space.widest, ready.space.assignment([0, 4])):
         layers = {ready.space.layers[i].name: layer for i, layer in ready.chosen(assignment).items()}
-        quantized, found = rebuilt(source, layers), ready.final(assignment)
-        assert found.keys() == {name for name, _ in source.named_buffers() if "running" in name}
-        for name, (mean, variance) in normalised(with_statistics(quantized, found), x).items():
+        quantized, actual = rebuilt(source, layers), ready.final(assignment)
+        assert actual.keys() == {name for name, _ in source.named_buffers() if "running" in name}
+        for name, (mean, variance) in normalised(with_statistics(quantized, actual), x).items():
             tolerance.assert_close(mean, expected[name][0], share)
             tolerance.assert_close(variance, expected[name][1], share)
         network, chosen = ready.deployed(assignment)
-        shipped = replaced_logits(quantized, found, images(4))
+        shipped = replaced_logits(quantized, actual, images(4))
         tolerance.assert_close_but_for_ties(network.logits(images(4), chosen), shipped)
     if not names:  # else the layers before some batch norms have these already
         narrowest = {ready.space.layers[i].name: layer for i, layer in ready.chosen(ready.space.narrowest).items()}
@@ -299,14 +299,14 @@ def test_what_every_batch_norm_makes_has_the_float_networks_mean_and_deviation(k
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
 def test_where_nothing_is_quantized_the_trained_statistics_stay(kind, graph):
     """Not those of the calibration images, which differ by sampling and by how images were augmented in training."""
-    network, given = Network(build(kind), images(1), graph=graph), calibration(20, 28)
+    network, batches = Network(build(kind), images(1), graph=graph), calibration(20, 28)
     trained = {name: tensor for name, tensor in network.model.named_buffers() if "running" in name}
-    found = batchnorm_reestimation.reestimate(network, {}, given, batchnorm_reestimation.reference(network, given))
-    assert found.keys() == trained.keys()
+    actual = batchnorm_reestimation.reestimate(network, {}, batches, batchnorm_reestimation.reference(network, batches))
+    assert actual.keys() == trained.keys()
     for name, tensor in trained.items():
-        tolerance.assert_close(found[name], tensor, tolerance.eps())
-    seen = network.normalisation(given)
-    assert max(float((seen[name] - tensor).abs().max()) for name, tensor in trained.items()) > 1e-2
+        tolerance.assert_close(actual[name], tensor, tolerance.eps())
+    measured = network.normalisation(batches)
+    assert max(float((measured[name] - tensor).abs().max()) for name, tensor in trained.items()) > 1e-2
 
 
 @pytest.mark.parametrize("sizes", [(150,), (100, 50), (64, 64, 22), (128, 22)])
@@ -314,9 +314,9 @@ def test_statistics_are_those_of_the_first_128_images(sizes):
     network = network_of(Normed)
     batches = list(images(150).split(sizes))
     expected = batchnorm_reestimation.reference(network, [torch.cat(batches)[:128]])
-    found = batchnorm_reestimation.reference(network, batches)
+    actual = batchnorm_reestimation.reference(network, batches)
     for name, moments in expected.items():
-        for one, other in zip(found[name], moments, strict=True):
+        for one, other in zip(actual[name], moments, strict=True):
             tolerance.assert_close(one, other, STATISTICS)
 
 
@@ -358,10 +358,10 @@ def test_whole_forwards_give_the_same_statistics(kind):
     whole = Network(build(kind), images(1), graph=False)
     other = prepare(whole, whole.search_space((2, 4)), Recipe(corrections=names), calibration(20, 28))
     expected = matched(kind, names=names).final(other.space.narrowest)
-    found = other.final(other.space.narrowest)
-    assert found.keys() == expected.keys()
+    actual = other.final(other.space.narrowest)
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        tolerance.assert_close(found[name], tensor, STATISTICS)
+        tolerance.assert_close(actual[name], tensor, STATISTICS)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])

@@ -159,8 +159,8 @@ def of(model: nn.Module, x: Tensor | None = None, **settings) -> Equalization:
 
 def row(result: Equalization, first: str, second: str):
     """The one row of a pair."""
-    (found,) = (pair for pair in result.report if (pair.first, pair.second) == (first, second))
-    return found
+    (match,) = (pair for pair in result.report if (pair.first, pair.second) == (first, second))
+    return match
 
 
 def outputs(module: nn.Module, weight: Tensor) -> Tensor:
@@ -179,13 +179,13 @@ def inputs(module: nn.Module, weight: Tensor, channels: int) -> Tensor:
     return torch.cat([part.transpose(0, 1).abs().flatten(1).amax(1) for part in weight.chunk(module.groups)])
 
 
-def shares(found: Case, after: bool) -> dict[tuple[str, str], tuple[Tensor | None, Tensor | None]]:
+def shares(example: Case, after: bool) -> dict[tuple[str, str], tuple[Tensor | None, Tensor | None]]:
     """Of every equalised pair, what its output and input channels use of their tensors' ranges."""
-    modules, values = dict(found.model.named_modules()), state(found.model)
-    values |= found.result.tensors if after else {}
-    normed = {pair.first for pair in found.result.report if not pair.second.endswith(".weight")}
+    modules, values = dict(example.model.named_modules()), state(example.model)
+    values |= example.result.tensors if after else {}
+    normed = {pair.first for pair in example.result.report if not pair.second.endswith(".weight")}
     pairs = {}
-    for pair in found.result.report:
+    for pair in example.result.report:
         if not pair.done:
             continue
         first = modules[pair.first.removesuffix(".weight")]
@@ -204,38 +204,38 @@ def shares(found: Case, after: bool) -> dict[tuple[str, str], tuple[Tensor | Non
 
 @EVERY
 def test_float_outputs_are_those_of_before(kind):
-    found = case(kind)
-    before, after = found.network.logits(found.x), found.after.logits(found.x)
-    tolerance.assert_close(after, before, tolerance.of_layers(found.network.layers, torch.float64), least=0.0)
+    example = case(kind)
+    before, after = example.network.logits(example.x), example.after.logits(example.x)
+    tolerance.assert_close(after, before, tolerance.of_layers(example.network.layers, torch.float64), least=0.0)
 
 
 @EVERY
 def test_the_module_computes_the_same_with_the_new_tensors(kind):
-    found = case(kind)
-    before = replaced_logits(found.model, {}, found.x)
-    after = replaced_logits(found.model, found.after.state_dict({}), found.x)
-    tolerance.assert_close(after, before, tolerance.of_layers(found.network.layers, torch.float64), least=0.0)
+    example = case(kind)
+    before = replaced_logits(example.model, {}, example.x)
+    after = replaced_logits(example.model, example.after.state_dict({}), example.x)
+    tolerance.assert_close(after, before, tolerance.of_layers(example.network.layers, torch.float64), least=0.0)
 
 
 @CHANGED
 def test_float32_agrees_within_its_rounding(kind):
-    found, x = case(kind), case(kind).x.float()
-    before = found.single.logits(x)
-    after = found.single.updated(equalize(found.single, [x]).tensors).logits(x)
-    tolerance.assert_close(after, before, tolerance.of_layers(found.network.layers), least=0.0)
+    example, x = case(kind), case(kind).x.float()
+    before = example.single.logits(x)
+    after = example.single.updated(equalize(example.single, [x]).tensors).logits(x)
+    tolerance.assert_close(after, before, tolerance.of_layers(example.network.layers), least=0.0)
 
 
 @CHANGED
 def test_no_new_tensor_can_be_forgotten(kind):
     """The law above can fail: every tensor alone, such as one β, is needed."""
-    found = case(kind)
-    before = found.network.logits(found.x)
-    own = state(found.model)
-    moved = [name for name, tensor in found.result.tensors.items() if not torch.allclose(tensor, own[name], rtol=1e-2)]
+    example = case(kind)
+    before = example.network.logits(example.x)
+    originals = state(example.model)
+    moved = [name for name, tensor in example.result.tensors.items() if not torch.allclose(tensor, originals[name], rtol=1e-2)]
     assert len(moved) >= 7
     for name in moved[:: 1 if len(moved) < 40 else 7]:
-        rest = {key: tensor for key, tensor in found.result.tensors.items() if key != name}
-        difference = (found.network.updated(rest).logits(found.x) - before).abs().max()
+        rest = {key: tensor for key, tensor in example.result.tensors.items() if key != name}
+        difference = (example.network.updated(rest).logits(example.x) - before).abs().max()
         assert float(difference) > 1e-6 * float(before.abs().max()), name
 
 
@@ -252,18 +252,18 @@ def test_the_module_is_not_changed_and_tensors_are_ordinary(kind):
 
 @CHANGED
 def test_a_second_time_changes_nothing(kind):
-    found = case(kind)
-    again = equalize(found.after, [found.x])
+    example = case(kind)
+    again = equalize(example.after, [example.x])
     for name, tensor in again.tensors.items():
-        expected = found.result.tensors.get(name, state(found.model)[name])
+        expected = example.result.tensors.get(name, state(example.model)[name])
         torch.testing.assert_close(tensor, expected, rtol=STOPPED, atol=16 * tolerance.eps(torch.float64))
 
 
 def test_the_same_twice():
-    found = case("mobilenet")
-    again = equalize(found.network, [found.x[:3], found.x[3:]])
-    assert again.report == found.result.report
-    assert all(torch.equal(tensor, found.result.tensors[name]) for name, tensor in again.tensors.items())
+    example = case("mobilenet")
+    again = equalize(example.network, [example.x[:3], example.x[3:]])
+    assert again.report == example.result.report
+    assert all(torch.equal(tensor, example.result.tensors[name]) for name, tensor in again.tensors.items())
 
 
 # -- ranges become equal ---------------------------------------------------------------------------------------------------
@@ -271,9 +271,9 @@ def test_the_same_twice():
 
 @pytest.mark.parametrize("kind", ["plain", "normed", "resnet", "mobilenet"])
 def test_both_sides_of_a_pair_use_equal_shares_and_those_beside_a_batch_norm_all(kind):
-    found = case(kind)
-    frozen = {(pair.first, pair.second) for pair in found.result.report if "keep" in pair.note}
-    for pair, (rows, columns) in shares(found, after=True).items():
+    example = case(kind)
+    frozen = {(pair.first, pair.second) for pair in example.result.report if "keep" in pair.note}
+    for pair, (rows, columns) in shares(example, after=True).items():
         if rows is not None and columns is not None:
             torch.testing.assert_close(rows, columns, rtol=STOPPED, atol=0)
         elif pair not in frozen:
@@ -308,9 +308,9 @@ def test_no_other_scale_of_a_lone_pair_has_a_larger_objective(seed):
 
 def scrambled(kind: str, seed: int) -> Network:
     """The same function with channels made unequal by seeded factors; written for each network by hand."""
-    found = case(kind)
+    example = case(kind)
     generator = torch.Generator().manual_seed(seed)
-    new = state(found.model)
+    new = state(example.model)
 
     def factor(count: int, *divided: str) -> Tensor:
         drawn = torch.randn(count, generator=generator, dtype=torch.float64).exp()
@@ -333,7 +333,7 @@ def scrambled(kind: str, seed: int) -> Network:
         for block, count, more in (("expand", 6, ["expand.0.bias"]), ("depthwise", 6, []), ("project", 8, [])):
             drawn = factor(count, f"{block}.0.weight", f"{block}.1.running_mean", *more)
             new[f"{block}.1.running_var"] = (new[f"{block}.1.running_var"] + 1e-5) / drawn.square() - 1e-5
-    return found.network.updated({name: tensor for name, tensor in new.items() if name in found.network.engine.named})
+    return example.network.updated({name: tensor for name, tensor in new.items() if name in example.network.engine.named})
 
 
 @pytest.mark.parametrize("quantizer", ["minmax", "mse"])
@@ -437,9 +437,9 @@ def test_channels_below_the_clip_are_scaled_and_stay_below_it():
 def test_channels_that_reach_the_clip_keep_their_scale():
     network, x = clipped(6.5, 3.0, 9.0, 0.01)
     result = equalize(network, [x])
-    found = row(result, "first.weight", "second.weight")
-    assert found.done
-    assert "2 keep theirs" in found.note
+    match = row(result, "first.weight", "second.weight")
+    assert match.done
+    assert "2 keep theirs" in match.note
     before, after = network.weights, network.updated(result.tensors).weights
     assert torch.equal(after[0][[0, 2]], before[0][[0, 2]])
     assert torch.equal(after[1][:, [0, 2]], before[1][:, [0, 2]])
@@ -634,9 +634,9 @@ def test_batch_statistics_are_no_batch_norm_to_scale():
 def test_whole_forwards_have_no_connections_and_say_so():
     result = of(build(Plain), graph=False)
     assert not result.tensors
-    (found,) = result.report
-    assert not found.done
-    assert "whole forwards" in found.note
+    (only,) = result.report
+    assert not only.done
+    assert "whole forwards" in only.note
 
 
 # -- the report ------------------------------------------------------------------------------------------------------------

@@ -71,12 +71,12 @@ def test_without_corrections_every_weight_is_rounded_to_nearest(kind, per_channe
     ready = prepare(network, network.search_space((1, 2, 8)), Recipe(quantizer))
     parameters = dict(network.model.named_parameters())
     assert len(ready.layers) == ready.space.num_options
-    for (i, bits, _), made in zip(ready.space.options, ready.layers, strict=True):
+    for (i, bits, _), layer in zip(ready.space.options, ready.layers, strict=True):
         weight, axis = parameters[network.layers[i].name].detach(), network.layers[i].channel_axis
-        assert torch.equal(made.weight, quantizer.fake_quantize(weight, bits, axis))
-        assert torch.equal(made.grid.fake_quantize(weight), made.weight)
-        assert made.grid.codes == Codes.of(bits, symmetric)
-        assert made.bias is made.activation is None
+        assert torch.equal(layer.weight, quantizer.fake_quantize(weight, bits, axis))
+        assert torch.equal(layer.grid.fake_quantize(weight), layer.weight)
+        assert layer.grid.codes == Codes.of(bits, symmetric)
+        assert layer.bias is layer.activation is None
     assert ready.notes == ()
     assert not ready.has_final
 
@@ -106,15 +106,15 @@ def test_weights_keep_their_memory_format(tmp_path):
     model = build(Residual).to(memory_format=torch.channels_last)
     network = Network(model, images(1), channels_last=True)
     ready = prepare(network, network.search_space((2,)), Recipe(corrections=("output_statistics",)), [CALIBRATION])
-    for made, weight in zip(ready.layers, network.weights, strict=True):
-        assert made.weight.is_contiguous() == weight.is_contiguous()
-        assert made.weight.is_contiguous(memory_format=torch.channels_last) or weight.ndim != 4
+    for layer, weight in zip(ready.layers, network.weights, strict=True):
+        assert layer.weight.is_contiguous() == weight.is_contiguous()
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last) or weight.ndim != 4
     prepared_layers = PreparedLayers(tmp_path)
-    for i, made in enumerate(ready.layers):
-        prepared_layers.write_layer(i, [made], [])
+    for i, layer in enumerate(ready.layers):
+        prepared_layers.write_layer(i, [layer], [])
         ((again,), _) = prepared_layers.read_layer(i, CPU)
-        assert same_bits(again, made)
-        assert again.weight.is_contiguous() == made.weight.is_contiguous()
+        assert same_bits(again, layer)
+        assert again.weight.is_contiguous() == layer.weight.is_contiguous()
 
 
 # -- which corrections, and in which order --------------------------------------------------------------------------------------
@@ -124,11 +124,11 @@ def test_stages_come_in_order_whatever_order_the_settings_have():
     names = ("equalization", "gptq", "output_statistics", "batchnorm_reestimation")
     assert [correction_of(name).stage for name in names] == ["network", "rounding", "layer", "final"]
     network = network_of(Normed)
-    space, given = network.search_space((2,)), [CALIBRATION]
-    first = prepare(network, space, Recipe(corrections=names), given)
+    space, batches = network.search_space((2,)), [CALIBRATION]
+    first = prepare(network, space, Recipe(corrections=names), batches)
     finals = first.final(space.narrowest)
     for order in list(permutations(names))[5::7]:
-        other = prepare(network, space, Recipe(corrections=order), given)
+        other = prepare(network, space, Recipe(corrections=order), batches)
         assert all(same_bits(a, b) for a, b in zip(first.layers, other.layers, strict=True))
         again = other.final(space.narrowest)
         assert again.keys() == finals.keys()
@@ -159,8 +159,8 @@ def test_an_equalized_network_is_the_one_that_is_prepared():
     ready = prepare(network, network.search_space((8,)), Recipe(corrections=("equalization",)), [CALIBRATION])
     assert not torch.equal(ready.network.weights[1], network.weights[1])
     tolerance.assert_close(ready.network.logits(images(4)), network.logits(images(4)))
-    for made, weight in zip(ready.layers, ready.network.weights, strict=True):
-        assert torch.equal(made.weight, made.grid.fake_quantize(weight))
+    for layer, weight in zip(ready.layers, ready.network.weights, strict=True):
+        assert torch.equal(layer.weight, layer.grid.fake_quantize(weight))
     assert any(note.startswith("equalization: stem.weight") for note in ready.notes)
 
 
@@ -172,11 +172,11 @@ def test_an_equalized_network_is_the_one_that_is_prepared():
         (("equalization",), (4, 8), "equalization, activations need calibration images"),
     ],
 )
-@pytest.mark.parametrize("given", [[], [images(0), images(0)]], ids=["no batches", "empty batches"])
-def test_what_needs_calibration_images_says_so(corrections, widths, says, given):
+@pytest.mark.parametrize("calibration", [[], [images(0), images(0)]], ids=["no batches", "empty batches"])
+def test_what_needs_calibration_images_says_so(corrections, widths, says, calibration):
     network = network_of(Residual)
     with pytest.raises(DataError, match=f"{says}.*expected 256 or more"):
-        prepare(network, network.search_space((2,)).with_activations(widths), Recipe(corrections=corrections), given)
+        prepare(network, network.search_space((2,)).with_activations(widths), Recipe(corrections=corrections), calibration)
 
 
 def test_an_empty_batch_among_others_does_no_harm():
@@ -212,13 +212,13 @@ def inputs_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
     """All values that a layer reads, in all places where its weight is used, by hooks on the module."""
     model = copy.deepcopy(model).eval()
     weight = model.get_submodule(name.removesuffix(".weight")).weight
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     for module in model.modules():
         if getattr(module, "weight", None) is weight:
-            module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+            module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].clone()))
     with torch.no_grad():
         model(x)
-    return torch.cat([part.flatten() for part in seen])
+    return torch.cat([part.flatten() for part in inputs])
 
 
 def grids_of(network: Network, batches: list[Tensor], name: str, *widths: int) -> list[dict[int, ActivationGrid]]:
@@ -263,11 +263,11 @@ def test_ranges_of_activations_are_those_of_what_layers_read(kind, name):
 def test_the_range_of_least_error_has_no_more_than_that_of_extremes(kind, bits):
     network = network_of(kind)
     least, whole = (grids_of(network, [CALIBRATION], name, bits) for name in ("mse", "minmax"))
-    for layer, (found,), (extremes,) in zip(network.layers, map(dict.values, least), map(dict.values, whole), strict=True):
+    for layer, (fitted,), (extremes,) in zip(network.layers, map(dict.values, least), map(dict.values, whole), strict=True):
         values = inputs_of(network.model, layer.name, CALIBRATION)
         # sums of float32 choose, of squares of errors that are off by eps · 2^bits of half a step
         slack = tolerance.of_forward(2, len(values)) + 8 * 2**bits * tolerance.eps()
-        assert error(found, values) <= error(extremes, values) * (1 + slack)
+        assert error(fitted, values) <= error(extremes, values) * (1 + slack)
 
 
 @RANGES
@@ -329,7 +329,9 @@ def test_whole_forwards_prepare_the_same_layers(kind):
         network = Network(build(kind), images(1), graph=graph)
         space = network.search_space((2, 4)).with_activations((8,))
         ready.append(prepare(network, space, recipe, list(CALIBRATION.split(13))))
-    biases = {layer.name for layer, own in zip(ready[1].space.layers, ready[1].network.biases, strict=True) if own is not None}
+    biases = {
+        layer.name for layer, bias_of in zip(ready[1].space.layers, ready[1].network.biases, strict=True) if bias_of is not None
+    }
     for (i, _, _), one, other in zip(ready[0].space.options, ready[0].layers, ready[1].layers, strict=True):
         assert one.activation.scale == pytest.approx(other.activation.scale, rel=tolerance.FORWARD)
         if ready[0].space.layers[i].name in biases:  # whole forwards give no layer a bias that has none
@@ -367,9 +369,9 @@ def test_layers_are_read_back_bit_for_bit(kind, tmp_path):
         assert i not in prepared_layers.missing(space.num_layers)
     again: list[QuantizedLayer] = []
     for i in range(space.num_layers):
-        made, notes = prepared_layers.read_layer(i, CPU)
+        read_back, notes = prepared_layers.read_layer(i, CPU)
         assert notes == [f"layer {i}", "α → β"]
-        again += made
+        again += read_back
     assert all(same_bits(a, b) for a, b in zip(again, ready.layers, strict=True))
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
     stored = replace(ready, layers=tuple(again))
@@ -491,9 +493,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_new_one(written, monkeypa
 def test_a_second_write_takes_the_place_of_the_first(written):
     ready = prepared(Residual)
     written.write_layer(0, ready.layers[6:12], ["another note"])
-    made, notes = written.read_layer(0, CPU)
+    stored, notes = written.read_layer(0, CPU)
     assert notes == ["another note"]
-    assert all(same_bits(a, b) for a, b in zip(made, ready.layers[6:12], strict=True))
+    assert all(same_bits(a, b) for a, b in zip(stored, ready.layers[6:12], strict=True))
     files = {path.name for path in written.folder.rglob("*.*")}
     assert files == {"0000.safetensors", "network.safetensors", written.final_file(ready.space.narrowest).name}
 
@@ -524,14 +526,14 @@ class Written(nn.Module):
 def test_a_call_is_corrected_alike_however_it_is_written_and_by_whole_forwards(correction, groups):
     torch.manual_seed(0)
     model, x = Written(groups).eval(), images(64)
-    found = []
+    results = []
     for graph in (True, False):
         network = Network(model, x[:2], graph=graph)
         recipe = Recipe(corrections=(correction,), adaround_steps=20)
-        found.append(prepare(network, network.search_space((2,)), recipe, [x]))
-    for one, other in zip(found[0].layers, found[1].layers, strict=True):
+        results.append(prepare(network, network.search_space((2,)), recipe, [x]))
+    for one, other in zip(results[0].layers, results[1].layers, strict=True):
         tolerance.assert_close(one.weight, other.weight, tolerance.FORWARD + tolerance.of_forward(1, 64 * 64))
-    for prepared in found:
+    for prepared in results:
         (note,) = [note for note in prepared.notes if "pointwise" in note]
         assert "no run of it can be observed" in note
 
@@ -540,7 +542,10 @@ def test_an_assignment_is_deployed_with_the_corrections_it_names():
     network = Network(build(Residual), images(1))
     space = network.search_space((2, 4))
     names = ("output_statistics", "batchnorm_reestimation")
-    ready, plain = (prepare(network, space, Recipe(corrections=found), calibration_batches(CALIBRATION)) for found in (names, ()))
+    ready, plain = (
+        prepare(network, space, Recipe(corrections=chosen_names), calibration_batches(CALIBRATION))
+        for chosen_names in (names, ())
+    )
     whole, layers = ready.deployed(space.narrowest)
     static, same = ready.deployed(space.narrowest.with_corrections("static"))
     assert whole.changed

@@ -44,8 +44,8 @@ class TestMse(QuantizerContract):
         w = torch.randn(1, 400, generator=torch.Generator().manual_seed(3))
         scales = torch.linspace(0.05, 3, 3000)
         best = min(float(((w / s).round().clamp(-1, 1) * s - w).square().sum()) for s in scales)
-        found = float((WeightQuantizer("mse").fake_quantize(w, 2) - w).square().sum())
-        assert found <= best * 1.01
+        error = float((WeightQuantizer("mse").fake_quantize(w, 2) - w).square().sum())
+        assert error <= best * 1.01
 
 
 class TestPercentile(QuantizerContract):
@@ -72,9 +72,9 @@ class TestPercentile(QuantizerContract):
         w = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0))
         outlier = w.clone()
         outlier[0, 7] = 1e4
-        found = WeightQuantizer("percentile").grid(outlier, bits).scale
-        torch.testing.assert_close(found, WeightQuantizer("percentile").grid(w, bits).scale, rtol=1e-3, atol=0)
-        assert float(WeightQuantizer("minmax").grid(outlier, bits).scale) > 1e3 * float(found)
+        step = WeightQuantizer("percentile").grid(outlier, bits).scale
+        torch.testing.assert_close(step, WeightQuantizer("percentile").grid(w, bits).scale, rtol=1e-3, atol=0)
+        assert float(WeightQuantizer("minmax").grid(outlier, bits).scale) > 1e3 * float(step)
         assert float(WeightQuantizer("percentile").fake_quantize(outlier, bits).max()) == pytest.approx(1.0, rel=0.01)
 
 
@@ -197,10 +197,10 @@ def test_a_range_of_activations_is_the_quantizers_own_for_one_row(name):
     x = torch.randn(500, generator=torch.Generator().manual_seed(1)).relu()
     low, high = range_of(name, x, 4)
     grid = WeightQuantizer(name, per_channel=False, symmetric=False).grid(x[None], 4)
-    found = ActivationGrid.of_range(low, high, 4)
-    assert found.scale == pytest.approx(float(grid.scale), rel=4 * eps())
-    assert found.zero_point == int(grid.zero_point)
-    torch.testing.assert_close(found.fake_quantize(x[None]), grid.fake_quantize(x[None]), rtol=4 * eps(), atol=0)
+    actual = ActivationGrid.of_range(low, high, 4)
+    assert actual.scale == pytest.approx(float(grid.scale), rel=4 * eps())
+    assert actual.zero_point == int(grid.zero_point)
+    torch.testing.assert_close(actual.fake_quantize(x[None]), grid.fake_quantize(x[None]), rtol=4 * eps(), atol=0)
 
 
 @pytest.mark.parametrize("name", ["mse", "minmax"])
@@ -209,6 +209,6 @@ def test_a_range_of_activations_is_the_quantizers_own_for_one_row(name):
 def test_a_channel_of_vanishing_weights_stays_finite(name, symmetric, bits):
     """As weight decay leaves them: the step between two codes is less than the least float."""
     weight = torch.tensor([[0.0, 1e-44, 3e-44], [1.0, 2.0, -1.0]])
-    found = WeightQuantizer(name, True, symmetric).fake_quantize(weight, bits)
-    assert torch.isfinite(found).all()
-    assert found[0].abs().max() < 1e-37
+    rounded = WeightQuantizer(name, True, symmetric).fake_quantize(weight, bits)
+    assert torch.isfinite(rounded).all()
+    assert rounded[0].abs().max() < 1e-37

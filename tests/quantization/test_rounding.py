@@ -49,16 +49,16 @@ def zoo_layers():
     model = zoo.load_network(NetworkSettings(name="resnet20_fashion_mnist"))[0].eval()
     images = zoo.load_data(DataSettings(calibration_images=32), zoo.IMAGE_SHAPE).calibration.load(0, 32)[0]
     names = {"layer1.0.conv1": "conv2d", "layer3.0.downsample.0": "conv2d", "fc": "linear"}
-    seen = {}
+    inputs_of = {}
     for name in names:
-        model.get_submodule(name).register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0]}))
+        model.get_submodule(name).register_forward_hook(lambda _, inputs, __, name=name: inputs_of.update({name: inputs[0]}))
     with torch.no_grad():
         model(images)
     layers = []
     for name, operator in names.items():
         module = model.get_submodule(name)
         arguments = (list(module.stride), list(module.padding)) if isinstance(module, nn.Conv2d) else ()
-        layers.append(sample_of(module.weight.detach(), seen[name], operator, arguments))
+        layers.append(sample_of(module.weight.detach(), inputs_of[name], operator, arguments))
     return layers
 
 
@@ -69,9 +69,9 @@ class SmallProblems(RoundingContract):
     def test_error_lies_between_exhaustive_search_and_nearest_codes(self, seed):
         layer, grid = small(seed)
         codes = [best(layer, grid, [(-1, 0, 1)] * 6), self.codes(layer, grid), grid.quantize(layer.weight)]
-        exhaustive, found, nearest = (output_error(layer, grid, one) for one in codes)
-        assert exhaustive - rounding(layer, grid, *codes[:2], dtype=torch.float64) <= found
-        assert found <= nearest + rounding(layer, grid, *codes[1:])
+        exhaustive, error, nearest = (output_error(layer, grid, one) for one in codes)
+        assert exhaustive - rounding(layer, grid, *codes[:2], dtype=torch.float64) <= error
+        assert error <= nearest + rounding(layer, grid, *codes[1:])
 
 
 class TestGptq(SmallProblems):
@@ -84,8 +84,8 @@ class TestGptq(SmallProblems):
         for seed in SEEDS:
             layer, grid = small(seed)
             errors = [self.codes(layer, grid), best(layer, grid, [(-1, 0, 1)] * 6), grid.quantize(layer.weight)]
-            found, exhaustive, nearest = (output_error(layer, grid, codes) for codes in errors)
-            gaps.append((found - exhaustive) / (nearest - exhaustive + 1e-12))
+            error, exhaustive, nearest = (output_error(layer, grid, codes) for codes in errors)
+            gaps.append((error - exhaustive) / (nearest - exhaustive + 1e-12))
         assert sorted(gaps)[len(gaps) // 2] < 0.2
 
     def test_nearest_codes_are_returned_where_the_sweeps_make_things_worse(self, monkeypatch):
@@ -127,9 +127,9 @@ class TestGptq(SmallProblems):
             [Grid(grid.scale.expand(5, 12).T[None], grid.zero_point.expand(5, 12).T[None], grid.codes)]
         )
         factor = gptq._upper_factor(hessian[None])
-        found = gptq._sweep(columns, column_grid.quantize(columns), column_grid, factor)[0].T
-        assert torch.equal(found, expected)
-        assert not torch.equal(found, grid.quantize(layer.weight))
+        actual = gptq._sweep(columns, column_grid.quantize(columns), column_grid, factor)[0].T
+        assert torch.equal(actual, expected)
+        assert not torch.equal(actual, grid.quantize(layer.weight))
 
     @EVERY_GRID
     def test_uncorrelated_inputs_leave_nearest_codes(self, bits, per_channel, symmetric):
@@ -187,8 +187,8 @@ class TestAdaround(SmallProblems):
             (codes,) = self.module.correction.round(layer, [grid], self.steps_that_pay)
             lower = (layer.weight / grid.scale).floor().clamp(-1, 0).int()
             exhaustive = best(layer, grid, [(int(code), int(code) + 1) for code in lower[0]])
-            found, least, nearest = (output_error(layer, grid, c) for c in (codes, exhaustive, grid.quantize(layer.weight)))
-            gaps.append((found - least) / (nearest - least + 1e-12))
+            error, least, nearest = (output_error(layer, grid, c) for c in (codes, exhaustive, grid.quantize(layer.weight)))
+            gaps.append((error - least) / (nearest - least + 1e-12))
         assert sorted(gaps)[len(gaps) // 2] < 0.2
 
     @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -23,21 +23,21 @@ KINDS = pytest.mark.parametrize("kind", [Residual, Attention, Volume, Normed])
 CALIBRATION = images(96, seed=3)
 
 
-def swept(network: Network, x: Tensor = CALIBRATION, **wanted: object) -> dict[int, LayerInput]:
+def swept(network: Network, x: Tensor = CALIBRATION, **forms: object) -> dict[int, LayerInput]:
     """What all blocks show of every layer."""
-    wanted = {"moments": True, "values": True, **wanted}
+    forms = {"moments": True, "values": True, **forms}
     layers = range(len(network.layers))
-    parts = [Sweep(len(x), **wanted).gather(network, x[a:b], a, layers) for a, b in calibration_blocks(len(x))]
+    parts = [Sweep(len(x), **forms).gather(network, x[a:b], a, layers) for a, b in calibration_blocks(len(x))]
     return {layer: joined([part[layer] for part in parts]) for layer in layers}
 
 
-def assert_same_moments(found: Moments, expected: Moments) -> None:
+def assert_same_moments(actual: Moments, expected: Moments) -> None:
     """Rows are added in float32, and so are their products."""
-    assert found.count == expected.count
+    assert actual.count == expected.count
     spread = float((expected.products.diagonal(dim1=1, dim2=2).max() / expected.count).sqrt())  # at least the mean of |row|
-    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=tolerance.of_sum(found.count) * spread)
-    off = tolerance.of_sum(found.count) * float(expected.products.diagonal(dim1=1, dim2=2).max())
-    torch.testing.assert_close(found.scatter.double(), expected.scatter.double(), rtol=0, atol=off)
+    torch.testing.assert_close(actual.mean, expected.mean, rtol=0, atol=tolerance.of_sum(actual.count) * spread)
+    off = tolerance.of_sum(actual.count) * float(expected.products.diagonal(dim1=1, dim2=2).max())
+    torch.testing.assert_close(actual.scatter.double(), expected.scatter.double(), rtol=0, atol=off)
 
 
 # -- a layer as a product of matrices -------------------------------------------------------------------------------------------
@@ -49,12 +49,12 @@ def test_rows_times_columns_are_what_the_operator_gives(name):
     weight = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
     for x in layer.inputs:
         expected = layer.apply(x.double(), weight.double(), None)
-        found = layer.form.rows(x.double()) @ layer.form.columns(weight.double())
+        actual = layer.form.rows(x.double()) @ layer.form.columns(weight.double())
         # (groups, rows, channels) -> (rows, groups · channels), as an output has its channels
-        found = found.transpose(0, 1).flatten(1)
+        actual = actual.transpose(0, 1).flatten(1)
         channels = expected.movedim(-1 if layer.layer.operator == "linear" else 1, -1).flatten(0, -2)
         terms = layer.form.num_columns
-        tolerance.assert_close(found, channels, tolerance.of_forward(2, terms, torch.float64), least=float(terms))
+        tolerance.assert_close(actual, channels, tolerance.of_forward(2, terms, torch.float64), least=float(terms))
     assert torch.equal(layer.form.weight(layer.form.columns(weight)), weight)
 
 
@@ -84,9 +84,9 @@ def test_moments_are_those_of_all_rows_however_they_are_added(offset, sizes):
     exact = rows.double()
     centred = exact - exact.mean(1, keepdim=True)
     expected = Moments(40, exact.mean(1), centred.mT @ centred)
-    together = MomentSums()
+    in_one = MomentSums()
     for part in rows.split(sizes, 1):
-        together.add(part)
+        in_one.add(part)
     apart = []
     for part in rows.split(sizes, 1):
         sums = MomentSums()
@@ -95,10 +95,10 @@ def test_moments_are_those_of_all_rows_however_they_are_added(offset, sizes):
     # each row is off by the rounding of its own subtraction, relative to the offset, and centred rows add up in float32
     size = float(centred.abs().max())
     off = 40 * (2 * size * offset * tolerance.eps() + size**2 * tolerance.of_sum(40))
-    for found in (together.moments(), merged(apart)):
-        assert found.count == 40
-        tolerance.assert_close(found.mean, expected.mean, tolerance.of_sum(40), least=max(size, offset))
-        torch.testing.assert_close(found.scatter.double(), expected.scatter, rtol=0, atol=off)
+    for actual in (in_one.moments(), merged(apart)):
+        assert actual.count == 40
+        tolerance.assert_close(actual.mean, expected.mean, tolerance.of_sum(40), least=max(size, offset))
+        torch.testing.assert_close(actual.scatter.double(), expected.scatter, rtol=0, atol=off)
 
 
 def test_mean_variance_and_error_of_outputs_follow_from_the_moments():
@@ -148,8 +148,8 @@ def test_covariances_of_many_rows_stay_and_variances_and_means_always_do():
         assert torch.equal(shrunk.mean, moments.mean)
         assert torch.equal(*(m.scatter.diagonal(dim1=1, dim2=2) for m in (shrunk, moments)))
         off = ~torch.eye(5, dtype=torch.bool)
-        kept = shrunk.scatter[:, off] / moments.scatter[:, off]
-        assert torch.allclose(kept, (1 - moments.noise)[:, None].expand_as(kept))
+        ratios = shrunk.scatter[:, off] / moments.scatter[:, off]
+        assert torch.allclose(ratios, (1 - moments.noise)[:, None].expand_as(ratios))
         assert ((moments.noise >= 0) & (moments.noise <= share)).all()
     one_block = of_blocks(few, 1)
     assert one_block.shrunk() is one_block  # nothing tells its noise
@@ -171,21 +171,21 @@ def test_rows_of_one_image_are_no_independent_sample():
 def test_every_row_is_gathered_where_there_are_few(kind, graph, monkeypatch):
     monkeypatch.setattr(sweep, "FEWEST_ROWS", 2**20)
     network = Network(build(kind), images(1), graph=graph)
-    found = swept(network)
+    inputs = swept(network)
     for i, layer in enumerate(network.layers):
         calls = calls_of(network, CALIBRATION, i)
         if not calls:
-            assert found[i].arguments is None
-            assert found[i].moments is None
+            assert inputs[i].arguments is None
+            assert inputs[i].moments is None
             continue
         form = MatrixForm.of(layer, calls[0].arguments)
         sums = MomentSums()
         sums.add(form.rows(calls[0].input))
-        assert_same_moments(found[i].moments, sums.moments())
+        assert_same_moments(inputs[i].moments, sums.moments())
         values = torch.cat([call.input.flatten() for call in calls])
-        tolerance.assert_close(torch.stack(found[i].values.aminmax()), torch.stack(values.aminmax()))
-        assert found[i].uses == len(calls)
-        assert found[i].num_images == len(CALIBRATION)
+        tolerance.assert_close(torch.stack(inputs[i].values.aminmax()), torch.stack(values.aminmax()))
+        assert inputs[i].uses == len(calls)
+        assert inputs[i].num_images == len(CALIBRATION)
 
 
 @pytest.mark.parametrize("kind", [Residual, Normed])
@@ -234,9 +234,9 @@ def test_inputs_on_a_grid_have_the_moments_of_what_the_operator_then_reads(kind,
     monkeypatch.setattr(sweep, "FEWEST_ROWS", 2**20)
     network = Network(build(kind), images(1))
     grids = {3: ActivationGrid.of_range(-1.0, 2.0, 3), 8: ActivationGrid.of_range(-2.0, 3.0, 8)}
-    found = swept(network, moments=False, values=False, on_grids=True, grids=dict.fromkeys(range(len(network.layers)), grids))
+    inputs = swept(network, moments=False, values=False, on_grids=True, grids=dict.fromkeys(range(len(network.layers)), grids))
     for i, layer in enumerate(network.layers):
-        assert found[i].moments is None
+        assert inputs[i].moments is None
         call = calls_of(network, CALIBRATION, i)[0]
         for width, grid in grids.items():
             sums = MomentSums()
@@ -244,7 +244,7 @@ def test_inputs_on_a_grid_have_the_moments_of_what_the_operator_then_reads(kind,
             moments = sums.moments()
             # a value between two codes goes to either: one of thousands, by a step
             off = tolerance.of_sum(moments.count) * float(moments.products.abs().max()) + 4 * grid.scale * grid.scale * 2**width
-            torch.testing.assert_close(found[i].on_grid[width].products, moments.products, rtol=0, atol=off)
+            torch.testing.assert_close(inputs[i].on_grid[width].products, moments.products, rtol=0, atol=off)
 
 
 @pytest.mark.parametrize(
@@ -267,13 +267,13 @@ def test_one_sweep_is_enough_and_a_second_only_for_what_matches_inputs_on_grids(
 
 def test_preparing_runs_each_image_once(monkeypatch):
     network = Network(build(Normed), images(1))
-    seen: list[int] = []
+    sizes: list[int] = []
     observe = type(network.engine).observe
     monkeypatch.setattr(
-        type(network.engine), "observe", lambda engine, x, *rest: seen.append(len(x)) or observe(engine, x, *rest)
+        type(network.engine), "observe", lambda engine, x, *rest: sizes.append(len(x)) or observe(engine, x, *rest)
     )
     layer_inputs(network, network.search_space((2, 4, 8)), Recipe(corrections=("gptq", "output_statistics")), [CALIBRATION])
-    assert sum(seen) == len(CALIBRATION)
+    assert sum(sizes) == len(CALIBRATION)
 
 
 # -- blocks, groups, memory -----------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_groups_keep_the_order_and_the_limit(sizes, limit, expected):
 def test_the_moments_of_a_layer_take_the_bytes_that_are_planned(kind):
     network = Network(build(kind), images(1))
     forms = layer_forms(network)
-    for layer, found in swept(network).items():
-        blocks = replace(found.moments, scatter=found.moments.scatter.float())
+    for layer, inputs in swept(network).items():
+        blocks = replace(inputs.moments, scatter=inputs.moments.scatter.float())
         assert blocks.scatter.nbytes == sweep.moments_bytes(forms[layer])
-        assert found.moments.count <= sweep.wanted_rows(forms[layer]) + len(CALIBRATION)
+        assert inputs.moments.count <= sweep.wanted_rows(forms[layer]) + len(CALIBRATION)

@@ -171,10 +171,10 @@ def test_the_gradient_of_a_scale_is_that_of_lsq():
     weight = torch.tensor([[-9.0, -0.4, 0.3, 0.7, 9.0]])
     scale = torch.full((1, 1), 0.25, requires_grad=True)
     values = straight_through(weight, Grid(scale, torch.zeros(1, 1), grid.codes))
-    (found,) = torch.autograd.grad(values.sum(), scale)
+    (slope,) = torch.autograd.grad(values.sum(), scale)
     v = weight / 0.25
     expected = torch.where(v.abs() < 3, v.round() - v, v.clamp(-3, 3)).sum()
-    assert found.item() == pytest.approx(expected.item(), rel=0, abs=tolerance.of_sum(2 * 5) * 9 / 0.25)
+    assert slope.item() == pytest.approx(expected.item(), rel=0, abs=tolerance.of_sum(2 * 5) * 9 / 0.25)
 
 
 def test_augmentation_moves_and_mirrors_and_keeps_shape_and_values():
@@ -217,9 +217,9 @@ def test_what_cannot_be_trained_is_refused():
         (DataError, "labels reach from 0 to 99; expected 0 to", (shipped, layers, network, beyond, HELD_OUT, labelled)),
         (MeasurementError, "diverged", (shipped, layers, network, MemorySlice(images(24) * torch.inf), HELD_OUT)),
     ]
-    for error, words, given in refused:
+    for error, words, arguments in refused:
         with pytest.raises(error, match=words):
-            finetune(*given)
+            finetune(*arguments)
 
 
 def test_picked_images_are_those_of_their_slices():
@@ -250,8 +250,8 @@ def test_a_training_set_of_idx_files_is_read_whole(tmp_path, packed):
     end = ".gz" if packed else ""
     write_idx(tmp_path / f"{IMAGES}{end}", pixels, packed)
     write_idx(tmp_path / f"{LABELS}{end}", classes, packed)
-    found = load_training(tmp_path, DataSettings(), (1, 28, 28), HELD_OUT)
-    x, y = found.load(0, 7)
+    images = load_training(tmp_path, DataSettings(), (1, 28, 28), HELD_OUT)
+    x, y = images.load(0, 7)
     assert torch.equal(y, classes)
     assert (x[3] - x[3].min()).argmax() == pixels[3].argmax()
     with pytest.raises(DataError, match="the network takes"):
@@ -279,8 +279,8 @@ def test_classes_of_a_training_folder_have_the_numbers_of_the_run(tmp_path):
     data = {"source": "folder", "path": tmp_path / "run", "mean": (0.0,), "std": (1.0,), "resize": 8}
     settings = DataSettings(**data, sensitivity_images=3, calibration_images=3, sample_blocks=1, validation_images=6)
     validation = load_data(settings, (1, 8, 8)).validation
-    found = load_training(tmp_path / "more", settings, (1, 8, 8), validation)
-    assert sorted(found.load(0, 12)[1].tolist()) == [1] * 6 + [2] * 6
+    images = load_training(tmp_path / "more", settings, (1, 8, 8), validation)
+    assert sorted(images.load(0, 12)[1].tolist()) == [1] * 6 + [2] * 6
     with pytest.raises(DataError, match="classes that the run lacks: cow"):
         load_training(tmp_path / "other", settings, (1, 8, 8), validation)
 

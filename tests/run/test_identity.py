@@ -55,13 +55,13 @@ def opened(folder: Path | None, *changes: dict[str, Any]) -> OpenedRun:
     return open_run(parse_config(settings(folder, *changes)))
 
 
-@pytest.mark.parametrize(("given", "changed", "said"), OTHERS.values(), ids=list(OTHERS))
-def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_its_folder(tmp_path, given, changed, said):
-    first, other = opened(None, given), opened(None, given, changed)
+@pytest.mark.parametrize(("settings", "changed", "said"), OTHERS.values(), ids=list(OTHERS))
+def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_its_folder(tmp_path, settings, changed, said):
+    first, other = opened(None, settings), opened(None, settings, changed)
     assert fingerprint(first.identity.document) != fingerprint(other.identity.document)
     assert fingerprint(first.identity.without_corrections) != fingerprint(other.identity.without_corrections)
     assert first.folder != other.folder
-    store = opened(tmp_path / "run", given).identity.open_store()
+    store = opened(tmp_path / "run", settings).identity.open_store()
     assert (store.space.layers, store.space.options) == (first.space.layers, first.space.options)
     before = files(tmp_path)
     for attempt in (
@@ -72,7 +72,7 @@ def test_other_layers_bits_or_activation_widths_are_another_run_and_refused_in_i
         plan_text,
     ):
         with pytest.raises(IdentityMismatch) as caught:
-            attempt(opened(tmp_path / "run", given, changed))
+            attempt(opened(tmp_path / "run", settings, changed))
         (line,) = (line.strip() for line in str(caught.value).splitlines() if said in line)
         assert line.startswith(said)
         assert "another folder" in str(caught.value)

@@ -41,12 +41,12 @@ def prepared_by(run: OpenedRun, order: random.Random | None = None) -> dict[str,
 
 
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
-    found = {}
+    texts = {}
     for path in sorted(folder.glob("prepared/**/*.safetensors")):
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
-            found[str(path.relative_to(folder))] = {**tensors, "header": str(sorted(file.metadata().items())).encode()}
-    return found
+            texts[str(path.relative_to(folder))] = {**tensors, "header": str(sorted(file.metadata().items())).encode()}
+    return texts
 
 
 @pytest.mark.parametrize("name", CHANGES)

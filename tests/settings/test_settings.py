@@ -155,7 +155,7 @@ def test_a_working_folder_whose_name_would_end_early_holds_no_database(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("given", "variable", "expected"),
+    ("value", "variable", "expected"),
     [
         (None, None, "sqlite:///HERE/mlflow.db"),
         (None, "", "sqlite:///HERE/mlflow.db"),
@@ -167,10 +167,10 @@ def test_a_working_folder_whose_name_would_end_early_holds_no_database(tmp_path:
         ("file:///a/mlruns", None, "file:///a/mlruns"),
     ],
 )
-def test_where_mlflow_is_becomes_absolute_once(given, variable, expected, tmp_path, monkeypatch) -> None:
+def test_where_mlflow_is_becomes_absolute_once(value, variable, expected, tmp_path, monkeypatch) -> None:
     if variable is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
-    config = parse_config(DEMO | ({} if given is None else {"tracking": {"uri": given}}))
+    config = parse_config(DEMO | ({} if value is None else {"tracking": {"uri": value}}))
     assert config.tracking.uri == expected.replace("HERE", str(tmp_path)).replace("ABOVE", str(tmp_path.parent))
 
 
@@ -181,16 +181,16 @@ def test_a_run_keeps_where_mlflow_is_unless_it_is_gone_or_told_otherwise(tmp_pat
     write(tmp_path / "run" / "config.yaml", parse_config(DEMO).to_yaml())
     monkeypatch.chdir(tmp_path)
 
-    def uri(given: str | None = None) -> str:
-        return load_run_config(tmp_path / "run", given).tracking.uri
+    def uri(value: str | None = None) -> str:
+        return load_run_config(tmp_path / "run", value).tracking.uri
 
-    kept = f"sqlite:///{tmp_path}/first/mlflow.db"
-    assert uri() == kept
+    first = f"sqlite:///{tmp_path}/first/mlflow.db"
+    assert uri() == first
     (tmp_path / "first").rmdir()
     assert uri("sqlite:///x.db") == f"sqlite:///{tmp_path}/x.db"
     assert not caplog.text
     assert uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    assert f"{kept} is gone" in caplog.text
+    assert f"{first} is gone" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://x")
     assert uri() == "http://x"
     assert uri("http://y") == "http://y"
@@ -412,21 +412,21 @@ def mentioned(text: str) -> set[str]:
     """Keys set or shown in a comment, as section.key."""
     keys, section = set(), ""
     for line in text.splitlines():
-        if found := re.match(r"( *)(?:# )?( *)(\w+):(?: |$)", line):
-            name = found[3]
-            section = "" if not found[1] + found[2] else section
+        if key_line := re.match(r"( *)(?:# )?( *)(\w+):(?: |$)", line):
+            name = key_line[3]
+            section = "" if not key_line[1] + key_line[2] else section
             keys.add(f"{section}{name}")
             section = section or f"{name}."
     return keys
 
 
 def test_the_template_shows_every_key_or_leaves_it_out_on_purpose() -> None:
-    every, own = set(section_keys(RunConfig)), mentioned(render("net:make", "images"))
+    every, named = set(section_keys(RunConfig)), mentioned(render("net:make", "images"))
     assert every - mentioned(render()) == set(LEFT_OUT)
-    assert every - own == {key for key, why in LEFT_OUT.items() if why not in ("for folders", "for factories")}
+    assert every - named == {key for key, why in LEFT_OUT.items() if why not in ("for folders", "for factories")}
     sections = set(RunConfig.model_fields)
     assert mentioned(render()) <= every | sections
-    assert own <= every | sections
+    assert named <= every | sections
 
 
 def test_the_template_explains_each_setting() -> None:

@@ -34,8 +34,8 @@ def bucket(server, monkeypatch, request):
     import urllib.request
 
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_REGION": "us-east-1"}
-    given = {**keys, "AWS_ENDPOINT_URL": server, "AWS_ALLOW_HTTP": "true"}
-    for name, value in given.items():
+    environment = {**keys, "AWS_ENDPOINT_URL": server, "AWS_ALLOW_HTTP": "true"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     urllib.request.urlopen(urllib.request.Request(f"{server}/measured", method="PUT"), timeout=300).close()
     return f"{BUCKET}/{request.node.name}"
@@ -96,8 +96,8 @@ def test_a_store_in_a_bucket_grows_by_images_and_measures_only_what_is_new(bucke
     assert not (tmp_path / "run" / "store.zarr").exists()
     at_once = opened(tmp_path / "once", sensitivity_images=64, sample_blocks=4)
     measure(at_once)
-    found, expected = (run.identity.open_store().gather(run.plan) for run in (grown, at_once))
-    assert {kind: sums.tobytes() for kind, sums in found.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}
+    actual, expected = (run.identity.open_store().gather(run.plan) for run in (grown, at_once))
+    assert {kind: sums.tobytes() for kind, sums in actual.items()} == {kind: sums.tobytes() for kind, sums in expected.items()}
 
 
 def test_other_settings_are_refused(bucket):

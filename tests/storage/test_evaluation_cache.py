@@ -99,19 +99,19 @@ def counts_of(assignment: Assignment) -> tuple[Assignment, Counts]:
 
 
 def test_counts_are_read_where_they_are_known_and_kept_where_they_are_measured(tmp_path):
-    cache, asked, done = EvaluationCache(tmp_path, "identity"), [], []
+    cache, requests, done = EvaluationCache(tmp_path, "identity"), [], []
 
     def measure(absent):
-        asked.append(list(absent))
+        requests.append(list(absent))
         return map(counts_of, reversed(absent))  # workers end in any order
 
     cache.put(*counts_of(ACTIVATED))
     counts = cache.read_or_measure([ONE, ACTIVATED, ONE, PARTIAL], measure, done.append)
-    assert asked == [[ONE, PARTIAL]]
+    assert requests == [[ONE, PARTIAL]]
     assert list(counts.items()) == [counts_of(assignment) for assignment in (ONE, ACTIVATED, PARTIAL)]
     assert done == [1, 1, 1]
     assert cache.read_or_measure([PARTIAL, ONE], measure) == dict(map(counts_of, (PARTIAL, ONE)))
-    assert asked[1:] == [[]]
+    assert requests[1:] == [[]]
 
 
 def test_what_was_measured_before_a_fault_is_kept(tmp_path):

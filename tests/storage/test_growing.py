@@ -142,10 +142,10 @@ def test_a_growth_that_dies_half_way_leaves_a_store_that_works_and_can_grow(tmp_
         with pytest.raises(OSError, match="No space"):
             store.grow(plan, coverage)
     again = opened(tmp_path / "run")
-    kept = again.identity.open_store()
-    assert kept.missing(again.plan) == []
-    assert kept.counts.tolist() == [8, 8]
-    assert {kind: values.tobytes() for kind, values in kept.gather(again.plan).items()} == {
+    same_store = again.identity.open_store()
+    assert same_store.missing(again.plan) == []
+    assert same_store.counts.tolist() == [8, 8]
+    assert {kind: values.tobytes() for kind, values in same_store.gather(again.plan).items()} == {
         kind: values.tobytes() for kind, values in sums.items()
     }
     assert measure(opened(tmp_path / "run", sensitivity_images=48)) == [t for t in grown.plan.tiles if t.sample_block == 2]

@@ -60,8 +60,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def chunk_of(store: MeasurementStore, tile: Tile) -> Path:
     """The only file below sums/ that a tile's write changes: found by looking, not by the store's own rule."""
     where = store.path / tile.kind / "sums" / "c" / str(tile.sample_block)
-    found = [path for path in where.rglob("*") if path.is_file()]
-    return sorted(found)[tile.number]
+    files = [path for path in where.rglob("*") if path.is_file()]
+    return sorted(files)[tile.number]
 
 
 def test_what_is_written_is_read_back_bit_for_bit_by_another_process_too(tmp_path):

@@ -94,9 +94,9 @@ class Bench:
 
     def start(self, *arguments: object, name: str = "out") -> subprocess.Popen:
         """Starts a command in a process group of its own; what it prints goes into a file."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "PYTEST"))}
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "PYTEST"))}
         watch = {"PYTHONPATH": str(self.folder / "watch"), "OUTSIDE_LOG": str(self.folder / "outside.log")}
-        environment = {**kept, "HOME": str(self.folder), **watch, **self.environment}
+        environment = {**variables, "HOME": str(self.folder), **watch, **self.environment}
         with (self.folder / f"{name}.txt").open("w") as output:
             return subprocess.Popen(
                 [self.executable, *map(str, arguments)], cwd=self.folder, env=environment, stdout=output, stderr=output,
@@ -128,12 +128,12 @@ class Bench:
         """Command lines of the living processes that were started in its folder, of whatever group."""
         import psutil
 
-        found = []
+        processes = []
         for other in psutil.process_iter():
             with suppress(psutil.Error):
                 if other.status() != psutil.STATUS_ZOMBIE and Path(other.cwd()) == self.folder:
-                    found.append(" ".join(other.cmdline()))
-        return found
+                    processes.append(" ".join(other.cmdline()))
+        return processes
 
     def done(self) -> list[Tile]:
         """Tiles that the store has so far."""

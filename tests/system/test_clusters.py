@@ -232,8 +232,8 @@ class Operator:
     folder: ClassVar[Path]
 
     def run(self, name: str, container: dict[str, Any], *more: object) -> None:
-        given = {"DASK_SCHEDULER_ADDRESS": self.scheduler_address, "DASK_WORKER_NAME": name}
-        self.machines.bench.environment = {**given, **{entry["name"]: entry["value"] for entry in container["env"]}}
+        variables = {"DASK_SCHEDULER_ADDRESS": self.scheduler_address, "DASK_WORKER_NAME": name}
+        self.machines.bench.environment = {**variables, **{entry["name"]: entry["value"] for entry in container["env"]}}
         here = {"$(DASK_WORKER_NAME)": name, "0.0.0.0": "127.0.0.1"}
         command, *arguments = (here.get(word, word) for word in container["args"])
         assert command == "dask"
@@ -263,12 +263,12 @@ class TestKubernetes(ProcessContract):
 
 def living(words: str) -> list[psutil.Process]:
     """Processes of this user whose command line has these words."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if words in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 # --- what only processes can do wrong

@@ -114,9 +114,9 @@ def test_a_wheel_outside_the_clone_runs_the_demo(tmp_path):
     install = [uv, "pip", "install", "--quiet", "--offline", "--no-deps", "--python", python, wheel]
     subprocess.run(install, check=True, timeout=PATIENCE)
     bench = Bench(tmp_path / "elsewhere", executable=tmp_path / "venv" / "bin" / "clado")
-    asked = Bench(tmp_path / "asked", executable=python)
-    asked.run("-c", "import clado, flows; print(clado.__file__, flows.__file__)")
-    assert str(ROOT) not in asked.printed().replace(str(packages), "")
+    installed = Bench(tmp_path / "asked", executable=python)
+    installed.run("-c", "import clado, flows; print(clado.__file__, flows.__file__)")
+    assert str(ROOT) not in installed.printed().replace(str(packages), "")
     bench.run("init", name="init")
     bench.run(
         "run", "clado.yaml", "folder=run", "data.sensitivity_images=8", "data.sample_blocks=2", "data.validation_images=50",

@@ -120,9 +120,9 @@ def check_resumed(bench: Bench, finished, done: list, times: dict[str, int]) -> 
     store = bench.run_folder / "store.zarr"
     text = bench.run("run", "clado.yaml", name="second")
     later = chunk_times(store)
-    kept = [name for name, when in times.items() if later[name] == when]
-    assert len(kept) >= len(done)  # every tile that was done was left alone
-    assert len(later) - len(kept) <= TILES - len(done)  # and no more than the absent ones were computed
+    unchanged = [name for name, when in times.items() if later[name] == when]
+    assert len(unchanged) >= len(done)  # every tile that was done was left alone
+    assert len(later) - len(unchanged) <= TILES - len(done)  # and no more than the absent ones were computed
     assert measured(store) == measured(finished.folder / "store.zarr")
     ours, theirs = (RunRecord.load(folder / "record.json") for folder in (bench.run_folder, finished.folder))
     assert [(r.assignment, r.loss_deployed, r.validation.top1) for r in ours.results] == [

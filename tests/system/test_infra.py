@@ -44,11 +44,11 @@ class Native:
         return self.ports.setdefault(number, free_port())
 
     def translate(self, text: str) -> str:
-        text = VARIABLE.sub(lambda found: GIVEN.get(found[1], ""), text)
-        text = re.sub(rf"\b({HOSTS}):(\d+)\b", lambda found: f"127.0.0.1:{self.port(found[2])}", text)
-        text = re.sub(r"--port (\d+)", lambda found: f"--port {self.port(found[1])}", text).replace("0.0.0.0", "127.0.0.1")
+        text = VARIABLE.sub(lambda match: GIVEN.get(match[1], ""), text)
+        text = re.sub(rf"\b({HOSTS}):(\d+)\b", lambda match: f"127.0.0.1:{self.port(match[2])}", text)
+        text = re.sub(r"--port (\d+)", lambda match: f"--port {self.port(match[1])}", text).replace("0.0.0.0", "127.0.0.1")
         return re.sub(
-            r"(?<![\w./])(/+)(tls|data|runs|etc/clado)\b", lambda found: f"{found[1][:-1]}{self.folder}/{found[2]}", text
+            r"(?<![\w./])(/+)(tls|data|runs|etc/clado)\b", lambda match: f"{match[1][:-1]}{self.folder}/{match[2]}", text
         )
 
     def environment(self, name: str) -> dict[str, str]:
@@ -76,11 +76,11 @@ class Native:
 
 def binaries() -> Path:
     """PostgreSQL's programs."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     which = shutil.which("initdb")
-    if not found and which is None:
+    if not programs and which is None:
         pytest.skip("PostgreSQL is not installed")
-    return found[-1].parent if found else Path(str(which)).parent
+    return programs[-1].parent if programs else Path(str(which)).parent
 
 
 @pytest.fixture
@@ -142,10 +142,10 @@ def buckets(services: Native) -> bool:
     import boto3
     from botocore.exceptions import BotoCoreError
 
-    given = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+    credentials = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
     try:
         for name in ("clado", "mlflow"):
-            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{services.port('8333')}", **given).create_bucket(Bucket=name)
+            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{services.port('8333')}", **credentials).create_bucket(Bucket=name)
     except BotoCoreError:
         return False
     return True
@@ -185,10 +185,10 @@ def test_the_services_start_ask_who_is_there_and_carry_a_run(native):
     )  # fmt: skip
     assert RunRecord.load(native.folder / "runs" / "demo" / "record.json").float_accuracy.top1 > 0.8
 
-    code, found = status(flows, GIVEN["PREFECT_AUTH"], {})
+    code, answer = status(flows, GIVEN["PREFECT_AUTH"], {})
     assert code == 200
-    assert [one["state_type"] for one in found] == ["COMPLETED"]
-    code, found = status(experiments, f"admin:{GIVEN['MLFLOW_ADMIN_PASSWORD']}", {"max_results": 50})
+    assert [one["state_type"] for one in answer] == ["COMPLETED"]
+    code, answer = status(experiments, f"admin:{GIVEN['MLFLOW_ADMIN_PASSWORD']}", {"max_results": 50})
     assert code == 200
-    assert "clado" in {one["name"] for one in found["experiments"]}
+    assert "clado" in {one["name"] for one in answer["experiments"]}
     assert {line for _, bench, _ in native.started for line in bench.outside()} | set(run.outside()) == set()

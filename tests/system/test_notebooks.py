@@ -1,4 +1,4 @@
-"""The lessons run top to bottom on the shipped network, their claims asserted on the way; and the API reference builds."""
+"""The lessons run top to bottom on the shipped network, their claims asserted on the way; and the site builds."""
 
 import re
 import shutil
@@ -30,9 +30,14 @@ def test_a_lesson_runs_top_to_bottom(path, tmp_path):
     assert re.fullmatch(rf"{path.name}: \d+ s\n", text)
 
 
-def test_the_api_reference_builds_without_warnings(tmp_path):
-    python("-W", "error", ROOT / "docs" / "reference.py", tmp_path)
-    facade = (tmp_path / "clado.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in facade for name in clado.__all__)
-    for page in ("index.html", "search.js", "clado/interaction.html", "clado/interaction/estimators/pairwise.html"):
+def test_the_site_builds_without_warnings_and_its_pages_lead_to_each_other(tmp_path):
+    python("-m", "sphinx", "--fail-on-warning", "--quiet", "-c", "docs", ".", tmp_path)
+    reference = tmp_path / "docs" / "reference"
+    facade = (reference / "clado.html").read_text(encoding="utf-8")
+    assert all(f'id="clado.{name}"' in facade for name in clado.__all__)
+    readme = (tmp_path / "README.html").read_text(encoding="utf-8")
+    for page in ("docs/method.html", "notebooks/1-why-pairs-matter.html", "docs/reference/clado.paper.html"):
+        assert f'href="{page}"' in readme
         assert (tmp_path / page).is_file()
+    moments = (reference / "clado.quantization.moments.html").read_text(encoding="utf-8")
+    assert 'href="../../tests/benchmarks/OVERFITTING.html"' in moments

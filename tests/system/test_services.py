@@ -101,9 +101,9 @@ def deploy(services: Services) -> None:
 
 def first_to_end(services: Services) -> dict[str, Any]:
     """The flow run that ended first, other than those that were skipped."""
-    asked = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}, "sort": "END_TIME_DESC"}
-    wait_for(lambda: services.api("flow_runs/filter", asked), "a scheduled run")
-    run: dict[str, Any] = services.api("flow_runs/filter", asked)[-1]
+    query = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}, "sort": "END_TIME_DESC"}
+    wait_for(lambda: services.api("flow_runs/filter", query), "a scheduled run")
+    run: dict[str, Any] = services.api("flow_runs/filter", query)[-1]
     return run
 
 
@@ -111,8 +111,8 @@ def point_at_each_other(services: Services, run: dict[str, Any]) -> None:
     """Prefect shows the table, links to the MLflow run and knows its id; MLflow knows the flow run's."""
     tracked = run["labels"]["mlflow_run_id"]
     mlflow = services.environment["MLFLOW_TRACKING_URI"]
-    found = services.api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
-    shown = {one["key"]: one["data"] for one in found if one["key"]}  # Prefect notes results of its own without a key
+    artifacts = services.api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    shown = {one["key"]: one["data"] for one in artifacts if one["key"]}  # Prefect notes results of its own without a key
     assert set(shown) == {TABLE, MLFLOW}
     assert "| uniform" in shown[TABLE]
     assert mlflow in shown[MLFLOW]

@@ -22,8 +22,7 @@ RELATIVE_TOLERANCE = 1e-9  # for sums of fractions (seconds); sums of integers a
 class Constraint:
     """Σ costs of the chosen options ≤ bound.
 
-    `costs` has one number per option of the space (`space.options`), in `unit`; `bound` has the same unit. Whole numbers are
-    added and compared exactly, fractions within a relative 1e-9.
+    Whole numbers are added and compared exactly, fractions within a relative 1e-9.
     """
 
     name: str

@@ -19,22 +19,23 @@ from clado.plugins import load
 from clado.space import Assignment
 
 TOLERANCE = 1e-6
-"""Relative tolerance of "optimal": nothing is better by more than this share of |objective|."""
+"""Relative tolerance of "optimal": nothing is better by more than this share of `|objective|`."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How far to search: limits, and choices to start from (they may break constraints: they are repaired or dropped).
-
-    `deadline` is on the clock of `time.perf_counter`. `shared` keeps what solves of the same function under other bounds may
-    share.
-    """
+    """How far to search, and from where."""
 
     deadline: float = np.inf
+    """When to stop, on the clock of `time.perf_counter`."""
     node_limit: int | None = None
+    """Nodes of the tree at most."""
     gap_limit: float = 0.0
+    """The relative gap at which to stop."""
     starts: tuple[Choices, ...] = ()
+    """Choices to start from. Those that break constraints are repaired or dropped."""
     shared: "Shared | None" = None
+    """What solves of the same function under other bounds may share."""
 
     @property
     def seconds_left(self) -> float:
@@ -44,24 +45,28 @@ class Task:
 
 @dataclass
 class Shared:
-    """What a solver computed once for a function, whatever the bounds; `program` is the one that it is computed for."""
+    """What a solver computed once for a function, whatever the bounds."""
 
     program: Program
+    """The program that it is computed for."""
     kept: dict[str, object] = field(default_factory=dict)
+    """What was computed, by name."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver found.
-
-    It has choices (one per group, None if none was found), a bound on the minimised function, and how it ended.
-    """
+    """The answer of a solver."""
 
     status: Status
+    """How it ended."""
     choices: Choices | None
+    """One choice for each group. None if there is none."""
     bound: float
+    """A lower bound on the minimised function."""
     nodes: int = 0
+    """Nodes of the tree that were solved."""
     message: str = ""
+    """What else the solver says."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class NodeBound:
     def solve(self, allowed: Mask, support: Mask | None = None, active: Mask | None = None, cutoff: float = np.inf) -> Bound:
         """A bound over the allowed choices. Stops early where the bound reaches `cutoff`.
 
-        Every group must have an allowed choice. The value is valid after any step: f(x') ≥ f(x) + ∇f(x)·(x' − x) for every x, and
-        the right side is minimised exactly over the groups with multipliers ≥ 0 on the knapsacks.
+        Every group must have an allowed choice. The value is valid after any step, because f(x') ≥ f(x) + ∇f(x)·(x' − x) for
+        every x. The right side is minimised exactly over the groups, with multipliers ≥ 0 on the knapsacks.
         """
         support = self._covered(allowed, support)
         active = np.zeros(len(self.limits), dtype=bool) if active is None else active.copy()

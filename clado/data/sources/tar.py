@@ -1,9 +1,9 @@
 """Images in uncompressed tar shards, as webdataset names them: KEY.jpg (or another image) and KEY.cls, its class.
 
-Two layouts: FOLDER/train/*.tar and FOLDER/val/*.tar (validation comes from val, the other slices from train), or FOLDER/*.tar.
-A .cls file holds a class number, or an ImageNet synset such as n01440764; shards without any are unlabelled. Headers are read
-once, images in place when they are loaded, so every image can be reached at random. webdataset itself streams shards in order,
-which slices that are drawn by seed cannot use.
+There are two layouts. With `FOLDER/train/*.tar` and `FOLDER/val/*.tar` validation comes from val, the other slices from train.
+The other layout is `FOLDER/*.tar`. A .cls file holds a class number, or an ImageNet synset such as n01440764. Shards without any
+are unlabelled. Headers are read once, and images in place when they are loaded. So every image can be reached at random. The
+package webdataset streams shards in order, which is no use for slices that are drawn by seed.
 """
 
 import tarfile

@@ -3,12 +3,9 @@
 To add a peer, add a file to this folder with a function `snippet(space, assignment) -> str`. The
 file's name is the format's name.
 
-
-Every snippet
-
-- holds the assignment as the literal `BITS`; `read_assignment` reads it without running the file
-- quantizes weights symmetrically, with one scale per output channel if the peer allows it
-- checks that each layer has the assigned bits.
+Every snippet holds the assignment as the literal `BITS`. `read_assignment` reads it without running
+the file. It quantizes weights symmetrically, with one scale per output channel if the peer allows
+it. It checks that each layer has the assigned bits.
 
 Activation bits are the literal `ACTIVATION_BITS`. ModelOpt applies them. torchao does not, and MCT
 does not, because it quantizes outputs of layers and not inputs; their snippets say so. Assignments

@@ -1,6 +1,6 @@
 """A Python file that quantizes a network with Sony's Model Compression Toolkit as assigned. Verified with 2.6.1.
 
-Source: https://sony.github.io/model_optimization/api/api_docs/classes/BitWidthConfig.html, the manual choice of bit-widths; its
+Source: https://sony.github.io/model_optimization/api/api_docs/classes/BitWidthConfig.html, the manual choice of bit-widths. A
 target platform must offer each width, so the snippet makes one that offers the assigned ones. One bit is refused: MCT's codes
 are −1 and 0, ours −1 and +1. Activation bits are not applied: MCT quantizes the outputs of nodes, ours are of layers' inputs.
 """

@@ -27,14 +27,18 @@ Array = NDArray[np.float64]
 class Measured:
     """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
 
-    `counts` (blocks,) are images per block. The shape behind the first axis is that of the tile kind (`TileKind.shape`). Singles
-    are the first row of gram, where that was measured.
+    The shape behind the first axis is that of the tile kind (`TileKind.shape`). Singles are the first row of gram, where that
+    was measured.
     """
 
     space: SearchSpace
+    """The options that rows and columns stand for."""
     criterion: str
+    """Name of the loss that was measured."""
     counts: NDArray[np.int64]
+    """(blocks,) images of each sample block."""
     sums: Mapping[str, Array]
+    """Sums over the images of each block, by tile kind."""
 
     def __post_init__(self) -> None:
         if "gram" in self.sums and "singles" not in self.sums:

@@ -1,8 +1,8 @@
 """The Gauss–Newton form of the loss in the logits: Ω = mean_n u_kᵀ F_n u_l over every two options k, l.
 
-u_k is the change of a sample's logits under option k alone and F = diag(p) − p pᵀ of the float softmax: the second order of
-`kl_to_float` (Martens, arXiv 1412.1193, section 9.2, for the generalised Gauss–Newton matrix). Ω is a Gram matrix, hence
-positive semidefinite up to rounding; its in-layer entries are kept as computed. With `cross_entropy` the first-order term
+u_k is the change of a sample's logits under option k alone, and F = diag(p) − p pᵀ of the float softmax. This is the second
+order of `kl_to_float` (Martens, arXiv 1412.1193, section 9.2, for the generalised Gauss–Newton matrix). Ω is a Gram matrix,
+hence positive semidefinite up to rounding. Its in-layer entries are kept as computed. With `cross_entropy` the first-order term
 mean (p − y)ᵀ u_k, measured too, is added to the diagonal (twice, as every entry is on the scale of twice a loss).
 
 Costs 1 + K forwards of the sensitivity set instead of about K² / 2.

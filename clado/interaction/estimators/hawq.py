@@ -1,11 +1,11 @@
 """Average Hessian trace times squared error: tr(H_ii) / n_i · ‖Δ_i(b)‖², on the diagonal.
 
 HAWQ-V2 (arXiv 1911.03852, section 3.2), kept by HAWQ-V3 (arXiv 2011.10680). H_ii is the Hessian of the loss in the n_i weights
-of layer i at the float network; its trace is Hutchinson's estimate, as many random vectors in each sample block as
-`gradients.vectors` says. With `kl_to_float` H is the Gauss–Newton matrix and no label is needed; with `cross_entropy` it is that
-of the labels' loss, and a trace that comes out negative counts as 0: more error would look like a gain.
+of layer i at the float network. Its trace is Hutchinson's estimate. `gradients.vectors` says how many random vectors each sample
+block takes. With `kl_to_float` H is the Gauss–Newton matrix, and no label is needed. With `cross_entropy` H is that of the
+labels' loss. A trace that comes out negative then counts as 0, because more error would look like a gain.
 
-It would be a loss if errors had no direction, which rounding errors have: the values order assignments only. A layer's bias and
+It would be a loss if errors had no direction. Rounding errors have one, so the values only rank assignments. A layer's bias and
 its activations are not seen. Costs one forward of the sensitivity set, and 1 + `vectors` backwards.
 """
 

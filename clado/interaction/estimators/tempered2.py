@@ -1,14 +1,14 @@
 """The Gauss–Newton form at twice the temperature: Ω = mean_n u_kᵀ F_n u_l with F = diag(q) − q qᵀ of q = softmax(z / 2).
 
-The float network is nearly sure of most images, so F at its own softmax hardly sees what moves their logits, until an assignment
-has moved them far: there the loss grows with the change of the logits, not with its square. The exact remainder of `kl_to_float`
-holds F averaged along the way, ½ uᵀ ∫ 2 (1 − t) F(z + t u) dt u, and the softmax averaged over changes of the logits of
-variance s² is close to the softmax at temperature √(1 + π s² / 8) (MacKay, Neural Computation 4, 1992, "The evidence framework
-applied to classification networks"). So a temperature stands for how far the logits of low budgets move: 2 for a variance of
-about 8, 4 for 38 (`tempered4`), 8 for 160 (`tempered8`); which suits a budget is seen by measuring the proposals. It orders
-assignments and predicts no loss. Positive semidefinite.
+The float network is nearly sure of most images. So F at its own softmax hardly sees what moves their logits. That changes when
+an assignment has moved them far. There the loss grows with the change of the logits, not with its square. The exact remainder of
+`kl_to_float` holds F averaged along the way, ½ uᵀ ∫ 2 (1 − t) F(z + t u) dt u. The softmax averaged over changes of the logits
+of variance s² is close to the softmax at temperature √(1 + π s² / 8). (MacKay, Neural Computation 4, 1992, "The evidence
+framework applied to classification networks".) So a temperature stands for how far the logits of low budgets move. It is 2 for a
+variance of about 8, 4 for 38 (`tempered4`), and 8 for 160 (`tempered8`). Which suits a budget is seen by measuring the
+proposals. It ranks assignments and predicts no loss. It is positive semidefinite.
 
-Costs nothing beside gauss_newton's 1 + K forwards, which it shares.
+It costs nothing beyond the 1 + K forwards of gauss_newton, which it shares.
 """
 
 from clado.interaction.estimators import Estimator, Measured

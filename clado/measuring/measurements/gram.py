@@ -45,8 +45,8 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 def _add_products(grams: Tensor, u: Tensor, q: Tensor) -> None:
     """Adds the products v vᵀ of v = √q (u − qᵀu) to grams (T, K, K), float64: on and below the diagonal, and a bit above.
 
-    u (K, N, C), q (T, N, C). On a CPU a few samples at a time, which its cache holds from step to step, each product in the type
-    of u: twice as fast, and as exact as differences of logits are. On a GPU all in float64.
+    u (K, N, C), q (T, N, C). A CPU takes a few samples at a time, which its cache holds from step to step. Each product is in the
+    type of u. That is twice as fast, and as exact as differences of logits are. A GPU computes all in float64.
     """
     on_cpu = u.device.type == "cpu"
     dtype, elements, rows = (u.dtype, 4096, 32) if on_cpu else (torch.float64, 2**16, 1024)

@@ -39,8 +39,8 @@ def average_traces(
     """(1 + K,) sums over images: the float network's loss, then of each option tr(H_ii) / n_i · ‖Δ‖², n_i weights in layer i.
 
     The trace of the Hessian of the loss in a layer's weights is Hutchinson's estimate, mean v_iᵀ (H v)_i over `num_vectors`
-    vectors v of random signs in all layers at once: other layers' blocks vanish in expectation. One forward and one backward an
-    image, and another backward through both for each vector.
+    vectors v of random signs. A vector covers all layers at once, because blocks of other layers vanish in expectation. An image
+    takes one forward and one backward, and another backward through both for each vector.
     """
     network, space = prepared.network, prepared.space
     weights = leaves(network.weights)
@@ -97,5 +97,5 @@ def images_at_once(network: Network, most: int, limit_bytes: int | None) -> int:
     Autograd keeps every layer's input and output, and second derivatives as much again twice over. All of it is within a
     quarter of the limit (default 2 GB).
     """
-    kept = 8 * sum(place.cut.bytes_per_image for place in network.places)
-    return max(1, min(most, (limit_bytes or 2 * 10**9) // (4 * max(1, kept))))
+    prefix_bytes = 8 * sum(place.cut.bytes_per_image for place in network.places)
+    return max(1, min(most, (limit_bytes or 2 * 10**9) // (4 * max(1, prefix_bytes))))

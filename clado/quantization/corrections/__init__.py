@@ -8,8 +8,8 @@
 
 Everything but the last is static: it is done before measuring, and costs a probe nothing.
 
-To add a correction, add a file to this folder with an object `correction = ...` of one of these classes, and subclass a contract
-for it (tests/contracts/correction.py, tests/contracts/rounding.py). The file's name is the correction's name.
+To add a correction, add a file to this folder with an object `correction = ...` of one of these classes. The file's name is the
+correction's name. Subclass a contract for it (tests/contracts/correction.py, tests/contracts/rounding.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -48,7 +48,7 @@ class Side:
     """How many neighbouring inputs make one channel, for a linear operator behind a flattened image."""
 
     def ranges(self, magnitude: Tensor) -> Tensor:
-        """max |w| of each channel, (channels,), of max |w| over the kernel."""
+        """The maximum of `|w|` of each channel, (channels,), of that over the kernel."""
         if self.axis == 1:
             magnitude = magnitude.reshape(self.groups, -1, magnitude.shape[1]).transpose(1, 2).flatten(0, 1)
         return magnitude.reshape(-1, self.repeat * magnitude.shape[1]).amax(1)

@@ -1,15 +1,15 @@
 """AdaRound: whether each weight rounds up or down is learned from the layer's output (Nagel et al., arXiv 2004.10568).
 
-A weight lies between two neighbouring codes, base and base + step. It becomes base + h(V) · step, where the rectified sigmoid h
-runs from 0 to 1 over V and reaches both ends; V starts where the weight does, so that cutting h at one half gives nearest codes.
-Adam minimises
+A weight lies between two neighbouring codes, base and base + step. It becomes base + h(V) · step. The rectified sigmoid h runs
+from 0 to 1 over V and reaches both ends. V starts where the weight does, so that cutting h at one half gives nearest codes. Adam
+minimises
 
     N tr(Eᵀ Σ E) / tr(E₀ᵀ Σ E₀)  +  λ Σ (1 − |2 h(V) − 1|^β)
 
 for N weights. Σ is the second moment of the layer's float inputs, E = W̃ − W the error of the weight as columns, and E₀ that of
-nearest codes. The first trace is the expected squared output error of the layer, which the paper estimates on mini-batches
-(its equation 20). Dividing by the error of nearest codes makes λ, unlike the paper's, a number that fits any layer and
-bit-width. β falls from loose to tight, which leaves every h at 0 or 1.
+nearest codes. The first trace is the expected squared output error of the layer, which the paper estimates on mini-batches (its
+equation 20). The weight λ fits any layer and bit-width, unlike the paper's, because the first term is divided by the error of
+nearest codes. β falls from a large value to a small one, which leaves every h at 0 or 1.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 Channel c of a layer's result is divided by s_c, and the next layer's input channel is multiplied by it. This changes nothing if
 everything between is positively homogeneous, f(x / s) = f(x) / s (Nagel et al., arXiv 1906.04721; Meller et al., arXiv
-1902.01917). A channel's share p_c is its range max |w| divided by the tensor's range. Three scales are exact:
+1902.01917). A channel's share p_c is its range `max |w|` divided by the tensor's range. Three scales are exact:
 
     between              divided by s                                multiplied by s        s
     layer, layer         output channels of the first, its bias      inputs of the second   √(p1 / p2): both shares become equal

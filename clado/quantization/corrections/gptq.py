@@ -7,8 +7,8 @@ the weight reduce it:
 - GPTQ, which is OBQ (arXiv 2208.11580) with one order of columns for all channels. Where H + λI = R Rᵀ with R upper triangular,
   column k becomes the nearest codes of w_k + Σ_{i<k} (w_i − q_i) R_ik / R_kk. These are the numbers of the paper's Cholesky
   factor of the inverse (Chee et al., arXiv 2307.13304, theorem 6), without an inverse.
-- Coordinate descent (after CDQuant, arXiv 2406.17542; here in cyclic order) from there: column k becomes the nearest codes of
-  w_k + Σ_{i≠k} (w_i − q_i) H_ik / H_kk, the best ones given all other columns. It never raises the error.
+- Coordinate descent from there (after CDQuant, arXiv 2406.17542; here in cyclic order). Column k becomes the nearest codes of
+  w_k + Σ_{i≠k} (w_i − q_i) H_ik / H_kk. They are the best ones for the other columns as they are. It never raises the error.
 """
 
 from collections.abc import Callable, Sequence

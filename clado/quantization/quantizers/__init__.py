@@ -30,11 +30,14 @@ def quantizer_of(name: str) -> Quantizer:
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """Round to nearest on a b-bit grid, per tensor or per output channel; `name` is the file that chooses the range."""
+    """Rounds weights to the nearest code of a b-bit grid."""
 
     name: str = "mse"
+    """The file that chooses the range."""
     per_channel: bool = True
+    """Whether each output channel has a scale of its own, or the tensor has one."""
     symmetric: bool = True
+    """Whether the grid is symmetric about zero, or affine."""
 
     def __post_init__(self) -> None:
         quantizer_of(self.name)  # refuses an unknown name
