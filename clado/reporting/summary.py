@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -142,7 +142,7 @@ def _cell(row: Result | None) -> str:
 def summary(record: RunRecord) -> Group:
     """What fits on a screen. The rest is in table.md, the report, and `clado show RUN --details`."""
     texts = [f"{record.network}, {record.criterion}", *headlines(record)]
-    parts = [*map(Text, texts), table(record), Text(tables.verdict(record))]
+    parts: list[RenderableType] = [*map(Text, texts), table(record), Text(tables.verdict(record))]
     fewer = _fewer_corrections(record)
     parts += [Text(text) for text in (fewer, _notes(record)) if text]
     return Group(*parts)
