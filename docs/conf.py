@@ -37,7 +37,7 @@ def docstring(app: object, what: str, name: str, obj: object, options: object, l
     """Lets reStructuredText read our docstrings."""
     text = "\n".join(lines)
     if what in ("attribute", "data", "property"):
-        text = "\n" + text  # else napoleon takes what is before a colon for a type
+        text = "..\n\n" + text  # an empty comment; else napoleon takes what is before a colon for a type
     text = re.sub(r"^(?! )(.+)\n\n(?=    )", r"\1\n\n::\n\n", text, flags=re.M)  # an indented block is code
     text = re.sub(r"\b(docs/[\w-]+|tests/benchmarks/[A-Z_]+)\.md", r":doc:`/\1`", text)  # guides are pages of the site
     lines[:] = text.split("\n")

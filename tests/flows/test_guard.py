@@ -73,16 +73,16 @@ def terminate(number, frame):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("handler", [True, False])
-def test_a_termination_that_python_drops_comes_again(handler):
+@pytest.mark.parametrize("insists", [True, False])
+def test_a_termination_that_python_drops_comes_again(insists):
     signal.signal(signal.SIGTERM, terminate)
     reached = False
-    with pytest.raises(Terminated) if handler else nullcontext(), insistent(0.2) if handler else nullcontext():
+    with pytest.raises(Terminated) if insists else nullcontext(), insistent(0.2) if insists else nullcontext():
         dropped = Dropped()
         del dropped
         time.sleep(2)
         reached = True
-    assert reached != handler
+    assert reached != insists
     assert signal.getsignal(signal.SIGTERM) is terminate
 
 

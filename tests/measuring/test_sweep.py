@@ -289,9 +289,9 @@ def test_losses_of_what_ships_are_against_the_float_network_too():
         tolerance.assert_close_losses(score_passes(b.criterion, *ships, b.passes(1)).losses, expected)
 
 
-@pytest.mark.parametrize(("cached", "runs"), [(2**24, 1), (0, 3)])
-def test_float_logits_are_computed_once_where_they_are_few(cached, runs, monkeypatch):
-    monkeypatch.setattr(workbench, "FLOAT_LOGITS_BYTES", cached)
+@pytest.mark.parametrize(("cache_bytes", "runs"), [(2**24, 1), (0, 3)])
+def test_float_logits_are_computed_once_where_they_are_few(cache_bytes, runs, monkeypatch):
+    monkeypatch.setattr(workbench, "FLOAT_LOGITS_BYTES", cache_bytes)
     b = bench(Normed)
     logits, calls = b.network.logits, []
     monkeypatch.setattr(b.network, "logits", lambda x, replaced=None: calls.append(replaced is None) or logits(x, replaced))
