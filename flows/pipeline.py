@@ -9,6 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 
+from clado.choosing.proposals import budgets_of
+from clado.errors import CladoError
 from clado.records.results import Receipt
 from clado.records.text import write_text
 from clado.settings.loading import parse_config
@@ -54,7 +56,18 @@ def as_task(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     return result
 
 
-@flow(name="clado-pipeline", validate_parameters=False, persist_result=False)
+def flow_run_name() -> str:
+    """How Prefect calls a flow run: by its network and its budgets."""
+    config = flow_run.parameters["config"]
+    try:
+        settings = config if isinstance(config, RunConfig) else parse_config(config)
+    except CladoError:  # the run itself says so
+        return "refused"
+    budgets = ", ".join(budget.name for budget in budgets_of(**settings.budgets.model_dump()))
+    return f"{settings.network.name} at {budgets}"
+
+
+@flow(name="clado-pipeline", flow_run_name=flow_run_name, validate_parameters=False, persist_result=False)
 def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None = None) -> Receipt:
     """Runs a configuration (or plain data, as `RunConfig` takes it) to the end; resumes whatever its folder already holds.
 

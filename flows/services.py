@@ -89,7 +89,8 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
     return {
         "prefect": Service(
             ("prefect", "server", "start", "--host", HOST, "--port", str(ports.prefect)),
-            {**home, "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database},
+            # its pages ask this address; without it they would ask the usual port
+            {**home, "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database, "PREFECT_SERVER_UI_API_URL": prefect},
             lambda: _get(f"{prefect}/health") is True,
         ),
         "mlflow": Service(

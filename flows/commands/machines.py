@@ -57,6 +57,7 @@ def up(
     typer.echo(
         ("Up. " if fresh else "Already up. ") + f"Logs and databases are in {folder}; end it with: clado down"
         + ("" if folder == Path("runs/services") else f" --folder {folder}")
+        + f"\nOpen http://{services.HOST}:{prefect_port} (Prefect) and http://{services.HOST}:{mlflow_port} (MLflow)."
         + "\nA run on it: clado run demo.yaml cluster.kind=address cluster.address=$DASK_SCHEDULER_ADDRESS"
         + "\nSchedules: prefect --no-prompt deploy --all", err=True,
     )  # fmt: skip

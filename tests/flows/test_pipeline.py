@@ -31,6 +31,7 @@ from clado.settings.loading import parse_config
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
+from flows import pipeline
 from flows.commands.export import loading_snippet
 from flows.commands.stored import StoredRun, chosen_for, recorded
 from flows.phases.record import git_revision
@@ -184,6 +185,12 @@ def test_brier_scores_and_agreement_are_those_of_the_network_that_ships(finished
     q, p = (module(x).detach().double().softmax(-1) for module in modules)
     assert row.agreement_deployed == float((q.argmax(-1) == p.argmax(-1)).double().mean())
     assert row.brier_deployed == pytest.approx(float((q - p).square().sum(-1).mean()), rel=1e-4)
+
+
+def test_a_flow_run_is_called_by_its_network_and_budgets(finished, monkeypatch):
+    for document, name in ((finished.document, f"resnet20_fashion_mnist at {BUDGETS[0]:g} bits"), ({"bits": [0]}, "refused")):
+        monkeypatch.setattr(pipeline, "flow_run", SimpleNamespace(parameters={"config": document}))
+        assert pipeline.flow_run_name().startswith(name)
 
 
 def test_each_tile_and_each_distinct_assignment_is_computed_once(finished, record):

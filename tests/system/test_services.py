@@ -5,6 +5,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def refuses_what_is_taken(services: Services) -> None:
     assert not (services.folder / "elsewhere").exists()
 
 
+def pages_ask_their_own_port(services: Services) -> None:
+    """Prefect's pages ask the server that they come from, whatever its port."""
+    api = services.environment["PREFECT_API_URL"]
+    with urllib.request.urlopen(f"{api.removesuffix('/api')}/ui-settings", timeout=30) as answer:
+        assert json.load(answer)["api_url"] == api
+
+
 def deploy(services: Services) -> None:
     """The repository's deployments; the time of one of them comes every minute, for a smaller run on the services' cluster."""
     document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -131,6 +139,7 @@ def test_a_machine_from_nothing_to_a_scheduled_run_and_back(services):
     everything = services.family()
     assert listeners(everything) == {HOST}
     refuses_what_is_taken(services)
+    pages_ask_their_own_port(services)
     deploy(services)
     run = first_to_end(services)
     assert (run["state_type"], run["auto_scheduled"]) == ("COMPLETED", True), run["state"]
