@@ -21,6 +21,7 @@ from tests.imagenet.efficientnet import CALIBRATION, MEAN, SENSITIVITY, SHAPE, S
 
 pytestmark = [pytest.mark.imagenet, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes" / "imagenet"
 BUDGET = 5.0
 PUBLISHED = 0.75
 """Top-1 of EfficientNet-Lite0 on ImageNet's validation images; a subset of n is off by four standard errors at most."""
@@ -94,3 +95,24 @@ def test_measured_solved_evaluated_and_exported(tmp_path: Path) -> None:
         told = clado("export", str(tmp_path / "run"), "--budget", str(BUDGET), "--format", kind, "-o", str(tmp_path / kind))
         print(told)
         assert any((tmp_path / kind).rglob("*.*"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "efficientnet_lite0"))
+def test_a_recipe_runs_to_the_last_step_with_random_weights_on_few_photos(name: str, tmp_path: Path) -> None:
+    few = [
+        "network.weights=random", "network.weights_name=null", f"data.path={photos(tmp_path / 'photos')}",
+        "data.class_balanced=false", "data.calibration_images=4", "data.sensitivity_images=4", "data.validation_images=4",
+        "data.sample_blocks=2", "estimators=[layerwise]", "budgets.average_bits=[4]", "cluster.kind=local", "cluster.workers=1",
+        "measure.memory_limit_mb=4000", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", f"folder={tmp_path / 'run'}",
+    ]  # fmt: skip
+    recipe = str(RECIPES / f"{name}.yaml")
+    planned = clado("plan", recipe, *few)
+    clado("run", recipe, *few)
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert f"{len(record.layer_names)} layers" in planned
+    chosen = record.find("4 bits", CHOSEN)
+    assert chosen is not None
+    assert chosen.average_bits <= 4
+    clado("export", str(tmp_path / "run"), "--budget", "4", "--format", "packed", "-o", str(tmp_path / "packed"))
+    size = (tmp_path / "packed" / "packed.safetensors").stat().st_size
+    assert chosen.size_bytes <= size <= 1.1 * chosen.size_bytes + 4 * sum(tensor[1] for tensor in record.unsearched)
