@@ -24,7 +24,9 @@ from tests.system.browser import browser
 
 PATIENCE = 420  # seconds until the server has to answer
 WIDTH, HEIGHT = 1240, 800
-COLUMNS = ("attributes.`Models`", "params.`budget`", "params.`method`", "metrics.`top1`", "metrics.`size_bytes`")
+COLUMNS = (
+    "attributes.`Models`", "params.`budget`", "params.`method`", "metrics.`top1`", "metrics.`top1_subset`", "metrics.`size_bytes`",
+)  # fmt: skip
 
 
 @contextmanager
@@ -63,8 +65,11 @@ def _wait(url: str, server: "subprocess.Popen[bytes]") -> None:
     raise TimeoutError(f"MLflow's server did not answer within {PATIENCE} s (exit code {server.poll()})")
 
 
-def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str) -> None:
-    """Opens the list of a run's nested runs, with columns of `COLUMNS`. `last` is the name of a run to wait for."""
+def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str, model: str = "zoo.") -> None:
+    """Opens the list of a run's nested runs, with columns of `COLUMNS`.
+
+    `last` is the name of a run to wait for, and `model` a part of the name of its models.
+    """
     state = {
         "selectedColumns": COLUMNS,
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'",
@@ -83,7 +88,7 @@ def show(page: Page, address: str, experiment_id: str, parent_id: str, last: str
     page.goto(f"{address}/#/experiments/{experiment_id}/runs")
     page.get_by_text(last, exact=True).first.wait_for(timeout=PATIENCE * 1000)
     page.get_by_label("Toggle sidebar").click()
-    page.get_by_text("zoo.", exact=False).first.wait_for(timeout=PATIENCE * 1000)  # the models come with a request of their own
+    page.get_by_text(model, exact=False).first.wait_for(timeout=PATIENCE * 1000)  # the models come with a request of their own
 
 
 def main(folder: Path) -> None:
@@ -98,8 +103,11 @@ def main(folder: Path) -> None:
     [experiment] = [item for item in client.search_experiments() if item.name == "clado"]
     parent = client.search_runs([experiment.experiment_id], "tags.mlflow.source.name = 'clado run'", max_results=1)[0]
     children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", max_results=1)
+    query = f"tags.mlflow.parentRunId = '{parent.info.run_id}' and params.method = 'chosen'"
+    chosen = client.search_runs([experiment.experiment_id], query, max_results=1)
     with served(database.parent) as address, browser(width=WIDTH, height=HEIGHT) as opened:
-        show(opened.page, address, experiment.experiment_id, parent.info.run_id, children[0].info.run_name)
+        model = client.search_model_versions(f"run_id = '{chosen[0].info.run_id}'")[0].name
+        show(opened.page, address, experiment.experiment_id, parent.info.run_id, children[0].info.run_name, model)
         opened.page.wait_for_timeout(1000)  # for the sidebar to fold
         opened.page.screenshot(path=Path(__file__).with_name("mlflow.png"))
 
