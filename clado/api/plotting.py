@@ -17,8 +17,8 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
 
     Args:
         result: A matrix (heat map), a solution or what `compress` gives (bits per layer), a front
-            (predicted loss against size), or a run or its record (accuracy against size; without
-            labels loss against size).
+            (predicted loss against size), or a run or its record (the metric of one's own, or
+            accuracy against size; without labels loss against size).
 
     Returns:
         A figure of matplotlib.
@@ -36,6 +36,8 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
         case Run():
             return plot(result.record)
         case RunRecord():
+            if result.metric_name is not None:
+                return plots.metric_against_size(result)
             has_top1 = result.float_accuracy.top1 is not None
             return plots.accuracy_against_size(result) if has_top1 else plots.loss_against_size(result)
     raise ConfigurationError(

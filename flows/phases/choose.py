@@ -225,9 +225,12 @@ def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float |
 
 
 def chosen_of(run: OpenedRun, proposed: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
-    """One row for each reported proposal, and the chosen ones, by what was measured on the decision set."""
+    """One row for each reported proposal, and the chosen ones, by what was measured on the decision set.
+
+    Without classes there are no Brier scores, and the loss alone decides.
+    """
     scores = {assignment: Score(of_one.mean_brier, of_one.each_hit) for assignment, of_one in counts.items()}
-    return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores)
+    return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores if run.has_classes else None)
 
 
 def with_final_corrections(

@@ -191,7 +191,7 @@ def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal
             loss if isfinite(loss) else None,
             predicted,
             brier if isfinite(brier) else None,
-            float(counts.each_hit.mean()),
+            float(counts.each_hit.mean()) if counts.hits else None,
             by,
         )
 
