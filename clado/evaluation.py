@@ -14,17 +14,81 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clado import criteria
+from clado.criteria import PackedCriterion
 from clado.criteria.cross_entropy import cross_entropy
 from clado.criteria.kl_to_float import kl_to_float
 from clado.data.images import ImageSlice
-from clado.errors import DataError
+from clado.errors import ConfigurationError, DataError
 from clado.measuring.plan import sample_blocks
-from clado.measuring.workbench import split
+from clado.measuring.workbench import on_device, split
 from clado.network.network import Network, Replaced
+from clado.network.outputs import LOGITS, Outputs
+from clado.plugins import imported
 from clado.records.interval import Interval
 from clado.records.results import Accuracy, Comparison
 
 Number = TypeVar("Number", int, float)
+Metric = Callable[[Any, Any], Tensor]
+"""(outputs in the network's own form, targets) -> a number for each image (N,), of which more is better."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is counted of each image, beside what is counted of any classifier."""
+
+    outputs: Outputs = LOGITS
+    """The form of the network's outputs."""
+    criterion: PackedCriterion | None = None
+    """Gives the loss, in place of cross entropy or KL divergence."""
+    metric: Metric | None = None
+    """A metric of one's own."""
+    metric_name: str | None = None
+    """Its name, which reports call it by."""
+
+    @classmethod
+    def of(cls, outputs: Outputs, criterion: Any = None, metric: Any = None) -> "Judge":
+        """The judge of a network.
+
+        Args:
+            outputs: The form of its outputs.
+            criterion: As `clado.criteria.criterion_of` takes it. Of criteria of classes, and without one, the loss of logits is
+                cross entropy or KL. Other outputs then have the loss `mse_to_float`.
+            metric: A callable, or `package.module:name`.
+
+        Raises:
+            ConfigurationError: There is no such criterion or metric.
+        """
+        packed = criteria.packed(criterion or ("kl_to_float" if outputs.are_logits else "mse_to_float"), outputs)
+        function = imported(metric, "metric") if isinstance(metric, str) else metric
+        if function is not None and (isinstance(function, type) or not callable(function)):
+            raise ConfigurationError(
+                f"metric {metric!r} cannot be called; expected (outputs, targets) -> a number for each image"
+            )
+        name = metric.partition(":")[2] if isinstance(metric, str) else getattr(function, "__name__", type(function).__name__)
+        return cls(outputs, None if "classes" in packed.offers else packed, function, None if function is None else name)
+
+    def has_classes(self, labels: Tensor | None) -> bool:
+        """Whether the outputs are logits, and the labels, where there are any, are their classes."""
+        return self.outputs.are_logits and (labels is None or (labels.ndim == 1 and not labels.is_floating_point()))
+
+    def columns(self, logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> dict[str, Tensor]:
+        """`loss` and `metric` of each image (n,), as far as they are one's own."""
+        columns: dict[str, Tensor] = {}
+        if self.criterion is not None:
+            assert floats is not None  # `count_each` computes them
+            columns["loss"] = self.criterion.of(floats, labels)(logits)
+        if self.metric is not None:
+            columns["metric"] = self.outputs.numbers(f"metric {self.metric_name}", self.metric, logits, labels)
+        return columns
+
+    def refuse_unfit(self, logits: Tensor, labels: Tensor | None) -> None:
+        """Refuses (ConfigurationError) a metric of one's own that fails on a few images, or gives something else than numbers."""
+        self.columns(logits, labels, logits)
+
+
+CLASSIFIER = Judge()
+"""Counts top-1, top-5, and cross entropy or KL divergence."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +106,24 @@ class Counts:
     classes: tuple[tuple[int, int, int], ...] = ()
     """(class, images, top-1 hits) of each class that has images, in order of the classes."""
     briers: tuple[float, ...] = ()
-    """Brier score of each image of the decision set, to six digits; empty if they were not measured."""
+    """Brier score of each image of the decision set, to six digits; its loss where there are no classes. Else empty."""
     hits: str = ""
     """A 1 or a 0 for each image: whether its top class is right. Without labels, whether it is the float network's."""
     agreed: str = ""
     """A 1 or a 0 for each validation image: whether its top class is the float network's."""
     kl: tuple[float, ...] = ()
     """KL divergence from the float network of each validation image, in nats, to six digits."""
+    metric: tuple[float, ...] = ()
+    """A metric of one's own of each image."""
+    metric_name: str | None = None
+    """Its name."""
 
     def __post_init__(self) -> None:
         # from JSON
         object.__setattr__(self, "classes", tuple((label, images, hits) for label, images, hits in self.classes))
         object.__setattr__(self, "kl", tuple(self.kl))
         object.__setattr__(self, "briers", tuple(self.briers))
+        object.__setattr__(self, "metric", tuple(self.metric))
 
     def __add__(self, other: "Counts") -> "Counts":
         if not self.num_images:
@@ -69,6 +138,8 @@ class Counts:
             self.hits + other.hits,
             self.agreed + other.agreed,
             self.kl + other.kl,
+            self.metric + other.metric,
+            self.metric_name,
         )
 
     def accuracy(self) -> Accuracy:
@@ -81,6 +152,8 @@ class Counts:
             None if self.top5 is None else self.top5 / n,
             math.fsum(self.kl) / n if self.kl else None,
             self.agreed.count("1") / n if self.agreed else None,
+            math.fsum(self.metric) / n if self.metric else None,
+            self.metric_name,
         )
 
     @property
@@ -133,6 +206,7 @@ def count(
     stop: int,
     batch_images: int | None = None,
     reference: Network | None = None,
+    judge: Judge = CLASSIFIER,
 ) -> Counts:
     """Counts over images start..stop−1 of a slice, with layers replaced.
 
@@ -146,8 +220,9 @@ def count(
         stop: The image after the last.
         batch_images: Images of one forward pass; by default as many as are fast.
         reference: The float network. Each image is compared with it.
+        judge: What else is counted.
     """
-    return count_each([(network, replaced)], images, start, stop, batch_images, reference)[0]
+    return count_each([(network, replaced)], images, start, stop, batch_images, reference, judge)[0]
 
 
 def count_each(
@@ -157,12 +232,13 @@ def count_each(
     stop: int,
     batch_images: int | None = None,
     reference: Network | None = None,
+    judge: Judge = CLASSIFIER,
 ) -> list[Counts]:
     """`count` of several networks with layers replaced. Each image is decoded once.
 
     The images are held in memory, and of the networks one at a time. The sums are the same, bit for bit.
 
-    Each image is compared with the float network where `reference` is given, or where there are no labels.
+    Each image is compared with the float network where `reference` is given, or where the loss needs it.
     """
     x, labels = images.load(start, stop)
     totals: list[Counts] = []
@@ -171,7 +247,7 @@ def count_each(
         x = x.to(plain.device)
         batches = split(x, labels, batch_images or plain.images_at_once)
         float_network = reference or plain
-        if (labels is None or reference is not None) and against is not float_network:
+        if (labels is None or reference is not None or judge.criterion is not None) and against is not float_network:
             against, (folded, _) = float_network, float_network.folded()
             floats = [folded.logits(batch) for batch, _ in batches]
         if plain is against and not layers:
@@ -180,25 +256,31 @@ def count_each(
             network, replaced = plain.folded_with(layers)
             logits = (network.logits(batch, replaced) for batch, _ in batches)
         counts = (
-            _batch_counts(batch_logits, batches[k][1], floats[k] if floats else None) for k, batch_logits in enumerate(logits)
+            _batch_counts(batch_logits, batches[k][1], floats[k] if floats else None, judge)
+            for k, batch_logits in enumerate(logits)
         )
         totals.append(sum(counts, Counts()))
     return totals
 
 
-def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> Counts:
-    """Counts of one batch: cross entropy and hits with labels, KL to the float logits without, and both where both are given."""
+def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None, judge: Judge = CLASSIFIER) -> Counts:
+    """Counts of one batch: cross entropy and hits with labels, KL to the float logits without, and both where both are given.
+
+    What the judge counts comes in their place or beside them.
+    """
     if labels is None and floats is None:
         raise DataError("the images have no labels and no float network to compare with; expected one of them")
+    targets = None if labels is None else labels.to(logits.device)
     columns: dict[str, Tensor] = {}
-    if floats is not None:
+    if judge.has_classes(labels) and floats is not None:
         kl = kl_to_float(logits, floats)
         columns |= {"loss": kl, "kl": kl, "agreed": (logits.argmax(1) == floats.argmax(1)) & _is_finite(logits)}
-    if labels is not None:
-        targets = labels.to(logits.device)
+    if judge.has_classes(labels) and targets is not None:
         top5 = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]) & _is_finite(logits)[:, None]
         # column k of top5: the class of rank k is the label
-        columns |= {"loss": cross_entropy(logits, targets), "hit": top5[:, 0], "hit5": top5.any(1), "label": targets}
+        columns |= {"hit": top5[:, 0], "hit5": top5.any(1), "label": targets}
+        columns |= {"loss": cross_entropy(logits, targets)} if judge.criterion is None else {}
+    columns |= judge.columns(logits, targets, floats)
     rows = torch.stack([column.double() for column in columns.values()]).cpu()  # the device is waited for once
     each = dict(zip(columns, rows, strict=True))
     counts = Counts(len(logits), float(each["loss"].sum()))
@@ -209,6 +291,8 @@ def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None) 
         num_images, num_hits = Counter(label.tolist()), Counter(label[hit].tolist())
         classes = tuple((one, num_images[one], num_hits[one]) for one in sorted(num_images))
         counts = replace(counts, top1=int(hit.sum()), top5=int(each["hit5"].sum()), classes=classes, hits=_digits(hit))
+    if "metric" in each:
+        counts = replace(counts, metric=to_six_digits(each["metric"].tolist()), metric_name=judge.metric_name)
     return counts
 
 
@@ -243,6 +327,18 @@ def per_image(
         losses.append(loss.cpu().numpy())
         hits.append(((logits.argmax(1) == targets) & _is_finite(logits)).cpu().numpy())
     return np.concatenate(losses), np.concatenate(hits)
+
+
+def judged_per_image(
+    network: Network, replaced: Replaced, images: ImageSlice, reference: Network, judge: Judge, batch_images: int | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """`Judge.columns` of each image, for paired comparisons of what is one's own."""
+    folded, layers = network.folded_with(replaced)
+    parts: list[dict[str, Tensor]] = []
+    for low, high in evaluation_batches(len(images), batch_images or network.images_at_once):
+        x, targets = on_device(network, images.load(low, high))
+        parts.append(judge.columns(folded.logits(x, layers), targets, reference.logits(x)))
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
 def _is_finite(logits: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from tests.system.browser import browser
 PATIENCE = 420  # seconds until the server has to answer
 WIDTH, HEIGHT = 1240, 800
 COLUMNS = (
-    "attributes.`Models`", "params.`budget`", "params.`method`", "metrics.`top1`", "metrics.`top1_subset`", "metrics.`size_bytes`",
+    "attributes.`Models`", "params.`budget`", "params.`method`", "metrics.`top1`", "metrics.`top1_subset`",
+    "metrics.`size_bytes`",
 )  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def finetune(
 
         run = with_readable_selection(run)
 
-    chosen_images = images_of(run, data, seed, images, labels=training.objective.needs_labels)
+    chosen_images = images_of(run, data, seed, images, labels=training.objective(run.float_network).needs_targets)
     with locked(folder):
         text, receipt = train(stored, run, row_budget.name, chosen_for(stored, run, row_budget), training, chosen_images)
     parent = "none: the run has no record yet" if receipt is None else receipt.parent_run_id or "not delivered"
@@ -234,6 +234,9 @@ def smallest(
     folder: RunFolder,
     max_loss_increase: Annotated[float | None, typer.Option(help="Bound on the measured increase of the loss.")] = None,
     max_top1_drop: Annotated[float | None, typer.Option(help="Bound on the measured drop of top-1, in points.")] = None,
+    max_metric_drop: Annotated[
+        float | None, typer.Option(help="Bound on the measured drop of the run's metric, in its own unit.")
+    ] = None,
     max_predicted_increase: Annotated[
         float | None, typer.Option(help="Bound on the predicted increase: measures nothing.")
     ] = None,
@@ -242,11 +245,12 @@ def smallest(
     from clado.errors import ConfigurationError
     from flows.commands.stored import StoredRun, solution_text
 
-    bounds = [bound for bound in (max_loss_increase, max_top1_drop, max_predicted_increase) if bound is not None]
+    given = (max_loss_increase, max_top1_drop, max_metric_drop, max_predicted_increase)
+    bounds = [bound for bound in given if bound is not None]
     if len(bounds) != 1 or not math.isfinite(bounds[0]):
         raise ConfigurationError(
-            "name one bound, a number: --max-loss-increase X, --max-top1-drop POINTS, or --max-predicted-increase X (measures "
-            "nothing)"
+            "name one bound, a number: --max-loss-increase X, --max-top1-drop POINTS, --max-metric-drop X, or "
+            "--max-predicted-increase X (measures nothing)"
         )
     stored = StoredRun.open(folder)
     if max_predicted_increase is not None:
@@ -258,9 +262,9 @@ def smallest(
     run = with_readable_selection(_measured(stored.config))
     from flows.commands.smallest import find, text
 
-    top1 = max_top1_drop is not None
-    bound = max_loss_increase if max_loss_increase is not None else (max_top1_drop or 0.0) / 100
-    typer.echo(text(find(stored, run, bound, top1), run, top1))
+    top1, metric = max_top1_drop is not None, max_metric_drop is not None
+    bound = bounds[0] / 100 if top1 else bounds[0]
+    typer.echo(text(find(stored, run, bound, top1, metric), run, top1, metric))
 
 
 @command

@@ -30,13 +30,10 @@ CRITERION = '''
 """Squared distance of the softmax from that of the float network."""
 from clado.criteria import Criterion
 
-def target(float_logits, labels):
-    return float_logits.double().softmax(-1)
+def distance(outputs, float_outputs, targets):
+    return (outputs.softmax(-1) - float_outputs.softmax(-1)).square().sum(-1)
 
-def bind(float_logits, labels):
-    return lambda logits: (logits.double().softmax(-1) - target(float_logits, labels)).square().sum(-1)
-
-criterion = Criterion(bind, residual=lambda f, y: None, target=target, classes=lambda f, y: f.argmax(-1))
+criterion = Criterion(distance)
 '''
 CONSTRAINT = '''
 """Weights of more than two bits."""

@@ -1,14 +1,17 @@
 """What the Python interface is given, checked: what it is, what is expected, what to do."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from clado import criteria
 from clado.choosing.solution import Solution
+from clado.criteria import PackedCriterion
 from clado.data.images import ImageSlice, as_slice, check_slice
 from clado.errors import ConfigurationError
+from clado.interaction.estimators import check_criterion
 from clado.interaction.matrix import InteractionMatrix
 from clado.network.network import Network
 from clado.quantization.preparation import Prepared
@@ -76,15 +79,23 @@ def check_prepared(
     return prepared
 
 
-def image_slice(network: Network, data: Any) -> ImageSlice:
-    """The data as a slice that fits the network.
+def image_slice(network: Network, data: Any, classes: bool = True) -> ImageSlice:
+    """The data as a slice that fits the network. Without `classes`, targets may be of any type and shape (N, ...).
 
     Raises DataError if shapes or labels do not fit. Warns if pixels look as if nobody normalised them.
     """
-    images = as_slice(data, image_shape=network.image_shape)
-    check_slice(images, network.image_shape, int(network.logits(network.example).shape[1]))
+    images = as_slice(data, image_shape=network.image_shape, classes=classes)
+    num_classes = int(network.logits(network.example).shape[1]) if classes else None
+    check_slice(images, network.image_shape, num_classes, classes=classes)
     warn_of_raw_pixels(images.load(0, min(len(images), 256))[0])
     return images
+
+
+def checked_criterion(criterion: Any, estimators: Sequence[str], network: Network) -> PackedCriterion:
+    """The criterion on the network's outputs. Raises ConfigurationError if an estimator needs more than it offers."""
+    packed = criteria.packed(criterion, network.outputs)
+    check_criterion(estimators, packed.name, packed.offers)
+    return packed
 
 
 def warn_of_raw_pixels(images: Tensor) -> None:

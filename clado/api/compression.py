@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clado.api import budgets
 from clado.api.budgets import TableBound
-from clado.api.checks import image_slice
+from clado.api.checks import checked_criterion, image_slice
 from clado.api.progress import Advance, Progress, showing
 from clado.api.steps import measured, prepare
 from clado.api.validation import validate
@@ -30,7 +30,7 @@ from clado.exporting.packed import PackedSize, export_packed
 from clado.grids import QuantizedLayer
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.plan import sample_blocks
-from clado.measuring.scores import Scores, score_passes
+from clado.measuring.scores import Scores, joined, score_passes
 from clado.measuring.workbench import Workbench
 from clado.network.arguments import check_model
 from clado.network.network import Network, prefers_channels_last
@@ -72,10 +72,10 @@ class Compressed(Tabular):
     """Accuracy of the module on the validation images."""
     float_accuracy: Accuracy
     """Accuracy of the float module on the same images."""
-    agreement: float
-    """Fraction of the validation images that get the same top class as from the float module."""
+    agreement: float | None
+    """Fraction of the validation images that get the same top class as from the float module. None without logits."""
     drop_interval: float | None
-    """Half the 95 % interval of the difference in top-1, of paired images. None without labels."""
+    """Half the 95 % interval of the difference in the metric, or else in top-1, of paired images. None without either."""
     num_images: Mapping[str, int]
     """Images of each set: calibration, sensitivity, selection, validation."""
     seed: int
@@ -106,6 +106,13 @@ class Compressed(Tabular):
         """Sizes and accuracies, in one line."""
         sizes = f"{size_text(self.float_bytes)} → {size_text(self.size_bytes)} ({self.average_bits:.3g} bits a weight)"
         images = f"{self.num_images['validation']:,} images"
+        before, after = self.float_accuracy.metric, self.accuracy.metric
+        if before is not None and after is not None:
+            interval_text = "" if self.drop_interval is None else f" ± {self.drop_interval:.2g}"
+            change = f"{before:.4g} → {after:.4g} ({after - before:+.2g}{interval_text}, {images})"
+            return f"{sizes}, {self.accuracy.metric_name} {change}"
+        if self.agreement is None:
+            return f"{sizes}, loss {self.float_accuracy.loss:.3g} → {self.accuracy.loss:.3g} on {images}"
         before, after = self.float_accuracy.top1, self.accuracy.top1
         if before is None or after is None or self.drop_interval is None:
             same = f"same top class as the float network on {100 * self.agreement:.1f} % of {images}"
@@ -144,6 +151,7 @@ def compress(
     fixed: Sequence[str] = (),
     estimator: str = "gauss_newton",
     criterion: Any = "kl_to_float",
+    metric: Any = None,
     corrections: Sequence[str] = CORRECTIONS,
     calibration_images: int | None = None,
     sensitivity_images: int | None = None,
@@ -177,6 +185,7 @@ def compress(
         fixed: Name patterns of layers that stay in float.
         estimator: A name of `clado.interaction.estimators`.
         criterion: The loss that must not grow, as in `clado.measure`.
+        metric: A metric of one's own, as in `clado.evaluate`.
         corrections: Names of `clado.quantization.corrections`.
         calibration_images: Images of this set; by default a quarter of the data, 256 at most.
         sensitivity_images: As before.
@@ -205,7 +214,7 @@ def compress(
     row_budgets = budgets.budgets(keywords)
     if isinstance(model, Network) and fixed:
         raise ConfigurationError("model is a clado.Network, which has its fixed layers; expected clado.Network(..., fixed=...)")
-    images = as_slice(data, image_shape=model.image_shape if isinstance(model, Network) else None)
+    images = as_slice(data, image_shape=model.image_shape if isinstance(model, Network) else None, classes=False)
     counts = (calibration_images, sensitivity_images, selection_images, validation_images)
     slices = split(images, counts, seed)
     network = model if isinstance(model, Network) else _network(model, slices.validation.load(0, 1)[0], fixed)
@@ -213,7 +222,8 @@ def compress(
     space = space.with_activations(activation_bits) if activation_bits else space
     limits = budgets.limits(space, keywords)  # refuses a call without any
     check_budgets(space, row_budgets[:1], limits[1:])
-    image_slice(network, images)
+    packed = checked_criterion(criterion, [estimator], network)
+    image_slice(network, images, classes="classes" in packed.offers)
 
     calibration = slices.calibration
     prepared = prepare(network, space, calibration, corrections=corrections, seed=seed, progress=progress)
@@ -236,7 +246,7 @@ def compress(
     method = chosen.winner or CHOSEN
     deployed = candidates[chosen.assignment].deployed(chosen.assignment)
     with showing(progress, "evaluating") as advance:
-        validation = validate(network, deployed, criterion, slices.validation, advance)
+        validation = validate(network, deployed, criterion, slices.validation, advance, metric)
     matrix = matrices.get(method)
     return Compressed(
         module=as_module(*deployed),
@@ -312,8 +322,15 @@ def _results(
 ) -> tuple[Result, ...]:
     """One row for each reported proposal, and the chosen one, by the rules of `clado run`."""
     losses = {assignment: float(score.losses.mean()) for assignment, score in scores.items()}
-    deciding = {assignment: Score(score.briers, score.hits) for assignment, score in scores.items()}
+    deciding = {assignment: _score(score) for assignment, score in scores.items()}
     return tuple(choose(space, proposals, losses, limits, deciding))
+
+
+def _score(scores: Scores) -> Score:
+    """What decides: Brier scores and hits, or the losses where there are no classes."""
+    if scores.briers is None or scores.hits is None:
+        return Score(scores.losses, np.zeros(0))
+    return Score(scores.briers, scores.hits)
 
 
 def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
@@ -336,6 +353,6 @@ def _scores(
         folded, replaced = network.folded_with(layers)
         bench = benches[id(prepared)]
         parts = [score_passes(bench.criterion, folded, replaced, bench.passes(block)) for block in range(len(blocks))]
-        scores[assignment] = Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        scores[assignment] = joined(parts)
         advance(k + 1, len(candidates))
     return scores

@@ -18,7 +18,7 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
     Args:
         result: A matrix gives a heat map. A solution, or what `compress` gives, gives the bits of
             each layer. A front gives predicted loss against size. A run or its record gives
-            accuracy against size, or without labels loss against size.
+            accuracy against size, or the metric of one's own; without labels loss against size.
 
     Returns:
         A figure of matplotlib.
@@ -36,6 +36,8 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
         case Run():
             return plot(result.record)
         case RunRecord():
+            if result.metric_name is not None:
+                return plots.metric_against_size(result)
             has_top1 = result.float_accuracy.top1 is not None
             return plots.accuracy_against_size(result) if has_top1 else plots.loss_against_size(result)
     raise ConfigurationError(

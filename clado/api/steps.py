@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from clado.api.budgets import TableBound, series
 from clado.api.budgets import limits as limits_of
-from clado.api.checks import check_assignment, check_matrix, check_network, check_prepared, check_space, image_slice
+from clado.api.checks import (
+    check_assignment,
+    check_matrix,
+    check_network,
+    check_prepared,
+    check_space,
+    checked_criterion,
+    image_slice,
+)
 from clado.api.progress import Progress, showing
 from clado.bits import check_bits
 from clado.choosing import pareto, solvers
@@ -18,7 +26,7 @@ from clado.choosing.pareto import Front
 from clado.choosing.proposals import program_of
 from clado.choosing.solution import Solution
 from clado.errors import ConfigurationError
-from clado.evaluation import Counts, count, evaluation_batches
+from clado.evaluation import Counts, Judge, Metric, count, evaluation_batches
 from clado.exporting._torch_module import as_module
 from clado.grids import QuantizedLayer
 from clado.interaction import estimators
@@ -26,7 +34,7 @@ from clado.interaction.estimators import Measured
 from clado.interaction.matrix import InteractionMatrix
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, sample_blocks
-from clado.measuring.workbench import Workbench, rows_per_tile
+from clado.measuring.workbench import Workbench, on_device, rows_per_tile
 from clado.network.network import Network
 from clado.quantization import preparation
 from clado.quantization.preparation import Prepared, Recipe, calibration_batches
@@ -75,7 +83,7 @@ def prepare(
     recipe = Recipe(quantizer or WeightQuantizer(), activation_range, tuple(corrections), seed, adaround_steps)
     batches: list[Tensor] = []
     if calibration is not None:
-        images = image_slice(network, calibration)
+        images = image_slice(network, calibration, classes=False)
         batches = calibration_batches(images.load(0, len(images))[0], network.images_at_once)
     with showing(progress, "preparing") as advance:
         return preparation.prepare(network, space, recipe, batches, advance)
@@ -86,7 +94,7 @@ def measure(
     space: SearchSpace,
     data: Any,
     estimator: str = "gauss_newton",
-    criterion: str = "kl_to_float",
+    criterion: Any = "kl_to_float",
     *,
     quantizer: WeightQuantizer | None = None,
     prepared: Prepared | None = None,
@@ -100,9 +108,11 @@ def measure(
     Args:
         network: The float network.
         space: The layers and their candidates.
-        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either.
+        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either. For a criterion of one's own,
+            labels are targets (N, ...) of any type and shape.
         estimator: A name of `clado.interaction.estimators`.
-        criterion: A name of `clado.criteria`. `kl_to_float` needs no labels, `cross_entropy` does.
+        criterion: A name of `clado.criteria`. `kl_to_float` needs no labels, `cross_entropy` does. Or a callable
+            (outputs, float_outputs, targets) -> loss of each sample (N,), or a `clado.criteria.Criterion`.
         quantizer: Rounds the weights, if there is no `prepared`.
         prepared: Layers with corrections and activations; see `prepare`.
         num_blocks: Number of sample blocks.
@@ -112,8 +122,8 @@ def measure(
 
     Raises:
         DataError: The images do not fit.
-        ConfigurationError: The memory limit is too small, or `prepared` is of another network or
-            space.
+        ConfigurationError: The memory limit is too small, `prepared` is of another network or
+            space, or the criterion fails or lacks what the estimator needs.
         MeasurementError: A layer has no finite loss.
     """
     return measured(
@@ -126,7 +136,7 @@ def measured(
     space: SearchSpace,
     data: Any,
     names: Sequence[str],
-    criterion: str,
+    criterion: Any,
     quantizer: WeightQuantizer | None = None,
     prepared: Prepared | None = None,
     num_blocks: int = 16,
@@ -137,7 +147,10 @@ def measured(
     """The matrices of several estimators, from one measurement. Arguments are those of `measure`."""
     check_network(network)
     check_space(space)
-    images = image_slice(network, data)
+    packed = checked_criterion(criterion, names, network)
+    images = image_slice(network, data, "classes" in packed.offers)
+    x, targets = on_device(network, images.load(0, 1))
+    packed.refuse_unfit(network.logits(x), targets)
     block_ranges = sample_blocks(len(images), min(num_blocks, len(images)))
     memory_limit = None if memory_limit_mb is None else memory_limit_mb * 10**6
     layers = check_prepared(network, space, prepared, quantizer) or prepare(network, space, quantizer=quantizer)
@@ -150,7 +163,7 @@ def measured(
             advance(done + 1, len(plan.tiles))
     counts = np.array([stop - start for start, stop in block_ranges])
     sums = {kind: np.concatenate(parts).reshape(len(block_ranges), -1, *parts[0].shape[1:]) for kind, parts in tiles.items()}
-    return {name: estimators.estimate(name, Measured(space, criterion, counts, sums)) for name in names}
+    return {name: estimators.estimate(name, Measured(space, packed.name, counts, sums)) for name in names}
 
 
 def solve(
@@ -240,16 +253,21 @@ def evaluate(
     assignment: Assignment,
     data: Any,
     *,
+    metric: Metric | str | None = None,
+    criterion: Any = None,
     quantizer: WeightQuantizer | None = None,
     prepared: Prepared | None = None,
     progress: Progress = False,
 ) -> Accuracy:
-    """Top-1, top-5 and loss of an assignment. A layer without bits stays in float.
+    """Top-1, top-5 and loss of an assignment, and a metric. A layer without bits stays in float.
 
     Args:
         network: The float network.
         assignment: A bit-width for each layer.
         data: Data as in `measure`. With labels the loss is cross entropy, without labels KL.
+        metric: A callable (outputs, targets) -> a number for each image (N,). Its mean is `metric` of the result.
+        criterion: The loss, as in `measure`, for targets that are no classes. Without one, the loss of outputs that are no
+            logits is `mse_to_float`.
         quantizer: Rounds the weights, if there is no `prepared`.
         prepared: With it, the deployed network is evaluated, with all final corrections.
         progress: True shows a bar. A callable is called with (images that are counted, all images).
@@ -257,15 +275,16 @@ def evaluate(
     Raises:
         DataError: Images or labels do not fit.
         NetworkError: The assignment is of another network.
-        ConfigurationError: The assignment has activation bits, and there is no `prepared`.
+        ConfigurationError: The assignment has activation bits, and there is no `prepared`. Or the metric or the criterion fails.
     """
     deployed, layers = _deployed(network, assignment, quantizer, prepared)
-    images = image_slice(network, data)
+    judge = Judge.of(network.outputs, criterion, metric)
+    images = image_slice(network, data, classes=judge.criterion is None)
     counts, step = Counts(), network.images_at_once
     step *= -(-len(images) // (step * MOST_STEPS))  # whole batches, so that no sum depends on the steps
     with showing(progress, "evaluating") as advance:
         for start, stop in evaluation_batches(len(images), step):
-            counts += count(deployed, layers, images, start, stop, reference=network)
+            counts += count(deployed, layers, images, start, stop, reference=network, judge=judge)
             advance(stop, len(images))
     return counts.accuracy()
 

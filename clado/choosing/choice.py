@@ -54,9 +54,9 @@ class Score:
     """What decides between assignments, beside their loss."""
 
     briers: Array
-    """Brier score of each image (n,)."""
+    """Brier score of each image (n,); its loss where there are no classes."""
     hits: Array
-    """Whether each image hits (n,), 0 or 1."""
+    """Whether each image hits (n,), 0 or 1; empty where there are no classes."""
 
     @property
     def brier(self) -> float:
@@ -181,6 +181,7 @@ class _Measurements:
 
 def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | None) -> Result:
     solution, assignment = proposal.solution, proposal.assignment
+    of_classes = None if score is None or not len(score.hits) else score
     return Result(
         budget=proposal.budget.name,
         method=proposal.method,
@@ -188,8 +189,8 @@ def _result(space: SearchSpace, proposal: Proposal, loss: float, score: Score | 
         size_bytes=space.size_bytes(assignment),
         average_bits=space.average_bits(assignment),
         loss_deployed=loss,
-        brier_deployed=None if score is None else score.brier,
-        agreement_deployed=None if score is None else float(score.hits.mean()),
+        brier_deployed=None if of_classes is None else of_classes.brier,
+        agreement_deployed=None if of_classes is None else float(of_classes.hits.mean()),
         loss_predicted=proposal.loss_predicted,
         status=None if solution is None else str(solution.status),
         objective=None if solution is None else solution.objective,

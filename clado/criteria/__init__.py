@@ -1,79 +1,106 @@
 """Criteria: the loss of each sample that must not grow. Float64, so that differences of nearly equal losses keep their digits.
 
-To add a criterion, add a file to this folder with an object `criterion = Criterion(...)`, and subclass `CriterionContract`
-(tests/contracts/criterion.py) for it. The file's name is the criterion's name; it is imported when first used.
+A criterion is a callable `(outputs, float_outputs, targets) -> loss of each sample (N,)`. Outputs have the network's own form: a
+tensor, or tensors in tuples, lists and dictionaries, with the images first. Targets are what the data have beside the images, or
+None. `Criterion(callable, curvature=...)` says more about it.
 
-Logits are (..., N, C), float logits are those of the float network, (N, C), and labels are (N,). N counts samples, C classes.
+To add a criterion, add a file to this folder with an object `criterion = Criterion(...)`, and subclass `CriterionContract`
+(tests/contracts/criterion.py) for it. The file's name is the criterion's name; it is imported when first used. In the settings
+`package.module:name` names a callable or a `Criterion` that lives elsewhere.
+
+Measuring handles outputs as one tensor (..., N, M): see `clado.network.outputs`. N counts samples.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from clado.errors import DataError
-from clado.plugins import load
+from clado.criteria._packed import PackedCriterion, on_packed
+from clado.errors import ConfigurationError
+from clado.network.outputs import LOGITS, Outputs
+from clado.plugins import imported, load
+
+__all__ = ["Criterion", "Loss", "PackedCriterion", "bind", "brier", "criterion_of", "hits", "name_of", "packed", "residual"]
 
 Loss = Callable[[Tensor], Tensor]
-"""Logits (..., N, C) -> the loss of each sample, float64 (..., N)."""
+"""Outputs (..., N, M) -> the loss of each sample, float64 (..., N)."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What the rest of the code must know about a criterion."""
+    """A loss, and what the rest of the code may know about it."""
 
-    bind: Callable[[Tensor, Tensor | None], Loss]
-    """(float logits, labels) -> the loss as a function of logits alone."""
-    residual: Callable[[Tensor, Tensor | None], Tensor | None]
-    """(float logits, labels) -> gradient of the loss at the float logits, float64 (N, C). None where it is zero."""
-    target: Callable[[Tensor, Tensor | None], Tensor]
-    """(float logits, labels) -> class probabilities that the Brier score compares with, float64 (N, C)."""
-    classes: Callable[[Tensor, Tensor | None], Tensor]
-    """(float logits, labels) -> the class (N,) that a sample is to have."""
-    needs_labels: bool = False
-    """Whether it reads labels. Without labels, gradients are those of classes that are drawn from the float softmax."""
-    needs_float_logits: bool = True
-    """Whether `bind` reads the float logits. Fine-tuning does without the float network where it does not."""
+    loss: Callable[[Any, Any, Any], Tensor]
+    """(outputs, float outputs, targets) -> loss of each sample (N,)."""
+    curvature: Callable[[Any, Any], Callable[[Any], Any]] | None = None
+    """(float outputs, targets) -> root, a linear map. None: `gauss_newton` cannot measure the criterion.
 
-
-def criterion_of(name: str) -> Criterion:
-    """The criterion of a name, or of `package.module:name`."""
-    criterion: Criterion = load("criteria", name)
-    return criterion
+    `root(change)` takes a change of the outputs, in their form, to tensors with the images first. Their squares sum, for each
+    sample, to uᵀ H u: H is the Hessian of the loss in the outputs at the float outputs, or a positive semidefinite part of it.
+    """
+    needs_targets: bool = False
+    """Whether it reads targets."""
+    on_logits: PackedCriterion | None = None
+    """A faster form for networks that return logits (N, C), with what a criterion of classes knows beside the loss."""
 
 
-def bind(name: str, float_logits: Tensor, labels: Tensor | None) -> Loss:
+def criterion_of(criterion: Any) -> Criterion:
+    """The criterion of a name, of `package.module:name`, or of a callable.
+
+    Raises:
+        ConfigurationError: There is no such criterion, or it is something else.
+    """
+    found = criterion
+    if isinstance(criterion, str):
+        found = imported(criterion, "criterion") if ":" in criterion else load("criteria", criterion)
+    if isinstance(found, Criterion):
+        return found
+    if isinstance(found, type) or not callable(found):
+        shown = f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
+        raise ConfigurationError(
+            f"criterion {name_of(criterion)} is {shown}; expected a name, a callable (outputs, float_outputs, targets) -> loss "
+            "of each sample, or a clado.criteria.Criterion"
+        )
+    return Criterion(found)
+
+
+def name_of(criterion: Any) -> str:
+    """What messages and matrices call a criterion: its name, or that of its function."""
+    if isinstance(criterion, str):
+        return criterion
+    function = criterion.loss if isinstance(criterion, Criterion) else criterion
+    return str(getattr(function, "__name__", None) or repr(function))
+
+
+def packed(criterion: Any, outputs: Outputs = LOGITS) -> PackedCriterion:
+    """A criterion, as `criterion_of` takes it, on the packed outputs of a network.
+
+    Raises:
+        ConfigurationError: There is no such criterion.
+    """
+    found, name = criterion_of(criterion), name_of(criterion)
+    if found.on_logits is not None and outputs.are_logits:
+        return replace(found.on_logits, name=name, needs_targets=found.needs_targets)
+    return on_packed(name, found.loss, found.curvature, found.needs_targets, outputs)
+
+
+def bind(criterion: Any, float_logits: Tensor, labels: Tensor | None) -> Loss:
     """The criterion as a function of logits alone, for one batch whose float logits and labels are known."""
-    return _with_labels(name, labels).bind(float_logits, labels)
+    return packed(criterion).of(float_logits, labels)
 
 
-def brier(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Squared distance between the softmax and what the criterion compares it with: the float network's, or that of the labels.
-
-    Σ_c (q_c − p_c)² of each sample, float64 (..., N), between 0 and 2 (Brier, "Verification of forecasts expressed in terms of
-    probability", 1950). Least where the criterion is least, and bounded where that is not: a few confident errors do not decide.
-    """
-    target = _with_labels(name, labels).target(float_logits, labels)
-    return (logits.double().softmax(-1) - target).square().sum(-1)
+def brier(criterion: Any, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """`PackedCriterion.brier` of logits."""
+    return packed(criterion).brier(logits, float_logits, labels)
 
 
-def hits(name: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Whether the class of the largest logit is the one that the criterion expects: bool (..., N).
-
-    Logits that are not finite hit nothing.
-    """
-    classes = _with_labels(name, labels).classes(float_logits, labels)
-    return (logits.argmax(-1) == classes) & logits.isfinite().all(-1)
+def hits(criterion: Any, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """`PackedCriterion.hits` of logits."""
+    return packed(criterion).hits(logits, float_logits, labels)
 
 
-def residual(name: str, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
+def residual(criterion: Any, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Gradient of the criterion at the float logits, float64 (N, C); None where it is zero."""
-    return _with_labels(name, labels).residual(float_logits, labels)
-
-
-def _with_labels(name: str, labels: Tensor | None) -> Criterion:
-    """The criterion of a name, refused where it needs labels and there are none."""
-    criterion = criterion_of(name)
-    if criterion.needs_labels and labels is None:
-        raise DataError(f"{name} needs labels and the images have none; use the criterion kl_to_float, which needs none")
-    return criterion
+    return packed(criterion).slope(float_logits, labels)

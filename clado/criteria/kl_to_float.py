@@ -1,13 +1,19 @@
-"""KL divergence from the float network's softmax to this network's. Needs no labels."""
+"""KL divergence from the float network's softmax to this network's. Needs no labels.
+
+Of dense outputs (N, C, ...) it is the mean over positions.
+"""
 
 import math
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clado.criteria import Criterion, Loss
+from clado.criteria import Criterion, Loss, PackedCriterion
+from clado.criteria._classes import IGNORED, classes_last, softmax_root, weights
 
 CACHED = 2**19  # elements that are taken at a time on a CPU, whose cache then holds them from step to step
 # where NumPy's eᶜ − 1 is vectorized, it takes a third of torch's time; elsewhere it is the slower one
@@ -69,9 +75,32 @@ def _bind(float_logits: Tensor, labels: Tensor | None) -> Loss:
     return lambda logits: kl_to_float(logits, float_logits)
 
 
-criterion = Criterion(
-    bind=_bind,
-    residual=lambda float_logits, labels: None,
-    target=lambda float_logits, labels: float_logits.double().softmax(-1),
-    classes=lambda float_logits, labels: float_logits.argmax(-1),
+def over_classes(ignore_index: int = IGNORED) -> Criterion:
+    """The criterion over the class axis of dense outputs (N, C, ...).
+
+    A sample's loss is the mean over its positions, and 0 where all of them are ignored. Targets are not needed.
+
+    Args:
+        ignore_index: Positions with this target do not count, where the targets are class numbers (N, ...).
+    """
+
+    def loss(outputs: Tensor, float_outputs: Tensor, targets: Any) -> Tensor:
+        logits, floats = classes_last(outputs, "kl_to_float"), classes_last(float_outputs, "kl_to_float")
+        share = weights(targets, outputs, ignore_index)
+        return torch.where(share > 0, kl_to_float(logits, floats) * share, 0.0).sum(1)
+
+    def curvature(float_outputs: Tensor, targets: Any) -> Loss:
+        return softmax_root(float_outputs, targets, ignore_index)
+
+    return Criterion(loss, curvature)
+
+
+criterion = replace(
+    over_classes(),
+    on_logits=PackedCriterion(
+        bind=_bind,
+        residual=lambda float_logits, labels: None,
+        target=lambda float_logits, labels: float_logits.double().softmax(-1),
+        classes=lambda float_logits, labels: float_logits.argmax(-1),
+    ),
 )

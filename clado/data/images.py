@@ -38,7 +38,10 @@ class ImageSlice(Protocol):
         """Number of images."""
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Images start..stop-1 as float32 (n, C, H, W), and their labels as int64 (n,), or None if unlabelled."""
+        """Images start..stop-1 as float32 (n, C, H, W), and their labels as int64 (n,), or None if unlabelled.
+
+        For a criterion or metric of one's own, labels are targets of any type and shape (n, ...).
+        """
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def part(images: ImageSlice, start: int, stop: int) -> ImageSlice:
 class MemorySlice:
     """Images (N, C, H, W) float32, and labels (N,) int64 or None, in memory.
 
-    The images may also be vectors, signals or volumes. The hash covers every pixel and label.
+    The images may also be vectors, signals or volumes, and the labels targets of any type and shape (N, ...). The hash covers
+    every pixel and label.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None) -> None:
@@ -171,7 +175,7 @@ class KeptSlice:
         is_image_batch = (
             isinstance(images, Tensor) and images.dtype == torch.float32 and images.shape == (count, *self.image_shape)
         )
-        return is_image_batch and (labels is None or (isinstance(labels, Tensor) and labels.shape == (count,)))
+        return is_image_batch and (labels is None or (isinstance(labels, Tensor) and labels.shape[:1] == (count,)))
 
 
 def kept(images: ImageSlice, limit_bytes: int) -> ImageSlice:
@@ -252,6 +256,7 @@ def check_batch(
     image_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     subject: str = "the batch",
+    classes: bool = True,
 ) -> None:
     """Checks one batch.
 
@@ -261,6 +266,7 @@ def check_batch(
         image_shape: The shape that each image must have, if it is known.
         num_classes: Labels must lie within 0..num_classes − 1, if it is known.
         subject: What the batch is, for messages.
+        classes: Whether labels are class numbers. Else they are targets of any type and shape (N, ...).
 
     Raises:
         DataError: The batch is anything else.
@@ -291,8 +297,11 @@ def check_batch(
         raise DataError(
             f"{subject} has NaN or infinite pixels in {int(unfit.sum())} of {len(images)} images, the first at index {index}"
         )
-    if labels is not None:
+    if labels is not None and classes:
         _check_labels(labels, len(images), num_classes, subject)
+    elif labels is not None and not (isinstance(labels, Tensor) and labels.shape[:1] == images.shape[:1]):
+        shown = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"type {type(labels).__name__}"
+        raise DataError(f"{subject} holds targets of {shown} for {len(images)} images; expected one tensor, the images first")
 
 
 def _check_labels(labels: object, num_images: int, num_classes: int | None, subject: str) -> None:
@@ -316,6 +325,7 @@ def check_slice(
     num_classes: int | None = None,
     batch: int = 256,
     unreadable: dict[int, str] | None = None,
+    classes: bool = True,
 ) -> None:
     """Reads every image once, `batch` at a time, and checks it with `check_batch`.
 
@@ -337,7 +347,7 @@ def check_slice(
                 raise
             unreadable.update(_unreadable(images, start, stop))
             continue
-        check_batch(x, y, image_shape, num_classes, f"images {start} to {stop - 1}")
+        check_batch(x, y, image_shape, num_classes, f"images {start} to {stop - 1}", classes)
 
 
 def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[tuple[int, str]]:
@@ -349,7 +359,9 @@ def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[tuple[int
             yield k, error.image
 
 
-def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes: int | None = None) -> ImageSlice:
+def as_slice(
+    data: Any, image_shape: tuple[int, ...] | None = None, num_classes: int | None = None, classes: bool = True
+) -> ImageSlice:
     """Any of the usual forms of data as one slice, in memory and checked.
 
     Args:
@@ -358,6 +370,7 @@ def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes:
             and all have labels or none has.
         image_shape: The shape that each image must have, if it is known.
         num_classes: Labels must lie within 0..num_classes − 1, if it is known.
+        classes: Whether labels are class numbers. Else they are targets of any type and shape (N, ...).
 
     Raises:
         DataError: The data are anything else.
@@ -376,7 +389,7 @@ def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes:
     for number, batch in enumerate(data):
         x, y = _images_and_labels(batch, number)
         subject = f"batch {number}"
-        check_batch(x, y, image_shape, num_classes, subject)
+        check_batch(x, y, image_shape, num_classes, subject, classes)
         if batches and x.shape[1:] != batches[0].shape[1:]:
             raise DataError(
                 f"images of mixed size: {subject} has shape {tuple(x.shape[1:])}, batch 0 has {tuple(batches[0].shape[1:])}; "
@@ -388,7 +401,8 @@ def as_slice(data: Any, image_shape: tuple[int, ...] | None = None, num_classes:
             )
         batches.append(x.detach().cpu())
         if y is not None:
-            labels.append(y.detach().cpu().long())
+            y = y.detach().cpu()
+            labels.append(y if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool else y.long())
     if not batches:
         raise DataError("data is empty; expected at least one batch (an iterator that was read before has nothing left)")
     return MemorySlice(torch.cat(batches), torch.cat(labels) if labels else None, num_classes)

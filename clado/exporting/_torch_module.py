@@ -74,7 +74,7 @@ def _refuse_another_function(model: nn.Module, network: Network, layers: Replace
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         images = torch.cat([images, noise.to(images)])
     with torch.no_grad(), computing(network.numeric, network.device):
-        logits = model(images.clone()).float()
+        logits = network.outputs.packed(model(images.clone())).float()
     measured = network.logits(images, layers).float()
     scale = float(measured.abs().max())
     tolerance = 1e-2 if network.numeric == "float32" else 1e-1  # a value between two codes may take either

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils._pytree import tree_map
 
 from clado.data.sources import build_network
 from clado.errors import StoreError
@@ -43,7 +44,8 @@ def export_model(folder: Path, network: Network, layers: Replaced, settings: Net
         "name": name_of(settings),
         "network": settings.model_dump(mode="json"),
         "image_shape": list(network.example.shape[1:]),
-        "num_classes": int(network.logits(network.example).shape[1]),
+        "num_classes": int(network.logits(network.example).shape[1]) if network.outputs.are_logits else None,
+        "output_shape": network.outputs.shape,
         "requirements": requirements(settings),
     }
     write_text(folder / MODEL, json.dumps(document, indent=1))
@@ -83,11 +85,13 @@ class PackedModel:
         settings = NetworkSettings.model_validate(read_model(folder)["network"])
         self.module = load_packed(folder / PACKED, build_network(settings)[0])
 
-    def predict(self, model_input: NDArray[np.float32], params: Mapping[str, Any] | None = None) -> NDArray[np.float32]:
-        """Logits float32 (n, classes) of images float32 (n, C, H, W), normalised as the run normalised them."""
+    def predict(self, model_input: NDArray[np.float32], params: Mapping[str, Any] | None = None) -> Any:
+        """Logits float32 (n, classes) of images float32 (n, C, H, W), normalised as the run normalised them.
+
+        Other outputs come in the network's own form.
+        """
         with torch.inference_mode():
-            logits: NDArray[np.float32] = self.module(torch.tensor(model_input)).numpy()
-        return logits
+            return tree_map(lambda output: output.numpy(), self.module(torch.tensor(model_input)))
 
 
 def _load_pyfunc(data_path: str) -> PackedModel:

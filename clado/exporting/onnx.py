@@ -61,8 +61,13 @@ def export_onnx(path: Path, network: Network, layers: Replaced, opset: int = OPS
 
     Raises:
         ConfigurationError: Packages are not installed, or the operator set is too old.
-        NetworkError: torch cannot export the network.
+        NetworkError: torch cannot export the network, or its outputs are no logits.
     """
+    if not network.outputs.are_logits:
+        raise NetworkError(
+            f"the network returns outputs of the form {network.outputs.text()}, and ONNX files are checked on logits (N, C); "
+            "expected another format, or torch.onnx.export of the module that clado.quantize gives"
+        )
     ir, _ = library("onnx_ir"), library("onnxscript")
     if opset < OPSET:
         raise ConfigurationError(f"ONNX operator set {opset} has no four-bit integers; expected {OPSET} or later")

@@ -1,7 +1,7 @@
 """What an assignment does to each sample of a sample block, by whole forwards."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,10 @@ class Scores(NamedTuple):
 
     losses: Array
     """The criterion."""
-    briers: Array
-    """The Brier score."""
-    hits: Array
-    """1 where the top class stays right, else 0."""
+    briers: Array | None
+    """The Brier score. None for a criterion without classes."""
+    hits: Array | None
+    """1 where the top class stays right, else 0. None for a criterion without classes."""
 
 
 def scores(bench: Workbench, assignment: Assignment, sample_block: int) -> Scores:
@@ -27,11 +27,25 @@ def scores(bench: Workbench, assignment: Assignment, sample_block: int) -> Score
     return score_passes(bench.criterion, bench.network, bench.chosen(assignment), bench.passes(sample_block))
 
 
-def score_passes(criterion: str, network: Network, replaced: Replaced, passes: Iterable[Pass]) -> Scores:
+def score_passes(criterion: Any, network: Network, replaced: Replaced, passes: Iterable[Pass]) -> Scores:
     """Scores of a network with layers replaced, pass after pass."""
+    packed = criteria.packed(criterion, network.outputs)
     per_pass = []
     for part in passes:
         logits = network.logits(part.images, replaced)
-        arguments = criterion, logits, part.float_logits, part.labels
-        per_pass.append((part.criterion(criterion)(logits), criteria.brier(*arguments), criteria.hits(*arguments)))
-    return Scores(*(np.concatenate([to_numpy(value) for value in column]) for column in zip(*per_pass, strict=True)))
+        losses = part.loss(packed)(logits)
+        if "classes" in packed.offers:
+            arguments = logits, part.float_logits, part.labels
+            per_pass.append(Scores(to_numpy(losses), to_numpy(packed.brier(*arguments)), to_numpy(packed.hits(*arguments))))
+        else:
+            per_pass.append(Scores(to_numpy(losses), None, None))
+    return joined(per_pass)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of several parts, in order."""
+    losses, briers, hits = (
+        None if any(part is None for part in column) else np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    assert losses is not None
+    return Scores(losses, briers, hits)

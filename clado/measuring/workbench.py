@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +31,13 @@ class Pass:
     images: Tensor
     """(n, C, H, W)."""
     labels: Tensor | None
-    """(n,), or None where there are none."""
+    """(n,), or other targets (n, ...), or None where there are none."""
     float_logits: Tensor
-    """(n, classes) of the float network."""
+    """(n, classes) of the float network; outputs of another form are packed."""
 
-    def criterion(self, name: str) -> criteria.Loss:
+    def loss(self, criterion: criteria.PackedCriterion) -> criteria.Loss:
         """The per-sample loss as a function of logits (..., n, classes)."""
-        return criteria.bind(name, self.float_logits, self.labels)
+        return criterion.of(self.float_logits, self.labels)
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Workbench:
 
     prepared: Prepared
     """The float network, and every layer at every candidate."""
-    criterion: str
-    """Name of the loss that must not grow."""
+    criterion: Any
+    """The loss that must not grow: a name, a callable or a `Criterion`."""
     sample_blocks: Sequence[tuple[int, int]]
     """(start, stop) ranges of the sensitivity set."""
     load: Callable[[int, int], Batch]
@@ -65,6 +66,8 @@ class Workbench:
     """The network that probes run: batch norms are folded, or on batch statistics."""
     quantized: tuple[QuantizedLayer, ...] = field(init=False)
     """What stands in the place of a layer in `network`, for each option."""
+    packed_criterion: criteria.PackedCriterion = field(init=False)
+    """The criterion on the packed outputs of `network`."""
     batching: Batching = field(init=False)
     """How images travel through `network`."""
     _kept: tuple[int, tuple[Pass, ...]] | None = None
@@ -75,6 +78,7 @@ class Workbench:
     def __post_init__(self) -> None:
         largest = max(stop - start for start, stop in self.sample_blocks)
         self.network, self.quantized = self.prepared.network, self.prepared.layers
+        self.packed_criterion = criteria.packed(self.criterion, self.network.outputs)
         self.batching = network_batching(self.network, largest, self.batch_images, self.memory_limit, self.batch_statistics)
         if self.batch_statistics:
             self.network = self.network.with_batch_statistics()
@@ -95,9 +99,7 @@ class Workbench:
 
     def loaded(self, sample_block: int) -> Batch:
         """Images and labels of one sample block, on the device of the network."""
-        images, labels = self.load(*self.sample_blocks[sample_block])
-        device = self.network.device
-        return images.to(device), None if labels is None else labels.to(device)
+        return on_device(self.network, self.load(*self.sample_blocks[sample_block]))
 
     def passes(self, sample_block: int) -> tuple[Pass, ...]:
         """One sample block with its float logits, in passes as even as integers allow."""
@@ -109,6 +111,12 @@ class Workbench:
                 self._float_logits[sample_block] = logits
             self._kept = sample_block, tuple(Pass(x, y, z) for (x, y), z in zip(parts, logits, strict=True))
         return self._kept[1]
+
+
+def on_device(network: Network, batch: Batch) -> Batch:
+    """Images and labels on the device of a network."""
+    images, labels = batch
+    return images.to(network.device), None if labels is None else labels.to(network.device)
 
 
 def split(images: Tensor, labels: Tensor | None, images_per_part: int) -> list[Batch]:

@@ -18,6 +18,7 @@ from clado.network.batch_size import processor_of
 from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.graph import Graph, GraphState
 from clado.network.normalisation import Statistics, as_seen, normalisation
+from clado.network.outputs import LOGITS, NUM_EXAMPLES, Outputs
 from clado.network.portable import PortableGraph, portable
 from clado.network.program import eval_mode
 from clado.network.tensors import laid_out_like, unfit
@@ -100,12 +101,15 @@ class Network:
         self.engine: Graph | WholeForwards
         with computing("float32", example_input.device):
             self.example = _one_image(model, example_input)
+            self.outputs: Outputs = _outputs(model, self.example)
+            """The form of what the module returns. `logits` gives it as one tensor (N, M)."""
+            packing = self.outputs.packing(model)
             if graph and exported is not None and exported.fits(model):
                 self.engine = exported.restored(model)
             elif graph:
-                self.engine = compile_graph(model, self.example, _matching(fixed), _matching(split))
+                self.engine = compile_graph(packing, self.example, _matching(fixed), _matching(split))
             else:
-                self.engine = WholeForwards(model, self.example, _matching(fixed))
+                self.engine = WholeForwards(packing, self.example, _matching(fixed))
         if not self.engine.layers:
             raise NetworkError("no convolution or linear weight is left to search; is every layer named in fixed?")
         self.layers: tuple[Layer, ...] = tuple(place.layer for place in self.engine.layers)
@@ -175,7 +179,7 @@ class Network:
             replaced: Index of a layer -> its weight, or its weight, bias and grid of the input.
 
         Returns:
-            (N, classes).
+            (N, classes). Outputs of another form are packed: (N, M), which `outputs.unpacked` undoes.
         """
         return self.finish(self.begin(images), replaced)
 
@@ -384,6 +388,17 @@ def _one_image(model: nn.Module, example: Tensor) -> Tensor:
                 model(batch.clone())
                 return batch
     return image
+
+
+def _outputs(model: nn.Module, example: Tensor) -> Outputs:
+    """The form of what a module returns. A module that does not run gets a message from the engine."""
+    images = torch.cat([example] * NUM_EXAMPLES)
+    try:
+        with eval_mode(model), torch.no_grad():
+            value = model(images)
+    except Exception:  # modules raise many kinds
+        return LOGITS
+    return Outputs.of(value, len(images))
 
 
 def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str], key: str) -> None:

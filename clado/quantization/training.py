@@ -47,7 +47,10 @@ class Training:
     learned_scales: bool = False
     """Whether the scales of weights are trained."""
     augment: bool = True
-    """Whether images are shifted by up to a fourteenth of their side, and half of them mirrored, at random."""
+    """Whether images are shifted by up to a fourteenth of their side, and half of them mirrored, at random.
+
+    Images with other targets than classes are not.
+    """
     seed: int = 0
     """The seed of the order of images and of augmentation."""
 
@@ -59,10 +62,9 @@ class Training:
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; expected a number above 0, such as 0.001")
         criteria.criterion_of(self.criterion)  # refuses an unknown name
 
-    @property
-    def objective(self) -> criteria.Criterion:
-        """The criterion that training minimises."""
-        return criteria.criterion_of(self.criterion)
+    def objective(self, network: Network) -> criteria.PackedCriterion:
+        """The criterion that training minimises, on the outputs of a network."""
+        return criteria.packed(self.criterion, network.outputs)
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ def held_out_loss(network: Network, layers: Layers, reference: Network, images: 
         batch = images.load(start, min(start + HELD_OUT_BATCH, len(images)))
         x, labels = _on_device(batch, network)
         floats = reference.logits(x)
-        _check_labels(batch[1], floats, training)
-        loss = criteria.bind(training.criterion, floats, labels)
+        _check_labels(batch[1], floats, training.objective(network))
+        loss = training.objective(network).of(floats, labels)
         total += float(loss(folded.logits(x, replaced)).sum())
     return total / len(images)
 
@@ -197,6 +199,10 @@ class _Pupil:
         """A layer's grid with its present scale."""
         return replace(self.grids[i], scale=self.scales[i]) if i in self.scales else self.grids[i]
 
+    def augments(self, labels: Tensor | None) -> bool:
+        """Whether images are shifted and mirrored: not where targets, such as masks, would no longer fit them."""
+        return self.training.augment and (labels is None or "classes" in self.training.objective(self.network).offers)
+
     def loss(self, images: Tensor, labels: Tensor | None, reference: Network) -> Tensor:
         """Mean criterion of a batch, with gradients."""
         x, device_labels = _on_device((images, labels), self.network)
@@ -204,11 +210,12 @@ class _Pupil:
             i: replace(layer, weight=straight_through(self.weights[i], self.grid(i)), bias=self.biases.get(i), grid=None)
             for i, layer in self.layers.items()
         }
+        objective = self.training.objective(self.network)
         # cloned: autograd cannot save a tensor of inference mode for the backward pass
-        floats = reference.logits(x).clone() if self.training.objective.needs_float_logits else x.new_zeros(())
+        floats = reference.logits(x).clone() if objective.needs_float_outputs else x.new_zeros(())
         logits = self.network.updated(self.others).differentiable_logits(x, layers)
-        _check_labels(labels, logits, self.training)
-        return criteria.bind(self.training.criterion, floats, device_labels)(logits).mean()
+        _check_labels(labels, logits, objective)
+        return objective.of(floats, device_labels)(logits).mean()
 
     def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
         """One step of all trained tensors. The module's own parameters get no gradient."""
@@ -251,7 +258,8 @@ class _Course:
         order = torch.randperm(len(self.images), generator=self.generator)
         for k, numbers in enumerate(torch.split(order, self.batch_images)[: self.per_epoch]):
             images, labels = PickedSlice([self.images], numbers.tolist()).load(0, self.batch_images)
-            images = augmented(images, self.generator) if self.pupil.training.augment else images
+            if self.pupil.augments(labels):
+                images = augmented(images, self.generator)
             loss = self.pupil.loss(images, labels, self.reference)
             if not math.isfinite(loss.item()):
                 raise MeasurementError(
@@ -288,9 +296,9 @@ def _on_device(batch: tuple[Tensor, Tensor | None], network: Network) -> tuple[T
     return images.to(network.device), None if labels is None else labels.to(network.device)
 
 
-def _check_labels(labels: Tensor | None, logits: Tensor, training: Training) -> None:
+def _check_labels(labels: Tensor | None, logits: Tensor, objective: criteria.PackedCriterion) -> None:
     """Raises DataError for labels beyond the network's outputs."""
-    if training.objective.needs_labels and labels is not None:
+    if objective.needs_targets and "classes" in objective.offers and labels is not None:
         low, high, classes = int(labels.min()), int(labels.max()), logits.shape[-1]
         if low < 0 or high >= classes:
             raise DataError(f"labels reach from {low} to {high}; expected 0 to {classes - 1}, one for each output of the network")
@@ -301,8 +309,9 @@ def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out:
         raise ConfigurationError("no layer is quantized; expected an assignment that gives bits to at least one")
     if names := [network.layers[i].name for i, layer in layers.items() if layer.grid is None]:
         raise NetworkError(f"{', '.join(names[:8])} have no grid to stay on; expected layers as `Prepared.deployed` gives them")
+    objective = training.objective(network)
     for images, name in ((training_set, "training"), (held_out, "held-out")):
         if len(images) < 2:
             raise DataError(f"there are {len(images)} {name} images; expected two or more")
-        if training.objective.needs_labels and images.load(0, 1)[1] is None:
+        if objective.needs_targets and images.load(0, 1)[1] is None:
             raise DataError(f"{training.criterion} needs labels and the {name} images have none; use the criterion kl_to_float")

@@ -18,7 +18,7 @@ class Accuracy:
     num_images: int
     """Number of images."""
     loss: float
-    """Mean cross entropy. Without labels, mean KL divergence from the float network."""
+    """Mean cross entropy. Without labels, mean KL divergence from the float network. Without classes, the mean criterion."""
     top1: float | None = None
     """Fraction of images whose top class is right. None without labels."""
     top5: float | None = None
@@ -27,6 +27,10 @@ class Accuracy:
     """Mean KL divergence from the float network, in nats. None where it was not counted."""
     agreement: float | None = None
     """Fraction of images whose top class is the float network's. None where it was not counted."""
+    metric: float | None = None
+    """Mean of a metric of one's own over the images. None without one."""
+    metric_name: str | None = None
+    """Name of the metric."""
 
     @property
     def top1_interval(self) -> tuple[float, float] | None:

@@ -90,6 +90,11 @@ class RunRecord(Tabular):
         return "top-1" if self.top1_name == "top1" else self.top1_name
 
     @property
+    def metric_name(self) -> str | None:
+        """Name of the metric of one's own. None without one."""
+        return self.float_accuracy.metric_name
+
+    @property
     def budgets(self) -> tuple[str, ...]:
         """Names of the budgets, in the order asked for."""
         return tuple(dict.fromkeys(result.budget for result in self.results))
@@ -129,6 +134,8 @@ class RunRecord(Tabular):
         """Network, budgets and methods, in one line."""
         accuracy, names = self.float_accuracy, ", ".join(self.budgets)
         top1 = "" if accuracy.top1 is None else f", float top-1 {100 * accuracy.top1:.2f} %"
+        if accuracy.metric is not None:
+            top1 += f", float {accuracy.metric_name} {accuracy.metric:.4g}"
         return f"{self.network}: {len(self.layer_names)} layers, budgets {names}{top1}, {accuracy.num_images:,} validation images"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -144,6 +151,7 @@ class RunRecord(Tabular):
                 "validation_loss": None if row.validation is None else row.validation.loss,
                 "top1": None if row.validation is None else row.validation.top1,
                 "top5": None if row.validation is None else row.validation.top5,
+                **({self.metric_name: None if row.validation is None else row.validation.metric} if self.metric_name else {}),
             }
             for row in self.results
         ]

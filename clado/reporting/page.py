@@ -168,15 +168,20 @@ def render(folder: Path) -> str:
         percent=percent,
         size_text=size_text,
         loss_text=tables.loss_text,
+        metric_text=tables.metric_text,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
     )
 
 
 def charts(record: RunRecord) -> list[Chart]:
-    """Top-1 (if there are labels) and measured loss against size."""
+    """A metric of one's own and top-1 (if there are labels), and measured loss against size."""
     top1 = {r: 100 * r.validation.top1 for r in record.results if r.validation is not None and r.validation.top1 is not None}
     loss = {r: r.loss_deployed for r in record.results if math.isfinite(r.loss_deployed)}
+    metric = {r: r.validation.metric for r in record.results if r.validation is not None and r.validation.metric is not None}
     pictures = []
+    if metric:
+        title = f"{record.metric_name} on {record.float_accuracy.num_images:,} validation images, higher is better"
+        pictures.append(_chart(record, title, record.metric_name or "", metric, record.float_accuracy.metric))
     if top1:
         images, title = record.float_accuracy.num_images, record.top1_title
         reference = None if record.float_accuracy.top1 is None else 100 * record.float_accuracy.top1

@@ -57,6 +57,8 @@ def save_all(record: RunRecord, matrices: Mapping[str, InteractionMatrix], folde
         figures["bits_per_layer"] = bits_per_layer(record)
     if record.float_accuracy.top1 is not None:
         figures["accuracy_against_size"] = accuracy_against_size(record)
+    if record.metric_name is not None:
+        figures["metric_against_size"] = metric_against_size(record)
     figures["loss_against_size"] = loss_against_size(record)
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
@@ -232,6 +234,15 @@ def accuracy_against_size(record: RunRecord) -> Figure:
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.0))
     images = record.float_accuracy.num_images
     _title(axes, f"Accuracy against size, {record.network}", f"{images:,} validation images")
+    return figure
+
+
+def metric_against_size(record: RunRecord) -> Figure:
+    """A metric of one's own on the validation set against the size of the searched weights."""
+    points = _points(record, lambda result: None if result.validation is None else result.validation.metric)
+    figure = _against_size(record, points, record.float_accuracy.metric, record.metric_name or "")
+    images = record.float_accuracy.num_images
+    _title(figure.axes[0], f"{record.metric_name} against size, {record.network}", f"{images:,} validation images")
     return figure
 
 

@@ -14,6 +14,7 @@ from clado.records.results import CHOSEN, FLOAT, Accuracy, Result
 from clado.records.run_record import RunRecord
 from clado.records.text import file_name, percent, short_names, size_text
 from clado.reporting import tables
+from clado.reporting.tables import loss_text
 from clado.space import Assignment
 
 MOST_DROP = 0.01
@@ -54,10 +55,10 @@ def _gain(record: RunRecord, row: Result, is_recommended: bool) -> Gain:
     validation, with_float = row.validation, record.comparison(row.budget, CHOSEN, FLOAT)
     if validation is None:
         return Gain(row.budget, sizes, "", "", row.winner or "", is_recommended)
-    name, before, after = _quality(record, record.float_accuracy, validation)
+    quality = _quality(record.float_accuracy, validation, record.top1_title)
     interval = None if with_float is None else with_float.agreement if with_float.top1 is None else with_float.top1
-    points = f"{_points(interval, before, after)}{validation.num_images:,} images"
-    return Gain(row.budget, sizes, f"{name} {percent(before)} → {percent(after)} %", points, row.winner or "", is_recommended)
+    points = f"{quality.difference(interval)}{validation.num_images:,} images"
+    return Gain(row.budget, sizes, str(quality), points, row.winner or "", is_recommended)
 
 
 def headlines(record: RunRecord) -> list[str]:
@@ -67,35 +68,68 @@ def headlines(record: RunRecord) -> list[str]:
     return [f"{gain.budget.ljust(width)}  {gain}" for gain in found]
 
 
-def _quality(record: RunRecord, before: Accuracy, after: Accuracy) -> tuple[str, float | None, float | None]:
-    """(what is compared, of the float network, of the other): top-1, or agreement with float where there are no labels."""
-    if after.top1 is None:
-        return "the float network's class on", 1.0, after.agreement
-    return record.top1_title, before.top1, after.top1
+@dataclass(frozen=True)
+class Quality:
+    """What a network is worth, and what the float network is."""
 
+    name: str
+    """What is compared."""
+    before: float
+    """Of the float network."""
+    after: float
+    """Of the other network."""
+    is_share: bool
+    """Whether both are fractions of the images; otherwise values of a metric of one's own."""
 
-def _points(interval: Interval | None, before: float | None, after: float | None) -> str:
-    """A difference in points, with half its 95 % interval where that is known."""
-    if interval is not None:
+    @property
+    def drop(self) -> float:
+        """What is lost: as a fraction of the images, or of the metric."""
+        lost = self.before - self.after
+        return lost if self.is_share or not self.before else lost / abs(self.before)
+
+    def difference(self, interval: Interval | None) -> str:
+        """What is lost in points, with half its 95 % interval where that is known; in percent of a metric."""
+        if not self.is_share:
+            return f"{-100 * self.drop:+.2f} %, "
+        if interval is None:
+            return f"{-100 * self.drop:+.2f} points, "
         return f"{100 * interval.mean:+.2f} ± {50 * (interval.high - interval.low):.2f} points, "
-    return "" if before is None or after is None else f"{100 * (after - before):+.2f} points, "
+
+    def __str__(self) -> str:
+        if self.is_share:
+            return f"{self.name} {percent(self.before)} → {percent(self.after)} %"
+        return f"{self.name} {self.before:.4g} → {self.after:.4g}"
+
+
+def _quality(before: Accuracy, after: Accuracy, top1_title: str) -> Quality:
+    """The metric of one's own, else top-1, else agreement with the float network, else the loss."""
+    if before.metric is not None and after.metric is not None:
+        return Quality(after.metric_name or "metric", before.metric, after.metric, is_share=False)
+    if before.top1 is not None and after.top1 is not None:
+        return Quality(top1_title, before.top1, after.top1, is_share=True)
+    if after.agreement is not None:
+        return Quality("the float network's class on", 1.0, after.agreement, is_share=True)
+    return Quality("loss", before.loss, after.loss, is_share=False)
 
 
 def recommended(record: RunRecord) -> Result | None:
     """The smallest chosen network that loses at most one point of top-1; where none does, the one that loses least.
 
-    Without labels: of agreement with the float network. None where nothing was evaluated.
+    Without labels: of agreement with the float network. With a metric of one's own: one percent of it. None where nothing was
+    evaluated, or where there is a loss alone.
     """
-    drops = {}
-    for row in _chosen(record):
-        if row.validation is not None:
-            _, before, after = _quality(record, record.float_accuracy, row.validation)
-            if before is not None and after is not None:
-                drops[row.budget] = before - after, row
-    within = [row for drop, row in drops.values() if drop <= MOST_DROP]
+    drops = [(drop, row) for row in _chosen(record) if (drop := _drop(record, row)) is not None]
+    within = [row for drop, row in drops if drop <= MOST_DROP]
     if within:
         return min(within, key=lambda row: row.size_bytes)
-    return min(drops.values(), key=lambda pair: pair[0])[1] if drops else None
+    return min(drops, key=lambda pair: pair[0])[1] if drops else None
+
+
+def _drop(record: RunRecord, row: Result) -> float | None:
+    if row.validation is None:
+        return None
+    quality = _quality(record.float_accuracy, row.validation, record.top1_title)
+    return None if quality.name == "loss" else quality.drop
 
 
 def recommendation(record: RunRecord, folder: Path) -> str:
@@ -111,15 +145,16 @@ def recommendation(record: RunRecord, folder: Path) -> str:
 
 def why(record: RunRecord, row: Result) -> str:
     """Why a network is recommended."""
-    _, before, after = _quality(record, record.float_accuracy, row.validation or record.float_accuracy)
-    is_within = before is not None and after is not None and before - after <= MOST_DROP
-    return "the smallest that loses at most 1 point" if is_within else "the one that loses least; none loses less than 1 point"
+    is_within = (_drop(record, row) or 0.0) <= MOST_DROP
+    unit = "1 %" if row.validation is not None and row.validation.metric is not None else "1 point"
+    return f"the smallest that loses at most {unit}" if is_within else f"the one that loses least; none loses less than {unit}"
 
 
 def table(record: RunRecord) -> Table:
-    """Top-1 of every method at every budget with its 95 % interval; agreement with float where there are no labels."""
-    labelled = record.float_accuracy.top1 is not None
-    title = f"{record.top1_title if labelled else 'agreement'} %, {record.float_accuracy.num_images:,} images"
+    """Every method at every budget: the metric, top-1 with its 95 % interval, agreement with float, or the loss."""
+    accuracy = record.float_accuracy
+    name = accuracy.metric_name or (f"{record.top1_title} %" if accuracy.top1 is not None else "agreement %")
+    title = f"{name}, {accuracy.num_images:,} images"
     grid = Table(title=title, title_justify="left", title_style="dim")
     grid.add_column("budget", no_wrap=True)
     for method in record.methods:
@@ -133,8 +168,10 @@ def table(record: RunRecord) -> Table:
 def _cell(row: Result | None) -> str:
     if row is None or row.validation is None:
         return "–"
+    if row.validation.metric is not None:
+        return f"{row.validation.metric:.4g}"
     if row.validation.top1 is None:
-        return percent(row.validation.agreement)
+        return loss_text(row.validation.loss) if row.validation.agreement is None else percent(row.validation.agreement)
     low, high = row.validation.top1_interval or (0.0, 0.0)
     return f"{percent(row.validation.top1)} ± {50 * (high - low):.1f}"
 

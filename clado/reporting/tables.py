@@ -33,6 +33,8 @@ QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
 corrections.
 
 `corrections` is left out if every answer has all corrections.
+
+A metric of one's own has a row of its name. Without classes it takes the place of top-1.
 """
 FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
 """What is said of an answer, by `Assignment.corrected`."""
@@ -365,7 +367,12 @@ def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str |
         ["–" if loss is None else loss_text(loss) for loss in losses],
         None if least is None else loss_text(least),
     )
-    yield _top1_label(record), [percent(top1) for top1 in accuracies], None if highest is None else percent(highest)
+    if highest is not None or record.metric_name is None:
+        yield _top1_label(record), [percent(top1) for top1 in accuracies], None if highest is None else percent(highest)
+    if record.metric_name is not None:
+        values = [None if result is None or result.validation is None else result.validation.metric for result in results]
+        best = max((value for value in values if value is not None and math.isfinite(value)), default=None)
+        yield record.metric_name, [metric_text(value) for value in values], None if best is None else metric_text(best)
     plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in results]
     if any(top1 is not None for top1 in plain):
         yield QUANTITIES[3], [percent(top1) for top1 in plain], None
@@ -388,6 +395,8 @@ def caption(record: RunRecord) -> str:
     top1 = "" if accuracy.top1 is None else f", {record.top1_title} {percent(accuracy.top1)} % on {accuracy.num_images:,} images"
     if interval := accuracy.top1_interval:
         top1 += f" (95 %: {percent(interval[0])} to {percent(interval[1])})"
+    if accuracy.metric is not None:
+        top1 += f", {record.metric_name} {metric_text(accuracy.metric)} on {accuracy.num_images:,} images"
     corrections = "" if record.corrections == "none" else f"; corrections: {record.corrections}"
     return f"float {size_text(record.float_bytes)}, loss {loss_text(record.baseline)} ({record.criterion}){top1}{corrections}"
 
@@ -401,6 +410,11 @@ def _forwards(record: RunRecord) -> str:
     )
     text = f"Forward images, as whole forwards would need: {counts}." if counts else ""
     return f"{text} Each estimator alone: {costs}." if costs else text
+
+
+def metric_text(value: float | None) -> str:
+    """Four significant digits of a metric of one's own."""
+    return "–" if value is None else f"{value:.4g}"
 
 
 def loss_text(value: float) -> str:

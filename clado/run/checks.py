@@ -6,6 +6,7 @@ from clado.choosing.proposals import check_budgets
 from clado.data.decoding import EncodedSlice
 from clado.data.images import ImageSlice, KeptSlice, check_slice
 from clado.errors import ConfigurationError, DataError
+from clado.measuring.workbench import on_device
 from clado.run.opened_run import OpenedRun, open_run
 from clado.storage.measurement_store import MeasurementStore, exists
 
@@ -46,7 +47,7 @@ def check(run: OpenedRun) -> list[str]:
         The names of images that cannot be read, where some are allowed.
 
     Raises:
-        ConfigurationError: The run's folder is a file.
+        ConfigurationError: The run's folder is a file, or the criterion or the metric fails on the first image.
         DataError: An image does not fit the network, or cannot be read and none may be left out.
         InfeasibleError: No assignment meets a budget.
         IdentityMismatch: The store holds other numbers.
@@ -55,10 +56,19 @@ def check(run: OpenedRun) -> list[str]:
         raise ConfigurationError(f"{run.folder} is a file; expected a folder for the run, or a free name (folder: runs/…)")
     if names := _unreadable(run, *run.slices.used):
         return names
+    _try_own_functions(run)
     check_budgets(run.space, run.budgets, run.limits)
     if exists(run.store_path):
         run.identity.adds_images(MeasurementStore.open(run.store_path))
     return []
+
+
+def _try_own_functions(run: OpenedRun) -> None:
+    """Refuses a criterion or a metric of one's own that fails on the first image."""
+    tries = {run.packed_criterion.refuse_unfit: run.slices.sensitivity, run.judge.refuse_unfit: run.slices.validation}
+    for refuse_unfit, images in tries.items():
+        x, targets = on_device(run.float_network, images.load(0, 1))
+        refuse_unfit(run.float_network.logits(x), targets)
 
 
 def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:
@@ -68,7 +78,7 @@ def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:
         unreadable: dict[int, str] = {}
         allowed = unreadable if run.config.data.max_corrupt_images else None
         try:
-            check_slice(images, run.loaded.image_shape, run.num_logits, unreadable=allowed)
+            check_slice(images, run.loaded.image_shape, run.num_logits, unreadable=allowed, classes=run.has_classes)
         finally:
             source = images.source if isinstance(images, KeptSlice) else images
             if isinstance(source, EncodedSlice):

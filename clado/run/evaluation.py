@@ -1,6 +1,7 @@
 """The evaluations of a run: losses on the decision set, accuracies on the validation set, each read where it is known."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor
@@ -74,11 +75,17 @@ class RunEvaluation:
         return self.inputs.config.measure.batch_images or self.inputs.float_network.images_at_once
 
     def loss(self, assignment: Assignment) -> Counts:
-        """The sum of losses of the deployed network over the decision set, and the Brier score and hit of each image."""
+        """The sum of losses of the deployed network over the decision set, and the Brier score and hit of each image.
+
+        Without classes there is the loss of each image alone.
+        """
         network, layers = self.preparation.deployed(assignment)
         scores = score_passes(self.inputs.config.criterion, *network.folded_with(layers), self._passes())
+        counts = Counts(len(scores.losses), float(scores.losses.sum()), briers=to_six_digits(scores.losses))
+        if scores.briers is None or scores.hits is None:
+            return counts
         hits = "".join("01"[int(hit)] for hit in scores.hits)
-        return Counts(len(hits), float(scores.losses.sum()), briers=to_six_digits(scores.briers), hits=hits)
+        return replace(counts, briers=to_six_digits(scores.briers), hits=hits)
 
     def _passes(self) -> Iterator[Pass]:
         """The decision set with their float logits, as many at a time as are fast."""
@@ -163,7 +170,7 @@ class RunEvaluation:
             self.preparation.deployed(assignment) if self.inputs.space.chosen_options(assignment) else (float_network, {})
             for assignment in assignments
         )
-        return count_each(variants, validation, start, stop, self.batch_images, float_network)
+        return count_each(variants, validation, start, stop, self.batch_images, float_network, self.inputs.judge)
 
     def count_batch(self, item: BatchItem) -> BatchCounts:
         """Counts of assignments on one evaluation batch, which is decoded once for all of them."""
@@ -175,6 +182,8 @@ class RunEvaluation:
         """Evaluations on the decision set (`decision`) or on the `validation` set, of deployed networks."""
         images = self.inputs.decision if which == "decision" else self.inputs.slices.validation
         identity = {**self.identity.document, "slice": images.sha256}
+        if which == "validation" and self.inputs.config.metric is not None:
+            identity["metric"] = self.inputs.config.metric
         return EvaluationCache(self.inputs.folder / "evaluations" / which, fingerprint(identity))
 
     def validation_counts(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from clado.choosing.constraints import Constraint
 from clado.choosing.proposals import Budget, budgets_of
+from clado.criteria import PackedCriterion, packed
 from clado.data.images import DataSlices, ImageSlice
 from clado.data.sources import LoadedNetwork
+from clado.evaluation import Judge
 from clado.interaction import estimators
 from clado.measuring.plan import Plan, Workload, grown_sample_blocks, sample_blocks
 from clado.measuring.workbench import network_batching, rows_per_tile
@@ -86,6 +88,21 @@ class RunInputs:
         (tests/benchmarks/OVERFITTING.md), so that they cannot decide.
         """
         return self.slices.decision or self.slices.sensitivity
+
+    @cached_property
+    def packed_criterion(self) -> PackedCriterion:
+        """The criterion on the network's outputs."""
+        return packed(self.config.criterion, self.float_network.outputs)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What is counted of each validation image beside a classifier's hits."""
+        return Judge.of(self.float_network.outputs, self.config.criterion, self.config.metric)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels are classes of the network's logits. Else they are targets of the criterion and the metric."""
+        return "classes" in self.packed_criterion.offers
 
     @cached_property
     def num_logits(self) -> int:

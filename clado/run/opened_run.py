@@ -6,11 +6,12 @@ from functools import cached_property
 
 import torch
 
-from clado.criteria import criterion_of
+from clado.criteria import criterion_of, packed
 from clado.data.decoding import EncodedSlice
 from clado.data.images import DataSlices, ImageSlice, kept
 from clado.data.sources import LoadedNetwork, absent_data, load_data, load_network
 from clado.errors import ConfigurationError, DataError, UnreadableImage
+from clado.interaction.estimators import check_criterion
 from clado.network.network import Network, prefers_channels_last
 from clado.network.portable import PortableGraph
 from clado.quantization.preparation import check_space
@@ -71,6 +72,7 @@ def open_run(
     network = _float_network(config, loaded, exported)
     space = _search_space(config, network)
     check_space(network, space)
+    check_criterion(config.estimators, config.criterion, packed(config.criterion, network.outputs).offers)
     run = OpenedRun(config, loaded, network, slices, space)
     if not planning:
         limit = run.memory_limit // KEPT_SHARE
@@ -87,7 +89,7 @@ def _load_slices(config: RunConfig, loaded: LoadedNetwork, planning: bool) -> Da
     if planning and config.data.path is not None and not config.data.path.exists():
         return absent_data(config.data, loaded.image_shape).held_out()
     slices = load_data(config.data, loaded.image_shape, loaded.preprocessing).held_out()
-    if criterion_of(config.criterion).needs_labels and not _labelled(slices.sensitivity):
+    if criterion_of(config.criterion).needs_targets and not _labelled(slices.sensitivity):
         raise DataError(
             f"criterion {config.criterion} needs labels and the sensitivity images have none; use criterion: kl_to_float"
         )

@@ -17,11 +17,26 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
 
+DOTTED = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+"""`package.module:name`."""
+
+
+def dotted(what: str) -> AfterValidator:
+    """Accepts `package.module:name`, which is looked up when the run is opened."""
+
+    def check(name: str) -> str:
+        if not re.fullmatch(DOTTED, name):
+            raise ValueError(f"{name!r} is no such name; expected package.module:name {what}")
+        return name
+
+    return AfterValidator(check)
+
+
 def one_of(folder: str) -> AfterValidator:
     """Accepts the names of a plug-in folder. A name `package.module:name` is looked up when the run is opened."""
 
     def check(name: str) -> str:
-        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and folder != "clusters":
+        if re.fullmatch(DOTTED, name) and folder != "clusters":
             return name
         if name not in available(folder):
             other = ", or package.module:name" if folder != "clusters" else ""

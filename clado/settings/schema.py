@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from clado.plugins import PACKAGE, available, nearest
 from clado.settings.cluster import ClusterSettings
-from clado.settings.fields import Bits, BitsOrNone, Count, Integer, Positive, Settings, UserPath, one_of
+from clado.settings.fields import Bits, BitsOrNone, Count, Integer, Positive, Settings, UserPath, dotted, one_of
 from clado.settings.identity import fingerprint
 from clado.settings.redaction import Uri, redact
 from clado.settings.tracking import TrackingSettings
@@ -89,7 +89,12 @@ PREPROCESSING = ("resize", "interpolation", "mean", "std")
 class DataSettings(Settings):
     """Which images. Slices are disjoint: calibration, sensitivity (measuring), validation (accuracy, seen by no choice)."""
 
-    source: Literal["zoo", "folder", "tar"] = "zoo"
+    source: Literal["zoo", "folder", "tar", "factory"] = "zoo"
+    factory: Annotated[str, dotted("of a function")] | None = Field(
+        default=None,
+        description="source factory: package.module:function that returns (images, targets), or a dictionary train and val of "
+        "such; targets have any type and shape (N, ...)",
+    )
     path: UserPath | None = Field(
         default=None,
         description="source folder: an image folder with one sub-folder a class, or train/ and val/ of such; source tar: a "
@@ -132,14 +137,20 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> "DataSettings":
-        if self.source != "zoo" and self.path is None:
+        if (self.source == "factory") != (self.factory is not None):
+            raise ValueError(
+                f"source {self.source} {'needs a' if self.factory is None else 'takes no'} factory; expected source: factory "
+                "with factory: package.module:function, or another source without it"
+            )
+        if self.source in ("folder", "tar") and self.path is None:
             holds = "one sub-folder of images for each class" if self.source == "folder" else "tar shards of KEY.jpg and KEY.cls"
             raise ValueError(f"source {self.source} needs a path; expected path: FOLDER with {holds}")
-        if self.source == "zoo":
+        if self.source in ("zoo", "factory"):
+            owner = "the zoo's images" if self.source == "zoo" else "a factory's images"
             for key in ("path", *PREPROCESSING, "class_balanced", "class_numbers", "max_corrupt_images", "skip"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(
-                        f"{key} is for source folder; the zoo's images come as they are: expected source: folder, or no {key}"
+                        f"{key} is for source folder; {owner} come as they are: expected source: folder, or no {key}"
                     )
         if self.sample_blocks > self.sensitivity_images:
             raise ValueError(
@@ -280,6 +291,11 @@ class RunConfig(Settings):
     )
     adaround: AdaroundSettings = AdaroundSettings()
     criterion: Annotated[str, one_of("criteria")] = "kl_to_float"
+    metric: Annotated[str, dotted("of a callable (outputs, targets) -> a number for each image")] | None = Field(
+        default=None,
+        description="package.module:name of a callable (outputs, targets) -> a number for each image, of which more is better; "
+        "reported beside the loss",
+    )
     # what the study ends with (docs/where-interactions-help.md): 3 to 6 % of pairwise's forwards, the search included
     estimators: tuple[Annotated[str, one_of("estimators")], ...] = ("layerwise", "gauss_newton")
     budgets: BudgetSettings = BudgetSettings(average_bits=(2.25, 2.5, 3, 3.5, 4, 5))
@@ -326,7 +342,7 @@ class RunConfig(Settings):
         for key in ("numeric", "channels_last", "split", "weights_name"):
             if getattr(self.network, key) == NetworkSettings.model_fields[key].default:
                 document["network"].pop(key)
-        for key in ("interpolation", "class_balanced", "class_numbers"):
+        for key in ("interpolation", "class_balanced", "class_numbers", "factory"):
             if getattr(self.data, key) == DataSettings.model_fields[key].default:
                 document["data"].pop(key)
         if self.measure.batch_statistics:

@@ -31,6 +31,7 @@ _FOLDER_DATA = """\
   # std: [0.229, 0.224, 0.225]       # then divides them
   # class_balanced: true             # as many images of each class in every slice
   # max_corrupt_images: 10           # so many unreadable images are named and left out; default: none
+  # factory: my_lab.data:images      # with source: factory and no path: a function that returns (images, targets)
 """
 _TEMPLATE = """\
 # Settings of `clado run`; everything but network has a default. Override one with: clado run FILE data.seed=1
@@ -63,7 +64,8 @@ activations:                         # inputs of the searched layers
 corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # measured and deployed; []: rounding to nearest
 # adaround:                          # where it is among the corrections
 #   steps: 1000                      # of its optimiser, for one layer at one width
-criterion: kl_to_float               # what must not grow: kl_to_float, or cross_entropy (needs labels)
+criterion: kl_to_float               # what must not grow: kl_to_float, cross_entropy (needs labels), or package.module:name
+# metric: my_lab.metrics:mean_iou    # (outputs, targets) -> a number for each image; more is better
 estimators: [layerwise, gauss_newton]  # compared as measured; also pairwise, blockwise, tempered2, hawq, mpqco, …
 # gradients:                         # what hawq, mpqco and fisher draw at random
 #   vectors: 8                       # of hawq's trace, in each sample block

@@ -15,7 +15,7 @@ from clado.records.run_record import RunRecord
 from clado.records.text import REPORT, percent, size_text, write_text
 from clado.settings.redaction import redact
 from clado.tracking import models
-from clado.tracking.metrics import child_metrics, curves, parent_metrics
+from clado.tracking.metrics import child_metrics, curves, own_metric, parent_metrics
 from clado.tracking.models import LoggedModel
 from clado.tracking.notes import RECORD, UNDELIVERED, UNDELIVERED_FAILURE, file_of
 from clado.tracking.sending import NOTHING, TAG, Sender, key, redacted, settings_params, trim
@@ -212,6 +212,6 @@ def subjects(record: RunRecord, logged: Sequence[LoggedModel]) -> dict[str, dict
     digest = models.digest_of(record, VALIDATION)
     dataset = {"dataset_name": VALIDATION, "dataset_digest": digest} if digest else {}
     model: dict[str, str | None] = {"model_id": logged[0].model_id} if logged else {}
-    accuracy = (record.top1_name, "top5", "validation_loss")
+    accuracy = (record.top1_name, "top5", "validation_loss", *own_metric(record.float_accuracy))
     choice = ("size_bytes", "average_bits", "loss_deployed", "brier_deployed", "agreement_deployed")
     return {name: {**model, **dataset} for name in accuracy} | dict.fromkeys(choice, model)

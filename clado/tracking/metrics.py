@@ -16,6 +16,7 @@ def parent_metrics(record: RunRecord) -> dict[str, float | None]:
         f"float_{record.top1_name}": accuracy.top1,
         **_interval(record, accuracy, "float_"),
         "float_top5": accuracy.top5,
+        **own_metric(accuracy, "float_"),
         "float_validation_loss": accuracy.loss,
         "float_bytes": record.float_bytes,
         "validation_images": accuracy.num_images,
@@ -40,6 +41,7 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
         record.top1_name: accuracy.top1 if accuracy else None,
         **(_interval(record, accuracy) if accuracy else {}),
         "top5": accuracy.top5 if accuracy else None,
+        **(own_metric(accuracy) if accuracy else {}),
         "validation_loss": accuracy.loss if accuracy else None,
         "validation_kl": accuracy.kl if accuracy else None,
         "validation_agreement": accuracy.agreement if accuracy else None,
@@ -51,6 +53,11 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
         "solver_seconds": result.seconds,
         "gain": result.gain,
     }
+
+
+def own_metric(accuracy: Accuracy, prefix: str = "") -> dict[str, float | None]:
+    """The metric of one's own by its name, as MLflow takes names. Nothing without one."""
+    return {} if accuracy.metric_name is None else {key(f"{prefix}{accuracy.metric_name}"): accuracy.metric}
 
 
 def _against(record: RunRecord, result: Result) -> dict[str, float | None]:
@@ -92,6 +99,7 @@ def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple
         accuracy = result.validation
         values = {
             record.top1_name: accuracy.top1 if accuracy else None,
+            **(own_metric(accuracy) if accuracy else {}),
             "validation_loss": accuracy.loss if accuracy else None,
             "loss_deployed": result.loss_deployed,
         }

@@ -117,8 +117,12 @@ def log_model(
     from clado.exporting.model import read_model
 
     document, name = read_model(folder), alias_of(budget)
-    shapes = (-1, *document["image_shape"]), (-1, document["num_classes"])  # of images and logits
-    inputs_schema, outputs_schema = (Schema([TensorSpec(np.dtype("float32"), shape)]) for shape in shapes)
+    num_classes = document["num_classes"]  # None without logits
+    output_shape = document.get("output_shape") if num_classes is None else [num_classes]
+    inputs_schema, outputs_schema = (
+        None if shape is None else Schema([TensorSpec(np.dtype("float32"), (-1, *shape))])
+        for shape in (document["image_shape"], output_shape)
+    )
     entity = client.create_logged_model(experiment_id, name, run_ids[0], dict(tags), {"budget": budget})
     model = Model(run_id=run_ids[0], model_id=entity.model_id, artifact_path=entity.artifact_location)
     with tempfile.TemporaryDirectory(prefix="clado-mlflow-") as temporary, warnings.catch_warnings():

@@ -24,6 +24,7 @@ from clado.run.checks import too_many_unreadable
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from clado.tracking import delivery
+from clado.tracking.metrics import own_metric
 from flows.commands.export import PACKED
 from flows.commands.stored import StoredRun, accuracy_of
 from flows.progress import progress
@@ -64,7 +65,7 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
         )
         everything = load_training(folder, settings, run.loaded.image_shape, run.slices.validation)
         origin = str(folder)
-    outputs = run.num_logits if labels else None
+    outputs = run.num_logits if labels and run.has_classes else None
     if outputs is not None and everything.num_classes is not None and everything.num_classes > outputs:
         raise DataError(
             f"{origin} has labels of {everything.num_classes} classes, the network {outputs} outputs; expected labels that fit"
@@ -164,7 +165,9 @@ def train(
 def accuracy_on_validation(run: OpenedRun, network: Network, layers: dict[int, QuantizedLayer]) -> Accuracy:
     """Accuracy of a network on the run's validation set."""
     images = run.slices.validation
-    batches = (count(network, layers, images, *batch, reference=run.float_network) for batch in run.evaluation.batches)
+    batches = (
+        count(network, layers, images, *batch, reference=run.float_network, judge=run.judge) for batch in run.evaluation.batches
+    )
     return sum(batches, Counts()).accuracy()
 
 
@@ -178,9 +181,12 @@ def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, fo
 
     table = markdown_table(["epoch", "training loss", "held-out loss", "seconds", ""], [row(epoch) for epoch in tuned.epochs])
     outcome = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
+    top1 = "" if after.top1 is None else f"top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
+    if after.metric is not None:
+        top1 += f"{after.metric_name} {before.metric:.4g} before, {after.metric:.4g} after; "
     return (
         f"{table}\n{len(images.training):,} training images of {images.origin}; {len(images.held_out):,} held out: {outcome}\n"
-        f"validation, {after.num_images:,} images: top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
+        f"validation, {after.num_images:,} images: {top1}"
         f"loss {before.loss:.4f} before, {after.loss:.4f} after\nwritten to {folder}: {PACKED}, {RECORD}"
     )
 
@@ -194,6 +200,7 @@ def _metrics(tuned: FineTuned, before: Accuracy, after: Accuracy) -> dict[str, f
         "top1_before": before.top1,
         "validation_loss_before": before.loss,
         "best_epoch": tuned.best_epoch,
+        **own_metric(after),
     }
 
 

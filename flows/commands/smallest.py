@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clado.choosing.constraints import Constraint
 from clado.choosing.proposals import Budget, budget_solver, merge_limits, program_of
 from clado.choosing.smallest import MeasuredAssignment, Smallest, smallest
-from clado.errors import DataError, InfeasibleError
-from clado.evaluation import per_image
+from clado.errors import ConfigurationError, DataError, InfeasibleError
+from clado.evaluation import judged_per_image, per_image
+from clado.network.network import Network, Replaced
 from clado.records.interval import Interval
 from clado.records.text import markdown_table
 from clado.reporting.summary import layers_text
@@ -23,11 +25,12 @@ ROUNDS = 4
 FILL = 3  # budgets that fill the gap below an answer, per estimator and round
 
 
-def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smallest:
+def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool, metric: bool = False) -> Smallest:
     """Measures assignments on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
 
-    With `top1` the bound is on the drop of top-1 (a fraction), which needs labels. Else it is on the increase of cross entropy,
-    or of KL to the float network if there are no labels.
+    With `top1` the bound is on the drop of top-1 (a fraction), which needs labels. With `metric` it is on the drop of the run's
+    metric. Else it is on the increase of cross entropy, or of KL to the float network if there are no labels; of a criterion of
+    one's own, on that.
     """
     images, space = run.slices.selection, run.space
     if len(images) < 2:
@@ -35,17 +38,19 @@ def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smalles
             "no images are left over to choose on; lower data.sensitivity_images or data.calibration_images, or set "
             "data.validation_images for a folder without train/ and val/"
         )
-    if top1 and images.load(0, 1)[1] is None:
-        raise DataError("a bound on top-1 needs labelled images; use --max-loss-increase instead")
-    float_losses, float_hits = per_image(run.float_network, {}, images)
+    if top1 and (images.load(0, 1)[1] is None or not run.has_classes):
+        raise DataError("a bound on top-1 needs logits and labelled images; use --max-loss-increase instead")
+    if metric and run.judge.metric is None:
+        raise ConfigurationError("the run has no metric; expected metric: package.module:name in its settings")
+    interval_of = _own_interval(run, metric) if metric or run.judge.criterion is not None else _interval(run, top1)
     measured = 0
 
     def measure(assignment: Assignment) -> Interval:
         nonlocal measured
-        losses, hits = per_image(*run.preparation.deployed(assignment), images, reference=run.float_network)
+        interval = interval_of(*run.preparation.deployed(assignment))
         measured += 1
         advance(1)
-        return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
+        return interval
 
     low, high, solve = solver_of(stored)
     most = (FIRST + ROUNDS * FILL) * len(stored.config.estimators)  # fewer where estimators agree
@@ -61,6 +66,29 @@ def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool) -> Smalles
             bound,
             ROUNDS,
         )
+
+
+def _interval(run: OpenedRun, top1: bool) -> Callable[[Network, Replaced], Interval]:
+    """What gives the drop of top-1, or the increase of the loss, of a deployed network."""
+    images = run.slices.selection
+    float_losses, float_hits = per_image(run.float_network, {}, images)
+
+    def interval(network: Network, layers: Replaced) -> Interval:
+        losses, hits = per_image(network, layers, images, reference=run.float_network)
+        return Interval.of_hits(float_hits, hits) if top1 else Interval.of(losses - float_losses)
+
+    return interval
+
+
+def _own_interval(run: OpenedRun, metric: bool) -> Callable[[Network, Replaced], Interval]:
+    """What gives the drop of the metric, or the increase of a criterion of one's own, of a deployed network."""
+
+    def values(network: Network, layers: Replaced) -> NDArray[np.float64]:
+        columns = judged_per_image(network, layers, run.slices.selection, run.float_network, run.judge)
+        return -columns["metric"] if metric else columns["loss"]
+
+    float_values = values(run.float_network, {})
+    return lambda network, layers: Interval.of(values(network, layers) - float_values)
 
 
 def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
@@ -89,9 +117,9 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     return least, int(largest[0].bound), solve
 
 
-def text(result: Smallest, run: OpenedRun, top1: bool) -> str:
+def text(result: Smallest, run: OpenedRun, top1: bool, metric: bool = False) -> str:
     """The answer and its neighbours for the terminal."""
-    what, scale = ("top-1 drop %", 100.0) if top1 else ("loss increase", 1.0)
+    what, scale = ("top-1 drop %", 100.0) if top1 else (f"{run.judge.metric_name} drop" if metric else "loss increase", 1.0)
 
     def row(name: str, one: MeasuredAssignment) -> list[str]:
         m = one.measured

@@ -124,7 +124,7 @@ class StoredRun:
         if not matrices:
             raise ConfigurationError(
                 f"{', '.join(self.config.estimators)} order assignments and predict no loss; expected a bound on a measured "
-                "quantity: --max-loss-increase or --max-top1-drop"
+                "quantity: --max-loss-increase, --max-top1-drop or --max-metric-drop"
             )
         for name, matrix in matrices.items():
             widest = Budget("size", space.size_bytes(space.widest)).limit(space)
@@ -289,14 +289,16 @@ def evaluated(stored: StoredRun, run: OpenedRun, budget: Budget | None, images: 
 
 def evaluation_text(rows: Sequence[Result]) -> str:
     """Methods and their accuracy, for the terminal."""
-    table = []
+    table, metric = [], next((row.validation.metric_name for row in rows if row.validation is not None), None)
     for row in rows:
         if (accuracy := row.validation) is not None:
             cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", loss_text(row.loss_deployed)]
             low, high = accuracy.top1_interval or (None, None)
             interval = "–" if low is None else f"{percent(low)} to {percent(high)}"
-            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), loss_text(accuracy.loss)])
-    header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", "validation loss"]
+            own = [] if accuracy.metric is None else [f"{accuracy.metric:.4g}"]
+            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), *own, loss_text(accuracy.loss)])
+    own = [] if metric is None else [metric]
+    header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", *own, "validation loss"]
     return markdown_table(header, table)
 
 
@@ -329,7 +331,7 @@ def per_class_csv(run: OpenedRun, rows: Sequence[Result]) -> str:
     for budget, method, assignment in [float_row, *((row.budget, row.method, row.assignment) for row in rows)]:
         counts = counts_of(run, assignment)
         if counts.top1 is None:
-            raise DataError("the validation images have no labels; expected some for an accuracy per class")
+            raise DataError("the validation images have no class labels; expected some for an accuracy per class")
         for label, num_images, hits in counts.classes:
             name = names[label] if label < len(names) else ""
             table.writerow([budget, method, label, name, num_images, hits, f"{hits / num_images:.6f}"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal
     def measured(proposal: Proposal) -> MeasuredProposal:
         assignment, predicted = proposal.assignment, proposal.loss_predicted
         counts, by = choice.losses[assignment], ""
-        loss, brier = counts.accuracy().loss, float(counts.each_brier.mean())
+        loss, brier = counts.accuracy().loss, float(counts.each_brier.mean()) if counts.hits else nan
         if predicted is None and predictor is not None and (predicted := predicted_loss(predictor, assignment)) is not None:
             by = predictor.estimator
         return MeasuredProposal(
@@ -191,7 +191,7 @@ def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal
             loss if isfinite(loss) else None,
             predicted,
             brier if isfinite(brier) else None,
-            float(counts.each_hit.mean()),
+            float(counts.each_hit.mean()) if counts.hits else None,
             by,
         )
 

@@ -225,7 +225,7 @@ NETWORK_ERRORS = {
     "labels too high": (lambda n, s: clado.evaluate(n, s.widest, (images(4), labels(4) + 4)), DataError, r"0\.\.3"),
     "labels below 0": (lambda n, s: clado.measure(n, s, (images(4), labels(4) - 4), "layerwise"), DataError, "at least 0"),
     "no labels": (lambda n, s: clado.measure(n, s, images(4), criterion="cross_entropy"), DataError, "kl_to_float"),
-    "criterion": (lambda n, s: clado.measure(n, s, images(4), criterion="kl"), ConfigurationError, "one of cross_entropy"),
+    "criterion": (lambda n, s: clado.measure(n, s, images(4), criterion="kl"), ConfigurationError, "one of cosine_to"),
     "estimator": (lambda n, s: clado.measure(n, s, images(4), "pair_wise"), ConfigurationError, "did you mean 'pairwise'"),
     "quantizer": (lambda n, s: clado.WeightQuantizer("max"), ConfigurationError, "minmax"),
     "bits": (lambda n, s: n.search_space((4, 2)), ConfigurationError, "ascending"),

@@ -1,14 +1,17 @@
 """Every criterion keeps the contract; KL against float64 as a textbook has it: small losses, laws, and what is not finite."""
 
+import re
+
 import pytest
 import torch
 
 from clado import criteria
-from clado.criteria import kl_to_float
+from clado.criteria import cross_entropy, kl_to_float
 from clado.errors import ConfigurationError, DataError
+from clado.network.outputs import Outputs
 from clado.plugins import available
 from tests import tolerance
-from tests.contracts.criterion import CriterionContract
+from tests.contracts.criterion import LABELS, MASKS, NUM_CLASSES, NUM_SAMPLES, CriterionContract, dense, nested
 
 pytestmark = pytest.mark.numeric
 
@@ -21,10 +24,20 @@ def expm1_of(request, monkeypatch) -> None:
 
 class TestKlToFloat(CriterionContract):
     name = "kl_to_float"
+    forms = ("logits", "dense")
 
 
 class TestCrossEntropy(CriterionContract):
     name = "cross_entropy"
+    forms = ("logits", "dense")
+
+
+class TestMseToFloat(CriterionContract):
+    name = "mse_to_float"
+
+
+class TestCosineToFloat(CriterionContract):
+    name = "cosine_to_float"
 
 
 def test_every_criterion_keeps_the_contract():
@@ -32,7 +45,7 @@ def test_every_criterion_keeps_the_contract():
 
 
 def test_a_wrong_name_is_answered_with_the_valid_ones():
-    with pytest.raises(ConfigurationError, match=r"unknown criterion 'kl'; expected one of cross_entropy, kl_to_float"):
+    with pytest.raises(ConfigurationError, match=r"unknown criterion 'kl'; expected one of cosine_to_float, cross_entropy"):
         criteria.criterion_of("kl")
 
 
@@ -141,3 +154,116 @@ def test_hits_are_of_the_float_networks_class_or_the_label_and_none_where_logits
 def test_scores_of_labels_need_labels(score):
     with pytest.raises(DataError, match="cross_entropy needs labels"):
         score("cross_entropy", logits(2, 3), logits(2, 3), None)
+
+
+DENSE = Outputs.of(dense(), NUM_SAMPLES)
+NESTED = Outputs.of(nested(), NUM_SAMPLES)
+
+
+def test_dense_criteria_are_means_of_the_classifiers_over_positions_that_count():
+    z, f = DENSE.packed(dense(seed=1)), DENSE.packed(dense())
+    for name in ("kl_to_float", "cross_entropy"):
+        found = criteria.packed(name, DENSE).of(f, MASKS)(z)
+        for n in range(NUM_SAMPLES):
+            counted = MASKS[n].flatten() != -100
+            columns, floats = (x[n].reshape(NUM_CLASSES, -1).T[counted] for x in (z, f))
+            losses = criteria.bind(name, floats, MASKS[n].flatten()[counted])(columns)
+            expected = float(losses.mean()) if len(losses) else 0.0
+            assert abs(float(found[n]) - expected) <= rounding(z, f)
+
+
+def test_an_ignored_position_changes_nothing_whatever_is_there():
+    f, targets = dense(), MASKS.clone().masked_fill(MASKS == -100, 255)
+    z = dense(seed=1)
+    other = z + 100 * (targets == 255).unsqueeze(1)
+    for module in (kl_to_float, cross_entropy):
+        criterion = module.over_classes(ignore_index=255)
+        assert torch.equal(criterion.loss(z, f, targets), criterion.loss(other, f, targets))
+        assert float(criterion.loss(z, f, targets)[0]) == 0.0  # all of the first sample is ignored
+        root = criterion.curvature(f, targets)
+        assert torch.equal(root(z)[targets.flatten(1) == 255], torch.zeros(7, NUM_CLASSES, dtype=torch.float64))
+
+
+def test_kl_without_targets_counts_every_position():
+    z, f = DENSE.packed(dense(seed=1)), DENSE.packed(dense())
+    criterion = criteria.packed("kl_to_float", DENSE)
+    assert torch.equal(criterion.of(f, None)(z), criterion.of(f, MASKS.clamp_min(0))(z))
+    assert torch.equal(criterion.of(f, None)(z), criterion.of(f, torch.zeros(NUM_SAMPLES, 4))(z))  # targets of something else
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "flat", "targets", "error", "words"),
+    [
+        ("kl_to_float", NESTED, NESTED.packed(nested()), None, ConfigurationError, "one tensor .N, C, ....* returns a dict"),
+        ("cross_entropy", NESTED, NESTED.packed(nested()), MASKS, ConfigurationError, "one tensor .N, C, ....* returns a dict"),
+        (
+            "cross_entropy",
+            DENSE,
+            DENSE.packed(dense()),
+            LABELS,
+            DataError,
+            r"targets \(6,\) .* class numbers \(6, 2, 3\)",
+        ),
+        ("cross_entropy", DENSE, DENSE.packed(dense()), MASKS + 1, DataError, "from -99 to 5; expected 0 to 4, or -100"),
+    ],
+)
+def test_outputs_and_targets_that_do_not_fit_are_refused(name, outputs, flat, targets, error, words):
+    with pytest.raises(error, match=words):
+        criteria.packed(name, outputs).of(flat, targets)(flat)
+
+
+def off(outputs, float_outputs, targets):
+    """A loss of one's own: it grows with each part of nested outputs."""
+    parts = [(outputs["maps"] - float_outputs["maps"]).abs().flatten(1).sum(1)]
+    return parts[0] + (outputs["rest"][1] - float_outputs["rest"][1]).square()
+
+
+def test_a_loss_of_ones_own_gets_outputs_in_the_networks_form_and_float64():
+    flat, floats = NESTED.packed(nested(seed=1)), NESTED.packed(nested())
+    given = []
+
+    def loss(*arguments):
+        given.append(arguments)
+        return off(*arguments)
+
+    found = criteria.packed(loss, NESTED).of(floats, MASKS)(torch.stack([flat, floats]))
+    expected = off(nested(seed=1), nested(), None)
+    torch.testing.assert_close(found[0], expected.double(), rtol=0, atol=tolerance.of_sum(7) * 20)
+    assert found[1].tolist() == [0.0] * NUM_SAMPLES
+    for outputs, float_outputs, targets in given:
+        assert outputs.keys() == float_outputs.keys() == nested().keys()
+        assert outputs["rest"][0].shape == (NUM_SAMPLES, 4)
+        assert outputs["maps"].dtype == float_outputs["maps"].dtype == torch.float64
+        assert targets is MASKS
+    assert torch.equal(given[0][0]["maps"].float(), nested(seed=1)["maps"])
+
+
+FAULTS = {
+    "a number": (
+        lambda z, f, y: z["maps"].sum(),
+        "gives a tensor () of torch.float64 for 6 images; expected one number",
+    ),
+    "nothing": (lambda z, f, y: None, "gives None for 6 images"),
+    "a key error": (lambda z, f, y: z["mask"], "failed: KeyError: 'mask'; outputs have the form {'maps': ('N', 2, 3)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_loss_of_ones_own_that_fails_is_named_with_what_it_was_given(fault):
+    loss, words = FAULTS[fault]
+    flat = NESTED.packed(nested())
+    with pytest.raises(ConfigurationError, match=re.escape(f"criterion <lambda> {words}")):
+        criteria.packed(loss, NESTED).refuse_unfit(flat, None)
+
+
+@pytest.mark.parametrize("curvature", [lambda f, y: lambda u: 1.0, lambda f, y: lambda u: u["maps"].sum(0), lambda f: None])
+def test_a_curvature_that_fails_is_named_as_well(curvature):
+    flat = NESTED.packed(nested())
+    with pytest.raises(ConfigurationError, match="the curvature of criterion off"):
+        criteria.packed(criteria.Criterion(off, curvature), NESTED).refuse_unfit(flat, None)
+
+
+@pytest.mark.parametrize("wrong", [3, None, [off], criteria.Criterion])
+def test_what_is_no_criterion_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match="expected a name, a callable"):
+        criteria.criterion_of(wrong)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from clado.errors import ConfigurationError, NetworkError
 from clado.grids import ActivationGrid, QuantizedLayer
@@ -221,10 +222,46 @@ class _Returning(nn.Module):
         return self.form(features, self.head(features))
 
 
+FORMS = {
+    "a tuple": lambda f, z: (f, z),
+    "a list in a dictionary": lambda f, z: {"logits": z, "features": [f, f.sum(1)]},
+    "a map": lambda f, z: f.reshape(-1, 2, 3),
+    "one number": lambda f, z: z[:, 0],
+    "classes too": lambda f, z: (z, z.argmax(1)),
+}
+
+
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("form", [lambda f, z: (f, z), lambda f, z: [f, z], lambda f, z: {"features": f, "logits": z}])
-def test_a_network_that_returns_more_than_logits_is_refused(form, graph):
-    with pytest.raises(NetworkError, match="expected logits"):
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_of_any_form_are_packed_and_come_back_as_the_module_gives_them(form, graph):
+    torch.manual_seed(0)
+    model, x = _Returning(FORMS[form]).eval(), torch.randn(5, 4)
+    network = Network(model, x[:1], graph=graph)
+    packed = network.logits(x)
+    assert packed.ndim == 2
+    found, expected = network.outputs.unpacked(packed), model(x)
+    assert tree_structure(found) == tree_structure(expected)
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0, atol=2 * tolerance.FORWARD)
+    assert torch.equal(network.outputs.packed(found), packed)
+    weights = ["body.weight", "head.weight"][: len(network.layers)]
+    assert [layer.name for layer in network.layers] == weights
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (lambda f, z: (z, 3.0), "an object of type float"),
+        (lambda f, z: (z, None), "an object of type NoneType"),
+        (lambda f, z: {"loss": z.mean(), "logits": z}, r"\(\) for 2 images"),
+        (lambda f, z: z.T.reshape(3, -1), r"\(3, 2\) for 2 images"),
+        (lambda f, z: z.argmax(1), "no floating-point tensor"),
+    ],
+)
+def test_outputs_that_are_no_tensors_of_the_images_are_refused(form, says, graph):
+    with pytest.raises(NetworkError, match=f"the network returns .*{says}"):
         Network(_Returning(form), torch.randn(2, 4), graph=graph)
 
 

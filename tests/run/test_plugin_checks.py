@@ -22,8 +22,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"estimators": ["no_such_package:estimator"]}, ["estimator 'no_such_package:estimator'", "no module 'no_such_package'"]),
     ({"solver": {"name": "json:dums"}}, ["solver 'json:dums'", "json has no name 'dums'", "did you mean 'dumps'"]),
     (
-        {"criterion": "json:dumps"},
-        ["criterion 'json:dumps' is an object of type function", "an object of the class clado.criteria.Criterion"],
+        {"criterion": "json:JSONDecoder"},
+        ["criterion json:JSONDecoder is the class JSONDecoder", "(outputs, float_outputs, targets)", "clado.criteria.Criterion"],
     ),
     ({"quantizer": {"weights": "json:JSONDecoder"}}, ["the class JSONDecoder", "clado.quantization.quantizers.Quantizer"]),
 ]

@@ -1,12 +1,19 @@
-"""A network from Python code: `package.module:function` returns a torch.nn.Module, or (torch.nn.Module, example input)."""
+"""A network or images from Python code: what `package.module:function` returns.
 
+For a network that is a torch.nn.Module, or (torch.nn.Module, example input). For images it is (images, targets), a DataLoader, or
+a dictionary of such with the keys train and val.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
-from clado.errors import CladoError, NetworkError
+from clado.data.images import DataSlices, ImageShape, ImageSlice, MemorySlice, PickedSlice, as_slice
+from clado.errors import CladoError, ConfigurationError, DataError, NetworkError
 from clado.plugins import imported
-from clado.settings.schema import NetworkSettings
+from clado.settings.schema import DataSettings, NetworkSettings
 
 
 def load_network(settings: NetworkSettings) -> tuple[nn.Module, Tensor | None]:
@@ -26,14 +33,71 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, Tensor | None]:
     return model, example
 
 
-def _call(name: str) -> Any:
-    function = imported(name, "factory", "function", NetworkError)
+def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
+    """Slices of what the function returns: an iterable that `clado.data.images.as_slice` takes, or {"train": ..., "val": ...}.
+
+    An `ImageSlice` is read when it is needed; anything else is held in memory. Sensitivity images are the first of one
+    permutation, so that a larger set of the same seed holds the smaller one.
+
+    Raises:
+        DataError: There are too few images, or they do not fit.
+    """
+    if settings.factory is None:
+        raise ConfigurationError("source factory needs factory: package.module:function, which returns (images, targets)")
+    result = _call(settings.factory, DataError)
+    parts = result if isinstance(result, Mapping) else {"train": result}
+    if not {"train"} <= set(parts) <= {"train", "val"}:
+        raise DataError(f"{settings.factory} returned the keys {', '.join(map(str, parts))}; expected train, or train and val")
+    slices = {name: as_slice(part, image_shape, classes=False) for name, part in parts.items()}
+    training, separate = slices["train"], slices.get("val")
+    sensitivity, calibration = settings.sensitivity_images, settings.calibration_images
+    validation = (settings.validation_images or 1) if separate is None else 0
+    if (needed := sensitivity + calibration + validation) > len(training):
+        raise DataError(
+            f"{settings.factory} gives {len(training)} images; {needed} are needed: {sensitivity} for sensitivity, {calibration} "
+            "for calibration" + (f", at least {validation} for validation" if validation else "")
+        )
+    order = np.random.default_rng(settings.seed).permutation(len(training)).tolist()
+    rest = order[sensitivity : len(order) - calibration]
+    if separate is None:
+        count = len(rest) if settings.validation_images is None else validation
+        validating, rest = _picked(training, rest[:count]), rest[count:]
+    else:
+        validating = _picked(separate, _validation_order(settings, len(separate)))
+    return DataSlices(
+        calibration=_picked(training, order[::-1][:calibration]),
+        sensitivity=_picked(training, order[:sensitivity]),
+        validation=validating,
+        selection=_picked(training, rest[: settings.selection_images]),
+    )
+
+
+def _validation_order(settings: DataSettings, count: int) -> list[int]:
+    """Numbers of the validation images of a set of their own: all in order, or so many as are asked for."""
+    if settings.validation_images is None:
+        return list(range(count))
+    if settings.validation_images > count:
+        raise DataError(f"data.validation_images asks for {settings.validation_images} images; {settings.factory} gives {count}")
+    order: list[int] = np.random.default_rng(settings.seed).permutation(count).tolist()
+    return order[: settings.validation_images]
+
+
+def _picked(images: ImageSlice, numbers: Sequence[int]) -> ImageSlice:
+    """Some images of a slice, in an order; in memory where the slice is."""
+    if not isinstance(images, MemorySlice):
+        return PickedSlice([images], numbers)
+    x, targets = images.load(0, len(images))
+    return MemorySlice(x[list(numbers)], None if targets is None else targets[list(numbers)], images.num_classes)
+
+
+def _call(name: str, error_type: type[NetworkError] | type[DataError] = NetworkError) -> Any:
+    function = imported(name, "factory", "function", error_type)
     if not callable(function):
         module_name, _, key = name.partition(":")
-        raise NetworkError(f"factory {name!r}: {module_name} has no function {key!r}; it is a {type(function).__name__}")
+        raise error_type(f"factory {name!r}: {module_name} has no function {key!r}; it is a {type(function).__name__}")
     try:
         return function()
     except CladoError:
         raise
     except Exception as error:
-        raise NetworkError(f"factory {name!r} raised {type(error).__name__}: {error}") from error
+        raise error_type(f"factory {name!r} raised {type(error).__name__}: {error}") from error

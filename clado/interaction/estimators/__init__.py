@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from clado.errors import MeasurementError
+from clado.errors import ConfigurationError, MeasurementError
 from clado.interaction.matrix import Convexity, InteractionMatrix
 from clado.measuring.kinds import tile_kind, tile_kinds
 from clado.measuring.pair_kind import PairKind
@@ -147,6 +147,26 @@ def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[
         needed |= {name for name, kind in tile_kinds().items() if kind.is_uncorrected}
     needed -= {name for name in needed if tile_kind(name).contained_in in needed}
     return tuple(name for name in tile_kinds() if name in needed)
+
+
+def check_criterion(names: Iterable[str], criterion: str, offers: Collection[str]) -> None:
+    """Refuses estimators that need more of the criterion than it offers (`TileKind.needs`).
+
+    Raises:
+        ConfigurationError: The message says which, and what does without.
+    """
+    for name in names:
+        needed = {tile_kind(kind).needs for kind in kinds_of([name])} - {None, *offers}
+        if "curvature" in needed:
+            raise ConfigurationError(
+                f"estimator {name} needs the curvature of the criterion, and {criterion} states none; expected layerwise or "
+                "pairwise, which need the loss alone, or clado.criteria.Criterion(loss, curvature=...)"
+            )
+        if needed:
+            raise ConfigurationError(
+                f"estimator {name} needs logits (N, C) and a criterion of their classes, not {criterion}; expected layerwise, "
+                "pairwise, or gauss_newton where the criterion states its curvature"
+            )
 
 
 def costs(estimators: Iterable[str], plan: Plan) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ class Gradients(TileKind):
     name = "gradients"
     order = 60
     dimensions = ("estimator", "probe")
+    needs = "classes"
 
     def shape(self, space: SearchSpace) -> tuple[int, ...]:
         """(2, 1 + K)."""

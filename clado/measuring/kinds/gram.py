@@ -9,6 +9,11 @@ from clado.space import SearchSpace
 TEMPERATURES = (1, 2, 4, 8)
 """Temperatures of the softmax that a Gram matrix is taken at. 1 is the float network's own."""
 
+SAMPLED_VALUES = 4096
+"""Values of a sample's curvature that a criterion of one's own is measured on; of larger outputs as many are drawn."""
+SAMPLE_SEED = 0
+"""Seed of the draw."""
+
 
 class Gram(TileKind):
     """Row 0 holds the singles, row 1 first-order changes of the loss; then come the Gram matrices, K rows each."""
@@ -16,6 +21,7 @@ class Gram(TileKind):
     name = "gram"
     order = 40
     dimensions = ("probe", "option")
+    needs = "curvature"
 
     def shape(self, space: SearchSpace) -> tuple[int, ...]:
         """(2 + T K, 1 + K) of T temperatures."""

@@ -1,5 +1,7 @@
 """First-order changes of each sample's log-likelihood under every option, by one backward pass an image."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def squared_slopes(
-    prepared: Prepared, criterion: str, images: Tensor, labels: Tensor | None, random: np.random.Generator
+    prepared: Prepared, criterion: Any, images: Tensor, labels: Tensor | None, random: np.random.Generator
 ) -> Array:
     """(2, 1 + K) sums over images, of each sample's g = ∂ log p_y / ∂w; one forward and one backward an image.
 
@@ -45,14 +47,15 @@ def squared_slopes(
     replaced = {i: QuantizedLayer(weight, biases[i]) for i, weight in enumerate(weights)}
     layers_with_bias = [layer for layer, bias in enumerate(biases) if bias is not None]
     inputs = [*weights, *(bias for bias in biases if bias is not None)]
+    packed = criteria.packed(criterion, network.outputs)
     differentiable = network.differentiable()
     sums = torch.zeros((2, 1 + space.num_options), dtype=torch.float64, device=network.device)
     for n in range(len(images)):
         logits = differentiable.recorded_logits(outside_inference(images[n : n + 1]), replaced)
         log_p = logits[0].double().log_softmax(-1)
         label = None if labels is None else labels[n : n + 1]
-        sums[:, 0] += criteria.bind(criterion, logits.detach(), label)(logits.detach()).sum()
-        if criteria.criterion_of(criterion).needs_labels:
+        sums[:, 0] += packed.of(logits.detach(), label)(logits.detach()).sum()
+        if packed.needs_targets:
             y = -1 if labels is None else int(labels[n])
         else:
             total = log_p.detach().exp().cumsum(0).cpu().numpy()

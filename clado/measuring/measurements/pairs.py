@@ -34,7 +34,7 @@ def _add_pairs(
     bench: Workbench, part: Pass, rows: Sequence[int], layers: Sequence[int], float_state: State, sums: Array, first_row: int
 ) -> None:
     """Adds the losses of one pass, of `rows` with all options of `layers`, to `sums`, whose first row is `first_row`."""
-    criterion = part.criterion(bench.criterion)
+    criterion = part.loss(bench.packed_criterion)
     for layer, stacks in sweep(bench, part, rows, float_state, layers[-1]):
         entries, losses = [], []
         for stack in stacks if layer in layers else []:

@@ -1,6 +1,7 @@
 """Traces of the Hessian in each layer's weights, by Hutchinson's estimate, times the squared error of every option."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 @torch.enable_grad()
 def average_traces(
     prepared: Prepared,
-    criterion: str,
+    criterion: Any,
     parts: Sequence[Batch],
     num_vectors: int,
     random: np.random.Generator,
@@ -48,13 +49,14 @@ def average_traces(
         [torch.from_numpy(random.integers(0, 2, tuple(w.shape)) * 2.0 - 1.0).to(w) for w in weights] for _ in range(num_vectors)
     ]
     replaced = {i: QuantizedLayer(weight) for i, weight in enumerate(weights)}
+    packed = criteria.packed(criterion, network.outputs)
     differentiable = (network.with_batch_statistics() if batch_statistics else network).differentiable()
     # numbers stay on the device until all of it is asked: reading one back would wait for the device each time
     loss = torch.zeros((), dtype=torch.float64, device=network.device)
     traces = torch.zeros(space.num_layers, dtype=torch.float64, device=network.device)
     for images, labels in parts:
         logits = differentiable.recorded_logits(outside_inference(images), replaced)
-        total = criteria.bind(criterion, logits.detach(), labels)(logits).sum()
+        total = packed.of(logits.detach(), labels)(logits).sum()
         loss += total.detach()
         _add_traces(traces, total, weights, vectors)
     norms = torch.stack(
