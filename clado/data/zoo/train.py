@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--download", action="store_true", help="let torchvision download the data into --data")
-    parser.add_argument("--network", choices=sorted(NETWORKS), action="append", help="default: all")
+    parser.add_argument("--network", choices=sorted(RECIPES), action="append", help="default: all")
     parser.add_argument("--epochs", type=int, help="default: the network's recipe")
     parser.add_argument("--lr", type=float, help="largest learning rate; default: the network's recipe")
     parser.add_argument("--batch", type=int, default=128)
@@ -177,7 +177,7 @@ def main() -> None:
         folder = folder / "FashionMNIST" / "raw"
     data = read_fashion_mnist(folder)
     pack_images(data)
-    for name in options.network or sorted(NETWORKS):
+    for name in options.network or sorted(RECIPES):
         epochs, lr = RECIPES[name]
         network, facts = train(name, data, options.epochs or epochs, options.lr or lr, options.batch, options.seed)
         labels = torch.from_numpy(data["test_labels"].astype(np.int64))
