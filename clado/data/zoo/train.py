@@ -183,11 +183,16 @@ def main() -> None:
         labels = torch.from_numpy(data["test_labels"].astype(np.int64))
         facts["test_top1"] = top1(network, normalise(data["test_images"]), labels)
         facts["torch"] = torch.__version__
-        state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-        save_file(state, ZOO / f"{name}.safetensors")
-        (ZOO / f"{name}.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        save(name, network)
         print(name, facts, flush=True)
         note(name, facts)
+
+
+def save(name: str, network: nn.Module) -> None:
+    """Writes a network's weights to the zoo."""
+    file = ZOO / f"{name}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, file)
+    file.chmod(0o644)  # safetensors writes it for its owner alone
 
 
 def note(name: str, facts: dict[str, object]) -> None:

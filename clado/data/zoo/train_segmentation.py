@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clado.data.zoo import NETWORKS, ZOO
+from clado.data.zoo import NETWORKS
 from clado.data.zoo.composites import GARMENTS, composites, mean_iou
-from clado.data.zoo.train import normalise, note, read_fashion_mnist, split_training_images
+from clado.data.zoo.train import normalise, note, read_fashion_mnist, save, split_training_images
 
 NAME = "unet_fashion_mnist"
 BATCH = 64
@@ -86,9 +85,7 @@ def main() -> None:
     test = composed(data["test_images"], data["test_labels"], len(data["test_images"]) // GARMENTS)
     facts["test_mean_iou"] = average_iou(network, *test)
     facts["torch"] = torch.__version__
-    file = ZOO / f"{NAME}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, file)
-    file.chmod(0o644)  # safetensors writes it for its owner alone
+    save(NAME, network)
     print(NAME, facts, flush=True)
     note(NAME, facts)
 
