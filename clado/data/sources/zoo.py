@@ -94,7 +94,7 @@ def _arrays(name: str) -> dict[str, Any]:
 
 def _composed(arrays: dict[str, Any], names: Sequence[str], count: int) -> dict[str, Any]:
     """So many composites of the images of each name."""
-    composed = {}
+    composed: dict[str, Any] = {}
     for name in names:
         canvases, masks = composites.composites(arrays[f"{name}_images"], arrays[f"{name}_labels"], count)
         composed |= {f"{name}_images": canvases, f"{name}_labels": masks}

@@ -66,6 +66,7 @@ def train(data: dict[str, np.ndarray], epochs: int, lr: float, seed: int) -> tup
             best, best_epoch = iou, epoch + 1
             best_state = {k: v.detach().clone() for k, v in network.state_dict().items()}
     network.load_state_dict(best_state)
+    facts: dict[str, object]
     facts = {"epochs": epochs, "lr": lr, "batch": BATCH, "seed": seed, "best_epoch": best_epoch, "selection_mean_iou": best}
     return network, facts
 
