@@ -124,7 +124,7 @@ def on_packed(
         total = losses(at, floats, targets).sum()
         if not total.requires_grad:  # a loss of ranks or of counts
             return None
-        (gradient,) = torch.autograd.grad(total, at, allow_unused=True, materialize_grads=True)
+        gradient: Tensor = torch.autograd.grad(total, at, allow_unused=True, materialize_grads=True)[0]
         return gradient
 
     def root(float_outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:

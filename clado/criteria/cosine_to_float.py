@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -12,13 +13,15 @@ from clado.criteria.mse_to_float import flattened
 
 def cosine_to_float(outputs: Any, float_outputs: Any, targets: Any) -> Tensor:
     """1 − cos of all values of each sample, float64 (N,): half the squared distance of the unit vectors, which keeps digits."""
-    return (normalize(flattened(outputs)) - normalize(flattened(float_outputs))).square().sum(1) / 2
+    gap: Tensor = normalize(flattened(outputs)) - normalize(flattened(float_outputs))
+    return gap.square().sum(1) / 2
 
 
 def curvature(float_outputs: Any, targets: Any) -> Callable[[Any], Tensor]:
     """The Hessian at the float outputs f is (I − f fᵀ / ‖f‖²) / ‖f‖²."""
     floats = flattened(float_outputs)
-    unit, length = normalize(floats), floats.norm(dim=1, keepdim=True)
+    unit: Tensor = normalize(floats)
+    length: Tensor = torch.linalg.vector_norm(floats, dim=1, keepdim=True)
 
     def root(change: Any) -> Tensor:
         u = flattened(change)

@@ -13,6 +13,7 @@ import torch
 from clado.data import zoo
 from clado.data.images import check_slice
 from clado.data.sources import load_data, load_network
+from clado.data.zoo import composites
 from clado.network.network import Network
 from clado.settings.schema import DataSettings, NetworkSettings, zoo_networks
 
@@ -20,6 +21,7 @@ DATA_FILES = sorted([*zoo.ZOO.glob("*.npz"), *zoo.ZOO.glob("*.safetensors")])
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 LIMIT_BYTES = 8_000_000
 PARTS = ("calibration", "sensitivity")
+CLASSIFIERS = sorted(set(zoo.NETWORKS) - zoo.SEGMENTING)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,12 @@ def test_the_normalisation_is_that_of_the_training_images(shipped: dict[str, np.
 
 @pytest.mark.parametrize(
     ("name", "num_layers", "num_weights"),
-    [("resnet20_fashion_mnist", 22, 270_608), ("mobilenetv2_fashion_mnist", 23, 95_392), ("vit_fashion_mnist", 26, 198_272)],
+    [
+        ("resnet20_fashion_mnist", 22, 270_608),
+        ("mobilenetv2_fashion_mnist", 23, 95_392),
+        ("vit_fashion_mnist", 26, 198_272),
+        ("unet_fashion_mnist", 13, 29_216),
+    ],
 )
 def test_the_network_is_the_architecture_described(name: str, num_layers: int, num_weights: int) -> None:
     loaded = load_network(NetworkSettings(name=name))
@@ -121,7 +128,7 @@ def test_the_network_is_the_architecture_described(name: str, num_layers: int, n
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("name", sorted(zoo.NETWORKS))
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_network_is_as_good_as_the_manifest_claims(name: str, manifest: dict[str, Any]) -> None:
     """All 10,000 test images; another processor's rounding may turn a few of them."""
     model = load_network(NetworkSettings(name=name)).model
@@ -136,12 +143,63 @@ def test_the_network_is_as_good_as_the_manifest_claims(name: str, manifest: dict
     assert abs(correct / 10_000 - manifest["networks"][name]["test_top1"]) <= 5e-4
 
 
-@pytest.mark.parametrize("name", sorted(zoo.NETWORKS))
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_readme_states_the_manifests_figures(name: str, manifest: dict[str, Any]) -> None:
     facts = manifest["networks"][name]
     row = next(line for line in (zoo.ZOO / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
     selection, test = (f"{100 * facts[key]:.2f} %" for key in ("selection_top1", "test_top1"))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [selection, test, f"{facts['best_epoch']} of {facts['epochs']}"]
+
+
+@pytest.mark.parametrize("name", sorted(zoo.SEGMENTING))
+def test_the_readme_states_the_manifests_mean_iou(name: str, manifest: dict[str, Any]) -> None:
+    facts = manifest["networks"][name]
+    row = next(line for line in (zoo.ZOO / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    figures = (f"{facts[key]:.3f}" for key in ("selection_mean_iou", "test_mean_iou"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [*figures, f"{facts['best_epoch']} of {facts['epochs']}"]
+
+
+def test_the_segmenting_network_is_as_good_as_the_manifest_claims(manifest: dict[str, Any]) -> None:
+    """On the first 100 of 2,500 composites of test images: within five standard errors of the mean of all."""
+    (name,) = zoo.SEGMENTING
+    loaded = load_network(NetworkSettings(name=name))
+    images, masks = load_data(DataSettings(), loaded.image_shape).validation.load(0, 100)
+    with torch.inference_mode():
+        ious = composites.mean_iou(loaded.model(images), masks)
+    error = float(ious.std()) / 100**0.5
+    assert abs(float(ious.mean()) - manifest["networks"][name]["test_mean_iou"]) <= 5 * error
+
+
+def test_a_composite_shows_garments_over_one_another_and_names_each_pixel(shipped: dict[str, np.ndarray]) -> None:
+    """Drawn again by hand, pixel by pixel: the last garment whose ink covers a pixel gives it its value and its class."""
+    garments, labels = shipped["test_images"][:30], shipped["test_labels"][:30]
+    canvases, masks = composites.composites(garments, labels, 10, seed=3)
+    assert canvases.shape == masks.shape == (10, 48, 48)
+    for canvas, mask in zip(canvases, masks, strict=True):
+        assert set(mask[canvas == 0].tolist()) == {composites.BACKGROUND}
+        assert (canvas[mask != composites.BACKGROUND] > composites.INK).all()
+        assert 1 <= len(set(mask.flatten().tolist()) - {composites.BACKGROUND}) <= composites.GARMENTS
+    assert np.array_equal(composites.composites(garments, labels, 4, seed=3)[0], canvases[:4])
+    assert not np.array_equal(composites.composites(garments, labels, 4, seed=4)[0], canvases[:4])
+
+
+def test_mean_iou_is_that_of_the_classes_of_the_mask() -> None:
+    masks = torch.tensor([[[0, 0], [1, 2]], [[1, 1], [1, 1]]])
+    predicted = torch.tensor([[[0, 1], [1, 1]], [[1, 1], [1, 1]]])
+    outputs = torch.nn.functional.one_hot(predicted, 4).permute(0, 3, 1, 2).float()
+    assert composites.mean_iou(outputs, masks).tolist() == pytest.approx([(1 / 2 + 1 / 3 + 0) / 3, 1.0])
+
+
+def test_the_composites_of_each_set_are_of_its_own_images(shipped: dict[str, np.ndarray]) -> None:
+    slices = load_data(DataSettings(sensitivity_images=1024, calibration_images=1024), composites.IMAGE_SHAPE)
+    for name, part, count in (("calibration", slices.calibration, 1024), ("test", slices.validation, 2500)):
+        images, masks = part.load(0, len(part))
+        assert images.shape == (count, 1, 48, 48)
+        expected = composites.composites(shipped[f"{name}_images"], shipped[f"{name}_labels"], count)
+        pixels = ((images[:, 0] * zoo.STD + zoo.MEAN) * 255).round().to(torch.uint8).numpy()
+        pairs = zip(pixels, masks.numpy(), strict=True)
+        served = sorted(image.tobytes() + mask.tobytes() for image, mask in pairs)
+        assert served == sorted(image.tobytes() + mask.tobytes() for image, mask in zip(*expected, strict=True))
 
 
 def test_the_readme_names_every_file() -> None:

@@ -399,7 +399,6 @@ LEFT_OUT = {
     "measure.memory_limit_mb": "changes speed only; the default fits",
     "measure.batch_statistics": "batchnorm_reestimation without measuring under it is as good, and exact (CORRECTIONS.md)",
     "cluster.device": "auto takes the GPU that there is",
-    "data.sample_blocks": "matters for standard errors only",
     "data.resize": "for folders",
     "data.path": "for folders",
     "data.mean": "for folders",

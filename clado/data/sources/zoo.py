@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from clado.data import zoo
 from clado.data.images import DataSlices, ImageShape, MemorySlice
+from clado.data.zoo import composites
 from clado.errors import DataError, NetworkError
 from clado.plugins import nearest
 from clado.settings.schema import DataSettings, NetworkSettings
@@ -32,16 +34,26 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
         name = f"{settings.name}.safetensors"
         read_file(name, NetworkError)
         load_weights(model, zoo.ZOO / name)
-    return model, IMAGE_SHAPE
+    return model, composites.IMAGE_SHAPE if settings.name in zoo.SEGMENTING else IMAGE_SHAPE
 
 
 def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """Calibration and sensitivity images from the 1,024 shipped for each, validation from the 10,000 test images."""
-    if tuple(image_shape) != IMAGE_SHAPE:
+    """Calibration and sensitivity images from the 1,024 shipped for each, validation from the 10,000 test images.
+
+    For networks that segment there are as many composites of them, and 2,500 for validation.
+    """
+    shapes = IMAGE_SHAPE, composites.IMAGE_SHAPE
+    if tuple(image_shape) not in shapes:
         raise DataError(
-            f"the zoo's images have shape {IMAGE_SHAPE}; the network takes {tuple(image_shape)}: set data.source: folder"
+            f"the zoo's images have shape {IMAGE_SHAPE}, or {composites.IMAGE_SHAPE} with a class for each pixel; the network "
+            f"takes {tuple(image_shape)}: set data.source: folder"
         )
     train, test = _arrays(TRAIN_SLICES), _arrays(TEST)
+    if tuple(image_shape) == composites.IMAGE_SHAPE:
+        train, test = (
+            _composed(train, ("calibration", "sensitivity"), len(train["calibration_images"])),
+            _composed(test, ("test",), len(test["test_images"]) // composites.GARMENTS),
+        )
     return DataSlices(
         calibration=_draw(train, "calibration", settings.calibration_images, settings.seed),
         sensitivity=_draw(train, "sensitivity", settings.sensitivity_images, settings.seed),
@@ -71,13 +83,22 @@ def read_file(name: str, error: type[NetworkError] | type[DataError]) -> bytes:
 
 
 def normalise(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Tensor:
-    """uint8 (N, 28, 28) -> float32 (N, 1, 28, 28), as the networks of the zoo were trained."""
+    """uint8 (N, H, W) -> float32 (N, 1, H, W), as the networks of the zoo were trained."""
     return ((torch.from_numpy(images.astype(np.float32)) / 255 - zoo.MEAN) / zoo.STD).unsqueeze(1)
 
 
 def _arrays(name: str) -> dict[str, Any]:
     with np.load(io.BytesIO(read_file(name, DataError))) as file:
         return {key: file[key] for key in file.files}
+
+
+def _composed(arrays: dict[str, Any], names: Sequence[str], count: int) -> dict[str, Any]:
+    """So many composites of the images of each name."""
+    composed: dict[str, Any] = {}
+    for name in names:
+        canvases, masks = composites.composites(arrays[f"{name}_images"], arrays[f"{name}_labels"], count)
+        composed |= {f"{name}_images": canvases, f"{name}_labels": masks}
+    return composed
 
 
 def _selection(arrays: dict[str, Any], settings: DataSettings) -> MemorySlice:
@@ -91,9 +112,7 @@ def _selection(arrays: dict[str, Any], settings: DataSettings) -> MemorySlice:
         images.append(arrays[f"{name}_images"][rest])
         labels.append(arrays[f"{name}_labels"][rest])
     limit = slice(settings.selection_images)
-    return MemorySlice(
-        normalise(np.concatenate(images)[limit]), torch.from_numpy(np.concatenate(labels).astype(np.int64)[limit]), NUM_CLASSES
-    )
+    return _slice(np.concatenate(images)[limit], np.concatenate(labels)[limit])
 
 
 def _draw(arrays: dict[str, Any], name: str, count: int | None, seed: int, setting: str | None = None) -> MemorySlice:
@@ -104,4 +123,9 @@ def _draw(arrays: dict[str, Any], name: str, count: int | None, seed: int, setti
         # The first of one permutation, so that a larger set of the same seed holds the smaller one.
         positions = np.random.default_rng(seed).permutation(len(images))[:count]
         images, labels = images[positions], labels[positions]
-    return MemorySlice(normalise(images), torch.from_numpy(labels.astype(np.int64)), NUM_CLASSES)
+    return _slice(images, labels)
+
+
+def _slice(images: "np.ndarray[Any, np.dtype[np.uint8]]", labels: Any) -> MemorySlice:
+    num_classes = NUM_CLASSES if labels.ndim == 1 else composites.NUM_CLASSES
+    return MemorySlice(normalise(images), torch.from_numpy(labels.astype(np.int64)), num_classes)

@@ -1,4 +1,4 @@
-"""The architectures of the zoo: small networks for 28 x 28 grey images and ten classes.
+"""The architectures of the zoo: small networks for 28 x 28 grey images and ten classes, and one for composites of such images.
 
 Plain torch modules. Their weights are safetensors files beside this module; `clado.data.sources.load_network` brings
 both together.
@@ -135,4 +135,42 @@ class VisionTransformer(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
+
+
+class _DoubleConvolution(nn.Sequential):
+    """Two 3 x 3 convolutions, each with a batch norm and a ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        layers: list[nn.Module] = []
+        for channels in (in_channels, out_channels):
+            layers += [nn.Conv2d(channels, out_channels, 3, 1, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """A small U-Net (Ronneberger et al., arXiv 1505.04597) for grey images whose sides are multiples of 4.
+
+    13 searched layers, 0.03 M weights.
+    """
+
+    def __init__(self, num_classes: int = 11, width: int = 8) -> None:
+        super().__init__()
+        self.down1 = _DoubleConvolution(1, width)
+        self.down2 = _DoubleConvolution(width, 2 * width)
+        self.bottom = _DoubleConvolution(2 * width, 4 * width)
+        self.lift2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
+        self.up2 = _DoubleConvolution(4 * width, 2 * width)
+        self.lift1 = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.up1 = _DoubleConvolution(2 * width, width)
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 1, H, W), normalised -> logits (N, num_classes, H, W)."""
+        fine = self.down1(x)
+        coarse = self.down2(F.max_pool2d(fine, 2))
+        x = self.bottom(F.max_pool2d(coarse, 2))
+        x = self.up2(torch.cat([coarse, self.lift2(x)], 1))
+        x = self.up1(torch.cat([fine, self.lift1(x)], 1))
+        logits: Tensor = self.head(x)
         return logits

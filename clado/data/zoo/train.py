@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--download", action="store_true", help="let torchvision download the data into --data")
-    parser.add_argument("--network", choices=sorted(NETWORKS), action="append", help="default: all")
+    parser.add_argument("--network", choices=sorted(RECIPES), action="append", help="default: all")
     parser.add_argument("--epochs", type=int, help="default: the network's recipe")
     parser.add_argument("--lr", type=float, help="largest learning rate; default: the network's recipe")
     parser.add_argument("--batch", type=int, default=128)
@@ -177,17 +177,22 @@ def main() -> None:
         folder = folder / "FashionMNIST" / "raw"
     data = read_fashion_mnist(folder)
     pack_images(data)
-    for name in options.network or sorted(NETWORKS):
+    for name in options.network or sorted(RECIPES):
         epochs, lr = RECIPES[name]
         network, facts = train(name, data, options.epochs or epochs, options.lr or lr, options.batch, options.seed)
         labels = torch.from_numpy(data["test_labels"].astype(np.int64))
         facts["test_top1"] = top1(network, normalise(data["test_images"]), labels)
         facts["torch"] = torch.__version__
-        state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-        save_file(state, ZOO / f"{name}.safetensors")
-        (ZOO / f"{name}.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        save(name, network)
         print(name, facts, flush=True)
         note(name, facts)
+
+
+def save(name: str, network: nn.Module) -> None:
+    """Writes a network's weights to the zoo."""
+    file = ZOO / f"{name}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, file)
+    file.chmod(0o644)  # safetensors writes it for its owner alone
 
 
 def note(name: str, facts: dict[str, object]) -> None:
