@@ -57,7 +57,7 @@ import numpy as np
 
 def measure(bench, tile):
     """(2,) halves of the loss."""
-    losses = sum(float(part.loss(bench.packed)(part.float_logits).sum()) for part in bench.passes(tile.sample_block))
+    losses = sum(float(part.loss(bench.packed_criterion)(part.float_logits).sum()) for part in bench.passes(tile.sample_block))
     return np.full(2, losses / 2)
 '''
 RUN_WITH_HALVES = """
