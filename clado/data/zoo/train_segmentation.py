@@ -1,7 +1,7 @@
 """Trains the zoo's U-Net on composites of Fashion-MNIST: `python -m clado.data.zoo.train_segmentation --data FOLDER`.
 
 FOLDER, and who sees which image, are those of `train.py`. Each epoch draws other composites of the training images. Composites of
-the selection images choose the checkpoint. Those of the test images are evaluated once.
+the selection images choose the checkpoint. Those of the test images are evaluated at the end.
 """
 
 import argparse
