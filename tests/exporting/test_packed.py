@@ -479,7 +479,9 @@ def test_weights_that_are_computed_by_hooks_are_refused_with_what_to_use():
     with pytest.warns(FutureWarning, match="weight_norm"):
         normed = nn.utils.weight_norm(nn.Linear(8, 8))
     network = Network(nn.Sequential(nn.Flatten(), normed, nn.ReLU(), nn.Linear(8, 4)), torch.randn(1, 2, 2, 2))
-    network.logits(torch.randn(2, 2, 2, 2))
+    images = torch.randn(2, 2, 2, 2)
+    assert torch.equal(as_module(network, {})(images), network.logits(images))
+    network.model(images)  # with gradients: the weight is now part of their graph
     with pytest.raises(NetworkError, match=r"cannot be copied .*torch\.nn\.utils\.parametrizations\.weight_norm"):
         as_module(network, {})
 
