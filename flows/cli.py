@@ -61,12 +61,18 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
+    runtime: Annotated[str | None, typer.Option(help="Say what this runtime does not run natively, such as onnxruntime.")] = None,
 ) -> None:
     """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
     run = _opened(_settings(config, overrides), planning=not probe)
     from flows.commands.plan import plan_text
 
     typer.echo(plan_text(run))
+    if runtime is not None:
+        from clado.exporting.runtimes import runtime_of
+        from flows.commands.profile import lacking_text
+
+        typer.echo(lacking_text(run, runtime, runtime_of(runtime)))
     if (path := run.config.data.path) is not None and not path.exists():
         typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
     if probe:
@@ -74,6 +80,31 @@ def plan(
         from flows.commands.eta import eta_text
 
         typer.echo(eta_text(run, own_start))
+
+
+@command
+def profile(
+    config: Config,
+    overrides: Overrides = None,
+    runtime: Annotated[str, typer.Option(help="What runs the networks.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one pass; seconds in the table are of one image.")] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="How often each network is timed; medians are taken.")] = 9,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write; default: RUN/profile/RUNTIME.csv.")] = None,
+) -> None:
+    """Time every layer at every option on this machine: the table that the constraint `latency` reads. Run it again to resume."""
+    from clado.exporting.runtimes import runtime_of
+
+    plugin = runtime_of(runtime)
+    plugin.versions()  # refused before the network loads
+    run = _opened(_settings(config, overrides), planning=True)
+    from clado.records.text import file_name
+    from flows.commands.profile import lacking_text, profile_text
+    from flows.commands.profile import profile as time_layers
+
+    path = output or run.folder / "profile" / f"{file_name(runtime)}.csv"
+    typer.echo(lacking_text(run, runtime, plugin), err=True)
+    typer.echo(profile_text(run.space, time_layers(run, runtime, plugin, path, threads, batch, turns), path))
 
 
 @command
