@@ -177,6 +177,36 @@ def export(
 
 
 @command
+def deploy(
+    folder: RunFolder,
+    budget: AverageBits = None,
+    size_bytes: SizeBytes = None,
+    runtime: Annotated[str, typer.Option(help="What serves the network.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Validation images that accuracy is counted on, at most.")] = 1000,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/deployments/BUDGET.")
+    ] = None,
+) -> None:
+    """Write the network chosen for a budget as a folder that a runtime serves; measure size, accuracy and milliseconds there."""
+    from clado.exporting.runtimes import runtime_of
+    from clado.records.text import file_name
+    from flows.commands.stored import StoredRun, chosen_for
+    from flows.guard import locked
+
+    plugin = runtime_of(runtime)
+    plugin.versions()  # refused before the network loads
+    stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
+    run = _measured(stored.config)
+    from flows.commands.deploy import deploy as write
+
+    target = output or folder / "deployments" / file_name(wanted.name)
+    with locked(folder):
+        text = write(run, runtime, plugin, chosen_for(stored, run, wanted), target, threads, images)
+    typer.echo(f"{text}\nWrote {target}. Try it: python {target / 'predict.py'} IMAGE")
+
+
+@command
 def finetune(
     folder: RunFolder,
     budget: AverageBits = None,

@@ -41,7 +41,11 @@ class Fake:
             return LayerTimes({name: float(path.read_text()) for name in names}, 10.0)
 
         return Runtime(
+            title="Fake",
             file="f",
+            requirements=(),
+            loader="",
+            session_entries=lambda path: {},
             lacks_kernel=lambda layer, bits, activation_bits, symmetric: "no four" if bits == 4 else None,
             write=write,
             open=lambda path, threads: lambda images: images,

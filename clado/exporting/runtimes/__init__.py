@@ -36,8 +36,17 @@ class LayerTimes:
 class Runtime:
     """What the rest of the code must know about a runtime."""
 
+    title: str
+    """What it is called in documents."""
     file: str
     """Name of the file that it reads."""
+    requirements: tuple[str, ...]
+    """Packages that `loader` needs, for pip."""
+    loader: str
+    """A Python file that reads deployment.json and the network beside it, and classifies images.
+
+    It has HERE (the folder), FACTS (deployment.json) and run(images (N, C, H, W)) -> logits, which the self-check uses.
+    """
     lacks_kernel: Callable[[Layer, int, int | None, bool], str | None]
     """(layer, weight bits, activation bits, symmetric) -> why the option is not computed natively. None: it is."""
     write: Callable[[Path, Network, Replaced, Tensor], None]
@@ -53,6 +62,8 @@ class Runtime:
     """How often each operator is in the graph that is executed, after the runtime's optimisation."""
     code_bytes: Callable[[Path], Mapping[str, int]]
     """Bytes in the file of each searched layer's codes, scales and zero points, by name. Shared tensors count once."""
+    session_entries: Callable[[Path], Mapping[str, str]]
+    """Settings that a file has to be opened with, which `loader` finds in deployment.json under `session`."""
     versions: Callable[[], Mapping[str, str]]
     """Versions that its times and results depend on, by name."""
 

@@ -177,10 +177,14 @@ def _versions() -> dict[str, str]:
 
 def _with_entries(options: Any, model: Any) -> Any:
     """The options, with the session entries that a file asks for."""
-    entries = {entry.key: entry.value for entry in model.metadata_props}
-    for key, value in json.loads(entries.get(SESSION, "{}")).items():
+    for key, value in _entries(model).items():
         options.add_session_config_entry(key, value)
     return options
+
+
+def _entries(model: Any) -> dict[str, str]:
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return dict(json.loads(metadata.get(SESSION, "{}")))
 
 
 def _session(path: Path, options: Any) -> Any:
@@ -209,7 +213,56 @@ def _library() -> ModuleType:
     return runtime
 
 
+LOADER = '''"""Classifies images: python predict.py IMAGE... (needs onnxruntime, NumPy and Pillow)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+FACTS = json.loads((HERE / "deployment.json").read_text(encoding="utf-8"))
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = FACTS["threads"]
+for key, value in FACTS["session"].items():
+    options.add_session_config_entry(key, value)
+session = onnxruntime.InferenceSession(str(HERE / FACTS["file"]), options, providers=["CPUExecutionProvider"])
+
+
+def run(images):
+    """Logits (N, classes) of images (N, C, H, W)."""
+    return session.run(["logits"], {"images": images})[0]
+
+
+def read(path):
+    """An image as the network takes it: the shorter side resized, the centre cropped, normalised."""
+    steps = FACTS["preprocessing"]
+    (channels, height, width), side = steps["image_shape"], steps["resize"]
+    image = Image.open(path).convert({1: "L", 3: "RGB"}[channels])
+    longer = int(side * max(image.size) / min(image.size))
+    size = (side, longer) if image.width <= image.height else (longer, side)
+    image = image.resize(size, Image.Resampling[steps["interpolation"].upper()])
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels)
+    return ((pixels / 255 - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        number = int(run(read(path)[None])[0].argmax())
+        print(path, FACTS["classes"][number] if FACTS["classes"] else number)
+'''
+
 runtime = Runtime(
+    title="ONNX Runtime",
+    requirements=("onnxruntime>=1.25", "numpy", "pillow"),
+    loader=LOADER,
+    session_entries=lambda path: _entries(library("onnx").load(path)),
     file="network.onnx",
     lacks_kernel=_lacks_kernel,
     write=_write,
