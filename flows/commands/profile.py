@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from clado.bits import bits_text
 from clado.errors import ConfigurationError, StoreError
-from clado.exporting.runtimes import Runtime
+from clado.exporting.runtimes import Logits, Runtime
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records.text import write_text
@@ -33,7 +34,8 @@ from clado.space import Assignment, SearchSpace
 from flows.progress import progress
 
 FORMAT = "clado-profile/1"
-PASSES = 3  # of each network in a turn, with and without the profiler
+PASSES, MOST_PASSES = 3, 50  # of each network in a turn, with and without the profiler
+TURN_SECONDS = 0.05  # that they take together, where the bounds above allow it
 FLOAT = "float"
 
 
@@ -156,17 +158,20 @@ def _time(run: OpenedRun, runtime: Runtime, timed: Turns, beside: Path, folder: 
         while len(timed.turns) < turns:
             turn: dict[str, Any] = {}
             for name in list(files)[:: 1 if len(timed.turns) % 2 == 0 else -1]:
-                calls[name](images)
-                seconds = []
-                for _ in range(PASSES):
-                    begin = perf_counter()
-                    calls[name](images)
-                    seconds.append(perf_counter() - begin)
-                times = runtime.profile(files[name], threads, images, space.names, PASSES)
+                first = _seconds(calls[name], images)  # after another network, so not one of those that count
+                passes = int(min(max(TURN_SECONDS / max(first, 1e-6), PASSES), MOST_PASSES))
+                seconds = [_seconds(calls[name], images) for _ in range(passes)]
+                times = runtime.profile(files[name], threads, images, space.names, passes)
                 turn[name] = {"seconds": median(seconds), "layers": dict(times.layers), "rest": times.rest}
                 advance(1)
             timed.turns.append({name: turn[name] for name in files})
             timed.write(beside)
+
+
+def _seconds(call: Logits, images: NDArray[np.float32]) -> float:
+    begin = perf_counter()
+    call(images)
+    return perf_counter() - begin
 
 
 def machine() -> dict[str, Any]:
