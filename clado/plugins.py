@@ -40,6 +40,7 @@ FOLDERS = {
     "constraints": Folder("clado.choosing.constraints", "constraint", "ConstraintKind"),
     "solvers": Folder("clado.choosing.solvers", "solver", "Solver"),
     "snippets": Folder("clado.exporting.snippets", "snippet"),
+    "runtimes": Folder("clado.exporting.runtimes", "runtime", "Runtime"),
     "clusters": Folder("flows.clusters", "cluster"),
 }
 """Folders of plug-ins, by the names that `available` and `load` take."""

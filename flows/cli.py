@@ -69,12 +69,18 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
+    runtime: Annotated[str | None, typer.Option(help="Say what this runtime does not run natively, such as onnxruntime.")] = None,
 ) -> None:
     """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
     run = _opened(_settings(config, overrides), planning=not probe)
     from flows.commands.plan import plan_text
 
     typer.echo(plan_text(run))
+    if runtime is not None:
+        from clado.exporting.runtimes import runtime_of
+        from flows.commands.profile import lacking_text
+
+        typer.echo(lacking_text(run, runtime, runtime_of(runtime)))
     if (path := run.config.data.path) is not None and not path.exists():
         typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
     if probe:
@@ -82,6 +88,31 @@ def plan(
         from flows.commands.eta import eta_text
 
         typer.echo(eta_text(run, own_start))
+
+
+@command
+def profile(
+    config: Config,
+    overrides: Overrides = None,
+    runtime: Annotated[str, typer.Option(help="What runs the networks.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one pass; seconds in the table are of one image.")] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="How often each network is timed; medians are taken.")] = 9,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write; default: RUN/profile/RUNTIME.csv.")] = None,
+) -> None:
+    """Time every layer at every option on this machine: the table that the constraint `latency` reads. Run it again to resume."""
+    from clado.exporting.runtimes import runtime_of
+
+    plugin = runtime_of(runtime)
+    plugin.versions()  # refused before the network loads
+    run = _opened(_settings(config, overrides), planning=True)
+    from clado.records.text import file_name
+    from flows.commands.profile import lacking_text, profile_text
+    from flows.commands.profile import profile as time_layers
+
+    path = output or run.folder / "profile" / f"{file_name(runtime)}.csv"
+    typer.echo(lacking_text(run, runtime, plugin), err=True)
+    typer.echo(profile_text(run.space, time_layers(run, runtime, plugin, path, threads, batch, turns), path))
 
 
 @command
@@ -159,6 +190,36 @@ def export(
         f"Wrote {target}: {run.space.size_bytes(assignment):,} bytes of weights when packed, "
         f"{run.space.average_bits(assignment):.3f} bits a weight" + (f"\n{told}" if told else "")
     )
+
+
+@command
+def deploy(
+    folder: RunFolder,
+    budget: AverageBits = None,
+    size_bytes: SizeBytes = None,
+    runtime: Annotated[str, typer.Option(help="What serves the network.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Validation images that accuracy is counted on, at most.")] = 1000,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/deployments/BUDGET.")
+    ] = None,
+) -> None:
+    """Write the network chosen for a budget as a folder that a runtime serves; measure size, accuracy and milliseconds there."""
+    from clado.exporting.runtimes import runtime_of
+    from clado.records.text import file_name
+    from flows.commands.stored import StoredRun, chosen_for
+    from flows.guard import locked
+
+    plugin = runtime_of(runtime)
+    plugin.versions()  # refused before the network loads
+    stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
+    run = _measured(stored.config)
+    from flows.commands.deploy import deploy as write
+
+    target = output or folder / "deployments" / file_name(wanted.name)
+    with locked(folder):
+        text = write(run, runtime, plugin, chosen_for(stored, run, wanted), target, threads, images)
+    typer.echo(f"{text}\nWrote {target}. Try it: python {target / 'predict.py'} IMAGE")
 
 
 @command

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from clado.errors import ConfigurationError, NetworkError
 from clado.exporting._onnx_agreement import library
+from clado.exporting._onnx_graph import initializer, node
 from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.packed import bits_of, integers
 from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
@@ -195,13 +195,13 @@ def _put_codes(
         for i in indices:
             spec, layer = network.layers[i], layers.get(i, QuantizedLayer(network.weights[i]))
             if layer.grid is None:
-                values.append(_initializer(ir, graph, f"{spec.name}.values", layer.weight.detach().float().cpu().numpy()))
+                values.append(initializer(ir, graph, f"{spec.name}.values", layer.weight.detach().float().cpu().numpy()))
                 continue
             nodes.append(_dequantize_node(ir, graph, spec, layer, layer.grid, opset))
             values.append(nodes[-1].outputs[0])
             codes[spec.name] = nodes[-1].inputs[0]
         if len(values) > 1:
-            nodes.append(_node(ir, f"{parameter}.whole", "Concat", values, [ir.AttrInt64("axis", 0)]))
+            nodes.append(node(ir, f"{parameter}.whole", "Concat", values, [ir.AttrInt64("axis", 0)]))
         names = [name for name, tensor in parameters.items() if tensor is parameters[parameter]]
         _replace_weight(ir, graph, parameter, [graph.initializers[name] for name in names if name in graph.initializers], nodes)
     return codes
@@ -220,12 +220,12 @@ def _dequantize_node(ir: ModuleType, graph: Any, spec: Layer, layer: QuantizedLa
     is_per_tensor = grid.scale.numel() == 1
     shape = () if is_per_tensor else (-1,)
     inputs = [
-        _initializer(ir, graph, f"{name}.codes", codes, dtype),
-        _initializer(ir, graph, f"{name}.scale", grid.scale.detach().float().cpu().numpy().reshape(shape)),
-        _initializer(ir, graph, f"{name}.zero_point", zero_point.reshape(shape), dtype),
+        initializer(ir, graph, f"{name}.codes", codes, dtype),
+        initializer(ir, graph, f"{name}.scale", grid.scale.detach().float().cpu().numpy().reshape(shape)),
+        initializer(ir, graph, f"{name}.zero_point", zero_point.reshape(shape), dtype),
     ]
     axis = [] if is_per_tensor else [ir.AttrInt64("axis", spec.channel_axis)]
-    return _node(ir, f"{name}.values", "DequantizeLinear", inputs, axis)
+    return node(ir, f"{name}.values", "DequantizeLinear", inputs, axis)
 
 
 def _replace_weight(ir: ModuleType, graph: Any, parameter: str, initializers: Sequence[Any], nodes: list[Any]) -> None:
@@ -235,7 +235,7 @@ def _replace_weight(ir: ModuleType, graph: Any, parameter: str, initializers: Se
     """
     dtype, shape = initializers[0].dtype, initializers[0].shape
     if dtype != ir.DataType.FLOAT:
-        nodes.append(_node(ir, f"{parameter}.cast", "Cast", nodes[-1].outputs, [ir.AttrInt64("to", int(dtype))]))
+        nodes.append(node(ir, f"{parameter}.cast", "Cast", nodes[-1].outputs, [ir.AttrInt64("to", int(dtype))]))
     graph.insert_before(graph[0], nodes)
     weight = nodes[-1].outputs[0]
     weight.dtype, weight.shape = dtype, shape
@@ -244,23 +244,9 @@ def _replace_weight(ir: ModuleType, graph: Any, parameter: str, initializers: Se
         del graph.initializers[value.name]
 
 
-def _node(ir: ModuleType, result: str, operator: str, inputs: Sequence[Any], attributes: Sequence[Any]) -> Any:
-    node = ir.Node("", operator, inputs, attributes=attributes)
-    node.outputs[0].name = result
-    return node
-
-
 def _content(value: Any) -> tuple[Any, tuple[int, ...], bytes]:
     """Data type, shape and bytes of a stored tensor, but not its name."""
     return value.dtype, tuple(value.const_value.shape), value.const_value.tobytes()
-
-
-def _initializer(ir: ModuleType, graph: Any, name: str, array: NDArray[Any], dtype: Any = None) -> Any:
-    array = np.array(array, None if dtype is None else dtype.numpy(), order="C")
-    tensor = ir.tensor(array, dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    graph.register_initializer(value)
-    return value
 
 
 def _integer_type(ir: ModuleType, codes: Codes, opset: int) -> Any:

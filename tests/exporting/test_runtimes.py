@@ -1,0 +1,159 @@
+"""Runtimes: a network is written so that integer kernels run it, and what has none is said."""
+
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from clado.errors import ConfigurationError
+from clado.exporting.runtimes import median_seconds, runtime_of
+from clado.exporting.runtimes.onnxruntime import runtime
+from clado.network.network import Network
+from clado.space import Layer
+from tests.contracts.runtime import RuntimeContract, inverted, quantized
+from tests.exporting.test_onnx import deployed
+from tests.networks import Attention, Tied, build, images
+
+FLOAT_PRODUCTS = ("Conv", "FusedConv", "MatMul", "Gemm", "FusedGemm")
+
+
+class TestOnnxRuntime(RuntimeContract):
+    name = "onnxruntime"
+    options = ((8, 8), (4, 8), (2, 8), (8, None), (4, None))
+
+    def test_int8_kernels_run_every_layer_with_a_quantized_input(self, runtime, files):
+        """Codes of 2 and 4 bits too: they are widened when the file is loaded, and are narrow in it."""
+        for bits in (8, 4, 2):
+            kernels = runtime.kernels(files[(bits, 8)])
+            assert kernels["QLinearConv"] == 4
+            assert kernels["QGemm"] == 1
+            assert not any(name in kernels for name in FLOAT_PRODUCTS)
+            dtypes = Counter(
+                onnx.TensorProto.DataType.Name(t.data_type)
+                for t in onnx.load(files[(bits, 8)]).graph.initializer
+                if ".codes" in t.name and "bias" not in t.name
+            )
+            assert dtypes == {f"INT{bits}": 5}
+
+    def test_matrix_products_with_float_inputs_are_fused(self, runtime, files):
+        """Both 1x1 convolutions and the linear layer."""
+        for bits in (8, 4):
+            kernels = runtime.kernels(files[(bits, None)])
+            assert kernels["MatMulNBits"] == 3
+            assert "DequantizeLinear" not in kernels  # other weights are decoded when the file is loaded
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_queries_keys_and_values_are_products_of_their_own(bits, tmp_path):
+    x = images(16, seed=3)
+    network = Network(build(Attention), x[:1], split=["*in_proj_weight"])
+    network, layers = deployed(network, x, (bits,))
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    linear = [layer for layer in network.layers if layer.operator == "linear"]
+    assert runtime.kernels(tmp_path / "n.onnx")["MatMulNBits"] == len(linear) == 6
+    logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    measured = network.logits(x, layers)
+    assert float((logits - measured).abs().mean()) <= 0.02 * float(measured.abs().max())  # inputs become int8 in the kernel
+
+
+def test_pooling_and_clipping_keep_the_grid_behind_them(tmp_path):
+    """Rounding commutes with both. So no grid is added, and the file computes what was measured, but for single codes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(8, 5)
+    )
+    x = images(64)
+    network, layers = deployed(Network(model.eval(), x[:1]), x, (8,), (8,))
+    runtime.write(tmp_path / "n.onnx", network, layers, x[:0])  # no range is needed
+    kernels = runtime.kernels(tmp_path / "n.onnx")
+    assert (kernels["QLinearConv"], kernels["QGemm"], kernels["QuantizeLinear"]) == (2, 1, 1)
+    assert not any(name in kernels for name in FLOAT_PRODUCTS)
+    logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    measured = network.logits(x, layers)
+    assert float((logits - measured).abs().mean()) <= float(measured.max() - measured.min()) / 255
+
+
+def test_a_channel_that_batch_norm_switches_off_keeps_its_bias(tmp_path):
+    """Its scale is zero, and a bias in units of zero would be lost."""
+    network, x = inverted()
+    with torch.no_grad():
+        network.model.expand_norm.weight[:8] = 0
+        network.model.expand_norm.bias[:8] = 3.0
+    network = Network(network.model, x[:1])
+    layers = quantized(network, x, 8, 8)
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    measured = network.logits(x, layers)
+    logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    assert float((logits - measured).abs().mean()) <= 6 * float(measured.max() - measured.min()) / 255
+
+
+def test_a_weight_that_is_used_twice_is_stored_once(tmp_path):
+    x = images(64)
+    network, layers = deployed(Network(build(Tied), x[:1]), x, (8,), (8,))
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    assert runtime.kernels(tmp_path / "n.onnx")["QLinearConv"] == 3
+    stored = runtime.code_bytes(tmp_path / "n.onnx")
+    assert sum(stored.values()) <= sum(layer.weight_bytes(8) + 4 * layer.num_channels + 8 for layer in network.layers)
+    measured = network.logits(x, layers)
+    logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    assert float((logits - measured).abs().mean()) <= 4 * float(measured.max() - measured.min()) / 255
+
+
+def test_sums_of_large_codes_do_not_saturate(tmp_path):
+    """Two products of the largest codes leave 16 bits, which kernels of CPUs without VNNI add in."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 25, 4))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    x = 1 - 0.01 * images(64).abs()
+    network, layers = deployed(Network(model.eval(), x[:1]), x, (8,), (8,))
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    measured = network.logits(x, layers)
+    logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    assert float((logits - measured).abs().max()) <= 0.01 * float(measured.abs().max())
+
+
+CONV, POINTWISE, LINEAR = (
+    Layer("a", (8, 4, 3, 3), "conv2d"),
+    Layer("b", (8, 4, 1, 1), "conv2d"),
+    Layer("c", (8, 4), "linear"),
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "bits", "activation_bits", "symmetric", "reason"),
+    [
+        (CONV, 4, 8, True, None),
+        (LINEAR, 8, 8, True, None),
+        (POINTWISE, 4, None, True, None),
+        (LINEAR, 2, None, False, None),
+        (CONV, 8, None, True, "needs 8-bit activations"),
+        (LINEAR, 3, None, True, "3 bits have no type"),
+        (LINEAR, 4, 4, True, "4-bit activations have no kernel"),
+        (CONV, 8, 8, False, "the symmetric scheme"),
+        (Layer("d", (8, 4, 2, 2), "conv_transpose2d"), 8, 8, True, "conv_transpose2d has no integer kernel"),
+    ],
+)
+def test_what_has_no_kernel_is_said_with_the_reason(layer, bits, activation_bits, symmetric, reason):
+    found = runtime.lacks_kernel(layer, bits, activation_bits, symmetric)
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_int8_results_need_calibration_images(tmp_path):
+    network, x = inverted()
+    with pytest.raises(ConfigurationError, match="calibration images"):
+        runtime.write(tmp_path / "n.onnx", network, quantized(network, x, 8, 8), x[:0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_runtime_is_answered_with_the_known_ones():
+    with pytest.raises(ConfigurationError, match="unknown runtime 'onnxruntim'; expected one of onnxruntime"):
+        runtime_of("onnxruntim")
+
+
+def test_calls_are_timed_in_turns():
+    made: list[str] = []
+    seconds = median_seconds({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, 3)
+    assert "".join(made) == "ab" + "ab" + "ba" + "ab"
+    assert set(seconds) == {"a", "b"}
