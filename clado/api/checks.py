@@ -80,7 +80,7 @@ def check_prepared(
 
 
 def image_slice(network: Network, data: Any, classes: bool = True) -> ImageSlice:
-    """The data as a slice that fits the network. Without `classes`, targets may be of any type and shape (N, ...).
+    """The data as a slice that fits the network. Unless targets are classes, they may be of any type and shape (N, ...).
 
     Raises DataError if shapes or labels do not fit. Warns if pixels look as if nobody normalised them.
     """

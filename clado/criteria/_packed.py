@@ -39,7 +39,7 @@ class PackedCriterion:
 
     @property
     def offers(self) -> frozenset[str]:
-        """What a tile kind may ask of it (`TileKind.needs`): `curvature`, `classes`."""
+        """What a tile kind may ask of it (`TileKind.needs`): "curvature", "classes"."""
         has_classes = self.target is not None
         return frozenset({"curvature"} if self.root or has_classes else ()) | frozenset({"classes"} if has_classes else ())
 

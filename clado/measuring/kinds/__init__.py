@@ -39,7 +39,7 @@ class TileKind:
     """Another kind that holds the same numbers: where that is measured, this one need not be."""
 
     needs: ClassVar[str | None] = None
-    """What the criterion must offer: `curvature`, or `classes` of logits. None: nothing but the loss."""
+    """What the criterion must offer: "curvature", or "classes" of logits. None: nothing but the loss."""
 
     def shape(self, space: SearchSpace) -> tuple[int, ...]:
         """Shape of the sums of one sample block. K is the number of options."""
