@@ -179,7 +179,7 @@ class Network:
             replaced: Index of a layer -> its weight, or its weight, bias and grid of the input.
 
         Returns:
-            (N, classes). Outputs of another form are packed: (N, M), which `outputs.unpacked` undoes.
+            (N, classes). Outputs of another form are packed as (N, M), which `outputs.unpacked` undoes.
         """
         return self.finish(self.begin(images), replaced)
 
