@@ -212,13 +212,13 @@ def deploy(
 
     plugin = runtime_of(runtime)
     plugin.versions()  # refused before the network loads
-    stored, wanted = StoredRun.open(folder), _budget(budget, size_bytes)
+    stored, row_budget = StoredRun.open(folder), _budget(budget, size_bytes)
     run = _measured(stored.config)
     from flows.commands.deploy import deploy as write
 
-    target = output or folder / "deployments" / file_name(wanted.name)
+    target = output or folder / "deployments" / file_name(row_budget.name)
     with locked(folder):
-        text = write(run, runtime, plugin, chosen_for(stored, run, wanted), target, threads, images)
+        text = write(run, runtime, plugin, chosen_for(stored, run, row_budget), target, threads, images)
     typer.echo(f"{text}\nWrote {target}. Try it: python {target / 'predict.py'} IMAGE")
 
 

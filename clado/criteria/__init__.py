@@ -52,18 +52,18 @@ def criterion_of(criterion: Any) -> Criterion:
     Raises:
         ConfigurationError: There is no such criterion, or it is something else.
     """
-    found = criterion
+    resolved = criterion
     if isinstance(criterion, str):
-        found = imported(criterion, "criterion") if ":" in criterion else load("criteria", criterion)
-    if isinstance(found, Criterion):
-        return found
-    if isinstance(found, type) or not callable(found):
-        shown = f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
+        resolved = imported(criterion, "criterion") if ":" in criterion else load("criteria", criterion)
+    if isinstance(resolved, Criterion):
+        return resolved
+    if isinstance(resolved, type) or not callable(resolved):
+        shown = f"the class {resolved.__name__}" if isinstance(resolved, type) else f"an object of type {type(resolved).__name__}"
         raise ConfigurationError(
             f"criterion {name_of(criterion)} is {shown}; expected a name, a callable (outputs, float_outputs, targets) -> loss "
             "of each sample, or a clado.criteria.Criterion"
         )
-    return Criterion(found)
+    return Criterion(resolved)
 
 
 def name_of(criterion: Any) -> str:
@@ -80,10 +80,10 @@ def packed(criterion: Any, outputs: Outputs = LOGITS) -> PackedCriterion:
     Raises:
         ConfigurationError: There is no such criterion.
     """
-    found, name = criterion_of(criterion), name_of(criterion)
-    if found.on_logits is not None and outputs.are_logits:
-        return replace(found.on_logits, name=name, needs_targets=found.needs_targets)
-    return on_packed(name, found.loss, found.curvature, found.needs_targets, outputs)
+    resolved, name = criterion_of(criterion), name_of(criterion)
+    if resolved.on_logits is not None and outputs.are_logits:
+        return replace(resolved.on_logits, name=name, needs_targets=resolved.needs_targets)
+    return on_packed(name, resolved.loss, resolved.curvature, resolved.needs_targets, outputs)
 
 
 def bind(criterion: Any, float_logits: Tensor, labels: Tensor | None) -> Loss:

@@ -48,8 +48,8 @@ def class_numbers(targets: Any, outputs: Tensor, ignore_index: int) -> Tensor:
     """
     shape, num_classes = (len(outputs), *outputs.shape[2:]), outputs.shape[1]
     if not isinstance(targets, Tensor) or targets.shape != shape or targets.is_floating_point():
-        given = f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise DataError(f"cross_entropy is given targets {given}; expected class numbers {shape} of torch.int64")
+        actual = f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise DataError(f"cross_entropy is given targets {actual}; expected class numbers {shape} of torch.int64")
     numbers = torch.where(targets == ignore_index, 0, targets).long()
     low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high >= num_classes:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 def node(ir: ModuleType, result: str, operator: str, inputs: Sequence[Any], attributes: Sequence[Any] = ()) -> Any:
     """A node with one output that is called `result`. It is not part of a graph yet."""
-    made = ir.Node("", operator, inputs, attributes=attributes)
-    made.outputs[0].name = result
-    return made
+    node = ir.Node("", operator, inputs, attributes=attributes)
+    node.outputs[0].name = result
+    return node
 
 
 def initializer(ir: ModuleType, graph: Any, name: str, array: NDArray[Any], dtype: Any = None) -> Any:

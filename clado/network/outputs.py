@@ -84,25 +84,25 @@ class Outputs:
         """The form for messages, such as `{'masks': (10, 56, 56)}` or `(N, M)`."""
         return "(N, M)" if self.form is None else str(tree_unflatten([("N", *shape) for shape in self.shapes], self.form))
 
-    def called(self, subject: str, function: Callable[..., Any], *given: Any) -> Any:
+    def called(self, subject: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of a user's own makes of outputs; its exceptions become a message about `subject`."""
         try:
-            return function(*given)
+            return function(*arguments)
         except CladoError:
             raise
         except Exception as error:  # a function of one's own raises any kind
             raise ConfigurationError(
                 f"{subject} failed: {type(error).__name__}: {error}; outputs have the form {self.text()}, and the last argument "
-                f"was {_shown(given[-1])}"
+                f"was {_shown(arguments[-1])}"
             ) from error
 
-    def numbers(self, subject: str, function: Callable[..., Any], flat: Tensor, *given: Any) -> Tensor:
+    def numbers(self, subject: str, function: Callable[..., Any], flat: Tensor, *arguments: Any) -> Tensor:
         """What a function makes of packed outputs (N, M) and others: one number for each sample, float64 (N,).
 
         Raises:
             ConfigurationError: The function fails, or gives something else.
         """
-        values = self.called(subject, function, self.unpacked(flat), *given)
+        values = self.called(subject, function, self.unpacked(flat), *arguments)
         if not isinstance(values, Tensor) or values.shape != flat.shape[:1]:
             raise ConfigurationError(
                 f"{subject} gives {_shown(values)} for {len(flat)} images; expected one number for each of them: a tensor "

@@ -63,9 +63,9 @@ def _gain(record: RunRecord, row: Result, is_recommended: bool) -> Gain:
 
 def headlines(record: RunRecord) -> list[str]:
     """A line for each budget: size and accuracy, before and after."""
-    found = gains(record)
-    width = max((len(gain.budget) for gain in found), default=0)
-    return [f"{gain.budget.ljust(width)}  {gain}" for gain in found]
+    by_budget = gains(record)
+    width = max((len(gain.budget) for gain in by_budget), default=0)
+    return [f"{gain.budget.ljust(width)}  {gain}" for gain in by_budget]
 
 
 @dataclass(frozen=True)

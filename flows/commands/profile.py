@@ -131,16 +131,16 @@ def profile(run: OpenedRun, name: str, runtime: Runtime, path: Path, threads: in
     facts = {**machine(), "runtime": name, "versions": dict(runtime.versions()), "threads": threads, "batch": batch}
     layers = [[layer.name, layer.shape, layer.operator, layer.macs] for layer in space.layers]
     key = fingerprint([facts, layers, list(map(list, space.options)), list(run.float_network.image_shape)])
-    timed, beside = Turns.resumed(path.with_suffix(".json"), key, facts), path.with_suffix(".json")
+    timed, json_file = Turns.resumed(path.with_suffix(".json"), key, facts), path.with_suffix(".json")
     if len(timed.turns) < turns:
         with TemporaryDirectory() as folder:
-            _time(run, runtime, timed, beside, Path(folder), turns)
-    timed.write(beside)
+            _time(run, runtime, timed, json_file, Path(folder), turns)
+    timed.write(json_file)
     write_text(path, table_of(space, timed, batch))
     return timed
 
 
-def _time(run: OpenedRun, runtime: Runtime, timed: Turns, beside: Path, folder: Path, turns: int) -> None:
+def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folder: Path, turns: int) -> None:
     space, threads = run.space, int(timed.facts["threads"])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, *run.float_network.image_shape, generator=generator)
@@ -165,7 +165,7 @@ def _time(run: OpenedRun, runtime: Runtime, timed: Turns, beside: Path, folder: 
                 turn[name] = {"seconds": median(seconds), "layers": dict(times.layers), "rest": times.rest}
                 advance(1)
             timed.turns.append({name: turn[name] for name in files})
-            timed.write(beside)
+            timed.write(json_file)
 
 
 def _seconds(call: Logits, images: NDArray[np.float32]) -> float:

@@ -295,10 +295,21 @@ def evaluation_text(rows: Sequence[Result]) -> str:
             cells = [row.budget, row.method, f"{row.size_bytes:,}", f"{row.average_bits:.3f}", loss_text(row.loss_deployed)]
             low, high = accuracy.top1_interval or (None, None)
             interval = "–" if low is None else f"{percent(low)} to {percent(high)}"
-            own = [] if accuracy.metric is None else [f"{accuracy.metric:.4g}"]
-            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), *own, loss_text(accuracy.loss)])
-    own = [] if metric is None else [metric]
-    header = ["budget", "method", "bytes", "bits", "measured loss", "top-1 %", "95 %", "top-5 %", *own, "validation loss"]
+            value = [] if accuracy.metric is None else [f"{accuracy.metric:.4g}"]
+            table.append([*cells, percent(accuracy.top1), interval, percent(accuracy.top5), *value, loss_text(accuracy.loss)])
+    title = [] if metric is None else [metric]
+    header = [
+        "budget",
+        "method",
+        "bytes",
+        "bits",
+        "measured loss",
+        "top-1 %",
+        "95 %",
+        "top-5 %",
+        *title,
+        "validation loss",
+    ]
     return markdown_table(header, table)
 
 

@@ -69,10 +69,10 @@ def test_pairwise_of_ones_own_loss_is_the_method_in_its_plainest_form(network, d
         return float(distance(outputs, floats, y.double()).mean())
 
     expected = paper.interaction_matrix(network.model, options, loss)
-    found = clado.measure(network, space, data, estimator="pairwise", criterion=distance, prepared=prepared)
-    np.testing.assert_allclose(found.values, expected, rtol=0, atol=8 * tolerance.LOSS)
-    assert found.criterion == "distance"
-    assert found.baseline == pytest.approx(loss(network.model), abs=tolerance.LOSS)
+    result = clado.measure(network, space, data, estimator="pairwise", criterion=distance, prepared=prepared)
+    np.testing.assert_allclose(result.values, expected, rtol=0, atol=8 * tolerance.LOSS)
+    assert result.criterion == "distance"
+    assert result.baseline == pytest.approx(loss(network.model), abs=tolerance.LOSS)
     layerwise = clado.measure(network, space, data, estimator="layerwise", criterion=distance, prepared=prepared)
     np.testing.assert_allclose(np.diag(layerwise.values), np.diag(expected), rtol=0, atol=8 * tolerance.LOSS)
 
@@ -107,14 +107,14 @@ def test_shipped_losses_to_the_float_network_take_any_outputs_and_no_targets(net
 def test_evaluate_gives_the_mean_of_a_metric_and_of_ones_own_loss(network, data):
     x, y = data
     space = network.search_space(bits=(2, 4))
-    found = clado.evaluate(network, space.narrowest, data, metric=visibility, criterion=distance)
+    result = clado.evaluate(network, space.narrowest, data, metric=visibility, criterion=distance)
     with torch.no_grad():
         outputs, floats = clado.quantize(network, space.narrowest)(x), network.model(x)
-    assert found.num_images == NUM_IMAGES
-    assert found.metric == pytest.approx(float(visibility(outputs, y).mean()))
-    assert found.metric_name == "visibility"
-    assert found.loss == pytest.approx(float(distance(outputs, floats, y).mean()), abs=8 * tolerance.LOSS)
-    assert (found.top1, found.kl, found.agreement) == (None, None, None)
+    assert result.num_images == NUM_IMAGES
+    assert result.metric == pytest.approx(float(visibility(outputs, y).mean()))
+    assert result.metric_name == "visibility"
+    assert result.loss == pytest.approx(float(distance(outputs, floats, y).mean()), abs=8 * tolerance.LOSS)
+    assert (result.top1, result.kl, result.agreement) == (None, None, None)
 
 
 def test_a_metric_stands_beside_a_classifiers_figures_and_changes_none():
@@ -126,14 +126,14 @@ def test_a_metric_stands_beside_a_classifiers_figures_and_changes_none():
         return (outputs.topk(2).indices[:, 1] == targets).double()
 
     plain = clado.evaluate(network, space.narrowest, data)
-    found = clado.evaluate(network, space.narrowest, data, metric=second)
-    assert (found.loss, found.top1, found.top5, found.kl) == (plain.loss, plain.top1, plain.top5, plain.kl)
+    result = clado.evaluate(network, space.narrowest, data, metric=second)
+    assert (result.loss, result.top1, result.top5, result.kl) == (plain.loss, plain.top1, plain.top5, plain.kl)
     with torch.no_grad():
-        assert found.metric == float(second(clado.quantize(network, space.narrowest)(data[0]), data[1]).mean())
+        assert result.metric == float(second(clado.quantize(network, space.narrowest)(data[0]), data[1]).mean())
     assert (plain.metric, plain.metric_name) == (None, None)
-    own = clado.evaluate(network, space.narrowest, data, criterion="mse_to_float")
-    assert (own.top1, own.top5) == (plain.top1, plain.top5)
-    assert own.loss != plain.loss
+    judged = clado.evaluate(network, space.narrowest, data, criterion="mse_to_float")
+    assert (judged.top1, judged.top5) == (plain.top1, plain.top5)
+    assert judged.loss != plain.loss
 
 
 def test_compress_takes_both_and_says_the_metric(network):
@@ -192,9 +192,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(network, data, ca
 def test_targets_are_one_tensor_with_the_images_first(network, data):
     space = network.search_space(bits=(2, 4))
     for targets, words in ((data[1][:5], "shape .5, 2. for 12 images"), (None, "failed: ")):
-        given = data[0] if targets is None else (data[0], targets)
+        batch = data[0] if targets is None else (data[0], targets)
         with pytest.raises((DataError, ConfigurationError), match=words):
-            clado.measure(network, space, given, estimator="layerwise", criterion=distance)
+            clado.measure(network, space, batch, estimator="layerwise", criterion=distance)
     with pytest.raises(DataError, match="needs labels and the images have none"):
         clado.measure(network, space, data[0], estimator="layerwise", criterion=Criterion(distance, needs_targets=True))
 
@@ -220,9 +220,9 @@ def test_an_ignored_class_of_dense_outputs_is_left_out_of_the_measurement():
     x, masks = torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8, 6, 6), dtype=torch.uint8)
     masks[:, :2] = 255
     criterion, space = cross_entropy.over_classes(ignore_index=255), network.search_space(bits=(2, 4))
-    found = clado.measure(network, space, (x, masks), estimator="layerwise", criterion=criterion)
+    result = clado.measure(network, space, (x, masks), estimator="layerwise", criterion=criterion)
     with torch.no_grad():
         expected = float(F.cross_entropy(network.model(x).double(), masks.long(), ignore_index=255))
-    assert found.baseline == pytest.approx(expected, abs=tolerance.LOSS)
+    assert result.baseline == pytest.approx(expected, abs=tolerance.LOSS)
     with pytest.raises(DataError, match="targets from 0 to 255; expected 0 to 2, or -100 for what is ignored"):
         clado.measure(network, space, (x, masks), estimator="layerwise", criterion="cross_entropy")

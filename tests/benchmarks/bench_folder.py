@@ -97,10 +97,10 @@ def resident(process: "subprocess.Popen[str]") -> float:
     return max(sizes)
 
 
-def killed_half_way(folder: Path, wanted: int) -> int:
+def killed_half_way(folder: Path, num_batches: int) -> int:
     """Kills a run, workers included, when so many batches are kept; gives how many are then."""
     process = start(folder)
-    while batches_of(folder) < wanted:
+    while batches_of(folder) < num_batches:
         if process.poll() is not None:
             raise RuntimeError(process.communicate()[1][-4000:])
         time.sleep(0.2)
@@ -140,7 +140,7 @@ def main() -> None:
     options.add_argument("folder", type=Path, help="where the images are written; it is removed at the end")
     folder = options.parse_args().folder.resolve()
     size = generate(folder / "imagenet")
-    kept = killed_half_way(folder, wanted=40)
+    num_kept = killed_half_way(folder, num_batches=40)
     again, memory = finished(folder)
     record = RunRecord.load(folder / "run" / "record.json")
     run = open_run(load_run_config(folder / "run"))
@@ -156,7 +156,7 @@ def main() -> None:
         ["decoded by one process", f"{rate:.0f} images/s"],
         ["networks evaluated", f"{networks} (float, uniform, layerwise and chosen, equal ones once)"],
         ["tasks: evaluation batches", f"{tasks}"],
-        ["kept when killed", f"{kept} of {tasks} batches"],
+        ["kept when killed", f"{num_kept} of {tasks} batches"],
         ["the run that went on", f"{again:.0f} s, of them evaluation {seconds:.0f} s"],
         ["largest process", f"{memory:,.0f} MB"],
         [f"accuracy of {record.float_accuracy.num_images:,} images is named", f"`{record.top1_name}`"],

@@ -87,9 +87,9 @@ def predicted(path: Path) -> dict[str, float]:
 def off_after_a_tenth(lines: str) -> dict[str, float]:
     """The worst factor between the end that progress lines expect and the one that came, of those after a tenth of the work."""
     worst: dict[str, float] = {}
-    found = re.findall(r"^([\w -]+): +([\d.]+) %, (\d+) s, ETA (\d+) s$", lines, re.MULTILINE)
-    took = {title: float(seconds) for title, _, seconds, _ in found}
-    for title, share, seconds, eta in found:
+    matches = re.findall(r"^([\w -]+): +([\d.]+) %, (\d+) s, ETA (\d+) s$", lines, re.MULTILINE)
+    took = {title: float(seconds) for title, _, seconds, _ in matches}
+    for title, share, seconds, eta in matches:
         if float(share) >= 10 and took[title] > LONG:
             factor = (float(seconds) + float(eta)) / took[title]
             worst[title] = max(worst.get(title, 1.0), factor, 1 / factor)

@@ -30,8 +30,8 @@ def load(name: str) -> nn.Module:
     if name == "efficientnet_lite0":
         from clado.data.factories import efficientnet_lite0
 
-        made = efficientnet_lite0()
-        return (made[0] if isinstance(made, tuple) else made).eval()
+        network = efficientnet_lite0()
+        return (network[0] if isinstance(network, tuple) else network).eval()
     from torchvision.models import get_model
 
     return get_model(name, weights=None).eval()

@@ -163,13 +163,13 @@ NESTED = Outputs.of(nested(), NUM_SAMPLES)
 def test_dense_criteria_are_means_of_the_classifiers_over_positions_that_count():
     z, f = DENSE.packed(dense(seed=1)), DENSE.packed(dense())
     for name in ("kl_to_float", "cross_entropy"):
-        found = criteria.packed(name, DENSE).of(f, MASKS)(z)
+        losses = criteria.packed(name, DENSE).of(f, MASKS)(z)
         for n in range(NUM_SAMPLES):
             counted = MASKS[n].flatten() != -100
             columns, floats = (x[n].reshape(NUM_CLASSES, -1).T[counted] for x in (z, f))
             labels = MASKS[n].flatten()[counted]
             expected = float(criteria.bind(name, floats, labels)(columns).mean()) if len(labels) else 0.0
-            assert abs(float(found[n]) - expected) <= rounding(z, f)
+            assert abs(float(losses[n]) - expected) <= rounding(z, f)
 
 
 def test_an_ignored_position_changes_nothing_whatever_is_there():
@@ -220,22 +220,22 @@ def off(outputs, float_outputs, targets):
 
 def test_a_loss_of_ones_own_gets_outputs_in_the_networks_form_and_float64():
     flat, floats = NESTED.packed(nested(seed=1)), NESTED.packed(nested())
-    given = []
+    calls = []
 
     def loss(*arguments):
-        given.append(arguments)
+        calls.append(arguments)
         return off(*arguments)
 
-    found = criteria.packed(loss, NESTED).of(floats, MASKS)(torch.stack([flat, floats]))
+    losses = criteria.packed(loss, NESTED).of(floats, MASKS)(torch.stack([flat, floats]))
     expected = off(nested(seed=1), nested(), None)
-    torch.testing.assert_close(found[0], expected.double(), rtol=0, atol=tolerance.of_sum(7) * 20)
-    assert found[1].tolist() == [0.0] * NUM_SAMPLES
-    for outputs, float_outputs, targets in given:
+    torch.testing.assert_close(losses[0], expected.double(), rtol=0, atol=tolerance.of_sum(7) * 20)
+    assert losses[1].tolist() == [0.0] * NUM_SAMPLES
+    for outputs, float_outputs, targets in calls:
         assert outputs.keys() == float_outputs.keys() == nested().keys()
         assert outputs["rest"][0].shape == (NUM_SAMPLES, 4)
         assert outputs["maps"].dtype == float_outputs["maps"].dtype == torch.float64
         assert targets is MASKS
-    assert torch.equal(given[0][0]["maps"].float(), nested(seed=1)["maps"])
+    assert torch.equal(calls[0][0]["maps"].float(), nested(seed=1)["maps"])
 
 
 FAULTS = {

@@ -136,8 +136,8 @@ CONV, POINTWISE, LINEAR = (
     ],
 )
 def test_what_has_no_kernel_is_said_with_the_reason(layer, bits, activation_bits, symmetric, reason):
-    found = runtime.lacks_kernel(layer, bits, activation_bits, symmetric)
-    assert (found is None) if reason is None else (reason in found)
+    lacking = runtime.lacks_kernel(layer, bits, activation_bits, symmetric)
+    assert (lacking is None) if reason is None else (reason in lacking)
 
 
 def test_int8_results_need_calibration_images(tmp_path):
@@ -153,7 +153,7 @@ def test_an_unknown_runtime_is_answered_with_the_known_ones():
 
 
 def test_calls_are_timed_in_turns():
-    made: list[str] = []
-    seconds = median_seconds({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, 3)
-    assert "".join(made) == "ab" + "ab" + "ba" + "ab"
+    order: list[str] = []
+    seconds = median_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
     assert set(seconds) == {"a", "b"}

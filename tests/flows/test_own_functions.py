@@ -100,11 +100,11 @@ def test_losses_and_metrics_are_those_of_the_deployed_modules(own, record):
     for budget in record.budgets:
         row = record.find(budget, CHOSEN)
         module = finished.network(budget)
-        for images, found in ((run.decision, row.loss_deployed), (run.slices.validation, row.validation.loss)):
+        for images, recorded in ((run.decision, row.loss_deployed), (run.slices.validation, row.validation.loss)):
             x, y = images.load(0, len(images))
             with torch.no_grad():
                 expected = float(distance(module(x), run.float_network.model(x), y).mean())
-            assert found == pytest.approx(expected, abs=8 * tolerance.LOSS)
+            assert recorded == pytest.approx(expected, abs=8 * tolerance.LOSS)
         with torch.no_grad():
             assert row.validation.metric == pytest.approx(float(visibility(module(x), y).mean()))
         assert (row.validation.top1, row.brier_deployed, row.agreement_deployed) == (None, None, None)
@@ -133,10 +133,10 @@ def test_record_table_report_and_mlflow_call_the_metric_by_its_name(own, record)
     parent = client.get_run(own.receipt.parent_run_id)
     assert parent.data.metrics["float_visibility"] == record.float_accuracy.metric
     children = client.search_runs([own.receipt.experiment_id], f"tags.mlflow.parentRunId = '{own.receipt.parent_run_id}'")
-    found = {(run.data.params["budget"], run.data.params["method"]): run.data.metrics for run in children}
+    metrics = {(run.data.params["budget"], run.data.params["method"]): run.data.metrics for run in children}
     for row in record.results:
-        assert found[row.budget, row.method]["visibility"] == row.validation.metric
-        assert "top1" not in found[row.budget, row.method]
+        assert metrics[row.budget, row.method]["visibility"] == row.validation.metric
+        assert "top1" not in metrics[row.budget, row.method]
 
 
 def call(*arguments: object) -> str:

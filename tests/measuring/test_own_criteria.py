@@ -110,24 +110,24 @@ def test_singles_and_pairs_are_the_losses_of_whole_runs(graph):
     allowed = tolerance.LOSS * max(1.0, reference(bench, off).max())
     plan = Plan(space, bench.sample_blocks, ("singles", "pairs"), space.num_options)
     for tile in plan.tiles:
-        found, block = measure_tile(bench, tile), slice(*bench.sample_blocks[tile.sample_block])
+        result, block = measure_tile(bench, tile), slice(*bench.sample_blocks[tile.sample_block])
         if tile.kind == "singles":
             expected = [reference(bench, off, *chosen)[block].sum() for chosen in [(), *((k,) for k in range(space.num_options))]]
-            np.testing.assert_allclose(found, expected, rtol=0, atol=NUM_IMAGES * allowed)
+            np.testing.assert_allclose(result, expected, rtol=0, atol=NUM_IMAGES * allowed)
             continue
-        for k, m in np.ndindex(found.shape):
+        for k, m in np.ndindex(result.shape):
             if space.options[k].layer < space.options[m].layer:
-                assert abs(found[k, m] - reference(bench, off, k, m)[block].sum()) <= NUM_IMAGES * allowed
+                assert abs(result[k, m] - reference(bench, off, k, m)[block].sum()) <= NUM_IMAGES * allowed
             else:
-                assert np.isnan(found[k, m])
+                assert np.isnan(result[k, m])
 
 
 def test_scores_have_the_loss_alone():
     bench = bench_of(off)
-    found = scores(bench, bench.space.narrowest, 1)
+    result = scores(bench, bench.space.narrowest, 1)
     chosen = bench.space.chosen_options(bench.space.narrowest)
-    np.testing.assert_allclose(found.losses, reference(bench, off, *chosen)[3:], rtol=0, atol=10 * tolerance.LOSS)
-    assert (found.briers, found.hits) == (None, None)
+    np.testing.assert_allclose(result.losses, reference(bench, off, *chosen)[3:], rtol=0, atol=10 * tolerance.LOSS)
+    assert (result.briers, result.hits) == (None, None)
 
 
 def changes_of(bench: Workbench, block: int) -> Tensor:
@@ -169,22 +169,22 @@ def test_gauss_newton_of_dense_kl_is_the_mean_of_softmax_curvatures_over_positio
 
 def test_the_first_order_is_the_gradient_of_the_loss_times_the_changes():
     bench = bench_of(Criterion(off, curvature=lambda float_outputs, targets: lambda change: change))
-    found = measure_tile(bench, Tile("gram", 0))[1, 1:]
+    result = measure_tile(bench, Tile("gram", 0))[1, 1:]
     floats = {"maps": outputs_of(bench)["maps"].double(), "rest": [z.double() for z in outputs_of(bench)["rest"]]}
     # by hand: |z − f| has no slope at f, (z − y)² has 2 (z − y), tanh has 1 − tanh²
     u, slope = changes_of(bench, 0), torch.zeros(3, 48 + 3 + 1, dtype=torch.float64)
     slope[:, 48:50] = 2 * (floats["rest"][0][:3, :2] - targets()[:3])
     slope[:, 51] = 1 - floats["rest"][1][:3].tanh().square()
     expected = (u * slope).sum((1, 2))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2 * tolerance.FORWARD * float(slope.abs().sum()))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2 * tolerance.FORWARD * float(slope.abs().sum()))
 
 
 def sampled(monkeypatch: pytest.MonkeyPatch, values: int, batch_images: int = 16) -> np.ndarray:
     monkeypatch.setattr(gram, "SAMPLED_VALUES", values)
     gram._drawn.cache_clear()
     bench = bench_of(SQUARED, batch_images=batch_images)
-    found: np.ndarray = measure_tile(bench, Tile("gram", 0))[2 : 2 + bench.space.num_options, 1:]
-    return found
+    result: np.ndarray = measure_tile(bench, Tile("gram", 0))[2 : 2 + bench.space.num_options, 1:]
+    return result
 
 
 def test_large_outputs_are_sampled_within_the_error_of_the_draw(monkeypatch):

@@ -67,13 +67,13 @@ def test_a_damaged_or_deleted_chunk_is_found(bucket, harm):
     for each in PLAN.tiles:
         store.write(each, sums_of(each))
     files = obstore.store.from_url(bucket)
-    found = [
+    listed = [
         one["path"]
         for page in obstore.list(files)
         for one in page
         if one["path"].startswith(f"{tile.kind}/sums/c/{tile.sample_block}/")
     ]
-    (chunk,) = sorted(found)[tile.number :][:1]
+    (chunk,) = sorted(listed)[tile.number :][:1]
     if harm == "delete":
         obstore.delete(files, chunk)
     else:

@@ -62,9 +62,9 @@ def lay_out(path: Path, ranges: Ranges) -> None:
     if missing := layout.convolutions_without_grid():
         layout.clean()
         ir.save(model, path)
-        found = ranges(path, [value.name for value in missing])
+        measured_ranges = ranges(path, [value.name for value in missing])
         for value in missing:
-            layout.put_grid(value, ActivationGrid.of_range(*found[value.name], 8))
+            layout.put_grid(value, ActivationGrid.of_range(*measured_ranges[value.name], 8))
         layout.drop_clips()
     layout.clean()
     ir.save(model, path)
