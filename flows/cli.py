@@ -434,9 +434,9 @@ def _measured(settings: "RunConfig") -> "OpenedRun":
 
 def _after_solving(folder: Path, average_bits: float | None, size_bytes: int | None) -> str:
     """What to do with predictions."""
-    asked = f"--size-bytes {size_bytes}" if size_bytes is not None else f"--budget {average_bits:g}" if average_bits else ""
+    option = f"--size-bytes {size_bytes}" if size_bytes is not None else f"--budget {average_bits:g}" if average_bits else ""
     told = "Predictions of different estimators do not compare; what is measured does."
-    return f"{told}\nNext: clado evaluate {folder} {asked} measures these answers and chooses one." if asked else told
+    return f"{told}\nNext: clado evaluate {folder} {option} measures these answers and chooses one." if option else told
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":

@@ -37,8 +37,8 @@ Limits = Annotated[
 SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_on: bool) -> None:
+    if is_on:
         from clado import __version__
 
         typer.echo(f"clado {__version__}")

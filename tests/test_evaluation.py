@@ -128,7 +128,7 @@ class Counted(MemorySlice):
     """Remembers which images were asked for."""
 
     def load(self, start, stop):
-        self.asked = [*getattr(self, "asked", []), *range(start, stop)]
+        self.requested = [*getattr(self, "requested", []), *range(start, stop)]
         return super().load(start, stop)
 
 
@@ -137,7 +137,7 @@ def test_many_assignments_take_one_pass_and_count_the_same_bit_for_bit(network, 
     data = Counted(images(NUM_IMAGES), labels(NUM_IMAGES, CLASSES) if labelled else None, CLASSES)
     variants = [(network, weights), (network, {}), (network, {0: weights[0]})]
     each = count_each(variants, data, 3, NUM_IMAGES, batch_images=10)
-    assert data.asked == list(range(3, NUM_IMAGES))
+    assert data.requested == list(range(3, NUM_IMAGES))
     assert each == [count(*variant, slice_of(labelled), 3, NUM_IMAGES, batch_images=10) for variant in variants]
     assert len({counts.loss for counts in each}) == 3
 

@@ -74,8 +74,8 @@ def budgets_of(
     bops: Iterable[float] = (),
 ) -> tuple[Budget, ...]:
     """Budgets in the order given, duplicates dropped."""
-    asked = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
-    return tuple(dict.fromkeys(Budget(constraint, bound) for constraint, bounds in asked for bound in bounds))
+    by_keyword = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
+    return tuple(dict.fromkeys(Budget(constraint, bound) for constraint, bounds in by_keyword for bound in bounds))
 
 
 def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequence[Constraint] = ()) -> None:

@@ -18,9 +18,9 @@ def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dic
     They are of the float network, of every distinct assignment of the results as deployed, and of what is chosen without
     corrections.
     """
-    wanted = [run.space.nothing, *(row.assignment for row in results)]
+    assignments = [run.space.nothing, *(row.assignment for row in results)]
     if run.config.corrections:
-        wanted += [row.assignment.with_corrections("none") for row in results if row.method == CHOSEN]
+        assignments += [row.assignment.with_corrections("none") for row in results if row.method == CHOSEN]
 
     def count_batches(items: list[BatchItem]) -> Iterator[BatchCounts]:
         with progress("evaluating", sum(len(group) for _, group in items)) as advance:
@@ -28,4 +28,4 @@ def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dic
                 yield number, counts
                 advance(len(counts))
 
-    return run.evaluation.validation_counts(wanted, count_batches)
+    return run.evaluation.validation_counts(assignments, count_batches)

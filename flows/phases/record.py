@@ -238,8 +238,8 @@ def git_revision(root: Path) -> str:
         top = subprocess.run([*command, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10, check=True)
         if Path(top.stdout.strip()).resolve() != root.resolve():  # installed into another project's folder
             return ""
-        asked = [*command, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        arguments = [*command, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -26,7 +26,7 @@ def table_cost(layer: int, bits: int, activation_bits: int = 0) -> float:
 
 
 class TestSize(ConstraintContract):
-    loose, unit = 1e9, "bytes"
+    wide_bound, unit = 1e9, "bytes"
 
     def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
         return constraints.constraint("size", space, bound)
@@ -44,7 +44,7 @@ class TestSizeWithScales(TestSize):
 
 
 class TestAverageBits(ConstraintContract):
-    loose, unit = 16, "bits in all"
+    wide_bound, unit = 16, "bits in all"
 
     def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
         return constraints.constraint("average_bits", space, bound)
@@ -54,7 +54,7 @@ class TestAverageBits(ConstraintContract):
 
 
 class TestRelativeSize(ConstraintContract):
-    loose, unit = 100, "bytes"
+    wide_bound, unit = 100, "bytes"
 
     def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
         return constraints.constraint("relative_size", space, bound)
@@ -64,7 +64,7 @@ class TestRelativeSize(ConstraintContract):
 
 
 class TestBops(ConstraintContract):
-    loose, unit = 1e9, "bit operations"
+    wide_bound, unit = 1e9, "bit operations"
 
     def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
         return constraints.constraint("bops", space, bound, activation_bits=6)
@@ -83,7 +83,7 @@ class TestBopsOfActivations(TestBops):
 
 
 class TestLatency(ConstraintContract):
-    loose, unit = 100.0, "seconds"
+    wide_bound, unit = 100.0, "seconds"
 
     def build(self, space: SearchSpace, bound: float, folder: Path) -> Constraint:
         return constraints.constraint("latency", space, bound, path=write_table(space, folder, "seconds"))

@@ -16,7 +16,7 @@ from clado.space import Assignment, Layer, SearchSpace
 class ConstraintContract:
     """Laws of a constraint."""
 
-    loose: float
+    wide_bound: float
     unit: str
     activation_widths: tuple[int, ...] = ()
 
@@ -41,24 +41,24 @@ class ConstraintContract:
         return [space.narrowest, space.widest, *map(space.assignment, choices)]
 
     def test_one_cost_per_option(self, space: SearchSpace, tmp_path: Path) -> None:
-        constraint = self.build(space, self.loose, tmp_path)
+        constraint = self.build(space, self.wide_bound, tmp_path)
         assert len(constraint.costs) == space.num_options
         assert constraint.unit == self.unit
 
     def test_value_is_an_independent_count(self, space: SearchSpace, tmp_path: Path) -> None:
-        constraint = self.build(space, self.loose, tmp_path)
+        constraint = self.build(space, self.wide_bound, tmp_path)
         for assignment in self.assignments(space):
             assert constraint.value(space, assignment) == pytest.approx(self.expected(space, assignment), rel=1e-12)
 
     def test_wider_never_costs_less(self, space: SearchSpace, tmp_path: Path) -> None:
-        constraint = self.build(space, self.loose, tmp_path)
+        constraint = self.build(space, self.wide_bound, tmp_path)
         for a, b in itertools.permutations(range(space.num_options), 2):
             narrow, wide = space.options[a], space.options[b]
             if narrow.layer == wide.layer and all(x <= y for x, y in zip(narrow[1:], wide[1:], strict=True) if x and y):
                 assert constraint.costs[a] <= constraint.costs[b]
 
     def test_holds_exactly_up_to_its_value(self, space: SearchSpace, tmp_path: Path) -> None:
-        constraint = self.build(space, self.loose, tmp_path)
+        constraint = self.build(space, self.wide_bound, tmp_path)
         for assignment in self.assignments(space):
             value = constraint.value(space, assignment)
             assert constraint.with_bound(value).holds(space, assignment)
@@ -66,7 +66,7 @@ class ConstraintContract:
 
     def test_program_counts_the_same(self, space: SearchSpace, tmp_path: Path) -> None:
         matrix = InteractionMatrix(space, np.eye(space.num_options), "none", "none", 0.0, 1)
-        constraint = self.build(space, self.loose, tmp_path)
+        constraint = self.build(space, self.wide_bound, tmp_path)
         program = Program.build(matrix, [constraint.with_bound(1e18)])
         for assignment in self.assignments(space):
             counted = program.costs[0, program.choices(assignment)].sum()

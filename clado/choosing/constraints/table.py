@@ -52,13 +52,13 @@ def read(space: SearchSpace, bound: float, path: str | Path, name: str = "table"
             problem = "is given twice" if key in costs else f"costs {cost}; expected a finite number, not negative"
             raise ConfigurationError(f"{where}, row {number}: {label(*key)} {problem}")
         costs[key] = cost
-    wanted = [(space.layers[i].name, b, a if with_activations else None) for i, b, a in space.options]
-    missing = [label(*key) for key in wanted if key not in costs]
+    keys = [(space.layers[i].name, b, a if with_activations else None) for i, b, a in space.options]
+    missing = [label(*key) for key in keys if key not in costs]
     if missing:
         raise ConfigurationError(
             f"{where} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
         )
-    return Constraint(name, header[num_keys], tuple(costs[key] for key in wanted), float(bound))
+    return Constraint(name, header[num_keys], tuple(costs[key] for key in keys), float(bound))
 
 
 constraint = ConstraintKind(read, needs_path=True)
