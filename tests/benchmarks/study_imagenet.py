@@ -42,9 +42,21 @@ def file_of(setting: str, draw: int) -> Path:
     return CELLS / f"{setting.replace(', ', '-').replace(' ', '-').lower()}-{draw}.json"
 
 
+def folder_of(setting: str, draw: int) -> Path:
+    """The run of a cell."""
+    return ROOT / ".cache" / "study-imagenet" / file_of(setting, draw).stem
+
+
+def keep_cell(setting: str, draw: int, photos: Path) -> None:
+    """Runs a cell and keeps what it found. A run that was finished is only read."""
+    CELLS.mkdir(exist_ok=True)
+    document = json.dumps(run_cell(setting, draw, photos), indent=1) + "\n"
+    file_of(setting, draw).write_text(document, encoding="utf-8")
+
+
 def run_cell(setting: str, draw: int, photos: Path) -> dict[str, Any]:
     """Runs one cell, and gives what it found."""
-    folder = ROOT / ".cache" / "study-imagenet" / file_of(setting, draw).stem
+    folder = folder_of(setting, draw)
     command = [
         sys.executable, "-m", "flows.cli", "run", str(RECIPE), f"data.path={photos}", f"data.seed={draw}", f"folder={folder}",
         f"tracking.uri=sqlite:///{folder.parent / 'mlflow.db'}", *SETTINGS[setting],
@@ -178,14 +190,10 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--draws", type=int, default=5)
     arguments = parser.parse_args()
-    CELLS.mkdir(exist_ok=True)
     for draw in range(arguments.draws if arguments.photos else 0):
         for setting in arguments.settings:
-            file = file_of(setting, draw)
-            if not file.exists():
-                file.write_text(
-                    json.dumps(run_cell(setting, draw, arguments.photos.resolve()), indent=1) + "\n", encoding="utf-8"
-                )
+            if not file_of(setting, draw).exists():
+                keep_cell(setting, draw, arguments.photos.resolve())
                 write_page()
     write_page()
 
