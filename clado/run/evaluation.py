@@ -126,25 +126,30 @@ class RunEvaluation:
         levels = dict.fromkeys(self._representative_levels.values())
         return [other for level in levels if (other := assignment.with_corrections(level)) != deployed_as]
 
+    def loss_images(self, representative: Assignment) -> int:
+        """Forward images that measuring a loss takes: the decision set, and those of final corrections."""
+        images = len(self.inputs.decision)
+        return images + (self.preparation.images_per_reestimation if representative.corrected == "all" else 0)
+
     def losses(
         self,
         assignments: Iterable[Assignment],
         measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
-        advance: Callable[[float], None] = lambda amount: None,
+        done: Callable[[Assignment], None] = lambda assignment: None,
     ) -> dict[Assignment, Counts]:
         """Counts of each distinct assignment on the decision set: read where they are known, else measured and kept.
 
         Args:
             assignments: What to count.
             measure: `loss` of what is absent, in any order. It gets what takes longest first.
-            advance: Called with 1 for each network.
+            done: Called with the representative of each, as soon as its counts are known.
         """
 
         def measured(absent: Sequence[Assignment]) -> Iterable[tuple[Assignment, Counts]]:
             return measure(sorted(absent, key=lambda assignment: CORRECTED.index(assignment.corrected)))
 
         return self._of_representatives(
-            assignments, lambda distinct: self.cache("decision").read_or_measure(distinct, measured, advance)
+            assignments, lambda distinct: self.cache("decision").read_or_measure(distinct, measured, done)
         )
 
     def _of_representatives(

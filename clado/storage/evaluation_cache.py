@@ -77,26 +77,26 @@ class EvaluationCache:
         self,
         assignments: Iterable[Assignment],
         measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
-        advance: Callable[[float], None] = lambda amount: None,
+        done: Callable[[Assignment], None] = lambda assignment: None,
     ) -> dict[Assignment, Counts]:
         """Counts of each distinct assignment: read where they are known, else measured and kept.
 
         Args:
             assignments: What to count.
             measure: Counts what is absent, in any order; what it gives is kept at once.
-            advance: Called with 1 for each assignment.
+            done: Called with each assignment as soon as its counts are known.
 
         Returns:
             Counts by assignment, in the order of the assignments.
         """
         counts = {assignment: self.get(assignment) for assignment in dict.fromkeys(assignments)}
         absent = [assignment for assignment, known in counts.items() if known is None]
-        for _ in range(len(counts) - len(absent)):
-            advance(1)
+        for assignment in counts.keys() - set(absent):
+            done(assignment)
         for assignment, measured in measure(absent):
             self.put(assignment, measured)
             counts[assignment] = measured
-            advance(1)
+            done(assignment)
         return {assignment: known for assignment, known in counts.items() if known is not None}
 
 

@@ -150,14 +150,16 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
 
 def _losses(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
     """Counts of each distinct assignment on the decision set: read where they are known, else measured by the workers."""
-    with progress(what, len({run.evaluation.representative(assignment) for assignment in assignments})) as advance:
-        return _read_or_measure(run, workers, assignments, advance)
+    distinct = {run.evaluation.representative(assignment) for assignment in assignments}
+    images = run.evaluation.loss_images
+    with progress(what, sum(map(images, distinct))) as advance:
+        return _read_or_measure(run, workers, assignments, lambda representative: advance(images(representative)))
 
 
 def _read_or_measure(
-    run: OpenedRun, workers: Workers, assignments: Sequence[Assignment], advance: Callable[[float], None]
+    run: OpenedRun, workers: Workers, assignments: Sequence[Assignment], done: Callable[[Assignment], None]
 ) -> dict[Assignment, Counts]:
-    return run.evaluation.losses(assignments, lambda absent: workers.map(worker.measure_loss, run.config, absent), advance)
+    return run.evaluation.losses(assignments, lambda absent: workers.map(worker.measure_loss, run.config, absent), done)
 
 
 def _mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]:
@@ -178,7 +180,7 @@ def search(
     with progress("searching", len(searches) * settings.evaluations or 1) as advance:
 
         def measure_losses(assignments: Sequence[Assignment]) -> dict[Assignment, float]:
-            counts = _read_or_measure(run, workers, assignments, advance)
+            counts = _read_or_measure(run, workers, assignments, lambda assignment: advance(1))
             losses.update(counts)
             return _mean_losses(counts)
 

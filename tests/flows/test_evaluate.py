@@ -179,6 +179,9 @@ def test_assignments_that_deploy_the_same_network_are_measured_once_and_others_a
     actual = run.evaluation.losses(every, measure)
     assert actual == {assignment: run.evaluation.loss(assignment) for assignment in every}
     assert len(measured) == len({counts.loss for counts in actual.values()})
+    final = 32 if "batchnorm_reestimation" in corrections else 0
+    levels_images = {a.corrected: run.evaluation.loss_images(a) for a in map(run.evaluation.representative, every)}
+    assert set(levels_images.items()) <= {("all", len(run.decision) + final), *((a, len(run.decision)) for a in CORRECTED[1:])}
     others = run.evaluation.other_corrections(run.space.narrowest)
     assert {*others, run.space.narrowest} == {a for a in measured if a.bits == run.space.narrowest.bits}
 

@@ -109,7 +109,7 @@ def test_counts_are_read_where_they_are_known_and_kept_where_they_are_measured(t
     counts = cache.read_or_measure([ONE, ACTIVATED, ONE, PARTIAL], measure, done.append)
     assert requests == [[ONE, PARTIAL]]
     assert list(counts.items()) == [counts_of(assignment) for assignment in (ONE, ACTIVATED, PARTIAL)]
-    assert done == [1, 1, 1]
+    assert done == [ACTIVATED, PARTIAL, ONE]
     assert cache.read_or_measure([PARTIAL, ONE], measure) == dict(map(counts_of, (PARTIAL, ONE)))
     assert requests[1:] == [[]]
 
