@@ -152,11 +152,12 @@ def _preparing(run: OpenedRun) -> float:
 def _seconds_per_image(run: OpenedRun) -> float:
     """Seconds of a whole forward of one image: of batches that grow from one image until they take a second."""
     images, count, most = run.slices.validation, 1, run.float_network.images_at_once
+    network, _ = run.float_network.folded()  # as networks are evaluated
     while True:
         batch, _ = images.load(0, count)
-        batch = batch.to(run.float_network.device)
-        run.float_network.logits(batch[:1]).cpu()
-        seconds = _seconds(run, partial(_finished_logits, run.float_network, batch))
+        forward = partial(_finished_logits, network, batch.to(network.device))
+        forward()  # compiles kernels for this shape
+        seconds = _seconds(run, forward)
         if seconds > 1.0 or count >= min(most, len(images)):
             return seconds / len(batch)
         count = min(4 * count, most, len(images))
