@@ -46,6 +46,8 @@ MCT_BITS = 3.0
 BUDGETS = [3, 3.5, 4, 5]
 LONG = 5.0
 """Seconds of a phase above which its prediction counts."""
+PROGRESS = re.compile(r"^([\w -]+): +([\d.]+) %, (\d+) s, ETA (\d+) s$", re.MULTILINE)
+"""A line of progress: title, share, seconds, ETA."""
 EFFICIENTNET: dict[str, Any] = {
     "network": {"source": "factory", "name": "clado.data.factories:efficientnet_lite0"},
     "data": {
@@ -84,12 +86,16 @@ def predicted(path: Path) -> dict[str, float]:
     return {**named, "whole": float(re.findall(r"about (\d+) s", line)[0])}
 
 
+def seconds_by_title(lines: str) -> dict[str, float]:
+    """Seconds of what the progress lines name."""
+    return {title: float(seconds) for title, _, seconds, _ in PROGRESS.findall(lines)}
+
+
 def off_after_a_tenth(lines: str) -> dict[str, float]:
     """The worst factor between the end that progress lines expect and the one that came, of those after a tenth of the work."""
     worst: dict[str, float] = {}
-    matches = re.findall(r"^([\w -]+): +([\d.]+) %, (\d+) s, ETA (\d+) s$", lines, re.MULTILINE)
-    took = {title: float(seconds) for title, _, seconds, _ in matches}
-    for title, share, seconds, eta in matches:
+    took = seconds_by_title(lines)
+    for title, share, seconds, eta in PROGRESS.findall(lines):
         if float(share) >= 10 and took[title] > LONG:
             factor = (float(seconds) + float(eta)) / took[title]
             worst[title] = max(worst.get(title, 1.0), factor, 1 / factor)
@@ -140,6 +146,7 @@ def measure(name: str, photos: Path | None) -> dict[str, Any]:
     subprocess.run(["rm", "-rf", str(FOLDER / name), str(FOLDER / f"{name}.db")], check=True)
     expected = predicted(path)
     seconds, _, lines = clado("run", str(path))
+    (FOLDER / f"{name}.log").write_text(lines)
     record, config = RunRecord.load(FOLDER / name / "record.json"), load_config(path)
     run = open_run(config)
     rate, batch = best_rate(path, config.cluster.workers)
@@ -152,6 +159,7 @@ def measure(name: str, photos: Path | None) -> dict[str, Any]:
         "name": name, "seconds": seconds, "phases": record.seconds, "passes": counted(run, record), "rate": rate, "batch": batch,
         "floor": sum(floor.values()), "further": again, "preparing_images": len(run.slices.calibration),
         "predicted": expected, "off": off_after_a_tenth(lines),
+        "validating": record.forwards.get("validation", 0) / seconds_by_title(lines)["evaluating"],
     }  # fmt: skip
 
 
@@ -203,7 +211,10 @@ def page(runs: list[dict[str, Any]], mct: dict[str, Any] | None) -> str:
         )
         parts.append(f"\n{_predictions(run)}\n")
         preparing = run["phases"].get("preparing", 0.0) / (run["preparing_images"] / run["rate"])
-        parts.append(f"\nPreparing is {preparing:.1f} float forwards over the calibration images.\n")
+        parts.append(
+            f"\nPreparing is {preparing:.1f} float forwards over the calibration images. Validation takes "
+            f"{run['validating']:.1f} images/s, {run['validating'] / run['rate']:.2f} of the best rate.\n"
+        )
         if run["further"] is not None:
             parts.append(f"\nOne more budget from the finished run: {run['further']:.0f} s.\n")
     if mct is not None:
