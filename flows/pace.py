@@ -78,6 +78,10 @@ class Pace:
         recent = [end for end in settled if end[1] >= now / 3]
         if len(recent) < 2 or recent[-1][1] - recent[0][1] < SPAN * recent[-1][1]:
             recent = settled[-2:]
-        if len(recent) < 2 or recent[-1][1] - recent[0][1] < SPAN * recent[-1][1]:
+        if len(recent) < 2 or recent[-1][1] - recent[0][1] < SPAN * recent[-1][1] or self._is_less_than_a_round(recent):
             recent = settled
         return recent
+
+    def _is_less_than_a_round(self, ends: list[tuple[float, float, float]]) -> bool:
+        """Whether less was done between the ends than is computed at a time: two workers that began together end nearly so."""
+        return self.in_flight is not None and ends[-1][2] - ends[0][2] < self.in_flight

@@ -151,9 +151,9 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
 def _losses(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
     """Counts of each distinct assignment on the decision set: read where they are known, else measured by the workers."""
     distinct = {run.evaluation.representative(assignment) for assignment in assignments}
-    images = run.evaluation.loss_images
-    with progress(what, sum(map(images, distinct))) as advance:
-        return _read_or_measure(run, workers, assignments, lambda representative: advance(images(representative)))
+    images = {representative: run.evaluation.loss_images(representative) for representative in distinct}
+    with progress(what, sum(images.values()), run.config.cluster.workers * max(images.values(), default=0)) as advance:
+        return _read_or_measure(run, workers, assignments, lambda representative: advance(images[representative]))
 
 
 def _read_or_measure(

@@ -23,7 +23,8 @@ def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dic
         assignments += [row.assignment.with_corrections("none") for row in results if row.method == CHOSEN]
 
     def count_batches(items: list[BatchItem]) -> Iterator[BatchCounts]:
-        with progress("evaluating", sum(len(group) for _, group in items)) as advance:
+        networks = [len(group) for _, group in items]
+        with progress("evaluating", sum(networks), run.config.cluster.workers * max(networks, default=0)) as advance:
             for number, counts in workers.map(worker.evaluate_batch, run.config, items):
                 yield number, counts
                 advance(len(counts))
