@@ -82,7 +82,7 @@ def test_tasks_of_any_duration_are_weighted_by_their_cost(workers, seed):
 @WORKERS
 @pytest.mark.parametrize("seed", range(5))
 def test_a_few_tasks_that_end_nearly_together_do_not_spoil_the_eta(workers, seed):
-    """As networks are evaluated: ten equal tasks for each worker, which differ by a tenth; the caller says how much is computed."""
+    """As networks are evaluated: ten tasks for each worker, equal but for a tenth; the caller says how much is computed."""
     jitter = np.random.default_rng(seed).uniform(0.9, 1.1, 10 * workers)
     ends = [(time, 1.0) for time, _ in simulated(jitter.tolist(), workers)]
     tolerated = TOLERATED if workers <= 2 else 1.75  # the first ends of many workers are spread over more than a tenth
