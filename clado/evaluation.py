@@ -42,7 +42,7 @@ class Judge:
     criterion: PackedCriterion | None = None
     """Gives the loss, in place of cross entropy or KL divergence."""
     metric: Metric | None = None
-    """A metric of one's own."""
+    """A user-defined metric."""
     metric_name: str | None = None
     """Its name, which reports call it by."""
 
@@ -83,7 +83,7 @@ class Judge:
         return columns
 
     def refuse_unfit(self, logits: Tensor, labels: Tensor | None) -> None:
-        """Refuses (ConfigurationError) a metric of one's own that fails on a few images, or gives something else than numbers."""
+        """Refuses (ConfigurationError) a user-defined metric that fails on a few images, or gives something else than numbers."""
         self.columns(logits, labels, logits)
 
 
@@ -114,7 +114,7 @@ class Counts:
     kl: tuple[float, ...] = ()
     """KL divergence from the float network of each validation image, in nats, to six digits."""
     metric: tuple[float, ...] = ()
-    """A metric of one's own of each image."""
+    """A user-defined metric of each image."""
     metric_name: str | None = None
     """Its name."""
 
@@ -168,7 +168,7 @@ class Counts:
 
 
 def compared(budget: str, method: str, other: str, counts: Counts, other_counts: Counts) -> Comparison | None:
-    """Two answers on the same validation images. None where these were not compared with the float network image by image.
+    """Two answers on the same validation images. None if these were not compared with the float network image by image.
 
     Nor are networks compared that give no finite logits.
     """

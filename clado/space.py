@@ -106,7 +106,7 @@ class Assignment:
 
     @property
     def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
-        """(weight bits, activation bits) of each layer; None where in float."""
+        """(weight bits, activation bits) of each layer; None if in float."""
         return tuple(zip(self.bits, self.activation_bits or (None,) * len(self.bits), strict=True))
 
     @property

@@ -309,7 +309,7 @@ def _end(process: psutil.Process) -> None:
 
 
 def _get(url: str, document: dict[str, Any] | None = None) -> Any:
-    """A server's answer as JSON, or as text where it is no JSON. None where there is no good answer."""
+    """A server's answer as JSON, or as text where it is no JSON. None if there is no good answer."""
     body = None if document is None else json.dumps(document).encode()
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
@@ -324,5 +324,5 @@ def _get(url: str, document: dict[str, Any] | None = None) -> Any:
 
 
 def _member(answer: Any, key: str) -> Any:
-    """A member of an answer. None where the answer is no object: another program may have taken the port."""
+    """A member of an answer. None if the answer is no object: another program may have taken the port."""
     return answer.get(key) if isinstance(answer, dict) else None

@@ -185,7 +185,7 @@ def compress(
         fixed: Name patterns of layers that stay in float.
         estimator: A name of `clado.interaction.estimators`.
         criterion: The loss that must not grow, as in `clado.measure`.
-        metric: A metric of one's own, as in `clado.evaluate`.
+        metric: A user-defined metric, as in `clado.evaluate`.
         corrections: Names of `clado.quantization.corrections`.
         calibration_images: Images of this set; by default a quarter of the data, 256 at most.
         sensitivity_images: As before.

@@ -18,7 +18,7 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
     Args:
         result: A matrix gives a heat map. A solution, or what `compress` gives, gives the bits of
             each layer. A front gives predicted loss against size. A run or its record gives
-            accuracy against size, or the metric of one's own; without labels loss against size.
+            accuracy against size, or the user-defined metric; without labels loss against size.
 
     Returns:
         A figure of matplotlib.

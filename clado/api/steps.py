@@ -108,7 +108,7 @@ def measure(
     Args:
         network: The float network.
         space: The layers and their candidates.
-        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either. For a criterion of one's own,
+        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either. For a user-defined criterion,
             labels are targets (N, ...) of any type and shape.
         estimator: A name of `clado.interaction.estimators`.
         criterion: A name of `clado.criteria`. `kl_to_float` needs no labels, `cross_entropy` does. Or a callable

@@ -53,7 +53,7 @@ def validate(
         criterion: The loss that must not grow.
         images: The images.
         advance: It is called with (images that are done, all images).
-        metric: A metric of one's own, as of `clado.evaluate`.
+        metric: A user-defined metric, as of `clado.evaluate`.
     """
     judge, packed = Judge.of(network.outputs, criterion, metric), criteria.packed(criterion, network.outputs)
     folded, replaced = deployed[0].folded_with(deployed[1])

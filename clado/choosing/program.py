@@ -235,7 +235,7 @@ class Program:
         return program
 
     def _check_reach(self) -> None:
-        """Raises InfeasibleError where no assignment meets one of the constraints alone."""
+        """Raises InfeasibleError if no assignment meets one of the constraints alone."""
         for index, constraint in enumerate(self.constraints):
             if self.reachable(index)[0] > constraint.limit:
                 raise InfeasibleError(self.why_infeasible())

@@ -143,7 +143,7 @@ def budget_solver(
 ) -> Callable[[Budget, Sequence[Constraint]], Solution]:
     """Solves a matrix for one budget and its limits (as of `merge_limits`) at a time.
 
-    What the budgets of one kind share is computed once. InfeasibleError where a budget has no answer.
+    What the budgets of one kind share is computed once. InfeasibleError if a budget has no answer.
     """
     prepared: dict[str, tuple[Program, Solve]] = {}
 
@@ -163,7 +163,7 @@ def each_budget(
     prepare: Callable[[Program], Solve],
     convexity: Convexity | None = None,
 ) -> Iterator[tuple[Budget, Solution | InfeasibleError]]:
-    """The optima of a matrix, each solved on its own; InfeasibleError where a layer has no candidate left."""
+    """The optima of a matrix, each solved on its own; InfeasibleError if a layer has no candidate left."""
     if matrix.quarantined or matrix.forbidden:
         program_of(matrix, [], "raw")
     solve = budget_solver(matrix, prepare, convexity)
@@ -279,7 +279,7 @@ def propose_uncorrected(
     """Answers without corrections, which are not reported: the widest uniform assignment, and the optimum of the matrix.
 
     Args:
-        matrix: `estimators.uncorrected`, or None where a run has no corrections: then there are no such answers.
+        matrix: `estimators.uncorrected`, or None if a run has no corrections: then there are no such answers.
         budgets: What to answer.
         prepare: A solver for a program.
         limits: Standing limits.

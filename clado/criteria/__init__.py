@@ -102,5 +102,5 @@ def hits(criterion: Any, logits: Tensor, float_logits: Tensor, labels: Tensor | 
 
 
 def residual(criterion: Any, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Gradient of the criterion at the float logits, float64 (N, C); None where it is zero."""
+    """Gradient of the criterion at the float logits, float64 (N, C); None if it is zero."""
     return packed(criterion).slope(float_logits, labels)

@@ -20,7 +20,7 @@ class PackedCriterion:
     bind: Callable[[Tensor, Any], Callable[[Tensor], Tensor]]
     """(float outputs, targets) -> the loss as a function of outputs alone: (..., N, M) -> float64 (..., N)."""
     residual: Callable[[Tensor, Any], Tensor | None]
-    """(float outputs, targets) -> gradient of the loss at the float outputs, float64 (N, M). None where it is zero."""
+    """(float outputs, targets) -> gradient of the loss at the float outputs, float64 (N, M). None if it is zero."""
     root: Callable[[Tensor, Any], Callable[[Tensor], Tensor]] | None = None
     """(float outputs, targets) -> a linear map (R, N, M) -> (R, N, V) whose squares sum to the loss's second order.
 
@@ -54,7 +54,7 @@ class PackedCriterion:
         return self.residual(float_outputs, targets)
 
     def refuse_unfit(self, float_outputs: Tensor, targets: Any) -> None:
-        """Tries a loss of one's own on a few samples.
+        """Tries a user-defined loss on a few samples.
 
         Raises:
             ConfigurationError: It, or its curvature, fails or gives something else than expected.
@@ -99,7 +99,7 @@ def on_packed(
 ) -> PackedCriterion:
     """Functions of outputs in the network's own form, as functions of packed ones.
 
-    Rows (R, N, M) are taken one by one, and outputs in float64: a loss of one's own keeps its digits too.
+    Rows (R, N, M) are taken one by one, and outputs in float64: a user-defined loss keeps its digits too.
     """
     subject = f"criterion {name}"
 

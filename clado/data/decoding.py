@@ -68,7 +68,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, settings: DataSettings, image_shape: ImageShape) -> "Preprocessing":
-        """What the settings ask for; DataError where it does not fit the network's images."""
+        """What the settings ask for; DataError if it does not fit the network's images."""
         channels, height, width = image_shape
         mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
         if channels not in MODES:
@@ -222,7 +222,7 @@ class EncodedSlice:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that are known by name; None where there are none."""
+        """Number of classes that are known by name; None if there are none."""
         return None if self.classes is None else len(self.classes)
 
     @cached_property

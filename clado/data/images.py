@@ -28,7 +28,7 @@ class ImageSlice(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Labels lie within 0..num_classes - 1; None where that is not known."""
+        """Labels lie within 0..num_classes - 1; None if that is not known."""
 
     @property
     def sha256(self) -> str:
@@ -40,7 +40,7 @@ class ImageSlice(Protocol):
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images start..stop-1 as float32 (n, C, H, W), and their labels as int64 (n,), or None if unlabelled.
 
-        For a criterion or metric of one's own, labels are targets of any type and shape (n, ...).
+        For a user-defined criterion or metric, labels are targets of any type and shape (n, ...).
         """
 
 

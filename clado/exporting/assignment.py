@@ -37,7 +37,7 @@ _MCT_FLOAT = 32
 
 
 def read_assignment(path: Path, space: SearchSpace) -> Assignment:
-    """The assignment in a file, in the order of the space; None where the file leaves a layer in float."""
+    """The assignment in a file, in the order of the space; None if the file leaves a layer in float."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
@@ -63,7 +63,7 @@ def _unique_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _literal(text: str, name: str) -> Any:
-    """The literal that a snippet assigns to a name; None where there is none."""
+    """The literal that a snippet assigns to a name; None if there is none."""
     for statement in ast.parse(text).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             try:

@@ -68,7 +68,7 @@ def requirements(settings: NetworkSettings) -> list[str]:
 
 
 def read_model(folder: Path) -> dict[str, Any]:
-    """model.json of a folder that `export_model` wrote; StoreError where it is none."""
+    """model.json of a folder that `export_model` wrote; StoreError if it is none."""
     try:
         document: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         if document["format"] != FORMAT:

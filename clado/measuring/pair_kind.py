@@ -26,7 +26,7 @@ class PairKind(TileKind, ABC):
 
     @abstractmethod
     def last_row(self, tile: Tile, mask: NDArray[np.bool_]) -> int | None:
-        """The last option that the float run of a tile must reach, for its cost; None where there is none."""
+        """The last option that the float run of a tile must reach, for its cost; None if there is none."""
 
     def shape(self, space: SearchSpace) -> tuple[int, ...]:
         """(K, K)."""

@@ -31,7 +31,7 @@ class Pass:
     images: Tensor
     """(n, C, H, W)."""
     labels: Tensor | None
-    """(n,), or other targets (n, ...), or None where there are none."""
+    """(n,), or other targets (n, ...), or None if there are none."""
     float_logits: Tensor
     """(n, classes) of the float network; outputs of another form are packed."""
 

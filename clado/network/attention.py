@@ -223,7 +223,7 @@ def _moved(node: Any, source: fx.Node, value: Tensor, sizes: _Sizes, count: int)
 
 
 def _rows(numbers: Tensor) -> Tensor | None:
-    """Numbers of the rows that a movement of numbered elements gives; None where rows are torn."""
+    """Numbers of the rows that a movement of numbered elements gives; None if rows are torn."""
     width = numbers.shape[-1]
     whole = bool((numbers % width == torch.arange(width)).all()) and bool((numbers // width == numbers[..., :1] // width).all())
     return numbers[..., 0] // width if whole else None

@@ -89,7 +89,7 @@ class Engine(Protocol[S]):
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias (channels,) of each layer, None where it has none of its own."""
+        """Float bias (channels,) of each layer, None if it has none of its own."""
 
     @property
     def replaceable(self) -> frozenset[str]:

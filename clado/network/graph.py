@@ -154,7 +154,7 @@ class Graph(Engine[GraphState]):
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias of each layer, None where it has none of its own."""
+        """Float bias of each layer, None if it has none of its own."""
         return tuple(
             None if place.bias_slot is None else _rows_of(self.constants[place.bias_slot], place.rows) for place in self.layers
         )

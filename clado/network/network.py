@@ -120,7 +120,7 @@ class Network:
 
     @property
     def portable(self) -> PortableGraph | None:
-        """The graph in a form that another process can restore; None where whole forwards are made."""
+        """The graph in a form that another process can restore; None if whole forwards are made."""
         return portable(self.engine, self.model) if isinstance(self.engine, Graph) and not self._changed else None
 
     @property
@@ -135,7 +135,7 @@ class Network:
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias (channels,) of each layer, None where it has none of its own."""
+        """Float bias (channels,) of each layer, None if it has none of its own."""
         return self.engine.biases
 
     @property

@@ -90,7 +90,7 @@ class Outputs:
             return function(*arguments)
         except CladoError:
             raise
-        except Exception as error:  # a function of one's own raises any kind
+        except Exception as error:  # a user-defined function raises any kind
             raise ConfigurationError(
                 f"{subject} failed: {type(error).__name__}: {error}; outputs have the form {self.text()}, and the last argument "
                 f"was {_shown(arguments[-1])}"

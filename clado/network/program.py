@@ -68,7 +68,7 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 def expression_of(size: Any) -> Any:
-    """The symbolic expression of a size, None where it is a plain integer."""
+    """The symbolic expression of a size, None if it is a plain integer."""
     return getattr(getattr(size, "node", None), "expr", None)
 
 

@@ -94,7 +94,7 @@ class WholeForwards(Engine[DeferredRuns]):
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias of each layer, None where it has none."""
+        """Float bias of each layer, None if it has none."""
         values = {**dict(self.model.named_parameters()), **self.changed}
         return tuple(None if place.bias_name is None else values[place.bias_name].detach() for place in self.layers)
 
@@ -182,7 +182,7 @@ def _watched(model: nn.Module, example: Tensor) -> "_Watch":
 
 
 def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
-    """Name of the bias beside a weight, None where there is none."""
+    """Name of the bias beside a weight, None if there is none."""
     folder, _, name = weight.rpartition(".")
     candidate = f"{folder}.{name.replace('weight', 'bias')}".lstrip(".")
     return candidate if candidate != weight and candidate in parameters else None

@@ -28,7 +28,7 @@ class Moments:
     scatter: Tensor
     """Σ over rows of (x − μ)(x − μ)ᵀ, (groups, columns, columns): float32 of one block of images, float64 of several."""
     noise: Tensor | None = None
-    """Share of the squared covariances that is sampling noise, float64 (groups,). None where no blocks tell."""
+    """Share of the squared covariances that is sampling noise, float64 (groups,). None if no blocks tell."""
 
     @property
     def products(self) -> Tensor:

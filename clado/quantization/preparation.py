@@ -198,7 +198,7 @@ def check_space(network: Network, space: SearchSpace) -> None:
 
 
 def check_calibration(space: SearchSpace, recipe: Recipe, images: Sequence[Tensor]) -> None:
-    """Raises DataError where something needs calibration images and there are none."""
+    """Raises DataError if something needs calibration images and there are none."""
     readers = [*recipe.corrections, *(["activations"] if space.activation_widths != (None,) else [])]
     if readers and not any(len(batch) for batch in images):
         raise DataError(f"{', '.join(readers)} need calibration images and there are none; expected 256 or more")
@@ -230,7 +230,7 @@ def prepare_layer(
         space: The options of its layers.
         recipe: How layers are quantized.
         layer: The layer's number.
-        layer_input: What calibration images show of its input; None where nothing asks for it.
+        layer_input: What calibration images show of its input; None if nothing asks for it.
 
     Returns:
         The quantized layers in the order of the candidates, and notes on corrections that skip the layer.
@@ -266,7 +266,7 @@ def prepare_layer(
 def layer_sample(network: Network, layer: int, layer_input: LayerInput | None) -> LayerSample | None:
     """A layer and what it sees of calibration images. Of a weight that is used twice, the first use counts.
 
-    Returns None where no input is seen, or where the operator reads the weight in another shape.
+    Returns None if no input is seen, or where the operator reads the weight in another shape.
     """
     if layer_input is None or layer_input.moments is None or layer_input.arguments is None:
         return None

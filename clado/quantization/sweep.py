@@ -33,11 +33,11 @@ class LayerInput:
     num_images: int
     """Number of images."""
     arguments: tuple[Any, ...] | None
-    """The operator's arguments behind the bias; None where no run of the layer can be observed."""
+    """The operator's arguments behind the bias; None if no run of the layer can be observed."""
     uses: int
     """How often a run uses the weight. Rows and moments are those of the first use."""
     moments: Moments | None
-    """Moments of the rows of the input; None where nothing asks for them."""
+    """Moments of the rows of the input; None if nothing asks for them."""
     rows: Tensor
     """A sample of rows, float32 (groups, rows, columns)."""
     values: Tensor

@@ -24,11 +24,11 @@ class Accuracy:
     top5: float | None = None
     """Fraction of images whose right class is among the top five. None without labels."""
     kl: float | None = None
-    """Mean KL divergence from the float network, in nats. None where it was not counted."""
+    """Mean KL divergence from the float network, in nats. None if it was not counted."""
     agreement: float | None = None
-    """Fraction of images whose top class is the float network's. None where it was not counted."""
+    """Fraction of images whose top class is the float network's. None if it was not counted."""
     metric: float | None = None
-    """Mean of a metric of one's own over the images. None without one."""
+    """Mean of a user-defined metric over the images. None without one."""
     metric_name: str | None = None
     """Name of the metric."""
 

@@ -91,7 +91,7 @@ class RunRecord(Tabular):
 
     @property
     def metric_name(self) -> str | None:
-        """Name of the metric of one's own. None without one."""
+        """Name of the user-defined metric. None without one."""
         return self.float_accuracy.metric_name
 
     @property

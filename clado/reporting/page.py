@@ -174,7 +174,7 @@ def render(folder: Path) -> str:
 
 
 def charts(record: RunRecord) -> list[Chart]:
-    """A metric of one's own and top-1 (if there are labels), and measured loss against size."""
+    """A user-defined metric and top-1 (if there are labels), and measured loss against size."""
     top1 = {r: 100 * r.validation.top1 for r in record.results if r.validation is not None and r.validation.top1 is not None}
     loss = {r: r.loss_deployed for r in record.results if math.isfinite(r.loss_deployed)}
     metric = {r: r.validation.metric for r in record.results if r.validation is not None and r.validation.metric is not None}

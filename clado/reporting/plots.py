@@ -238,7 +238,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
 
 
 def metric_against_size(record: RunRecord) -> Figure:
-    """A metric of one's own on the validation set against the size of the searched weights."""
+    """A user-defined metric on the validation set against the size of the searched weights."""
     points = _points(record, lambda result: None if result.validation is None else result.validation.metric)
     figure = _against_size(record, points, record.float_accuracy.metric, record.metric_name or "")
     images = record.float_accuracy.num_images

@@ -79,7 +79,7 @@ class Quality:
     after: float
     """Of the other network."""
     is_share: bool
-    """Whether both are fractions of the images; otherwise values of a metric of one's own."""
+    """Whether both are fractions of the images; otherwise values of a user-defined metric."""
 
     @property
     def drop(self) -> float:
@@ -102,7 +102,7 @@ class Quality:
 
 
 def _quality(before: Accuracy, after: Accuracy, top1_title: str) -> Quality:
-    """The metric of one's own, else top-1, else agreement with the float network, else the loss."""
+    """The user-defined metric, else top-1, else agreement with the float network, else the loss."""
     if before.metric is not None and after.metric is not None:
         return Quality(after.metric_name or "metric", before.metric, after.metric, is_share=False)
     if before.top1 is not None and after.top1 is not None:
@@ -115,7 +115,7 @@ def _quality(before: Accuracy, after: Accuracy, top1_title: str) -> Quality:
 def recommended(record: RunRecord) -> Result | None:
     """The smallest chosen network that loses at most one point of top-1; where none does, the one that loses least.
 
-    Without labels: of agreement with the float network. With a metric of one's own: one percent of it. None where nothing was
+    Without labels: of agreement with the float network. With a user-defined metric: one percent of it. None if nothing was
     evaluated, or where there is a loss alone.
     """
     drops = [(drop, row) for row in _chosen(record) if (drop := _drop(record, row)) is not None]

@@ -34,7 +34,7 @@ corrections.
 
 `corrections` is left out if every answer has all corrections.
 
-A metric of one's own has a row of its name. Without classes it takes the place of top-1.
+A user-defined metric has a row of its name. Without classes it takes the place of top-1.
 """
 FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
 """What is said of an answer, by `Assignment.corrected`."""
@@ -413,7 +413,7 @@ def _forwards(record: RunRecord) -> str:
 
 
 def metric_text(value: float | None) -> str:
-    """Four significant digits of a metric of one's own."""
+    """Four significant digits of a user-defined metric."""
     return "–" if value is None else f"{value:.4g}"
 
 

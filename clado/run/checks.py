@@ -64,7 +64,7 @@ def check(run: OpenedRun) -> list[str]:
 
 
 def _try_own_functions(run: OpenedRun) -> None:
-    """Refuses a criterion or a metric of one's own that fails on the first image."""
+    """Refuses a criterion or a user-defined metric that fails on the first image."""
     tries = {run.packed_criterion.refuse_unfit: run.slices.sensitivity, run.judge.refuse_unfit: run.slices.validation}
     for refuse_unfit, images in tries.items():
         x, targets = on_device(run.float_network, images.load(0, 1))

@@ -187,7 +187,7 @@ class MeasurementStore:
         return replace(plan, sample_blocks=plan.sample_blocks[: len(self.counts)])
 
     def write(self, tile: Tile, sums: Array) -> None:
-        """Writes one tile whole, then marks it done; StoreError where the disk takes neither."""
+        """Writes one tile whole, then marks it done; StoreError if the disk takes neither."""
         try:
             self._kinds.array(tile.kind, "sums")[_place(tile)] = sums
             self._kinds.array(tile.kind, "done")[tile.sample_block, tile.number] = DONE
@@ -198,7 +198,7 @@ class MeasurementStore:
             ) from error
 
     def read(self, tile: Tile) -> Array:
-        """The sums of one tile; StoreError where its chunk fails its checksum or is gone."""
+        """The sums of one tile; StoreError if its chunk fails its checksum or is gone."""
         array = self._kinds.array(tile.kind, "sums")
         try:
             values = np.asarray(array[_place(tile)], dtype=np.float64)
@@ -232,7 +232,7 @@ class MeasurementStore:
         return bad
 
     def gather(self, plan: Plan) -> dict[str, Array]:
-        """All sums of the plan's kinds; StoreError where a tile is missing or damaged."""
+        """All sums of the plan's kinds; StoreError if a tile is missing or damaged."""
         missing = self.missing(plan)
         if missing:
             raise StoreError(
@@ -256,7 +256,7 @@ class _KindArrays:
         self._opened: dict[str, zarr.Array[Any]] = {}  # to open one takes as long as to write a chunk
 
     def array(self, kind: str, part: str) -> zarr.Array[Any]:
-        """The array `sums` or `done` of a kind; StoreError where it is gone."""
+        """The array `sums` or `done` of a kind; StoreError if it is gone."""
         name = f"{kind}/{part}"
         if name not in self._opened:
             array = self._node(name)
@@ -280,7 +280,7 @@ class _KindArrays:
         self._opened.clear()
 
     def holds(self, plan: Plan, kind: str) -> bool:
-        """Whether the arrays of a kind exist, under the plan's terms; StoreError where they have another shape."""
+        """Whether the arrays of a kind exist, under the plan's terms; StoreError if they have another shape."""
         if not self._exists(kind) or self._node(kind).attrs.get("terms", {}) != tile_kind(kind).terms(plan):
             return False
         for part, (shape, chunks) in _geometry(plan, kind).items():
@@ -311,7 +311,7 @@ class _KindArrays:
         return all(self._node(name) is not None for name in (kind, f"{kind}/sums", f"{kind}/done"))
 
     def _node(self, name: str) -> Any:
-        """A group or an array, None where there is none; StoreError where what describes it cannot be read."""
+        """A group or an array, None if there is none; StoreError if what describes it cannot be read."""
         try:
             return self._group[name]
         except KeyError:
@@ -388,7 +388,7 @@ def _write_counts(group: zarr.Group, plan: Plan) -> None:
 
 
 def exists(path: Path | str) -> bool:
-    """Whether something is there: a path, or a store of ours in a bucket; StoreError where the bucket does not answer."""
+    """Whether something is there: a path, or a store of ours in a bucket; StoreError if the bucket does not answer."""
     if isinstance(path, Path):
         return path.exists()
     try:

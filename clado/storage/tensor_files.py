@@ -23,7 +23,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_tensors(path: Path, device: torch.device, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, texts by name) of a file of this format; StoreError where it is absent, damaged or another."""
+    """(tensors by name, texts by name) of a file of this format; StoreError if it is absent, damaged or another."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}

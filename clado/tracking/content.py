@@ -115,7 +115,7 @@ class RecordContent:
             sender.progress.pending.remove(f"model of {model.budget}")
 
     def _span(self) -> tuple[int, int] | None:
-        """When the run began and ended, in ms since 1970. None where its phases were not timed."""
+        """When the run began and ended, in ms since 1970. None if its phases were not timed."""
         if not self.record.seconds or not self.record.recorded:
             return None
         end = datetime.fromisoformat(self.record.recorded).timestamp()

@@ -56,7 +56,7 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
 
 
 def own_metric(accuracy: Accuracy, prefix: str = "") -> dict[str, float | None]:
-    """The metric of one's own by its name, as MLflow takes names. Nothing without one."""
+    """The user-defined metric by its name, as MLflow takes names. Nothing without one."""
     return {} if accuracy.metric_name is None else {key(f"{prefix}{accuracy.metric_name}"): accuracy.metric}
 
 

@@ -87,7 +87,7 @@ def inputs(record: RunRecord, data: Mapping[str, Any], only: Sequence[str] = ())
 
 
 def digest_of(record: RunRecord, name: str) -> str | None:
-    """The short hash of one of a record's slices; None where it does not name it."""
+    """The short hash of one of a record's slices; None if it does not name it."""
     return record.data[name]["sha256"][:DIGEST] if name in record.data else None
 
 

@@ -118,7 +118,7 @@ class DaskWorkers:
     def _patrol(self) -> Callable[[], None]:
         """A function to call while no task ends. It counts the workers every PATROL seconds.
 
-        It raises ServerError where there was no worker for `patience` seconds.
+        It raises ServerError if there was no worker for `patience` seconds.
         """
         last_check = last_worker = time.monotonic()
 

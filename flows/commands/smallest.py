@@ -81,7 +81,7 @@ def _interval(run: OpenedRun, top1: bool) -> Callable[[Network, Replaced], Inter
 
 
 def _own_interval(run: OpenedRun, metric: bool) -> Callable[[Network, Replaced], Interval]:
-    """What gives the drop of the metric, or the increase of a criterion of one's own, of a deployed network."""
+    """What gives the drop of the metric, or the increase of a user-defined criterion, of a deployed network."""
 
     def values(network: Network, layers: Replaced) -> NDArray[np.float64]:
         columns = judged_per_image(network, layers, run.slices.selection, run.float_network, run.judge)

@@ -61,7 +61,7 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> "StoredRun":
-        """Reads a run's folder; StoreError where it holds no complete measurement."""
+        """Reads a run's folder; StoreError if it holds no complete measurement."""
         config = load_run_config(folder)
         store = MeasurementStore.open(config.store or folder / "store.zarr")
         space = store.space.tied(config.layers.ties).blocked(config.layers.blocks)

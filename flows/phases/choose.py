@@ -186,7 +186,7 @@ def search(
 
 
 def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses: Iterable[Assignment]) -> Program | None:
-    """The program whose moves are ranked; None where what has no finite loss leaves nothing measured to start from."""
+    """The program whose moves are ranked; None if what has no finite loss leaves nothing measured to start from."""
     try:
         program = program_of(matrix, limits)
     except InfeasibleError:

@@ -53,7 +53,7 @@ class Tree:
         return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool), active
 
     def rounded(self, bound: Bound) -> Choices | None:
-        """The largest share of each group, repaired and improved. None where it cannot be repaired."""
+        """The largest share of each group, repaired and improved. None if it cannot be repaired."""
         order = np.lexsort((-bound.x, self.program.owner))
         return self.descent.improved(order[self.program.starts[:-1]])
 

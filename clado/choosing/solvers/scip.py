@@ -105,7 +105,7 @@ class ScipTree(Tree):
         self.unit = 1.0
 
     def search(self, task: Task) -> Outcome:
-        """Runs SCIP and reads the outcome. Raises PluginError where a callback has failed."""
+        """Runs SCIP and reads the outcome. Raises PluginError if a callback has failed."""
         self._set_up()
         _limit(self.model, task)
         if self.best is not None:

@@ -190,7 +190,7 @@ def estimate(name: str, measured: Measured) -> InteractionMatrix:
 def uncorrected(measured: Measured) -> InteractionMatrix | None:
     """`layerwise` of layers rounded to nearest, without corrections.
 
-    None where they were not measured, or where some layer works at no bit-width without corrections.
+    None if they were not measured, or where some layer works at no bit-width without corrections.
     """
     if "plain_singles" not in measured.sums:
         return None
@@ -236,7 +236,7 @@ def non_finite(measured: Measured) -> list[str]:
 def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], Array]:
     """(options whose own loss is NaN or infinite, the increases with 0 in their place).
 
-    Raises MeasurementError where a layer loses every candidate.
+    Raises MeasurementError if a layer loses every candidate.
     """
     bad = ~np.isfinite(increases)
     if not bad.any():

@@ -10,7 +10,7 @@ TEMPERATURES = (1, 2, 4, 8)
 """Temperatures of the softmax that a Gram matrix is taken at. 1 is the float network's own."""
 
 SAMPLED_VALUES = 4096
-"""Values of a sample's curvature that a criterion of one's own is measured on; of larger outputs as many are drawn."""
+"""Values of a sample's curvature that a user-defined criterion is measured on; of larger outputs as many are drawn."""
 SAMPLE_SEED = 0
 """Seed of the draw."""
 

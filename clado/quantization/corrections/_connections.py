@@ -71,7 +71,7 @@ class Connection:
     second: str
     """The name of the second layer, or of the batch norm."""
     reason: str | None = None
-    """Why nothing is scaled; None where something is."""
+    """Why nothing is scaled; None if something is."""
     rows: Side | None = None
     """Output channels of the first layer, which are divided by the scale."""
     columns: Side | None = None
