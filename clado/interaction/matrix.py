@@ -46,7 +46,7 @@ class InteractionMatrix(Tabular):
     standard_error: Array | None = None
     """Standard errors of the values, (K, K), where the estimator has some."""
     ranking_only: bool = False
-    """Whether ½ αᵀ Ĝ α only orders assignments and is not a loss."""
+    """Whether ½ αᵀ Ĝ α only ranks assignments and is not a loss."""
     quarantined: tuple[int, ...] = ()
     """Options whose loss is NaN or infinite. A program must not choose them."""
     forbidden: tuple[tuple[int, int], ...] = ()
@@ -101,7 +101,7 @@ class InteractionMatrix(Tabular):
             objective: A predicted increase ½ αᵀ Ĝ α.
 
         Returns:
-            The mean loss on the sensitivity set. None if the matrix only orders assignments.
+            The mean loss on the sensitivity set. None if the matrix only ranks assignments.
         """
         return None if self.ranking_only else self.baseline + objective
 

@@ -108,7 +108,7 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
     clipped = bool((np.abs(values[~np.isnan(values)]) > limit).any())
     bar = figure.colorbar(image, ax=axes, extend="both" if clipped else "neither", fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=8)
-    bar.set_label("Ĝ (orders assignments, is not a loss)" if matrix.ranking_only else "Ĝ (twice the loss increase)", fontsize=9)
+    bar.set_label("Ĝ (ranks assignments, is not a loss)" if matrix.ranking_only else "Ĝ (twice the loss increase)", fontsize=9)
     images = f"{matrix.num_samples:,} images" if matrix.num_samples != 1 else "1 image"
     _title(axes, f"Interaction matrix by {matrix.estimator}", f"{matrix.criterion}, {images}; {_bits_sentence(matrix)}")
     return figure

@@ -719,7 +719,7 @@ def test_certificates_are_written_once_and_nobody_else_may_read_the_key(here):
     assert "cluster: {tls: {ca_file: tls/ca.pem, cert: tls/cert.pem, key: tls/key.pem}}" in printed
     assert (here / "tls" / "key.pem").stat().st_mode & 0o077 == 0
     before = listing(here)
-    assert "'münchen' is no name of a machine" in call("certificates", "other", "--host", "münchen", ends=2)
+    assert "'münchen' is not the name of a machine" in call("certificates", "other", "--host", "münchen", ends=2)
     call("certificates", "other", "--days", 99999999, ends=2)
     assert "exists already" in call("certificates", "tls", ends=2)
     assert listing(here) == before

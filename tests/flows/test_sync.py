@@ -220,7 +220,7 @@ def test_a_tracker_that_goes_costs_nothing_and_a_sync_delivers_all_of_it_once(
         receipt = track(unsent)
         assert not receipt.delivered
         assert f"clado sync {folder}" in caplog.text
-        assert "did not take it (ConnectionError" in sync(folder, ends=2)  # still away: kept
+        assert "did not take the record (ConnectionError" in sync(folder, ends=2)  # still away: kept
     assert len(runs_of(unsent)) == left_behind
     assert any(run.info.status == "RUNNING" for run in runs_of(unsent)) == (left_behind > 0 and name != "create_model_version")
     assert "hunter2" not in (folder / NOTE).read_text() + caplog.text

@@ -126,7 +126,7 @@ def safe_estimators() -> tuple[str, ...]:
 def unreported_estimators(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
     """Estimators that propose beside the `named` ones, for solver time only: all that they read is among `kinds`.
 
-    `layerwise` is one, so that the chosen assignment can be compared with it. The others order assignments of large losses better
+    `layerwise` is one, so that the chosen assignment can be compared with it. The others rank assignments of large losses better
     (tests/benchmarks/STUDY.md).
     """
     measured = {*kinds, *({"singles"} if "gram" in kinds else ())}  # the first row of gram

@@ -18,7 +18,7 @@ from clado.interaction.matrix import InteractionMatrix
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
-    """Diagonal matrix that orders assignments; standard errors hold the noise of images and of random vectors."""
+    """Diagonal matrix that ranks assignments; standard errors hold the noise of images and of random vectors."""
     matrix = diagonal_matrix(measured, measured.block_means("trace")[:, 1:], ranking_only=True)
     return replace(matrix, values=np.maximum(matrix.values, 0.0))
 

@@ -15,7 +15,7 @@ from clado.interaction.matrix import InteractionMatrix
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
-    """Diagonal matrix: of twice losses under `kl_to_float`, that orders assignments under `cross_entropy`."""
+    """Diagonal matrix: of twice losses under `kl_to_float`, that ranks assignments under `cross_entropy`."""
     per_block = measured.block_means("gradients")[:, 0, 1:]
     return diagonal_matrix(measured, per_block, ranking_only=measured.criterion != "kl_to_float")
 
