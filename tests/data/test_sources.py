@@ -868,7 +868,7 @@ def slice_of(images: Tensor, labels: Tensor | None = None) -> ImageSlice:
     [
         (3, "data is a int"),
         ([], "data is empty"),
-        (iter(()), "read before"),
+        (iter(()), "already read"),
         ([X, X[:, :, :2]], "mixed size: batch 1 has shape (3, 2, 5), batch 0 has (3, 4, 5)"),
         ([X, X[:, :2]], "mixed size"),
         ([(X, Y), X], "batch 1 is unlabelled"),

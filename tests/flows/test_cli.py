@@ -425,7 +425,7 @@ def test_an_answer_within_further_limits_is_kept_beside_the_one_without(finished
 def test_a_table_that_is_not_utf8_is_refused(finished, tmp_path, content):
     (tmp_path / "times.csv").write_bytes(content)
     limit = f"latency=1:{tmp_path / 'times.csv'}"
-    assert "no CSV file in UTF-8" in call("solve", finished.folder, "--budget", 3, "--limit", limit, ends=2)
+    assert "not a CSV file in UTF-8" in call("solve", finished.folder, "--budget", 3, "--limit", limit, ends=2)
 
 
 def test_a_folder_may_have_any_letters_and_a_terminal_any_encoding(finished, tmp_path):
