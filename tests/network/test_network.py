@@ -519,12 +519,12 @@ def test_whole_forwards_do_the_same_where_they_can_and_say_where_they_cannot(kin
         layer = other_layer(whole, i)
         if name not in IN_REACH[kind]:
             with pytest.raises(
-                NetworkError, match=rf"input of {name} is out of reach of whole forwards; leave activations in float"
+                NetworkError, match=rf"input of {name} cannot be reached with whole forward passes; leave activations in float"
             ):
                 whole.logits(x, {i: layer})
             layer = QuantizedLayer(layer.weight, layer.bias)
         if not whole.places[i].takes_bias:
-            with pytest.raises(NetworkError, match=f"{name} has no bias, and whole forwards give it none"):
+            with pytest.raises(NetworkError, match=f"{name} has no bias, and whole forward passes cannot add one"):
                 whole.logits(x, {i: QuantizedLayer(layer.weight, torch.ones(whole.layers[i].num_channels))})
         if graph.places[i].takes_bias or layer.bias is None:
             possible[i] = layer
@@ -535,7 +535,7 @@ def test_whole_forwards_do_the_same_where_they_can_and_say_where_they_cannot(kin
 @pytest.mark.parametrize(("kind", "layer"), [(Tied, 1), (Recurrent, 1)])
 def test_a_bias_for_a_weight_that_is_used_twice_is_refused(kind, layer):
     network = network_of(kind)
-    with pytest.raises(NetworkError, match=rf"{LAYERS[kind][layer]} cannot have a bias of its own"):
+    with pytest.raises(NetworkError, match=rf"{LAYERS[kind][layer]} cannot have a bias"):
         network.logits(images(1), {layer: QuantizedLayer(network.weights[layer], torch.ones(4))})
 
 
@@ -687,7 +687,7 @@ def test_what_is_no_three_projections_is_not_split(kind, split, says):
 
 
 def test_whole_forwards_split_nothing():
-    with pytest.raises(NetworkError, match="split in a graph only; expected graph=True, or no split"):
+    with pytest.raises(NetworkError, match="split only in a graph; expected graph=True, or no split"):
         Network(build(Attention), images(1), split=("*.in_proj_weight",), graph=False)
 
 
