@@ -729,7 +729,7 @@ def test_changes_add_up_and_the_last_one_counts(graph):
 @PATHS
 @pytest.mark.parametrize("name", ["first.scale", "stem.bias"])
 def test_an_unknown_name_is_refused(graph, name):
-    with pytest.raises(NetworkError, match=f"{name}.* cannot be given another value"):
+    with pytest.raises(NetworkError, match=f"{name}.* cannot get another value"):
         network_of(Normed, graph).updated({name: torch.zeros(6)})
 
 
