@@ -290,7 +290,7 @@ def test_a_store_that_is_not_ours_is_refused_and_left_alone(here):
     (here / "runs" / "mine" / "store.zarr").mkdir(parents=True)
     write(here, folder="runs/mine")
     before = listing(here)
-    assert "is not a store of ours" in call("run", "clado.yaml", ends=2)
+    assert "is not a store of clado" in call("run", "clado.yaml", ends=2)
     assert listing(here) == before
 
 

@@ -304,7 +304,7 @@ def test_a_run_whose_mlflow_is_gone_is_delivered_to_the_default_of_the_working_f
     shutil.copy(template, tmp_path)
     output = sync(tmp_path / "moved")
     assert f"Delivered to sqlite:///{tmp_path}/mlflow.db" in output
-    assert f"{home}/tracker.db is gone" in caplog.text
+    assert f"{home}/tracker.db does not exist any more" in caplog.text
     check_delivered({"folder": str(tmp_path / "moved"), "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}})
     assert "Nothing to deliver" in sync(tmp_path / "moved")
 
@@ -351,15 +351,15 @@ def test_a_run_that_fails_is_recorded_as_failed_with_its_traceback(unsent, away,
 
 
 NOTES = {
-    "not JSON": ("{", ["is no note of ours", "Delete it"]),
-    "a list": ("[]", ["is no note of ours"]),
+    "not JSON": ("{", ["is not a note of clado", "Delete it"]),
+    "a list": ("[]", ["is not a note of clado"]),
     "another format": ('{"format": "clado-undelivered/1"}', ["clado-undelivered/1", "expected clado-undelivered/2"]),
-    "no attempts": ('{"format": "clado-undelivered/2"}', ["is no note of ours"]),
+    "no attempts": ('{"format": "clado-undelivered/2"}', ["is not a note of clado"]),
     "a query for an attempt": (
         json.dumps({"format": "clado-undelivered/2", "attempts": [{"delivery": "' OR 1", "experiment": "a"}]}),
-        ["names an attempt that is none"],
+        ["names an attempt of a wrong form"],
     ),
-    "nothing to send": ('{"format": "clado-undelivered/2", "attempts": []}', ["cannot be followed", "clado run"]),
+    "nothing to send": ('{"format": "clado-undelivered/2", "attempts": []}', ["cannot be read", "clado run"]),
     "a file from elsewhere": (
         json.dumps(
             {"format": "clado-undelivered/2", "attempts": [], "experiment": "clado", "tags": {}, "matrices": {},
