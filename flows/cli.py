@@ -365,7 +365,7 @@ def sync(
             )
         typer.echo(f"Delivered to {receipt.uri}: run {receipt.parent_run_id}, {receipt.num_children} below it")
     if not receipts and not (folder / "record.json").is_file():
-        raise StoreError(f"{folder} has no record yet to deliver; clado run {folder / 'config.yaml'} goes on with it")
+        raise StoreError(f"{folder} has no record yet to deliver; clado run {folder / 'config.yaml'} continues it")
     if not receipts:
         typer.echo(f"Nothing to deliver: MLflow has all of {folder}")
 

@@ -225,15 +225,15 @@ def prepare_layer(
 ) -> tuple[list[QuantizedLayer], list[str]]:
     """Quantizes one layer at each of its candidates.
 
-        Args:
-            network: The float network, equalized if a correction does this.
-    space: The options of its layers.
-            recipe: How layers are quantized.
-            layer: The layer's number.
-            layer_input: Statistics of its input on calibration images. None if nothing needs them.
+    Args:
+        network: The float network, equalized if a correction does this.
+        space: The options of its layers.
+        recipe: How layers are quantized.
+        layer: The layer's number.
+        layer_input: Statistics of its input on calibration images. None if nothing needs them.
 
-        Returns:
-            The quantized layers in the order of the candidates, and notes on corrections that skip the layer.
+    Returns:
+        The quantized layers in the order of the candidates, and notes on corrections that skip the layer.
     """
     weight, axis = network.weights[layer], network.layers[layer].channel_axis
     sample = layer_sample(network, layer, layer_input)

@@ -194,7 +194,7 @@ class MeasurementStore:
         except OSError as error:
             raise StoreError(
                 f"{tile} could not be written to {self.path} ({error.strerror or error}); expected a disk with room that may be "
-                "written to. What was measured is kept: make room, and the same command goes on from there"
+                "written to. What was measured is kept: make room, and the same command continues from there"
             ) from error
 
     def read(self, tile: Tile) -> Array:

@@ -131,7 +131,7 @@ def given_up(item: object, error: Exception) -> MeasurementError:
     """The message for a task that fails each time. The error itself is its cause, and goes into the run's failure.txt."""
     return MeasurementError(
         f"{item} failed {RETRIES + 1} times, the last time with {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
-        "What was measured is kept, and the same command goes on from there; the traceback is in failure.txt of the run's folder"
+        "What was measured is kept, and the same command continues; the traceback is in failure.txt of the run's folder"
     )
 
 

@@ -41,7 +41,7 @@ PATROL = 5.0  # seconds between two counts of the workers, while no task ends
 # as long. These limits of glibc are large enough to prevent that: bytes from which memory is trimmed, and mapped.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 _template_environment: dict[str, str] | None = None  # the process from which workers fork
-KEPT = "what was measured is kept: start it again, and the same command goes on from there"
+KEPT = "what was measured is kept: start it again, and the same command continues from there"
 
 
 class DaskWorkers:
