@@ -143,7 +143,7 @@ def _explain(fault: Any) -> str:
             message = str(fault["msg"]).removeprefix("Value error, ")
             said = message if not where or message.startswith(f"{where} ") else f"{where}: {message}"
         case "float_type" if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\d+", value):
-            said = f"{where} is a text in YAML; expected a number with a point and a sign, such as {float(value):.1e}"
+            said = f"{where} is the text {shown} in YAML; expected a number with a point and a sign, such as {float(value):.1e}"
         case _:
             said = f"{where}: {fault['msg']}, got {shown}"
     return said
