@@ -39,7 +39,7 @@ class Interval:
     def of_hits(cls, float_hits: NDArray[np.bool_], hits: NDArray[np.bool_]) -> "Interval":
         """The interval of a drop of top-1. The arguments (n,) say which images the float and the quantized network have right.
 
-        Each of the four cells counts half an image more, so that agreement on few images is not overrated (Agresti and Min,
+        Each of the four cells counts half an image more, so that agreement on few images is not overrated. (Agresti and Min,
         "Simple improved confidence intervals for comparing matched proportions", 2005).
         """
         n = len(float_hits)

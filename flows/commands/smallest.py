@@ -29,8 +29,8 @@ def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool, metric: bo
     """Measures assignments on the selection set, until the smallest one that keeps the bound is known with its neighbours.
 
     With `top1` the bound is on the drop of top-1 (a fraction), which needs labels. With `metric` it is on the drop of the run's
-    metric. Otherwise it is on the increase of a loss: of the user-defined criterion if there is one, else of cross entropy, or
-    without labels of the KL divergence from the float network.
+    metric. Otherwise it is on the increase of the user-defined criterion if there is one. If not, it is on the increase of cross
+    entropy, or without labels on that of the KL divergence from the float network.
     """
     images, space = run.slices.selection, run.space
     if len(images) < 2:

@@ -1,7 +1,7 @@
 """SCIP through PySCIPOpt: the solver that proves optimality. The only module that imports pyscipopt.
 
 SCIP keeps the tree, the bounds and the proof. Its linear relaxation is replaced, because it is weak and slow for this dense
-program: a quadratic epigraph leaves gaps of 100 % on programs that this method solves in a second. It consists of
+program. A quadratic epigraph leaves gaps of 100 % on programs that this method solves in a second. The method has five parts:
 
 1. a start (`_start`), by descent;
 2. convex forms (`_convexify`, `_forms`) of the function, equal to it at 0/1 points. Tight forms and curved forms race for a few

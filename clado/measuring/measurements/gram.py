@@ -19,7 +19,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 
     Row 0: what `singles` gives, of the same forwards. Row 1: 0 and Σ_n rᵀ u, with the gradient r of the loss at the float outputs
     (p − y; zero for KL). Then K rows for each of TEMPERATURES: 0 and Σ_n u_kᵀ F_n u_l. With classes, F = diag(q) − q qᵀ of
-    q = softmax(z / temperature), and with v = √q (u − qᵀu) that is the Gram matrix of v: positive semidefinite up to rounding.
+    q = softmax(z / temperature). With v = √q (u − qᵀu) that is the Gram matrix of v, positive semidefinite up to rounding.
     Other criteria give v as a linear map of u (`PackedCriterion.root`), at every temperature the same. Only one pass of u is held
     at a time.
     """
