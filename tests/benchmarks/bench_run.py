@@ -1,4 +1,4 @@
-"""Seconds of each phase of a run, beside the least that its forward passes take; writes RUN.md. Run: make bench-run.
+"""Seconds of each phase of a run, compared with the least time of its forward passes; writes RUN.md. Run: make bench-run.
 
     make bench-run                        # the demo
     make bench-run PHOTOS=FOLDER          # EfficientNet-Lite0 on a folder of ImageNet photographs, too

@@ -296,7 +296,7 @@ class Functional(nn.Module):
 
 
 class Bare(nn.Module):
-    """Reads a weight that is no module's, and gives it a bias of its own."""
+    """Reads a weight that belongs to no module, with its own bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -446,7 +446,7 @@ class Around(nn.Linear):
 
 
 class Beside(nn.Module):
-    """A weight that is read once by its module and once beside it."""
+    """A weight that is read once by its module and once by another operator."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Signals while a command ends, and a Prefect that cannot be told how a run ended."""
+"""Signals while a command ends, and a Prefect server that cannot be reached when a run ends."""
 
 import errno
 import fcntl

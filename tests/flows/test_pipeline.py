@@ -227,7 +227,7 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(fi
         assert {c.assignment.corrected for c in of_budget if c.origin == UNIFORM} >= {level, "none"}
         summary = next(row for row in record.searches if row.budget == budget)
         assert summary.evaluations == 5
-        # behind these are the chosen bits with other corrections
+        # after these come the chosen bits with other corrections
         searched = [c for c in of_budget if c.origin == LOCAL_SEARCH][:5]
         assert len({c.assignment.corrected for c in searched}) == 1
         tried |= {c.assignment: None for c in searched}

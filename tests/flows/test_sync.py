@@ -1,4 +1,4 @@
-"""What MLflow does not take is kept in the run's folder and delivered from it, once; failed runs are told as such."""
+"""If MLflow does not take something, it stays in the run's folder and is delivered once later. Failed runs are marked so."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unsent(tmp_path, template) -> dict[str, Any]:
-    """A finished run's folder whose tracker, a database beside it, is empty; as its configuration."""
+    """The configuration of a finished run whose tracker, a database next to its folder, is empty."""
     folder = tmp_path / "run"
     document = config(folder, tracking={"uri": f"sqlite:///{tmp_path}/tracker.db"})
     make_record(budgets=(2.5, 4.0)).save(folder / "record.json")
@@ -404,7 +404,7 @@ def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
 
 
 def nested(document: dict[str, Any], name: str) -> Receipt:
-    """What a command on a finished run leaves: a file of its own, and a run below the run's."""
+    """The results of a command on a finished run: a file, and an MLflow run below that of the run."""
     folder = Path(document["folder"])
     place = folder / name / "3_bits"
     place.mkdir(parents=True, exist_ok=True)

@@ -710,7 +710,7 @@ def test_other_values_give_what_a_module_with_that_state_gives(kind, graph):
     assert all(torch.equal(weight, state[name]) for weight, name in zip(changed.weights, LAYERS[kind], strict=True))
     layers = {0: other_layer(changed, 0)}
     assert_same(changed.logits(x, layers), expected_logits(Network(expected, x, graph=False), layers, x))
-    assert_same(network.logits(x), replaced_logits(build(kind), {}, x))  # the first network is what it was
+    assert_same(network.logits(x), replaced_logits(build(kind), {}, x))  # the first network has not changed
 
 
 @PATHS
@@ -738,7 +738,7 @@ def test_an_unknown_name_is_refused(graph, name):
 
 @KINDS
 def test_the_state_of_replaced_layers_loaded_into_the_module_gives_the_same_logits(kind):
-    """Own biases where there are any, else into the batch norm behind, else beside the weight under a name of its own."""
+    """A bias goes into the layer's own bias, else into the batch norm after it, else gets its own name next to the weight."""
     network, x = network_of(kind), images(3)
     layers = {i: other_layer(network, i, activation=False) for i in range(len(network.layers))}
     for chosen in ({i: layers[i]} for i in layers) if kind in (Residual, Normed) else (layers,):
@@ -880,7 +880,7 @@ def test_later_batch_norms_see_what_earlier_ones_have_become():
 
 
 class _PreActivated(nn.Module):
-    """What a batch norm reads is changed in place behind it."""
+    """The input of a batch norm is changed in place after it."""
 
     def __init__(self):
         super().__init__()
@@ -911,7 +911,7 @@ def test_without_batch_norm_there_is_nothing_to_normalise(kind):
 
 
 class _SharedNorm(nn.Module):
-    """One batch norm behind two layers: it has no statistics that are either's."""
+    """One batch norm after two layers: its statistics belong to neither of them."""
 
     def __init__(self, two_names):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The page of a run says what the record holds, needs nothing from outside, escapes what it is given and keeps no secret."""
+"""The page of a run shows the record. It loads nothing, escapes all texts, and shows no credentials."""
 
 import json
 import re

@@ -365,7 +365,7 @@ def test_a_store_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             new_store(tmp_path)
     assert not (tmp_path / "store.zarr").exists()
-    new_store(tmp_path)  # what the failed try left behind is in nobody's way
+    new_store(tmp_path)  # the remains of the failed try do no harm
     assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
 
 
