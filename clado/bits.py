@@ -1,4 +1,4 @@
-"""Bit-widths: their range, their check, and their texts. Integers only; no torch."""
+"""Bit-widths: their range, their check, and their texts. Uses integers only, no torch."""
 
 from collections.abc import Iterable, Sequence
 from numbers import Integral

@@ -1,4 +1,4 @@
-"""Blocks of layers, from the module tree in qualified names. Integers and names only; no torch.
+"""Blocks of layers, from the module tree in qualified names. Uses integers and names only, no torch.
 
 A block is a part that a network repeats: a residual block, an inverted bottleneck, an encoder
 layer. BRECQ (arXiv 2102.05426, section 3.2) finds that the errors of the layers in a block depend

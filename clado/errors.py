@@ -17,7 +17,7 @@ CladoError
 
 
 class CladoError(Exception):
-    """Base of every error that is the user's to mend: the command line prints its message without a traceback."""
+    """Base of every error that a user can fix. The command line prints its message without a traceback."""
 
     exit_code = 2
 

@@ -35,16 +35,16 @@ Metric = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Judge:
-    """What is counted of each image, beside what is counted of any classifier."""
+    """User-defined values of each image, in addition to a classifier's hits."""
 
     outputs: Outputs = LOGITS
     """The form of the network's outputs."""
     criterion: PackedCriterion | None = None
-    """Gives the loss, in place of cross entropy or KL divergence."""
+    """Gives the loss, instead of cross entropy or KL divergence."""
     metric: Metric | None = None
-    """A metric of one's own."""
+    """A user-defined metric."""
     metric_name: str | None = None
-    """Its name, which reports call it by."""
+    """Its name in reports."""
 
     @classmethod
     def of(cls, outputs: Outputs, criterion: Any = None, metric: Any = None) -> "Judge":
@@ -52,8 +52,8 @@ class Judge:
 
         Args:
             outputs: The form of its outputs.
-            criterion: As `clado.criteria.criterion_of` takes it. Of criteria of classes, and without one, the loss of logits is
-                cross entropy or KL. Other outputs then have the loss `mse_to_float`.
+            criterion: As `clado.criteria.criterion_of` takes it. With a criterion of classes, or without a criterion, the loss of
+                logits is cross entropy or KL. Other outputs then have the loss `mse_to_float`.
             metric: A callable, or `package.module:name`.
 
         Raises:
@@ -69,11 +69,11 @@ class Judge:
         return cls(outputs, None if "classes" in packed.offers else packed, function, None if function is None else name)
 
     def has_classes(self, labels: Tensor | None) -> bool:
-        """Whether the outputs are logits, and the labels, where there are any, are their classes."""
+        """Whether the outputs are logits, and labels (if there are any) are their classes."""
         return self.outputs.are_logits and (labels is None or (labels.ndim == 1 and not labels.is_floating_point()))
 
     def columns(self, logits: Tensor, labels: Tensor | None, floats: Tensor | None) -> dict[str, Tensor]:
-        """`loss` and `metric` of each image (n,), as far as they are one's own."""
+        """User-defined `loss` and `metric` of each image (n,)."""
         columns: dict[str, Tensor] = {}
         if self.criterion is not None:
             assert floats is not None  # `count_each` computes them
@@ -83,7 +83,7 @@ class Judge:
         return columns
 
     def refuse_unfit(self, logits: Tensor, labels: Tensor | None) -> None:
-        """Refuses (ConfigurationError) a metric of one's own that fails on a few images, or gives something else than numbers."""
+        """Tries the metric on a few images. ConfigurationError if it fails or does not give numbers."""
         self.columns(logits, labels, logits)
 
 
@@ -106,15 +106,15 @@ class Counts:
     classes: tuple[tuple[int, int, int], ...] = ()
     """(class, images, top-1 hits) of each class that has images, in order of the classes."""
     briers: tuple[float, ...] = ()
-    """Brier score of each image of the decision set, to six digits; its loss where there are no classes. Else empty."""
+    """Brier score of each image of the decision set, to six digits, or its loss without classes. Else empty."""
     hits: str = ""
-    """A 1 or a 0 for each image: whether its top class is right. Without labels, whether it is the float network's."""
+    """1 for each image whose top class is right, else 0. Without labels, the float network's class is right."""
     agreed: str = ""
-    """A 1 or a 0 for each validation image: whether its top class is the float network's."""
+    """1 for each validation image whose top class is the float network's, else 0."""
     kl: tuple[float, ...] = ()
     """KL divergence from the float network of each validation image, in nats, to six digits."""
     metric: tuple[float, ...] = ()
-    """A metric of one's own of each image."""
+    """User-defined metric of each image."""
     metric_name: str | None = None
     """Its name."""
 
@@ -168,9 +168,9 @@ class Counts:
 
 
 def compared(budget: str, method: str, other: str, counts: Counts, other_counts: Counts) -> Comparison | None:
-    """Two answers on the same validation images. None where these were not compared with the float network image by image.
+    """Two answers on the same validation images. None if these were not compared with the float network image by image.
 
-    Nor are networks compared that give no finite logits.
+    Also None if a network gives logits that are not finite.
     """
     if not counts.kl or len(counts.kl) != len(other_counts.kl) or not np.isfinite([*counts.kl, *other_counts.kl]).all():
         return None
@@ -236,9 +236,9 @@ def count_each(
 ) -> list[Counts]:
     """`count` of several networks with layers replaced. Each image is decoded once.
 
-    The images are held in memory, and of the networks one at a time. The sums are the same, bit for bit.
+    All images are held in memory, and one network at a time. The sums are the same, bit for bit.
 
-    Each image is compared with the float network where `reference` is given, or where the loss needs it.
+    Each image is compared with the float network if `reference` is given, or if the loss needs it.
     """
     x, labels = images.load(start, stop)
     totals: list[Counts] = []
@@ -266,7 +266,7 @@ def count_each(
 def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None, judge: Judge = CLASSIFIER) -> Counts:
     """Counts of one batch: cross entropy and hits with labels, KL to the float logits without, and both where both are given.
 
-    What the judge counts comes in their place or beside them.
+    User-defined values of the judge replace these or are added.
     """
     if labels is None and floats is None:
         raise DataError("the images have no labels and no float network to compare with; expected one of them")
@@ -297,7 +297,7 @@ def _batch_counts(logits: Tensor, labels: Tensor | None, floats: Tensor | None, 
 
 
 def to_six_digits(values: Iterable[float]) -> tuple[float, ...]:
-    """The values as they are kept of each image."""
+    """The values of each image, rounded as they are stored."""
     return tuple(float(f"{value:.6g}") for value in values)
 
 
@@ -332,7 +332,7 @@ def per_image(
 def judged_per_image(
     network: Network, replaced: Replaced, images: ImageSlice, reference: Network, judge: Judge, batch_images: int | None = None
 ) -> dict[str, NDArray[np.float64]]:
-    """`Judge.columns` of each image, for paired comparisons of what is one's own."""
+    """User-defined values of each image (`Judge.columns`), for paired comparisons."""
     folded, layers = network.folded_with(replaced)
     parts: list[dict[str, Tensor]] = []
     for low, high in evaluation_batches(len(images), batch_images or network.images_at_once):
@@ -344,7 +344,7 @@ def judged_per_image(
 def _is_finite(logits: Tensor) -> Tensor:
     """Rows without a NaN or an infinity.
 
-    Only these can be hits: any class may be the largest of NaNs.
+    Only these can be hits, because with NaNs argmax may give any class.
     """
     return logits.isfinite().all(1)
 

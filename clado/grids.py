@@ -43,7 +43,7 @@ class Grid:
     """The integers of the grid."""
 
     def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes (int32) of a float tensor; values beyond the range saturate."""
+        """Nearest codes (int32) of a float tensor. Values outside of the range saturate."""
         position = weight / self.scale + self.zero_point
         if self.codes.step == 2:
             return torch.where(position >= 0, 1, -1).to(torch.int32)
@@ -54,7 +54,7 @@ class Grid:
         return (codes - self.zero_point) * self.scale
 
     def fake_quantize(self, weight: Tensor) -> Tensor:
-        """Float values of the nearest codes: shape and device of the input, which is not changed."""
+        """Float values of the nearest codes, with the shape and device of the input. The input is not changed."""
         return self.dequantize(self.quantize(weight))
 
 
@@ -71,30 +71,30 @@ class ActivationGrid:
 
     @classmethod
     def of_range(cls, low: float, high: float, bits: int) -> "ActivationGrid":
-        """The grid that spans low..high; zero is always on it."""
+        """The grid that spans low..high. Zero is always on it."""
         grid = grid_of_range(torch.tensor(float(low)), torch.tensor(float(high)), Codes.of(bits, False), False)
         return cls(bits, float(grid.scale), int(grid.zero_point))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The nearest values on the grid; beyond its range they saturate, and NaN stays NaN. The input is not changed."""
+        """The nearest values on the grid. Values outside of its range saturate, and NaN stays NaN. The input is not changed."""
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return self.fake_quantize(x.float()).to(x.dtype)
         if x.requires_grad or x.is_cuda:
             on_grid = torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 2**self.bits - 1)
-            return torch.where(x.isnan(), x, on_grid)  # torch's takes NaN for the lowest value
-        # the same bit for bit on a CPU, where torch's takes twenty times as long
+            return torch.where(x.isnan(), x, on_grid)  # torch's operator treats NaN as the lowest value
+        # bit for bit the same on a CPU, where torch's operator takes twenty times as long
         codes = (x.float() * self._inverse).round_().clamp_(-self.zero_point, 2**self.bits - 1 - self.zero_point)
         return codes.mul_(self.scale).to(x.dtype)
 
     @cached_property
     def _inverse(self) -> float:
-        """1 / scale in float32, as torch has it."""
+        """1 / scale in float32, with torch's rounding."""
         return float(1 / torch.tensor(self.scale, dtype=torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """A layer at one option: its weight, and perhaps its bias and the grid of its input."""
+    """A layer at one option: its weight, and optionally its bias and the grid of its input."""
 
     weight: Tensor
     """Float values, with the shape of the layer's weight."""

@@ -1,6 +1,6 @@
-"""Plug-ins: how a file in a folder becomes a name in the settings. Imports nothing but the standard library.
+"""Plug-ins: how a file in a folder becomes a name in the settings. Imports only the standard library.
 
-A public module file of a plug-in folder is a plug-in, and its name is the file's. `available` lists names and imports nothing.
+A public module file of a plug-in folder is a plug-in. Its name is that of the file. `available` lists names and imports nothing.
 `load` imports a plug-in when it is first used. `package.module:name` names a plug-in that lives elsewhere.
 """
 
@@ -24,9 +24,9 @@ class Folder:
     package: str
     """Dotted name of the package whose public modules are the plug-ins."""
     noun: str
-    """What messages call a plug-in, and the name of the object in a plug-in's file."""
+    """The word for a plug-in in messages, and the name of the object in its file."""
     interface: str | None = None
-    """Class of the package that a plug-in is an object of. None: the module itself is the plug-in."""
+    """Class of the package of which a plug-in is an object. None: the module itself is the plug-in."""
 
 
 FOLDERS = {
@@ -59,7 +59,7 @@ def available(folder: str) -> tuple[str, ...]:
 
 
 def load(folder: str, name: str) -> Any:
-    """The plug-in of a name: an object of the folder's interface class, or a module where the folder has none.
+    """The plug-in of a name: an object of the folder's interface class, or a module if the folder has no such class.
 
     Args:
         folder: A key of `FOLDERS`.
@@ -85,18 +85,18 @@ def load(folder: str, name: str) -> Any:
 
 
 def imported(name: str, noun: str, attribute: str = "name", error: type[CladoError] = ConfigurationError) -> Any:
-    """What `package.module:attribute` names: of an installed module, or of one below the working folder.
+    """The object that `package.module:attribute` names, in an installed module or in one below the working folder.
 
     Args:
         name: The dotted name.
-        noun: What the name stands for, in messages.
-        attribute: What is looked for in the module, in messages.
-        error: Raised where there is no such module or attribute.
+        noun: The word for the object in messages.
+        attribute: The word for the attribute in messages.
+        error: Raised if there is no such module or attribute.
     """
     module_name, _, key = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # it stays: what is imported may import its own modules later
+        sys.path.insert(0, here)  # it stays in the path, because the imported module may import its own modules later
     try:
         module = import_module(module_name)
     except Exception as cause:
@@ -114,11 +114,11 @@ def imported(name: str, noun: str, attribute: str = "name", error: type[CladoErr
 
 
 def expected(folder: str, name: str) -> str:
-    """The valid names of a folder, and the one that is nearest to a wrong name."""
+    """The valid names of a folder, and the one that is closest to a wrong name."""
     return f"expected one of {', '.join(available(folder))}{nearest(name, available(folder))}"
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
-    """' (did you mean …?)' where a valid word is close, else nothing."""
+    """' (did you mean …?)' if a valid word is close, else nothing."""
     close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -23,7 +23,7 @@ from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
 CORRECTED = ("all", "static", "none")
-"""Which of a run's corrections an assignment is deployed with."""
+"""The corrections that an assignment is deployed with: all of the run, only the static ones, or none."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Layer:
     macs: int = 0
     """Multiply-accumulates of one image."""
     channel_axis: int = 0
-    """The axis of the output channels, each of which has a scale."""
+    """The axis of the output channels. Each channel has a scale."""
 
     @property
     def num_weights(self) -> int:
@@ -51,7 +51,7 @@ class Layer:
 
     @property
     def num_channels(self) -> int:
-        """Length of the axis that a per-channel scale keeps."""
+        """Number of output channels."""
         return self.shape[self.channel_axis]
 
     def weight_bytes(self, bits: int) -> int:
@@ -78,7 +78,7 @@ class Option(NamedTuple):
 class Assignment:
     """A bit-width for each layer, in the order of the space.
 
-    Partial assignments leave some layers in float: they are measured. Full ones are answers.
+    A partial assignment leaves some layers in float. It is used for measuring. Answers are full assignments.
     """
 
     bits: tuple[int | None, ...]
@@ -91,8 +91,8 @@ class Assignment:
     corrected: str = "all"
     """The corrections of the run that the assignment is deployed with.
 
-    "static": those that are made before measuring, without the final ones. "none": rounding to
-    nearest. A run without corrections has only "all".
+    "static" means those that are made before measuring, without the final ones. "none" means rounding
+    to nearest. A run without corrections has only "all".
     """
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class Assignment:
 
     @property
     def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
-        """(weight bits, activation bits) of each layer; None where in float."""
+        """(weight bits, activation bits) of each layer. None for float."""
         return tuple(zip(self.bits, self.activation_bits or (None,) * len(self.bits), strict=True))
 
     @property
@@ -135,7 +135,7 @@ class Assignment:
             corrected: "all", "static" or "none".
 
         Raises:
-            ConfigurationError: It is another word.
+            ConfigurationError: `corrected` is another word.
         """
         return replace(self, corrected=corrected)
 
@@ -155,7 +155,7 @@ def check_patterns(patterns: Sequence[str], subject: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, repr=False)
 class SearchSpace:
-    """The layers and the bit-widths that each may have."""
+    """The searched layers and their candidate bit-widths."""
 
     layers: tuple[Layer, ...]
     """The searched layers, in execution order."""
@@ -168,7 +168,7 @@ class SearchSpace:
     custom_blocks: tuple[tuple[int, ...], ...] = ()
     """Blocks of layers (indices) that replace those of the module tree.
 
-    They change what is measured, not what can be chosen.
+    They change which pairs are measured, but not which assignments can be chosen.
     """
 
     def __post_init__(self) -> None:
@@ -186,11 +186,11 @@ class SearchSpace:
         for group in self.ties:
             if len(set(group)) < max(2, len(group)) or not all(0 <= i < len(self.layers) for i in group):
                 raise ConfigurationError(
-                    f"the tie {group} is not of two or more different layers; expected numbers within 0..{len(self.layers) - 1}"
+                    f"the tie {group} does not have two different layers; expected numbers within 0..{len(self.layers) - 1}"
                 )
             names = [self.layers[i].name for i in group]
             if tied_layers & set(group):
-                raise ConfigurationError(f"a layer of the tie {names} is in another tie as well; join the two ties into one")
+                raise ConfigurationError(f"a layer of the tie {names} is also in another tie; join the two ties into one")
             if len({self.bit_widths[i] for i in group}) > 1:
                 raise ConfigurationError(f"tied layers {names} have different bit-widths; give them the same candidates")
             tied_layers |= set(group)
@@ -272,7 +272,7 @@ class SearchSpace:
                 raise ConfigurationError(f"the block {list(patterns)} matches no layer; layers are {', '.join(self.names)}")
             duplicates = [self.layers[i].name for i in indices if any(i in block for block in blocks)]
             if duplicates:
-                raise ConfigurationError(f"{', '.join(duplicates)} is in two blocks; expected each layer in one at most")
+                raise ConfigurationError(f"{', '.join(duplicates)} is in two blocks; expected each layer in at most one")
             blocks.append(indices)
         return replace(self, custom_blocks=tuple(blocks))
 
@@ -297,7 +297,7 @@ class SearchSpace:
 
     @property
     def num_layers(self) -> int:
-        """I, the number of searched layers."""
+        """The number of searched layers, I."""
         return len(self.layers)
 
     @property
@@ -325,7 +325,7 @@ class SearchSpace:
 
     @property
     def num_options(self) -> int:
-        """K, the number of options: the order of the interaction matrix."""
+        """The number of options, K. The interaction matrix is K × K."""
         return self.offsets[-1]
 
     @cached_property
@@ -375,8 +375,8 @@ class SearchSpace:
         one, an assignment without activation bits gets that one.
 
         Raises:
-            ConfigurationError: The number of layers is another, activation bits are missing, or a
-                layer has some whose activations stay in float.
+            ConfigurationError: The number of layers differs, activation bits are missing, or a layer
+                whose activations stay in float has some.
         """
         if len(assignment.bits) != self.num_layers:
             raise ConfigurationError(f"the assignment has {len(assignment.bits)} layers, the space {self.num_layers}")
@@ -438,7 +438,7 @@ class SearchSpace:
     def uniform_assignments(self) -> Iterator[tuple[int, Assignment]]:
         """(bits, assignment) of every candidate bit-width of any layer, ascending.
 
-        There is one at each activation width. A layer without that candidate takes its nearest one.
+        There is one for each activation width. A layer without this candidate takes the nearest one.
         """
         for b in sorted({b for bits in self.bit_widths for b in bits}):
             nearest = [min(bits, key=lambda c: (abs(c - b), -c)) for bits in self.bit_widths]
@@ -495,8 +495,8 @@ class SearchSpace:
         A document without activation bits takes the space's activation width, if there is one.
 
         Raises:
-            ConfigurationError: The document is no assignment, or its layers or bits are not this
-                space's.
+            ConfigurationError: The document is not an assignment, or its layers or bits do not belong
+                to this space.
         """
         bits = document.get("bits") if document.get("format") == "clado-assignment/1" else None
         if not isinstance(bits, Mapping):
@@ -507,7 +507,7 @@ class SearchSpace:
         missing, unknown = sorted(set(self.names) - set(bits)), sorted((set(bits) | set(widths)) - set(self.names))
         if missing or unknown:
             raise ConfigurationError(
-                f"the assignment is of another network: it lacks {missing or 'nothing'} and adds {unknown or 'nothing'}"
+                f"the assignment belongs to another network: it lacks {missing or 'nothing'} and adds {unknown or 'nothing'}"
             )
         activation_bits = tuple(widths.get(name) for name in self.names) if widths else ()
         corrected = document.get("corrected", "all")

@@ -1,1 +1,1 @@
-"""Orchestration: Prefect flows, Dask workers, clusters and the command line. Verbs only; what they do is in `clado`."""
+"""Orchestration: Prefect flows, Dask workers, clusters and the command line. The method itself is in `clado`."""

@@ -16,7 +16,7 @@ TABLE, MLFLOW = "clado-table", "clado-mlflow"  # keys of the artifacts
 
 
 def show(record: RunRecord, receipt: Receipt) -> None:
-    """Adds table, link and label to the present flow run, if there is one. A server that does not answer causes a warning."""
+    """Adds table, link and label to the present flow run, if there is one. If the server does not answer, a warning is logged."""
     if not flow_run.id:
         return
     try:
@@ -32,7 +32,7 @@ def show(record: RunRecord, receipt: Receipt) -> None:
         )
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow_run.id, {"mlflow_run_id": receipt.parent_run_id})
-    except Exception as error:  # the results are in the folder, and a fault of the page must not stop the run
+    except Exception as error:  # the results are in the folder: a failing page must not stop the run
         log.warning("Prefect does not show the results of this run (%s); they are in its folder", type(error).__name__)
 
 

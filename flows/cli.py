@@ -1,4 +1,4 @@
-"""The `clado` command. Each body reads: check, open, call, print; libraries are imported when a command needs them."""
+"""The `clado` command. Each command checks, opens, calls and prints. It imports libraries when it needs them."""
 
 import atexit
 import math
@@ -28,11 +28,11 @@ def init(
         str | None, typer.Option(help="package.module:factory of a function that returns a torch.nn.Module.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of images: one sub-folder a class, or train/ and val/ of such.")
+        Path | None, typer.Option(help="Folder of images: a sub-folder for each class, or train/ and val/ with such sub-folders.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("clado.yaml"),
 ) -> None:
-    """Write a commented configuration."""
+    """Write settings with comments (YAML)."""
     from clado.errors import ConfigurationError, NetworkError
     from clado.plugins import imported
     from clado.records.text import write_text
@@ -56,7 +56,7 @@ def run(config: Config, overrides: Overrides = None) -> None:
     """Measure, allocate, evaluate, record: the whole pipeline. Run it again to resume."""
     settings = _settings(config, overrides)
     clock: dict[str, float] = {}
-    atexit.register(_report_end, clock)  # registered before Prefect's own hooks, hence run after them
+    atexit.register(_report_end, clock)  # registered before Prefect's own hooks, so it runs after them
     from flows.commands.run import run_flow
 
     run, receipt = run_flow(settings, clock, BEGIN)
@@ -68,10 +68,12 @@ def run(config: Config, overrides: Overrides = None) -> None:
 def plan(
     config: Config,
     overrides: Overrides = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to add an ETA.")] = False,
-    runtime: Annotated[str | None, typer.Option(help="Say what this runtime does not run natively, such as onnxruntime.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure for at most 20 s, to estimate how long the run takes.")] = False,
+    runtime: Annotated[
+        str | None, typer.Option(help="List the options that a runtime, such as onnxruntime, does not run natively.")
+    ] = None,
 ) -> None:
-    """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
+    """Print what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
     run = _opened(_settings(config, overrides), planning=not probe)
     from flows.commands.plan import plan_text
 
@@ -82,7 +84,7 @@ def plan(
 
         typer.echo(lacking_text(run, runtime, runtime_of(runtime)))
     if (path := run.config.data.path) is not None and not path.exists():
-        typer.echo(f"  images   {path} is not there: counted as asked for; the run needs it")
+        typer.echo(f"  images   {path} does not exist. Costs are for the number of images in the settings")
     if probe:
         own_start = time.perf_counter() - BEGIN
         from flows.commands.eta import eta_text
@@ -94,13 +96,13 @@ def plan(
 def profile(
     config: Config,
     overrides: Overrides = None,
-    runtime: Annotated[str, typer.Option(help="What runs the networks.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="Runtime that runs the networks.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Images of one pass; seconds in the table are of one image.")] = 1,
-    turns: Annotated[int, typer.Option(min=1, help="How often each network is timed; medians are taken.")] = 9,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write; default: RUN/profile/RUNTIME.csv.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one pass. The table has the seconds of one image.")] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="How often each network is timed. The table has medians.")] = 9,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file; default: RUN/profile/RUNTIME.csv.")] = None,
 ) -> None:
-    """Time every layer at every option on this machine: the table that the constraint `latency` reads. Run it again to resume."""
+    """Time every layer at every option on this machine, for the constraint `latency`. Run it again to resume."""
     from clado.exporting.runtimes import runtime_of
 
     plugin = runtime_of(runtime)
@@ -141,13 +143,13 @@ def evaluate(
     budget: AverageBits = None,
     size_bytes: SizeBytes = None,
     per_class: Annotated[
-        Path | None, typer.Option("--per-class", metavar="FILE", help="Write the accuracy of every class there, as CSV.")
+        Path | None, typer.Option("--per-class", metavar="FILE", help="CSV file to write the accuracy of each class to.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many validation images, for a quick look; not recorded.")
+        int | None, typer.Option(min=1, help="Use this many validation images only, for a quick look. Nothing is recorded.")
     ] = None,
 ) -> None:
-    """Top-1, top-5 and loss of a run's assignments; with a budget, of that budget's, measured now if they are new."""
+    """Print top-1, top-5 and loss of a run's assignments, or of one budget's. New assignments are measured now."""
     from clado.records.text import write_text
     from flows.commands.stored import StoredRun, evaluated, evaluation_text, per_class_csv, track_evaluation
     from flows.guard import locked
@@ -174,10 +176,10 @@ def export(
     size_bytes: SizeBytes = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/exports/BUDGET.")] = None,
     kind: Annotated[
-        str, typer.Option("--format", help="safetensors, packed, onnx, or the settings of a peer: modelopt, mct or torchao.")
+        str, typer.Option("--format", help="safetensors, packed or onnx; for another library: modelopt, mct or torchao.")
     ] = "safetensors",
 ) -> None:
-    """Write the network with the weights chosen for a budget, or a peer's Python file that applies the same bit-widths."""
+    """Write the network chosen for a budget, or a Python file that applies its bit-widths with another library."""
     from flows.commands.export import budget_folder, check_format, export_as
     from flows.commands.stored import StoredRun, chosen_for
 
@@ -197,14 +199,14 @@ def deploy(
     folder: RunFolder,
     budget: AverageBits = None,
     size_bytes: SizeBytes = None,
-    runtime: Annotated[str, typer.Option(help="What serves the network.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="Runtime that runs the network.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
-    images: Annotated[int, typer.Option(min=1, help="Validation images that accuracy is counted on, at most.")] = 1000,
+    images: Annotated[int, typer.Option(min=1, help="Most validation images to count accuracy on.")] = 1000,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; default: RUN/deployments/BUDGET.")
     ] = None,
 ) -> None:
-    """Write the network chosen for a budget as a folder that a runtime serves; measure size, accuracy and milliseconds there."""
+    """Write the network chosen for a budget as a folder for a runtime. Measure size, accuracy and time in that runtime."""
     from clado.exporting.runtimes import runtime_of
     from clado.records.text import file_name
     from flows.commands.stored import StoredRun, chosen_for
@@ -229,21 +231,21 @@ def finetune(
     size_bytes: SizeBytes = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Training set: a folder of idx files (Fashion-MNIST's) or of images; default: the run's own images."),
+        typer.Option(help="Training set: a folder of images, or of idx files like Fashion-MNIST's; default: the run's images."),
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="kl_to_float distils from the float network; cross_entropy learns from labels.")
+        str, typer.Option(help="kl_to_float learns from the float network, cross_entropy from labels.")
     ] = "kl_to_float",
-    epochs: Annotated[int, typer.Option(help="At most; fewer where held-out images get no better.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Adam's at first; it falls to zero.")] = 1e-3,
-    batch_images: Annotated[int, typer.Option(help="Images of one step.")] = 64,
-    patience: Annotated[int, typer.Option(help="Epochs without a lower held-out loss until it ends.")] = 2,
-    images: Annotated[int | None, typer.Option(help="At most so many training images; default: all.")] = None,
+    epochs: Annotated[int, typer.Option(help="Most epochs. Training ends earlier if held-out images do not improve.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="First learning rate of Adam; it falls to zero.")] = 1e-3,
+    batch_images: Annotated[int, typer.Option(help="Images of a training batch.")] = 64,
+    patience: Annotated[int, typer.Option(help="End after this many epochs without a lower held-out loss.")] = 2,
+    images: Annotated[int | None, typer.Option(help="Most training images; default: all.")] = None,
     learned_scales: Annotated[bool, typer.Option("--learned-scales", help="Train the grids' scales too (LSQ).")] = False,
     augment: Annotated[bool, typer.Option(help="Shift and mirror images at random.")] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of the held-out images, the batches and the augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out images, the batches and the augmentation.")] = 0,
 ) -> None:
-    """Train the network chosen for a budget on its grids for a few epochs; evaluate it, write it packed, record it."""
+    """Train the quantized network of a budget for a few epochs. Evaluate it, write it packed, record it."""
     from clado.quantization.training import Training
     from flows.commands.stored import StoredRun, chosen_for
 
@@ -270,11 +272,11 @@ def finetune(
 def sweep(
     folder: RunFolder,
     budgets: Annotated[
-        int, typer.Option("--budgets", min=2, help="How many, evenly from the narrowest bits to the widest.")
+        int, typer.Option("--budgets", min=2, help="Number of budgets, evenly spaced from the narrowest bits to the widest.")
     ] = 20,
-    kind: Annotated[str, typer.Option(help="average_bits, size, relative_size or bops.")] = "average_bits",
+    kind: Annotated[str, typer.Option(help="Kind of budget: average_bits, size, relative_size or bops.")] = "average_bits",
 ) -> None:
-    """Solve a whole front of budgets from stored measurements and measure each answer's loss; table, plot, MLflow children."""
+    """Solve for many budgets from stored measurements, and measure the loss of each answer. Write a table and plots."""
     from clado.errors import ConfigurationError
     from flows.commands.stored import StoredRun
 
@@ -293,16 +295,16 @@ def sweep(
 @command
 def smallest(
     folder: RunFolder,
-    max_loss_increase: Annotated[float | None, typer.Option(help="Bound on the measured increase of the loss.")] = None,
-    max_top1_drop: Annotated[float | None, typer.Option(help="Bound on the measured drop of top-1, in points.")] = None,
+    max_loss_increase: Annotated[float | None, typer.Option(help="Largest allowed increase of the measured loss.")] = None,
+    max_top1_drop: Annotated[float | None, typer.Option(help="Largest allowed drop of measured top-1, in points.")] = None,
     max_metric_drop: Annotated[
-        float | None, typer.Option(help="Bound on the measured drop of the run's metric, in its own unit.")
+        float | None, typer.Option(help="Largest allowed drop of the run's metric, in the unit of the metric.")
     ] = None,
     max_predicted_increase: Annotated[
-        float | None, typer.Option(help="Bound on the predicted increase: measures nothing.")
+        float | None, typer.Option(help="Largest allowed increase of the predicted loss. Measures nothing.")
     ] = None,
 ) -> None:
-    """Find the smallest network whose measured loss or accuracy stays under a bound, on images kept for this choice."""
+    """Find the smallest network that keeps a bound on its measured loss or accuracy, on images reserved for this."""
     from clado.errors import ConfigurationError
     from flows.commands.stored import StoredRun, solution_text
 
@@ -330,7 +332,7 @@ def smallest(
 
 @command
 def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar="FILE", help="Assignment as JSON.")]) -> None:
-    """Score an assignment, ours or a peer's, on a run's matrices: predicted loss of each estimator, size, bits."""
+    """Print what each of a run's estimators predicts for an assignment of clado or of another library."""
     from clado.exporting.assignment import read_assignment
     from flows.commands.stored import StoredRun, score_text
 
@@ -341,9 +343,9 @@ def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar=
 @command
 def sync(
     folder: RunFolder,
-    uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's tracking.uri, such as http://HOST:5000.")] = None,
+    uri: Annotated[str | None, typer.Option(help="Another MLflow, such as http://HOST:5000; default: tracking.uri.")] = None,
 ) -> None:
-    """Deliver to MLflow what it has not got of a run, from the run's folder alone. A second time delivers nothing."""
+    """Send to MLflow what is missing there of a run. It reads only the run's folder. A second call sends nothing."""
     from clado.errors import ServerError, StoreError
     from clado.records.text import write_text
     from clado.settings.loading import load_run_config
@@ -354,16 +356,16 @@ def sync(
     with locked(folder):
         receipts = deliver(folder, settings.model_dump(mode="json"), settings.tracking.uri)
         if receipts and all(receipt.delivered for receipt in receipts):
-            write_text(folder / "config.yaml", settings.to_yaml())  # what comes later goes to the same MLflow
+            write_text(folder / "config.yaml", settings.to_yaml())  # later commands send to the same MLflow
     for receipt in receipts:
         if not receipt.delivered:
             raise ServerError(
-                f"MLflow at {receipt.uri} did not take it ({receipt.problem}); it is kept in {receipt.spool}: start the "
+                f"MLflow at {receipt.uri} did not take the record ({receipt.problem}). It is still in {receipt.spool}: start the "
                 "tracker, or name another with --uri, and sync again"
             )
         typer.echo(f"Delivered to {receipt.uri}: run {receipt.parent_run_id}, {receipt.num_children} below it")
     if not receipts and not (folder / "record.json").is_file():
-        raise StoreError(f"{folder} has no record yet to deliver; clado run {folder / 'config.yaml'} goes on with it")
+        raise StoreError(f"{folder} has no record yet to deliver; clado run {folder / 'config.yaml'} continues it")
     if not receipts:
         typer.echo(f"Nothing to deliver: MLflow has all of {folder}")
 
@@ -371,10 +373,10 @@ def sync(
 @command
 def show(
     folder: RunFolder,
-    details: Annotated[bool, typer.Option("--details", help="Print all that is recorded, notes and seconds included.")] = False,
-    proposals: Annotated[bool, typer.Option("--proposals", help="Print every proposal, predicted and measured.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="Print all that is recorded, with notes and seconds.")] = False,
+    proposals: Annotated[bool, typer.Option("--proposals", help="Print every proposal with both of its losses.")] = False,
 ) -> None:
-    """Print what a finished run found, what it recommends, and where its report is."""
+    """Print the results of a finished run, its recommendation, and where its report is."""
     if proposals:
         from clado.records.run_record import RunRecord
         from clado.reporting import tables
@@ -387,7 +389,7 @@ def show(
 
 @command
 def report(folder: RunFolder) -> None:
-    """Write a run as one self-contained HTML page: front, table, bits, interactions, coverage, provenance."""
+    """Write the report of a run: one HTML page with plots, tables, bits, interactions and versions."""
     from clado.reporting.page import write
 
     typer.echo(f"Wrote {write(folder)}")
@@ -395,7 +397,7 @@ def report(folder: RunFolder) -> None:
 
 @command
 def cluster(config: Config, overrides: Overrides = None) -> None:
-    """Say what workers a configuration would start; for SLURM the batch script, for Kubernetes the manifest. Starts nothing."""
+    """Print the workers that settings would start: for SLURM the batch script, for Kubernetes the manifest. Starts nothing."""
     settings = _settings(config, overrides)
     from flows import clusters
 
@@ -426,16 +428,16 @@ def _opened(settings: "RunConfig", planning: bool = False) -> "OpenedRun":
 
 
 def _measured(settings: "RunConfig") -> "OpenedRun":
-    """A run that was measured, opened again; refused where network, images or settings are no longer those of its store."""
+    """Opens a measured run again. It is refused if its network, images or settings differ from those of its store."""
     run = _opened(settings)
     run.identity.check_measured()
     return run
 
 
 def _after_solving(folder: Path, average_bits: float | None, size_bytes: int | None) -> str:
-    """What to do with predictions."""
+    """What to do next with predictions."""
     option = f"--size-bytes {size_bytes}" if size_bytes is not None else f"--budget {average_bits:g}" if average_bits else ""
-    told = "Predictions of different estimators do not compare; what is measured does."
+    told = "Predictions of different estimators cannot be compared. Measured losses can."
     return f"{told}\nNext: clado evaluate {folder} {option} measures these answers and chooses one." if option else told
 
 
@@ -480,7 +482,7 @@ def _report_end(clock: dict[str, float]) -> None:
 def main() -> None:
     """Entry point."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # else a terminal of another encoding ends the command at its first ± or –
+        if isinstance(stream, TextIOWrapper):  # otherwise a terminal with another encoding fails at the first ± or –
             stream.reconfigure(errors="replace")
     app()
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Clock:
-    """Seconds of each phase; the sum is the wall time."""
+    """Seconds of each phase. Their sum is the wall time."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase."""
+        """Adds the time spent inside the context to a phase."""
         begin = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What the commands share: the application, the arguments that several take, and what a user sees of an error."""
+"""What the commands share: the application, common arguments, and how errors are shown."""
 
 import errno
 from collections.abc import Callable
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 app = typer.Typer(
     help="Chooses a bit-width for every layer of a vision network, by measuring how the quantization errors of layers interact.",
-    epilog="Words such as option, proposal or tile: docs/glossary.md",
+    epilog="docs/glossary.md explains words such as option, proposal and tile.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +31,7 @@ AverageBits = Annotated[float | None, typer.Option("--budget", metavar="BITS", h
 Limits = Annotated[
     list[str] | None,
     typer.Option(
-        "--limit", metavar="KIND=BOUND[:CSV]", help="A further limit, such as bops=4e9 or latency=0.002:times.csv. Repeatable."
+        "--limit", metavar="KIND=BOUND[:CSV]", help="Another limit, such as bops=4e9 or latency=0.002:times.csv. May be repeated."
     ),
 ]
 SizeBytes = Annotated[int | None, typer.Option("--size-bytes", metavar="BYTES", help="Bytes of the searched weights.")]
@@ -55,11 +55,11 @@ def _root(
 
 
 OF_FLOWS = ("dask", "distributed", "fastapi", "mlflow", "prefect", "sqlalchemy")
-"""Libraries of the extra `flows`, which the library part does without."""
+"""Libraries of the extra `flows`. The library part does not need them."""
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """A command whose user errors are one message and a non-zero exit, without a traceback."""
+    """A command that shows a user's error as one message, without a traceback, and exits with a non-zero code."""
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -83,7 +83,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             if error.filename is None and not full:
                 raise
             what = f"{error.filename} cannot be used" if error.filename else "a file could not be written"
-            advice = "; make room: what was measured is kept, and the same command goes on from there" if full else ""
+            advice = "; free disk space. What was measured is kept, and the same command continues from there" if full else ""
             typer.echo(f"clado: {what}: {error.strerror}{advice}", err=True)
             raise typer.Exit(CladoError.exit_code) from None
         except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""What is installed, what there is to compute on, and whether configured servers answer."""
+"""What is installed, which devices there are, and whether configured servers answer."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ SERVERS = {"PREFECT_API_URL": "/health", "MLFLOW_TRACKING_URI": "/health"}
 
 
 def report() -> tuple[str, bool]:
-    """(lines for the terminal, whether everything necessary is installed and answers)."""
+    """Returns lines for the terminal, and whether everything necessary is installed and answers."""
     lines, healthy = [f"{'python':<12} {platform.python_version()} on {platform.platform()}"], True
     for package in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def report() -> tuple[str, bool]:
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(k) for k in range(count))
     lines.append(f"{'GPUs':<12} {count}{': ' + names if count else ' (measuring runs on the processor)'}")
-    set_defaults(Path("runs"))  # a profile of Prefect may name a server
+    set_defaults(Path("runs"))  # a Prefect profile may name a server
     for variable, path in SERVERS.items():
         uri = os.environ.get(variable, "")
         if not uri:

@@ -1,8 +1,8 @@
-"""Prefect's server for one command, in a process of its own.
+"""Prefect's server for one command, in a separate process.
 
-Importing it takes seconds, so it starts before the command imports anything slow. It writes nothing until the flow begins, and
-ends with the command, also where that is killed with -9. Signals to the command's process group do not reach it: a run that
-Ctrl-C ends still tells Prefect so.
+Importing it takes seconds, so it starts before the command imports anything slow. It writes nothing until the flow begins. It
+ends with the command, even if the command is killed with -9. Signals to the command's process group do not reach it. So a run
+that Ctrl-C ends can still report this to Prefect.
 """
 
 import os
@@ -12,8 +12,8 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from subprocess import PIPE, Popen, TimeoutExpired
 
-START_TIMEOUT = 180.0  # seconds that the server has to answer once it may begin
-END_TIMEOUT = 5.0  # seconds that it has to end
+START_TIMEOUT = 180.0  # seconds until the server must answer, once it may begin
+END_TIMEOUT = 5.0  # seconds until it must have ended
 BEGIN = b"begin\n"
 HOST, URL = "127.0.0.1", "PREFECT_API_URL"
 _own_urls: set[str] = set()
@@ -31,7 +31,7 @@ class EmbeddedServer:
         self._port = 0
 
     def begin(self) -> None:
-        """Lets it write its database. Import Prefect after this: it reads PREFECT_API_URL then.
+        """Lets it write its database. Import Prefect after this call, because the import reads PREFECT_API_URL.
 
         Raises:
             OSError: The server has ended.
@@ -48,7 +48,7 @@ class EmbeddedServer:
         _own_urls.add(url)
 
     def wait(self) -> None:
-        """Waits until it answers. It listens from its beginning, so that one request waits as long as it takes.
+        """Waits until it answers. It listens from the start, so one request can wait for it.
 
         Raises:
             OSError: The server has ended, or does not answer in time.
@@ -62,10 +62,10 @@ class EmbeddedServer:
         finally:
             connection.close()
         if status != 200:
-            raise OSError(f"Prefect's server is not well (status {status})")
+            raise OSError(f"Prefect's server answers with an error (status {status})")
 
     def end(self) -> None:
-        """Ends it, if that is not done."""
+        """Ends it, if it still runs."""
         if os.environ.get(URL) in _own_urls:
             del os.environ[URL]
         for stream in (self._process.stdin, self._process.stdout):
@@ -92,7 +92,7 @@ def foreign_url() -> str | None:
 
 
 def main() -> None:
-    """The server's process: imports it, waits for a line, prints its port, serves until its standard input ends."""
+    """The process of the server. It imports the server, waits for a line, prints its port, and serves until stdin ends."""
     import threading
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Signals and faults of Prefect: one message for each, and no traceback for an interrupt or an error of this project."""
+"""Signals and failures of Prefect: one message for each, and no traceback for an interrupt or for a CladoError."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from clado.errors import CladoError, FolderBusy, ServerError, SolverInterrupted,
 from clado.space import Assignment
 from flows.embedded import foreign_url
 
-GRACE = 10.0  # seconds for an orderly end, after which another signal ends the command at once
+GRACE = 10.0  # seconds for an orderly end; after them, another signal ends the command at once
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise StoreError(
-                f"{folder} is on a file system that offers no locks ({error.strerror}); expected another folder for the "
+                f"{folder} is on a file system without locks ({error.strerror}); expected another folder for the "
                 "run (folder: runs/…)"
             ) from None
         yield
@@ -46,15 +46,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def farewell(interrupt: type[BaseException]) -> tuple[str, int]:
-    """The message and the exit code of a command that a signal ends."""
+    """Prints the message of a command that a signal ends, and returns its exit code."""
     word, code = ("terminated", 143) if issubclass(interrupt, Terminated) else ("interrupted", 130)
-    return f"clado: {word}; what was measured is kept, and the same command goes on from there", code
+    return f"clado: {word}; what was measured is kept, and the same command continues from there", code
 
 
 def end_in_peace(interrupt: type[BaseException]) -> None:
     """Ignores further signals while the command ends, for GRACE seconds. After that, the next one ends the process at once.
 
-    A second Ctrl-C while Dask ends would leave workers and tracebacks.
+    Without this, a second Ctrl-C while Dask ends would leave workers and tracebacks.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -72,7 +72,7 @@ def end_in_peace(interrupt: type[BaseException]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Around a solver, which returns its best after Ctrl-C: SIGTERM has the same effect here. Yields the received signals."""
+    """Around a solver: SIGTERM has the effect of Ctrl-C, after which a solver returns its best. Yields the received signals."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -90,7 +90,7 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def uninterrupted(solve: Solve, keep: Callable[[Solution], None] = lambda best: None) -> Solve:
-    """The solver, but Ctrl-C or SIGTERM ends the command. `keep` receives the best solution until then."""
+    """The solver, except that Ctrl-C or SIGTERM ends the command. `keep` receives the best solution so far."""
 
     def solve_or_end(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
         solution = None
@@ -112,7 +112,7 @@ def uninterrupted(solve: Solve, keep: Callable[[Solution], None] = lambda best: 
 
 @contextmanager
 def insistent(seconds: float = 5.0) -> Iterator[None]:
-    """Within a flow: sends SIGTERM again after some seconds, until the context has ended.
+    """Sends SIGTERM again after some seconds, until the context has ended. Use it inside a flow.
 
     Prefect's handler raises an exception. Python drops exceptions of garbage collection and of deleting an object, and the run
     would continue.
@@ -141,21 +141,21 @@ def insistent(seconds: float = 5.0) -> Iterator[None]:
 
 @contextmanager
 def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Around the call of a flow: a failure of Prefect is one message, and so is an interrupt.
+    """Around the call of a flow: a failure of Prefect becomes one message, and so does an interrupt.
 
     Prefect handles SIGTERM while the flow runs. It unwinds the flow, then sends the signal again to the handler that is set here.
     Prefect's own messages about an interrupt are dropped.
 
     Args:
-        outside: Whether an error comes from outside the flow's phases, that is from Prefect.
-        complete: Whether the flow is complete. Then only Prefect does not know it, which is printed, and the run is good.
+        outside: Whether an error comes from outside the flow's phases, so from Prefect.
+        complete: Whether the flow is complete. Then the run is good, and the message says that Prefect does not know it.
     """
     from prefect.exceptions import TerminationSignal
 
     interrupted: list[type[KeyboardInterrupt]] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if interrupted:  # a second one while this handler runs: an exception here would leave logging's lock locked
+        if interrupted:  # a second signal while this handler runs: an exception here would leave the lock of logging locked
             return
         interrupted.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
         end_in_peace(interrupted[0])
@@ -188,7 +188,7 @@ def orchestrated(outside: Callable[[], bool], complete: Callable[[], bool] = lam
 
 
 def did_not_start(error: Exception) -> ServerError:
-    """The message where Prefect does not start."""
+    """The message for a Prefect that does not start."""
     return ServerError(f"Prefect did not start ({type(error).__name__}: {error}): {_advice()}")
 
 
@@ -199,7 +199,7 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 
 
 def _leftover() -> str:
-    return f"{foreign_url() or 'its page'} shows it as running until somebody deletes it there"
+    return f"{foreign_url() or 'its page'} shows the run as running until somebody deletes it there"
 
 
 def _advice() -> str:

@@ -1,27 +1,27 @@
-"""How fast work is done, and when it will be finished: from the times at which tasks end.
+"""How fast work is done, and when it will be finished. It is estimated from the times at which tasks end.
 
-Tasks end in bursts where several workers compute equal ones. The first end late, because workers load and compile. What is read
-from disk takes no time. So ends that are near each other count as one, and the rate is the slope of a line through those of the
-last two thirds of the time. Between two ends work goes on along that line.
+Tasks end in bursts if several workers compute equal ones. The first ones end late, because workers load and compile. Reading a
+result from disk takes no time. So ends that are near each other count as one. The rate is the slope of a line through the ends in
+the last two thirds of the time. Between two ends, work is assumed to continue along that line.
 """
 
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-FREE_SECONDS = 0.5  # what is done earlier than that was read from disk
-NEAR = 0.05  # of the time since the beginning: ends within it count as one
-TASKS_AT_ONCE = 4  # of the largest so far, where nobody says how much work is being computed at a time
-SPAN = 0.1  # of the time since the beginning: ends that are no further apart do not tell a rate
+FREE_SECONDS = 0.5  # seconds: what is done earlier was read from disk
+NEAR = 0.05  # share of the time since the beginning: ends within it count as one
+TASKS_AT_ONCE = 4  # share of the largest task so far, if nobody says how much work is computed at a time
+SPAN = 0.1  # share of the time since the beginning: ends that are closer do not give a rate
 
 
 @dataclass
 class Pace:
-    """Work done over time. Times are in seconds since the work began; work is in any unit, such as multiply-accumulates."""
+    """Work done over time. Times are in seconds since the work began. Work is in any unit, such as multiply-accumulates."""
 
     total: float
     """All work."""
     in_flight: float | None = None
-    """Most work that is being computed at a time, where that is known: of tasks whose work differs."""
+    """Most work that is computed at a time, if it is known. Needed if tasks differ in their work."""
     done: float = 0.0
     """Work of the tasks that have ended."""
     _largest: float = 0.0
@@ -49,11 +49,11 @@ class Pace:
         return (self.total - expected) / rate if rate else None
 
     def expected(self, now: float) -> float:
-        """Work done, with a part of the tasks that are being computed."""
+        """Work done, including the done part of the tasks that still run."""
         return self._pace(now)[1]
 
     def _pace(self, now: float) -> tuple[float, float]:
-        """(rate, or 0 where none is known; expected work)."""
+        """(rate, or 0 if it is unknown; expected work)."""
         ends = self._counted(now)
         if len(ends) < 2:
             return 0.0, self.done
@@ -67,12 +67,12 @@ class Pace:
         groups = (later - earlier for (_, _, earlier), (_, _, later) in pairwise(ends))
         in_flight = max(TASKS_AT_ONCE * self._largest, *groups) if self.in_flight is None else self.in_flight
         most = self.done + in_flight
-        # where all that is being computed should have ended: the tasks have become slower, or a worker is lost
+        # all running tasks should have ended by now: they have become slower, or a worker is lost
         overdue = max(0.0, expected - most) / rate
         return rate * span / (span + overdue), min(max(self.done, expected), most, self.total)
 
     def _counted(self, now: float) -> list[tuple[float, float, float]]:
-        """The ends of the last two thirds of the time, without a burst that may go on; more where these tell no rate."""
+        """The ends in the last two thirds of the time, without a burst that may continue. More of them if these give no rate."""
         ends = self._ends
         settled = ends[:-1] if len(ends) > 3 and now <= ends[-1][0] * (1 + NEAR) else ends
         recent = [end for end in settled if end[1] >= now / 3]

@@ -37,15 +37,15 @@ class Step(Protocol):
 
 
 def as_function(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Calls a phase, without Prefect."""
+    """Calls a phase directly, without Prefect."""
     return phase(*args, **kwargs)
 
 
 def as_task(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a phase as a Prefect task.
 
-    Prefect caches and keeps nothing. It does not look into what a phase takes, which it never gets, nor into what the phase
-    gives, which is quoted: both hold whole networks and matrices.
+    Prefect caches and keeps nothing. It never gets the arguments of a phase, and the results are wrapped so that it does not
+    look into them. Both hold whole networks and matrices.
     """
 
     @task(name=phase.__name__, cache_policy=NO_CACHE, persist_result=False)
@@ -57,11 +57,11 @@ def as_task(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def flow_run_name() -> str:
-    """How Prefect calls a flow run: by its network and its budgets."""
+    """The name of a flow run in Prefect: its network and its budgets."""
     config = flow_run.parameters["config"]
     try:
         settings = config if isinstance(config, RunConfig) else parse_config(config)
-    except CladoError:  # the run itself says so
+    except CladoError:  # the run itself reports the error
         return "refused"
     budgets = ", ".join(budget.name for budget in budgets_of(**settings.budgets.model_dump()))
     return f"{settings.network.name} at {budgets}"
@@ -69,10 +69,10 @@ def flow_run_name() -> str:
 
 @flow(name="clado-pipeline", flow_run_name=flow_run_name, validate_parameters=False, persist_result=False)
 def pipeline(config: RunConfig | dict[str, Any], clock: dict[str, float] | None = None) -> Receipt:
-    """Runs a configuration (or plain data, as `RunConfig` takes it) to the end; resumes whatever its folder already holds.
+    """Runs a configuration (or plain data that `RunConfig` takes) to the end. It resumes what the folder already holds.
 
-    Prefect keeps the parameters of a flow run: those of a `RunConfig` without credentials. `clock` is a caller's table of seconds
-    by phase, to which the flow adds its own.
+    Prefect keeps the parameters of a flow run. A `RunConfig` has no credentials there. `clock` is the caller's table of seconds
+    by phase. The flow adds to it.
     """
     return run_phases(
         config if isinstance(config, RunConfig) else parse_config(config), Clock({} if clock is None else clock), as_task
@@ -83,7 +83,7 @@ def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Rec
     """Runs every phase in turn. `step` calls each of them."""
     run, flow_run_id = worker.checked_run(config), str(flow_run.id or "")
     with locked(run.folder):
-        run.identity.open_store()  # refused where it holds other numbers, before anything is written
+        run.identity.open_store()  # refused if it holds other numbers, before anything is written
         write_text(run.folder / "config.yaml", run.config.to_yaml())
         with failure_recorded(run, flow_run_id), ExitStack() as cluster, insistent():
             with clock.phase("start-up"):
@@ -96,7 +96,7 @@ def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Rec
             with clock.phase("evaluation"):
                 accuracies = step(evaluate, run, workers, choice.results)
             with clock.phase("recording"):
-                from flows.phases.record import record  # imports what draws plots
+                from flows.phases.record import record  # imports matplotlib
 
                 notes = [*preparing_notes, *measurement.notes, *choice.notes]
                 recorded = step(record, run, choice, accuracies, notes, clock.seconds)

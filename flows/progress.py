@@ -1,4 +1,4 @@
-"""Progress with total and ETA: a bar in a terminal, a line every few seconds in a log file."""
+"""Progress with total and remaining time: a bar in a terminal, or a line every few seconds in a log file."""
 
 import sys
 import time
@@ -9,18 +9,18 @@ from typing import Protocol
 
 from flows.pace import Pace
 
-LINE_SECONDS = 5.0  # between lines of a log file
-BAR_SECONDS = 0.5  # between two looks of a bar
+LINE_SECONDS = 5.0  # seconds between two lines of a log file
+BAR_SECONDS = 0.5  # seconds between two updates of a bar
 
 
 class Progress(Protocol):
     """Counts the work done."""
 
     def __call__(self, amount: float) -> None:
-        """Adds to the work done: that of a task that has ended."""
+        """Adds the work of a task that has ended."""
 
 
-Show = Callable[[float, float, float | None], None]  # of (share of the work done, seconds, ETA in seconds or None)
+Show = Callable[[float, float, float | None], None]  # called with (share of the work done, seconds, remaining seconds or None)
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def progress(title: str, total: float, in_flight: float | None = None) -> Iterat
     """Yields a function that adds to the work done.
 
     Args:
-        title: What is done.
-        total: All work, in any unit that a worker does as much of in every second, such as multiply-accumulates.
-        in_flight: Most work that is being computed at a time; give it where tasks differ much.
+        title: Name of the work.
+        total: All work, in a unit that takes about the same time everywhere, such as multiply-accumulates.
+        in_flight: Most work that is computed at a time. Give it if tasks differ much.
     """
     with _bar(title) if sys.stderr.isatty() else _lines(title) as (show, seconds):
         pace, begin, lock, ended = Pace(total, in_flight), time.monotonic(), Lock(), Event()

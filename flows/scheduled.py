@@ -1,4 +1,4 @@
-"""The flow that a deployment starts (prefect.yaml): a run from a file and overrides, both plain text on Prefect's pages."""
+"""The flow of a deployment (prefect.yaml): a run from a file and overrides, which are plain text on Prefect's pages."""
 
 import json
 from datetime import UTC, datetime
@@ -17,9 +17,9 @@ from flows.pipeline import pipeline
 
 @flow(name="clado-scheduled", persist_result=False)
 def scheduled(config: str, overrides: list[str] | None = None, folder: str | None = None) -> State:
-    """Runs a configuration file to the end and names its folder.
+    """Runs a configuration file to the end, and returns a message with its folder.
 
-    It ends as `Skipped` where another run is writing to the same folder.
+    It ends as `Skipped` if another run is writing to the same folder.
 
     Args:
         config: The path of the configuration file.
@@ -30,7 +30,7 @@ def scheduled(config: str, overrides: list[str] | None = None, folder: str | Non
     for override in overrides or []:
         if redact(override) != override:
             raise ConfigurationError(
-                f"{redact(override)} has credentials, which Prefect shows; give the worker MLFLOW_TRACKING_URI"
+                f"{redact(override)} has credentials, which Prefect shows; expected MLFLOW_TRACKING_URI on the worker"
             )
     folder_override = [] if folder is None else [f"folder={json.dumps(_start().strftime(folder), ensure_ascii=False)}"]
     settings = load_config(Path(config), [*(overrides or []), *folder_override])

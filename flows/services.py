@@ -3,9 +3,9 @@
     prefect     server of flow runs and schedules     mlflow    server of records
     scheduler   of Dask, and `workers` its processes   runner    Prefect's worker: starts scheduled runs in this folder
 
-Each is a process in a session of its own, and outlives the command. A folder has their process ids and start times
-(services.json), their output (NAME.log) and their SQLite databases. With the start time, another process of the same id is told
-apart.
+Each is a process in its own session, and outlives the command. A folder has their process ids and start times
+(services.json), their output (NAME.log) and their SQLite databases. The start time shows whether a process id now belongs to
+another process.
 """
 
 import json
@@ -31,9 +31,9 @@ from clado.settings.cluster import ClusterSettings
 from clado.settings.redaction import redact
 
 HOST, POOL, LIST = "127.0.0.1", "clado", "services.json"
-NAMES = ("prefect", "mlflow", "scheduler", "workers", "runner")  # in the order in which they start
-DATABASES = ("prefect", "mlflow")  # on PostgreSQL
-GRACE = 20.0  # seconds that a process has to end before it is killed
+NAMES = ("prefect", "mlflow", "scheduler", "workers", "runner")  # in the order of their start
+DATABASES = ("prefect", "mlflow")  # names on PostgreSQL
+GRACE = 20.0  # seconds until a process that does not end is killed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Ports:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables with which commands use the servers."""
+        """Environment variables that make commands use the servers."""
         return {
             "PREFECT_API_URL": f"http://{HOST}:{self.prefect}/api",
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{self.mlflow}",
@@ -62,7 +62,7 @@ class Service:
     """A process that `up` starts."""
 
     command: tuple[str, ...]
-    """The words of its command."""
+    """Its command line."""
     environment: Mapping[str, str]
     """Environment variables that it needs in addition to those of this process."""
     is_healthy: Callable[[], bool]
@@ -70,7 +70,7 @@ class Service:
 
 
 def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> dict[str, Service]:
-    """The services by name, in the order in which they start.
+    """The services by name, in the order of their start.
 
     `database` is the URL of a PostgreSQL server; None means SQLite.
     """
@@ -81,15 +81,15 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
     quiet = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     home = {**quiet, "PREFECT_HOME": str(folder / "prefect")}
     prefect_database, mlflow_database = _database_urls(folder, database)
-    # jobs are MLflow's seven processes for judging language models
+    # MLflow's jobs are seven processes that judge language models
     records = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ARTIFACTS_DESTINATION": f"{folder}/mlflow-artifacts"}
     http = f"{HOST}:{ports.dask + 1}"
     counts = f"http://{http}/json/counts.json"
-    # URLs of databases hold passwords, and everybody can read command lines: they go into the environment
+    # URLs of databases hold passwords, and everybody can read command lines. So they go into the environment
     return {
         "prefect": Service(
             ("prefect", "server", "start", "--host", HOST, "--port", str(ports.prefect)),
-            # its pages ask this address; without it they would ask the usual port
+            # its pages use this address; without it they would use the default port
             {**home, "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database, "PREFECT_SERVER_UI_API_URL": prefect},
             lambda: _get(f"{prefect}/health") is True,
         ),
@@ -117,7 +117,7 @@ def declare(folder: Path, ports: Ports, workers: int, database: str | None) -> d
 
 
 def up(folder: Path, ports: Ports, workers: int, database: str | None, patience: float) -> bool:
-    """Starts the services and waits until each answers. After a failure none runs.
+    """Starts the services and waits until each answers. After a failure, none of them runs.
 
     Args:
         folder: Where the services keep their files.
@@ -127,7 +127,7 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
         patience: Seconds until a service must answer.
 
     Returns:
-        False where the services already run, else True.
+        False if the services already run, else True.
 
     Raises:
         ConfigurationError: A port or the database cannot be used.
@@ -136,10 +136,10 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
     folder = folder.resolve()
     processes = _read(folder)
     if processes:
-        absent = [name for name in NAMES if processes.get(name) is None]  # also services that a killed `up` did not start
+        absent = [name for name in NAMES if processes.get(name) is None]  # also the services that a killed `up` did not start
         if absent:
             raise ServerError(
-                f"of the services in {folder}, {', '.join(absent)} ended or never began ({_log(folder, absent[0])}); "
+                f"of the services in {folder}, {', '.join(absent)} have ended or never started ({_log(folder, absent[0])}); "
                 "clado down, then up"
             )
         return False
@@ -150,7 +150,7 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
     services = declare(folder, ports, workers, database)
     started: dict[str, Popen[bytes]] = {}
     try:
-        # Dask's and Prefect's workers connect to servers that answer
+        # the workers of Dask and Prefect need servers that answer
         for names in (NAMES[:3], NAMES[3:]):
             for name in names:
                 started[name] = _start(folder, name, services[name])
@@ -164,7 +164,7 @@ def up(folder: Path, ports: Ports, workers: int, database: str | None, patience:
 
 
 def down(folder: Path) -> list[str]:
-    """Ends the services of a folder with their descendants, the last first. Returns the names of those that ran."""
+    """Ends the services of a folder and their child processes, in reverse order. Returns the names of those that ran."""
     folder = folder.resolve()
     running = {name: process for name, process in reversed(_read(folder).items()) if process is not None}
     for process in running.values():
@@ -174,7 +174,7 @@ def down(folder: Path) -> list[str]:
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """The environment of the services that a folder lists."""
+    """The environment variables of the services that a folder lists."""
     document = json.loads((folder / LIST).read_text(encoding="utf-8"))
     return dict(document["environment"])
 
@@ -192,7 +192,7 @@ def _database_urls(folder: Path, database: str | None) -> tuple[str, str]:
 
 
 def _make_databases(database: str) -> None:
-    """Makes the databases that are absent. The servers make and migrate their tables."""
+    """Creates the databases that are missing. The servers create and migrate their tables."""
     from sqlalchemy import create_engine, text
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -220,10 +220,10 @@ def _make_databases(database: str) -> None:
 
 
 def _refuse_taken(ports: Ports) -> None:
-    """Raises ConfigurationError for ports that are not different or cannot be bound."""
+    """Raises ConfigurationError for equal ports, or ports that cannot be used."""
     numbers = {"prefect": ports.prefect, "mlflow": ports.mlflow, "dask": ports.dask, "dask and one": ports.dask + 1}
     if len(set(numbers.values())) < len(numbers):
-        raise ConfigurationError(f"ports {sorted(numbers.values())} are not all different; Dask takes its own and the next")
+        raise ConfigurationError(f"ports {sorted(numbers.values())} are not all different; Dask needs its port and the next one")
     for name, port in numbers.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -232,7 +232,7 @@ def _refuse_taken(ports: Ports) -> None:
             except (OSError, OverflowError) as error:
                 option = f"--{name.split()[0]}-port"
                 raise ConfigurationError(
-                    f"port {port} of {HOST} cannot be used ({error}); end what listens there, or name another with {option}"
+                    f"port {port} of {HOST} cannot be used ({error}); stop what listens there, or name another port with {option}"
                 ) from None
 
 
@@ -258,22 +258,25 @@ def _wait(folder: Path, name: str, service: Service, process: Popen[bytes], pati
             last = redact("\n  ".join(log.read_text(errors="replace").splitlines()[-5:]))
             raise ServerError(f"{name} ended at once (exit {process.returncode}); the end of {log}:\n  {last}")
         if time.monotonic() > end:
-            raise ServerError(f"{name} is not well after {patience:.0f} s; see {log}, or allow more with --timeout")
+            raise ServerError(f"{name} does not answer after {patience:.0f} s; see {log}, or allow more with --timeout")
         time.sleep(0.2)
 
 
 def _write(folder: Path, ports: Ports, started: Mapping[str, Popen[bytes]]) -> None:
-    """Process ids, each with the moment at which the process began."""
+    """Process ids, each with the start time of the process."""
     processes = {}
     for name, process in started.items():
         with suppress(psutil.NoSuchProcess):
             processes[name] = {"pid": process.pid, "began": psutil.Process(process.pid).create_time()}
-    environment = {**ports.environment, "PREFECT_HOME": str(folder / "prefect")}  # else its command makes one in the home folder
+    environment = {
+        **ports.environment,
+        "PREFECT_HOME": str(folder / "prefect"),
+    }  # otherwise its command makes one in the home folder
     write_text(folder / LIST, json.dumps({"environment": environment, "processes": processes}, indent=1))
 
 
 def _read(folder: Path) -> dict[str, psutil.Process | None]:
-    """The services that a folder lists, None for one that has ended."""
+    """The services that a folder lists. None for one that has ended."""
     if not (folder / LIST).is_file():
         return {}
     try:
@@ -281,7 +284,7 @@ def _read(folder: Path) -> dict[str, psutil.Process | None]:
         return {name: _process(**entry) for name, entry in document["processes"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
-            f"{folder / LIST} is damaged ({error}), so that it does not say what runs; end the services by hand and remove it"
+            f"{folder / LIST} is damaged ({error}), so it is unknown what runs; stop the services by hand and remove the file"
         ) from None
 
 
@@ -295,7 +298,7 @@ def _process(pid: int, began: float) -> psutil.Process | None:
 
 
 def _end(process: psutil.Process) -> None:
-    """Ends a service and its descendants: first by SIGTERM, then by SIGKILL. Prefect's worker may ignore SIGTERM."""
+    """Ends a service and its child processes: first by SIGTERM, then by SIGKILL. Prefect's worker may ignore SIGTERM."""
     family = [process]
     with suppress(psutil.NoSuchProcess):
         family += process.children(recursive=True)
@@ -309,13 +312,13 @@ def _end(process: psutil.Process) -> None:
 
 
 def _get(url: str, document: dict[str, Any] | None = None) -> Any:
-    """A server's answer as JSON, or as text where it is no JSON. None where there is no good answer."""
+    """A server's answer as JSON, or as text if it is not JSON. None if there is no good answer."""
     body = None if document is None else json.dumps(document).encode()
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10) as response:
             text = response.read().decode(errors="replace")
-    except (OSError, HTTPException):  # nothing listens yet, or something that does not speak HTTP
+    except (OSError, HTTPException):  # nothing listens yet, or a program that does not speak HTTP
         return None
     try:
         return json.loads(text)
@@ -324,5 +327,5 @@ def _get(url: str, document: dict[str, Any] | None = None) -> Any:
 
 
 def _member(answer: Any, key: str) -> Any:
-    """A member of an answer. None where the answer is no object: another program may have taken the port."""
+    """A member of an answer. None if the answer is not an object: another program may use the port."""
     return answer.get(key) if isinstance(answer, dict) else None

@@ -1,4 +1,4 @@
-"""What lives on a Dask worker: the opened run, loaded once, and the functions that tasks call."""
+"""Code on a Dask worker: the opened run, which is loaded once, and the functions that tasks call."""
 
 import os
 import signal
@@ -25,18 +25,18 @@ from clado.space import Assignment
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a task reports. No tensor passes through the scheduler."""
+    """The report of a task. No tensor passes through the scheduler."""
 
     tile: Tile
     """The tile that was measured."""
     evaluations: int
-    """How many losses it has."""
+    """Number of losses that it holds."""
     seconds: float
-    """How long it took in the worker."""
+    """How long it took on the worker."""
 
 
 class RunPlugin(WorkerPlugin):
-    """Opens the run on every worker, also on one that is restarted."""
+    """Opens the run on every worker, also on a restarted one."""
 
     name = "clado-run"
 
@@ -47,14 +47,14 @@ class RunPlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask when the worker starts."""
-        # Ctrl-C in a terminal, and what ends a batch job, reach every process of a group: they are the flow's to heed
+        # Ctrl-C and the signals that end a batch job reach every process of a group; the flow handles them
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if self.document["cluster"]["kind"] in ("local", "local_gpus") and os.name == "posix":
                 os.setpgid(0, 0)
         if self.contents in (None, last_opened(self.document, self.exported).identity.contents):
             return
-        forget()  # a worker that outlives a run may hold the network or the images of before
+        forget()  # a worker that outlives a run may hold an older network or older images
         if last_opened(self.document, self.exported).identity.contents != self.contents:
             raise ServerError(
                 f"worker {worker.address} holds another network or other images than the flow, under the same settings; expected "
@@ -78,7 +78,7 @@ _last_opened: list[_LastOpened] = []  # at most one: a network and its images ar
 
 
 def forget() -> None:
-    """Opens the next run anew, even of the same settings."""
+    """Forgets the open run, so that the next one is loaded again even if its settings are the same."""
     _last_opened.clear()
 
 
@@ -88,9 +88,9 @@ def keep(run: OpenedRun, is_checked: bool = False) -> None:
 
 
 def last_opened(document: dict[str, Any], exported: PortableGraph | None = None) -> OpenedRun:
-    """The run of a task's settings: the one that this process opened last, or else opened now and kept.
+    """The run of a task's settings. If this process did not open it last, it is opened now and kept.
 
-    `exported` is its network's graph, where that is known.
+    `exported` is the graph of its network, if it is known.
     """
     if not _last_opened or _last_opened[0].document != document:
         forget()
@@ -99,7 +99,7 @@ def last_opened(document: dict[str, Any], exported: PortableGraph | None = None)
 
 
 def checked_run(config: RunConfig) -> OpenedRun:
-    """A run that is checked: once in a process, because the command checks before it starts anything, and the flow asks again."""
+    """A run that has been checked. The check is made once in a process: by the command, before it starts anything."""
     if not _last_opened or not _last_opened[0].is_checked or _last_opened[0].run.config != config:
         forget()
         keep(checked(open_run(config, checking=True)), is_checked=True)
@@ -121,10 +121,10 @@ def prepare(document: dict[str, Any], task: PreparationTask) -> PreparationTask:
 
 
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
-    """Sums of an assignment's loss over the decision set, as deployed."""
+    """Sums of a deployed assignment's loss over the decision set."""
     return assignment, last_opened(document).evaluation.loss(assignment)
 
 
 def evaluate_batch(document: dict[str, Any], item: BatchItem) -> BatchCounts:
-    """Counts of assignments on one evaluation batch of the validation set, which is decoded once for all of them."""
+    """Counts of assignments on one evaluation batch of the validation set. The images are decoded once."""
     return last_opened(document).evaluation.count_batch(item)

@@ -19,7 +19,7 @@ os.environ.setdefault("DASK_CONFIG", str(CACHE / "dask"))  # dask-jobqueue and d
 os.environ.setdefault("XDG_CACHE_HOME", str(CACHE / "xdg"))  # ONNX Runtime numbers the machine there
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # as every command of ours sets it
 os.environ.setdefault("DO_NOT_TRACK", "true")
-# a run sets torch's threads to one; so they are the same before and behind it, in any order of the tests
+# a run sets torch's threads to one; so they are the same before and after it, in any order of the tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # no test depends on time: a machine may be busy
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])

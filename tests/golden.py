@@ -37,7 +37,7 @@ RENAMED: dict[str, str] = {
     r"_shipped$": "_deployed",
     r"/record/candidates/": "/record/measured_proposals/",
 }
-"""Patterns of keys then -> what they are now (regular expressions, as of `re.sub`)."""
+"""Patterns of former keys -> present keys (regular expressions for `re.sub`)."""
 DELETED: tuple[str, ...] = (r"/store/gram/changes$",)
 """Patterns of keys that only the other commit has, because a feature was deleted."""
 UNLIKE = re.compile(r"seconds|provenance|fingerprint|recorded|notes|record/data")
@@ -49,7 +49,7 @@ COMMON = {
     "search": {"evaluations": 4},
 }
 RUNS: dict[str, dict[str, Any]] = {
-    # the demo, with two workers of its own
+    # the demo, with two worker processes
     "demo": {
         "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
         "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 64, "validation_images": 100},
@@ -69,7 +69,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradients": {"vectors": 2},
         "budgets": {"average_bits": [3], "bops": [1e9]},
     },
-    # a network of one's own on a folder of images, candidate widths of activations, one scale per tensor
+    # a user-defined network on a folder of images, candidate widths of activations, one scale per tensor
     "folder": {
         "network": {"source": "factory", "name": "golden_network:make"},
         "data": {

@@ -93,7 +93,7 @@ class Recurrent(nn.Module):
 
 
 class Normed(nn.Module):
-    """Batch norm behind layers of every kind, with and without a bias of their own, one of them read by a shortcut as well."""
+    """Batch norm after layers of every kind, with and without a bias. A shortcut reads one of them too."""
 
     def __init__(self) -> None:
         super().__init__()

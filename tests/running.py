@@ -14,7 +14,7 @@ ESTIMATORS = ("layerwise", "pairwise", "gauss_newton")
 
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A reduced configuration of the shipped network, as plain data; MLflow's file is beside the run."""
+    """A reduced configuration of the shipped network, as plain data. MLflow's file is next to the run."""
     return {
         "network": {"source": "zoo", "name": "resnet20_fashion_mnist"},
         "data": {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 64, "validation_images": 100},
@@ -66,7 +66,7 @@ def run_pipeline(document: dict[str, Any], tracked: bool = True) -> tuple[Calls,
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its folder, what it was asked, the tasks it took. Read only; copy the folder to change it."""
+    """A finished run: its folder, its settings, and its tasks. It is read-only; copy the folder to change it."""
 
     folder: Path
     document: dict[str, Any]
@@ -75,7 +75,7 @@ class Finished:
 
 
 def copy_of(finished: Finished, folder: Path) -> dict[str, Any]:
-    """The finished run in a folder of its own, with a copy of MLflow's file, which it uses; as a configuration."""
+    """The configuration of a copy of the finished run, which uses a copy of MLflow's file."""
     shutil.copytree(finished.folder, folder)
     whole = finished.document["tracking"]["uri"]
     copied = whole.replace("mlflow.db", f"{uuid4().hex}.db")  # beside it: its artifacts are

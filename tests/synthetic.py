@@ -141,7 +141,7 @@ def compared_rows(results: Sequence[Result]) -> tuple[Comparison, ...]:
 
 
 def make_model(folder: Path) -> Path:
-    """A folder as `export.model` writes it, but for its weights, which nobody loads."""
+    """A folder as `export.model` writes it, except the weights, which no test loads."""
     folder.mkdir(parents=True)
     (folder / "packed.safetensors").write_bytes(b"weights of " + folder.name.encode())
     document = {

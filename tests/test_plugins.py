@@ -1,4 +1,4 @@
-"""A plug-in is one file in a folder, or an object elsewhere that a dotted name stands for: it is listed, used, and checked."""
+"""A plug-in is one file in a folder, or an object that a dotted name names. It is listed, used, and checked."""
 
 import subprocess
 import sys

@@ -74,7 +74,9 @@ def test_services_that_were_started_in_part_are_not_up(tmp_path):
     mine = psutil.Process()
     known = {"processes": {"prefect": {"pid": mine.pid, "began": mine.create_time()}}, "environment": {}}
     (tmp_path / LIST).write_text(json.dumps(known))
-    with pytest.raises(ServerError, match=r"mlflow, scheduler, workers, runner ended or never began .* clado down, then up"):
+    with pytest.raises(
+        ServerError, match=r"mlflow, scheduler, workers, runner have ended or never started .* clado down, then up"
+    ):
         up(tmp_path, Ports(), 1, None, 1.0)
     for damaged in ("{", "[]", '{"processes": {"prefect": 7}}'):
         (tmp_path / LIST).write_text(damaged)

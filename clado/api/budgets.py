@@ -34,7 +34,7 @@ WITH_TABLE = ("latency", "table")
 
 
 def budgets(keywords: Mapping[str, Any]) -> list[Budget]:
-    """The budgets of keywords that are not None, in the order of the keywords.
+    """The budgets of all keywords that are not None, in the order of the keywords.
 
     Raises:
         ConfigurationError: A bound is not a positive number, or a table is missing.
@@ -55,10 +55,10 @@ def limits(space: SearchSpace, keywords: Mapping[str, Any], more: Sequence[Const
 
 
 def series(keywords: Mapping[str, Any]) -> tuple[str, list[float]]:
-    """(keyword, bounds) of the one keyword that has a sequence of bounds.
+    """The one keyword that has a sequence of bounds, and these bounds.
 
     Raises:
-        ConfigurationError: None or several have one, or a bound is not a positive number.
+        ConfigurationError: No keyword or several have a sequence, or a bound is not a positive number.
     """
     names = [keyword for keyword, value in keywords.items() if value is not None]
     if len(names) != 1:

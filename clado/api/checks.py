@@ -1,4 +1,4 @@
-"""What the Python interface is given, checked: what it is, what is expected, what to do."""
+"""Checks of the arguments of the Python interface. Messages say what was given, what is expected and what to do."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Assignment, SearchSpace
 
 RAW_PIXEL = 20.0
-"""Normalised images have no pixel above this; images of 0 to 255 that nobody normalised do."""
+"""Normalised images have no pixel above this. Images of 0 to 255 that are not normalised do."""
 
 
 def check_network(network: object) -> None:
-    """Refuses what is not a `Network`."""
+    """Raises ConfigurationError for anything but a `Network`."""
     if isinstance(network, nn.Module):
         raise ConfigurationError(f"network is the module {type(network).__name__}; expected clado.Network(module, example_input)")
     if not isinstance(network, Network):
@@ -31,21 +31,21 @@ def check_network(network: object) -> None:
 
 
 def check_space(space: object) -> None:
-    """Refuses what is not a `SearchSpace`."""
+    """Raises ConfigurationError for anything but a `SearchSpace`."""
     if not isinstance(space, SearchSpace):
         raise ConfigurationError(f"space is {_shown(space)}; expected network.search_space(bits=(2, 4, 8))")
 
 
 def check_matrix(matrix: object) -> None:
-    """Refuses what is not an `InteractionMatrix`."""
+    """Raises ConfigurationError for anything but an `InteractionMatrix`."""
     if not isinstance(matrix, InteractionMatrix):
         raise ConfigurationError(f"matrix is {_shown(matrix)}; expected clado.measure(...) or clado.InteractionMatrix.load(file)")
 
 
 def check_assignment(network: Network, assignment: object) -> None:
-    """Refuses what is not an assignment of the network."""
+    """Raises an error for anything but an assignment of the network."""
     if isinstance(assignment, Solution):
-        raise ConfigurationError("the assignment is a whole solution; expected solution.assignment")
+        raise ConfigurationError("the assignment is a solution; expected its assignment: solution.assignment")
     if isinstance(assignment, Mapping):
         raise ConfigurationError(
             f"the assignment is a {type(assignment).__name__}; expected a clado.Assignment with bits for each layer, such as "
@@ -62,27 +62,29 @@ def check_assignment(network: Network, assignment: object) -> None:
 def check_prepared(
     network: Network, space: SearchSpace | None, prepared: Prepared | None, quantizer: WeightQuantizer | None
 ) -> Prepared | None:
-    """`prepared` itself.
+    """Returns `prepared` if it fits.
 
-    Raises ConfigurationError if it is of another network or space, or if there is also a quantizer.
+    Raises ConfigurationError if it belongs to another network or space, or if a quantizer is given too.
     """
     if prepared is None:
         return None
     if not isinstance(prepared, Prepared):
         raise ConfigurationError(f"prepared is {_shown(prepared)}; expected clado.prepare(network, space, ...)")
     if prepared.network.model is not network.model:
-        raise ConfigurationError("prepared is of another network; expected clado.prepare(network, ...) with this network")
+        raise ConfigurationError("prepared belongs to another network; expected clado.prepare(network, ...) with this network")
     if space is not None and prepared.space != space:
-        raise ConfigurationError("prepared is of another space; expected clado.prepare(network, space, ...) with this space")
+        raise ConfigurationError("prepared belongs to another space; expected clado.prepare(network, space, ...) with this space")
     if quantizer is not None:
-        raise ConfigurationError("prepared has its quantizer; expected clado.prepare(..., quantizer=...) instead of another here")
+        raise ConfigurationError(
+            "prepared has a quantizer already; expected clado.prepare(..., quantizer=...) and no quantizer here"
+        )
     return prepared
 
 
 def image_slice(network: Network, data: Any, classes: bool = True) -> ImageSlice:
     """The data as a slice that fits the network. Unless targets are classes, they may be of any type and shape (N, ...).
 
-    Raises DataError if shapes or labels do not fit. Warns if pixels look as if nobody normalised them.
+    Raises DataError if shapes or labels do not fit. Warns if pixels look as if they were not normalised.
     """
     images = as_slice(data, image_shape=network.image_shape, classes=classes)
     num_classes = int(network.logits(network.example).shape[1]) if classes else None

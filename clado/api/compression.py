@@ -41,22 +41,22 @@ from clado.records.text import size_text
 from clado.space import Assignment, SearchSpace
 
 CORRECTIONS = ("equalization", "gptq", "output_statistics")
-"""Corrections that are tried. What is chosen may do without."""
+"""Corrections that are tried. The chosen network may have fewer."""
 LEAST_IMAGES = 32
-"""Images that each of the four sets has at least. `output_statistics` needs as many for calibration."""
+"""Least number of images of each of the four sets. `output_statistics` needs this many for calibration."""
 MOST_IMAGES = 256
-"""Images that each set has at most by default; the validation set gets all others."""
+"""Most images of a set by default. The validation set gets all others."""
 BLOCK_IMAGES = 64
-"""Images of one sample block of the images that decide."""
+"""Images of one sample block of the selection images."""
 SETS = ("calibration", "sensitivity", "selection", "validation")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Compressed(Tabular):
-    """A quantized module, and what is known of it. Accuracies are of images that nothing was decided on."""
+    """A quantized module, and what was measured of it. Accuracies are of images that no decision has used."""
 
     module: nn.Module
-    """The quantized module, in eval mode, as of `clado.quantize`."""
+    """The quantized module, in eval mode, as `clado.quantize` returns it."""
     assignment: Assignment
     """A bit-width for each searched layer."""
     space: SearchSpace
@@ -64,7 +64,7 @@ class Compressed(Tabular):
     method: str
     """Who proposed the assignment: an estimator, or `uniform`."""
     loss_predicted: float | None
-    """The criterion as the method's matrix predicts it, on the sensitivity images. None without a matrix, or if `method`
+    """The criterion on the sensitivity images, as the method's matrix predicts it. None without a matrix, or if `method`
     predicts no loss."""
     loss_measured: float
     """The criterion of the module, on the validation images."""
@@ -73,19 +73,19 @@ class Compressed(Tabular):
     float_accuracy: Accuracy
     """Accuracy of the float module on the same images."""
     agreement: float | None
-    """Fraction of the validation images that get the same top class as from the float module. None without logits."""
+    """Fraction of the validation images with the same top class as from the float module. None without logits."""
     drop_interval: float | None
-    """Half the 95 % interval of the difference in the metric, or else in top-1, of paired images. None without either."""
+    """Half the 95 % interval of the difference on paired images: in the metric, or else in top-1. None without both."""
     num_images: Mapping[str, int]
     """Images of each set: calibration, sensitivity, selection, validation."""
     seed: int
     """Seed of the split."""
     matrices: Mapping[str, InteractionMatrix]
-    """The matrices that proposed, by estimator."""
+    """The interaction matrices by estimator."""
     results: tuple[Result, ...]
-    """What was measured on the selection images, one row for each method, and the chosen one."""
+    """The measurements on the selection images: one row for each method, and one for the chosen answer."""
     deployed: tuple[Network, dict[int, QuantizedLayer]]
-    """The deployed network and its layers, as exports take them."""
+    """The deployed network and its layers, in the form that exports take."""
 
     @property
     def average_bits(self) -> float:
@@ -94,7 +94,7 @@ class Compressed(Tabular):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the searched weights, each tensor packed."""
+        """Bytes of the searched weights, with each tensor packed."""
         return self.space.size_bytes(self.assignment)
 
     @property
@@ -129,7 +129,7 @@ class Compressed(Tabular):
         return html_table(f"{self.summary()}; images: {sets}", self.rows())
 
     def save(self, path: str | Path) -> PackedSize:
-        """Writes the module as a packed safetensors file, in which weights take their bits.
+        """Writes the module as a packed safetensors file, in which a weight takes as many bits as it was given.
 
         `clado.load_packed(path, float_module)` reads it.
         """
@@ -162,43 +162,43 @@ def compress(
     time_limit: float = 60.0,
     progress: Progress = False,
 ) -> Compressed:
-    """Quantizes a module: splits the data, corrects, measures, solves, chooses, evaluates.
+    """Quantizes a module in one call: splits the data, corrects, measures, solves, chooses, evaluates.
 
     The images are split into four disjoint sets by `seed`. Ranges and corrections are fitted to
     calibration images. The interaction matrix is measured on sensitivity images. The estimator's
-    answer, the one of `layerwise` and the widest uniform bits that fit, each with and without
-    corrections, are compared on selection images. Accuracies are of validation images. Data that
-    are no `ImageSlice` are read into memory.
+    answer, that of `layerwise`, and the widest uniform bits that fit, each with and without
+    corrections, are compared on selection images. Accuracies are of validation images. Data are read
+    into memory unless they are an `ImageSlice`.
 
     Args:
         model: A float module that `torch.export` accepts, or a `clado.Network`. It is not changed.
         data: Images as in `clado.measure`: a tensor, a pair (images, labels), or a DataLoader. Without
-            labels the criterion must do without (`kl_to_float` does).
+            labels, the criterion must not need labels (`kl_to_float` needs none).
         average_bits: Largest average of bits per searched weight.
         size_bytes: Largest size of the searched weights in bytes.
         percent_of_8_bit: The same in percent of 8 bits everywhere.
         bops: Most bit operations of one image.
-        latency: Most seconds of one image, and a CSV file layer,bits,seconds.
-        table: Most of any other costs, and a CSV file layer,bits,UNIT.
+        latency: Most seconds of one image, and a CSV file with the columns layer,bits,seconds.
+        table: Largest sum of other costs, and a CSV file with the columns layer,bits,UNIT.
         bits: Candidate bit-widths of weights.
-        activation_bits: Candidate bit-widths of the layers' inputs; without any they stay in float.
+        activation_bits: Candidate bit-widths of the layers' inputs. If empty, inputs stay in float.
         fixed: Name patterns of layers that stay in float.
         estimator: A name of `clado.interaction.estimators`.
         criterion: The loss that must not grow, as in `clado.measure`.
-        metric: A metric of one's own, as in `clado.evaluate`.
+        metric: A user-defined metric, as in `clado.evaluate`.
         corrections: Names of `clado.quantization.corrections`.
         calibration_images: Images of this set; by default a quarter of the data, 256 at most.
-        sensitivity_images: As before.
-        selection_images: As before.
+        sensitivity_images: The same for the sensitivity set.
+        selection_images: The same for the selection set.
         validation_images: Images of this set; by default all others.
         seed: Seed of the split and of corrections that draw random numbers.
         solver: A name of `clado.choosing.solvers`.
         time_limit: Seconds that each solve may take.
         progress: True shows a bar for each of the phases preparing, measuring, choosing and
-            evaluating. A callable is called with (done, total), which begin anew with each phase.
+            evaluating. A callable is called with (done, total), which start again with each phase.
 
     Raises:
-        DataError: There are too few images (the message has the number needed), or they do not fit.
+        DataError: There are too few images (the message says how many are needed), or they do not fit.
         InfeasibleError: No assignment keeps the limits.
         NetworkError: The module cannot be searched, or cannot hold what a correction gives it.
         ConfigurationError: There is no limit, or a setting is unknown.
@@ -213,14 +213,16 @@ def compress(
     }
     row_budgets = budgets.budgets(keywords)
     if isinstance(model, Network) and fixed:
-        raise ConfigurationError("model is a clado.Network, which has its fixed layers; expected clado.Network(..., fixed=...)")
+        raise ConfigurationError(
+            "model is a clado.Network, which has its fixed layers already; expected clado.Network(..., fixed=...)"
+        )
     images = as_slice(data, image_shape=model.image_shape if isinstance(model, Network) else None, classes=False)
     counts = (calibration_images, sensitivity_images, selection_images, validation_images)
     slices = split(images, counts, seed)
     network = model if isinstance(model, Network) else _network(model, slices.validation.load(0, 1)[0], fixed)
     space = network.search_space(bits)
     space = space.with_activations(activation_bits) if activation_bits else space
-    limits = budgets.limits(space, keywords)  # refuses a call without any
+    limits = budgets.limits(space, keywords)  # refuses a call without a limit
     check_budgets(space, row_budgets[:1], limits[1:])
     packed = checked_criterion(criterion, [estimator], network)
     image_slice(network, images, classes="classes" in packed.offers)
@@ -228,7 +230,9 @@ def compress(
     calibration = slices.calibration
     prepared = prepare(network, space, calibration, corrections=corrections, seed=seed, progress=progress)
     plain = prepare(network, space, calibration) if corrections else prepared
-    as_module(prepared.network, prepared.chosen(space.narrowest))  # what a module cannot hold is refused before measuring
+    as_module(
+        prepared.network, prepared.chosen(space.narrowest)
+    )  # a correction that a module cannot hold is refused before measuring
     names = list(dict.fromkeys(["layerwise", estimator]))
     matrices = measured(network, space, slices.sensitivity, names, criterion, prepared=prepared, progress=progress)
 
@@ -272,12 +276,12 @@ def split(images: ImageSlice, counts: Sequence[int | None], seed: int) -> DataSl
 
     Args:
         images: All images.
-        counts: Images of the calibration, sensitivity, selection and validation set. None: by default.
-        seed: Of the permutation of the images.
+        counts: Images of the calibration, sensitivity, selection and validation set. None: the default.
+        seed: Seed of the permutation of the images.
 
     Raises:
-        DataError: There are too few images. The message has the number needed.
-        ConfigurationError: A count is no positive integer.
+        DataError: There are too few images. The message says how many are needed.
+        ConfigurationError: A count is not a positive integer.
     """
     for name, count in zip(SETS, counts, strict=True):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
@@ -290,7 +294,7 @@ def split(images: ImageSlice, counts: Sequence[int | None], seed: int) -> DataSl
         raise DataError(
             f"the data has {len(images):,} images; expected {needed:,} or more, in disjoint sets: "
             + ", ".join(f"{count:,} for {name}" for name, count in parts)
-            + ". Give more images, or smaller sets, such as calibration_images=32"
+            + ". Give more images, or ask for smaller sets, such as calibration_images=32"
         )
     sizes = [*firsts, len(images) - sum(firsts) if counts[-1] is None else last]
     order = np.random.default_rng(seed).permutation(len(images)).tolist()
@@ -302,7 +306,7 @@ def split(images: ImageSlice, counts: Sequence[int | None], seed: int) -> DataSl
 
 
 def _network(model: nn.Module, example: Tensor, fixed: Sequence[str]) -> Network:
-    """The module as a network. Its weights are laid out as is fastest on their device, in a copy."""
+    """The module as a network. A copy of its weights has the memory layout that is fastest on the device."""
     check_model(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     channels_last = prefers_channels_last(model, device)
@@ -312,7 +316,7 @@ def _network(model: nn.Module, example: Tensor, fixed: Sequence[str]) -> Network
 
 
 def _uncorrected(proposal: Proposal) -> Proposal:
-    """The same bits, rounded to nearest."""
+    """The same bits, rounded to nearest without corrections."""
     assignment = proposal.assignment.with_corrections("none")
     return replace(proposal, assignment=assignment, loss_predicted=None, solution=None, reported=False)
 
@@ -320,21 +324,21 @@ def _uncorrected(proposal: Proposal) -> Proposal:
 def _results(
     space: SearchSpace, proposals: Sequence[Proposal], scores: Mapping[Assignment, Scores], limits: Sequence[Constraint]
 ) -> tuple[Result, ...]:
-    """One row for each reported proposal, and the chosen one, by the rules of `clado run`."""
+    """One row for each reported proposal and for the chosen one, by the rules of `clado run`."""
     losses = {assignment: float(score.losses.mean()) for assignment, score in scores.items()}
     deciding = {assignment: _score(score) for assignment, score in scores.items()}
     return tuple(choose(space, proposals, losses, limits, deciding))
 
 
 def _score(scores: Scores) -> Score:
-    """What decides: Brier scores and hits, or the losses where there are no classes."""
+    """The numbers that decide: Brier scores and hits, or the losses if there are no classes."""
     if scores.briers is None or scores.hits is None:
         return Score(scores.losses, np.zeros(0))
     return Score(scores.briers, scores.hits)
 
 
 def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
-    """What a matrix predicts. It knows of corrected layers alone."""
+    """The loss that a matrix predicts. It covers corrected layers only."""
     increase = matrix.predicted_increase(assignment)
     return matrix.loss_of(increase) if assignment.corrected == "all" and isfinite(increase) else None
 
@@ -342,7 +346,7 @@ def _predicted(matrix: InteractionMatrix, assignment: Assignment) -> float | Non
 def _scores(
     candidates: Mapping[Assignment, Prepared], criterion: Any, images: ImageSlice, advance: Advance
 ) -> dict[Assignment, Scores]:
-    """What was measured of each assignment, as it would be deployed from its layers."""
+    """The measurement of each assignment, deployed from its layers."""
     blocks = sample_blocks(len(images), -(-len(images) // BLOCK_IMAGES))
     benches: dict[int, Workbench] = {}
     scores = {}

@@ -18,7 +18,7 @@ from clado.space import Assignment
 
 
 class Run(Tabular):
-    """What `clado run` has left in its folder.
+    """The results that `clado run` has written to its folder.
 
     Args:
         folder: The folder of the run, such as "runs/NAME".
@@ -47,12 +47,12 @@ class Run(Tabular):
 
     @property
     def assignments(self) -> dict[str, Assignment]:
-        """What was chosen for each budget."""
+        """The chosen result of each budget."""
         return {budget: self.assignment(budget) for budget in self.budgets}
 
     @property
     def accuracies(self) -> dict[str, Accuracy | None]:
-        """Accuracy of what was chosen for each budget, on the validation set."""
+        """Accuracy of the chosen result of each budget, on the validation set."""
         return {budget: self.accuracy(budget) for budget in self.budgets}
 
     @cached_property
@@ -91,7 +91,7 @@ class Run(Tabular):
     def network(self, budget: str | float, method: str = CHOSEN) -> nn.Module:
         """The network of a budget as a torch module, with the corrections that it was measured with.
 
-        It is read from the folder where the run has kept it. Otherwise the run is opened again,
+        It is read from the run's folder if it was kept there. Otherwise the run is opened again,
         which needs its images. Arguments are those of `result`.
 
         Raises:

@@ -13,12 +13,12 @@ from clado.reporting import plots
 
 
 def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord | Run) -> Any:
-    """The picture of a result. Notebooks show it; `figure.savefig("name.png")` writes it.
+    """Draws a picture of a result. Notebooks show it; `figure.savefig("name.png")` writes it.
 
     Args:
-        result: A matrix gives a heat map. A solution, or what `compress` gives, gives the bits of
+        result: A matrix gives a heat map. A solution, or a result of `compress`, gives the bits of
             each layer. A front gives predicted loss against size. A run or its record gives
-            accuracy against size, or the metric of one's own; without labels loss against size.
+            accuracy against size, or the user-defined metric. Without labels it gives loss against size.
 
     Returns:
         A figure of matplotlib.
@@ -41,6 +41,5 @@ def plot(result: InteractionMatrix | Solution | Front | Compressed | RunRecord |
             has_top1 = result.float_accuracy.top1 is not None
             return plots.accuracy_against_size(result) if has_top1 else plots.loss_against_size(result)
     raise ConfigurationError(
-        f"there is no picture of a {type(result).__name__}; "
-        "expected a matrix, a solution, a front, a run, or a result of clado.compress"
+        f"cannot draw a {type(result).__name__}; expected a matrix, a solution, a front, a run, or a result of clado.compress"
     )

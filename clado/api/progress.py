@@ -8,20 +8,20 @@ from typing import Any
 from clado.errors import ConfigurationError
 
 Progress = bool | Callable[[int, int], object]
-"""True shows a bar of tqdm. A callable is called with (steps that are done, all steps). False is silent."""
+"""True shows a bar of tqdm. A callable is called with (done steps, all steps). False shows nothing."""
 Advance = Callable[[int, int], object]
 
 
 @contextmanager
 def showing(progress: Progress, title: str) -> Iterator[Advance]:
-    """What a loop calls with (done, total) after each step.
+    """The function that a loop calls with (done, total) after each step.
 
     Args:
         progress: As the caller of a public function gave it.
         title: What a bar is called.
 
     Raises:
-        ConfigurationError: It is something else, or tqdm is not installed.
+        ConfigurationError: `progress` is something else, or tqdm is not installed.
     """
     if progress is False or progress is None:
         yield lambda done, total: None
@@ -58,6 +58,6 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar, and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()

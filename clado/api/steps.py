@@ -43,7 +43,7 @@ from clado.records.results import Accuracy
 from clado.space import Assignment, SearchSpace
 
 MOST_STEPS = 50
-"""Steps that the progress of an evaluation has at most."""
+"""Most steps of the progress of an evaluation."""
 
 
 def prepare(
@@ -63,13 +63,13 @@ def prepare(
     Args:
         network: The float network.
         space: The layers and their candidates.
-        calibration: Data as in `measure`; labels are not needed. 256 images are plenty.
+        calibration: Data as in `measure`; labels are not needed. 256 images are enough.
         quantizer: Rounds the weights; by default `WeightQuantizer()`.
         corrections: Names of `clado.quantization.corrections`.
         activation_range: How the range of an input is fitted, if the space has activation widths.
         seed: Seed of the corrections that draw random numbers.
         adaround_steps: Steps of the correction `adaround`.
-        progress: True shows a bar. A callable is called with (layers that are prepared, all layers).
+        progress: True shows a bar. A callable is called with (prepared layers, all layers).
 
     Returns:
         The quantized layers, with the grids of their inputs if the space has activation widths.
@@ -108,7 +108,7 @@ def measure(
     Args:
         network: The float network.
         space: The layers and their candidates.
-        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either. For a criterion of one's own,
+        data: A batch of images (N, C, H, W), a pair (images, labels), or an iterable of either. For a user-defined criterion,
             labels are targets (N, ...) of any type and shape.
         estimator: A name of `clado.interaction.estimators`.
         criterion: A name of `clado.criteria`. `kl_to_float` needs no labels, `cross_entropy` does. Or a callable
@@ -118,11 +118,11 @@ def measure(
         num_blocks: Number of sample blocks.
         batch_images: Images of one forward pass; by default as many as are fast.
         memory_limit_mb: Limit on the memory of stored prefixes and one forward pass, in megabytes.
-        progress: True shows a bar. A callable is called with (tiles that are measured, all tiles).
+        progress: True shows a bar. A callable is called with (measured tiles, all tiles).
 
     Raises:
         DataError: The images do not fit.
-        ConfigurationError: The memory limit is too small, `prepared` is of another network or
+        ConfigurationError: The memory limit is too small, `prepared` belongs to another network or
             space, or the criterion fails or lacks what the estimator needs.
         MeasurementError: A layer has no finite loss.
     """
@@ -158,7 +158,7 @@ def measured(
     plan = Plan(space, block_ranges, estimators.kinds_of(names), rows_per_tile(network, space, bench.batching, memory_limit))
     tiles: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in plan.kinds}
     with showing(progress, "measuring") as advance:
-        for done, tile in enumerate(plan.tiles):  # block by block, and row tile by row tile in a block
+        for done, tile in enumerate(plan.tiles):  # in the order of blocks, and of row tiles within a block
             tiles[tile.kind].append(measure_tile(bench, tile))
             advance(done + 1, len(plan.tiles))
     counts = np.array([stop - start for start, stop in block_ranges])
@@ -179,7 +179,7 @@ def solve(
     solver: str = "scip",
     time_limit: float = 60.0,
 ) -> Solution:
-    """The assignment of least predicted loss within all limits.
+    """Finds the assignment with the least predicted loss within all limits.
 
     Args:
         matrix: The interaction matrix.
@@ -187,16 +187,16 @@ def solve(
         size_bytes: Largest size of the searched weights in bytes, each tensor packed.
         percent_of_8_bit: The same in percent of the bytes that 8 bits everywhere would take.
         bops: Most bit operations of one image.
-        latency: Most seconds of one image, and a CSV file layer,bits,seconds.
-        table: Most of any other costs, and a CSV file layer,bits,UNIT.
+        latency: Most seconds of one image, and a CSV file with the columns layer,bits,seconds.
+        table: Largest sum of other costs, and a CSV file with the columns layer,bits,UNIT.
         limits: More constraints, as `clado.choosing.constraints.constraint` makes them.
         solver: A name of `clado.choosing.solvers`. `scip` proves that the answer is optimal, or
             gives the gap that is left.
         time_limit: Seconds that the solver may take.
 
     Raises:
-        InfeasibleError: No assignment keeps the limits. The message has the reachable range.
-        ConfigurationError: There is no limit, one is no number, or the solver is unknown.
+        InfeasibleError: No assignment keeps the limits. The message gives the reachable range.
+        ConfigurationError: There is no limit, a limit is not a number, or the solver is unknown.
     """
     check_matrix(matrix)
     keywords = {
@@ -220,12 +220,12 @@ def front(
     solver: str = "scip",
     time_limit: float = 60.0,
 ) -> Front:
-    """The answers at several budgets, from one matrix.
+    """Solves for several budgets from one matrix.
 
     Args:
         matrix: The interaction matrix.
         average_bits: Budgets in average bits per searched weight.
-        size_bytes: Budgets in bytes. Exactly one series of budgets is given.
+        size_bytes: Budgets in bytes. Give exactly one series of budgets.
         percent_of_8_bit: Budgets in percent of the bytes that 8 bits everywhere would take.
         bops: Budgets in bit operations of one image.
         solver: A name of `clado.choosing.solvers`.
@@ -259,18 +259,18 @@ def evaluate(
     prepared: Prepared | None = None,
     progress: Progress = False,
 ) -> Accuracy:
-    """Top-1, top-5 and loss of an assignment, and a metric. A layer without bits stays in float.
+    """Evaluates an assignment: top-1, top-5, loss, and a metric. A layer without bits stays in float.
 
     Args:
         network: The float network.
         assignment: A bit-width for each layer.
         data: Data as in `measure`. With labels the loss is cross entropy, without labels KL.
         metric: A callable (outputs, targets) -> a number for each image (N,). Its mean is `metric` of the result.
-        criterion: The loss, as in `measure`, for targets that are no classes. Without one, the loss of outputs that are no
+        criterion: The loss, as in `measure`, for targets that are not classes. Without one, the loss of outputs that are not
             logits is `mse_to_float`.
         quantizer: Rounds the weights, if there is no `prepared`.
         prepared: With it, the deployed network is evaluated, with all final corrections.
-        progress: True shows a bar. A callable is called with (images that are counted, all images).
+        progress: True shows a bar. A callable is called with (counted images, all images).
 
     Raises:
         DataError: Images or labels do not fit.
@@ -281,7 +281,7 @@ def evaluate(
     judge = Judge.of(network.outputs, criterion, metric)
     images = image_slice(network, data, classes=judge.criterion is None)
     counts, step = Counts(), network.images_at_once
-    step *= -(-len(images) // (step * MOST_STEPS))  # whole batches, so that no sum depends on the steps
+    step *= -(-len(images) // (step * MOST_STEPS))  # whole batches, so that sums do not depend on the steps
     with showing(progress, "evaluating") as advance:
         for start, stop in evaluation_batches(len(images), step):
             counts += count(deployed, layers, images, start, stop, reference=network, judge=judge)
@@ -296,11 +296,11 @@ def quantize(
     quantizer: WeightQuantizer | None = None,
     prepared: Prepared | None = None,
 ) -> nn.Module:
-    """The quantized network as a torch module, which computes what `evaluate` evaluates.
+    """The quantized network as a torch module. It computes the network that `evaluate` evaluates.
 
     The module is a copy in eval mode. Weights are floats on their grids. Grids of inputs are
-    buffers. So `to(device)`, `state_dict`, `torch.export` and `torch.onnx.export` take it as they
-    take the float module. `clado.load_packed` reads a file in which weights take their bits.
+    buffers. So `to(device)`, `state_dict`, `torch.export` and `torch.onnx.export` work as with the
+    float module. `clado.load_packed` reads a file in which a weight takes only its bits.
 
     Args:
         network: The float network.
@@ -325,7 +325,9 @@ def _deployed(
     if (ready := check_prepared(network, None, prepared, quantizer)) is not None:
         return ready.deployed(assignment)
     if assignment.activation_bits:
-        raise ConfigurationError("the assignment has activation bits; expected prepared=clado.prepare(...), with their grids")
+        raise ConfigurationError(
+            "the assignment has activation bits; expected prepared=clado.prepare(...), which has the grids of inputs"
+        )
     for bits in {bits for bits in assignment.bits if bits is not None}:
         check_bits((bits,), "the assignment")
     weight_quantizer, layers = quantizer or WeightQuantizer(), dict[int, QuantizedLayer]()

@@ -1,4 +1,4 @@
-"""A deployed network beside the float network, image by image, so that the difference has an interval."""
+"""Compares a deployed network with the float network image by image, so that the difference has an interval."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -22,7 +22,7 @@ from clado.records.results import Accuracy
 
 @dataclass(frozen=True)
 class Validation:
-    """What was counted of a deployed network beside the float network."""
+    """Counts of a deployed network compared with the float network."""
 
     float_accuracy: Accuracy
     """Accuracy of the float network."""
@@ -31,7 +31,7 @@ class Validation:
     loss: float
     """Mean of the criterion."""
     agreement: float | None
-    """Fraction of images with the same top class. None without logits."""
+    """Fraction of images for which both give the same top class. None without logits."""
     drop_interval: float | None
     """Half the 95 % interval of the difference in the metric, or else in top-1."""
 
@@ -52,8 +52,8 @@ def validate(
         deployed: The deployed network and its layers.
         criterion: The loss that must not grow.
         images: The images.
-        advance: It is called with (images that are done, all images).
-        metric: A metric of one's own, as of `clado.evaluate`.
+        advance: It is called with (done images, all images).
+        metric: A user-defined metric, as in `clado.evaluate`.
     """
     judge, packed = Judge.of(network.outputs, criterion, metric), criteria.packed(criterion, network.outputs)
     folded, replaced = deployed[0].folded_with(deployed[1])
@@ -83,14 +83,14 @@ def validate(
 
 
 def _judged(logits: Tensor, floats: Tensor, labels: Tensor | None, judge: Judge) -> dict[str, Tensor]:
-    """Of each image (n,): cross entropy, and hits in the top class and the top five. Without labels the KL divergence alone.
+    """For each image (n,): cross entropy, and hits in the top class and the top five. Without labels only the KL divergence.
 
-    What is the judge's own comes in their place or beside them.
+    User-defined values of the judge replace these or are added.
     """
     columns: dict[str, Tensor] = {}
     if judge.has_classes(labels) and labels is not None:
         hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        hits &= logits.isfinite().all(1, keepdim=True)  # any class may be the largest of NaNs
+        hits &= logits.isfinite().all(1, keepdim=True)  # with NaNs, argmax may give any class
         columns = {"top1": hits[:, 0], "top5": hits.any(1)}
     if judge.criterion is None:
         columns["loss"] = kl_to_float(logits, floats) if labels is None else cross_entropy(logits, labels)

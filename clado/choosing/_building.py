@@ -1,4 +1,4 @@
-"""The parts of a program, before there is one: groups, choices, excluded options and merged matrices. NumPy only."""
+"""The parts that a program is built from: groups, choices, excluded options and merged matrices. NumPy only."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -14,7 +14,7 @@ Pairs = Collection[tuple[int, int]]
 
 
 def check_constraints(space: SearchSpace, constraints: Sequence[Constraint]) -> None:
-    """Refuses constraints of another space, and two with one name."""
+    """Raises ConfigurationError for constraints of another space, and for two with the same name."""
     names = [constraint.name for constraint in constraints]
     for constraint in constraints:
         if len(constraint.costs) != space.num_options:
@@ -30,7 +30,7 @@ def choices_of(
 ) -> tuple[list[tuple[int, ...]], NDArray[np.intp]]:
     """The options of each choice, and the first choice of each group, then the number of choices.
 
-    A choice is left out where one of its options is excluded, or two of them are a forbidden pair.
+    A choice is left out if one of its options is excluded, or two of them are a forbidden pair.
 
     Raises:
         InfeasibleError: A group has no choice left.
@@ -43,7 +43,7 @@ def choices_of(
             if excluded.isdisjoint(choice) and not any((a, b) in pairs for a in choice for b in choice):
                 options.append(choice)
         if len(options) == starts[-1]:
-            raise InfeasibleError(f"no bit-width is left for {listed(space, group)}; release a quarantined or pinned candidate")
+            raise InfeasibleError(f"no bit-width is left for {listed(space, group)}; allow another candidate, or remove a pin")
         starts.append(len(options))
     return options, np.array(starts, dtype=np.intp)
 
@@ -70,7 +70,7 @@ def groups_of(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
 
 
 def excluded_options(space: SearchSpace, candidates: Mapping[str, Sequence[int]], quarantined: Collection[int]) -> set[int]:
-    """Options that may not be taken."""
+    """Options that may not be chosen."""
     for option in quarantined:
         if not 0 <= option < space.num_options:
             raise ConfigurationError(f"quarantined option {option} is not within 0..{space.num_options - 1}")
@@ -80,7 +80,7 @@ def excluded_options(space: SearchSpace, candidates: Mapping[str, Sequence[int]]
     for layer, (measured, offered) in enumerate(zip(space.bit_widths, narrowed.bit_widths, strict=True)):
         if not set(offered) <= set(measured):
             raise ConfigurationError(
-                f"{space.layers[layer].name} was measured at {list(measured)} bits; of the candidates {list(offered)} not all are"
+                f"{space.layers[layer].name} was measured at {list(measured)} bits; of {list(offered)} some were not"
             )
         excluded |= {space.option(layer, *candidate) for candidate in space.candidates(layer) if candidate[0] not in offered}
     return excluded

@@ -1,6 +1,6 @@
-"""The choice among proposals, by what was measured of each. NumPy only.
+"""The choice among proposals, by their measurements. NumPy only.
 
-The quadratic model only proposes. What is chosen was measured as it would be deployed.
+The quadratic model only proposes. The chosen assignment was measured as it would be deployed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.space import Assignment, SearchSpace
 
 SIGNIFICANT = 2.0
-"""Standard errors of a paired difference by which two networks differ significantly."""
+"""A paired difference of more than this many standard errors is significant."""
 
 
 def safe_methods() -> tuple[str, ...]:
-    """Methods that nothing chosen is worse than, as measured. Nor is it worse than what is deployed without corrections."""
+    """A chosen assignment is measured to be no worse than these methods, nor than the same without corrections."""
     return UNIFORM, *estimators.safe_estimators()
 
 
 def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
     """The estimator whose predictions rank the measured assignments best, by Spearman's correlation.
 
-    Assignments without corrections do not count. Of equal estimators it is the one that knows of more interactions.
+    Assignments without corrections do not count. Of equal estimators, the one with more interactions is returned.
     """
     measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected != "none"}
 
@@ -42,7 +42,7 @@ def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignm
 
 
 def rank_correlation(one: Array, other: Array) -> float:
-    """Spearman's correlation of two samples (n,), ties in the order given; 0 for fewer than two."""
+    """Spearman's correlation of two samples (n,). Ties are in the given order. 0 for fewer than two."""
     if len(one) < 2:
         return 0.0
     ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
@@ -51,12 +51,12 @@ def rank_correlation(one: Array, other: Array) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """What decides between assignments, beside their loss."""
+    """The measurements that decide between assignments, in addition to their loss."""
 
     briers: Array
-    """Brier score of each image (n,); its loss where there are no classes."""
+    """Brier score of each image (n,), or its loss if there are no classes."""
     hits: Array
-    """Whether each image hits (n,), 0 or 1; empty where there are no classes."""
+    """1 for each image with the right top class, else 0 (n,). Empty if there are no classes."""
 
     @property
     def brier(self) -> float:
@@ -70,7 +70,7 @@ class Score:
     def is_significantly_nearer(self, other: "Score") -> bool:
         """Whether the Brier score is less than the other's, by more than two standard errors of the paired difference.
 
-        What is finite is nearer than what is not.
+        A finite score is nearer than one that is not finite.
         """
         if not isfinite(other.brier):
             return isfinite(self.brier)
@@ -78,7 +78,7 @@ class Score:
 
 
 def _is_significant(differences: Array) -> bool:
-    """Whether the mean is above zero by more than two standard errors. One image has no error, and tells nothing."""
+    """Whether the mean is above zero by more than two standard errors. False for a single image, which has no standard error."""
     n = len(differences)
     return n > 1 and bool(differences.mean() > SIGNIFICANT * differences.std(ddof=1) / np.sqrt(n))
 
@@ -92,16 +92,16 @@ def choose(
 ) -> list[Result]:
     """One result for each reported proposal, and one `chosen` for each budget.
 
-    `chosen` is taken from all proposals that fit the budget, whether made for it or for another. Without `scores` it is
-    the one of least measured loss, the smaller on a tie. With them see `_Measurements.best`: `chosen` is then the best of what
-    `safe_methods` proposed or is deployed without corrections, unless another is nearer to the float network by more than the
-    images that decide leave to chance.
+    `chosen` is taken from all proposals that fit the budget, also from those for other budgets. Without `scores` it has the
+    least measured loss; on a tie it is the smaller one. With scores it follows `_Measurements.best`: it is the best among the
+    proposals of `safe_methods` and those without corrections. Another proposal is chosen only if it is significantly nearer to
+    the float network.
 
     Args:
         space: Layers and their candidates.
-        proposals: All measured.
+        proposals: All measured proposals.
         losses: Measured losses. NaN is as bad as infinity.
-        limits: Standing limits.
+        limits: Limits that hold for every budget.
         scores: Brier scores and hits of the same measurement, image by image.
     """
     measurements = _Measurements(space, losses, scores)
@@ -109,65 +109,65 @@ def choose(
     for budget in dict.fromkeys(proposal.budget for proposal in proposals):
         made_for_it = [proposal for proposal in proposals if proposal.budget == budget]
         results += [measurements.result(proposal) for proposal in made_for_it if proposal.reported]
-        # of equal assignments the one made for this budget comes first, so that it gets the credit
+        # of equal assignments the one made for this budget comes first, so that its method is named
         ordered_proposals = [*made_for_it, *(proposal for proposal in proposals if proposal.budget != budget)]
         limits_of_budget = merge_limits(budget.limit(space), limits)
         fitting = [p for p in ordered_proposals if all(limit.holds(space, p.assignment) for limit in limits_of_budget)]
-        chosen = measurements.best(fitting or made_for_it)  # uniform, where nothing fits
+        chosen = measurements.best(fitting or made_for_it)  # uniform, if nothing fits
         results.append(measurements.chosen_result(chosen, budget, made_for_it))
     return results
 
 
 @dataclass(frozen=True)
 class _Measurements:
-    """What was measured of every proposal."""
+    """The measurements of every proposal."""
 
     space: SearchSpace
     """The options."""
     losses: Mapping[Assignment, float]
     """The measured loss of each proposal."""
     scores: Mapping[Assignment, Score] | None
-    """Brier score and hits of each proposal, where they were counted."""
+    """Brier score and hits of each proposal, if they were counted."""
 
     def loss(self, proposal: Proposal) -> float:
-        """The measured loss; infinite where it is no number."""
+        """The measured loss, or infinity for NaN."""
         return ordered(self.losses[proposal.assignment])
 
     def rank(self, proposal: Proposal) -> tuple[float, float, int]:
-        """Least is best: Brier score (the loss, where there are no scores), loss, size."""
+        """A key to sort by, best first: Brier score (or the loss if there are no scores), then loss, then size."""
         loss = self.loss(proposal)
         brier = loss if self.scores is None else ordered(self.scores[proposal.assignment].brier)
         return brier, loss, self.space.size_bits(proposal.assignment)
 
     def best(self, proposals: Sequence[Proposal]) -> Proposal:
-        """The reference of least loss, unless another proposal has earned its place.
+        """The reference with the least loss, unless another proposal is significantly better.
 
-        References are what `safe_methods` proposed and what is deployed without corrections. Another proposal competes if its
-        loss is not above the reference's, and its Brier scores are significantly less. The one of least rank among these and
-        the reference is taken. Those whose hits are significantly fewer than the most are passed over.
+        References are the proposals of `safe_methods` and those without corrections. Another proposal competes if its loss is
+        not above the reference's, and its Brier scores are significantly lower. The best by `rank` among these and the
+        reference is taken. Proposals with significantly fewer hits than the one with most are left out.
         """
         if self.scores is None:
             return min(proposals, key=self.rank)
         scores, safe = self.scores, safe_methods()
         references = [p for p in proposals if p.method in safe or p.assignment.corrected == "none"]
-        # where there is none, all compete
+        # without a reference all compete
         reference = min(references, key=lambda p: (self.loss(p), *self.rank(p)), default=None)
         ranked = sorted((p for p in proposals if reference is None or self._competes(p, reference)), key=self.rank)
         best = scores[max(ranked, key=lambda p: scores[p.assignment].hits.sum()).assignment]
         return next(p for p in ranked if not scores[p.assignment].misses_significantly(best))
 
     def _competes(self, proposal: Proposal, reference: Proposal) -> bool:
-        """Whether it is the reference, or significantly nearer to the float network and of no more loss."""
+        """Whether it is the reference, or is significantly nearer to the float network without more loss."""
         assert self.scores is not None
         one, other = self.scores[proposal.assignment], self.scores[reference.assignment]
         is_better = self.loss(proposal) <= self.loss(reference) and one.is_significantly_nearer(other)
         return proposal is reference or is_better
 
     def chosen_result(self, chosen: Proposal, budget: Budget, made_for_it: Sequence[Proposal]) -> Result:
-        """The row `chosen` of a budget: who proposed it, and what it gains on other proposals for the budget."""
+        """The row `chosen` of a budget: the method that proposed it, and its gain over other proposals for the budget."""
         is_own = chosen.budget == budget
         winner = chosen.method if is_own else f"{chosen.method} for {chosen.budget.name}"
-        # what else a local search tried is no rival of its answer
+        # other assignments of the same local search are not compared with its answer
         rivals = [self.loss(p) for p in made_for_it if not (is_own and p.method == chosen.method)]
         loss = self.loss(chosen)
         gain = min(rivals) - loss if rivals and isfinite(loss) else 0.0

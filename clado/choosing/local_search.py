@@ -2,8 +2,8 @@
 
 A *move* gives one group of layers another candidate, or two groups at once, such as one narrower and one wider. It keeps every
 limit. Moves are ranked by the change of the surrogate, ½ xᵀ Q x of a program, and the best ones are measured in batches. The
-search is best-first: it continues from the assignment with the smallest measured loss that has moves left. It therefore descends
-as long as it can, and then looks around. With enough evaluations it measures everything that moves can reach.
+search is best-first: it continues from the assignment with the smallest measured loss that has moves left. So it first descends
+to a local optimum, and then tries its surroundings. With enough evaluations it measures everything that moves can reach.
 
 The next measurements depend only on earlier ones. Any number of workers gives the same answer.
 """
@@ -42,14 +42,14 @@ class Searched:
 
     @property
     def gain(self) -> float:
-        """How far the measured loss of the best is below that of the start; never negative."""
+        """The measured loss of the start minus that of the best; never negative."""
         return self.start_loss - self.best_loss
 
 
 def moves(program: Program, choices: Choices) -> Iterator[Choices]:
     """Every feasible assignment one or two groups away, in ascending order of the surrogate.
 
-    Equal ones are in the order of the numbers of their choices.
+    Assignments with equal surrogates are in the order of their choice numbers.
     """
     change, single = _changes(program, choices)
     room = program.limits - program.costs[:, choices].sum(axis=1)
@@ -70,12 +70,12 @@ def moves(program: Program, choices: Choices) -> Iterator[Choices]:
         neighbour = choices.copy()
         for k in targets[place]:
             neighbour[owner[k]] = k
-        if program.is_feasible(neighbour):  # sums of fractions, and forbidden pairs
+        if program.is_feasible(neighbour):  # checks sums of fractions exactly, and forbidden pairs
             yield neighbour
 
 
 def _changes(program: Program, choices: Choices) -> tuple[Array, Array]:
-    """Change of ½ xᵀ Q x for moving to choices k and m (n, n), of two groups, and to k alone (n,)."""
+    """Change of ½ xᵀ Q x for two moves, to choices k and m of two groups (n, n), and for one move to k (n,)."""
     q, present = program.quadratic, choices[program.owner]
     row, half = q[:, choices].sum(axis=1), 0.5 * np.diag(q)
     single: Array = row - row[present] + half + half[present] - q[np.arange(len(present)), present]
@@ -93,7 +93,7 @@ def settle(program: Program, choices: Choices) -> Choices:
 
 
 def search(program: Program, losses: Mapping[Assignment, float], evaluations: int, batch: int) -> Search:
-    """A search from the best of the measured assignments. Its moves keep the corrections of this assignment.
+    """A search from the best measured assignment. Its moves keep the corrections of this assignment.
 
     Args:
         program: Its minimised function is the surrogate, and its limits hold for every move.
@@ -109,20 +109,20 @@ def search(program: Program, losses: Mapping[Assignment, float], evaluations: in
         try:
             choices = program.choices(assignment)
         except ConfigurationError:
-            continue  # it takes an excluded candidate
+            continue  # it has an excluded candidate
         if program.is_feasible(choices):
             feasible[assignment] = choices
     if not feasible:
-        raise ConfigurationError("a local search needs a measured assignment that meets every limit to start from; there is none")
+        raise ConfigurationError("a local search must start from a measured assignment that meets every limit; there is none")
     start = min(feasible, key=lambda a: ordered(losses[a]))
     tried: dict[Assignment, float] = {}
-    # assignments with moves left: loss and these moves
+    # assignments with moves left: their loss and these moves
     sources: dict[Assignment, tuple[float, Iterator[Choices]]] = {
         start: (ordered(losses[start]), moves(program, feasible[start]))
     }
     while len(tried) < evaluations and sources:
         requests: dict[Assignment, Choices] = {}
-        source = min(sources, key=lambda a: sources[a][0])  # of equal ones the first measured
+        source = min(sources, key=lambda a: sources[a][0])  # of equal losses the first measured one
         for choices in sources[source][1]:
             assignment = program.assignment(choices).with_corrections(start.corrected)
             if assignment not in tried and assignment not in losses:
@@ -165,5 +165,5 @@ def local_search(
 
 
 def ordered(loss: float) -> float:
-    """A loss to sort by: NaN counts as infinity."""
+    """A loss as a key to sort by: NaN counts as infinity."""
     return math.inf if math.isnan(loss) else loss

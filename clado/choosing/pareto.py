@@ -1,7 +1,7 @@
 """Budget sweeps: the best assignment at each of many bounds of one constraint. NumPy only.
 
-Every function takes a solver as a callable `solve(program, starts)`. `clado.choosing.solvers.prepare(program)` makes one that
-computes once what all bounds share.
+Every function takes a solver as a callable `solve(program, starts)`. `clado.choosing.solvers.prepare(program)` makes one. It
+computes only once what all bounds share.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Front(Tabular):
     budget: str
     """The keyword of the budgets, such as average_bits."""
     bounds: tuple[float, ...]
-    """The budgets, as they were asked for."""
+    """The budgets that were asked for."""
     solutions: tuple[Solution, ...]
     """The answer to each budget."""
 
@@ -102,8 +102,8 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
     """Solves the program at each bound of one constraint. The other constraints keep their bounds.
 
     The largest bound is solved first. An answer that meets the next smaller bound is proven there as well. An answer that does
-    not meet it starts the search there. Where limits or forbidden pairs together leave nothing at a bound, this bound and smaller
-    ones have no point.
+    not meet it starts the search there. If limits and forbidden pairs together leave no assignment at a bound, this bound and
+    smaller ones have no point.
 
     Returns:
         Points in ascending order of their bounds.
@@ -114,7 +114,7 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
     """
     index = _index(program, constraint)
     if not bounds:
-        raise ConfigurationError("a sweep without budgets; give at least one")
+        raise ConfigurationError("there are no budgets; give at least one")
     programs = [program.with_bounds({constraint: bound}) for bound in sorted(set(bounds), reverse=True)]
     points: list[ParetoPoint] = []
     for bounded in programs:
@@ -135,10 +135,10 @@ def sweep(program: Program, constraint: str, bounds: Sequence[float], solve: Sol
 
 
 def smallest_bound(program: Program, constraint: str, largest_increase: float, solve: Solve, resolution: float = 1.0) -> Solution:
-    """The smallest value of one constraint whose minimised function stays at or under `largest_increase`.
+    """The smallest value of one constraint at which the minimised function stays at or below `largest_increase`.
 
     Bisection works because the optimum does not rise with the bound. The result is exact to `resolution` (in the constraint's
-    unit) where the solver's answers are proven.
+    unit) if the solver's answers are proven.
 
     Raises:
         InfeasibleError: The program predicts a larger increase at its own bound.
@@ -153,7 +153,7 @@ def smallest_bound(program: Program, constraint: str, largest_increase: float, s
             f"the predicted increase is at least {best.bound:.6g} (found: {best.minimised:.6g}) {condition}; "
             f"asked for was at most {largest_increase:.6g}"
         )
-    too_small = low - resolution  # no assignment has this value
+    too_small = low - resolution  # no assignment has exactly this value
     while best.values[constraint] - too_small > resolution:
         middle = max(low, (too_small + best.values[constraint]) / 2)
         if program.constraints[index].is_integral:

@@ -1,7 +1,7 @@
 """The integer quadratic program as data: its function, its limits, and its answer. NumPy only.
 
 A *group* is a set of layers that share a candidate: a tie, or one layer. A *choice* is a group at one of its candidates (bits of
-weights and activations). With x the 0/1 vector of choices the program is
+weights and activations). For the 0/1 vector x of choices the program is
 
     min ½ xᵀ Q x    s.t.  exactly one choice per group,  A x ≤ limits,  x_k + x_l ≤ 1 for forbidden pairs.
 
@@ -44,7 +44,7 @@ class Program:
     constraints: tuple[Constraint, ...]
     """The constraints, each with its own name."""
     convexity: Convexity
-    """What is minimised: the matrix as measured, or clipped."""
+    """Which matrix is minimised: as measured, or clipped."""
     groups: tuple[tuple[int, ...], ...]
     """The layers of each group."""
     starts: Choices
@@ -54,9 +54,9 @@ class Program:
     quadratic: Array
     """Q of the minimised function, (n, n), symmetric."""
     costs: Array
-    """What each choice costs in each constraint, (number of constraints, n)."""
+    """The cost of each choice in each constraint, (number of constraints, n)."""
     forbidden: tuple[tuple[int, int], ...] = field(default=())
-    """Pairs of choices that may not be taken together."""
+    """Pairs of choices that may not be chosen together."""
 
     @classmethod
     def build(
@@ -74,7 +74,7 @@ class Program:
         Args:
             matrix: The interaction matrix.
             constraints: Constraints on the space of the matrix, with different names.
-            candidates: Pattern of layer names -> the bit-widths of weights that remain. One bit-width pins these layers.
+            candidates: Pattern of layer names -> the bit-widths of weights that stay allowed. One bit-width pins these layers.
             quarantined: Options that may not be taken.
             forbidden: Pairs of options that may not be taken together.
             convexity: `raw` minimises the matrix as measured; solvers make it convex without changing its values. `clip_psd`
@@ -122,7 +122,7 @@ class Program:
 
     @property
     def num_choices(self) -> int:
-        """n, the number of binaries."""
+        """n, the number of choices."""
         return len(self.options)
 
     @cached_property
@@ -132,12 +132,12 @@ class Program:
 
     @cached_property
     def limits(self) -> Array:
-        """Largest allowed value per constraint."""
+        """Largest allowed value of each constraint."""
         return np.array([constraint.limit for constraint in self.constraints], dtype=np.float64)
 
     @cached_property
     def is_linear(self) -> bool:
-        """Whether no two groups interact, so that the program is an integer linear one."""
+        """Whether no two groups interact. The program is then an integer linear program."""
         return not np.any(self.quadratic[self.owner[:, None] != self.owner[None, :]])
 
     @property
@@ -151,11 +151,11 @@ class Program:
         return self.starts[1:] - 1
 
     def assignment(self, choices: Choices) -> Assignment:
-        """The assignment that one choice per group means."""
+        """The assignment for one choice per group."""
         return self.space.assignment([option for k in choices for option in self.options[k]])
 
     def choices(self, assignment: Assignment) -> Choices:
-        """One choice per group.
+        """The choices of an assignment, one per group.
 
         Raises:
             ConfigurationError: The assignment is partial, breaks a tie, or takes an excluded candidate.
@@ -196,7 +196,7 @@ class Program:
         return float(smallest.sum()), float(largest.sum())
 
     def why_infeasible(self) -> str:
-        """The range of each constraint alone, and what holds its smallest value up."""
+        """The range of each constraint alone, and the layers that determine its smallest value."""
         lines = []
         for index, constraint in enumerate(self.constraints):
             smallest, largest = self.reachable(index)
@@ -211,15 +211,15 @@ class Program:
         return "no assignment meets the constraints. " + ". ".join(lines)
 
     def _pinned_by(self, constraint: int) -> str:
-        """What holds a constraint's smallest value up."""
+        """The layers that determine a constraint's smallest value, in words."""
         least = np.minimum.reduceat(self.costs[constraint], self.starts[:-1])
         pinned = np.flatnonzero(np.diff(self.starts) == 1)
         if not len(pinned):
             heaviest = listed(self.space, self.groups[int(least.argmax())])
-            return f"every layer is at its least there, {heaviest} with {least.max():.9g} the largest"
+            return f"every layer has its smallest value there, {heaviest} with {least.max():.9g} the largest"
         heaviest = listed(self.space, self.groups[pinned[least[pinned].argmax()]])
         return (
-            f"{len(pinned)} groups have one candidate (pinned, or the others are quarantined) and hold {least[pinned].sum():.9g} "
+            f"{len(pinned)} groups have one candidate (pinned, or the others are quarantined) and take {least[pinned].sum():.9g} "
             f"of it, {heaviest} the most"
         )
 
@@ -235,7 +235,7 @@ class Program:
         return program
 
     def _check_reach(self) -> None:
-        """Raises InfeasibleError where no assignment meets one of the constraints alone."""
+        """Raises InfeasibleError if no assignment meets one of the constraints alone."""
         for index, constraint in enumerate(self.constraints):
             if self.reachable(index)[0] > constraint.limit:
                 raise InfeasibleError(self.why_infeasible())
@@ -269,7 +269,7 @@ class Program:
         better_than_widest: Assignment | None = None,
         message: str = "",
     ) -> Solution:
-        """The answer that these choices mean. Everything is recomputed from the raw matrix and the costs.
+        """The solution for these choices. Everything is recomputed from the raw matrix and the costs.
 
         Raises:
             ValueError: The choices are not feasible.
@@ -302,8 +302,8 @@ class Program:
 
 
 class Solve(Protocol):
-    """A solver with its settings, as `pareto` and `proposals` call it."""
+    """A solver with its settings, in the form that `pareto` and `proposals` call."""
 
     def __call__(self, program: Program, starts: Sequence[Assignment] = ()) -> Solution:
-        """The best assignment of the program, from any number of assignments to start from."""
+        """The best assignment of the program. `starts` are any number of assignments to start from."""
         ...

@@ -1,6 +1,6 @@
 """Proposals: every matrix's answer to every budget, within the standing limits.
 
-A proposal is not yet measured. `choice.py` decides among proposals once they are. NumPy only: the solver is given.
+A proposal is not measured yet. `choice.py` decides among proposals after they are measured. NumPy only.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """How tables and files call it; two budgets of a run never share a name."""
+        """Its name in tables and files. Two budgets of a run never have the same name."""
         text = constraints.kind_of(self.constraint).text
         return text(self.bound) if text else f"{self.constraint} {self.bound:g}"
 
@@ -64,7 +64,7 @@ class Proposal:
     solution: Solution | None = None
     """The solver's answer. None for the uniform assignment."""
     reported: bool = True
-    """Whether the method has a row in tables. Variants, and what a local search tried, only compete."""
+    """Whether the method has a row in tables. Variants and assignments of local searches compete, but have no row."""
 
 
 def budgets_of(
@@ -73,7 +73,7 @@ def budgets_of(
     percent_of_8_bit: Iterable[float] = (),
     bops: Iterable[float] = (),
 ) -> tuple[Budget, ...]:
-    """Budgets in the order given, duplicates dropped."""
+    """Budgets in the given order, without duplicates."""
     by_keyword = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
     return tuple(dict.fromkeys(Budget(constraint, bound) for constraint, bounds in by_keyword for bound in bounds))
 
@@ -86,7 +86,7 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
     for budget in budgets:
         try:
             program = Program.build(nothing, merge_limits(budget.limit(space), limits))
-            if len(program.limits) > 1:  # each can be kept alone; whether all can is for a solver to say
+            if len(program.limits) > 1:  # each limit can be met alone; only a solver can say whether all can
                 solvers.solve(program, "scip", time_limit=10)
         except InfeasibleError as error:
             raise InfeasibleError(
@@ -97,9 +97,9 @@ def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequenc
 
 
 def merge_limits(budget: Constraint, limits: Sequence[Constraint]) -> list[Constraint]:
-    """A budget, first, and the standing limits; of several on the same cost the tightest.
+    """The budget, followed by the limits of the run. Of several limits on the same cost, the tightest.
 
-    Other costs of one name, as of two tables, are told apart by a number.
+    Different costs with the same name, such as two tables, get a number.
     """
     tightest: dict[str, Constraint] = {}
     for limit in (budget, *limits):
@@ -110,16 +110,16 @@ def merge_limits(budget: Constraint, limits: Sequence[Constraint]) -> list[Const
 
 
 def program_of(matrix: InteractionMatrix, limits: Sequence[Constraint], convexity: Convexity | None = None) -> Program:
-    """The program that a matrix poses, without its quarantined options; default convexity: the matrix's own."""
+    """The program of a matrix, without its quarantined options. The default convexity is that of the matrix."""
     convexity = convexity or matrix.convexity
     return Program.build(matrix, limits, convexity=convexity, quarantined=matrix.quarantined, forbidden=matrix.forbidden)
 
 
 def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignment:
-    """The widest uniform assignment that meets every limit; the narrowest bits everywhere where none does.
+    """The widest uniform assignment that meets every limit. If none does, the narrowest bits everywhere.
 
-    Of several activation widths: the one whose narrower side (weights or activations) is widest, then the widest activations,
-    which suffer more from narrow bits than weights do.
+    If there are several activation widths, the one whose narrower side (weights or activations) is widest is taken, then the
+    one with the widest activations. Activations suffer more from narrow bits than weights do.
     """
     fitting = [
         ((min(b, width or FLOAT_BITS), width or FLOAT_BITS, b), a)
@@ -141,9 +141,9 @@ be left out."""
 def budget_solver(
     matrix: InteractionMatrix, prepare: Callable[[Program], Solve], convexity: Convexity | None = None
 ) -> Callable[[Budget, Sequence[Constraint]], Solution]:
-    """Solves a matrix for one budget and its limits (as of `merge_limits`) at a time.
+    """Solves a matrix for one budget and its limits (from `merge_limits`) at a time.
 
-    What the budgets of one kind share is computed once. InfeasibleError where a budget has no answer.
+    Work that budgets of one kind share is done once. Raises InfeasibleError if a budget has no answer.
     """
     prepared: dict[str, tuple[Program, Solve]] = {}
 
@@ -163,7 +163,7 @@ def each_budget(
     prepare: Callable[[Program], Solve],
     convexity: Convexity | None = None,
 ) -> Iterator[tuple[Budget, Solution | InfeasibleError]]:
-    """The optima of a matrix, each solved on its own; InfeasibleError where a layer has no candidate left."""
+    """The optima of a matrix, each solved separately. InfeasibleError if a layer has no candidate left."""
     if matrix.quarantined or matrix.forbidden:
         program_of(matrix, [], "raw")
     solve = budget_solver(matrix, prepare, convexity)
@@ -183,17 +183,18 @@ def propose(
     without_answer: Callable[[Budget, str, InfeasibleError], None] = lambda budget, method, error: None,
     optima: Optima = each_budget,
 ) -> list[Proposal]:
-    """For every budget the widest uniform assignment and each matrix's optimum, within the standing `limits` as well.
+    """For every budget the widest uniform assignment and each matrix's optimum, which also meet the `limits` of the run.
 
-    Without what is quarantined or forbidden a matrix may have no assignment for a budget, which `without_answer` is told.
+    Without quarantined options and forbidden pairs, a matrix may have no assignment for a budget. Then `without_answer` is
+    called.
 
     Args:
         matrices: Matrices by method.
         budgets: What to answer.
         prepare: A solver for a program.
-        limits: Standing limits.
-        solved: Told of each budget and method.
-        without_answer: Told of each budget that a method has no answer to.
+        limits: Limits that hold for every budget.
+        solved: Called with each budget and method.
+        without_answer: Called with each budget for which a method has no answer.
         optima: How a matrix is solved for the budgets.
 
     Raises:
@@ -220,15 +221,15 @@ class Matrices:
     """The matrices that propose for a run."""
 
     named: Mapping[str, InteractionMatrix]
-    """Those of the estimators that the settings name."""
+    """Matrices of the estimators that the settings name."""
     extra: Mapping[str, InteractionMatrix]
-    """Those of `unreported_estimators`, which compete too."""
+    """Matrices of `unreported_estimators`, which compete too."""
     uncorrected: InteractionMatrix | None
     """`layerwise` of layers without corrections, where there are corrections."""
 
     @classmethod
     def of(cls, measured: Measured, names: Sequence[str]) -> "Matrices":
-        """The matrices of the named estimators, and those beside them."""
+        """The matrices of the named estimators, and of those that are tried in addition."""
         named = {name: estimators.estimate(name, measured) for name in names}
         return cls(named, extra_matrices(measured, names), estimators.uncorrected(measured))
 
@@ -250,9 +251,9 @@ def propose_variants(
     limits: Sequence[Constraint] = (),
     extra: Mapping[str, InteractionMatrix] | None = None,
 ) -> list[Proposal]:
-    """Answers that are not reported and cost solver time only.
+    """Answers that are not reported. They cost solver time only.
 
-    Matrices that are solved clipped are also solved unclipped, and with noisy terms shrunk. `extra` matrices are solved too.
+    Matrices whose program is clipped are also solved unclipped, and with noisy terms shrunk. `extra` matrices are solved too.
     """
     proposals: list[Proposal] = []
 
@@ -279,7 +280,7 @@ def propose_uncorrected(
     """Answers without corrections, which are not reported: the widest uniform assignment, and the optimum of the matrix.
 
     Args:
-        matrix: `estimators.uncorrected`, or None where a run has no corrections: then there are no such answers.
+        matrix: `estimators.uncorrected`, or None if a run has no corrections: then there are no such answers.
         budgets: What to answer.
         prepare: A solver for a program.
         limits: Standing limits.
@@ -288,7 +289,7 @@ def propose_uncorrected(
         return []
     fit = {budget: merge_limits(budget.limit(matrix.space), limits) for budget in budgets}
     proposals = [Proposal(budget, UNIFORM, widest_uniform(matrix.space, fit[budget])) for budget in budgets]
-    with suppress(InfeasibleError):  # a layer that works at no bit-width without corrections
+    with suppress(InfeasibleError):  # a layer works at no bit-width without corrections
         proposals += _proposed(LAYERWISE_PLAIN, matrix, each_budget(matrix, fit, prepare))
     return [replace(p, assignment=p.assignment.with_corrections("none"), reported=False) for p in proposals]
 

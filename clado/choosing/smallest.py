@@ -1,8 +1,8 @@
-"""The smallest network whose *measured* loss increase or top-1 drop stays under a bound. NumPy only.
+"""The smallest network whose *measured* loss increase or top-1 drop stays below a bound. NumPy only.
 
 A larger network can have a larger measured loss. Bisection alone could therefore miss the answer. All first proposals are
 measured. The gap below the smallest one that meets the bound is then filled with new proposals, several times. Both neighbours
-of the answer in size are reported with their measurements.
+of the answer (the next smaller and the next larger one) are reported with their measurements.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class MeasuredAssignment:
 
 @dataclass(frozen=True)
 class Smallest:
-    """The smallest measured proposal whose interval lies under the bound."""
+    """The smallest measured proposal whose interval lies below the bound."""
 
     answer: MeasuredAssignment
     """The smallest assignment that keeps the bound."""
@@ -50,18 +50,18 @@ def smallest(
     bound: float,
     rounds: int = 4,
 ) -> Smallest:
-    """The smallest assignment whose measured cost has its upper 95 % limit at or under `bound`.
+    """The smallest assignment whose measured cost is at or below `bound` with its upper 95 % limit.
 
     Args:
         space: The space of the assignments.
         front: The first proposals.
         measure: Measures the loss increase or the top-1 drop of an assignment.
-        propose: Is called with (low, high) and proposes assignments of more than `low` and less than `high` bytes.
+        propose: Called with (low, high); proposes assignments of more than `low` and less than `high` bytes.
         bound: Largest allowed upper end of the interval.
-        rounds: How often `propose` is called at most.
+        rounds: Most calls of `propose`.
 
     Raises:
-        InfeasibleError: No proposal meets the bound. The message has the closest one.
+        InfeasibleError: No proposal meets the bound. The message names the closest one.
     """
     measured: dict[Assignment, MeasuredAssignment] = {}
 
@@ -95,10 +95,10 @@ def _first_under(proposals: Sequence[MeasuredAssignment], bound: float) -> int |
 
 
 def _none_under(proposals: Sequence[MeasuredAssignment], bound: float) -> str:
-    """The message where no proposal meets the bound."""
+    """The message if no proposal meets the bound."""
     best = min(proposals, key=lambda proposal: ordered(proposal.measured.high))
     return (
-        f"no assignment is measured to stay under {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
+        f"no assignment is measured to stay below {bound:g} with 95 % confidence; the closest costs {best.measured.mean:.4g} "
         f"({best.measured.low:.4g} to {best.measured.high:.4g} on {best.measured.num_images} images) at {best.size_bytes:,} "
         "bytes: allow more, measure on more images (selection_images), or offer wider bits"
     )

@@ -1,4 +1,4 @@
-"""The answer of a solver: an assignment, its value, and how far that is proven. NumPy only."""
+"""The answer of a solver: an assignment, its value, and how far it is proven optimal. NumPy only."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -29,7 +29,7 @@ class Status(StrEnum):
 
     @property
     def advice(self) -> str:
-        """One sentence: what happened, and what to try."""
+        """What happened and what to try, in a sentence."""
         return _ADVICE[self]
 
 
@@ -39,7 +39,7 @@ _ADVICE = {
     "offer fewer bit-widths, or use convexity='clip_psd' or more sensitivity images, which make the program easier.",
     Status.INTERRUPTED: "Interrupted: this is the best assignment found until then, and the gap bounds what is left; run it "
     "again to prove it.",
-    Status.HEURISTIC: "Found by a heuristic, which proves nothing; solve with 'scip' for a bound.",
+    Status.HEURISTIC: "Found by a heuristic, which proves nothing; solve with 'scip' to get a bound.",
     Status.INFEASIBLE: "No assignment meets the constraints; raise a budget, offer narrower bit-widths, or unpin layers.",
     Status.DOUBTFUL: "The solver's numbers and the recomputed ones disagree by more than the tolerance; the assignment is "
     "feasible, but its bound is not to be trusted: rescale the matrix or compare with solver='exhaustive' on a smaller space.",
@@ -75,13 +75,13 @@ class Solution(Tabular):
     estimator: str
     """The name of the estimator that made the matrix."""
     convexity: Convexity
-    """What was minimised: the matrix as measured, or clipped."""
+    """Which matrix was minimised: as measured, or clipped."""
     space: SearchSpace
-    """The layers that the assignment is of."""
+    """The space of the assignment."""
     better_than_widest: Assignment | None = None
-    """An assignment that the raw matrix prefers to the widest bits everywhere, which is a sign of sampling noise."""
+    """An assignment that the raw matrix prefers to the widest bits everywhere. It is a sign of sampling noise."""
     message: str = ""
-    """What the solver says about this solve."""
+    """The solver's message about this solve."""
 
     @property
     def advice(self) -> str:

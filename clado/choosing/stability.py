@@ -1,13 +1,13 @@
-"""How far the sensitivity images decide the bits of each layer, by a bootstrap over sample blocks. NumPy only.
+"""How far the sensitivity images determine the bits of each layer, by a bootstrap over sample blocks. NumPy only.
 
 A resample draws sample blocks with replacement (Efron, 1979), estimates the matrix again, and descends from one estimator's
 answer by the moves of the local search (`local_search.settle`). A layer is *undecided* where fewer than 90 % of the resamples
 keep its bits. A run chooses by measured losses, and may choose another answer. The bootstrap says nothing about that one.
 
-It also says how many images would be enough. With m times as many images there are m times as many blocks. A resample of so
-many has the sampling noise of so many images, σ/√(mN) (the m out of n bootstrap, Bickel, Götze and van Zwet, 1997). The first
-multiple of 4 and 16 that leaves no layer undecided is reported. The resamples vary around the measured values, not around the
-true ones, so this is a guess and not a bound.
+It also says how many images would be enough. With m times as many images there are m times as many blocks. A resample of this
+many blocks has the sampling noise of m times as many images, σ/√(mN) (the m out of n bootstrap, Bickel, Götze and van Zwet,
+1997). The first of the multiples 4 and 16 that leaves no layer undecided is reported. The resamples vary around the measured
+values, not around the true ones, so this is a guess and not a bound.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ RESAMPLES = 24
 
 
 def resampled(measured: Measured, multiple: int, rng: np.random.Generator) -> Measured:
-    """The measurement of another draw of sample blocks, of `multiple` times as many."""
+    """The measurement for another draw of sample blocks, with `multiple` times as many blocks."""
     num_blocks = len(measured.counts)
     repeats = np.bincount(rng.integers(num_blocks, size=multiple * num_blocks), minlength=num_blocks)
     blocks = np.flatnonzero(repeats)

@@ -1,8 +1,8 @@
 """Criteria: the loss of each sample that must not grow. Float64, so that differences of nearly equal losses keep their digits.
 
 A criterion is a callable `(outputs, float_outputs, targets) -> loss of each sample (N,)`. Outputs have the network's own form: a
-tensor, or tensors in tuples, lists and dictionaries, with the images first. Targets are what the data have beside the images, or
-None. `Criterion(callable, curvature=...)` says more about it.
+tensor, or tensors in tuples, lists and dictionaries, with the images first. Targets are what the data have in addition to the
+images, or None. `Criterion(callable, curvature=...)` gives more facts about a criterion.
 
 To add a criterion, add a file to this folder with an object `criterion = Criterion(...)`, and subclass `CriterionContract`
 (tests/contracts/criterion.py) for it. The file's name is the criterion's name; it is imported when first used. In the settings
@@ -30,7 +30,7 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A loss, and what the rest of the code may know about it."""
+    """A loss, and what the rest of the code must know about it."""
 
     loss: Callable[[Any, Any, Any], Tensor]
     """(outputs, float outputs, targets) -> loss of each sample (N,)."""
@@ -43,7 +43,7 @@ class Criterion:
     needs_targets: bool = False
     """Whether it reads targets."""
     on_logits: PackedCriterion | None = None
-    """A faster form for networks that return logits (N, C), with what a criterion of classes knows beside the loss."""
+    """A faster form for networks that return logits (N, C), with more functions of a criterion of classes."""
 
 
 def criterion_of(criterion: Any) -> Criterion:
@@ -67,7 +67,7 @@ def criterion_of(criterion: Any) -> Criterion:
 
 
 def name_of(criterion: Any) -> str:
-    """What messages and matrices call a criterion: its name, or that of its function."""
+    """The name of a criterion in messages and matrices: its own, or that of its function."""
     if isinstance(criterion, str):
         return criterion
     function = criterion.loss if isinstance(criterion, Criterion) else criterion
@@ -87,7 +87,7 @@ def packed(criterion: Any, outputs: Outputs = LOGITS) -> PackedCriterion:
 
 
 def bind(criterion: Any, float_logits: Tensor, labels: Tensor | None) -> Loss:
-    """The criterion as a function of logits alone, for one batch whose float logits and labels are known."""
+    """The criterion as a function of logits only, for one batch with known float logits and labels."""
     return packed(criterion).of(float_logits, labels)
 
 
@@ -102,5 +102,5 @@ def hits(criterion: Any, logits: Tensor, float_logits: Tensor, labels: Tensor | 
 
 
 def residual(criterion: Any, float_logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Gradient of the criterion at the float logits, float64 (N, C); None where it is zero."""
+    """Gradient of the criterion at the float logits, float64 (N, C); None if it is zero."""
     return packed(criterion).slope(float_logits, labels)

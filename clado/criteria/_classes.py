@@ -1,4 +1,4 @@
-"""Dense outputs (N, C, ...): classes on axis 1, one position for each index of the axes behind it."""
+"""Dense outputs (N, C, ...): classes are on axis 1, and each index of the later axes is a position."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ def classes_last(outputs: Any, name: str) -> Tensor:
     """Outputs (N, C, ...) as (N, positions, C).
 
     Raises:
-        ConfigurationError: The outputs are no single tensor with a class axis.
+        ConfigurationError: The outputs are not a single tensor with a class axis.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         form = f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
@@ -44,17 +44,17 @@ def class_numbers(targets: Any, outputs: Tensor, ignore_index: int) -> Tensor:
     """Targets (N, ...) as (N, positions), with class 0 where they are ignored.
 
     Raises:
-        DataError: They are no class numbers for the outputs.
+        DataError: They are not class numbers for the outputs.
     """
     shape, num_classes = (len(outputs), *outputs.shape[2:]), outputs.shape[1]
     if not isinstance(targets, Tensor) or targets.shape != shape or targets.is_floating_point():
         actual = f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise DataError(f"cross_entropy is given targets {actual}; expected class numbers {shape} of torch.int64")
+        raise DataError(f"cross_entropy got targets {actual}; expected class numbers {shape} of torch.int64")
     numbers = torch.where(targets == ignore_index, 0, targets).long()
     low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high >= num_classes:
         raise DataError(
-            f"cross_entropy is given targets from {low} to {high}; expected 0 to {num_classes - 1}, or {ignore_index} for what "
+            f"cross_entropy got targets from {low} to {high}; expected 0 to {num_classes - 1}, or {ignore_index} for what "
             "is ignored: clado.criteria.cross_entropy.over_classes(ignore_index=...)"
         )
     return numbers.reshape(len(outputs), -1)

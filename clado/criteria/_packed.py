@@ -1,4 +1,4 @@
-"""Criteria as measuring reads them: functions of packed outputs (..., N, M), for the float outputs and targets of a batch."""
+"""Criteria in the form that measuring uses: functions of packed outputs (..., N, M), for one batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,33 +18,33 @@ class PackedCriterion:
     """A criterion on the packed outputs of one network. Float outputs are (N, M)."""
 
     bind: Callable[[Tensor, Any], Callable[[Tensor], Tensor]]
-    """(float outputs, targets) -> the loss as a function of outputs alone: (..., N, M) -> float64 (..., N)."""
+    """(float outputs, targets) -> the loss as a function of outputs only: (..., N, M) -> float64 (..., N)."""
     residual: Callable[[Tensor, Any], Tensor | None]
-    """(float outputs, targets) -> gradient of the loss at the float outputs, float64 (N, M). None where it is zero."""
+    """(float outputs, targets) -> gradient of the loss at the float outputs, float64 (N, M). None if it is zero."""
     root: Callable[[Tensor, Any], Callable[[Tensor], Tensor]] | None = None
     """(float outputs, targets) -> a linear map (R, N, M) -> (R, N, V) whose squares sum to the loss's second order.
 
-    None: that of a softmax where there are classes, else the criterion states none.
+    None: that of a softmax if there are classes; otherwise the criterion has none.
     """
     target: Callable[[Tensor, Any], Tensor] | None = None
-    """(float logits, labels) -> class probabilities that the Brier score compares with, float64 (N, C). None without classes."""
+    """(float logits, labels) -> the class probabilities that the Brier score uses, float64 (N, C). None without classes."""
     classes: Callable[[Tensor, Any], Tensor] | None = None
-    """(float logits, labels) -> the class (N,) that a sample is to have. None without classes."""
+    """(float logits, labels) -> the right class of each sample (N,). None without classes."""
     needs_float_outputs: bool = True
-    """Whether `bind` reads the float outputs. Fine-tuning does without the float network where it does not."""
+    """Whether `bind` reads the float outputs. If not, fine-tuning does not need the float network."""
     needs_targets: bool = False
-    """Whether it reads targets. Without them, gradients are those of classes that are drawn from the float softmax."""
+    """Whether it reads targets. If not, gradients are those of classes drawn from the float softmax."""
     name: str = ""
     """The criterion's name, for messages."""
 
     @property
     def offers(self) -> frozenset[str]:
-        """What a tile kind may ask of it (`TileKind.needs`): "curvature", "classes"."""
+        """What it offers to tile kinds (`TileKind.needs`): "curvature", "classes"."""
         has_classes = self.target is not None
         return frozenset({"curvature"} if self.root or has_classes else ()) | frozenset({"classes"} if has_classes else ())
 
     def of(self, float_outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor]:
-        """The loss as a function of outputs alone. Raises DataError without the targets that it needs."""
+        """The loss as a function of outputs only. Raises DataError without the targets that it needs."""
         self._check(targets)
         return self.bind(float_outputs, targets)
 
@@ -54,11 +54,11 @@ class PackedCriterion:
         return self.residual(float_outputs, targets)
 
     def refuse_unfit(self, float_outputs: Tensor, targets: Any) -> None:
-        """Tries a loss of one's own on a few samples.
+        """Tries a user-defined loss on a few samples.
 
         Raises:
-            ConfigurationError: It, or its curvature, fails or gives something else than expected.
-            DataError: It does not get the targets that it needs.
+            ConfigurationError: The loss or its curvature fails, or gives something else than expected.
+            DataError: The targets that it needs are missing.
         """
         if "classes" not in self.offers:
             self.of(float_outputs, targets)(float_outputs)
@@ -69,17 +69,17 @@ class PackedCriterion:
         """Squared distance between the softmax and what the criterion compares it with: the float network's, or the labels'.
 
         Σ_c (q_c − p_c)² of each sample, float64 (..., N), between 0 and 2 (Brier, "Verification of forecasts expressed in terms
-        of probability", 1950). Least where the criterion is least, and bounded where that is not: a few confident errors do not
-        decide. Of a criterion with classes.
+        of probability", 1950). It is least where the criterion is least. It is bounded, so a few confident errors do not decide.
+        For a criterion with classes.
         """
         self._check(labels)
-        assert self.target is not None  # callers ask `offers`
+        assert self.target is not None  # callers check `offers` first
         return (logits.double().softmax(-1) - self.target(float_logits, labels)).square().sum(-1)
 
     def hits(self, logits: Tensor, float_logits: Tensor, labels: Tensor | None) -> Tensor:
-        """Whether the class of the largest logit is the one that the criterion expects: bool (..., N).
+        """Whether the class of the largest logit is the right one: bool (..., N).
 
-        Logits that are not finite hit nothing. Of a criterion with classes.
+        Logits that are not finite are never right. For a criterion with classes.
         """
         self._check(labels)
         assert self.classes is not None
@@ -99,7 +99,7 @@ def on_packed(
 ) -> PackedCriterion:
     """Functions of outputs in the network's own form, as functions of packed ones.
 
-    Rows (R, N, M) are taken one by one, and outputs in float64: a loss of one's own keeps its digits too.
+    Rows (R, N, M) are taken one by one. Outputs are float64, so that differences of a user-defined loss keep their digits.
     """
     subject = f"criterion {name}"
 
@@ -122,7 +122,7 @@ def on_packed(
         at = outside_inference(float_outputs).double().requires_grad_()
         floats, targets = outputs.unpacked(at.detach()), outside_inference(targets)
         total = losses(at, floats, targets).sum()
-        if not total.requires_grad:  # a loss of ranks or of counts
+        if not total.requires_grad:  # the loss has no gradient, such as a rank or a count
             return None
         gradient: Tensor = torch.autograd.grad(total, at, allow_unused=True, materialize_grads=True)[0]
         return gradient
@@ -136,7 +136,7 @@ def on_packed(
             leaves = tree_leaves(value)
             if not all(isinstance(leaf, Tensor) and leaf.shape[:1] == row.shape[:1] for leaf in leaves):
                 raise ConfigurationError(
-                    f"the curvature of {subject} gives something else than tensors with {len(row)} images first; expected "
+                    f"the curvature of {subject} does not give tensors with {len(row)} images first; expected "
                     "tensors (N, ...) whose squares sum to the second order of the loss"
                 )
             return torch.cat([leaf.reshape(len(row), -1) for leaf in leaves], 1)

@@ -1,4 +1,4 @@
-"""One minus the cosine of the angle to the float network's outputs. It does not see a common factor. For outputs of any form."""
+"""One minus the cosine of the angle to the float network's outputs. It ignores a common factor. For outputs of any form."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from clado.criteria.mse_to_float import flattened
 
 
 def cosine_to_float(outputs: Any, float_outputs: Any, targets: Any) -> Tensor:
-    """1 − cos of all values of each sample, float64 (N,): half the squared distance of the unit vectors, which keeps digits."""
+    """1 − cos of each sample, float64 (N,). It is computed as half the squared distance of the unit vectors, to keep digits."""
     gap: Tensor = normalize(flattened(outputs)) - normalize(flattened(float_outputs))
     return gap.square().sum(1) / 2
 

@@ -18,7 +18,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def over_classes(ignore_index: int = IGNORED) -> Criterion:
     """The criterion over the class axis of dense outputs (N, C, ...), with class numbers (N, ...) as targets.
 
-    A sample's loss is the mean over its positions, and 0 where all of them are ignored.
+    A sample's loss is the mean over its positions, and 0 if all of them are ignored.
 
     Args:
         ignore_index: Positions with this target do not count.

@@ -15,15 +15,15 @@ from torch import Tensor
 from clado.criteria import Criterion, Loss, PackedCriterion
 from clado.criteria._classes import IGNORED, classes_last, softmax_root, weights
 
-CACHED = 2**19  # elements that are taken at a time on a CPU, whose cache then holds them from step to step
-# where NumPy's eᶜ − 1 is vectorized, it takes a third of torch's time; elsewhere it is the slower one
+CACHED = 2**19  # elements at a time on a CPU, so that its cache holds them between steps
+# if NumPy's eᶜ − 1 is vectorized, it takes a third of torch's time; otherwise it is slower
 NUMPY_IS_FASTER = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def kl_to_float(logits: Tensor, float_logits: Tensor) -> Tensor:
     """KL(softmax of the float network ‖ softmax of this one) of each sample: (..., N, C), (N, C) -> float64 (..., N).
 
-    Label-free, zero for the float network, and its gradient there is zero too (method: ZeroQ, arXiv 2001.00281, equation 3).
+    It needs no labels. It is zero for the float network, and so is its gradient there (ZeroQ, arXiv 2001.00281, equation 3).
     """
     log_p = float_logits.double().log_softmax(-1)
     gap = log_p - logits.double().log_softmax(-1)
@@ -42,9 +42,9 @@ def _expm1(x: Tensor, out: Tensor) -> Tensor:
 def _kl_of_differences(float_logits: Tensor) -> Loss:
     """`kl_to_float` as log(1 + Σ p (eᶜ − 1 − c)), where c = d − Σ p d and d is the difference of the logits.
 
-    Its float32 elements keep the digits of small losses, in half the time and less. Samples that are not finite this way (eᶜ may
-    overflow), and logits with a gradient, go through `kl_to_float`. This is for a CPU. A GPU would wait for the check, and is
-    fast enough in float64.
+    Float32 elements keep the digits of small losses here, and take half the time or less. `kl_to_float` computes samples that
+    are not finite in this form (eᶜ may overflow), and logits with a gradient. This form is for a CPU. A GPU would have to wait
+    for the check, and is fast enough in float64.
     """
     dtype = torch.promote_types(float_logits.dtype, torch.float32)
     reference = float_logits.to(dtype)
@@ -78,7 +78,7 @@ def _bind(float_logits: Tensor, labels: Tensor | None) -> Loss:
 def over_classes(ignore_index: int = IGNORED) -> Criterion:
     """The criterion over the class axis of dense outputs (N, C, ...).
 
-    A sample's loss is the mean over its positions, and 0 where all of them are ignored. Targets are not needed.
+    A sample's loss is the mean over its positions, and 0 if all of them are ignored. Targets are not needed.
 
     Args:
         ignore_index: Positions with this target do not count, where the targets are class numbers (N, ...).

@@ -2,9 +2,9 @@
 
 Folders and tar shards share it.
 
-An image is decoded when it is read. The slices of one listing are cut from one seeded permutation:
-sensitivity from its front, calibration from its back, validation from between. So, of sensitivity
-and calibration, a larger slice with the same seed holds the smaller one.
+An image is decoded when it is read. The sets of one listing are cut from one seeded permutation:
+sensitivity from its front, calibration from its back, validation from between. So a larger
+sensitivity or calibration set contains the smaller one of the same seed.
 """
 
 import hashlib
@@ -29,14 +29,24 @@ from clado.settings.schema import IMAGENET_MEAN, IMAGENET_STD, DataSettings
 if TYPE_CHECKING:
     from PIL import Image
 
-DECODERS = 4  # threads: Pillow decodes and resizes without Python's lock
-AHEAD_BYTES = 250 * 10**6  # of decoded images of a slice that nobody has read yet
+DECODERS = 4  # threads help, because Pillow decodes and resizes without Python's lock
+AHEAD_BYTES = 250 * 10**6  # most bytes of decoded images that were not read yet
 MODES = {1: "L", 3: "RGB"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # of image files, as torchvision has them
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # names of image files, the same as in torchvision
 
 
 class EncodedImage(Protocol):
-    """An image file's bytes, and what it is called below `data.path`; `str` says where it is."""
+    """The bytes of an image file, and its name below `data.path`. `str` gives its place."""
 
     @property
     def name(self) -> str:
@@ -68,7 +78,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, settings: DataSettings, image_shape: ImageShape) -> "Preprocessing":
-        """What the settings ask for; DataError where it does not fit the network's images."""
+        """The preprocessing that the settings ask for. DataError if it does not fit the network's images."""
         channels, height, width = image_shape
         mean, std = settings.mean or IMAGENET_MEAN, settings.std or IMAGENET_STD
         if channels not in MODES:
@@ -86,7 +96,7 @@ class Preprocessing:
         return cls((channels, height, width), resize, mean, std, settings.interpolation or "bilinear")
 
     def __str__(self) -> str:
-        """In words, as a README says it."""
+        """The preprocessing in words, for a README."""
         _, height, width = self.image_shape
         return (
             f"shorter side resized to {self.resize} pixels ({self.interpolation}), centre crop of {height} x {width}, "
@@ -94,7 +104,7 @@ class Preprocessing:
         )
 
     def __call__(self, encoded: EncodedImage) -> Tensor:
-        """The image as float32 (C, H, W); UnreadableImage names one that cannot be read."""
+        """The image as float32 (C, H, W). Raises UnreadableImage with its name if it cannot be read."""
         return self.normalised(self.pixels(encoded))
 
     def normalised(self, pixels: Tensor) -> Tensor:
@@ -102,9 +112,9 @@ class Preprocessing:
         return (pixels.float() / 255 - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
     def pixels(self, encoded: EncodedImage) -> Tensor:
-        """The image, resized and cropped, as uint8 (C, H, W); UnreadableImage names one that cannot be read.
+        """The resized and cropped image as uint8 (C, H, W). Raises UnreadableImage with its name if it cannot be read.
 
-        The result is that of torchvision's resize, center_crop and pil_to_tensor, whose import takes seconds.
+        The result equals that of torchvision's resize, center_crop and pil_to_tensor. Their import would take seconds.
         """
         from PIL import Image
 
@@ -128,9 +138,9 @@ class Preprocessing:
 
 
 def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
-    """The image with eight bits a channel: Pillow's own conversion takes wider values for white."""
+    """The image with eight bits a channel. Pillow's conversion would turn wider values into white."""
     if image.mode in ("I", "F"):
-        raise DataError(f"image {encoded} has values of 32 bits, whose range is not known; expected 8 or 16 bits a channel")
+        raise DataError(f"image {encoded} has values of 32 bits with an unknown range; expected 8 or 16 bits a channel")
     if not image.mode.startswith("I;16"):
         return image
     from PIL import Image
@@ -139,21 +149,21 @@ def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
 
 
 def folder_error(path: Path | None, expected: str) -> DataError:
-    """The error for a path that is no folder.
+    """The error for a path that is not a folder.
 
-    Settings keep a relative path, and a command may run in any directory. So the message names it.
+    Settings keep a relative path, and a command may run in any directory. So the message names the directory.
     """
     where = "" if path is None or path.is_absolute() else f" (in {Path.cwd()})"
     return DataError(f"data.path {path}{where} is not a folder; expected {expected}")
 
 
 class Ahead:
-    """Decodes images in their order in threads, each once, so that a reader in that order need not wait.
+    """Decodes images in threads and in order, each once, so that a reader in this order need not wait.
 
     Args:
         count: Number of images.
-        decode: The image of a number. What it raises, `take` raises.
-        most: Images that wait for the reader at most.
+        decode: Returns the image of a number. `take` raises its exceptions.
+        most: Most images that wait for the reader.
     """
 
     def __init__(self, count: int, decode: Callable[[int], Tensor], most: int) -> None:
@@ -182,7 +192,7 @@ class Ahead:
                 self._changed.notify_all()
 
     def take(self, number: int) -> Tensor:
-        """The image of a number: decoded ahead the first time, and here when it is asked for again."""
+        """The image of a number. The first time it was decoded ahead; later it is decoded here."""
         with self._changed:
             if number not in self._taken and self._count:
                 self._taken.add(number)
@@ -195,7 +205,7 @@ class Ahead:
         return self._decode(number) if result is None else result
 
     def stop(self) -> None:
-        """Ends the threads, and forgets what nobody has taken."""
+        """Ends the threads, and drops images that were not read."""
         with self._changed:
             self._count = 0
             self._results.clear()
@@ -203,7 +213,7 @@ class Ahead:
 
 
 class EncodedSlice:
-    """Encoded images in a fixed order, with labels or none, decoded anew at each `load`."""
+    """Encoded images in a fixed order, with or without labels. Each `load` decodes them again."""
 
     def __init__(
         self,
@@ -222,17 +232,19 @@ class EncodedSlice:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that are known by name; None where there are none."""
+        """Number of classes that are known by name; None if there are none."""
         return None if self.classes is None else len(self.classes)
 
     @cached_property
     def sha256(self) -> str:
-        """Of each image's name, content and label, in order, and of the preprocessing; not of the decoder."""
+        """A hash of each image's name, content and label, in order, and of the preprocessing. It does not cover the decoder."""
         digest = hashlib.sha256(repr(self.preprocessing).encode())
         for k, image in enumerate(self.images):
             content = hashlib.sha256(image.read()).hexdigest()
             label = None if self.labels is None else self.labels[k]
-            digest.update(f"{image.name}\n{content} {label}\n".encode("utf-8", "surrogateescape"))  # of any bytes
+            digest.update(
+                f"{image.name}\n{content} {label}\n".encode("utf-8", "surrogateescape")
+            )  # class names may hold any bytes
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -255,13 +267,13 @@ class EncodedSlice:
         return self.preprocessing.normalised(self._ahead.take(number))
 
     def decode_ahead(self) -> None:
-        """Begins to decode the images in their order, for one reading of all that comes soon."""
+        """Begins to decode the images in order, because all of them will be read once soon."""
         if self._ahead is None:
             most = max(1, AHEAD_BYTES // math.prod(self.image_shape))
             self._ahead = Ahead(len(self), lambda number: self.preprocessing.pixels(self.images[number]), most)
 
     def end_ahead(self) -> None:
-        """Ends what `decode_ahead` began."""
+        """Stops `decode_ahead`."""
         if self._ahead is not None:
             self._ahead.stop()
             self._ahead = None
@@ -290,13 +302,13 @@ class Listing:
     def with_classes(self, classes: tuple[str, ...]) -> "Listing":
         """The listing with the class numbers of another one.
 
-        Images without classes stay without.
+        Images without classes stay without classes.
         """
         if self.classes is None or self.labels is None:
             return self
         if unknown := [name for name in self.classes if name not in classes]:
             raise DataError(
-                f"{self.root} has classes that the run lacks: {', '.join(unknown[:5])}; expected the same sub-folders, or some"
+                f"{self.root} has classes that the run lacks: {', '.join(unknown[:5])}; expected sub-folders of the same names"
             )
         numbers = [classes.index(name) for name in self.classes]
         return replace(self, labels=tuple(numbers[label] for label in self.labels), classes=classes)
@@ -304,11 +316,11 @@ class Listing:
     def with_class_numbers(self, class_numbers: str) -> "Listing":
         """The listing with ImageNet's class numbers: 0..999, of the sorted synsets.
 
-        It changes only if synsets name every class, or if `class_numbers` is "imagenet". A folder
-        with 50 of the thousand classes is then labelled as the network counts, not 0..49.
+        The numbers change only if synsets name every class, or if `class_numbers` is "imagenet". So a
+        folder with 50 of the thousand classes gets the network's numbers, not 0..49.
 
         Raises:
-            DataError: `class_numbers` is "imagenet", and a class is none of ImageNet's.
+            DataError: `class_numbers` is "imagenet", and a class does not belong to ImageNet.
         """
         if class_numbers == "folders" or self.labels is None:
             return self
@@ -334,9 +346,9 @@ def imagenet_numbers() -> dict[str, int]:
 
 
 def cut(settings: DataSettings, image_shape: ImageShape, training: Listing, separate: Listing | None) -> DataSlices:
-    """The slices of one listing, or of two: validation from `separate`, the others from `training`.
+    """The sets of one listing, or of two: validation from `separate`, the others from `training`.
 
-    Names in `data.skip` are left out. The order of the others stays the same.
+    Images named in `data.skip` are left out. The order of the others stays the same.
 
     Raises:
         DataError: There are too few images, or classes or preprocessing do not fit.
@@ -370,7 +382,7 @@ def _training_positions(
 ) -> tuple[list[int], list[int], list[int]]:
     """Positions of the sensitivity images, of the calibration images, and of all others.
 
-    With `has_validation`, the others hold the validation images too, and must suffice.
+    With `has_validation`, the others also contain the validation images, and there must be enough of them.
     """
     num_sensitivity, num_calibration = settings.sensitivity_images, settings.calibration_images
     request, num_validation = f"{num_sensitivity} for sensitivity and {num_calibration} for calibration", 0
@@ -410,7 +422,7 @@ def _order(listing: Listing, seed: int, skip: set[str]) -> list[int]:
 def _balance(listing: Listing, order: Sequence[int], count: int, seed: int) -> list[int]:
     """The first `count` positions of an order that takes one image of each class in turn.
 
-    So no two classes differ by more than one image.
+    So the counts of two classes differ by at most one image.
     """
     if listing.labels is None:
         raise DataError(f"{listing.root} has no labels; data.class_balanced needs them: expected one sub-folder a class")

@@ -1,4 +1,4 @@
-"""Networks whose published weights come with a Python package: factories for `network: {source: factory}`.
+"""Factories of networks whose published weights come in a Python package, for `network: {source: factory}`.
 
 `recipes/imagenet` has their settings. The packages are extras, and nothing is downloaded when a run starts.
 """
@@ -16,7 +16,7 @@ EFFICIENTNET_SHAPE = (3, 224, 224)
 def efficientnet_lite0() -> tuple[nn.Module, Tensor]:
     """EfficientNet-Lite0 with its ImageNet weights (Tan and Le, arXiv 1905.11946; 4.65 million weights, 407 million MACs).
 
-    Its images are (x − 127) / 128 of pixels in 0..255, 224 pixels wide, cropped from a shorter side of 256.
+    Its images are (x − 127) / 128 for pixels in 0..255. They are 224 pixels wide, cropped from a shorter side of 256.
 
     Returns:
         The network, and an example input of two images.

@@ -1,4 +1,4 @@
-"""Labelled or unlabelled images, sliced: what measuring and evaluation read, wherever the images come from."""
+"""Slices of images, with or without labels. Measuring and evaluation read them, whatever their source."""
 
 import hashlib
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clado.errors import DataError, UnreadableImage
 
-ImageShape = tuple[int, int, int]  # of what sources give; the Python path takes vectors and volumes too
+ImageShape = tuple[int, int, int]  # images of sources; the Python interface also takes vectors and volumes
 """Channels, height, width."""
 
 
@@ -28,11 +28,11 @@ class ImageSlice(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Labels lie within 0..num_classes - 1; None where that is not known."""
+        """Labels lie within 0..num_classes - 1; None if that is not known."""
 
     @property
     def sha256(self) -> str:
-        """Identity of the images, their order and their labels; the class says what is hashed."""
+        """A hash of the images, their order and their labels. Each class says what it covers."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -40,7 +40,7 @@ class ImageSlice(Protocol):
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images start..stop-1 as float32 (n, C, H, W), and their labels as int64 (n,), or None if unlabelled.
 
-        For a criterion or metric of one's own, labels are targets of any type and shape (n, ...).
+        For a user-defined criterion or metric, labels are targets of any type and shape (n, ...).
         """
 
 
@@ -51,24 +51,24 @@ class DataSlices:
     calibration: ImageSlice
     """Ranges and corrections are fitted to these images."""
     sensitivity: ImageSlice
-    """The interaction matrix is measured on these images. Of a run they are the first half of the sensitivity set."""
+    """The interaction matrix is measured on these images. In a run they are the first half of the sensitivity set."""
     validation: ImageSlice
     """Results are reported on these images. No choice uses them."""
     selection: ImageSlice
-    """The other images. An answer that must keep a measured loss or accuracy is chosen on them."""
+    """The other images. `clado smallest` chooses on them."""
     decision: ImageSlice | None = None
-    """What is proposed is measured on these images, and the best is chosen. No proposal is fitted to them."""
+    """Proposals are measured on these images, and the best is chosen. No proposal is fitted to them."""
     imagenet: bool = False
     """Whether labels are the numbers of ImageNet's thousand classes."""
 
     @property
     def used(self) -> tuple[ImageSlice, ...]:
-        """The slices that a run reads: there may be no calibration images."""
+        """The slices that a run reads. There may be no calibration images."""
         decision = () if self.decision is None else (self.decision,)
         return (self.sensitivity, *decision, *([self.calibration] if len(self.calibration) else []), self.validation)
 
     def held_out(self) -> "DataSlices":
-        """The same slices with the second half of the sensitivity set held out to decide; of one image nothing is held out."""
+        """The same slices, with the second half of the sensitivity set held out to decide. A single image is not held out."""
         count, images = len(self.sensitivity), self.sensitivity
         if count < 2:
             return self
@@ -78,7 +78,7 @@ class DataSlices:
 
 @runtime_checkable
 class Divisible(Protocol):
-    """A slice that gives a part of itself as a slice of its own kind, which is the same as one drawn of these images."""
+    """A slice that can return a part of itself as a slice of the same class."""
 
     def part(self, start: int, stop: int) -> ImageSlice:
         """Images start..stop-1."""
@@ -111,7 +111,7 @@ class MemorySlice:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the shape, the float32 pixels in order, and the int64 labels in order."""
+        """A hash of the shape, the float32 pixels in order, and the int64 labels in order."""
         digest = hashlib.sha256(f"{tuple(self._images.shape)} labelled={self._labels is not None}".encode())
         digest.update(self._images.contiguous().numpy().tobytes())
         if self._labels is not None:
@@ -131,7 +131,7 @@ class MemorySlice:
 
 
 class KeptSlice:
-    """A slice of which a process reads each image once: what was read stays in memory."""
+    """A slice that keeps its images in memory once they were read."""
 
     def __init__(self, images: ImageSlice) -> None:
         self.source = images
@@ -145,19 +145,19 @@ class KeptSlice:
 
     @property
     def num_classes(self) -> int | None:
-        """As of the slice."""
+        """The value of the slice."""
         return self.source.num_classes
 
     @property
     def sha256(self) -> str:
-        """As of the slice."""
+        """The value of the slice."""
         return self.source.sha256
 
     def __len__(self) -> int:
         return len(self.source)
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Images and labels start..stop-1. What does not fit the protocol is given as it is, and not kept."""
+        """Images and labels start..stop-1. Data that do not fit the protocol are returned unchanged, and not kept."""
         absent = [k for k in range(start, stop) if k not in self._kept]
         if absent:
             first, last = absent[0], absent[-1] + 1
@@ -179,13 +179,13 @@ class KeptSlice:
 
 
 def kept(images: ImageSlice, limit_bytes: int) -> ImageSlice:
-    """A slice that keeps what it reads, where all of it fits into the limit; one in memory does already."""
+    """A slice that keeps what it reads, if all of it fits into the limit. A slice in memory is returned unchanged."""
     size = 4 * len(images) * math.prod(images.image_shape)
     return images if isinstance(images, MemorySlice) or not 0 < size <= limit_bytes else KeptSlice(images)
 
 
 class PickedSlice:
-    """Some images of other slices, in an order. All images have one shape.
+    """Some images of other slices, in a given order. All images have one shape.
 
     Numbers count through the slices one after another. The hash covers the slices' hashes and the
     numbers. The images have labels if every slice has labels.
@@ -211,7 +211,7 @@ class PickedSlice:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the slices' hashes and the numbers picked, in order."""
+        """A hash of the slices' hashes and of the picked numbers, in order."""
         return hashlib.sha256(
             repr(([image_slice.sha256 for image_slice in self._slices], list(self._numbers))).encode()
         ).hexdigest()
@@ -234,7 +234,7 @@ class PickedSlice:
 
 
 class AbsentSlice:
-    """A number of images that are absent. That is enough for a plan."""
+    """Stands for a number of absent images. A plan needs no more."""
 
     num_classes = None
     sha256 = "absent"
@@ -246,8 +246,8 @@ class AbsentSlice:
         return self._num_images
 
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Refused."""
-        raise DataError(f"data.path {self.path} is not a folder; without images a run can be planned, not measured")
+        """Raises DataError."""
+        raise DataError(f"data.path {self.path} is not a folder; without images a run can be planned, but not measured")
 
 
 def check_batch(
@@ -269,7 +269,7 @@ def check_batch(
         classes: Whether labels are class numbers. Else they are targets of any type and shape (N, ...).
 
     Raises:
-        DataError: The batch is anything else.
+        DataError: The batch does not fit.
     """
     is_image = image_shape is None or len(image_shape) == 3
     axes = "(N, C, H, W)" if is_image else f"(N, {', '.join(map(str, image_shape or ()))})"
@@ -329,8 +329,8 @@ def check_slice(
 ) -> None:
     """Reads every image once, `batch` at a time, and checks it with `check_batch`.
 
-    With `unreadable`, an image that cannot be read is added to it: position -> name. The other
-    images of its batch are then not checked.
+    If `unreadable` is given, an image that cannot be read is added to it: position -> name. The
+    other images of its batch are then not checked.
 
     Raises:
         DataError: An image does not fit, or the slice is empty.
@@ -362,7 +362,7 @@ def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[tuple[int
 def as_slice(
     data: Any, image_shape: tuple[int, ...] | None = None, num_classes: int | None = None, classes: bool = True
 ) -> ImageSlice:
-    """Any of the usual forms of data as one slice, in memory and checked.
+    """Converts the usual forms of data to one slice, in memory and checked.
 
     Args:
         data: Images (N, C, H, W), a pair (images, labels), an iterable (list, DataLoader, generator)
@@ -373,7 +373,7 @@ def as_slice(
         classes: Whether labels are class numbers. Else they are targets of any type and shape (N, ...).
 
     Raises:
-        DataError: The data are anything else.
+        DataError: The data have another form.
     """
     if isinstance(data, ImageSlice):
         return data
@@ -397,14 +397,14 @@ def as_slice(
             )
         if batches and (y is not None) != bool(labels):
             raise DataError(
-                f"{subject} is {'un' if y is None else ''}labelled, the batches before are not so; expected labels on all or none"
+                f"{subject} is {'un' if y is None else ''}labelled, the batches before are not; expected labels in all or in none"
             )
         batches.append(x.detach().cpu())
         if y is not None:
             y = y.detach().cpu()
             labels.append(y if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool else y.long())
     if not batches:
-        raise DataError("data is empty; expected at least one batch (an iterator that was read before has nothing left)")
+        raise DataError("data is empty; expected at least one batch (an iterator that was already read is empty)")
     return MemorySlice(torch.cat(batches), torch.cat(labels) if labels else None, num_classes)
 
 

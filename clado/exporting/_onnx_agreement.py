@@ -16,7 +16,7 @@ from clado.errors import ConfigurationError
 from clado.exporting._torch_module import as_module
 from clado.network.network import Network, Replaced
 
-NEAR = 1e-3  # logits that differ by less may change places
+NEAR = 1e-3  # logits that differ by less may swap their order
 BATCH_IMAGES = 128
 
 

@@ -23,7 +23,7 @@ def initializer(ir: ModuleType, graph: Any, name: str, array: NDArray[Any], dtyp
         graph: The graph.
         name: Name of the tensor.
         array: Its values.
-        dtype: Its data type, such as `ir.DataType.INT4`. None: the array's.
+        dtype: Its data type, such as `ir.DataType.INT4`. None: that of the array.
     """
     array = np.array(array, None if dtype is None else dtype.numpy(), order="C")
     tensor = ir.tensor(array, dtype=dtype, name=name)

@@ -38,15 +38,14 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     Args:
         network: The float network.
         layers: Layers by index, or their weights alone.
-        rounding: Puts a layer's input on its grid; by default `InputGrid`'s, by buffers of the module.
+        rounding: Puts a layer's input on its grid. By default `InputGrid` does, with buffers of the module.
 
     Returns:
         A copy of the network's module in eval mode.
 
     Raises:
-        NetworkError: A module cannot hold the grid of an input or the bias of a correction, or the
-            copy computes something else than was measured. The second happens if a module's forward
-            reads neither.
+        NetworkError: A module cannot hold the grid of an input or the bias of a correction. Or the
+            copy does not compute what was measured, because a module's forward reads neither.
     """
     state = network.state_dict(layers)
     new_biases = [name for name in state if name not in network.model.state_dict()]
@@ -70,24 +69,24 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
 def _refuse_another_function(model: nn.Module, network: Network, layers: Replaced) -> None:
     """Raises NetworkError if the module's logits are not those of the replaced layers."""
     images = network.example.to(network.device)
-    if not isinstance(network.engine, WholeForwards):  # whole forwards hold the network as it ran on this one image
+    if not isinstance(network.engine, WholeForwards):  # with whole forward passes, layers are known for this image only
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         images = torch.cat([images, noise.to(images)])
     with torch.no_grad(), computing(network.numeric, network.device):
         logits = network.outputs.packed(model(images.clone())).float()
     measured = network.logits(images, layers).float()
     scale = float(measured.abs().max())
-    tolerance = 1e-2 if network.numeric == "float32" else 1e-1  # a value between two codes may take either
+    tolerance = 1e-2 if network.numeric == "float32" else 1e-1  # a value in the middle of two codes may take either
     if isfinite(scale) and not float((logits - measured).abs().max()) <= tolerance * scale:
         raise NetworkError(
-            f"{type(model).__name__}'s own forward reads an added bias or a quantized input elsewhere than its modules do: as a "
-            "torch module it computes another function than was measured; call convolutions and linear layers as modules, or do "
+            f"{type(model).__name__}'s own forward does not read an added bias or a quantized input through its modules. As a "
+            "torch module it computes another function than was measured: call convolutions and linear layers as modules, or do "
             "without activation bits and corrections that add biases"
         )
 
 
 def as_layers(layers: Replaced) -> dict[int, QuantizedLayer]:
-    """Quantized layers by index. A weight alone becomes a layer without a grid."""
+    """Quantized layers by index. A plain weight becomes a layer without a grid."""
     return {i: layer if isinstance(layer, QuantizedLayer) else QuantizedLayer(layer) for i, layer in layers.items()}
 
 
@@ -107,14 +106,14 @@ def fake_quantize_by_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, last_
 def merge_input_grid(inputs: dict[str, ActivationGrid], parameter: str, grid: ActivationGrid | None) -> None:
     """Adds a grid to `inputs`.
 
-    Parts of a split weight read one input: the widest of their grids stays, as in the graph.
+    Parts of a split weight read one input. The widest of their grids stays, as in the graph.
     """
     if grid is not None and (parameter not in inputs or grid.bits > inputs[parameter].bits):
         inputs[parameter] = grid
 
 
 def bias_place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """(module, its attribute) for the bias of a correction.
+    """The module, and the name of its attribute, for the bias of a correction.
 
     Raises NetworkError if the module takes none.
     """
@@ -123,7 +122,7 @@ def bias_place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     attribute = "in_proj_bias" if isinstance(module, nn.MultiheadAttention) else "bias"
     if not isinstance(module, (*_MODULE_TYPES, nn.MultiheadAttention)) or getattr(module, attribute) is not None:
         raise NetworkError(
-            f"{module_name or 'the network'} ({type(module).__name__}) takes no added bias; correct it without biases"
+            f"{module_name or 'the network'} ({type(module).__name__}) takes no added bias; use corrections without biases"
         )
     return module, attribute
 
@@ -141,8 +140,8 @@ def assemble(
         model: The module. It is not changed.
         state: Tensors by name, those of new biases among them.
         new_biases: Names of biases that corrections added.
-        inputs: Grid of the input, by the name of the parameter that reads it.
-        rounding: Puts an input on its grid; by default by buffers that are kept in the module's state.
+        inputs: Grid of an input, by the name of the parameter that reads it.
+        rounding: Puts an input on its grid. By default buffers in the module's state do.
 
     Returns:
         The copy in eval mode, and the modules that have a grid by the name of their parameter.
@@ -181,7 +180,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _reader(model: nn.Module, parameter: str) -> nn.Module:
-    """The module whose call reads a weight together with its input."""
+    """The module whose call reads both a weight and its input."""
     module_name, _, attribute = parameter.rpartition(".")
     parent_name, _, child_name = module_name.rpartition(".")
     module, parent = model.get_submodule(module_name), model.get_submodule(parent_name)
@@ -207,15 +206,15 @@ def _unreachable_inputs(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class InputGrid:
-    """A forward hook that puts what a module reads on a grid.
+    """A forward hook that puts the inputs of a module on a grid.
 
-    A tensor that is passed several times stays one tensor.
+    A tensor that is passed several times is put on the grid once.
     """
 
     grid: ActivationGrid
     """The grid of the module's inputs."""
     rounding: Rounding | None = None
-    """Puts a tensor on the grid. None: the buffers that `attach` gives the module do.
+    """Puts a tensor on the grid. None: the buffers of `attach` do.
 
     The buffers are part of the module's state and follow it to other devices.
     """
@@ -254,7 +253,7 @@ class InputGrid:
 
 
 class OpenAttention(nn.MultiheadAttention):
-    """The same attention, but its output projection is called as a module.
+    """The same attention, except that its output projection is called as a module.
 
     So the input of the output projection can be put on a grid.
     """
@@ -270,7 +269,7 @@ class OpenAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`, of batches and without masks."""
+        """The forward of `nn.MultiheadAttention`, for batches and without masks."""
         if query.ndim != 3 or key_padding_mask is not None or attn_mask is not None or is_causal:
             raise NetworkError("attention with a mask or of one sequence cannot have a quantized output projection")
         is_self_attention = query is key and key is value

@@ -8,9 +8,9 @@ assignment.schema.json describes our JSON. Peers' files are:
 - the Python files that `snippets` writes. Only the literals `BITS` and `ACTIVATION_BITS` are read.
   Nothing is run.
 
-Only the bit-widths of weights are taken from a peer's settings. Ranges, groups and activations are
-not: an assignment is scored as our quantizer measured it. A layer that is unknown or missing, and
-bits that are no integer or no candidate, are refused by name.
+Only the bit-widths of weights are taken from another library's settings. Ranges, groups and
+activations are not, because an assignment is scored by our quantizer's measurements. Unknown or
+missing layers, and bits that are not a candidate, are refused with a message that names them.
 """
 
 import ast
@@ -37,7 +37,7 @@ _MCT_FLOAT = 32
 
 
 def read_assignment(path: Path, space: SearchSpace) -> Assignment:
-    """The assignment in a file, in the order of the space; None where the file leaves a layer in float."""
+    """The assignment in a file, in the order of the space; None if the file leaves a layer in float."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
@@ -63,7 +63,7 @@ def _unique_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _literal(text: str, name: str) -> Any:
-    """The literal that a snippet assigns to a name; None where there is none."""
+    """The literal that a snippet assigns to a name; None if there is none."""
     for statement in ast.parse(text).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             try:
@@ -74,7 +74,7 @@ def _literal(text: str, name: str) -> Any:
 
 
 def _bits(document: Any, space: SearchSpace) -> dict[str, Any]:
-    """Parameter name to what the file says, for the layers it names."""
+    """The entries of the file, by parameter name."""
     if isinstance(document, list):
         return _modelopt(document, space)
     if not isinstance(document, dict) or not document:
@@ -93,13 +93,13 @@ def _bits(document: Any, space: SearchSpace) -> dict[str, Any]:
 
 
 def _clado_format(document: dict[str, Any]) -> dict[str, Any]:
-    """The bits of our own format, whose every field is as the schema says."""
+    """The bits of our own format. Every field is checked against the schema."""
     if document["format"] != FORMAT:
         raise ConfigurationError(f"format is {document['format']!r}; expected {FORMAT!r}")
     bits, average, size = (document.get(key) for key in ("bits", "average_bits", "size_bytes"))
     if not isinstance(bits, dict) or not bits:
         raise ConfigurationError(f"bits is {bits!r}; expected an object of layer names to bits")
-    widths = document.get("activation_bits", {"": None})  # it may be absent, but not empty
+    widths = document.get("activation_bits", {"": None})  # the key may be absent, but its value not empty
     if not isinstance(widths, dict) or not widths:
         raise ConfigurationError(f"activation_bits is {widths!r}; expected an object of layer names to bits, or none at all")
     if isinstance(average, bool) or not isinstance(average, (int, float)) or not average >= 0:
@@ -115,7 +115,7 @@ def _clado_format(document: dict[str, Any]) -> dict[str, Any]:
 def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: SearchSpace, document: Any) -> Assignment:
     """The bits in the order of the space. Each layer has one of its candidates, or stays in float.
 
-    Raises ConfigurationError, with all faults, for anything else.
+    Otherwise it raises ConfigurationError, with all errors.
     """
     faults = []
     if unknown := [f"{name}{nearest(name, space.names)}" for name in {**bits, **widths} if name not in space.names]:
@@ -129,7 +129,7 @@ def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: Searc
                 faults.append(f"{layer.name} has {bits[layer.name]!r}, expected an integer within {MIN_BITS}..{MAX_BITS}")
             elif weight_bits not in candidates:
                 faults.append(
-                    f"{layer.name} has {weight_bits} bits, which is not measured; its candidates are {list(candidates)}"
+                    f"{layer.name} has {weight_bits} bits, which were not measured; its candidates are {list(candidates)}"
                 )
         if (width := widths.get(layer.name)) is not None:
             input_bits = _integer(width)
@@ -150,7 +150,7 @@ def _assignment(bits: Mapping[str, Any], widths: Mapping[str, Any], space: Searc
 
 
 def _plain_mapping(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """Bits by parameter, from a mapping whose names are parameters, or modules with one weight."""
+    """Bits by parameter, from a mapping whose keys are parameters, or modules with one weight."""
     bits: dict[str, Any] = {}
     for name, value in document.items():
         layer = name if name in space.names or f"{name}.weight" not in space.names else f"{name}.weight"
@@ -161,7 +161,7 @@ def _plain_mapping(document: Mapping[str, Any], space: SearchSpace) -> dict[str,
 
 
 def _modelopt(entries: Any, space: SearchSpace) -> dict[str, Any]:
-    """ModelOpt's ordered list: the last entry that matches a weight quantizer's name counts; `enable` alone keeps the width."""
+    """ModelOpt's ordered list. The last entry that matches a weight quantizer counts. `enable` alone keeps the width."""
     if not isinstance(entries, list):
         raise ConfigurationError("quant_cfg is no list; the mapping of older ModelOpt is not read: its order is ambiguous")
     widths: dict[str, Any] = {}
@@ -184,14 +184,14 @@ def _modelopt(entries: Any, space: SearchSpace) -> dict[str, Any]:
             if isinstance(cfg, dict):
                 widths[name] = cfg.get("num_bits", 8)
             elif cfg is not None:
-                widths[name] = cfg  # quantizers one after the other: no single width
+                widths[name] = cfg  # several quantizers in sequence have no single width
             else:
                 widths.setdefault(name, 8)
     return {name: widths[name] if enabled else None for name, enabled in is_enabled.items()}
 
 
 def _torchao(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
-    """A torchao FqnToConfig: parameter, module, pattern of either, default of linear layers.
+    """A torchao FqnToConfig: entries by parameter, by module, by pattern, or as default of linear layers.
 
     The first match counts.
     """
@@ -216,7 +216,7 @@ def _torchao(document: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
 
 
 def _torchao_width(config: Any) -> Any:
-    """Bits of a torchao configuration; the configuration's name where it has no integer width."""
+    """Bits of a torchao configuration, or its name if it has no integer width."""
     if not isinstance(config, dict):
         return config
     data = config.get("_data")
@@ -228,7 +228,7 @@ def _torchao_width(config: Any) -> Any:
 
 
 def _mct(selections: Any, space: SearchSpace) -> dict[str, Any]:
-    """MCT's manual choices; the last one counts. A node is called as its module, with '_bn' behind where a norm is folded."""
+    """MCT's manual choices; the last one counts. A node has its module's name, followed by '_bn' if a norm is folded."""
     if not isinstance(selections, list):
         raise ConfigurationError("manual_weights_bit_width_selection_list is not a list")
     widths: dict[str, Any] = {}
@@ -247,10 +247,10 @@ def _mct(selections: Any, space: SearchSpace) -> dict[str, Any]:
 
 
 def _mct_names(node_filter: Any) -> set[str]:
-    """Node names that a filter accepts; none where it is not made of names alone."""
+    """Node names that a filter accepts; none if it consists of more than names."""
     if not isinstance(node_filter, dict):
         return set()
-    if set(node_filter) == {"matcher_a", "matcher_b"}:  # of "or", as far as one can tell
+    if set(node_filter) == {"matcher_a", "matcher_b"}:  # an "or" filter, probably
         sides = [_mct_names(side) for side in node_filter.values()]
         return sides[0] | sides[1] if all(sides) else set()
     name = node_filter.get("node_name")
@@ -268,11 +268,11 @@ def _full_match(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ConfigurationError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+        raise ConfigurationError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def _integer(value: Any) -> int | None:
-    """The value where it is an integer as JSON means it (4 and 4.0, but not true)."""
+    """The value if JSON treats it as an integer (4 and 4.0, but not true)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
         return None
     return int(value)

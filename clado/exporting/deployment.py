@@ -1,4 +1,4 @@
-"""A folder that serves a deployed network in a runtime, without clado.
+"""A folder that runs a deployed network in a runtime, without clado.
 
 network.onnx        the network (the runtime names the file)
 predict.py          a loader that needs the runtime, NumPy and Pillow
@@ -33,30 +33,30 @@ FACTS, ASSIGNMENT, PREDICT, CHECK, CHECKED, README = (
 
 @dataclass(frozen=True)
 class Served:
-    """A network as the runtime computes it."""
+    """A network as the runtime runs it, with its measurements."""
 
     name: str
-    """What it is called in the table."""
+    """Its name in the table."""
     file_bytes: int
     """The whole file."""
     milliseconds: float
-    """Median of one image."""
+    """Median milliseconds of one image."""
     top1: float
-    """Share of images whose first class is the label, or the float network's where there are no labels."""
+    """Share of images whose first class is the label, or without labels the float network's class."""
     predicted_milliseconds: float | None = None
-    """What the table of a profile says; None without a table."""
+    """Milliseconds by the table of a profile. None without a table."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, and where."""
+    """All measurements, and the machine."""
 
     networks: tuple[Served, ...]
-    """The deployed network first; what it is compared with."""
+    """The deployed network, followed by those that it is compared with."""
     num_images: int
-    """Validation images that were computed."""
+    """Number of validation images."""
     has_labels: bool
-    """Whether top-1 is of labels."""
+    """Whether top-1 compares with labels."""
     machine: str
     """The processor, threads and versions, in words."""
     threads: int
@@ -73,17 +73,17 @@ def write_deployment(
     images: NDArray[np.float32],
     logits: NDArray[np.float32],
 ) -> None:
-    """Writes everything but the network, which is there already.
+    """Writes all files except the network, which already exists.
 
     Args:
-        folder: Where the network lies.
-        runtime: What serves it.
+        folder: The folder of the network.
+        runtime: The runtime that runs it.
         assignment_document: The JSON object that `SearchSpace.to_json` makes.
         measurement: What was measured.
-        preprocessing: How images are made.
-        classes: Names of classes, in order; empty where they are not known.
+        preprocessing: How images are made from files.
+        classes: Names of classes, in order. Empty if they are unknown.
         images: Images of the self-check (N, C, H, W), normalised.
-        logits: What the runtime computed for them (N, classes).
+        logits: The logits of the runtime for these images (N, classes).
     """
     network = folder / runtime.file
     facts = {
@@ -110,7 +110,7 @@ def write_deployment(
 
 
 def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
-    """Raises StoreError if a folder holds something else than a deployment of this assignment."""
+    """Raises StoreError if a folder holds anything but a deployment of this assignment."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
@@ -118,7 +118,7 @@ def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         document = None
     if document != dict(assignment_document):
-        raise StoreError(f"{folder} holds something else than this deployment; name another folder with --output, or remove it")
+        raise StoreError(f"{folder} holds something other than this deployment; name another folder with --output, or remove it")
 
 
 def table(measurement: Measurement) -> str:
@@ -176,7 +176,7 @@ logits = run(images)
 spread = float(expected.max() - expected.min())
 difference = float(np.abs(logits - expected).mean())
 same = float((logits.argmax(1) == expected.argmax(1)).mean())
-# kernels of another processor round single codes otherwise, which is far less than one part in a hundred
+# kernels of another processor may round single codes differently; this is far less than one part in a hundred
 if not difference <= 0.01 * spread or same < 0.9:
     sys.exit(
         f"FAILED: outputs differ from those that were measured by {difference:.4g} on average (at most {0.01 * spread:.4g} is "

@@ -1,4 +1,4 @@
-"""The folder that MLflow gets as a model: a packed network, and how to build it.
+"""The folder that MLflow gets as a model: a packed network, and a file that says how to build it.
 
 Nothing is unpickled.
 
@@ -34,9 +34,9 @@ LIBRARIES = ("clado", "torch", "numpy", "safetensors")
 
 
 def export_model(folder: Path, network: Network, layers: Replaced, settings: NetworkSettings) -> PackedSize:
-    """Writes a network with layers (by index) replaced, as `Prepared.deployed` gives both; `settings` name the float network.
+    """Writes a network and its layers (by index), as `Prepared.deployed` returns them. `settings` name the float network.
 
-    NetworkError, as `export_packed`, for what a torch module cannot hold; nothing is written then.
+    Raises NetworkError, as `export_packed` does, if a torch module cannot hold the layers. Nothing is written then.
     """
     size = export_packed(folder / PACKED, network, layers)
     document = {
@@ -53,13 +53,13 @@ def export_model(folder: Path, network: Network, layers: Replaced, settings: Net
 
 
 def name_of(settings: NetworkSettings) -> str:
-    """What tells the network from others, without the / and : that MLflow forbids: source, name, and any weights named."""
+    """A name that identifies the network: source, name, and named weights. It has no / and :, which MLflow forbids."""
     weights = [] if settings.weights is None else [Path(settings.weights).stem]
     return re.sub("[/:]", ".", ".".join([settings.source, settings.name, *weights]))
 
 
 def requirements(settings: NetworkSettings) -> list[str]:
-    """The libraries that loading needs, each pinned to the installed version.
+    """The libraries that loading needs, each with the installed version.
 
     A local version such as +cpu is cut off, because no package index has it.
     """
@@ -68,18 +68,20 @@ def requirements(settings: NetworkSettings) -> list[str]:
 
 
 def read_model(folder: Path) -> dict[str, Any]:
-    """model.json of a folder that `export_model` wrote; StoreError where it is none."""
+    """model.json of a folder that `export_model` wrote. Raises StoreError for another folder."""
     try:
         document: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise ValueError(f"its format is {document['format']!r}")
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{folder} holds no model of ours ({error}); expected {FORMAT}, as `clado run` writes it") from None
+        raise StoreError(
+            f"{folder} does not hold a model of clado ({error}); expected {FORMAT}, as `clado run` writes it"
+        ) from None
     return document
 
 
 class PackedModel:
-    """The network with its packed weights, as MLflow calls it."""
+    """The network with its packed weights, with the interface that MLflow calls."""
 
     def __init__(self, folder: Path) -> None:
         settings = NetworkSettings.model_validate(read_model(folder)["network"])

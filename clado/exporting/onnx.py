@@ -38,8 +38,10 @@ from clado.network.network import Network, Replaced
 from clado.space import Layer
 
 OPSET = 21  # the first with four bits, and with sixteen
-NEWEST_EXPORTED = 23  # by torch 2.8 to 2.15; a later one is declared, since what is used here means the same there
-TWO_BITS, TWO_BITS_IR = 25, 13  # operator set and file format that have them
+NEWEST_EXPORTED = (
+    23  # the set that torch 2.8 to 2.15 export; a later set can be declared, because the used operators mean the same there
+)
+TWO_BITS, TWO_BITS_IR = 25, 13  # operator set and file format that have two-bit types
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,13 @@ class OnnxSize:
 
 
 def export_onnx(path: Path, network: Network, layers: Replaced, opset: int = OPSET) -> OnnxSize:
-    """Writes a network with layers (by index) replaced, as `Prepared.deployed` gives both.
+    """Writes a network and its layers (by index), as `Prepared.deployed` returns them.
 
     The file maps images (batch, C, H, W) to logits.
 
     Raises:
         ConfigurationError: Packages are not installed, or the operator set is too old.
-        NetworkError: torch cannot export the network, or its outputs are no logits.
+        NetworkError: torch cannot export the network, or its outputs are not logits.
     """
     if not network.outputs.are_logits:
         raise NetworkError(
@@ -79,7 +81,7 @@ def export_onnx(path: Path, network: Network, layers: Replaced, opset: int = OPS
     exported.optimize()
     code_bytes = _code_bytes(graph, codes)
     _name_batch(ir, graph)
-    import_module("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(exported.model)  # places in this machine's files
+    import_module("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(exported.model)  # they name files of this machine
     bits = {network.layers[i].name: bits_of(layer.grid.codes) for i, layer in replaced.items() if layer.grid is not None}
     exported.model.producer_name = "clado"
     exported.model.metadata_props["clado.bits"] = json.dumps(bits)
@@ -96,12 +98,12 @@ def export_onnx(path: Path, network: Network, layers: Replaced, opset: int = OPS
 
 
 def _onnx_program(model: nn.Module, example: Tensor, opset: int) -> Any:
-    """The model as torch exports it to ONNX: float weights, marked inputs translated."""
+    """The model as torch exports it to ONNX: weights are float, and marked inputs are translated."""
     exported = torch.onnx.export(
         _program(model, example),
         (),
         dynamo=True,
-        optimize=False,  # only once weights are behind their operator: it would fold what it takes for constants
+        optimize=False,  # optimising comes after weights have their operators; before, it would fold them as constants
         verbose=False,
         opset_version=min(opset, NEWEST_EXPORTED),
         input_names=["images"],
@@ -125,7 +127,7 @@ def _code_bytes(graph: Any, codes: Mapping[str, Any]) -> int:
     tensors = {_content(value): value for value in inputs if value.const_value is not None}
     contents = {name: _content(value) for name, value in codes.items()}
     if removed := [name for name, content in contents.items() if content not in tensors]:
-        raise NetworkError(f"{', '.join(removed[:8])} lost its codes on the way to ONNX; export it in another format")
+        raise NetworkError(f"{', '.join(removed[:8])} lost its codes during the export to ONNX; export it in another format")
     return sum(int(tensors[content].const_value.nbytes) for content in set(contents.values()))
 
 
@@ -133,9 +135,9 @@ def _program(model: nn.Module, example: Tensor) -> ExportedProgram:
     """The model as `torch.export` has it, for any number of images."""
     try:
         with torch.no_grad():
-            batch = torch.cat([example, example])  # torch.export takes a batch of one for a constant
+            batch = torch.cat([example, example])  # torch.export treats a batch of one as a constant
             return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", max=2**20)},))
-    except Exception as error:  # it raises many types; each means that there is no program
+    except Exception as error:  # it raises exceptions of many types; each means that there is no program
         summary = next((line.strip(" -") for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise NetworkError(f"torch.export cannot turn the quantized network into ONNX's operators: {summary[:300]}") from error
 
@@ -168,7 +170,7 @@ def _translation(opset: int) -> Callable[..., Any]:
         codes, dtype = Codes.of(bits, False), _integer_type(ir, Codes.of(max(bits, 8), False), opset)
         step = op.Constant(value=ir.tensor(np.float32(scale)))
         zero = op.Constant(value=ir.tensor(np.array(zero_point, dtype.numpy()), dtype=dtype))
-        if dtype.bitwidth > bits:  # the type would saturate beyond the grid
+        if dtype.bitwidth > bits:  # the integer type would saturate outside of the grid
             ends = [np.float32((code - zero_point) * scale) for code in (codes.low, codes.high)]
             x = op.Clip(x, *(op.Constant(value=ir.tensor(end)) for end in ends))
         return op.DequantizeLinear(op.QuantizeLinear(x, step, zero), step, zero)
@@ -182,7 +184,7 @@ def _translation(opset: int) -> Callable[..., Any]:
 def _put_codes(
     ir: ModuleType, graph: Any, model: nn.Module, network: Network, layers: Mapping[int, QuantizedLayer], opset: int
 ) -> dict[str, Any]:
-    """Puts codes and DequantizeLinear in place of float weights; layer -> its codes."""
+    """Replaces float weights by codes and DequantizeLinear. Returns layer -> its codes."""
     members: dict[str, list[int]] = {}
     for i, place in enumerate(network.places):
         members.setdefault(place.parameter, []).append(i)
@@ -208,15 +210,15 @@ def _put_codes(
 
 
 def _dequantize_node(ir: ModuleType, graph: Any, spec: Layer, layer: QuantizedLayer, grid: Grid, opset: int) -> Any:
-    """The node that makes a layer's weight of its codes, scales and zero points.
+    """The node that computes a layer's weight from its codes, scales and zero points.
 
-    They are added to the graph. The node is not.
+    The codes, scales and zero points are added to the graph. The node is not.
     """
     name, dtype = spec.name, _integer_type(ir, grid.codes, opset)
     codes = integers(name, layer, grid).cpu().numpy()
     zero_point = grid.zero_point.expand_as(grid.scale).flatten().cpu().numpy()
     if (zero_point != zero_point.round()).any():
-        raise NetworkError(f"the grid of {name} has a zero point that is no integer, which ONNX cannot hold")
+        raise NetworkError(f"the grid of {name} has a zero point that is not an integer; ONNX cannot hold it")
     is_per_tensor = grid.scale.numel() == 1
     shape = () if is_per_tensor else (-1,)
     inputs = [
@@ -229,7 +231,7 @@ def _dequantize_node(ir: ModuleType, graph: Any, spec: Layer, layer: QuantizedLa
 
 
 def _replace_weight(ir: ModuleType, graph: Any, parameter: str, initializers: Sequence[Any], nodes: list[Any]) -> None:
-    """Puts nodes into the graph, and the output of the last one in place of the float weight.
+    """Adds nodes to the graph. The output of the last one replaces the float weight.
 
     `initializers` are the float weight, which may have several names.
     """
@@ -245,7 +247,7 @@ def _replace_weight(ir: ModuleType, graph: Any, parameter: str, initializers: Se
 
 
 def _content(value: Any) -> tuple[Any, tuple[int, ...], bytes]:
-    """Data type, shape and bytes of a stored tensor, but not its name."""
+    """Data type, shape and bytes of a stored tensor, without its name."""
     return value.dtype, tuple(value.const_value.shape), value.const_value.tobytes()
 
 
@@ -259,7 +261,7 @@ def _integer_type(ir: ModuleType, codes: Codes, opset: int) -> Any:
 
 
 def _name_batch(ir: ModuleType, graph: Any) -> None:
-    """Calls the number of images `batch`, as torch.export does not."""
+    """Names the axis of images `batch`, which torch.export does not."""
     unnamed = graph.inputs[0].shape[0]
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
     for value in values:

@@ -1,6 +1,6 @@
 """The deployed network as one safetensors file.
 
-A searched weight takes as many bits in it as it was given.
+Each searched weight takes only the bits that the assignment gives it.
 
     LAYER.codes        uint8 (ceil(n b / 8),): codes of the weight in order, b bits each, least significant bit first
     LAYER.scale        float32 (channels,), or (1,) for one scale a tensor
@@ -41,8 +41,10 @@ from clado.network.network import Network, Replaced
 from clado.network.tensors import unfit
 
 FORMAT = "clado-packed/1"
-CHUNK = 2**20  # codes that are packed at a time; a multiple of eight, so that each part ends on a byte
-OFF_GRID = 1e-3  # of a step: what arithmetic in another order may leave between a weight and its code's value
+CHUNK = 2**20  # codes that are packed at a time: a multiple of eight, so that each part ends at a byte
+OFF_GRID = (
+    1e-3  # share of a step: rounding in another order of operations may cause this difference between a weight and its code
+)
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,17 @@ def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
 
 
 def export_packed(path: Path, network: Network, layers: Replaced) -> PackedSize:
-    """Writes a network with layers (by index) replaced, as `Prepared.deployed` gives both.
+    """Writes a network and its layers (by index), as `Prepared.deployed` returns them.
 
     Returns:
-        How many bytes the file takes.
+        The bytes of the file.
 
     Raises:
-        NetworkError: A weight is off its grid, or a tensor holds a NaN or an infinity. Or a torch
+        NetworkError: A weight is not on its grid, or a tensor holds a NaN or an infinity. Or a torch
             module cannot hold the grid of an input or the bias of a correction. Nothing is written
             then.
     """
-    as_module(network, layers)  # what could not be loaded again is refused here
+    as_module(network, layers)  # refused here, because it could not be loaded again
     document, tensors = _document_and_tensors(network, layers)
     if unfit_names := unfit(tensors):
         raise NetworkError(f"weights hold a NaN or an infinity: {', '.join(unfit_names[:8])}")
@@ -106,7 +108,7 @@ def export_packed(path: Path, network: Network, layers: Replaced) -> PackedSize:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(copies, temporary, {"format": FORMAT, "document": text, "sha256": _digest(text, copies)})
-        temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
+        temporary.chmod(0o644)  # safetensors makes it readable for its owner only
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,7 +118,7 @@ def export_packed(path: Path, network: Network, layers: Replaced) -> PackedSize:
 def packed_size(path: Path) -> PackedSize:
     """The bytes of a packed file.
 
-    Raises StoreError if the file is damaged, or is no packed file.
+    Raises StoreError if the file is damaged, or is not a packed file.
     """
     document, tensors = _read(path)
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -130,8 +132,8 @@ def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
     """A copy of a module, in eval mode, with the packed weights. The module itself is not changed.
 
     Weights are floats on their grids. Hooks of the modules put inputs on their grids, which are
-    buffers. So the outputs are those of fake quantization, and `torch.export` takes the copy as it
-    takes the module.
+    buffers. So the outputs are those of fake quantization, and `torch.export` accepts the copy if it
+    accepts the module.
 
     Args:
         path: A file that `clado export --format packed` or `clado finetune` wrote.
@@ -141,8 +143,8 @@ def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
         The copy. It maps images (N, C, H, W) to logits (N, classes), as the module does.
 
     Raises:
-        StoreError: The file is damaged, is no packed file, or has an unknown version.
-        NetworkError: The file is of another network.
+        StoreError: The file is damaged, is not a packed file, or has an unknown version.
+        NetworkError: The file belongs to another network.
     """
     path = Path(path)
     document, tensors = _read(path)
@@ -161,11 +163,11 @@ def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
 def integers(name: str, layer: QuantizedLayer, grid: Grid) -> Tensor:
     """Codes (int32, the weight's shape) of a weight on its grid.
 
-    Raises NetworkError with the layer's name if it is off it.
+    Raises NetworkError with the layer's name if the weight is not on the grid.
     """
     codes = grid.quantize(layer.weight.float())
     error = (grid.dequantize(codes).to(layer.weight.dtype) - layer.weight).float().abs()
-    if not bool((error <= OFF_GRID * grid.scale).all()):  # a NaN is off it too
+    if not bool((error <= OFF_GRID * grid.scale).all()):  # true for NaN too
         raise NetworkError(f"{name} does not lie on its grid; expected layers as `Prepared.deployed` gives them")
     return codes
 
@@ -208,7 +210,9 @@ def _document_and_tensors(network: Network, layers: Replaced) -> tuple[dict[str,
             }
             scale_shape = [spec.shape[k] if k == axis else 1 for k in range(len(spec.shape))]
             if list(layer.grid.scale.shape) != scale_shape and layer.grid.scale.numel() > 1:
-                raise NetworkError(f"the grid of {spec.name} has scales {tuple(layer.grid.scale.shape)}; expected one a channel")
+                raise NetworkError(
+                    f"the grid of {spec.name} has scales {tuple(layer.grid.scale.shape)}; expected one for each channel"
+                )
         elif parameter in coded_parameters:
             tensors[f"{spec.name}.values"] = layer.weight
         if layer.activation is not None:
@@ -219,7 +223,7 @@ def _document_and_tensors(network: Network, layers: Replaced) -> tuple[dict[str,
 
 
 def _weight_tensors(name: str, layer: QuantizedLayer, grid: Grid, bits: int) -> dict[str, Tensor]:
-    """A weight's codes, scales and zero points as the file has them."""
+    """A weight's codes, scales and zero points in the form of the file."""
     codes = (integers(name, layer, grid) - grid.codes.low) // grid.codes.step
     tensors = {"codes": pack(codes, bits), "scale": grid.scale.flatten()}
     zero_point = grid.zero_point.expand_as(grid.scale).flatten()
@@ -263,7 +267,7 @@ def _state_and_inputs(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(document, tensors) of a file whose hash is right."""
+    """The document and the tensors of a file, after a check of its hash."""
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -279,7 +283,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StoreError(f"{path} is not a packed network; expected a file that `clado export --format packed` wrote")
     text = header.get("document", "")
     if header.get("sha256") != _digest(text, tensors):
-        raise StoreError(f"{path} is damaged: its hash is another; copy or export it again")
+        raise StoreError(f"{path} is damaged: its hash differs; copy or export it again")
     return json.loads(text), tensors
 
 
@@ -294,7 +298,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _faults(state: Mapping[str, Tensor], new_biases: Sequence[str], model: nn.Module) -> list[str]:
-    """Why a state is another network's: names, shapes, dtypes, or shared tensors differ."""
+    """The differences between a state and a network: names, shapes, dtypes, or shared tensors."""
     model_state = model.state_dict()
     file_names = set(state) - set(new_biases)
     faults = []

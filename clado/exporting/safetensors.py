@@ -1,11 +1,11 @@
 """The deployed network as float tensors in one safetensors file.
 
-It loads wherever the float network loads.
+It can be loaded like the float network.
 
-The searched weights are already rounded (fake-quantized). So the outputs are those that were
-measured, if activations stay in float: a state dict does not hold their rounding. The weights are
-floats, so the file has the size of the float network. `size_bytes` in the assignment is the size of
-the packed codes.
+The searched weights are already rounded (fake-quantized). So the outputs equal the measured ones,
+if activations stay in float: a state dict does not hold their rounding. The weights are floats, so
+the file has the size of the float network. `size_bytes` in the assignment is the size of the packed
+codes.
 """
 
 import json
@@ -44,7 +44,7 @@ def export_network(
         state: The network's whole state dict. Its searched weights are already fake-quantized.
         assignment_document: The JSON object that `SearchSpace.to_json` makes.
         snippet: The Python code that loads the folder again.
-        facts: What the README says of inputs, outputs and accuracy, a line each.
+        facts: Lines of the README about inputs, outputs and accuracy.
 
     Returns:
         The folder.
@@ -52,15 +52,15 @@ def export_network(
     Raises:
         NetworkError: A searched layer is not in the state, or a tensor holds a NaN or an infinity.
             Nothing is written then.
-        StoreError: The document is no assignment, or the folder holds a README of something else.
+        StoreError: The document is not an assignment, or the folder holds another README.
             Nothing is written then.
     """
     bits = assignment_document.get("bits")
     if assignment_document.get("format") != "clado-assignment/1" or not isinstance(bits, Mapping):
         raise StoreError("not an assignment; expected the JSON object that SearchSpace.to_json makes")
     if (folder / README).exists() and not (folder / WEIGHTS).exists():
-        raise StoreError(f"{folder} holds a {README} and no {WEIGHTS}: it is no export's; name another folder, or a new one")
-    # the parts of a split weight stand in the state as the one tensor that they are rows of
+        raise StoreError(f"{folder} holds a {README} and no {WEIGHTS}, so it is not an export; name another folder, or a new one")
+    # the state holds the parts of a split weight as one tensor
     missing = sorted(name for name in bits if name not in state and _split_weight(name) not in state)
     if missing:
         raise NetworkError(
@@ -68,15 +68,15 @@ def export_network(
         )
     if unfit_names := sorted(unfit(state)):
         raise NetworkError(f"weights hold a NaN or an infinity: {_some(unfit_names)}")
-    # safetensors refuses tensors that share memory (tied weights): each gets its own copy
+    # safetensors refuses tensors that share memory (tied weights), so each gets its own copy
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(assignment_document, indent=1)
     temporary = folder / f".{WEIGHTS}.{os.getpid()}.part"
     try:
-        # the weights carry the assignment too, so that a reader sees when the two files are of different exports
+        # the weights file also has the assignment, so that a reader sees if the two files belong to different exports
         save_file(tensors, str(temporary), metadata={"format": FORMAT, "assignment": document})
-        temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
+        temporary.chmod(0o644)  # safetensors makes it readable for its owner only
         temporary.replace(folder / WEIGHTS)
     finally:
         temporary.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
 
     Raises:
         NetworkError: Names, shapes or dtypes differ from the network's. The network is not changed.
-        StoreError: The folder is no whole export. The network is not changed.
+        StoreError: The folder is not a complete export. The network is not changed.
     """
     state, document = _read(folder)
     model_state = network.state_dict()
@@ -123,9 +123,9 @@ def load_network(folder: Path, network: torch.nn.Module) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(state dict, the assignment's JSON object) of an export.
+    """The state dict and the assignment's JSON object of an export.
 
-    Raises StoreError if it is not whole.
+    Raises StoreError if it is not complete.
     """
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
@@ -137,7 +137,7 @@ def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             f"{folder} is not an export ({error}); expected the {WEIGHTS} and {ASSIGNMENT} of `clado export`"
         ) from error
     if metadata.get("format") != FORMAT or json.loads(metadata.get("assignment", "null")) != document:
-        raise StoreError(f"{WEIGHTS} and {ASSIGNMENT} in {folder} are not of one export; export again")
+        raise StoreError(f"{WEIGHTS} and {ASSIGNMENT} in {folder} belong to different exports; export again")
     return state, dict(document)
 
 
@@ -152,7 +152,7 @@ def _readme(document: Mapping[str, Any], snippet: str, facts: Sequence[str]) -> 
     rows += [[f" `{name}` ", f" {bits} ", f" {activations.get(name)} "] for name, bits in document["bits"].items()]
     table = "\n".join(f"|{'|'.join(row if activations else row[:2])}|" for row in rows)
     note = (
-        "- Activations: when measured, each layer's input was rounded to its activation bits. The file holds weights alone: a\n"
+        "- Activations: when measured, each layer's input was rounded to its activation bits. The file holds weights only: a\n"
         "  network that loads it computes with float activations.\n"
     )
     return f"""# A network with mixed-precision weights
@@ -167,8 +167,8 @@ To load it, in this folder:
 {snippet.strip()}
 ```
 
-- `{WEIGHTS}`: the network's state. The searched weights are rounded to the levels of their bit-width and kept as floats, so
-  the outputs are those that were measured, and the file is as large as the float network.
+- `{WEIGHTS}`: the network's state. The searched weights are rounded to the levels of their bit-width and kept as floats. So
+  the outputs equal the measured ones, and the file is as large as the float network.
 - `{ASSIGNMENT}`: the bit-width of each searched layer.
 {note if activations else ""}
 {table}

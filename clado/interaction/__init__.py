@@ -1,1 +1,1 @@
-"""The interaction matrix, and the estimators that make it."""
+"""The interaction matrix, and the estimators that compute it."""

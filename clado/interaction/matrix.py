@@ -1,4 +1,4 @@
-"""The interaction matrix Ĝ, which an estimator makes and a program minimises. NumPy only.
+"""The interaction matrix Ĝ, which an estimator computes and a program minimises. NumPy only.
 
 Row and column k is option k of the space (`space.py`). For a one-hot choice α the predicted loss increase is ½ αᵀ Ĝ α
 (CLADO, arXiv 2307.05657, equation 8), so every estimator stores numbers on the scale of twice a loss.
@@ -22,7 +22,7 @@ from clado.space import Assignment, SearchSpace
 
 Array = NDArray[np.float64]
 Convexity = Literal["raw", "clip_psd"]
-"""How a matrix is solved: as it is, or without its negative eigenvalues."""
+"""How a matrix is solved: unchanged, or without its negative eigenvalues."""
 
 _FILE = "a matrix that `InteractionMatrix.save` wrote, or `clado run` in the folder matrices of a run"
 
@@ -44,15 +44,15 @@ class InteractionMatrix(Tabular):
     num_samples: int
     """Images of the sensitivity set."""
     standard_error: Array | None = None
-    """Standard errors of the values, (K, K), where the estimator has some."""
+    """Standard errors of the values, (K, K), if the estimator gives them."""
     ranking_only: bool = False
-    """Whether ½ αᵀ Ĝ α only orders assignments and is not a loss."""
+    """Whether ½ αᵀ Ĝ α only ranks assignments and is not a loss."""
     quarantined: tuple[int, ...] = ()
     """Options whose loss is NaN or infinite. A program must not choose them."""
     forbidden: tuple[tuple[int, int], ...] = ()
-    """Pairs of options whose common loss is NaN or infinite. A program must not choose them together."""
+    """Pairs of options whose joint loss is NaN or infinite. A program must not choose them together."""
     convexity: Convexity = "raw"
-    """How a program of this matrix is made convex, as the estimator says."""
+    """How a program of this matrix is made convex. The estimator sets it."""
 
     def __post_init__(self) -> None:
         k = self.space.num_options
@@ -75,7 +75,7 @@ class InteractionMatrix(Tabular):
         It is exact for at most two layers under `pairwise`.
 
         Args:
-            assignment: It may leave layers in float.
+            assignment: The assignment. It may leave layers in float.
 
         Returns:
             The increase, in the unit of the criterion. It is infinite with a quarantined option or a forbidden pair.
@@ -90,18 +90,18 @@ class InteractionMatrix(Tabular):
         return 0.5 * float(self.values[np.ix_(options, options)].sum())
 
     def in_layer_mask(self) -> NDArray[np.bool_]:
-        """True where row and column are options of one layer (diagonal included)."""
+        """True where row and column are options of the same layer, also on the diagonal."""
         owner = np.array([option.layer for option in self.space.options])
         return np.asarray(owner[:, None] == owner[None, :])
 
     def loss_of(self, objective: float) -> float | None:
-        """The loss that a predicted increase means.
+        """The loss for a predicted increase.
 
         Args:
             objective: A predicted increase ½ αᵀ Ĝ α.
 
         Returns:
-            The mean loss on the sensitivity set. None if the matrix only orders assignments.
+            The mean loss on the sensitivity set. None if the matrix only ranks assignments.
         """
         return None if self.ranking_only else self.baseline + objective
 
@@ -149,7 +149,7 @@ class InteractionMatrix(Tabular):
         return f"{self.estimator} of {self.criterion}: {layers} layers, {options} options, {images}"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Each option: layer, bits, weights, and what it adds to the loss alone, ½ Ĝ_kk. `score` where that is no loss."""
+        """Each option: layer, bits, weights, and its loss increase alone, ½ Ĝ_kk. The column is `score` if this is not a loss."""
         title, widths = "score" if self.ranking_only else "loss_alone", self.space.has_activations
         return [
             {
@@ -175,7 +175,7 @@ class InteractionMatrix(Tabular):
         holds the space and all other fields as JSON.
 
         Args:
-            path: The file. Its folder is made if it is missing.
+            path: The file. Its folder is created if it is missing.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

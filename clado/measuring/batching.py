@@ -1,4 +1,4 @@
-"""How images travel through the network, and how much of a tile memory holds: integers. Imports no torch."""
+"""How many images and rows go through the network at once. Integers only, no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from clado.space import SearchSpace
 
 @dataclass(frozen=True)
 class Batching:
-    """How images travel."""
+    """How many images are run at once."""
 
     images_per_pass: int
     """Most images of a sample block that are measured at a time."""
     batch_images: tuple[int, ...]
-    """Images of one run resumed at each layer, rows stacked."""
+    """Images of one run from each layer on, with stacked rows."""
     working_bytes: int
-    """Bytes that one such run may take, without the stored prefixes."""
+    """Most bytes of one such run, without the stored prefixes."""
 
 
 def batching(
@@ -28,11 +28,11 @@ def batching(
     limit_bytes: int | None = None,
     processor: Processor = CPU,
 ) -> Batching:
-    """The batching for values of `alive_bytes[i]` an image at the cut before layer i, and `peak_bytes[i]` from there on.
+    """The batching of a network. An image takes `alive_bytes[i]` at the cut before layer i, at most `peak_bytes[i]` after it.
 
-    A run is fastest while its values stay in the cache and its batch is large. So by default a batch is what the processor runs
-    fast, and a pass at least. A run takes a quarter of `limit_bytes` at most. Buffers of operators are as large as their values
-    again, and stored prefixes need the rest.
+    A run is fastest if its values stay in the cache and its batch is large. So by default a batch has the size that is fastest
+    on the processor, and at least one pass. A run takes at most a quarter of `limit_bytes`. Buffers of operators are as large as
+    their values again, and stored prefixes need the rest.
 
     Raises:
         ConfigurationError: One image does not fit.
@@ -48,7 +48,7 @@ def batching(
         )
     if batch_images is None:
         ideal = [processor.images(peak) for peak in peak_bytes]
-        # a pass rather up to twice as large than half as small: its runs of one row cannot be stacked
+        # a pass up to twice as large is better than one half as small, because runs of one row cannot be stacked
         passes = max(1, images_per_block // min(ideal))
         ideal = [max(want, -(-images_per_block // passes)) for want in ideal]
     else:
@@ -61,9 +61,9 @@ def batching(
 def rows_within_memory(
     space: SearchSpace, images_per_pass: int, bytes_per_image: Sequence[int], limit_bytes: int, working_bytes: int = 0
 ) -> int:
-    """Rows of a `pairs` tile whose stored prefixes fit into `limit_bytes` beside `working_bytes`; all rows where they do.
+    """Rows of a `pairs` tile whose stored prefixes fit into `limit_bytes` together with `working_bytes`, at most all rows.
 
-    `bytes_per_image[i]` is what the values alive before layer i take. A tile holds one copy of them for each of its rows of
+    `bytes_per_image[i]` is the size of the values alive before layer i. A tile holds one copy of them for each of its rows of
     earlier layers, one of the float run, and one that is being made.
     """
     available = limit_bytes - working_bytes

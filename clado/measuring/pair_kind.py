@@ -1,4 +1,4 @@
-"""What the kinds of pairs share: rows are the first options of the pairs, columns the second ones."""
+"""Common parts of the kinds of pairs. Rows are the first options of the pairs, columns the second ones."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ class PairKind(TileKind, ABC):
 
     @abstractmethod
     def last_row(self, tile: Tile, mask: NDArray[np.bool_]) -> int | None:
-        """The last option that the float run of a tile must reach, for its cost; None where there is none."""
+        """The last option that the float run of a tile must reach, to compute its cost. None if there is none."""
 
     def shape(self, space: SearchSpace) -> tuple[int, ...]:
         """(K, K)."""
         return space.num_options, space.num_options
 
     def later_layers(self, space: SearchSpace, layer: int) -> list[int]:
-        """Layers behind `layer` in its group."""
+        """Layers after `layer` in its group."""
         group = next(group for group in self.layer_groups(space) if layer in group)
         return [later for later in group if later > layer]
 

@@ -1,4 +1,4 @@
-"""What has to be measured, and in which tiles: plans in integers. Decides everything; runs nothing; imports no torch.
+"""What is measured, and in which tiles: plans in integers. It makes all decisions and runs nothing. Imports no torch.
 
 A *probe* is a partial assignment. A *tile* is the unit of work, of storage and of retry. It belongs to one sample block (a
 range of sensitivity images). Each file in `kinds/` describes one kind of tile. Tiles of pairs hold a range of rows: the first
@@ -26,15 +26,15 @@ class Tile:
     sample_block: int
     """Number of its sample block."""
     number: int = 0
-    """Number of this row tile in its sample block; 0 where there is one tile."""
+    """Number of this row tile in its sample block. 0 if there is one tile."""
     first: int = 0
-    """First row; 0 where the kind has no row tiles."""
+    """First row. 0 if the kind has no row tiles."""
     stop: int = 0
-    """Row behind the last one; 0 where the kind has no row tiles."""
+    """The row after the last one. 0 if the kind has no row tiles."""
 
     @property
     def rows(self) -> range:
-        """Rows of the tile, which are options; empty where the kind has no row tiles."""
+        """Rows of the tile, which are options. Empty if the kind has no row tiles."""
         return range(self.first, self.stop)
 
     def __str__(self) -> str:
@@ -47,9 +47,9 @@ class Workload:
     """Multiply-accumulates of one image."""
 
     macs: int
-    """Those of the whole network."""
+    """Of the whole network."""
     suffix_macs: tuple[int, ...]
-    """Those behind the cut of each layer."""
+    """Of the part after the cut of each layer."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Plan:
     kinds: tuple[str, ...]
     """Names of the tile kinds that are measured."""
     rows_per_tile: int
-    """Rows of one row tile at most."""
+    """Most rows of a row tile."""
     num_vectors: int = NUM_VECTORS
     """Random vectors that estimate each trace."""
     seed: int = 0
-    """Seed of what is drawn for gradients."""
+    """Seed of the random numbers for gradients."""
 
     @property
     def num_row_tiles(self) -> int:
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
-        """All tiles: first the kinds without row tiles, which are cheap; sample block by sample block."""
+        """All tiles, sample block by sample block. Kinds without row tiles come first, because they are cheap."""
         kinds = [kind for kind in tile_kinds().values() if kind.name in self.kinds]
         blocks = {kind.name: range(kind.num_blocks(len(self.sample_blocks))) for kind in kinds}
         tiles = [Tile(kind.name, n) for kind in kinds if not kind.has_row_tiles for n in blocks[kind.name]]
@@ -97,11 +97,11 @@ class Plan:
         return stop - start
 
     def evaluations(self, tile: Tile) -> int:
-        """Probes that a tile measures on its sample block; a forward of the float network counts as one."""
+        """Number of probes that a tile measures on its sample block. A forward pass of the float network counts as one."""
         return tile_kind(tile.kind).evaluations(self, tile)
 
     def forward_images(self, tiles: Iterable[Tile]) -> int:
-        """Σ over tiles of probes × images: what whole forwards would push through the network."""
+        """Σ over tiles of probes × images: the images that whole forward passes would take."""
         return sum(self.evaluations(tile) * self.num_images(tile.sample_block) for tile in tiles)
 
     def backward_images(self, tiles: Iterable[Tile]) -> int:
@@ -129,9 +129,9 @@ def sample_blocks(num_images: int, num_blocks: int) -> tuple[tuple[int, int], ..
 
 
 def grown_sample_blocks(stored: Sequence[tuple[int, int]], num_images: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
-    """The sample blocks of a set of images that grew: the stored ones stay, and new images are cut into ones of about their size.
+    """The sample blocks of a set of images that grew. Stored blocks stay, and new images are cut into blocks of about their size.
 
-    A fresh cut into `num_blocks` where the stored ones do not begin with one, or cover more images than there are.
+    If the stored blocks do not begin at the first image, or cover more images than there are, `num_blocks` new blocks are cut.
     """
     stored = tuple((start, stop) for start, stop in stored)
     fresh = sample_blocks(num_images, num_blocks)

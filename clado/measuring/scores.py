@@ -1,4 +1,4 @@
-"""What an assignment does to each sample of a sample block, by whole forwards."""
+"""Scores of an assignment for each sample of a sample block, by whole forward passes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Scores(NamedTuple):
 
 
 def scores(bench: Workbench, assignment: Assignment, sample_block: int) -> Scores:
-    """Scores of one assignment, partial or full, on a sample block, as probes see it."""
+    """Scores of one assignment, partial or full, on a sample block, with the network of probes."""
     return score_passes(bench.criterion, bench.network, bench.chosen(assignment), bench.passes(sample_block))
 
 

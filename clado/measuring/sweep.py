@@ -1,9 +1,9 @@
-"""Runs one pass of images through every row of a tile: rows share the float run before them and the weights behind them.
+"""Runs one pass of images through every row of a tile. Rows share the float run before their layer and the weights after it.
 
-A *row* is an option that is already in its place. The sweep walks the layers once and keeps, for each row, the values that are
-alive at the current cut. From there on all rows use the same weights, so their images are stacked in one batch. Values become
-smaller in later layers, so a stack then holds more rows. The caller resumes each stack with one more option in place, or reads
-its logits.
+A *row* is an option that already replaces its layer. The sweep visits the layers once. For each row it keeps the values that
+are alive at the current cut. After the cut all rows use the same weights, so their images are stacked in one batch. Values become
+smaller in later layers, so a stack then holds more rows. The caller resumes each stack with one more replaced layer, or reads its
+logits.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -17,7 +17,7 @@ from clado.network.network import Network, State
 
 @dataclass(eq=False)
 class Stack:
-    """Rows whose values at the current cut lie behind one another in the batch."""
+    """Rows whose values at the current cut are stacked in the batch, one after another."""
 
     rows: list[int]
     """Options, in the order of the batch."""
@@ -26,10 +26,10 @@ class Stack:
 
 
 def sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State, end: int) -> Iterator[tuple[int, list[Stack]]]:
-    """Yields (layer, stacks of the rows of earlier layers, at this layer's cut) for every layer behind the first row, to `end`.
+    """Yields (layer, stacks of the rows of earlier layers, at this layer's cut) for every layer after the first row, up to `end`.
 
-    If `end` is the number of layers, stacks are finished runs. Each is run to the end as soon as it is full, while its values are
-    in the cache. It is yielded once. What is left is yielded behind the last layer.
+    If `end` is the number of layers, stacks are finished runs. Each is run to the end when it is full, while its values are in
+    the cache. It is yielded once. The remaining stacks are yielded after the last layer.
 
     Args:
         bench: Network and quantized layers.
@@ -75,9 +75,9 @@ def each_option(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tenso
 
 
 def _capacity(bench: Workbench, part: Pass, layer: int, to_the_end: bool) -> int:
-    """Rows of a full stack behind a layer.
+    """Rows of a full stack after a layer.
 
-    Of pairs it is a power of two, so that full stacks still fill the larger ones of later layers.
+    For pairs it is a power of two, so that full stacks of one layer exactly fill the larger stacks of later layers.
     """
     batch = bench.batching.batch_images[min(layer + 1, bench.space.num_layers - 1)]
     capacity = max(1, batch // len(part.images))
@@ -85,7 +85,7 @@ def _capacity(bench: Workbench, part: Pass, layer: int, to_the_end: bool) -> int
 
 
 def _packed(network: Network, stacks: list[Stack], capacity: int, layer: int) -> list[Stack]:
-    """The same rows in as few stacks as `capacity` rows each allow; full ones are left alone, and unlike ones kept apart."""
+    """The same rows in as few stacks of `capacity` rows as possible. Full stacks stay, stacks with different keys stay apart."""
     packed = [stack for stack in stacks if len(stack.rows) >= capacity]
     by_shape: dict[Hashable, list[Stack]] = {}
     for stack in stacks:

@@ -21,7 +21,7 @@ from clado.space import Assignment, SearchSpace
 Array = NDArray[np.float64]
 Batch = tuple[Tensor, Tensor | None]
 FLOAT_LOGITS_BYTES = 2**24
-"""Float logits of all sample blocks together that a workbench keeps: 4,096 images of 1,000 classes."""
+"""Most float logits that a workbench keeps: those of 4,096 images with 1,000 classes."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Pass:
     images: Tensor
     """(n, C, H, W)."""
     labels: Tensor | None
-    """(n,), or other targets (n, ...), or None where there are none."""
+    """Labels (n,), or other targets (n, ...). None if there are none."""
     float_logits: Tensor
-    """(n, classes) of the float network; outputs of another form are packed."""
+    """Logits (n, classes) of the float network. Outputs of another form are packed."""
 
     def loss(self, criterion: criteria.PackedCriterion) -> criteria.Loss:
         """The per-sample loss as a function of logits (..., n, classes)."""
@@ -42,7 +42,7 @@ class Pass:
 
 @dataclass
 class Workbench:
-    """What measuring needs. One process keeps it, with the images of the sample block that was asked for last."""
+    """What measuring needs. A process keeps it, with the images of the last sample block."""
 
     prepared: Prepared
     """The float network, and every layer at every candidate."""
@@ -53,9 +53,9 @@ class Workbench:
     load: Callable[[int, int], Batch]
     """(images, labels or None) of a range of the sensitivity set."""
     batch_images: int | None = None
-    """Images that one resumed run takes. None: as many as are fast (`batching`)."""
+    """Images of one resumed run. None: as many as are fast (`batching`)."""
     memory_limit: int | None = None
-    """Bytes that a run may take."""
+    """Most bytes of a run."""
     batch_statistics: bool = False
     """Whether batch norms of probes use the statistics of the whole sample block."""
     num_vectors: int = NUM_VECTORS
@@ -63,13 +63,13 @@ class Workbench:
     seed: int = 0
     """As in a plan."""
     network: Network = field(init=False)
-    """The network that probes run: batch norms are folded, or on batch statistics."""
+    """The network of probes. Its batch norms are folded, or use batch statistics."""
     quantized: tuple[QuantizedLayer, ...] = field(init=False)
-    """What stands in the place of a layer in `network`, for each option."""
+    """The layer that replaces the float layer in `network`, for each option."""
     packed_criterion: criteria.PackedCriterion = field(init=False)
     """The criterion on the packed outputs of `network`."""
     batching: Batching = field(init=False)
-    """How images travel through `network`."""
+    """How many images are run at once through `network`."""
     _kept: tuple[int, tuple[Pass, ...]] | None = None
     """The number of the last sample block, and its passes."""
     _float_logits: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Workbench:
         return self.prepared.space
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
-        """Layer -> what stands in its place in `network`, for the layers that an assignment quantizes."""
+        """Layer -> its replacement in `network`, for the layers that an assignment quantizes."""
         return {self.space.options[k].layer: self.quantized[k] for k in self.space.chosen_options(assignment)}
 
     def loaded(self, sample_block: int) -> Batch:
@@ -132,7 +132,7 @@ def network_batching(
     memory_limit: int | None = None,
     whole_blocks: bool = False,
 ) -> Batching:
-    """How images travel through this network on its device; `whole_blocks` sends the images of a sample block together."""
+    """How many images are run at once on the device of this network. With `whole_blocks`, a sample block is run as one batch."""
     cuts = [place.cut for place in network.places]
     default = batching(
         [cut.bytes_per_image for cut in cuts],
@@ -154,11 +154,11 @@ def network_batching(
 
 
 def rows_per_tile(network: Network, space: SearchSpace, batching: Batching, memory_limit: int | None) -> int:
-    """Rows of a row tile: all of them, or as many as the limit (bytes) holds prefixes of."""
+    """Rows of a row tile: all of them, or as many as have prefixes within the limit (bytes)."""
     if memory_limit is None:
         return space.num_options
     alive = [place.cut.bytes_per_image for place in network.places]
-    usable = memory_limit - memory_limit // 6  # allocators keep some of what they were given back
+    usable = memory_limit - memory_limit // 6  # allocators keep part of the freed memory
     return rows_within_memory(space, batching.images_per_pass, alive, usable, batching.working_bytes)
 
 

@@ -1,4 +1,4 @@
-"""What `Network` is given, checked: modules that wrap another one, and examples that are no images."""
+"""Checks of the arguments of `Network`: wrapped modules, and example inputs that are not images."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from clado.errors import DataError, NetworkError
 
 
 def check_model(model: object) -> None:
-    """Refuses what is not a module, and wrappers that only run another one.
+    """Raises NetworkError for anything but a module, and for wrappers that only run another module.
 
     Raises:
-        NetworkError: The message says where the module is.
+        NetworkError: The message says where the wrapped module is.
     """
     if not isinstance(model, nn.Module):
         raise NetworkError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -21,10 +21,10 @@ def check_model(model: object) -> None:
 
 
 def check_example(example: object) -> None:
-    """Refuses an example input that is no batch of images.
+    """Raises DataError for an example input that is not a batch of images.
 
     Raises:
-        DataError: It is no tensor, has too few axes, or holds integers.
+        DataError: It is not a tensor, has too few axes, or holds integers.
     """
     if not isinstance(example, Tensor) or example.ndim < 2:
         raise DataError("example_input is not a batch of images; expected a tensor (N, C, H, W)")

@@ -1,10 +1,11 @@
-"""Attention with the images first: takes detours through other orders of axes out of a program.
+"""Attention with the images first: removes changes of the order of axes from a program.
 
 `nn.MultiheadAttention` computes with the positions first, whatever order its input has. Its
 exported graph transposes before each projection, copies queries, keys and values apart, and
 transposes back. The module itself takes a fused path in inference. A linear operator treats rows
-alone, so the order of rows may be changed behind it instead of before it. What moves elements is
-evaluated on their numbers: nothing here knows which operators a detour is made of.
+alone, so the order of rows may be changed after it instead of before it. Operators that move
+elements are evaluated on the elements' numbers, so this file does not depend on which operators
+they are.
 """
 
 import math
@@ -31,12 +32,12 @@ _MOVES = {
     )
 } | {str(operator.getitem)}
 _AS_RESHAPE = {"aten.view.default", "aten._unsafe_view.default"}
-_COUNTS = (2, 3)  # of images, for which a movement is worked out
+_COUNTS = (2, 3)  # number of images for which a movement is computed
 
 
 @dataclass(frozen=True)
 class Movement:
-    """Splits axes, picks one index of some, permutes the rest, merges: a view where one exists."""
+    """Splits axes, picks one index of some, permutes the rest, merges. The result is a view if possible."""
 
     split: tuple[int, ...]
     """Sizes of the axes after splitting."""
@@ -55,7 +56,7 @@ class Movement:
         return x.permute(self.order).reshape(self.shape)
 
     def is_view(self, shape: Sequence[int]) -> bool:
-        """Whether nothing is copied of a contiguous tensor of this shape."""
+        """Whether a contiguous tensor of this shape is moved without a copy."""
         x = torch.empty(tuple(shape))
         return self(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
@@ -96,7 +97,7 @@ class _Sizes:
 
 
 def _project_first(graph: fx.Graph, linear: fx.Node, sizes: _Sizes) -> None:
-    """linear(moved rows) -> moved(linear(rows)), where attention alone reads it, without a copy."""
+    """linear(moved rows) -> moved(linear(rows)), without a copy, if only attention reads it."""
     source: Any = linear.args[0]
     while str(source.target) in _MOVES and not sizes.images_lead(source):
         source = source.args[0]
@@ -130,7 +131,7 @@ def _project_first(graph: fx.Graph, linear: fx.Node, sizes: _Sizes) -> None:
 
 
 def _move_first(graph: fx.Graph, attention: fx.Node, sizes: _Sizes) -> None:
-    """moved(linear(copied)) -> linear(moved): at most one copy of what attention gives."""
+    """moved(linear(copied)) -> linear(moved): at most one copy of attention's result."""
     linear = attention
     while len(linear.users) == 1 and linear.target is not _LINEAR:
         (user,) = linear.users
@@ -166,7 +167,7 @@ def _move_first(graph: fx.Graph, attention: fx.Node, sizes: _Sizes) -> None:
 
 
 def _put(graph: fx.Graph, old: fx.Node, source: fx.Node, movement: Movement | None) -> None:
-    """The moved source in the place of a node."""
+    """Puts the moved source in the place of a node."""
     assert movement is not None
     with graph.inserting_before(old):
         moved = graph.create_node("call_function", movement, (source,), {}, f"{old.name}_moved")
@@ -176,7 +177,7 @@ def _put(graph: fx.Graph, old: fx.Node, source: fx.Node, movement: Movement | No
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """The node and what was there for it alone."""
+    """Removes the node, and nodes that only it used."""
     unused = [node]
     while unused:
         node = unused.pop()
@@ -186,14 +187,14 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _source(node: Any) -> Any:
-    """What a node holds elements of."""
+    """The source of a node's elements."""
     while str(node.target) in _MOVES:
         node = node.args[0]
     return node
 
 
 def _ends(node: fx.Node) -> list[fx.Node]:
-    """The node, or its parts behind operators that move elements; none if a reader does more."""
+    """The node, or its parts after operators that move elements. None if a reader does more."""
     users = list(node.users)
     moving = [user for user in users if str(user.target) in _MOVES]
     if not moving:
@@ -209,7 +210,7 @@ def _numbered(shape: Sequence[int]) -> Tensor:
 
 
 def _moved(node: Any, source: fx.Node, value: Tensor, sizes: _Sizes, count: int) -> Tensor:
-    """What the operators between `source` and `node` make of a value in the source's shape."""
+    """The result of the operators between `source` and `node` for a value in the source's shape."""
     path = [node]
     while path[-1] is not source:
         path.append(path[-1].args[0])
@@ -223,7 +224,7 @@ def _moved(node: Any, source: fx.Node, value: Tensor, sizes: _Sizes, count: int)
 
 
 def _rows(numbers: Tensor) -> Tensor | None:
-    """Numbers of the rows that a movement of numbered elements gives; None where rows are torn."""
+    """Numbers of the rows after a movement of numbered elements. None if rows are split."""
     width = numbers.shape[-1]
     whole = bool((numbers % width == torch.arange(width)).all()) and bool((numbers // width == numbers[..., :1] // width).all())
     return numbers[..., 0] // width if whole else None

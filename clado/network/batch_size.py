@@ -1,19 +1,19 @@
-"""How many images one run of a network takes by default: one rule for tiles, losses, accuracies and re-estimation. No torch."""
+"""The default number of images of one run. One rule for tiles, losses, accuracies and re-estimation. No torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a device computes fastest with. The values were measured: tests/benchmarks/MEASURE.md, tests/benchmarks/GPU.md."""
+    """The fastest sizes for a device. The values were measured: tests/benchmarks/MEASURE.md, tests/benchmarks/GPU.md."""
 
     fast_bytes: int
-    """Bytes of the values of one run: what a CPU's cache holds, or what keeps a GPU busy."""
+    """Bytes of the values of one run. They fit into a CPU's cache, or keep a GPU busy."""
     most: int
-    """Images of one run at most."""
+    """Most images of one run."""
 
     def images(self, peak_bytes: int) -> int:
-        """Images of one run that is fast, whose values take so many bytes an image."""
+        """The number of images of a fast run. The values of an image take `bytes_per_image` bytes."""
         return min(max(self.fast_bytes // max(1, peak_bytes), MIN_BATCH), self.most)
 
 

@@ -1,4 +1,4 @@
-"""Where a run of a graph may be resumed, how values stack there, and what may run in place."""
+"""Finds where a run of a graph can be resumed, how values stack there, and which operators can run in place."""
 
 import operator
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def find_cuts(program: Program, lowered: Lowered, axes: dict[int, int]) -> list[
         axes: Slot -> axis of the images, as `image_axes` gives it.
 
     Raises:
-        NetworkError: A weight has no such place.
+        NetworkError: A weight has no such cut.
     """
     macs_at = [macs_of(program, node) for node in lowered.operators]
     births = {program.slots[node]: k for k, node in enumerate([program.input, *lowered.operators], -1)}
@@ -58,7 +58,7 @@ def find_cuts(program: Program, lowered: Lowered, axes: dict[int, int]) -> list[
 
 
 def _peak_bytes(steps: Sequence[Instruction], alive: dict[int, int], sizes: dict[int, int]) -> int:
-    """Most bytes of one image's values that exist at once. A view counts as what it shows."""
+    """Most bytes of one image's values that exist at once. A view counts as the tensor that it shows."""
     held = dict(alive)
     peak = sum(held.values())
     for step in steps:
@@ -72,9 +72,9 @@ def _peak_bytes(steps: Sequence[Instruction], alive: dict[int, int], sizes: dict
 def image_axes(program: Program, lowered: Lowered, graph: Graph, example: Tensor) -> dict[int, int]:
     """Axes along which values of separate images, one after another, are the value of all images.
 
-    They are read off the symbolic shapes, then checked by running two images together and apart. An
-    axis that merges batch and positions, with the batch inside, fails the check and is not cut at.
-    Attention's output projection has such an axis.
+    They follow from the symbolic shapes, and are checked by running two images together and apart. An
+    axis that merges positions and images, with the images inside, fails the check, and there is no cut
+    at it. Attention's output projection has such an axis.
 
     Args:
         program: The exported program.
@@ -119,9 +119,9 @@ def _values(graph: Graph, images: Tensor) -> dict[int, Any]:
 
 
 def in_place(program: Program, lowered: Lowered, cuts: Sequence[Cut]) -> tuple[Instruction, ...]:
-    """The instructions, with in-place twins where nothing needs the first argument any more.
+    """The instructions. Operators run in place if nothing needs their first argument afterwards.
 
-    It must be memory of its own, with no other reader, and alive at no cut.
+    The argument must have its own memory, no other reader, and not be alive at a cut.
     """
     births = {node: k for k, node in enumerate(lowered.operators)}
     positions = {cut.position for cut in cuts}
@@ -140,7 +140,7 @@ def in_place(program: Program, lowered: Lowered, cuts: Sequence[Cut]) -> tuple[I
 
 
 def _may_be_overwritten(node: fx.Node, argument: fx.Node) -> bool:
-    """Whether the first argument is fresh memory of the result's form with no other reader."""
+    """Whether the first argument is new memory in the form of the result, without another reader."""
     before, after = argument.meta["val"], node.meta["val"]
     return (
         argument not in node.args[1:]
@@ -152,7 +152,7 @@ def _may_be_overwritten(node: fx.Node, argument: fx.Node) -> bool:
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """Whether a value is memory of its own: the result of an operator that never returns a view."""
+    """Whether a value has its own memory: it is the result of an operator that never returns a view."""
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and "batch_norm" in str(source.target)

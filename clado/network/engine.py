@@ -1,4 +1,4 @@
-"""What `Network` asks of an engine, and what an engine knows of each searched layer.
+"""The interface of an engine for `Network`, and its facts about each searched layer.
 
 There are two engines: `Graph` runs a network in part, `WholeForwards` runs the module whole.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from clado.grids import QuantizedLayer
 from clado.space import Layer
 
-S = TypeVar("S")  # the state of a run that is not finished
+S = TypeVar("S")  # the state of an unfinished run
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Call:
     function: Callable[..., Any]
     """The operator."""
     arguments: tuple[Any, ...]
-    """The operator's arguments behind the bias."""
+    """The operator's arguments after the bias."""
     weight_shape: tuple[int, ...]
     """The shape in which the operator reads the weight. A view may have changed it."""
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the operator makes of an input, a weight and a bias."""
+        """The operator's result for an input, a weight and a bias."""
         result: Tensor = self.function(x, weight, bias, *self.arguments)
         return result
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a run may be resumed for a layer."""
+    """The place where a run can be resumed for a layer."""
 
     position: int
     """The run is resumed before this instruction."""
@@ -45,35 +45,35 @@ class Cut:
     bytes_per_image: int
     """Bytes of these values, for one image."""
     suffix_macs: int
-    """Multiply-accumulates behind the cut, for one image."""
+    """Multiply-accumulates after the cut, for one image."""
     peak_bytes_per_image: int
-    """Most bytes of one image's values that exist at once behind the cut."""
+    """Most bytes of one image's values that exist at once after the cut."""
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a searched layer stands in its network."""
+    """The place of a searched layer in its network."""
 
     layer: Layer
     """The layer as the search space knows it."""
     parameter: str
     """Name of the module's parameter that holds the weight."""
     rows: slice | None
-    """Rows of the parameter that are this layer's; None: all."""
+    """Rows of the parameter that belong to this layer. None: all."""
     bias_name: str | None
-    """Name of the module's parameter that is the layer's bias; None: it has none of its own."""
+    """Name of the module's parameter that is the layer's bias. None: it has no bias."""
     takes_bias: bool
     """Whether the bias may be replaced, or given to the layer."""
     norm_mean: str | None
-    """Name of the mean of the batch norm that alone reads the layer's result, if there is one."""
+    """Name of the running mean of a batch norm, if only this batch norm reads the layer's result."""
     cut: Cut
-    """The last place before the first use of the weight where a run may be resumed."""
+    """The last place before the first use of the weight where a run can be resumed."""
 
 
 class Engine(Protocol[S]):
     """Runs a network in part.
 
-    A state goes back to the engine that made it. Layer number `len(layers)` means the end.
+    A state is passed only to the engine that made it. Layer number `len(layers)` means the end.
     """
 
     layers: Sequence[LayerPlace]
@@ -89,7 +89,7 @@ class Engine(Protocol[S]):
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias (channels,) of each layer, None where it has none of its own."""
+        """Float bias (channels,) of each layer. None if it has no bias."""
 
     @property
     def replaceable(self) -> frozenset[str]:
@@ -99,20 +99,20 @@ class Engine(Protocol[S]):
         """The same network with other values of parameters and buffers, by name.
 
         Raises:
-            NetworkError: A name is none of `replaceable`.
+            NetworkError: A name is not in `replaceable`.
         """
 
     def begin(self, images: Tensor) -> S:
         """The state before the first layer, of images (N, C, H, W)."""
 
     def advance(self, state: S, layer: int, replaced: Mapping[int, QuantizedLayer]) -> S:
-        """Runs to the cut before `layer` with layers replaced; `state` is left as it is."""
+        """Runs to the cut before `layer` with layers replaced. `state` is not changed."""
 
     def stack(self, states: Sequence[S], layer: int) -> S:
-        """States at the cut before `layer` as one, images after images; of equal `stack_key`."""
+        """Stacks states with equal `stack_key` at the cut before `layer`: the images of one after those of the other."""
 
     def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
-        """Runs images up to the last of these layers, in float; `see` gets each layer and call that reads its weight."""
+        """Runs images in float up to the last of these layers. `see` gets each layer with the call that reads its weight."""
 
     def output(self, state: S) -> Tensor:
         """Logits (images, classes) of a finished run."""

@@ -1,7 +1,7 @@
 """A network as a flat list of ATen operators that can be run in part: from the input or from a cut.
 
-tracing.py decides once, in integers, what each operator reads, when a value dies, where the run may
-be cut and along which axis the values alive there are stacked. Running is then a loop without
+tracing.py decides once, in integers, what each operator reads, when a value is freed, where the run
+can be cut, and along which axis the values alive there are stacked. Running is then a loop without
 decisions.
 """
 
@@ -17,7 +17,7 @@ from clado.grids import ActivationGrid, QuantizedLayer
 from clado.network.engine import Call, Engine, LayerPlace
 from clado.network.tensors import logits_of
 
-# Pure operators with an in-place twin, used where the argument is fresh and dies: less new memory.
+# Pure operators with an in-place form. It is used if the argument is new memory that is freed anyway, to save memory.
 IN_PLACE = {
     torch.ops.aten.relu.default: torch.ops.aten.relu_.default,
     torch.ops.aten.hardtanh.default: torch.ops.aten.hardtanh_.default,
@@ -26,7 +26,7 @@ IN_PLACE = {
     torch.ops.aten.gelu.default: torch.ops.aten.gelu_.default,
     torch.ops.aten.add.Tensor: torch.ops.aten.add_.Tensor,
 }
-NUM_PROBES = -1  # the scalar slot that holds how many probes are stacked
+NUM_PROBES = -1  # the scalar slot with the number of stacked probes
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One operator: where its arguments come from, where its result goes, what dies with it."""
+    """One operator: where its arguments come from, where its result goes, and which values it frees."""
 
     function: Callable[..., Any]
     """The operator."""
     arguments: tuple[Any, ...]
-    """Its arguments; a `Value`, `Constant` or `Scalar` where one is read from a slot."""
+    """Its arguments. Those that are read from a slot are a `Value`, `Constant` or `Scalar`."""
     keywords: Mapping[str, Any]
     """Its keyword arguments, in the same form."""
     slot: int
@@ -75,7 +75,7 @@ class Instruction:
 
 @dataclass
 class GraphState:
-    """A run that has come to an instruction."""
+    """A run that has reached an instruction."""
 
     values: dict[int, Tensor]
     """The values alive before instruction `position`: slot -> tensor."""
@@ -90,7 +90,7 @@ class GraphState:
 
     @property
     def stack_key(self) -> tuple[tuple[int, int], ...]:
-        """The replaced layers that are yet to be used. States of equal keys may be stacked."""
+        """The replaced layers that are still to be used. States with equal keys may be stacked."""
         return tuple((i, id(layer)) for i, layer in self.pending.items())
 
 
@@ -107,17 +107,17 @@ class Norm:
     variance: str
     """Name of the buffer of the running variance."""
     eps: float
-    """What is added to the variance."""
+    """ε, which is added to the variance."""
 
 
 @dataclass(frozen=True)
 class GraphLayer(LayerPlace):
-    """Where a searched layer stands in a graph."""
+    """The place of a searched layer in a graph."""
 
     slots: tuple[int, ...]
-    """Slots of the constants that hold the weight: several where it is tied."""
+    """Slots of the constants that hold the weight: several if it is tied."""
     bias_slot: int | None
-    """Slot of the constant that holds the bias; None: the layer can have no bias of its own."""
+    """Slot of the constant that holds the bias. None: the layer cannot have a bias."""
     last_use: int
     """The last instruction that reads the weight."""
 
@@ -131,13 +131,13 @@ class Graph(Engine[GraphState]):
     instructions: tuple[Instruction, ...]
     """Operators in execution order."""
     constants: dict[int, Any]
-    """Parameters, buffers and folded constants by slot; None for a bias that may be given."""
+    """Parameters, buffers and folded constants by slot. None for a bias that may be added."""
     scalars: Mapping[int, Callable[[int], int]]
     """Integers that follow from the number of images, by slot."""
     norms: tuple[Norm, ...]
     """Batch norms in execution order."""
     named: Mapping[str, tuple[int, ...]]
-    """Slots of each parameter and buffer that operators read as it is."""
+    """Slots of each parameter and buffer that operators read directly."""
     input_slot: int
     """Where the images are read."""
     output_slot: int
@@ -154,7 +154,7 @@ class Graph(Engine[GraphState]):
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias of each layer, None where it has none of its own."""
+        """Float bias of each layer. None if it has no bias."""
         return tuple(
             None if place.bias_slot is None else _rows_of(self.constants[place.bias_slot], place.rows) for place in self.layers
         )
@@ -168,7 +168,7 @@ class Graph(Engine[GraphState]):
         """The same graph with other values of parameters and buffers, by name."""
         unknown = [name for name in named if name not in self.named]
         if unknown:
-            raise NetworkError(f"{', '.join(unknown)} is not read as it is by any operator; it cannot be given another value")
+            raise NetworkError(f"{', '.join(unknown)} is not read directly by any operator; it cannot get another value")
         values = {slot: tensor for name, tensor in named.items() for slot in self.named[name]}
         return replace(self, constants={**self.constants, **values})
 
@@ -181,12 +181,12 @@ class Graph(Engine[GraphState]):
         return GraphState({self.input_slot: images}, 0, len(images), len(images))
 
     def advance(self, state: GraphState, layer: int, replaced: Mapping[int, QuantizedLayer]) -> GraphState:
-        """Runs to the cut before `layer`, or to the end where that is the number of layers."""
+        """Runs to the cut before `layer`, or to the end if `layer` is the number of layers."""
         stop = self.layers[layer].cut.position if layer < len(self.layers) else len(self.instructions)
         return self.run(state, stop, replaced)
 
     def run(self, state: GraphState, stop: int, replaced: Mapping[int, QuantizedLayer]) -> GraphState:
-        """Runs instructions up to `stop` with these layers replaced; `state` is left as it is."""
+        """Runs instructions up to `stop` with these layers replaced. `state` is not changed."""
         if stop < state.position:
             raise ValueError(f"a run at instruction {state.position} cannot go back to {stop}")
         values = dict(state.values)
@@ -201,7 +201,7 @@ class Graph(Engine[GraphState]):
         tables: dict[type, Mapping[int, Any]] = {Value: values, Constant: constants, Scalar: scalars}
         table_of = tables.get
         for step in self.instructions[state.position : stop]:
-            # `resolved` written out: this is what there is between two operators
+            # `resolved` written out, because this loop runs between every two operators
             arguments = [
                 table[argument.slot] if (table := table_of(type(argument))) is not None else resolved(argument, tables)
                 for argument in step.arguments
@@ -221,7 +221,7 @@ class Graph(Engine[GraphState]):
         return GraphState(values, stop, state.num_images, state.probe_images, pending)
 
     def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
-        """Runs images up to the last of these layers, in float; `see` gets each layer and call that reads its weight."""
+        """Runs images in float up to the last of these layers. `see` gets each layer with the call that reads its weight."""
         state = self.start(images)
         for position, step in enumerate(self.instructions):
             observed = [layer for layer in step.layers if layer in layers]
@@ -235,7 +235,7 @@ class Graph(Engine[GraphState]):
                 see(layer, Call(x, step.function, rest, tuple(weight.shape)))
 
     def stack(self, states: Sequence[GraphState], layer: int) -> GraphState:
-        """States at the cut before `layer` as one, images after images; of equal `stack_key`."""
+        """Stacks states with equal `stack_key` at the cut before `layer`: the images of one after those of the other."""
         first = states[0]
         if len(states) == 1:
             return first
@@ -250,7 +250,7 @@ class Graph(Engine[GraphState]):
 
 
 def resolved(argument: Any, tables: Mapping[type, Mapping[int, Any]]) -> Any:
-    """An argument with what it reads; `tables` hold the values, constants and scalars by slot."""
+    """An argument with its slots resolved. `tables` hold the values, constants and scalars by slot."""
     table = tables.get(type(argument))
     if table is not None:
         return table[argument.slot]
@@ -264,7 +264,7 @@ def _rows_of(tensor: Any, rows: slice | None) -> Any:
 
 
 def _replaced_constants(graph: Graph, replaced: Mapping[int, QuantizedLayer]) -> dict[int, Tensor]:
-    """Constants that replaced layers change: whole tensors, or rows of a copy."""
+    """The constants that replaced layers change: whole tensors, or rows of a copy."""
     changed: dict[int, Tensor] = {}
 
     def put(slot: int, rows: slice | None, tensor: Tensor) -> None:
@@ -282,6 +282,6 @@ def _replaced_constants(graph: Graph, replaced: Mapping[int, QuantizedLayer]) ->
             put(slot, place.rows, layer.weight)
         if layer.bias is not None:
             if place.bias_slot is None:
-                raise NetworkError(f"{place.layer.name} cannot have a bias of its own")
+                raise NetworkError(f"{place.layer.name} cannot have a bias")
             put(place.bias_slot, place.rows, layer.bias)
     return changed

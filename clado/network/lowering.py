@@ -1,4 +1,4 @@
-"""From an exported program to instructions: what runs, what is constant, when each value dies."""
+"""From an exported program to instructions: what runs, what is constant, when each value is freed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,22 +25,22 @@ class Lowered:
     instructions: tuple[Instruction, ...]
     """The same as instructions."""
     constants: dict[int, Any]
-    """Parameters, buffers and folded constants by slot; None for a bias that may be given."""
+    """Parameters, buffers and folded constants by slot. None for a bias that may be added."""
     scalars: Mapping[int, SizeRule]
     """Integers that follow from the number of images, by slot."""
     last_reads: dict[int, int]
-    """Slot -> position of the last instruction that reads it; the output is read behind all."""
+    """Slot -> position of the last instruction that reads it. The output is read after all of them."""
     weights: list[SearchedWeight]
     """Searched weights in the order of their first use."""
     bias_slots: tuple[int | None, ...]
-    """Slot of each weight's bias, or of one that it may be given; None: it can have none."""
+    """Slot of each weight's bias, or of one that may be added. None: it cannot have a bias."""
 
 
 def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
     """The operators of a program that run for each batch, and what they read.
 
     Raises:
-        NetworkError: The program draws random numbers, or holds what cannot be run in part.
+        NetworkError: The program draws random numbers, or cannot be run in part.
     """
     operators, constants, rules = _classified(program, {node for weight in weights for node in weight.nodes})
     ordered = sorted(weights, key=lambda weight: weight.positions(operators)[0])
@@ -48,7 +48,7 @@ def lowered(program: Program, weights: Sequence[SearchedWeight]) -> Lowered:
     last_reads = _last_reads(program, operators)
 
     def read(argument: Any) -> Any:
-        """What an instruction has in the place of a node's argument."""
+        """The instruction's form of a node's argument."""
         if isinstance(argument, fx.Node):
             slot = program.slots[argument]
             return Scalar(slot) if slot in rules else Constant(slot) if argument in constants else Value(slot)
@@ -93,7 +93,7 @@ def _classified(program: Program, weights: set[fx.Node]) -> tuple[list[fx.Node],
         is_free = reads_shape_only or not tainted.intersection(node.all_input_nodes)
         if is_free and not has_batch:
             constants[node] = _folded_constant(program, node, constants)
-        else:  # also what only has the batch's shape, such as an expanded class token: it is cheap
+        else:  # also values that only have the batch's shape, such as an expanded class token: they are cheap
             tainted.add(node)
             operators.append(node)
     return operators, constants, rules
@@ -141,7 +141,7 @@ def _slots_read(program: Program, node: fx.Node) -> list[int]:
 def _call(
     node: fx.Node, read: Callable[[Any], Any], given_bias: int | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """(operator, arguments, keywords); `given_bias` is the slot of a bias that it lacks."""
+    """(operator, arguments, keywords). `given_bias` is the slot of an added bias."""
     function = node.target
     assert callable(function)
     arguments = tuple(read(argument) for argument in node.args)
@@ -152,15 +152,15 @@ def _call(
     elif str(function) in CONSUMERS and "bias" in keywords:
         arguments = (*arguments, keywords.pop("bias"))
     if str(function) == "aten._native_batch_norm_legit_no_training.default":
-        # the operator that modules run: the decomposed one returns empty statistics as well
+        # the operator that modules run; the decomposed one also returns empty statistics
         function = batch_norm
     elif function is torch.ops.aten.view.default:
-        function = torch.ops.aten.reshape.default  # the same, and it copies where channels_last leaves no view
+        function = torch.ops.aten.reshape.default  # the same, but it copies if channels_last allows no view
     return function, arguments, keywords
 
 
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor]:
-    """Batch norm of x (N, channels, ...) in eval mode; a tuple, as the exported operator gives."""
+    """Batch norm of x (N, channels, ...) in eval mode. Returns a tuple, like the exported operator."""
     return (torch.ops.aten.batch_norm.default(x, weight, bias, mean, var, False, momentum, eps, False),)

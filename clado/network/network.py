@@ -28,15 +28,15 @@ from clado.space import Assignment, Layer, SearchSpace, check_patterns
 
 ONLY_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 Numeric = Literal["float32", "tf32", "bfloat16"]
-State = GraphState | DeferredRuns  # of a run that is not finished; it goes back to the network that made it
-Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> what stands in its place: a weight, or a weight and more
+State = GraphState | DeferredRuns  # state of an unfinished run; it is passed only to the network that made it
+Replaced = Mapping[int, Tensor | QuantizedLayer]  # layer -> its replacement: a weight, or a weight with bias and grids
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
     """Whether a module's 2-d convolutions are faster in (N, H, W, C): see docs/lab-log.md.
 
-    On a CPU with AVX2 alone all of them are, on other CPUs those with one channel a group. On a GPU
-    it is the user's to say.
+    On a CPU with AVX2 but not AVX-512 all of them are, on other CPUs those with one channel a group.
+    On a GPU the user decides.
     """
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     depthwise = any(1 < part.groups == part.in_channels for part in convolutions)
@@ -46,29 +46,29 @@ def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
 class Network:
     """Wraps a `torch.nn.Module`. The module itself is never changed.
 
-    All runs are in inference mode and in eval mode, on the device where the module lies.
+    All runs are in inference mode and in eval mode, on the module's device.
 
     Args:
         model: A module that `torch.export` accepts.
         example_input: One batch (N, C, H, W) or a single image (C, H, W). It gives shapes and the
-            type that images are cast to. Its values do not matter. Three axes that the network does
-            not take as one image are a batch of signals (N, C, L).
+            type that images are cast to. Its values do not matter. If the network does not take
+            three axes as one image, they are a batch of signals (N, C, L).
         fixed: Name patterns of layers that stay in float.
         split: Name patterns of linear weights whose rows are queries, keys and values, such as
             "*.in_proj_weight" or "*.qkv.weight". Each becomes three layers instead of one.
-        graph: False is for networks that torch.export refuses: the same numbers by whole forwards,
-            at three times the cost and more. Layers are as the example meets them, so its values
-            matter where the network branches on them.
+        graph: False is for networks that torch.export refuses. Numbers are the same, but come from
+            whole forward passes, at three times the cost or more. Layers are those that the example
+            input reaches, so its values matter if the network branches on them.
         numeric: How products are computed: float32, tf32, or bfloat16 (autocast). float32 on CUDA
-            is without TF32, which keeps ten bits of a float32: less than the differences we
-            measure.
+            is without TF32, which keeps ten bits of a float32. That is less than the differences
+            that we measure.
         channels_last: Lays images out as (N, H, W, C). Weights follow where the module was
             converted with `model.to(memory_format=torch.channels_last)`.
-        exported: What `portable` gives of the same network, here or in another process. Exporting
-            it again takes seconds. It is not read where it does not fit the module.
+        exported: The `portable` graph of the same network, from this or another process. Exporting
+            it again takes seconds. It is ignored if it does not fit the module.
 
     Raises:
-        DataError: `example_input` is no batch of images.
+        DataError: `example_input` is not a batch of images.
         ConfigurationError: A pattern matches no parameter, or the numeric mode is unknown.
         NetworkError: torch.export refuses the module, a weight is not finite, or no layer is left.
     """
@@ -97,12 +97,12 @@ class Network:
         self.channels_last = channels_last
         _refuse_bad_weights(model)
         if split and not graph:
-            raise NetworkError("a weight can be split in a graph only; expected graph=True, or no split")
+            raise NetworkError("a weight can be split only in a graph; expected graph=True, or no split")
         self.engine: Graph | WholeForwards
         with computing("float32", example_input.device):
             self.example = _one_image(model, example_input)
             self.outputs: Outputs = _outputs(model, self.example)
-            """The form of what the module returns. `logits` gives it as one tensor (N, M)."""
+            """The form of the module's outputs. `logits` returns them as one tensor (N, M)."""
             packing = self.outputs.packing(model)
             if graph and exported is not None and exported.fits(model):
                 self.engine = exported.restored(model)
@@ -120,22 +120,22 @@ class Network:
 
     @property
     def portable(self) -> PortableGraph | None:
-        """The graph in a form that another process can restore; None where whole forwards are made."""
+        """The graph in a form that another process can restore. None without a graph."""
         return portable(self.engine, self.model) if isinstance(self.engine, Graph) and not self._changed else None
 
     @property
     def _runner(self) -> Engine[State]:
-        """The engine, trusting that each state goes back to the engine that made it."""
+        """The engine, typed so that each state is passed to the engine that made it."""
         return cast(Engine[State], self.engine)
 
     @property
     def places(self) -> Sequence[LayerPlace]:
-        """Where each searched layer stands: its parameter, its bias, its cut."""
+        """The place of each searched layer: its parameter, its bias, its cut."""
         return self.engine.layers
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias (channels,) of each layer, None where it has none of its own."""
+        """Float bias (channels,) of each layer. None if it has no bias."""
         return self.engine.biases
 
     @property
@@ -150,12 +150,12 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
+        """Device of the weights."""
         return self.weights[0].device
 
     @property
     def images_at_once(self) -> int:
-        """Images of one whole run that is fast."""
+        """The number of images of a fast whole run."""
         return processor_of(self.device.type).images(self.places[0].cut.peak_bytes_per_image)
 
     def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
@@ -184,17 +184,17 @@ class Network:
         return self.finish(self.begin(images), replaced)
 
     def differentiable_logits(self, images: Tensor, replaced: Replaced | None = None) -> Tensor:
-        """`logits` with gradients to replaced weights and biases, and to values of `updated`."""
+        """`logits` with gradients for replaced weights and biases, and for values of `updated`."""
         with computing(self.numeric, images.device):
             return self._recorded(images, replaced)
 
     @property
     def changed(self) -> dict[str, Tensor]:
-        """Parameters and buffers that `updated` has given other values, by name."""
+        """Parameters and buffers that `updated` has changed, by name."""
         return dict(self._changed)
 
     def trainable(self, replaced: Replaced) -> dict[str, Tensor]:
-        """Float parameters by name that runs with these layers replaced still read as they are."""
+        """Float parameters by name that runs with these layers replaced still read."""
         unread, replaceable = set[str | None](), self.engine.replaceable
         for i, layer in _quantized_layers(replaced).items():
             unread |= {self.places[i].parameter, self.places[i].bias_name if layer.bias is not None else None}
@@ -218,7 +218,7 @@ class Network:
 
     @torch.inference_mode()
     def advance(self, state: State, layer: int, replaced: Replaced | None = None) -> State:
-        """Runs from a state to the cut before `layer`; to the end for the number of layers."""
+        """Runs from a state to the cut before `layer`, or to the end for the number of layers."""
         with computing(self.numeric, self.device):
             return self._runner.advance(state, layer, _quantized_layers(replaced))
 
@@ -229,13 +229,13 @@ class Network:
 
     @torch.inference_mode()
     def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
-        """Shows what consumes the weights of layers in one float run.
+        """Calls `see` for the operators that read the weights of layers, in one float run.
 
         Args:
-            images: Images (N, C, H, W). The run ends behind the last of the layers.
+            images: Images (N, C, H, W). The run ends after the last of the layers.
             layers: Indices of layers.
             see: Called in execution order with a layer and each call that reads its weight: the
-                call's input, operator and arguments. The input is not kept alive behind it.
+                call's input, operator and arguments. The input is freed after the call.
         """
 
         def in_float(layer: int, call: Call) -> None:
@@ -251,15 +251,15 @@ class Network:
     ) -> dict[str, Tensor]:
         """New statistics of batch norms by buffer name, measured with layers replaced.
 
-        In execution order: each batch norm's input is that of a network whose earlier batch norms
-        have their new statistics already. They are pooled over all batches. Sums are float64, so
-        the result does not depend on how images are cut into batches beyond rounding.
+        They are measured in execution order: earlier batch norms of the network already have their
+        new statistics. They are pooled over all batches. Sums are float64, so the result depends on
+        how images are cut into batches only by rounding.
 
         Args:
             images: Batches (n, C, H, W).
-            replaced: Layer -> what stands in its place.
-            statistics: What a batch norm gets, of those that it has and those of what it sees;
-                default: the latter.
+            replaced: Layer -> its replacement.
+            statistics: Computes a batch norm's new statistics from its own ones and those of its
+                input. Default: those of its input.
         """
         with computing(self.numeric, self.device):
             batches = [self._laid_out(part) for batch in images for part in torch.split(batch, self.images_at_once)]
@@ -268,7 +268,7 @@ class Network:
     def updated(self, named: Mapping[str, Tensor]) -> "Network":
         """The same network with other values of parameters and buffers, by name.
 
-        They are laid out as the module's own are. The module is not changed.
+        They get the memory layout of the module's values. The module is not changed.
         """
         floats = self.model.state_dict()
         named = {name: laid_out_like(tensor, floats[name]) if name in floats else tensor for name, tensor in named.items()}
@@ -281,18 +281,18 @@ class Network:
     def folded(self) -> "tuple[Network, Callable[[int, QuantizedLayer], QuantizedLayer]]":
         """The same function with batch norms folded into the layers before them.
 
-        Results are the same up to rounding: for measuring, not for export.
+        Results are the same up to rounding. Use it for measuring, not for export.
 
         Returns:
-            The network, and what turns a layer (by index) that is put in place into one that fits
-            there.
+            The network, and a function (layer index, replacement) -> the replacement for the folded
+            network.
         """
         other = copy(self)
         other.engine, folds = transforms.folded(self.engine)
         return other, lambda i, layer: folds[i](layer) if i in folds else layer
 
     def folded_with(self, replaced: Replaced) -> "tuple[Network, dict[int, QuantizedLayer]]":
-        """The folded network for runs with these layers replaced, and the layers as they fit there."""
+        """The folded network for runs with these layers replaced, and the layers in their folded form."""
         layers, other = _quantized_layers(replaced), copy(self)
         other.engine, folds = transforms.folded(self.engine, layers)
         return other, {i: folds[i](layer) if i in folds else layer for i, layer in layers.items()}
@@ -312,7 +312,7 @@ class Network:
     def recorded_logits(self, images: Tensor, replaced: Replaced) -> Tensor:
         """Logits (N, classes) of a `differentiable` network, with autograd's record.
 
-        For first and second derivatives in the tensors put in place.
+        For first and second derivatives in the replacing tensors.
         """
         with torch.enable_grad(), computing(self.numeric, images.device), sdpa_kernel(SDPBackend.MATH):
             return self._recorded(images, replaced)
@@ -323,20 +323,22 @@ class Network:
 
     @torch.inference_mode()
     def stack(self, states: Sequence[State], layer: int) -> State:
-        """States at the cut before `layer` as one state, images after images; of equal `stack_key`.
+        """Stacks states with equal `stack_key` at the cut before `layer`: the images of one after those of the other.
 
-        They are finished runs for the number of layers.
+        For the number of layers, they are finished runs.
         """
         return self._runner.stack(states, layer)
 
     def state_dict(self, replaced: Replaced) -> dict[str, Tensor]:
-        """The module's state with layers replaced, tied names included; no grids of activations.
+        """The module's state with layers replaced, including tied names, without grids of activations.
 
-        A bias given to a layer that had none goes into the batch norm behind it (its mean, less the
-        bias). It stands under a name of its own only where there is no batch norm.
+        A bias that is added to a layer without one goes into the batch norm after it (the bias is
+        subtracted from the mean). Without a batch norm, it gets its own name.
         """
         floats = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        values = {floats[name].data_ptr(): tensor for name, tensor in self._changed.items()}  # by address: tied names are one
+        values = {
+            floats[name].data_ptr(): tensor for name, tensor in self._changed.items()
+        }  # by address, because tied names are one tensor
         added: dict[str, Tensor] = {}
 
         def put(name: str, rows: slice | None, tensor: Tensor) -> None:
@@ -365,7 +367,7 @@ class Network:
         return list(self.engine.unsearched)
 
     def check_assignment(self, assignment: Assignment) -> None:
-        """Refuses an assignment of another network.
+        """Raises NetworkError for an assignment of another network.
 
         Raises:
             NetworkError: It has another number of layers.
@@ -377,32 +379,32 @@ class Network:
 def _one_image(model: nn.Module, example: Tensor) -> Tensor:
     """A batch of one.
 
-    Three axes are an image where the module runs on it so, else signals where it runs on those.
+    Three axes are an image if the module runs on it, else signals if it runs on those.
     """
     if example.ndim != 3:
         return example[:1]
     image, signals = example.unsqueeze(0), example[:1]
     with eval_mode(model), torch.no_grad():
         for batch in (image, signals):
-            with suppress(Exception):  # modules raise many kinds
+            with suppress(Exception):  # modules raise exceptions of many types
                 model(batch.clone())
                 return batch
     return image
 
 
 def _outputs(model: nn.Module, example: Tensor) -> Outputs:
-    """The form of what a module returns. A module that does not run gets a message from the engine."""
+    """The form of a module's outputs. If a module does not run, the engine raises the error."""
     images = torch.cat([example] * NUM_EXAMPLES)
     try:
         with eval_mode(model), torch.no_grad():
             value = model(images)
-    except Exception:  # modules raise many kinds
+    except Exception:  # modules raise exceptions of many types
         return LOGITS
     return Outputs.of(value, len(images))
 
 
 def _refuse_unmatched(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
-    """A pattern that matches nothing is a typing error: a layer would be searched."""
+    """Raises ConfigurationError for a pattern that matches nothing, because it is probably misspelled."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigurationError(f"{key}: no parameter matches {pattern!r}; names are such as {', '.join(names[:3])}")
@@ -413,7 +415,7 @@ def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _added_bias_name(weight: str) -> str:
-    """Name of a bias that the module lacks: fc.bias, in_proj_bias, w_bias of a parameter w."""
+    """Name for a bias that the module lacks: fc.bias, in_proj_bias, or w_bias of a parameter w."""
     folder, dot, name = weight.rpartition(".")
     return folder + dot + (name.replace("weight", "bias") if "weight" in name else f"{name}_bias")
 
@@ -425,7 +427,7 @@ def _quantized_layers(replaced: Replaced | None) -> dict[int, QuantizedLayer]:
 
 @contextmanager
 def computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
-    """Products in a numeric mode while the context lasts; the process's own mode comes back."""
+    """Sets the numeric mode of products during the context, and then restores the mode of the process."""
     autocast = torch.autocast(device.type, torch.bfloat16) if numeric == "bfloat16" else nullcontext()
     if device.type != "cuda":
         with autocast:
@@ -443,6 +445,4 @@ def computing(numeric: Numeric, device: torch.device) -> Iterator[None]:
 
 def _refuse_bad_weights(model: nn.Module) -> None:
     if bad := unfit(model.state_dict()):
-        raise NetworkError(
-            f"{bad[0]} holds a NaN or an infinity; expected finite weights: was the training that made them finished?"
-        )
+        raise NetworkError(f"{bad[0]} holds a NaN or an infinity; expected finite weights. Did the training diverge?")

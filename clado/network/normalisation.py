@@ -1,4 +1,4 @@
-"""The statistics that batch norms see with layers replaced, measured in execution order."""
+"""Statistics of batch norms' inputs with layers replaced, measured in execution order."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,25 +17,25 @@ Moments = tuple[Tensor, Tensor]  # mean and variance of each channel, (channels,
 
 @dataclass(frozen=True)
 class NormStatistics:
-    """The statistics that a batch norm has, and those of its input over images and positions."""
+    """The statistics of a batch norm, and those of its input over images and positions."""
 
     mean: str
     """Name of the buffer of the running mean."""
     variance: str
     """Name of the buffer of the running variance."""
     eps: float
-    """What is added to the variance."""
+    """ε, which is added to the variance."""
     trained: Moments
-    """What the network has."""
+    """The network's own statistics."""
     seen: Moments
-    """What was measured."""
+    """The measured statistics of its input."""
 
 
 Statistics = Callable[[NormStatistics], Moments]
 
 
 def as_seen(norm: NormStatistics) -> Moments:
-    """The statistics of what a batch norm sees, in place of those that it has."""
+    """The statistics of the batch norm's input, instead of its own."""
     return norm.seen
 
 
@@ -44,14 +44,14 @@ def normalisation(
 ) -> dict[str, Tensor]:
     """New statistics of batch norms, measured with layers replaced.
 
-    Each batch norm's input is that of a network whose earlier batch norms have their new statistics
-    already. A graph runs once in all, whole forwards once for each batch norm.
+    Earlier batch norms of the network already have their new statistics. A graph runs once for all
+    batch norms. Whole forward passes run once for each of them.
 
     Args:
         engine: What runs the network.
         batches: Batches of images (n, C, H, W).
-        replaced: Layer -> what stands in its place.
-        statistics: What a batch norm gets, of those that it has and those of what it sees.
+        replaced: Layer -> its replacement.
+        statistics: Computes a batch norm's new statistics from its own ones and those of its input.
 
     Returns:
         Buffer name -> statistic (channels,), in execution order.
@@ -65,14 +65,14 @@ def _of_graph(
     graph: Graph, batches: Sequence[Tensor], replaced: Mapping[int, QuantizedLayer], statistics: Statistics
 ) -> dict[str, Tensor]:
     buffers: dict[str, Tensor] = {}
-    # from the images on: a layer before the first batch norm may be none that is searched
+    # from the images on, because a layer before the first batch norm may not be searched
     states = [graph.start(batch) for batch in batches]
     for norm in graph.norms:
         trained_mean, trained_variance = (graph.constants[graph.named[name][0]] for name in (norm.mean, norm.variance))
         moments_of_batches = []
         for k, state in enumerate(states):
             states[k] = graph.run(state, norm.position, replaced)
-            # at once, while the values are in the cache
+            # immediately, while the values are in the cache
             moments_of_batches.append(batch_moments(states[k].values[norm.input_slot]))
         measured = pooled(moments_of_batches, trained_mean.dtype)
         moments = statistics(NormStatistics(norm.mean, norm.variance, norm.eps, (trained_mean, trained_variance), measured))
@@ -95,7 +95,7 @@ def _of_modules(
                 engine.forward(batch, replaced)
         finally:
             hook.remove()
-        if inputs:  # else the images themselves decide whether it runs
+        if inputs:  # otherwise the images would decide whether it runs
             mean, variance = (f"{name}.{buffer}".lstrip(".") for buffer in ("running_mean", "running_var"))
             trained_mean, trained_variance = (changed.get(n, engine.model.get_buffer(n)) for n in (mean, variance))
             measured = pooled(inputs, trained_mean.dtype)
@@ -106,7 +106,7 @@ def _of_modules(
 
 
 def _norms_in_order(engine: WholeForwards, image: Tensor, replaced: Mapping[int, QuantizedLayer]) -> dict[str, _BatchNorm]:
-    """Batch norms with statistics, by name in execution order; without those that run twice."""
+    """Batch norms with statistics, by name in execution order, except those that run twice."""
     modules = {
         name: module
         for name, module in engine.model.named_modules()
@@ -156,7 +156,7 @@ def batch_moments(values: Tensor) -> BatchMoments:
 def pooled(batches: Sequence[BatchMoments], dtype: torch.dtype) -> Moments:
     """Mean and unbiased variance of each channel over all batches, (channels,) each.
 
-    Chan, Golub and LeVeque 1983, in float64: they depend on how images are cut into batches by rounding alone.
+    By Chan, Golub and LeVeque 1983, in float64. How images are cut into batches changes only the rounding.
     """
     count = sum(batch.count for batch in batches)
     mean = torch.stack([batch.mean * (batch.count / count) for batch in batches]).sum(0)

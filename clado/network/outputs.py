@@ -1,4 +1,4 @@
-"""What a network returns, as one tensor: measuring handles (N, M), and criteria and metrics get the network's own form back."""
+"""Packs the outputs of a network into one tensor. Measuring uses (N, M). Criteria and metrics get the network's own form."""
 
 from collections.abc import Callable
 from copy import copy
@@ -14,7 +14,7 @@ from clado.errors import CladoError, ConfigurationError, NetworkError
 from clado.network.tensors import logits_of
 
 NUM_EXAMPLES = 2
-"""Images of the run that tells the axis of the images from others."""
+"""Number of images of the run that shows which axis is that of the images."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Outputs:
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shape of each tensor, without the axis of images."""
     dtypes: tuple[torch.dtype, ...] = ()
-    """Type of each tensor. What is packed has the type that all floating ones fit into."""
+    """Type of each tensor. The packed tensor has a type into which all floating ones fit."""
 
     @classmethod
     def of(cls, value: Any, num_images: int) -> "Outputs":
-        """The form of what a network returned for so many images.
+        """The form of a network's outputs for this number of images.
 
         Raises:
-            NetworkError: It holds something else than tensors with the images first.
+            NetworkError: The outputs are not only tensors with the images first.
         """
         if isinstance(value, Tensor) and value.ndim == 2 and len(value) == num_images:
             return LOGITS
@@ -56,16 +56,18 @@ class Outputs:
 
     @property
     def shape(self) -> list[int] | None:
-        """Shape of the outputs without the axis of images. None for logits, whose number is the network's, and for several."""
+        """Shape of the outputs without the axis of images. None for logits, and for several tensors."""
         return list(self.shapes[0]) if self.form is not None and self.form.is_leaf() else None
 
     def packed(self, value: Any) -> Tensor:
-        """What the network returned as one tensor (N, M): each tensor flattened, one behind the other."""
+        """The outputs as one tensor (N, M): each tensor flattened, one after the other."""
         if self.form is None:
             return logits_of(value)
         leaves, form = tree_flatten(value)
         if form != self.form or tuple(tuple(leaf.shape[1:]) for leaf in leaves) != self.shapes:
-            raise NetworkError("the network returns outputs of another form than for its example; expected one form and shape")
+            raise NetworkError(
+                "the network returns outputs of another form than for its example input; expected the same form and shape"
+            )
         flat = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
@@ -85,22 +87,22 @@ class Outputs:
         return "(N, M)" if self.form is None else str(tree_unflatten([("N", *shape) for shape in self.shapes], self.form))
 
     def called(self, subject: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function of a user's own makes of outputs; its exceptions become a message about `subject`."""
+        """Calls a user-defined function on outputs. Its exceptions become a message about `subject`."""
         try:
             return function(*arguments)
         except CladoError:
             raise
-        except Exception as error:  # a function of one's own raises any kind
+        except Exception as error:  # a user-defined function may raise any exception
             raise ConfigurationError(
                 f"{subject} failed: {type(error).__name__}: {error}; outputs have the form {self.text()}, and the last argument "
                 f"was {_shown(arguments[-1])}"
             ) from error
 
     def numbers(self, subject: str, function: Callable[..., Any], flat: Tensor, *arguments: Any) -> Tensor:
-        """What a function makes of packed outputs (N, M) and others: one number for each sample, float64 (N,).
+        """The result of a user-defined function of packed outputs (N, M) and other arguments: float64 (N,), one for each sample.
 
         Raises:
-            ConfigurationError: The function fails, or gives something else.
+            ConfigurationError: The function fails, or does not return this.
         """
         values = self.called(subject, function, self.unpacked(flat), *arguments)
         if not isinstance(values, Tensor) or values.shape != flat.shape[:1]:
@@ -111,7 +113,7 @@ class Outputs:
         return values.double()
 
     def packing(self, model: nn.Module) -> nn.Module:
-        """The same module, which shares its parameters and returns its outputs packed."""
+        """The module with packed outputs. It shares the parameters of the original."""
         if self.form is None:
             return model
         own_class, packed_of = type(model), self.packed

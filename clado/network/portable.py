@@ -1,4 +1,4 @@
-"""A graph without the module's tensors, so that another process with the same module need not export it again."""
+"""A graph without the module's tensors. Another process with the same module need not export it again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from clado.network.graph import Graph
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of torch, in place of itself."""
+    """Stands for an operator of torch."""
 
     name: str
     """Its name below torch.ops, such as aten.relu.default."""
@@ -21,7 +21,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter or buffer of the module, in place of the tensor."""
+    """Stands for a parameter or buffer of the module."""
 
     name: str
     """Its name in the module."""
@@ -29,17 +29,17 @@ class Named:
 
 @dataclass(frozen=True)
 class PortableGraph:
-    """A graph as plain data: with names in place of operators and of the module's tensors."""
+    """A graph as plain data, with names instead of operators and of the module's tensors."""
 
     graph: Graph
-    """The graph, to be restored."""
+    """The graph before it is restored."""
     device: str
     """The type of device for which it was exported. Operators differ between types."""
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of each of the module's tensors that it reads."""
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the graph can be restored with a module, which may be an older one or on another device."""
+        """Whether the graph fits a module. The module may be an older one, or on another device."""
         tensors = _tensors(model)
         return all(
             name in tensors and tuple(tensors[name].shape) == shape and tensors[name].device.type == self.device
@@ -47,7 +47,7 @@ class PortableGraph:
         )
 
     def restored(self, model: nn.Module) -> Graph:
-        """The graph, which reads a module's tensors.
+        """Restores the graph with a module's tensors.
 
         Raises:
             NetworkError: The module does not have them.
@@ -73,7 +73,7 @@ class PortableGraph:
 def portable(graph: Graph, model: nn.Module) -> PortableGraph:
     """A graph of a module in a form that may be sent to a process with the same module.
 
-    Folded constants go along. Parameters and buffers do not.
+    It contains folded constants, but not parameters and buffers.
     """
     tensors = _tensors(model)
     names = {_place(tensor): name for name, tensor in reversed(tensors.items()) if tensor.numel()}
@@ -104,7 +104,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor's memory from that of others."""
+    """A key that identifies the memory of a tensor."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 

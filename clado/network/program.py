@@ -27,7 +27,7 @@ INSTEAD = (
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; every module gets its own mode back."""
+    """The model in eval mode during the context. Every module then gets its own mode back."""
     modes = [(module, module.training) for module in model.modules() if module.training]
     for module, _ in modes:
         module.training = False
@@ -39,7 +39,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def export(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """`torch.export` with a dynamic batch, in eval mode; functional, nothing decomposed.
+    """`torch.export` with a dynamic batch, in eval mode. The program is functional and not decomposed.
 
     Args:
         model: The network.
@@ -49,18 +49,18 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
         NetworkError: `torch.export` refuses the network.
     """
     try:
-        # torch.export takes a batch of one for a constant
+        # torch.export treats a batch of one as a constant
         batch = example if len(example) > 1 else torch.cat([example, example])
         with torch.no_grad(), eval_mode(model):
             sizes = {0: Dim("batch", max=MOST_IMAGES)}
             program: ExportedProgram = torch.export.export(model, (batch,), dynamic_shapes=(sizes,))
             program = program.run_decompositions({})
             return program
-    except Exception as error:  # torch.export raises many kinds; each means that this network has no graph
+    except Exception as error:  # torch.export raises exceptions of many types; each means that this network has no graph
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         first = next((line for line in lines if "specialized" in line), lines[0])
         if "specialized" in first:
-            first = "its code makes the number of images a constant; use x.shape[0] where it has len(x) or int(...)"
+            first = "its code makes the number of images a constant; use x.shape[0] instead of len(x) or int(...)"
         raise NetworkError(
             f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: {first[:300]}\n"
             f"  {INSTEAD}"
@@ -68,7 +68,7 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 def expression_of(size: Any) -> Any:
-    """The symbolic expression of a size, None where it is a plain integer."""
+    """The symbolic expression of a size, None if it is a plain integer."""
     return getattr(getattr(size, "node", None), "expr", None)
 
 
@@ -80,14 +80,14 @@ def size_at(size: Any, batch_symbol: Any, num_images: int) -> int:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """A size that follows from the number of images. It is plain data for almost every network, so that it may travel."""
+    """A size that follows from the number of images. It is plain data for almost every network, so that it can be sent."""
 
     constant: int
     """The part that is the same for every number of images."""
     per_image: int
     """What each image adds."""
     expression: Any = None
-    """The symbolic expression of a size that is no such sum, else None."""
+    """The symbolic expression of a size of another form, else None."""
     batch_symbol: Any = None
     """The number of images in the expression."""
 
@@ -138,7 +138,7 @@ class Program:
         inputs = []
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-        # of a tensor with several names the module's first is used, whichever torch.export keeps
+        # if a tensor has several names, the module's first one is used, not the one that torch.export keeps
         first_names = {id(parameter): name for name, parameter in model.named_parameters()}
         for node, spec in zip(placeholders, self.exported.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.USER_INPUT:
@@ -161,7 +161,7 @@ class Program:
     def _read_output(self) -> fx.Node:
         """The logits.
 
-        torch.export also returns the images where the network changes them in place.
+        If the network changes the images in place, torch.export also returns the images.
         """
         nodes: Any = next(node for node in self.nodes if node.op == "output").args[0]
         specs = self.exported.graph_signature.output_specs
@@ -175,7 +175,7 @@ class Program:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Device of the parameters."""
         return next((t.device for t in self.tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
 
     def has_batch(self, size: Any) -> bool:
@@ -188,12 +188,12 @@ class Program:
         return math.prod(size_at(length, self.batch_symbol, 1) for length in value.shape)
 
     def bytes_per_image(self, node: fx.Node) -> int:
-        """Bytes of a node's value for one image; 0 where it is no tensor."""
+        """Bytes of a node's value for one image. 0 if it is not a tensor."""
         value = node.meta["val"]
         return self.elements_per_image(value) * value.dtype.itemsize if isinstance(value, Tensor) else 0
 
     def size_rule(self, size: Any) -> SizeRule:
-        """What gives a size for a number of images.
+        """The rule for a size, as a function of the number of images.
 
         Raises:
             NetworkError: The size follows from the images' content.

@@ -10,7 +10,7 @@ from clado.errors import NetworkError
 
 
 def logits_of(value: Any) -> Tensor:
-    """What a network returned, refused unless it is one tensor (images, classes)."""
+    """The outputs of a network. Raises NetworkError unless they are one tensor (images, classes)."""
     if not isinstance(value, Tensor) or value.ndim != 2:
         raise NetworkError(
             f"the network returns {getattr(value, 'shape', type(value).__name__)}; expected logits (images, classes)"
@@ -19,7 +19,7 @@ def logits_of(value: Any) -> Tensor:
 
 
 def outside_inference(value: Any) -> Any:
-    """A tensor without gradient that autograd may save; anything else as it is."""
+    """A tensor without gradient that autograd can save. Other values are returned unchanged."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone() if value.is_inference() else value.detach()
@@ -32,7 +32,7 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def unfit(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold a NaN or an infinity; without masks of nothing but 0 and −∞."""
+    """Names of tensors that hold a NaN or an infinity, except masks of only 0 and −∞."""
     return [
         name
         for name, tensor in state.items()

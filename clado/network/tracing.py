@@ -1,7 +1,7 @@
 """From a module to a `Graph`, step by step.
 
 `program` exports the module, `weights` finds the searched layers, `lowering` makes instructions,
-and `cuts` finds where a run may be resumed.
+and `cuts` finds where a run can be resumed.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def compile_graph(
     Args:
         model: The network.
         example: Images (N, ...); their values do not matter.
-        fixed: Whether the parameter of a name is left in float.
+        fixed: Whether the parameter of a name stays in float.
         split: Whether the linear weight of a name becomes three layers, its rows for queries, keys
             and values: name.q, name.k, name.v.
 
@@ -90,7 +90,7 @@ def _norms(program: Program, instructions: Sequence[Instruction]) -> tuple[Norm,
 
 
 def _norm_mean(program: Program, norms: Sequence[Norm], weight: SearchedWeight) -> str | None:
-    """Name of the mean of the batch norm over channels that alone reads a layer's result."""
+    """Name of the running mean of a batch norm over channels, if only it reads a layer's result."""
     consumer = weight.consumer
     channels_last = weight.layer.operator == "linear" and consumer.meta["val"].ndim != 2  # batch norm's are on axis 1
     if len(weight.consumers) > 1 or len(consumer.users) != 1 or channels_last:

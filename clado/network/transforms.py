@@ -1,4 +1,4 @@
-"""What an engine can be turned into: batch norms folded, on batch statistics, or for autograd."""
+"""Transforms of an engine: fold batch norms, use batch statistics, or record for autograd."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from clado.network.whole_forwards import WholeForwards
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """How a layer takes in a batch norm: weight · γ/σ and bias · γ/σ + β − μ γ/σ, in float64."""
+    """How a batch norm is folded into a layer: weight · γ/σ and bias · γ/σ + β − μ γ/σ, in float64."""
 
     weight_factor: Tensor
     """γ/σ in a shape that multiplies the weight's channels."""
@@ -26,7 +26,7 @@ class Fold:
     """β − μ γ/σ (channels,)."""
 
     def __call__(self, layer: QuantizedLayer) -> QuantizedLayer:
-        """The folded layer, off its grid. A bias of None stays: the network's own is folded."""
+        """The folded layer, which is not on its grid. A bias of None stays None: the network's bias is folded already."""
         weight = (layer.weight.double() * self.weight_factor).to(layer.weight.dtype)
         bias = None if layer.bias is None else self.shifted(layer.bias, weight)
         return QuantizedLayer(laid_out_like(weight, layer.weight), bias, layer.activation)
@@ -39,9 +39,9 @@ class Fold:
 def folded(engine: Graph | WholeForwards, replaced: Collection[int] = ()) -> tuple[Graph | WholeForwards, dict[int, Fold]]:
     """The same network with batch norms inside the layers before them.
 
-    Folded are batch norms that alone read the result of a layer with one use, where no run is
-    resumed in between. Their instructions stay, as identities. So positions and cuts are the same.
-    Results are the same up to rounding. Whole forwards fold nothing: the module runs its own code.
+    A batch norm is folded if only it reads the result of a layer with one use, and no cut is between
+    them. Its instruction stays as an identity, so positions and cuts are the same. Results are the
+    same up to rounding. Whole forward passes fold nothing, because the module runs its own code.
 
     Args:
         engine: The network.
@@ -60,7 +60,7 @@ def folded(engine: Graph | WholeForwards, replaced: Collection[int] = ()) -> tup
         if place.norm_mean is None or place.rows is not None:
             continue
         norm = next(norm for norm in graph.norms if norm.mean == place.norm_mean)
-        # between the two a stored value would be changed in place by what follows the batch norm
+        # between the two, operators after the batch norm would change a stored value in place
         if place.bias_slot is None or any(place.last_use < position <= norm.position + 1 for position in cuts):
             continue
         fold = _fold(graph, place, norm)
@@ -76,9 +76,9 @@ def folded(engine: Graph | WholeForwards, replaced: Collection[int] = ()) -> tup
 
 
 def _fold(graph: Graph, place: GraphLayer, norm: Norm) -> Fold | None:
-    """How a layer takes in the batch norm behind it.
+    """How a layer is folded with the batch norm after it.
 
-    None for a grouped transposed convolution: its channels are on two axes.
+    None for a grouped transposed convolution, because its channels are on two axes.
     """
     tables: dict[type, dict[int, Any]] = {Constant: graph.constants}
     _, gamma, beta, mean, variance, *_ = (resolved(a, tables) for a in graph.instructions[norm.position].arguments)
@@ -95,7 +95,7 @@ def with_batch_statistics(engine: Graph | WholeForwards) -> Graph:
     """The same graph with every batch norm on the statistics of each probe's own images.
 
     Raises:
-        NetworkError: The engine makes whole forwards, which cannot keep stacked probes apart.
+        NetworkError: The engine runs whole forward passes, which cannot separate stacked probes.
     """
     if isinstance(engine, WholeForwards):
         raise NetworkError("probes on batch statistics need a graph; expected graph: true under network")
@@ -110,7 +110,7 @@ def with_batch_statistics(engine: Graph | WholeForwards) -> Graph:
 def differentiable(engine: Graph | WholeForwards) -> Graph | WholeForwards:
     """The same network for autograd.
 
-    No operator writes over what a gradient needs, and no constant is of inference mode.
+    No operator overwrites values that a gradient needs, and no constant was made in inference mode.
     """
     if isinstance(engine, WholeForwards):
         return engine.updated({name: outside_inference(tensor) for name, tensor in engine.changed.items()})

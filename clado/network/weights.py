@@ -36,20 +36,20 @@ _WEIGHT_VIEWS = {
 
 @dataclass(frozen=True)
 class SearchedWeight:
-    """A weight that is searched, or the rows of one that are searched apart."""
+    """A searched weight, or rows of a weight that are searched separately."""
 
     layer: Layer
     """The layer as the search space knows it."""
     nodes: tuple[fx.Node, ...]
-    """Where the program reads the weight: several nodes where it is tied."""
+    """Where the program reads the weight: several nodes if it is tied."""
     consumers: tuple[fx.Node, ...]
     """Operators that consume it, in execution order."""
     bias: fx.Node | None
-    """Where the program reads its bias; None: it has none of its own."""
+    """Where the program reads its bias. None: it has no bias."""
     lacks_bias: bool
-    """Whether it has no bias and may be given one."""
+    """Whether it has no bias, but one can be added."""
     rows: slice | None = None
-    """Rows of the tensor that are its own; None: all."""
+    """Rows of the tensor that belong to it. None: all."""
 
     @property
     def consumer(self) -> fx.Node:
@@ -62,10 +62,10 @@ class SearchedWeight:
 
 
 def searched_weights(program: Program, fixed: Callable[[str], bool], split: Callable[[str], bool]) -> list[SearchedWeight]:
-    """Every weight that is searched: parameters, as buffers are no weights that training made.
+    """Every searched weight. They are parameters, because buffers are not trained.
 
     Raises:
-        NetworkError: `split` names a weight that is no three projections.
+        NetworkError: `split` names a weight that does not consist of three projections.
     """
     groups: dict[int, list[fx.Node]] = {}
     for node, tensor in program.tensors.items():
@@ -87,7 +87,7 @@ def searched_weights(program: Program, fixed: Callable[[str], bool], split: Call
 
 
 def _searched_weight(program: Program, nodes: Sequence[fx.Node]) -> tuple[SearchedWeight, bool]:
-    """(the weight that is read at these nodes, whether one operator alone reads it as it is)."""
+    """The weight that is read at these nodes, and whether a single operator reads it directly."""
     pairs = [pair for node in nodes for pair in _consumed(node)]
     consumers = tuple(dict.fromkeys(consumer for consumer, _ in pairs))
     first = str(consumers[0].target)
@@ -120,7 +120,7 @@ def _thirds(whole: SearchedWeight, direct: bool) -> list[SearchedWeight]:
 
 
 def _consumed(node: fx.Node) -> Iterable[tuple[fx.Node, int]]:
-    """(consumer, the weight's channel axis) of each that a weight reaches, also through views."""
+    """(operator, channel axis of the weight) of each operator that reads a weight, directly or through views."""
     for user in node.users:
         target = str(user.target)
         if target in CONSUMERS and user.args[CONSUMERS[target][0]] is node:
@@ -130,7 +130,7 @@ def _consumed(node: fx.Node) -> Iterable[tuple[fx.Node, int]]:
 
 
 def _bias(program: Program, consumer: fx.Node) -> tuple[fx.Node | None, bool]:
-    """(the placeholder of an operator's own bias, whether it has none and may be given one)."""
+    """The placeholder of an operator's bias, and whether it has no bias but one can be added."""
     bias = consumer.args[2] if len(consumer.args) > 2 else consumer.kwargs.get("bias")
     if bias is None:
         return None, True

@@ -1,8 +1,8 @@
-"""The slower engine, for networks that have no graph: every probe is a whole forward of the module.
+"""The slower engine, for networks without a graph. Every probe is a whole forward pass of the module.
 
 A state is a run that has not been made yet. Advancing it notes which weights to replace, and
-finishing it makes the run. Stacked states are finished one by one, since each has weights of its
-own.
+finishing it makes the run. Stacked states are finished one by one, because each has its own
+weights.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -29,10 +29,10 @@ _CONSUMERS: dict[Any, tuple[str, int]] = {
     **{getattr(torch, f"conv{n}d"): (f"conv{n}d", 0) for n in (1, 2, 3)},
     **{getattr(torch, f"conv_transpose{n}d"): (f"conv_transpose{n}d", 1) for n in (1, 2, 3)},
 }
-# The arguments behind weight and bias, in order, with their defaults.
+# The arguments after weight and bias, in order, with their defaults.
 _CONVOLUTION = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-# Attention calls linear where no mode sees it. These of its arguments (with their positions) are
+# Attention calls linear in a way that torch function modes do not see. These of its arguments (with their positions) are
 # its weights, in order of use.
 _ATTENTION = {"in_proj_weight": 5, "q_proj_weight": None, "k_proj_weight": None, "v_proj_weight": None, "out_proj_weight": 11}
 _UNSEEN = "no convolution, linear function or attention that the example met"
@@ -54,7 +54,7 @@ class DeferredRuns:
 
     @property
     def stack_key(self) -> Hashable:
-        """Deferred runs may always be stacked."""
+        """Deferred runs can always be stacked."""
         return ()
 
 
@@ -71,10 +71,10 @@ class WholeForwards(Engine[DeferredRuns]):
         watch = _watched(model, example)
         parameters = dict(model.named_parameters())
         self.macs: int = sum(layer.macs for layer in watch.layers.values())
-        # nothing is kept of a run, and resuming it costs all of it
+        # nothing of a run is kept, so resuming it costs the whole run
         cut = Cut(0, {}, 0, self.macs, watch.peak_bytes)
         self.layers: tuple[LayerPlace, ...] = tuple(
-            # a batch norm is inside the modules' code, where no run stops
+            # batch norms are inside the module's code, where a run cannot stop
             LayerPlace(layer, layer.name, None, bias := _bias_name(layer.name, parameters), bias is not None, None, cut)
             for layer in watch.layers.values()
             if not fixed(layer.name)
@@ -94,7 +94,7 @@ class WholeForwards(Engine[DeferredRuns]):
 
     @property
     def biases(self) -> tuple[Tensor | None, ...]:
-        """Float bias of each layer, None where it has none."""
+        """Float bias of each layer, None if it has none."""
         values = {**dict(self.model.named_parameters()), **self.changed}
         return tuple(None if place.bias_name is None else values[place.bias_name].detach() for place in self.layers)
 
@@ -107,7 +107,7 @@ class WholeForwards(Engine[DeferredRuns]):
         """The same network with other values of parameters and buffers, by name."""
         unknown = [name for name in named if name not in self.replaceable]
         if unknown:
-            raise NetworkError(f"the network has no {', '.join(unknown)}; it cannot be given another value")
+            raise NetworkError(f"the network has no {', '.join(unknown)}; it cannot get another value")
         other = copy(self)
         other.changed = {**self.changed, **named}
         return other
@@ -117,7 +117,7 @@ class WholeForwards(Engine[DeferredRuns]):
         return DeferredRuns(((images, {}),))
 
     def advance(self, state: DeferredRuns, layer: int, replaced: Mapping[int, QuantizedLayer]) -> DeferredRuns:
-        """The same runs with these layers replaced as well; made where `layer` means the end."""
+        """The same runs with these layers replaced too. They are made if `layer` means the end."""
         parts = tuple((images, {**earlier, **replaced}) for images, earlier in state.parts)
         if layer < len(self.layers) or state.logits is not None:
             return DeferredRuns(parts, state.logits)
@@ -129,7 +129,7 @@ class WholeForwards(Engine[DeferredRuns]):
         return DeferredRuns(tuple(part for state in states for part in state.parts), torch.cat(logits) if logits else None)
 
     def observe(self, images: Tensor, layers: Collection[int], see: Callable[[int, Call], None]) -> None:
-        """Runs images in float; `see` gets each layer and call that reads its weight, but those of attention's weights."""
+        """Runs images in float. `see` gets each layer with the call that reads its weight, except attention's weights."""
         with _Seen({layer: self.weights[layer] for layer in layers}, see):
             self.forward(images, {})
 
@@ -146,7 +146,7 @@ class WholeForwards(Engine[DeferredRuns]):
             named[place.parameter] = layer.weight
             if layer.bias is not None:
                 if place.bias_name is None:
-                    raise NetworkError(f"{place.layer.name} has no bias, and whole forwards give it none")
+                    raise NetworkError(f"{place.layer.name} has no bias, and whole forward passes cannot add one")
                 named[place.bias_name] = layer.bias
             if layer.activation is not None:
                 grids[layer.weight.data_ptr()] = layer.activation
@@ -157,21 +157,23 @@ class WholeForwards(Engine[DeferredRuns]):
                 logits = logits_of(torch.func.functional_call(self.model, named, (images,)))
         if inputs.met != set(grids):
             names = [self.layers[i].layer.name for i, layer in replaced.items() if layer.weight.data_ptr() not in inputs.met]
-            raise NetworkError(f"the input of {', '.join(names)} is out of reach of whole forwards; leave activations in float")
+            raise NetworkError(
+                f"the input of {', '.join(names)} cannot be reached with whole forward passes; leave activations in float"
+            )
         return logits
 
 
 def _watched(model: nn.Module, example: Tensor) -> "_Watch":
-    """What a run of the example reads as weights; refuses a network that cannot be repeated."""
+    """The weights that a run of the example input reads. Refuses a network whose runs cannot be repeated."""
     with eval_mode(model), torch.inference_mode():
         watch = _Watch(model, len(example))
         before = {name: tensor.clone() for name, tensor in model.named_buffers()}
         images = example.clone()
         first = model(images)
         if not torch.equal(images, example):
-            raise NetworkError("the network changes its images in place; expected one that leaves its input as it is")
+            raise NetworkError("the network changes its images in place; expected one that does not change its input")
         second = model(example)
-        with watch:  # on its own: attention leaves its fused path where it is watched
+        with watch:  # without the recorder: attention does not take its fused path when it is recorded
             model(example)
     for name, tensor in model.named_buffers():
         if not torch.equal(tensor, before[name]):
@@ -182,14 +184,14 @@ def _watched(model: nn.Module, example: Tensor) -> "_Watch":
 
 
 def _bias_name(weight: str, parameters: Mapping[str, Tensor]) -> str | None:
-    """Name of the bias beside a weight, None where there is none."""
+    """Name of the bias that belongs to a weight. None if there is none."""
     folder, _, name = weight.rpartition(".")
     candidate = f"{folder}.{name.replace('weight', 'bias')}".lstrip(".")
     return candidate if candidate != weight and candidate in parameters else None
 
 
 def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """(input, weight, bias, and what is behind them) of a call of a consumer."""
+    """(input, weight, bias, later arguments) of a call that reads a weight."""
     operator, axis = _CONSUMERS[func]
     rest = {} if operator == "linear" else _TRANSPOSED if axis else _CONVOLUTION
     by_name = {**dict(zip(("input", "weight", "bias", *rest), args, strict=False)), **kwargs}
@@ -202,7 +204,7 @@ def _positional(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
 
 
 class _Seen(TorchFunctionMode):
-    """Tells of the calls of convolutions and linear functions that read some weights, by layer."""
+    """Reports calls of convolutions and linear functions that read given weights, by layer."""
 
     def __init__(self, weights: Mapping[int, Tensor], see: Callable[[int, Call], None]) -> None:
         super().__init__()
@@ -239,19 +241,19 @@ class _QuantizedInputs(TorchFunctionMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the parameters that a run of the example reads as weights, in order, and their cost."""
+    """Records the parameters that a run of the example input reads as weights, in order, and their cost."""
 
     def __init__(self, model: nn.Module, num_images: int) -> None:
         super().__init__()
         self.num_images = num_images
-        # of a tensor with several names the module's first is used
+        # if a tensor has several names, the module's first one is used
         self.names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
         self.parameters = dict(model.named_parameters())
         self.owners: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
             self.owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
         self.layers: dict[str, Layer] = {}
-        self.peak_bytes = 0  # of one image: most that one of these functions reads and writes, a lower bound of what a run takes
+        self.peak_bytes = 0  # bytes of one image: the most that one of these functions reads and writes, a lower bound for a run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -274,7 +276,7 @@ class _Watch(TorchFunctionMode):
         owners = self.owners.get(weight.untyped_storage().data_ptr(), [])
         name = self.names.get(weight.data_ptr()) or (owners[0] if len(owners) == 1 else None)  # or further rows of a parameter
         if name is None or not weight.is_floating_point() or self.parameters[name].ndim < 2:
-            return  # a weight that is computed, a buffer, or a vector: not a parameter to choose bits for
+            return  # a computed weight, a buffer, or a vector is not a parameter to choose bits for
         whole, stride = self.parameters[name], weight.stride(axis)
         if whole.stride(axis) != stride and stride in whole.stride():  # it is read transposed
             axis = whole.stride().index(stride)

@@ -20,7 +20,7 @@ TRANSPOSED_ARGUMENTS = ("stride", "padding", "output_padding", "groups", "dilati
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """How the weight and the input of a layer become matrices."""
+    """How the weight and the input of a layer are written as matrices."""
 
     shape: tuple[int, ...]
     """The weight's shape."""
@@ -41,9 +41,9 @@ class MatrixForm:
 
         Args:
             layer: The layer.
-            arguments: The operator's arguments behind the bias, as an exported graph has them: (stride, padding, dilation,
-                groups) of a convolution, (stride, padding, output_padding, groups, dilation) of a transposed one. Absent ones
-                have the defaults of torch.
+            arguments: The operator's arguments after the bias, as in an exported graph: (stride, padding, dilation, groups) of
+                a convolution, (stride, padding, output_padding, groups, dilation) of a transposed one. Missing ones have the
+                defaults of torch.
         """
         shape, kernel = layer.shape, layer.shape[2:]
         if not kernel:

@@ -1,11 +1,11 @@
-"""First and second moments of a layer's input rows, of which everything that is quadratic in a weight's error follows.
+"""First and second moments of a layer's input rows. Everything that is quadratic in a weight's error follows from them.
 
 Rows x have mean μ and second moment Σ = E[x xᵀ]. A weight column w has the error e. Then the mean output is wᵀ μ, its variance is
 wᵀ (Σ − μ μᵀ) w, and the expected squared output error is eᵀ Σ e.
 
 A few hundred images do not say what the covariance of a thousand inputs is. A classifier sees one row of each image. Rounding
 that is fitted to the covariance of 256 rows has almost no error on them. On other images it has more than nearest codes
-(tests/benchmarks/OVERFITTING.md). So what rounds reads `Moments.shrunk`.
+(tests/benchmarks/OVERFITTING.md). So rounding corrections read `Moments.shrunk`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Moments:
     scatter: Tensor
     """Σ over rows of (x − μ)(x − μ)ᵀ, (groups, columns, columns): float32 of one block of images, float64 of several."""
     noise: Tensor | None = None
-    """Share of the squared covariances that is sampling noise, float64 (groups,). None where no blocks tell."""
+    """Share of the squared covariances that is sampling noise, float64 (groups,). None if there are too few blocks."""
 
     @property
     def products(self) -> Tensor:
@@ -36,7 +36,7 @@ class Moments:
         return self.scatter.double() + self.count * self.mean[..., None] * self.mean[..., None, :]
 
     def shrunk(self) -> "Moments":
-        """The same moments with covariances shrunk by the share of `noise`; variances and means stay.
+        """The same moments, with covariances shrunk by the share of `noise`. Variances and means stay.
 
         That is the shrinkage of least expected squared error towards the diagonal, after Ledoit and Wolf 2004. (Schäfer and
         Strimmer 2005, "A shrinkage approach to large-scale covariance matrix estimation", target D.)
@@ -95,7 +95,7 @@ class MomentSums:
     """Adds up rows, (groups, rows, columns) at a time, about a fixed first guess of their mean.
 
     Products are summed in float32, on the device of the rows. The guess keeps them small, so that little is lost when the mean
-    is taken away.
+    is subtracted.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class MomentSums:
             self._multiply()
 
     def _multiply(self) -> None:
-        """Adds the products of the rows that wait: of many at once, since each time all products are read and written."""
+        """Adds the products of the collected rows. Many at a time, because each time all products are read and written."""
         if self._waiting:
             rows = torch.cat(self._waiting, 1)
             self._total = self._total + rows.sum(1)
@@ -124,9 +124,9 @@ class MomentSums:
             self._waiting.clear()
 
     def moments(self) -> Moments:
-        """The moments of the rows added, scatter in float32. Nothing can be added after it."""
+        """The moments of the added rows, with the scatter in float32. No rows can be added afterwards."""
         self._multiply()
         shift = self._total / self.count
         column, row = shift[..., None].float(), shift[..., None, :].float()
-        scatter = self._products.baddbmm_(column, row, alpha=-self.count)  # in place: it may be large
+        scatter = self._products.baddbmm_(column, row, alpha=-self.count)  # in place, because it may be large
         return Moments(self.count, self._centre[:, 0].double() + shift, scatter)

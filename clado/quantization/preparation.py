@@ -1,6 +1,6 @@
 """Quantizes each layer at each of its candidate bit-widths, once, before measuring.
 
-One sweep over the calibration images gathers what every layer's input looks like. The rest is linear algebra of one layer: its
+One sweep over the calibration images gathers statistics of every layer's input. The rest is linear algebra of one layer: its
 weight is rounded and corrected, and its input gets a grid. A measurement puts the layer's `QuantizedLayer` in its place. The
 interaction matrix therefore describes the layers that are deployed, with their corrections. A final correction (statistics of
 batch norm) needs the whole assignment. It comes last, in `Prepared.deployed`.
@@ -64,7 +64,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network ready to be quantized."""
+    """A network whose layers are quantized at every option."""
 
     network: Network
     """The float network, equalized where a correction does that."""
@@ -77,9 +77,9 @@ class Prepared:
     images: Sequence[Tensor] = ()
     """Calibration batches (n, C, H, W), which final corrections read."""
     notes: tuple[str, ...] = ()
-    """What each correction did or skipped, for the user."""
+    """Notes for the user: what each correction did or skipped."""
     _references: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What final corrections compute once on the float network, by correction."""
+    """The results that final corrections compute once on the float network, by correction."""
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> its quantized layer, for the layers that an assignment quantizes."""
@@ -87,7 +87,7 @@ class Prepared:
 
     @property
     def has_final(self) -> bool:
-        """Whether corrections are left that need the whole assignment."""
+        """Whether there are corrections that need the whole assignment."""
         return bool(at_stage(self.recipe.corrections, FinalCorrection))
 
     def final(self, assignment: Assignment) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def prepare(
         space: The options of its layers.
         recipe: How layers are quantized; by default `Recipe()`.
         images: Calibration batches (n, C, H, W).
-        progress: It is called with (layers that are prepared, all layers) after every layer.
+        progress: It is called with (prepared layers, all layers) after every layer.
 
     Raises:
         DataError: Corrections or activations need images, and there are none, or too few.
@@ -156,7 +156,7 @@ def prepare(
 
 
 def layer_inputs(network: Network, space: SearchSpace, recipe: Recipe, images: Sequence[Tensor]) -> dict[int, LayerInput]:
-    """What calibration batches (n, C, H, W) show of every layer's input; empty where nothing asks for it."""
+    """Statistics of every layer's input on calibration batches (n, C, H, W). Empty if nothing needs them."""
     whole = torch.cat(list(images)) if images else torch.zeros(0)
     inputs: dict[int, LayerInput] = {}
     for sweep in sweeps(space, recipe, len(whole)):
@@ -170,7 +170,7 @@ def layer_inputs(network: Network, space: SearchSpace, recipe: Recipe, images: S
 
 
 def sweeps(space: SearchSpace, recipe: Recipe, num_images: int) -> list[Sweep]:
-    """The sweeps that a recipe needs: of float inputs, and of inputs on grids where corrections match those."""
+    """The sweeps that a recipe needs: of float inputs, and of inputs on grids if a correction matches those."""
     has_widths = space.activation_widths != (None,)
     matched = bool(at_stage(recipe.corrections, LayerCorrection))
     moments = matched or bool(at_stage(recipe.corrections, Rounding))
@@ -179,7 +179,7 @@ def sweeps(space: SearchSpace, recipe: Recipe, num_images: int) -> list[Sweep]:
 
 
 def check_space(network: Network, space: SearchSpace) -> None:
-    """Refuses a space of other layers, and candidates that the network cannot run."""
+    """Raises an error for a space of other layers, and for candidates that the network cannot run."""
 
     def shapes(layers: Sequence[Layer]) -> list[tuple[object, ...]]:
         return [(layer.name, layer.shape, layer.channel_axis) for layer in layers]
@@ -187,7 +187,7 @@ def check_space(network: Network, space: SearchSpace) -> None:
     if shapes(network.layers) != shapes(space.layers):
         names = sorted({layer.name for layer in space.layers} ^ {layer.name for layer in network.layers})
         raise ConfigurationError(
-            f"the space is of another network: they differ in {', '.join(names[:3]) or 'the shapes or the order of layers'}; "
+            f"the space is of another network; they differ in {', '.join(names[:3]) or 'the shapes or the order of layers'}; "
             "expected network.search_space(...) of this network"
         )
     if len(space.activation_widths) > 1 and any(place.rows is not None for place in network.places):
@@ -198,7 +198,7 @@ def check_space(network: Network, space: SearchSpace) -> None:
 
 
 def check_calibration(space: SearchSpace, recipe: Recipe, images: Sequence[Tensor]) -> None:
-    """Raises DataError where something needs calibration images and there are none."""
+    """Raises DataError if something needs calibration images and there are none."""
     readers = [*recipe.corrections, *(["activations"] if space.activation_widths != (None,) else [])]
     if readers and not any(len(batch) for batch in images):
         raise DataError(f"{', '.join(readers)} need calibration images and there are none; expected 256 or more")
@@ -226,11 +226,11 @@ def prepare_layer(
     """Quantizes one layer at each of its candidates.
 
     Args:
-        network: The float network, equalized where a correction does that.
+        network: The float network, equalized if a correction does this.
         space: The options of its layers.
         recipe: How layers are quantized.
         layer: The layer's number.
-        layer_input: What calibration images show of its input; None where nothing asks for it.
+        layer_input: Statistics of its input on calibration images. None if nothing needs them.
 
     Returns:
         The quantized layers in the order of the candidates, and notes on corrections that skip the layer.
@@ -264,9 +264,9 @@ def prepare_layer(
 
 
 def layer_sample(network: Network, layer: int, layer_input: LayerInput | None) -> LayerSample | None:
-    """A layer and what it sees of calibration images. Of a weight that is used twice, the first use counts.
+    """A layer and its input on calibration images. If a weight is used twice, the first use counts.
 
-    Returns None where no input is seen, or where the operator reads the weight in another shape.
+    Returns None if the input cannot be observed, or if the operator reads the weight in another shape.
     """
     if layer_input is None or layer_input.moments is None or layer_input.arguments is None:
         return None
@@ -286,7 +286,7 @@ def layer_sample(network: Network, layer: int, layer_input: LayerInput | None) -
 def activation_grids(
     network: Network, space: SearchSpace, recipe: Recipe, layer: int, layer_input: LayerInput
 ) -> dict[int, ActivationGrid]:
-    """The grids of a layer's input over every use of its weight, by width; empty where inputs stay in float.
+    """The grids of a layer's input over every use of its weight, by width. Empty if inputs stay in float.
 
     Ranges are fitted on a sample of values and on the exact extremes.
     """
@@ -303,7 +303,7 @@ def calibration_batches(images: Tensor, batch_images: int = BATCH_IMAGES) -> lis
 
 
 def check_rounding(corrections: Sequence[str]) -> None:
-    """Refuses two ways of rounding."""
+    """Raises ConfigurationError for two rounding corrections."""
     names = list(at_stage(corrections, Rounding))
     if len(names) > 1:
         raise ConfigurationError(f"corrections names both {' and '.join(names)}; expected one way of rounding")

@@ -1,7 +1,7 @@
-"""One float run over a block of calibration images gathers what quantizing needs of every layer's input.
+"""One float run over a block of calibration images gathers the statistics of every layer's input that quantizing needs.
 
-Blocks are fixed ranges of the calibration images. What they give is added in their order, so that the sums are the same bit for
-bit for any number of workers. Rows are sampled: a layer's moments need a multiple of its columns, not millions of positions.
+Blocks are fixed ranges of the calibration images. Their results are added in order, so that the sums are the same bit for bit
+for any number of workers. Rows are sampled: a layer's moments need a multiple of its columns, not millions of positions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,36 +18,36 @@ from clado.quantization.matrix_form import MatrixForm
 from clado.quantization.moments import Moments, MomentSums, merged
 from clado.space import Layer
 
-MOST_BLOCKS = 8  # calibration images are swept in at most so many blocks, of at least BLOCK_IMAGES; in two where there are few
+MOST_BLOCKS = 8  # most blocks of calibration images, each of at least BLOCK_IMAGES; if there are few images, two blocks
 BLOCK_IMAGES = 16
-# rows of all calibration images: at 4 bits more of them move the loss by less than its standard error (benchmarks/PREPARING.md)
+# rows of all calibration images: at 4 bits more rows change the loss by less than its standard error (benchmarks/PREPARING.md)
 ROWS_PER_COLUMN, FEWEST_ROWS = 16, 4096
-SAMPLED_VALUES = 2**20  # values of a layer's input that an activation range is fitted on, with the exact extremes
-SAMPLED_ELEMENTS = 2**16  # elements of the rows that corrections may read, of all calibration images; at least one row of a block
+SAMPLED_VALUES = 2**20  # values of a layer's input to fit an activation range on, with the exact extremes
+SAMPLED_ELEMENTS = 2**16  # most elements of the rows for corrections, of all calibration images; at least one row of a block
 
 
 @dataclass(frozen=True, eq=False)
 class LayerInput:
-    """What calibration images show of the input of one layer."""
+    """Statistics of one layer's input on calibration images."""
 
     num_images: int
     """Number of images."""
     arguments: tuple[Any, ...] | None
-    """The operator's arguments behind the bias; None where no run of the layer can be observed."""
+    """The operator's arguments after the bias. None if no run of the layer can be observed."""
     uses: int
     """How often a run uses the weight. Rows and moments are those of the first use."""
     moments: Moments | None
-    """Moments of the rows of the input; None where nothing asks for them."""
+    """Moments of the rows of the input. None if nothing needs them."""
     rows: Tensor
     """A sample of rows, float32 (groups, rows, columns)."""
     values: Tensor
-    """A sample of the input's values over every use, and their extremes, float32 (n,). Empty where nothing asks for them."""
+    """A sample of the input's values over every use, and their extremes, float32 (n,). Empty if nothing needs them."""
     on_grid: Mapping[int, Moments]
     """Activation width -> moments of the rows of the input on its grid."""
 
 
 def joined(parts: Sequence[LayerInput]) -> LayerInput:
-    """What all blocks show, from what each shows, in their order."""
+    """The statistics over all blocks, from those of each block in order."""
     first = parts[0]
     moments = [part.moments for part in parts if part.moments is not None]
     return replace(
@@ -61,7 +61,7 @@ def joined(parts: Sequence[LayerInput]) -> LayerInput:
 
 
 def calibration_blocks(num_images: int) -> list[tuple[int, int]]:
-    """Ranges of calibration images that are swept apart: (first, image after the last)."""
+    """Ranges of calibration images with separate sweeps: (first, image after the last)."""
     count = min(MOST_BLOCKS, max(min(2, num_images), num_images // BLOCK_IMAGES))
     return [(num_images * k // count, num_images * (k + 1) // count) for k in range(count)]
 
@@ -83,12 +83,12 @@ def moments_bytes(form: MatrixForm) -> int:
 
 
 def wanted_rows(form: MatrixForm) -> int:
-    """Rows of all calibration images that a layer's moments are taken of, where there are as many."""
+    """Most rows of all calibration images for a layer's moments."""
     return max(FEWEST_ROWS, ROWS_PER_COLUMN * form.num_columns)
 
 
 def gathering_macs(form: MatrixForm, layer: Layer, num_images: int) -> float:
-    """Multiply-accumulates of a layer's second moments over so many calibration images."""
+    """Multiply-accumulates of a layer's second moments over a number of calibration images."""
     positions = layer.macs // layer.num_weights
     return float(min(wanted_rows(form), positions * num_images) * form.groups * form.num_columns**2)
 
@@ -97,7 +97,7 @@ def groups_within_memory(sizes: Mapping[int, int], limit_bytes: int) -> list[tup
     """Layers in groups, in order: the sizes of a group's layers add up to at most the limit, or it has one layer.
 
     Args:
-        sizes: Bytes that a sweep holds of each layer.
+        sizes: Bytes that a sweep holds for each layer.
         limit_bytes: The limit.
     """
     groups: list[list[int]] = []
@@ -116,7 +116,7 @@ class Sweep:
     """What a sweep gathers."""
 
     num_images: int
-    """All calibration images, not those of one block."""
+    """Number of all calibration images, not of one block."""
     moments: bool = False
     """Whether moments and rows are gathered."""
     values: bool = False
@@ -124,13 +124,13 @@ class Sweep:
     on_grids: bool = False
     """Whether moments of inputs on their grids are gathered, instead of those of float inputs."""
     grids: Mapping[int, Mapping[int, ActivationGrid]] = field(default_factory=dict)
-    """Layer -> activation width -> the grid of its input, where these are gathered."""
+    """Layer -> activation width -> the grid of its input, if moments on grids are gathered."""
     seed: int = 0
     """Seed of the rows that are sampled."""
 
     @torch.inference_mode()
     def gather(self, network: Network, images: Tensor, first_image: int, layers: Iterable[int]) -> dict[int, LayerInput]:
-        """What one block of calibration images (n, C, H, W) shows of these layers' inputs, in one float run.
+        """Statistics of these layers' inputs on one block of calibration images (n, C, H, W), in one float run.
 
         Args:
             network: The float network.
@@ -148,7 +148,7 @@ class Sweep:
 
 
 class _Gatherer:
-    """Adds up what one layer reads, batch by batch."""
+    """Adds up the inputs of one layer, batch by batch."""
 
     def __init__(self, sweep: Sweep, network: Network, layer: int) -> None:
         self.sweep = sweep
@@ -165,23 +165,23 @@ class _Gatherer:
         self.first_image = self.num_images = self.uses = 0
 
     def begin(self, first_image: int, num_images: int) -> None:
-        """A batch of images comes next."""
+        """Starts the next batch of images."""
         self.first_image, self.num_images, self.uses = first_image, num_images, 0
 
     def add(self, call: Call) -> None:
-        """Adds what one use of the weight reads."""
+        """Adds the input of one use of the weight."""
         self.uses += 1
         if self.sweep.values:
             self._add_values(call.input.float().flatten())
-        # the operator may read rows of the weight that is split, but no other shape
+        # the operator may read rows of a split weight, but no other shape
         if self.uses == 1 and call.weight_shape[1:] == tuple(self.weight.shape[1:]):
             self.arguments = call.arguments
             if self.sweep.moments or self.grids:
-                self._add_rows(call.input.to(self.weight.dtype))  # autocast may have made it coarser
+                self._add_rows(call.input.to(self.weight.dtype))  # autocast may have reduced its precision
 
     def _add_values(self, x: Tensor) -> None:
         count = max(1, SAMPLED_VALUES * self.num_images // self.sweep.num_images)
-        # a stride prime to the usual sizes does not meet the same channel again and again
+        # the stride is a prime, so that it does not always hit the same channel
         stride = max(1, x.numel() // count) | 1
         self.values += [x[::stride], torch.stack(x.aminmax())]
 
@@ -189,16 +189,18 @@ class _Gatherer:
         form = MatrixForm.of(self.layer, self.arguments or ())
         rows = form.rows(x, self._numbers(form, x)).float()
         for width, grid in self.grids.items():
-            self.on_grid[width].add(grid.fake_quantize(rows))  # zero is on the grid: what a convolution pads with stays
+            self.on_grid[width].add(
+                grid.fake_quantize(rows)
+            )  # zero is on the grid, so the padding of a convolution does not change
         if self.sweep.moments:
             self.sums.add(rows)
             count = SAMPLED_ELEMENTS * self.num_images // (self.sweep.num_images * rows.shape[0] * rows.shape[2])
             self.rows.append(rows[:, : max(count, 0 if self.rows else 1)].clone())
 
     def _numbers(self, form: MatrixForm, x: Tensor) -> Tensor | None:
-        """The rows that are read of an input: of each image another part of one random order. None: all rows."""
+        """The sampled rows of an input: for each image another part of one random order. None: all rows."""
         whole = form.num_rows(x)
-        items = self.num_images if whole % self.num_images == 0 else 1  # of an input that is not laid out by images
+        items = self.num_images if whole % self.num_images == 0 else 1  # an input whose first axis is not the images
         positions, num_items = whole // items, -(-self.sweep.num_images * items // self.num_images)
         count = -(-wanted_rows(form) // num_items)
         if count >= positions:
@@ -210,7 +212,7 @@ class _Gatherer:
         return (torch.arange(items)[:, None] * positions + places).flatten().to(x.device)
 
     def result(self, num_images: int) -> LayerInput:
-        """What the block shows."""
+        """The statistics of the block."""
         none = torch.zeros(0)
         return LayerInput(
             num_images,

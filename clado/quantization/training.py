@@ -25,7 +25,7 @@ from clado.errors import ConfigurationError, DataError, MeasurementError, Networ
 from clado.grids import Grid, QuantizedLayer
 from clado.network.network import Network
 
-LEAST_SCALE = 1e-2  # least learned scale, as a share of its first value
+LEAST_SCALE = 1e-2  # smallest learned scale, as a share of its first value
 HELD_OUT_BATCH = 128  # images
 Layers = Mapping[int, QuantizedLayer]
 
@@ -35,7 +35,7 @@ class Training:
     """How a network is fine-tuned."""
 
     epochs: int = 4
-    """Most epochs; 0 trains nothing."""
+    """Most epochs. 0 trains nothing."""
     criterion: str = "kl_to_float"
     """kl_to_float distils from the float network and needs no labels. cross_entropy needs labels."""
     learning_rate: float = 1e-3
@@ -43,13 +43,13 @@ class Training:
     batch_images: int = 64
     """Images of a training batch."""
     patience: int = 2
-    """Training ends after so many epochs without a lower held-out loss."""
+    """Training ends after this many epochs without a lower held-out loss."""
     learned_scales: bool = False
     """Whether the scales of weights are trained."""
     augment: bool = True
     """Whether images are shifted by up to a fourteenth of their side, and half of them mirrored, at random.
 
-    Images with other targets than classes are not.
+    Images with targets that are not classes are not changed.
     """
     seed: int = 0
     """The seed of the order of images and of augmentation."""
@@ -72,7 +72,7 @@ class Epoch:
     """Mean losses of one epoch."""
 
     number: int
-    """The epoch's number from 1; 0 stands for the start, before training."""
+    """The epoch's number from 1. 0 is the start, before training."""
     training_loss: float | None
     """Mean loss of the training batches; None at the start."""
     held_out_loss: float
@@ -92,7 +92,7 @@ class FineTuned:
     epochs: tuple[Epoch, ...]
     """The start and every epoch, in order."""
     best_epoch: int
-    """The number of the best epoch; 0 where no epoch was better than the start."""
+    """The number of the best epoch. 0 if no epoch was better than the start."""
 
 
 def finetune(
@@ -105,7 +105,7 @@ def finetune(
     progress: Callable[[int, int], None] = lambda batches, total: None,
     report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FineTuned:
-    """Trains quantized layers against the float network. Changes none of its arguments.
+    """Trains quantized layers against the float network. The arguments are not changed.
 
     Args:
         network: The deployed network, as `Prepared.deployed` returns it.
@@ -114,8 +114,8 @@ def finetune(
         training_set: Images to train on.
         held_out: Images that choose the epoch.
         training: How to train; by default `Training()`.
-        progress: Is called with (batches so far, all batches) after every batch.
-        report: Is called after every epoch, and before the first.
+        progress: Called with (batches so far, all batches) after every batch.
+        report: Called after every epoch, and before the first.
 
     Returns:
         The best epoch's network. Its loss on `held_out` is never above the start's.
@@ -167,7 +167,7 @@ def held_out_loss(network: Network, layers: Layers, reference: Network, images: 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (n, C, H, W), each shifted by up to a fourteenth of its sides, and half of them mirrored.
 
-    Edge pixels fill what a shift leaves empty.
+    Edge pixels fill the empty part of a shifted image.
     """
     n, _, height, width = images.shape
     down, right = -(-height // 14), -(-width // 14)
@@ -192,7 +192,7 @@ class _Pupil:
         floats = [*self.weights.values(), *self.biases.values(), *self.others.values()]
         self.parameters = [*floats, *self.scales.values()]
         self.groups = [{"params": floats, "lr": training.learning_rate}]
-        for i, scale in self.scales.items():  # a step of a scale is a part of the scale itself
+        for i, scale in self.scales.items():  # the learning rate of a scale is relative to the scale
             self.groups.append({"params": [scale], "lr": training.learning_rate * float(self.grids[i].scale.mean())})
 
     def grid(self, i: int) -> Grid:
@@ -200,7 +200,7 @@ class _Pupil:
         return replace(self.grids[i], scale=self.scales[i]) if i in self.scales else self.grids[i]
 
     def augments(self, labels: Tensor | None) -> bool:
-        """Whether images are shifted and mirrored: not where targets, such as masks, would no longer fit them."""
+        """Whether images are shifted and mirrored. They are not if targets, such as masks, would no longer fit."""
         return self.training.augment and (labels is None or "classes" in self.training.objective(self.network).offers)
 
     def loss(self, images: Tensor, labels: Tensor | None, reference: Network) -> Tensor:
@@ -228,7 +228,7 @@ class _Pupil:
                 torch.maximum(scale, LEAST_SCALE * self.grids[i].scale, out=scale)
 
     def deployed(self) -> tuple[Network, dict[int, QuantizedLayer]]:
-        """The network and its layers on their grids."""
+        """The network, and its layers on their grids."""
         layers = {}
         for i, layer in self.layers.items():
             grid = replace(self.grids[i], scale=self.grid(i).scale.detach().clone())
@@ -263,7 +263,7 @@ class _Course:
             loss = self.pupil.loss(images, labels, self.reference)
             if not math.isfinite(loss.item()):
                 raise MeasurementError(
-                    f"the loss of batch {k + 1} of epoch {number} is {loss.item()}; training diverged: lower the learning rate"
+                    f"the loss of batch {k + 1} of epoch {number} is {loss.item()}; training diverged; lower the learning rate"
                 )
             self.pupil.step(loss, self.optimiser)
             self.schedule.step()
@@ -275,7 +275,7 @@ class _Course:
 def straight_through(weight: Tensor, grid: Grid) -> Tensor:
     """The weight on its grid.
 
-    In the backward pass rounding is the identity. A weight beyond the range has gradient 0, and only a learned scale moves.
+    In the backward pass rounding is the identity. A weight outside of the range has gradient 0, and only a learned scale moves.
     """
     position = weight.float() / grid.scale + grid.zero_point
     inside = position.clamp(grid.codes.low, grid.codes.high)
@@ -297,7 +297,7 @@ def _on_device(batch: tuple[Tensor, Tensor | None], network: Network) -> tuple[T
 
 
 def _check_labels(labels: Tensor | None, logits: Tensor, objective: criteria.PackedCriterion) -> None:
-    """Raises DataError for labels beyond the network's outputs."""
+    """Raises DataError for labels that are not among the network's outputs."""
     if objective.needs_targets and "classes" in objective.offers and labels is not None:
         low, high, classes = int(labels.min()), int(labels.max()), logits.shape[-1]
         if low < 0 or high >= classes:
@@ -308,7 +308,7 @@ def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out:
     if not layers:
         raise ConfigurationError("no layer is quantized; expected an assignment that gives bits to at least one")
     if names := [network.layers[i].name for i, layer in layers.items() if layer.grid is None]:
-        raise NetworkError(f"{', '.join(names[:8])} have no grid to stay on; expected layers as `Prepared.deployed` gives them")
+        raise NetworkError(f"{', '.join(names[:8])} have no grid; expected layers as `Prepared.deployed` gives them")
     objective = training.objective(network)
     for images, name in ((training_set, "training"), (held_out, "held-out")):
         if len(images) < 2:

@@ -1,4 +1,4 @@
-"""Results as JSON documents: how they are written, read and refused. A search space is part of most of them."""
+"""Results as JSON documents: writing, reading, and errors. Most of them contain a search space."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def space_of(document: Mapping[str, Any]) -> SearchSpace:
 
 
 def write_document(path: str | Path, document: Mapping[str, Any]) -> None:
-    """Writes a document whole or not at all. Infinities become null."""
+    """Writes a document completely or not at all. Infinities become null."""
     write_text(Path(path), json.dumps(_finite(document), indent=1, allow_nan=False))
 
 
@@ -70,7 +70,7 @@ def read_document(path: str | Path, file_format: str, what: str) -> dict[str, An
 
 
 def unreadable(path: str | Path, error: Exception, what: str) -> StoreError:
-    """What to say of a file that cannot be read."""
+    """The error for a file that cannot be read."""
     reason = str(error) if isinstance(error, CladoError | OSError | ValueError) else f"{type(error).__name__}: {error}"
     return StoreError(f"{path} cannot be read ({reason}); expected {what}")
 

@@ -37,9 +37,9 @@ class Interval:
 
     @classmethod
     def of_hits(cls, float_hits: NDArray[np.bool_], hits: NDArray[np.bool_]) -> "Interval":
-        """The interval of a drop of top-1, from which images (n,) the float and the quantized network have right.
+        """The interval of a drop of top-1. The arguments (n,) say which images the float and the quantized network have right.
 
-        Each of the four cells counts half an image more, so that agreement on few images proves little (Agresti and Min,
+        Each of the four cells counts half an image more, so that agreement on few images is not overrated. (Agresti and Min,
         "Simple improved confidence intervals for comparing matched proportions", 2005).
         """
         n = len(float_hits)

@@ -24,11 +24,11 @@ class Accuracy:
     top5: float | None = None
     """Fraction of images whose right class is among the top five. None without labels."""
     kl: float | None = None
-    """Mean KL divergence from the float network, in nats. None where it was not counted."""
+    """Mean KL divergence from the float network, in nats. None if it was not counted."""
     agreement: float | None = None
-    """Fraction of images whose top class is the float network's. None where it was not counted."""
+    """Fraction of images whose top class is the float network's. None if it was not counted."""
     metric: float | None = None
-    """Mean of a metric of one's own over the images. None without one."""
+    """Mean of a user-defined metric over the images. None without one."""
     metric_name: str | None = None
     """Name of the metric."""
 
@@ -43,7 +43,7 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
 
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
 
-    It lies within 0..1. Its length is positive even if p is 0 or 1.
+    It lies within 0..1. Its length is positive, even if p is 0 or 1.
 
     Args:
         fraction: The fraction p.
@@ -108,7 +108,7 @@ class Result:
     gain: float | None = None
     """For `chosen`: the least measured loss of the other methods, minus the one of `winner`.
 
-    If it is negative, the other was not better by more than chance (`choice.choose`).
+    If it is negative, the other one was not significantly better (`choice.choose`).
     """
 
 
@@ -151,9 +151,9 @@ class MeasuredProposal:
     agreement_deployed: float | None = None
     """As in `Result`."""
     predicted_by: str = ""
-    """Estimator of `loss_predicted`, if `origin` predicts no loss.
+    """Estimator of `loss_predicted`, if `origin` itself predicts no loss.
 
-    Of a local search it is the surrogate.
+    For a local search it is the surrogate.
     """
 
 
@@ -179,7 +179,7 @@ class SearchSummary:
 
 @dataclass(frozen=True)
 class Stability:
-    """How far the images decide an estimator's answer to a budget.
+    """How far the images determine an estimator's answer to a budget.
 
     It need not be the chosen one.
     """

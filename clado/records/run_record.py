@@ -45,17 +45,17 @@ class RunRecord(Tabular):
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each phase."""
     forwards: dict[str, int] = field(default_factory=dict)
-    """Forward images of each tile kind, of what is measured to choose, and of accuracies.
+    """Forward images of each tile kind, of measurements to choose, and of accuracies.
 
-    What is measured to choose are `proposals`, `local_search`, `other_corrections`, and
-    `batchnorm_reestimation` for all three. `validation` are accuracies. Preparing is not counted.
+    Measurements to choose are `proposals`, `local_search`, `other_corrections`, and
+    `batchnorm_reestimation` for these three. `validation` counts accuracies. Preparing is not counted.
     """
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the results should know."""
     corrections: str = "none"
     """Names of the corrections."""
     unsearched: tuple[tuple[str, int, str], ...] = ()
-    """(name, bytes, reason) of every parameter that stays float."""
+    """(name, bytes, reason) of every parameter that stays in float."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Versions, device, hash of the weights."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class RunRecord(Tabular):
     def top1_name(self) -> str:
         """`top1`, or `top1_subset` for a part of ImageNet's validation images.
 
-        A subset's figure is not comparable.
+        Accuracy on a subset is not comparable.
         """
         is_subset = self.imagenet and self.float_accuracy.num_images < IMAGENET_VALIDATION_IMAGES
         return "top1_subset" if is_subset else "top1"
@@ -91,7 +91,7 @@ class RunRecord(Tabular):
 
     @property
     def metric_name(self) -> str | None:
-        """Name of the metric of one's own. None without one."""
+        """Name of the user-defined metric. None without one."""
         return self.float_accuracy.metric_name
 
     @property
@@ -126,7 +126,7 @@ class RunRecord(Tabular):
         return 4 * sum(self.layer_weights)
 
     def comparison(self, budget: str, method: str, other: str) -> Comparison | None:
-        """How two answers to a budget compare on the validation images. None if they are the same, or were not compared."""
+        """The comparison of two answers to a budget on the validation images. None if they are the same, or were not compared."""
         key = (budget, method, other)
         return next((row for row in self.comparisons if (row.budget, row.method, row.other) == key), None)
 
@@ -203,7 +203,7 @@ def _plain(value: Any) -> Any:
 
 
 def _measured(row: dict[str, Any], *losses: str) -> dict[str, Any]:
-    """The row with infinity for measured losses that are null, because they were not finite."""
+    """The row with infinity for measured losses that are null. They were not finite."""
     return {**row, **{key: math.inf for key in losses if row[key] is None}}
 
 

@@ -1,4 +1,4 @@
-"""How results show themselves: one line, a small HTML table in notebooks, a pandas frame."""
+"""How results are shown: one line, a small HTML table in notebooks, a pandas frame."""
 
 from collections.abc import Sequence
 from html import escape
@@ -34,12 +34,12 @@ class Tabular:
         return f"{type(self).__name__}({self.summary()})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """HTML for notebooks."""
         return html_table(self.summary(), self.rows())
 
 
 def pandas() -> Any:
-    """The module pandas, which clado itself does without."""
+    """The module pandas. clado itself does not need it."""
     try:
         return import_module("pandas")
     except ImportError:
@@ -49,7 +49,7 @@ def pandas() -> Any:
 
 
 def html_table(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """A title and a table. Rows in the middle are left out where there are many."""
+    """A title and a table. If there are many rows, those in the middle are left out."""
     header = "".join(f"<th>{escape(str(key).replace('_', ' '))}</th>" for key in (rows[0] if rows else ()))
     half = MOST_ROWS // 2
     shown = list(rows) if len(rows) <= MOST_ROWS else [*rows[:half], None, *rows[-half:]]

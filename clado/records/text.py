@@ -1,4 +1,4 @@
-"""Text files, Markdown tables and numbers as people read them."""
+"""Text files, Markdown tables and numbers in readable form."""
 
 import math
 import os
@@ -11,7 +11,7 @@ REPORT = "report.html"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file through a temporary file and a rename. So a reader never sees half of it."""
+    """Writes a file through a temporary file and a rename, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.write_text(text, encoding="utf-8")
@@ -39,14 +39,14 @@ def size_text(num_bytes: float) -> str:
 
 
 def file_name(budget: str) -> str:
-    """The name of a budget as that of a file or a folder."""
+    """The name of a budget as the name of a file or a folder."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", budget)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Layer names without the ending `.weight`.
 
-    If that makes two of them equal, the whole names.
+    If two of them are then equal, the whole names are used.
     """
     stems = [name.removesuffix(".weight") for name in names]
     return stems if len(set(stems)) == len(names) else list(names)

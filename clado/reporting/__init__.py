@@ -1,1 +1,1 @@
-"""What people read: text tables, the HTML page, plots."""
+"""Reports: text tables, the HTML page, plots."""

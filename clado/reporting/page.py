@@ -3,7 +3,7 @@
 Nothing here measures, or needs torch or matplotlib.
 
 Everything is inside the file: style, charts (SVG), matrices, and the small script that zooms into
-them. A content policy in its head forbids it to load anything.
+them. A content policy in its head keeps it from loading anything.
 """
 
 import math
@@ -28,11 +28,11 @@ from clado.reporting.glossary import WORDS
 from clado.settings.redaction import redact
 
 ROBUST_PERCENTILE = 98.0
-# Okabe & Ito's, as in plots.py. `chosen` has the colour of the page's text, dark or light.
+# Colours of Okabe & Ito, as in plots.py. `chosen` has the colour of the page's text, dark or light.
 COLOURS = {UNIFORM: "#8a8a8a", "layerwise": "#e69f00", "pairwise": "#0072b2", "gauss_newton": "#009e73", CHOSEN: "currentColor"}
 OTHERS = ("#d55e00", "#cc79a7", "#56b4e9", "#8c510a", "#5e3c99")
 SHADES = ("#ffffcc", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#0c2c84")  # ColorBrewer YlGnBu
-LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 58.0, 16.0, 14.0, 44.0, 660.0, 340.0  # of a chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 58.0, 16.0, 14.0, 44.0, 660.0, 340.0  # size of a chart, in its own units
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Line:
     def path(self) -> str:
         """The line as SVG path.
 
-        `uniform` goes by steps, because there is nothing between two uniform widths.
+        `uniform` is drawn in steps, because there is nothing between two uniform widths.
         """
         segment = "H{0:.1f}V{1:.1f}" if self.method == UNIFORM else "L{0:.1f} {1:.1f}"
         first, *others = self.points
@@ -115,7 +115,7 @@ class Axes:
         return LEFT + (size - self.start) / (self.stop - self.start) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Vertical position of a value. What lies under the lower edge is put on the edge."""
+        """Vertical position of a value. Values below the lower edge are drawn on the edge."""
         height = math.log10(value) if self.logarithmic else value
         fraction = (max(height, self.floor) - self.floor) / (self.ceiling - self.floor)
         return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
@@ -174,7 +174,7 @@ def render(folder: Path) -> str:
 
 
 def charts(record: RunRecord) -> list[Chart]:
-    """A metric of one's own and top-1 (if there are labels), and measured loss against size."""
+    """A user-defined metric and top-1 (if there are labels), and measured loss against size."""
     top1 = {r: 100 * r.validation.top1 for r in record.results if r.validation is not None and r.validation.top1 is not None}
     loss = {r: r.loss_deployed for r in record.results if math.isfinite(r.loss_deployed)}
     metric = {r: r.validation.metric for r in record.results if r.validation is not None and r.validation.metric is not None}
@@ -217,7 +217,7 @@ def _chart(
         ]
         if points:
             lines.append(Line(method, colour, tuple(points)))
-    # earlier ones are wider, so that they show below those that coincide with them
+    # earlier lines are wider, so that they are visible below equal later ones
     lines = [replace(line, width=1.8 + 1.4 * max(0, len(lines) - 2 - k)) for k, line in enumerate(lines)]
     y_ticks = _decades(axes.floor, axes.ceiling) if axes.logarithmic else _ticks(axes.floor, axes.ceiling)
     return Chart(
@@ -233,19 +233,19 @@ def _chart(
 
 
 def _axes(sizes: Sequence[float], values: Mapping[Result, float], reference: float | None, logarithmic: bool) -> Axes:
-    """Axes that hold all sizes, and the values that a reader compares."""
+    """Axes for all sizes, and for the values that a reader compares."""
     references = [] if reference is None else [reference]
     if logarithmic:
         heights = [math.log10(value) for value in [*values.values(), *references]]
     else:
-        # one bad uniform assignment would flatten everything else
+        # one bad uniform assignment would make all other differences invisible
         heights = [value for result, value in values.items() if result.method != UNIFORM] or list(values.values())
         heights += references
     low, high = min(heights), max(heights)
     margin = max(0.08 * (high - low), 1e-6 * max(abs(high), 1.0), 0.0 if logarithmic else 0.02 * abs(high) * (high == low))
     x_margin = max(0.05 * (max(sizes) - min(sizes)), 0.02 * max(sizes))
     floor = low - (1.0 if logarithmic else 3.0) * margin
-    ceiling = high + margin if logarithmic else min(high + margin, max(100.0, high))  # no accuracy is beyond 100 %
+    ceiling = high + margin if logarithmic else min(high + margin, max(100.0, high))  # no accuracy is above 100 %
     return Axes(max(0.0, min(sizes) - x_margin), max(sizes) + x_margin, floor, ceiling, logarithmic)
 
 
@@ -259,7 +259,7 @@ def _ticks(low: float, high: float, max_steps: int = 7) -> list[float]:
 def _decades(low: float, high: float) -> list[float]:
     """Round numbers between two powers of ten: every decade.
 
-    If there are few, 2 and 5 of each too.
+    If there are few, 2 and 5 of each decade too.
     """
     factors = (1, 2, 5) if high - low < 3 else (1,)
     exponents = range(math.floor(low), math.ceil(high) + 1)
@@ -306,7 +306,7 @@ def heat_map(path: Path) -> dict[str, Any]:
         path: File of the matrix.
 
     Returns:
-        Layers, bit-widths, values and standard errors. Pairs that no choice may have are null.
+        Layers, bit-widths, values and standard errors. Pairs that cannot be chosen are null.
         `limit` is the value of full colour: a high percentile of the nonzero magnitudes between
         layers, or else of the diagonal.
 
@@ -324,7 +324,7 @@ def heat_map(path: Path) -> dict[str, Any]:
         magnitudes = np.abs(values[between] if values[between].any() else np.diag(values))
     except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile) as error:
         raise StoreError(
-            f"{path} is damaged ({error}); delete it and run `clado run` again: nothing is measured twice"
+            f"{path} is damaged ({error}); delete it and run `clado run` again. Nothing is measured twice"
         ) from error
     magnitudes, counts = magnitudes[magnitudes > 0], Counter(names)
     allowed = _allowed(between, quarantined, forbidden)
@@ -334,7 +334,7 @@ def heat_map(path: Path) -> dict[str, Any]:
         "layers": [[name, count] for name, count in zip(short_names(list(counts)), counts.values(), strict=True)],
         "bits": [bits for _, _, bits in options],
         "limit": float(np.percentile(magnitudes, ROBUST_PERCENTILE)) if len(magnitudes) else 1.0,
-        # four digits are more than an eye can tell, and half the file
+        # four digits are enough for the eye, and halve the file
         "values": [
             [float(f"{v:.4g}") if ok else None for v, ok in zip(*row, strict=True)] for row in zip(values, allowed, strict=True)
         ],
@@ -343,7 +343,7 @@ def heat_map(path: Path) -> dict[str, Any]:
 
 
 def _allowed(between: NDArray[np.bool_], quarantined: NDArray[np.int64], forbidden: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The pairs of options that a choice may have. `between` marks pairs of different layers."""
+    """The pairs of options that can be chosen. `between` marks pairs of different layers."""
     allowed = between | np.eye(len(between), dtype=bool)
     allowed[list(quarantined), :] = allowed[:, list(quarantined)] = False
     for one, other in forbidden:
@@ -365,7 +365,7 @@ def _coverage(record: RunRecord) -> dict[str, Any]:
 
 
 def _provenance(record: RunRecord) -> list[tuple[str, str]]:
-    """(name, value) of everything that says where the numbers come from."""
+    """(name, value) of everything that tells the origin of the numbers."""
     rows = [("fingerprint", record.fingerprint), ("criterion", record.criterion), ("corrections", record.corrections)]
     rows += [(name.replace("_", " "), value) for name, value in record.provenance.items() if value]
     rows += [(name.replace("_", " "), f"{d['num_images']:,} images, sha256 {d['sha256']}") for name, d in record.data.items()]

@@ -78,7 +78,7 @@ def save(figure: Figure, path: Path) -> Path:
 def heat_map(matrix: InteractionMatrix) -> Figure:
     """The interaction matrix, with options grouped by layer.
 
-    Pairs that no choice may have (two options of a layer) are grey.
+    Pairs that cannot be chosen (two options of a layer) are grey.
     """
     space = matrix.space
     edges = np.array(space.offsets) - 0.5
@@ -90,7 +90,7 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
         values[row, column] = values[column, row] = np.nan
     limit = colour_limit(matrix)
 
-    side = max(5.2, 0.165 * space.num_layers)  # inches; a label needs 0.16
+    side = max(5.2, 0.165 * space.num_layers)  # in inches; a label needs 0.16
     names = short_names(space.names)
     label_inches = 0.062 * max(map(len, names))
     figure, axes = _figure(side + label_inches + 1.3, side + label_inches + 0.9)
@@ -108,7 +108,7 @@ def heat_map(matrix: InteractionMatrix) -> Figure:
     clipped = bool((np.abs(values[~np.isnan(values)]) > limit).any())
     bar = figure.colorbar(image, ax=axes, extend="both" if clipped else "neither", fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=8)
-    bar.set_label("Ĝ (orders assignments, is not a loss)" if matrix.ranking_only else "Ĝ (twice the loss increase)", fontsize=9)
+    bar.set_label("Ĝ (ranks assignments, is not a loss)" if matrix.ranking_only else "Ĝ (twice the loss increase)", fontsize=9)
     images = f"{matrix.num_samples:,} images" if matrix.num_samples != 1 else "1 image"
     _title(axes, f"Interaction matrix by {matrix.estimator}", f"{matrix.criterion}, {images}; {_bits_sentence(matrix)}")
     return figure
@@ -217,7 +217,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
     reference = None if record.float_accuracy.top1 is None else 100 * record.float_accuracy.top1
     figure = _against_size(record, points, reference, f"{record.top1_title} (%)")
     axes = figure.axes[0]
-    # one bad uniform assignment would flatten everything else, so it is marked at the lower edge
+    # one bad uniform assignment would make all other differences invisible, so it is marked at the lower edge
     others = [y for method, line in points.items() if method != UNIFORM for _, y in line]
     others += [] if reference is None else [reference]
     if others:
@@ -238,7 +238,7 @@ def accuracy_against_size(record: RunRecord) -> Figure:
 
 
 def metric_against_size(record: RunRecord) -> Figure:
-    """A metric of one's own on the validation set against the size of the searched weights."""
+    """A user-defined metric on the validation set against the size of the searched weights."""
     points = _points(record, lambda result: None if result.validation is None else result.validation.metric)
     figure = _against_size(record, points, record.float_accuracy.metric, record.metric_name or "")
     images = record.float_accuracy.num_images
@@ -308,7 +308,7 @@ def _against_size(
         chosen, uniform = method == CHOSEN, method == UNIFORM
         axes.plot(
             x, y, color=colour, marker=marker, label=method, zorder=5 if chosen else 2,
-            # earlier ones are wider, so that they show below those that coincide with them
+            # earlier lines are wider, so that they are visible below equal later ones
             linewidth=0.9 if uniform else 1.5 + max(0, len(points) - 2 - k),
             # circles without a line, around the point of the method that was chosen
             linestyle="none" if chosen else ":" if uniform else "-",
@@ -381,8 +381,8 @@ def _bits_sentence(matrix: InteractionMatrix) -> str:
 
 
 def _ink_on(colour: NDArray[np.float64]) -> str:
-    """Black or white, whichever is legible on the colour.
+    """Black or white, so that text is legible on the colour.
 
-    It compares the approximate relative luminance of sRGB.
+    The decision uses the approximate relative luminance of sRGB.
     """
     return "black" if float(np.dot(colour[:3], (0.299, 0.587, 0.114))) > 0.5 else "white"

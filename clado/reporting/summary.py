@@ -1,4 +1,4 @@
-"""The result of a run on one screen: in words, as a table, and what to do next. Nothing here measures."""
+"""The result of a run on one screen: in words, as a table, and the next step. Nothing here measures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from clado.reporting.tables import loss_text
 from clado.space import Assignment
 
 MOST_DROP = 0.01
-"""What the recommended network loses of top-1 at most, as a fraction of the images."""
+"""Largest drop of top-1 of a recommended network, as a fraction of the images."""
 NAMED = 6
-"""Layers of a bit-width that are named; the others are counted."""
+"""Number of layers of a bit-width that are named. The others are counted."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What the chosen network of a budget gives, in words."""
+    """The chosen network of a budget, in words."""
 
     budget: str
     """Name of the budget."""
@@ -38,14 +38,14 @@ class Gain:
     winner: str
     """The method that proposed it."""
     is_recommended: bool
-    """Whether it is the one to take."""
+    """Whether it is recommended."""
 
     def __str__(self) -> str:
         return f"{self.sizes}, {self.quality} ({self.points})" if self.quality else f"{self.sizes}, not evaluated"
 
 
 def gains(record: RunRecord) -> list[Gain]:
-    """What each budget's chosen network gives."""
+    """The chosen network of each budget, in words."""
     best = recommended(record)
     return [_gain(record, row, row is best) for row in _chosen(record)]
 
@@ -70,7 +70,7 @@ def headlines(record: RunRecord) -> list[str]:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a network is worth, and what the float network is."""
+    """A quality of a network, compared with the float network."""
 
     name: str
     """What is compared."""
@@ -79,16 +79,16 @@ class Quality:
     after: float
     """Of the other network."""
     is_share: bool
-    """Whether both are fractions of the images; otherwise values of a metric of one's own."""
+    """Whether both are fractions of the images; otherwise values of a user-defined metric."""
 
     @property
     def drop(self) -> float:
-        """What is lost: as a fraction of the images, or of the metric."""
+        """The loss of quality: as a fraction of the images, or of the metric."""
         lost = self.before - self.after
         return lost if self.is_share or not self.before else lost / abs(self.before)
 
     def difference(self, interval: Interval | None) -> str:
-        """What is lost in points, with half its 95 % interval where that is known; in percent of a metric."""
+        """The change in points, with half its 95 % interval if it is known. For a metric it is in percent."""
         if not self.is_share:
             return f"{-100 * self.drop:+.2f} %, "
         if interval is None:
@@ -102,7 +102,7 @@ class Quality:
 
 
 def _quality(before: Accuracy, after: Accuracy, top1_title: str) -> Quality:
-    """The metric of one's own, else top-1, else agreement with the float network, else the loss."""
+    """The user-defined metric, else top-1, else agreement with the float network, else the loss."""
     if before.metric is not None and after.metric is not None:
         return Quality(after.metric_name or "metric", before.metric, after.metric, is_share=False)
     if before.top1 is not None and after.top1 is not None:
@@ -113,10 +113,10 @@ def _quality(before: Accuracy, after: Accuracy, top1_title: str) -> Quality:
 
 
 def recommended(record: RunRecord) -> Result | None:
-    """The smallest chosen network that loses at most one point of top-1; where none does, the one that loses least.
+    """The smallest chosen network that loses at most one point of top-1. If there is none, the one that loses least.
 
-    Without labels: of agreement with the float network. With a metric of one's own: one percent of it. None where nothing was
-    evaluated, or where there is a loss alone.
+    Without labels it is one point of agreement with the float network, with a user-defined metric one percent of it. None if
+    nothing was evaluated, or if there is only a loss.
     """
     drops = [(drop, row) for row in _chosen(record) if (drop := _drop(record, row)) is not None]
     within = [row for drop, row in drops if drop <= MOST_DROP]
@@ -133,7 +133,7 @@ def _drop(record: RunRecord, row: Result) -> float | None:
 
 
 def recommendation(record: RunRecord, folder: Path) -> str:
-    """One network, why, and the command that writes it."""
+    """The recommended network, the reason, and the command that writes it."""
     row = recommended(record)
     if row is None:
         return f"Next: clado evaluate {folder}"
@@ -144,10 +144,10 @@ def recommendation(record: RunRecord, folder: Path) -> str:
 
 
 def why(record: RunRecord, row: Result) -> str:
-    """Why a network is recommended."""
+    """The reason why a network is recommended."""
     is_within = (_drop(record, row) or 0.0) <= MOST_DROP
     unit = "1 %" if row.validation is not None and row.validation.metric is not None else "1 point"
-    return f"the smallest that loses at most {unit}" if is_within else f"the one that loses least; none loses less than {unit}"
+    return f"the smallest that loses at most {unit}" if is_within else f"the one that loses least; all lose more than {unit}"
 
 
 def table(record: RunRecord) -> Table:
@@ -177,7 +177,7 @@ def _cell(row: Result | None) -> str:
 
 
 def summary(record: RunRecord) -> Group:
-    """What fits on a screen. The rest is in table.md, the report, and `clado show RUN --details`."""
+    """The part that fits on a screen. The rest is in table.md, the report, and `clado show RUN --details`."""
     texts = [f"{record.network}, {record.criterion}", *headlines(record)]
     parts: list[RenderableType] = [*map(Text, texts), table(record), Text(tables.verdict(record))]
     fewer = _fewer_corrections(record)
@@ -187,7 +187,7 @@ def summary(record: RunRecord) -> Group:
 
 def _fewer_corrections(record: RunRecord) -> str:
     budgets = [row.budget for row in _chosen(record) if row.assignment.corrected != "all"]
-    return f"Deployed with fewer corrections than asked for, which measured better: {', '.join(budgets)}." if budgets else ""
+    return f"Deployed with fewer corrections, because that measured better: {', '.join(budgets)}." if budgets else ""
 
 
 def _notes(record: RunRecord) -> str:
@@ -196,7 +196,7 @@ def _notes(record: RunRecord) -> str:
 
 
 def layers_text(names: Sequence[str], assignment: Assignment) -> str:
-    """The layers of each bit-width by name, from the narrowest on; after the first few of a width the others are counted."""
+    """The layers of each bit-width by name, narrowest first. The first few of a width are named, the others counted."""
     groups: dict[str, list[str]] = {}
     order = sorted(zip(assignment.pairs, short_names(names), strict=True), key=lambda pair: [bits or 99 for bits in pair[0]])
     for (bits, activation_bits), name in order:

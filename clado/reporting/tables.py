@@ -34,10 +34,10 @@ corrections.
 
 `corrections` is left out if every answer has all corrections.
 
-A metric of one's own has a row of its name. Without classes it takes the place of top-1.
+A user-defined metric has a row of its name. Without classes it takes the place of top-1.
 """
 FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
-"""What is said of an answer, by `Assignment.corrected`."""
+"""The note on an answer, by `Assignment.corrected`."""
 
 
 def table(record: RunRecord) -> Table:
@@ -70,7 +70,7 @@ def markdown(record: RunRecord) -> str:
 
 
 def verdict(record: RunRecord) -> str:
-    """What interactions change, as counted on validation images.
+    """The effect of interactions, counted on validation images.
 
     It compares `layerwise` with `pairwise`, or else with the next estimator by `interaction_order`.
     """
@@ -79,7 +79,7 @@ def verdict(record: RunRecord) -> str:
     if base_name not in record.methods or rival is None:
         methods = ", ".join(record.methods) or "no results"
         usual = with_interactions(available("estimators"))[0]
-        return f"Interactions: no verdict, for it compares {base_name} with {usual} and the run has {methods}."
+        return f"Interactions: no verdict. It compares {base_name} with {usual}, and the run has {methods}."
     pairs = [
         (budget, base, other)
         for budget in record.budgets
@@ -87,7 +87,7 @@ def verdict(record: RunRecord) -> str:
         if math.isfinite(base.loss_deployed) and math.isfinite(other.loss_deployed)
     ]
     if not pairs:
-        return f"Interactions: no verdict, for at no budget both {base_name} and {rival} have a finite loss."
+        return f"Interactions: no verdict. At no budget do both {base_name} and {rival} have a finite loss."
     counts = [_num_changed(base, other) for _, base, other in pairs]
     if not any(counts):
         where = "every budget" if len(pairs) == len(record.budgets) else f"{len(pairs)} of {len(record.budgets)} budgets"
@@ -127,7 +127,7 @@ def interval_text(interval: Interval, scale: float = 1.0, digits: int = 4) -> st
 
 
 def comparisons_table(record: RunRecord) -> str:
-    """What was chosen for each budget against every other method, on the validation images; empty where nothing differs."""
+    """The chosen answer of each budget compared with every other method, on the validation images. Empty if nothing differs."""
     rows = [row for row in record.comparisons if row.method == CHOSEN]
     if not rows:
         return ""
@@ -148,7 +148,7 @@ def comparisons_table(record: RunRecord) -> str:
 def winners(record: RunRecord) -> str:
     """One line for each budget: who proposed the chosen assignment.
 
-    It says how far its measured loss is from the least of the others.
+    It also says how far its measured loss is from the least of the others.
     """
     chosen = [result for result in record.results if result.method == CHOSEN]
     width = max((len(result.budget) for result in chosen), default=0)
@@ -158,7 +158,7 @@ def winners(record: RunRecord) -> str:
         name = (result.winner or "unknown").ljust(name_width)
         fewer = FEWER[result.assignment.corrected]
         lines.append(f"  {result.budget.ljust(width)}  {name}  loss {loss_text(result.loss_deployed)}{_lead(result)}{fewer}")
-    return "\n".join(["Chosen, and who proposed it:", *lines]) if lines else "Nothing was chosen."
+    return "\n".join(["Chosen, and the method that proposed it:", *lines]) if lines else "Nothing was chosen."
 
 
 def search_text(record: RunRecord) -> str:
@@ -199,7 +199,7 @@ def stability_text(record: RunRecord) -> str:
         images, largest = row.settled_by, row.multiples[-1] * row.num_images
         outlook = f"even {largest:,} would leave {row.undecided[-1]}" if images is None else f"about {images:,} would settle them"
         parts.append(f"{row.undecided[0]} of {num_layers} at {row.budget} ({outlook})")
-    head = f"With {first.num_images:,} images, {first.estimator}'s own answers, chosen or not, have"
+    head = f"With {first.num_images:,} images, {first.estimator}'s answers, chosen or not, have"
     procedure = f"bootstrap over sample blocks, {first.num_resamples} resamples"
     if not parts:
         return f"{head} every layer's bits decided at every budget ({procedure})."
@@ -238,7 +238,7 @@ def _proposals_of(record: RunRecord, budget: str) -> list[tuple[MeasuredProposal
 def _proposal_cells(proposal: MeasuredProposal, chosen: bool) -> list[str]:
     """Cells of a row of `proposals_table`.
 
-    The predicted loss names its estimator, if that is not the proposing one.
+    The predicted loss names its estimator, unless it is the proposing one.
     """
     predicted, brier = (
         "–" if value is None else loss_text(value) for value in (proposal.loss_predicted, proposal.brier_deployed)
@@ -256,7 +256,7 @@ def _proposal_cells(proposal: MeasuredProposal, chosen: bool) -> list[str]:
 
 
 def _measured_rank(proposal: MeasuredProposal) -> tuple[float, float]:
-    """Brier score, then loss. What has not been measured comes last."""
+    """A key to sort by: Brier score, then loss. Unmeasured proposals come last."""
     brier, loss = proposal.brier_deployed, proposal.loss_deployed
     return math.inf if brier is None else brier, math.inf if loss is None else loss
 
@@ -268,7 +268,7 @@ def _lead(result: Result) -> str:
     if result.gain == 0:
         return ", as low as the best of the others"
     if result.gain < 0:
-        return f", {loss_text(-result.gain)} above the least of the others, which these images do not tell from it"
+        return f", {loss_text(-result.gain)} above the least of the others, but not significantly on these images"
     others = result.loss_deployed + result.gain
     share = f" ({100 * result.gain / others:.1f} %)" if others > 0 else ""
     return f", {loss_text(result.gain)}{share} below the best of the others"
@@ -295,13 +295,13 @@ def phase_times(record: RunRecord) -> str:
     if not record.seconds:
         return "Seconds: not recorded."
     phases = ", ".join(f"{name} {value:.1f}" for name, value in record.seconds.items())
-    return f"Seconds: {phases}; together {sum(record.seconds.values()):.1f}."
+    return f"Seconds: {phases}; in all {sum(record.seconds.values()):.1f}."
 
 
 def how_to_open(receipt: Receipt) -> str:
     """The address of the run's page in MLflow, or the command that serves it, and its address then.
 
-    In the folder of the database, the command needs no address. The pages are those of model training, not of GenAI.
+    In the folder of the database, the command needs no address. The link opens the pages for model training, not for GenAI.
     """
     is_known = receipt.experiment_id and receipt.parent_run_id
     page = (
@@ -408,12 +408,12 @@ def _forwards(record: RunRecord) -> str:
         f"{name} {cost['forwards']:,}" + (f" and {cost['backwards']:,} backward" if cost["backwards"] else "")
         for name, cost in record.costs.items()
     )
-    text = f"Forward images, as whole forwards would need: {counts}." if counts else ""
+    text = f"Forward images, counted as whole forward passes: {counts}." if counts else ""
     return f"{text} Each estimator alone: {costs}." if costs else text
 
 
 def metric_text(value: float | None) -> str:
-    """Four significant digits of a metric of one's own."""
+    """Four significant digits of a user-defined metric."""
     return "–" if value is None else f"{value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""What is checked before a run starts or writes anything: images, budgets, and a store that is there."""
+"""Checks before a run starts or writes anything: images, budgets, and an existing store."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from clado.storage.measurement_store import MeasurementStore, exists
 
 
 def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> DataError:
-    """What to say where more images cannot be read than the settings allow."""
+    """The error if more images cannot be read than the settings allow."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return DataError(
         f"more images below {where} cannot be read than data.max_corrupt_images: {allowed} allows: {shown}; repair or remove "
@@ -21,12 +21,12 @@ def too_many_unreadable(where: object, names: Sequence[str], allowed: int) -> Da
 
 
 def checked(run: OpenedRun) -> OpenedRun:
-    """This run, or one of the same settings without the images that cannot be read: `data.skip` then names them."""
+    """This run, or a run with the same settings whose `data.skip` names the images that cannot be read."""
     return _without_unreadable(run, check)
 
 
 def with_readable_selection(run: OpenedRun) -> OpenedRun:
-    """The same for the images that are left to choose on, which only some commands read; there may be none."""
+    """The same for the selection images, which only some commands read. There may be none."""
     return _without_unreadable(run, lambda run: _unreadable(run, run.slices.selection) if len(run.slices.selection) else [])
 
 
@@ -41,14 +41,14 @@ def _without_unreadable(run: OpenedRun, find: Callable[[OpenedRun], list[str]]) 
 
 
 def check(run: OpenedRun) -> list[str]:
-    """Decodes every image once, tries every budget and a store that is there: before anything is started or written.
+    """Decodes every image once, and checks every budget and an existing store, before anything is started or written.
 
     Returns:
-        The names of images that cannot be read, where some are allowed.
+        The names of images that cannot be read, if some are allowed.
 
     Raises:
         ConfigurationError: The run's folder is a file, or the criterion or the metric fails on the first image.
-        DataError: An image does not fit the network, or cannot be read and none may be left out.
+        DataError: An image does not fit the network, or cannot be read and no image may be left out.
         InfeasibleError: No assignment meets a budget.
         IdentityMismatch: The store holds other numbers.
     """
@@ -64,7 +64,7 @@ def check(run: OpenedRun) -> list[str]:
 
 
 def _try_own_functions(run: OpenedRun) -> None:
-    """Refuses a criterion or a metric of one's own that fails on the first image."""
+    """Raises ConfigurationError for a criterion or a user-defined metric that fails on the first image."""
     tries = {run.packed_criterion.refuse_unfit: run.slices.sensitivity, run.judge.refuse_unfit: run.slices.validation}
     for refuse_unfit, images in tries.items():
         x, targets = on_device(run.float_network, images.load(0, 1))
@@ -72,7 +72,7 @@ def _try_own_functions(run: OpenedRun) -> None:
 
 
 def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:
-    """Names of images that cannot be read, where some are allowed; refuses what else is wrong with an image."""
+    """Names of images that cannot be read, if some are allowed. Raises DataError for other faults of an image."""
     names: list[str] = []
     for images in slices:
         unreadable: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""The evaluations of a run: losses on the decision set, accuracies on the validation set, each read where it is known."""
+"""The evaluations of a run: losses on the decision set, accuracies on the validation set. Known ones are read."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,10 +21,10 @@ from clado.space import CORRECTED, Assignment
 from clado.storage.evaluation_cache import EvaluationCache
 
 TASK_MACS = 10**10
-"""Multiply-accumulates of one assignment in one task: half a second of one core, and much more than deploying it takes."""
+"""Multiply-accumulates of one assignment in one task: half a second of one core, and much more than deploying takes."""
 MIN_TASK_IMAGES, MAX_TASK_IMAGES = 32, 512
 MAX_TASKS = 200
-"""Evaluation batches of a set of images, where MAX_TASK_IMAGES allow it: enough for many workers, and few files."""
+"""Evaluation batches of a set of images, if MAX_TASK_IMAGES allow it: enough for many workers, but few files."""
 BatchItem = tuple[int, tuple[Assignment, ...]]
 """The number of an evaluation batch, and the assignments that are counted on it."""
 BatchCounts = tuple[int, list[tuple[Assignment, Counts]]]
@@ -38,11 +38,11 @@ class RunEvaluation:
         self.inputs = inputs
         self.identity = identity
         self.preparation = preparation
-        self._float_logits: dict[int, Tensor] = {}  # of a pass over the decision set, by its first image
+        self._float_logits: dict[int, Tensor] = {}  # a pass over the decision set, by its first image
 
     @cached_property
     def bench(self) -> Workbench:
-        """What measuring needs."""
+        """The workbench of measuring."""
         return self.workbench(self.preparation.corrected)
 
     @cached_property
@@ -51,11 +51,11 @@ class RunEvaluation:
         return self.workbench(self.preparation.plain)
 
     def bench_of(self, kind: str) -> Workbench:
-        """What measuring a kind of tile needs."""
+        """The workbench for a kind of tile."""
         return self.plain_bench if tile_kind(kind).is_uncorrected else self.bench
 
     def workbench(self, prepared: Prepared) -> Workbench:
-        """What measuring a prepared network on the sensitivity set needs."""
+        """The workbench for a prepared network on the sensitivity set."""
         inputs, config = self.inputs, self.inputs.config
         return Workbench(
             prepared,
@@ -77,7 +77,7 @@ class RunEvaluation:
     def loss(self, assignment: Assignment) -> Counts:
         """The sum of losses of the deployed network over the decision set, and the Brier score and hit of each image.
 
-        Without classes there is the loss of each image alone.
+        Without classes it is only the loss of each image.
         """
         network, layers = self.preparation.deployed(assignment)
         scores = score_passes(self.inputs.config.criterion, *network.folded_with(layers), self._passes())
@@ -88,7 +88,7 @@ class RunEvaluation:
         return replace(counts, briers=to_six_digits(scores.briers), hits=hits)
 
     def _passes(self) -> Iterator[Pass]:
-        """The decision set with their float logits, as many at a time as are fast."""
+        """The decision set with its float logits, in batches that are fast."""
         images, device = self.inputs.decision, self.inputs.float_network.device
         for start, stop in evaluation_batches(len(images), self.batch_images):
             x, labels = images.load(start, stop)
@@ -102,12 +102,12 @@ class RunEvaluation:
 
     @cached_property
     def _folded_float(self) -> Network:
-        """The float network that is deployed where nothing is quantized."""
+        """The float network that is deployed if nothing is quantized."""
         return self.preparation.corrected.network.folded()[0]
 
     @cached_property
     def _representative_levels(self) -> dict[str, str]:
-        """Each of `CORRECTED`, and the one of them that stands for it because it deploys the same network."""
+        """Maps each of `CORRECTED` to the one that represents it, because both deploy the same network."""
         corrections = self.inputs.config.corrections
         has_final = self.preparation.images_per_reestimation > 0
         has_static = len(corrections) > len(at_stage(corrections, FinalCorrection))
@@ -116,7 +116,7 @@ class RunEvaluation:
         return {"all": "all", "static": static, "none": none}
 
     def representative(self, assignment: Assignment) -> Assignment:
-        """The assignment that stands for all that deploy the same network: it is evaluated for each of them."""
+        """The assignment that represents all those that deploy the same network. Only it is evaluated."""
         level = self._representative_levels[assignment.corrected] if self.inputs.space.chosen_options(assignment) else "all"
         return assignment.with_corrections(level)
 
@@ -137,11 +137,11 @@ class RunEvaluation:
         measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
         done: Callable[[Assignment], None] = lambda assignment: None,
     ) -> dict[Assignment, Counts]:
-        """Counts of each distinct assignment on the decision set: read where they are known, else measured and kept.
+        """Counts of each distinct assignment on the decision set: read if they are known, else measured and kept.
 
         Args:
             assignments: What to count.
-            measure: `loss` of what is absent, in any order. It gets what takes longest first.
+            measure: Computes `loss` of missing assignments, in any order. It gets the slowest ones first.
             done: Called with the representative of each, as soon as its counts are known.
         """
 
@@ -157,19 +157,19 @@ class RunEvaluation:
         assignments: Iterable[Assignment],
         counts_of: Callable[[Iterable[Assignment]], dict[Assignment, Counts]],
     ) -> dict[Assignment, Counts]:
-        """The counts of each assignment, where `counts_of` gives them for those that deploy different networks."""
+        """The counts of each assignment, from those of `counts_of`, which covers each deployed network once."""
         representatives = {assignment: self.representative(assignment) for assignment in assignments}
         counts = counts_of(representatives.values())
         return {assignment: counts[one] for assignment, one in representatives.items()}
 
     @property
     def batches(self) -> list[tuple[int, int]]:
-        """Evaluation batches of the validation set: one Dask task counts all assignments on one of them."""
+        """Evaluation batches of the validation set. One Dask task counts all assignments on one of them."""
         num_images = len(self.inputs.slices.validation)
         return evaluation_batches(num_images, task_images(self.inputs.float_network.macs, num_images))
 
     def accuracies(self, assignments: Iterable[Assignment], start: int, stop: int) -> list[Counts]:
-        """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as deployed."""
+        """Counts of every deployed assignment on images start..stop−1 of the validation set. Each image is decoded once."""
         float_network, validation = self.inputs.float_network, self.inputs.slices.validation
         variants = (
             self.preparation.deployed(assignment) if self.inputs.space.chosen_options(assignment) else (float_network, {})
@@ -178,7 +178,7 @@ class RunEvaluation:
         return count_each(variants, validation, start, stop, self.batch_images, float_network, self.inputs.judge)
 
     def count_batch(self, item: BatchItem) -> BatchCounts:
-        """Counts of assignments on one evaluation batch, which is decoded once for all of them."""
+        """Counts of assignments on one evaluation batch. The images are decoded once."""
         number, assignments = item
         counts = self.accuracies(assignments, *self.batches[number])
         return number, list(zip(assignments, counts, strict=True))
@@ -194,11 +194,11 @@ class RunEvaluation:
     def validation_counts(
         self, assignments: Iterable[Assignment], count_batches: Callable[[list[BatchItem]], Iterable[BatchCounts]]
     ) -> dict[Assignment, Counts]:
-        """Counts of each distinct assignment on the validation set: read where they are known, else counted and kept.
+        """Counts of each distinct assignment on the validation set: read if they are known, else counted and kept.
 
         Args:
             assignments: What to count.
-            count_batches: Counts what is absent, in any order: `count_batch` of each item.
+            count_batches: Computes `count_batch` of each missing item, in any order.
         """
         cache, batches = self.cache("validation"), self.batches
 
@@ -214,7 +214,7 @@ class RunEvaluation:
                 if len(batches) > 1:
                     cache.put_batch(batches[number], parts[number])
             for assignment in absent:
-                # batches are added in order, so that the sum does not depend on which worker was first
+                # batches are added in order, so that the sum does not depend on the order of the workers
                 yield assignment, sum((known[assignment.key] for known in parts), Counts())
             cache.forget_batches(absent)
 
@@ -224,7 +224,7 @@ class RunEvaluation:
 def task_images(macs: int, num_images: int) -> int:
     """Images of one evaluation batch, for a network of so many multiply-accumulates and a set of so many images.
 
-    It does not depend on the workers, so that the sums are the same, bit for bit, for any number of them.
+    It does not depend on the workers, so the sums are the same, bit for bit, for any number of workers.
     """
     images = max(TASK_MACS // max(1, macs), num_images // MAX_TASKS)
     return min(max(images, MIN_TASK_IMAGES), MAX_TASK_IMAGES)

@@ -1,4 +1,4 @@
-"""The identity of a run: what changes the meaning of a measured number, and whether a store holds such numbers."""
+"""The identity of a run: everything that changes the meaning of a measured number, and the check of a store against it."""
 
 import platform
 from dataclasses import asdict
@@ -18,14 +18,14 @@ from clado.storage.measurement_store import MeasurementStore, exists
 
 
 class RunIdentity:
-    """What a run's numbers depend on, and the run's store, which holds numbers of this identity only."""
+    """The identity of a run, and its store, which holds only numbers of this identity."""
 
     def __init__(self, inputs: RunInputs) -> None:
         self.inputs = inputs
 
     @cached_property
     def without_corrections(self) -> dict[str, Any]:
-        """What changes the meaning of one number that is measured without corrections."""
+        """Everything that changes the meaning of a number that is measured without corrections."""
         inputs, config = self.inputs, self.inputs.config
         identity: dict[str, Any] = {
             "weights": inputs.loaded.weights_sha256,
@@ -48,7 +48,7 @@ class RunIdentity:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """What changes the meaning of one number (design: identity)."""
+        """Everything that changes the meaning of a measured number."""
         config, identity = self.inputs.config, dict(self.without_corrections)
         if config.corrections:
             identity["corrections"] = sorted(config.corrections)
@@ -61,13 +61,13 @@ class RunIdentity:
 
     @cached_property
     def coverage(self) -> dict[str, Any]:
-        """Which images are measured, in which blocks: what may grow."""
+        """The measured images and their blocks. This part may grow."""
         blocks = [list(block) for block in self.inputs.sample_blocks]
         return {"sensitivity_set": self.inputs.slices.sensitivity.sha256, "blocks": blocks}
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """Versions and device: a difference warns."""
+        """Versions and device. A difference causes a warning."""
         return {
             "clado": clado.__version__,
             "torch": torch.__version__,
@@ -79,7 +79,7 @@ class RunIdentity:
 
     @cached_property
     def contents(self) -> str:
-        """Hash of what this process read under the settings, so far as it shapes a number: a worker's is to be the flow's."""
+        """Hash of the network and the images that this process has read. A worker's hash must equal the flow's."""
         slices = self.inputs.slices
         return fingerprint([self.document, slices.sensitivity.sha256, len(slices.validation)])
 
@@ -99,11 +99,11 @@ class RunIdentity:
 
     @cached_property
     def store(self) -> MeasurementStore:
-        """The run's store as a worker keeps it open, to write tiles one after another."""
+        """The run's store, which a worker keeps open to write tiles."""
         return MeasurementStore.open(self.inputs.store_path)
 
     def missing_tiles(self) -> list[Tile]:
-        """Tiles that are not measured yet; IdentityMismatch where the store has other layers or candidates."""
+        """Tiles that are not measured yet. IdentityMismatch where the store has other layers or candidates."""
         inputs = self.inputs
         if not exists(inputs.store_path):
             return list(inputs.plan.tiles)
@@ -113,7 +113,7 @@ class RunIdentity:
         return store.missing(inputs.plan)
 
     def check_measured(self) -> None:
-        """Refuses (IdentityMismatch) network, images or settings that are no longer those of the run's store."""
+        """Raises IdentityMismatch if network, images or settings differ from those of the run's store."""
         if self.adds_images(MeasurementStore.open(self.inputs.store_path)):
             raise IdentityMismatch(
                 f"the settings of {self.inputs.folder} ask for more images than were measured; expected `clado run` with them "
@@ -130,6 +130,6 @@ class RunIdentity:
         return adds
 
     def _first_images(self, count: int) -> str:
-        """Hash of the sensitivity set that the same settings draw with fewer images."""
+        """Hash of the sensitivity set that the same settings give with fewer images."""
         fewer = self.inputs.config.data.model_copy(update={"sensitivity_images": count})
         return load_data(fewer, self.inputs.loaded.image_shape, self.inputs.loaded.preprocessing).sensitivity.sha256

@@ -1,4 +1,4 @@
-"""What a run works on: settings, network, data and search space, and the plan that follows from them."""
+"""The inputs of a run: settings, network, data and search space, and the plan that follows from them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ class RunInputs:
     config: RunConfig
     """The settings."""
     loaded: LoadedNetwork
-    """The network as its source gives it."""
+    """The network from its source."""
     float_network: Network
     """The same network as a graph whose layers can be replaced, on the device of this process."""
     slices: DataSlices
@@ -40,12 +40,12 @@ class RunInputs:
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept."""
+        """The folder of the run."""
         return self.config.run_folder
 
     @property
     def store_path(self) -> Path | str:
-        """Where its measurements are."""
+        """The place of its measurements."""
         return store_of(self.config)
 
     @property
@@ -55,7 +55,7 @@ class RunInputs:
 
     @property
     def limits(self) -> list[Constraint]:
-        """Limits that every answer must meet beside its budget."""
+        """Limits that every answer must meet in addition to its budget."""
         return limits_of(self.config, self.space)
 
     @property
@@ -67,11 +67,11 @@ class RunInputs:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the record has to know about the data."""
+        """Notes about the data, for the reader of the record."""
         skip, notes = self.config.data.skip, []
         if skip:
             shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
-            notes.append(f"{len(skip)} images are left out because they cannot be read, or as data.skip says: {shown}")
+            notes.append(f"{len(skip)} images are left out because they cannot be read, or because data.skip names them: {shown}")
         validated = len(self.slices.validation)
         if self.slices.imagenet and validated < IMAGENET_VALIDATION_IMAGES:
             notes.append(
@@ -82,10 +82,10 @@ class RunInputs:
 
     @property
     def decision(self) -> ImageSlice:
-        """The images that decide between proposals. No proposal is fitted to them, unless there is a single sensitivity image.
+        """The images that decide between proposals. No proposal is fitted to them, except if there is only one sensitivity image.
 
-        Nor are corrections. What rounding fits to calibration images is far better on them than on others
-        (tests/benchmarks/OVERFITTING.md), so that they cannot decide.
+        Corrections are not fitted to them either. Fitted rounding is far better on calibration images than on others
+        (tests/benchmarks/OVERFITTING.md), so calibration images cannot decide.
         """
         return self.slices.decision or self.slices.sensitivity
 
@@ -96,22 +96,22 @@ class RunInputs:
 
     @cached_property
     def judge(self) -> Judge:
-        """What is counted of each validation image beside a classifier's hits."""
+        """The user-defined values of each validation image, in addition to a classifier's hits."""
         return Judge.of(self.float_network.outputs, self.config.criterion, self.config.metric)
 
     @property
     def has_classes(self) -> bool:
-        """Whether labels are classes of the network's logits. Else they are targets of the criterion and the metric."""
+        """Whether labels are classes of the network's logits. If not, they are targets of the criterion and the metric."""
         return "classes" in self.packed_criterion.offers
 
     @cached_property
     def num_logits(self) -> int:
-        """Logits of an image."""
+        """Number of logits of an image."""
         return int(self.float_network.logits(self.float_network.example).shape[1])
 
     @cached_property
     def sample_blocks(self) -> tuple[tuple[int, int], ...]:
-        """Sample blocks of the sensitivity set: those of the store, where there is one, and more where the images grew."""
+        """Sample blocks of the sensitivity set: those of an existing store, and more if images were added."""
         num_images = len(self.slices.sensitivity)
         num_blocks = min(num_images, self.config.data.sample_blocks)  # half of the set may have fewer images than blocks
         if not exists(self.store_path):
@@ -120,7 +120,7 @@ class RunInputs:
 
     @cached_property
     def plan(self) -> Plan:
-        """The tiles of this run; rows of a tile follow from the store where there is one, else from the memory limit."""
+        """The tiles of this run. The rows of a tile follow from an existing store, else from the memory limit."""
         kinds = estimators.kinds_of(self.config.estimators, bool(self.config.corrections))
         if exists(self.store_path):
             rows = MeasurementStore.open(self.store_path).rows_per_tile
@@ -135,19 +135,19 @@ class RunInputs:
 
     @property
     def workload(self) -> Workload:
-        """Cost of the network and of its suffixes."""
+        """Cost of the network and of the part after each cut."""
         network = self.float_network
         return Workload(network.macs, tuple(place.cut.suffix_macs for place in network.places))
 
     @property
     def configured_limit(self) -> int | None:
-        """The configured limit in bytes. What is free now shapes tiles once, and nothing that numbers depend on later."""
+        """The configured limit in bytes. Without one, free memory decides the tiles once. Numbers do not depend on it later."""
         limit = self.config.measure.memory_limit_mb
         return None if limit is None else limit * 10**6
 
     @property
     def memory_limit(self) -> int:
-        """Bytes that measuring may take in one worker: as configured, or its part of a quarter of what is free."""
+        """Most bytes of measuring in one worker: the configured limit, or the worker's part of a quarter of the free memory."""
         if self.configured_limit is not None:
             return self.configured_limit
         import psutil

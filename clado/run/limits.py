@@ -1,4 +1,4 @@
-"""What every answer of a run must keep to, and where its measurements are: facts of the settings alone."""
+"""The limits of every answer of a run, and the place of its measurements. Both follow from the settings."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,12 @@ from clado.space import SearchSpace
 
 
 def store_of(config: RunConfig) -> Path | str:
-    """Where a run keeps what it measured: in its folder, or in a bucket."""
+    """The place of a run's measurements: in its folder, or in a bucket."""
     return config.store or config.run_folder / "store.zarr"
 
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:
-    """The configuration's constraints on a space; a size that counts scales is another cost than the budget's size."""
+    """The configuration's constraints on a space. A size that counts scales is another cost than the size of a budget."""
     return [limit_of(settings, config, space) for settings in config.constraints]
 
 

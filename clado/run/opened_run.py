@@ -1,4 +1,4 @@
-"""A run that has been opened: the flow's process and every worker hold one each."""
+"""A run that has been opened. The process of the flow and every worker hold one."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -24,15 +24,15 @@ from clado.settings.schema import RunConfig
 from clado.space import SearchSpace
 
 KEPT_SHARE = 8
-"""Decoded images of a set that is read for every assignment take one part in so many of a worker's memory at most."""
+"""Decoded images of a set that is read for every assignment take at most this fraction (1 / n) of a worker's memory."""
 
 
 class OpenedRun(RunInputs):
-    """What a process needs to compute a tile or an evaluation of a run; its parts are made when they are first asked for."""
+    """Everything that a process needs to compute a tile or an evaluation of a run. Parts are made at their first use."""
 
     @cached_property
     def identity(self) -> RunIdentity:
-        """What its numbers depend on, and its store."""
+        """Its identity and its store."""
         return RunIdentity(self)
 
     @cached_property
@@ -49,13 +49,13 @@ class OpenedRun(RunInputs):
 def open_run(
     config: RunConfig, *, planning: bool = False, exported: PortableGraph | None = None, checking: bool = False
 ) -> OpenedRun:
-    """Loads network and data and refuses what does not fit; touches no server, worker or store. Nothing is cached.
+    """Loads network and data, and raises an error if something does not fit. It uses no server, worker, store or cache.
 
     Args:
         config: The settings.
-        planning: Images that are absent are counted as the settings ask for them, and cannot be read.
-        exported: The network's graph, where another process with the same settings has exported it.
-        checking: All images are read next (`clado.run.checks`): they are decoded while the network is exported.
+        planning: Missing images are only counted, with the numbers of the settings.
+        exported: The network's graph, if another process with the same settings has exported it.
+        checking: All images will be read next (`clado.run.checks`), so they are decoded while the network is exported.
 
     Raises:
         DataError: The criterion needs labels and there are none, or the images do not fit.
@@ -122,14 +122,14 @@ def _search_space(config: RunConfig, network: Network) -> SearchSpace:
 
 
 def _device(name: str) -> torch.device:
-    """Where this process computes; a GPU that is asked for and absent is refused."""
+    """The device of this process. Raises ConfigurationError if the settings ask for a GPU and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("cluster.device is cuda and this process sees no GPU; expected one, or device: cpu or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def _labelled(images: ImageSlice) -> bool:
-    """Whether the images have labels, by the first that can be read; those that cannot are counted later."""
+    """Whether the images have labels, by the first image that can be read. Unreadable images are counted later."""
     for k in range(len(images)):
         with suppress(UnreadableImage):
             return images.load(k, k + 1)[1] is not None

@@ -1,4 +1,4 @@
-"""What settings ask of plug-ins, checked when a run is opened: before anything is started or written."""
+"""Checks of settings that depend on plug-ins. They are made when a run is opened, before anything is started or written."""
 
 from clado.choosing.constraints import kind_of
 from clado.choosing.solvers import solver_of
@@ -11,10 +11,10 @@ from clado.settings.schema import ConstraintSettings, RunConfig
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Loads every plug-in that the settings name, and refuses settings that do not suit them.
+    """Loads every plug-in that the settings name, and checks the settings that depend on them.
 
     Raises:
-        ConfigurationError: A plug-in is not there, is no plug-in, or does not suit the other settings.
+        ConfigurationError: A plug-in is missing, is not a plug-in, or does not fit the other settings.
     """
     criterion_of(config.criterion)
     solver_of(config.solver.name)
@@ -31,7 +31,7 @@ def _check_estimator(name: str, config: RunConfig) -> None:
     estimator = estimator_of(name)
     if estimator.sees_weights_only and len(config.activations.bits) > 1:
         raise ConfigurationError(
-            f"estimator {name} sees errors of weights only, so that of activations.bits {list(config.activations.bits)} "
+            f"estimator {name} covers errors of weights only. Of activations.bits {list(config.activations.bits)} "
             "the narrowest would look as good as the widest; expected one width, none, or other estimators"
         )
     if estimator.needs_single_images and config.measure.batch_statistics:
@@ -42,10 +42,10 @@ def _check_estimator(name: str, config: RunConfig) -> None:
 
 
 def check_constraint(settings: ConstraintSettings) -> None:
-    """Refuses a constraint without the file that it reads, with a file that it does not read, or with scales that it ignores.
+    """Checks the file of a constraint, and whether it counts scales.
 
     Raises:
-        ConfigurationError: The settings do not suit the constraint.
+        ConfigurationError: A file is missing or not read by the constraint, or the constraint ignores scales.
     """
     kind = kind_of(settings.name)
     if settings.scales and not kind.counts_bytes:

@@ -1,4 +1,4 @@
-"""The prepared network of a run: every layer at every candidate, made once and kept on disk; what an assignment deploys."""
+"""The prepared network of a run: every layer at every candidate, made once and kept on disk, and the deployed networks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +36,11 @@ from clado.settings.identity import fingerprint
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
 
-# What a unit of work takes, in multiply-accumulates of large products, on CPUs: these shape progress and ETA alone.
+# Cost of a unit of work, in multiply-accumulates of large products, on CPUs. They are used only for progress and ETA.
 RUN_COST = 2.0  # a multiply-accumulate of the float run
 GATHER_COST = 3.0  # one of the second moments
 RANGE_COST = 4000.0  # the search for the range of a weight at a width
-COLUMN_COST = 6e6  # a column that is rounded
+COLUMN_COST = 6e6  # rounding a column
 SWEEPS_COST = 12.0  # a weight at a width, for each column of its layer
 
 
@@ -51,7 +51,7 @@ class SweepTask:
     plain: bool
     """Whether it is of the network without corrections."""
     on_grids: bool
-    """Whether it is of inputs on their grids."""
+    """Whether it sweeps inputs on their grids."""
     block: int
     """Number of the block."""
     layers: tuple[int, ...]
@@ -69,7 +69,7 @@ class RangesTask:
     layer: int
     """The layer."""
     cost: float = 0.0
-    """Nothing, beside the others."""
+    """It costs almost nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ PreparationTask = SweepTask | RangesTask | LayerTask
 
 
 class RunPreparation:
-    """Prepares the layers of a run, with corrections and plain (rounded to nearest), and reads what is kept of them."""
+    """Prepares the layers of a run, with corrections and plain (rounded to nearest), and reads prepared ones."""
 
     def __init__(self, inputs: RunInputs, identity: RunIdentity) -> None:
         self.inputs = inputs
@@ -96,19 +96,19 @@ class RunPreparation:
 
     @cached_property
     def calibration(self) -> list[Tensor]:
-        """Calibration images in batches, where anything reads them."""
+        """Calibration images in batches, if anything reads them."""
         if not self.inputs.config.corrections and not self.inputs.config.activations.bits:
             return []
         images, network = self.inputs.slices.calibration, self.inputs.float_network
         return calibration_batches(images.load(0, len(images))[0].to(network.device), network.images_at_once)
 
     def files(self, plain: bool = False) -> PreparedLayers:
-        """Where quantized layers are kept: those with corrections, or the plain ones."""
+        """The folder of quantized layers: those with corrections, or the plain ones."""
         document = self.identity.without_corrections if plain else self.identity.document
         return PreparedLayers(self.inputs.folder / "prepared" / fingerprint(document)[:16])
 
     def equalize(self) -> None:
-        """Corrects the float network and keeps what changed, unless that is done."""
+        """Corrects the float network and keeps the changes, unless this is already done."""
         files, inputs = self.files(), self.inputs
         if not files.network_file.exists():
             check_calibration(inputs.space, inputs.recipe, self.calibration)
@@ -116,7 +116,7 @@ class RunPreparation:
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """Blocks of calibration images that are swept apart."""
+        """Blocks of calibration images with separate sweeps."""
         return calibration_blocks(len(self.inputs.slices.calibration))
 
     def sweeps(self, plain: bool) -> list[Sweep]:
@@ -129,16 +129,16 @@ class RunPreparation:
         return [(plain, layer) for plain in variants for layer in self.files(plain).missing(self.inputs.space.num_layers)]
 
     def stages(self) -> list[list[PreparationTask]]:
-        """What is absent, stage by stage, each to be done once the one before it is done.
+        """The missing tasks by stage. A stage can begin when the one before it is done.
 
-        The tasks of a stage can be done in any order, by any number of workers, and again.
+        The tasks of a stage can be done in any order, by any number of workers, and repeatedly.
         """
         unprepared = self.unprepared()
         floats, on_grids = ([t for p in (False, True) for t in self._sweep_tasks(p, g, unprepared)] for g in (False, True))
         swept = sorted({(task.plain, layer) for task in on_grids for layer in task.layers})
         ranges = [RangesTask(*item) for item in swept if not self.files(item[0]).inputs.ranges_file(item[1]).exists()]
         layers = [LayerTask(plain, layer, self.layer_cost(plain, layer)) for plain, layer in unprepared]
-        layers.sort(key=lambda task: -task.cost)  # the largest first, so that workers end together
+        layers.sort(key=lambda task: -task.cost)  # the largest first, so that workers end at about the same time
         return [[*floats], [*ranges], [*on_grids], [*layers]]
 
     def _sweep_tasks(self, plain: bool, on_grids: bool, unprepared: Sequence[tuple[bool, int]]) -> list[SweepTask]:
@@ -147,7 +147,7 @@ class RunPreparation:
         if same_form is None or not layers:
             return []
         widths = len(self.inputs.space.activation_widths) if on_grids else 1
-        # half of the limit is for the float run itself
+        # the float run itself needs the other half of the limit
         groups = groups_within_memory({i: widths * self.moments_bytes(i) for i in layers}, self.inputs.memory_limit // 2)
         files, tasks = self.files(plain).inputs, []
         for block, (start, stop) in enumerate(self.blocks):
@@ -178,7 +178,7 @@ class RunPreparation:
         return float(RANGE_COST * rounded + (0 if plain else COLUMN_COST * columns + SWEEPS_COST * rounded * columns))
 
     def disk_bytes(self, tasks: Sequence[SweepTask]) -> int:
-        """Bytes that these sweeps write: moments, and values that ranges are fitted on."""
+        """Bytes that these sweeps write: moments, and values for fitting ranges."""
         total = 0
         for task in tasks:
             sweep = self._sweep(task)
@@ -200,7 +200,7 @@ class RunPreparation:
         return layer_forms(self.inputs.float_network)
 
     def do(self, task: PreparationTask) -> None:
-        """Does one task, and keeps what it makes."""
+        """Does one task, and keeps its result."""
         network, recipe, files = self._network(task.plain), self._recipe(task.plain), self.files(task.plain)
         if isinstance(task, SweepTask):
             start, stop = self.blocks[task.block]
@@ -221,7 +221,7 @@ class RunPreparation:
             files.write_layer(task.layer, *prepare_layer(network, self.inputs.space, recipe, task.layer, layer_input))
 
     def clear(self) -> None:
-        """Deletes what sweeps gathered, once every layer is prepared."""
+        """Deletes the results of sweeps when every layer is prepared."""
         for plain in (False, True):
             if not self.files(plain).missing(self.inputs.space.num_layers):
                 self.files(plain).inputs.clear()
@@ -232,7 +232,7 @@ class RunPreparation:
 
     @cached_property
     def network(self) -> Network:
-        """The network that is quantized: the float one, as corrections of it left it."""
+        """The network that is quantized: the float network after its corrections."""
         network = self.inputs.float_network
         if not at_stage(self.inputs.config.corrections, NetworkCorrection):
             return network
@@ -241,7 +241,7 @@ class RunPreparation:
 
     @cached_property
     def corrected(self) -> Prepared:
-        """Every layer at every candidate with corrections; made here where a command asks for it before a run has."""
+        """Every layer at every candidate with corrections. They are made now if no run has made them."""
         return self._prepared(plain=False)
 
     @cached_property
@@ -273,7 +273,7 @@ class RunPreparation:
         return Prepared(self._network(plain), self.inputs.space, recipe, tuple(layers), self.calibration, tuple(notes))
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
-        """The network and its layers as deployed, with the corrections that the assignment names.
+        """The deployed network and its layers, with the corrections that the assignment names.
 
         Final corrections are made once for an assignment, and kept.
         """

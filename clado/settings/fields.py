@@ -12,7 +12,7 @@ from clado.plugins import available, expected
 
 
 class Settings(BaseModel):
-    """Base of every section: frozen, and a key that is not known is an error."""
+    """Base of every section. It is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
@@ -26,7 +26,7 @@ def dotted(what: str) -> AfterValidator:
 
     def check(name: str) -> str:
         if not re.fullmatch(DOTTED, name):
-            raise ValueError(f"{name!r} is no such name; expected package.module:name {what}")
+            raise ValueError(f"{name!r} is not such a name; expected package.module:name {what}")
         return name
 
     return AfterValidator(check)
@@ -53,7 +53,7 @@ def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError(str(error)) from None
 
 
-Integer = Annotated[int, Field(strict=True)]  # pydantic would take true for 1, and "2" for 2
+Integer = Annotated[int, Field(strict=True)]  # pydantic would convert true to 1, and "2" to 2
 Count = Annotated[int, Field(strict=True, ge=1)]
 Bits = Annotated[tuple[Integer, ...], AfterValidator(_check_bits)]
 BitsOrNone = Annotated[tuple[Integer, ...], AfterValidator(lambda bits: _check_bits(bits) if bits else bits)]

@@ -1,4 +1,4 @@
-"""Settings from YAML, from overrides and from the command line; faults become messages that say what to write instead."""
+"""Settings from YAML, from overrides and from the command line. Messages about errors say what to write instead."""
 
 import json
 import logging
@@ -22,19 +22,19 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its silent choice of the last of two equal keys."""
+    """YAML that refuses equal keys instead of silently using the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = [pair for pair in node.value if pair[0].tag != MERGE]  # what << brings may be given anew
+        pairs = [pair for pair in node.value if pair[0].tag != MERGE]  # keys merged with << may be repeated
         keys = [self.construct_object(key, deep=True) for key, _ in pairs]
         for k, key in enumerate(keys):
             if key in keys[:k]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", pairs[k][0].start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", pairs[k][0].start_mark)
         return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a YAML file, with overrides of the form `section.key=value` (values in YAML) on top."""
+    """The configuration in a YAML file, with overrides of the form `section.key=value` (values in YAML)."""
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise ConfigurationError(f"{path} {what}; expected a YAML file, such as `clado init` writes")
@@ -46,7 +46,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigurationError(f"{path} is not YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigurationError(f"{path} holds no settings; expected YAML such as `clado init` writes, beginning with network:")
-    # A section whose keys are all commented out is the section of defaults.
+    # If all keys of a section are commented out, it has the defaults.
     document = {key: value for key, value in document.items() if value is not None}
     for override in overrides:
         _apply(document, override)
@@ -54,15 +54,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run_config(folder: Path, uri: str | None = None) -> RunConfig:
-    """The configuration of a run's folder, wherever that is now.
+    """The configuration of a run's folder, which may have been moved.
 
-    The URI of MLflow is the one given here, else MLFLOW_TRACKING_URI, else the one that the run has kept. Where that is an SQLite
-    file whose folder is gone, it is the default, with a warning.
+    The URI of MLflow is the one given here, else MLFLOW_TRACKING_URI, else the one in the run's settings. If this is an SQLite
+    file whose folder does not exist, the default is used, with a warning.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         raise StoreError(
-            f"{folder} is not the folder of a run: it has no config.yaml; expected such as `clado run` makes under runs/"
+            f"{folder} is not the folder of a run: it has no config.yaml; expected a folder that `clado run` has made under runs/"
         )
     overrides = [f"folder={json.dumps(str(folder), ensure_ascii=False)}"]
     settings = load_config(file, overrides)
@@ -72,12 +72,14 @@ def load_run_config(folder: Path, uri: str | None = None) -> RunConfig:
         return settings
     config = load_config(file, [*overrides, f"tracking.uri={json.dumps(uri or '')}"])
     if not chosen:
-        log.warning("%s is gone; MLflow's records of %s go to %s", settings.tracking.uri, folder, config.tracking.uri)
+        log.warning(
+            "%s does not exist any more; MLflow's records of %s go to %s", settings.tracking.uri, folder, config.tracking.uri
+        )
     return config
 
 
 def parse_config(document: dict[str, Any], whence: str = "configuration") -> RunConfig:
-    """A validated configuration from plain data; each fault becomes one line of one ConfigurationError."""
+    """A validated configuration from plain data. All errors are in one ConfigurationError, one line each."""
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
@@ -86,7 +88,7 @@ def parse_config(document: dict[str, Any], whence: str = "configuration") -> Run
 
 
 def parse_limit(text: str) -> ConstraintSettings:
-    """KIND=BOUND or KIND=BOUND:CSV, such as a command line takes."""
+    """A constraint from the command line: KIND=BOUND or KIND=BOUND:CSV."""
     name, _, rest = text.partition("=")
     bound, _, path = rest.partition(":")
     expected = "expected KIND=BOUND or KIND=BOUND:CSV, such as bops=4e9 or latency=0.002:times.csv"
@@ -95,7 +97,7 @@ def parse_limit(text: str) -> ConstraintSettings:
     except ValidationError as error:
         raise ConfigurationError(f"--limit {text!r}: {'; '.join(map(_explain, error.errors()))}; {expected}") from None
     except ValueError:
-        raise ConfigurationError(f"--limit {text!r} has no number as its bound; {expected}") from None
+        raise ConfigurationError(f"--limit {text!r} has a bound that is not a number; {expected}") from None
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
@@ -141,7 +143,7 @@ def _explain(fault: Any) -> str:
             message = str(fault["msg"]).removeprefix("Value error, ")
             said = message if not where or message.startswith(f"{where} ") else f"{where}: {message}"
         case "float_type" if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\d+", value):
-            said = f"{where} is the text {shown} to YAML; expected a point and a sign, such as {float(value):.1e}"
+            said = f"{where} is the text {shown} in YAML; expected a number with a point and a sign, such as {float(value):.1e}"
         case _:
             said = f"{where}: {fault['msg']}, got {shown}"
     return said
@@ -149,7 +151,7 @@ def _explain(fault: Any) -> str:
 
 def _keys_at(path: Sequence[Any]) -> tuple[str, ...]:
     model: type[BaseModel] = RunConfig
-    for name in (part for part in path if not isinstance(part, int)):  # an integer is a place in a list
+    for name in (part for part in path if not isinstance(part, int)):  # an integer is an index of a list
         annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
         inner = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type) and issubclass(part, BaseModel)]
         if not inner:

@@ -1,4 +1,4 @@
-"""Credentials in URIs, and how they are kept out of whatever is written down."""
+"""Credentials in URIs, and how they are kept out of everything that is written."""
 
 import re
 from typing import Annotated
@@ -15,5 +15,5 @@ def redact(text: str) -> str:
     return _SECRET.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
 
 
-# whatever writes settings down (config.yaml, MLflow, Prefect) writes JSON, and gets no credentials
+# everything that writes settings (config.yaml, MLflow, Prefect) writes JSON, which has no credentials
 Uri = Annotated[str, PlainSerializer(redact, when_used="json")]

@@ -1,6 +1,6 @@
 """Settings of a run: a frozen, validated `RunConfig`. Imports neither torch nor NumPy, and no plug-in.
 
-What depends on a plug-in's facts is checked when the run is opened (`clado.run.plugin_checks`).
+Settings that depend on a plug-in are checked when the run is opened (`clado.run.plugin_checks`).
 """
 
 import re
@@ -26,7 +26,8 @@ class NetworkSettings(Settings):
     source: Literal["zoo", "torchvision", "timm", "factory"] = "zoo"
     name: str = Field(min_length=1)
     weights: Literal["random"] | UserPath | None = Field(
-        default=None, description="safetensors or .pth file with the network's state, or random; default: the source's own"
+        default=None,
+        description="safetensors or .pth file with the network's state, or random; default: the weights of the source",
     )
     weights_name: str | None = Field(
         default=None,
@@ -34,7 +35,7 @@ class NetworkSettings(Settings):
         "data's default; default: known from a published file's name. timm: say it in name, such as resnet50.a1_in1k",
     )
     image_shape: tuple[Count, Count, Count] | None = Field(
-        default=None, description="channels, height, width; default: the source's own"
+        default=None, description="channels, height, width; default: from the source"
     )
     fixed: tuple[str, ...] = Field(default=(), description="name patterns of layers that stay in float")
     split: tuple[str, ...] = Field(
@@ -101,26 +102,26 @@ class DataSettings(Settings):
         "folder of shards *.tar (KEY.jpg, KEY.cls), or train/ and val/ of such",
     )
     sensitivity_images: Count = Field(
-        default=256, description="the matrix is measured on the first half; the second half decides between what is proposed"
+        default=256, description="the matrix is measured on the first half; the second half decides between proposals"
     )
     calibration_images: Integer = Field(default=512, ge=0)
-    validation_images: Count | None = Field(default=None, description="default: all there are")
+    validation_images: Count | None = Field(default=None, description="default: all")
     selection_images: Integer | None = Field(
-        default=None, ge=1, description="at most so many of the images left over choose a `clado smallest`; default: all"
+        default=None, ge=1, description="most of the remaining images for `clado smallest`; default: all"
     )
     sample_blocks: Count = Field(default=16, description="parts of the sensitivity set whose losses are kept apart")
     seed: Integer = Field(default=0, ge=0)
     resize: Count | None = Field(
-        default=None, description="shorter side in pixels before the centre crop; default: the weights' own, else the crop's"
+        default=None, description="shorter side in pixels before the centre crop; default: that of the weights, else of the crop"
     )
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
-        default=None, description="of the resize; default: the weights' own, else bilinear"
+        default=None, description="interpolation of the resize; default: that of the weights, else bilinear"
     )
     mean: tuple[Annotated[float, Field(strict=True)], ...] | None = Field(
-        default=None, description="subtracted from pixels in 0..1, per channel; default: the weights' own, else ImageNet's"
+        default=None, description="subtracted from pixels in 0..1, per channel; default: that of the weights, else ImageNet's"
     )
     std: tuple[Annotated[float, Field(strict=True, gt=0)], ...] | None = Field(
-        default=None, description="divides them; default: the weights' own, else ImageNet's"
+        default=None, description="then divides them; default: that of the weights, else ImageNet's"
     )
     class_balanced: bool = Field(
         strict=True, default=False, description="as many images of each class in every slice whose size is given, to within one"
@@ -131,7 +132,7 @@ class DataSettings(Settings):
         "there; auto: imagenet where every name is one of the thousand synsets",
     )
     max_corrupt_images: Integer = Field(
-        default=0, ge=0, description="so many unreadable images are named and left out; one more, and the run is refused"
+        default=0, ge=0, description="most unreadable images; they are named and left out, and with one more the run is refused"
     )
     skip: tuple[str, ...] = Field(default=(), description="names below path of images that are left out")
 
@@ -150,7 +151,7 @@ class DataSettings(Settings):
             for key in ("path", *PREPROCESSING, "class_balanced", "class_numbers", "max_corrupt_images", "skip"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(
-                        f"{key} is for source folder; {owner} come as they are: expected source: folder, or no {key}"
+                        f"{key} is for source folder; {owner} cannot be changed: expected source: folder, or no {key}"
                     )
         if self.sample_blocks > self.sensitivity_images:
             raise ValueError(
@@ -171,7 +172,9 @@ class QuantizerSettings(Settings):
 class ActivationSettings(Settings):
     """Whether the input activations of the searched layers are rounded, to which widths, and over which range."""
 
-    bits: BitsOrNone = Field(default=(), description="candidate widths beside the weights'; one: for every layer; none: float")
+    bits: BitsOrNone = Field(
+        default=(), description="candidate widths of inputs; a single one is used for every layer; none: float"
+    )
     range: Annotated[str, one_of("quantizers")] = Field(
         default="mse", description="how the range of the codes is fitted, on the calibration images"
     )
@@ -184,7 +187,7 @@ class AdaroundSettings(Settings):
 
 
 class BudgetSettings(Settings):
-    """What each answer must fit, one answer for each number.
+    """The budgets. Each number gives one answer.
 
     The numbers are average bits per searched weight, bytes of the searched weights, percent of their bytes at 8 bits
     everywhere, or bit operations of one image.
@@ -207,7 +210,7 @@ class BudgetSettings(Settings):
 
 
 class ConstraintSettings(Settings):
-    """A limit that every answer must meet beside its budget, such as latency from a measured table."""
+    """A limit that every answer must meet in addition to its budget, such as latency from a measured table."""
 
     name: Annotated[str, one_of("constraints")] = Field(alias="kind")
     bound: Positive
@@ -227,7 +230,7 @@ class LayerSettings(Settings):
     )
 
     def __hash__(self) -> int:
-        return hash(self.model_dump_json())  # frozen, but for the dict inside
+        return hash(self.model_dump_json())  # frozen, except the dict inside
 
 
 class SolverSettings(Settings):
@@ -240,42 +243,46 @@ class SolverSettings(Settings):
 class SearchSettings(Settings):
     """Local search on the measured loss around the best proposal of each budget."""
 
-    evaluations: Integer = Field(default=0, ge=0, description="losses measured for one budget at most; 0: no search")
-    batch: Count = Field(default=4, description="of them measured at a time: fewer learn faster, more keep more workers busy")
+    evaluations: Integer = Field(default=0, ge=0, description="most losses that are measured for one budget; 0: no search")
+    batch: Count = Field(default=4, description="losses measured at a time; more of them keep more workers busy")
 
 
 class MeasureSettings(Settings):
-    """How measuring is cut into work, which changes no number beyond rounding; and how probes treat batch norm."""
+    """How measuring is split into work (this changes numbers only by rounding), and how probes treat batch norm."""
 
     batch_images: Count | None = Field(
         default=None, description="images pushed through the network at once; default: as many as the processor's cache holds"
     )
     memory_limit_mb: Integer | None = Field(
-        default=None, ge=16, description="MB (10^6) that measuring may take a worker; default: a share of what is free"
+        default=None, ge=16, description="most MB (10^6) of measuring in a worker; default: a share of the free memory"
     )
     batch_statistics: bool = Field(
-        strict=True, default=False, description="probes with batch norm on the statistics of their own images; changes numbers"
+        strict=True,
+        default=False,
+        description="probes use batch norm with the statistics of their own images; this changes numbers",
     )
 
 
 class GradientSettings(Settings):
-    """What the estimators hawq, mpqco and fisher draw at random; changes their numbers."""
+    """Random numbers of the estimators hawq, mpqco and fisher. They change the estimates."""
 
-    vectors: Count = Field(default=8, description="random vectors of hawq's trace in each sample block, a backward pass each")
-    seed: Integer = Field(default=0, ge=0, description="of hawq's vectors, and of the labels that kl_to_float draws")
+    vectors: Count = Field(
+        default=8, description="random vectors of hawq's trace in each sample block; each takes a backward pass"
+    )
+    seed: Integer = Field(default=0, ge=0, description="seed of hawq's vectors, and of the labels that kl_to_float draws")
 
 
 def _bucket(url: str) -> str:
     expected = "expected s3://BUCKET/PREFIX, with the keys in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
     if redact(url) != url:
-        raise ValueError(f"{redact(url)} has credentials, and is written down with every run; {expected}")
+        raise ValueError(f"{redact(url)} has credentials, and would be stored with every run; {expected}")
     if not re.fullmatch(r"s3://[\w.-]+/[\w.=/-]*\w", url):
-        raise ValueError(f"{url!r} is no place for a store; {expected}")
+        raise ValueError(f"{url!r} is not a place for a store; {expected}")
     return url
 
 
 class RunConfig(Settings):
-    """All settings of a run; everything but the network has a default."""
+    """All settings of a run. Everything except the network has a default."""
 
     network: NetworkSettings
     data: DataSettings = DataSettings()
@@ -294,7 +301,7 @@ class RunConfig(Settings):
     metric: Annotated[str, dotted("of a callable (outputs, targets) -> a number for each image")] | None = Field(
         default=None,
         description="package.module:name of a callable (outputs, targets) -> a number for each image, of which more is better; "
-        "reported beside the loss",
+        "reported in addition to the loss",
     )
     # what the study ends with (docs/where-interactions-help.md): 3 to 6 % of pairwise's forwards, the search included
     estimators: tuple[Annotated[str, one_of("estimators")], ...] = ("layerwise", "gauss_newton")
@@ -307,10 +314,10 @@ class RunConfig(Settings):
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
     store: Annotated[Uri, AfterValidator(_bucket)] | None = Field(
-        default=None, description="a bucket for what is measured, s3://BUCKET/PREFIX; default: store.zarr in the run's folder"
+        default=None, description="a bucket for measurements, s3://BUCKET/PREFIX; default: store.zarr in the run's folder"
     )
     folder: UserPath | None = Field(
-        default=None, description="where the run is kept; default: runs/NETWORK-HASH of the settings that shape it"
+        default=None, description="folder of the run; default: runs/NETWORK-HASH, with a hash of the settings"
     )
 
     @model_validator(mode="after")
@@ -338,7 +345,7 @@ class RunConfig(Settings):
         document["data"]["mean"] = self.data.mean or IMAGENET_MEAN
         document["data"]["std"] = self.data.std or IMAGENET_STD
         document["layer_bits"] = {pattern: list(bits) for pattern, bits in self.layers.bits.items()}
-        # what is off is left out, so that a folder keeps its name when such a setting is added
+        # settings that are off are left out, so that a folder keeps its name when such a setting is added
         for key in ("numeric", "channels_last", "split", "weights_name"):
             if getattr(self.network, key) == NetworkSettings.model_fields[key].default:
                 document["network"].pop(key)
@@ -357,12 +364,12 @@ class RunConfig(Settings):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run is kept: `folder`, or a name made of the network's and a hash of the measured settings."""
+        """The folder of the run: `folder`, or a name from the network's name and a hash of the measured settings."""
         name = self.network.name.replace(":", ".").replace("/", ".")
         return self.folder or Path("runs") / f"{name}-{fingerprint(self.measured_settings())[:8]}"
 
     def to_yaml(self) -> str:
-        """The settings as YAML, defaults written out."""
+        """The settings as YAML, with all defaults."""
         return yaml.safe_dump(
             self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120
         )

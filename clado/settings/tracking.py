@@ -14,7 +14,7 @@ TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def tracking_uri(explicit: str | None = None) -> str:
-    """The URI given, else MLFLOW_TRACKING_URI, else MLflow's own default. A relative path becomes absolute."""
+    """The given URI, else MLFLOW_TRACKING_URI, else MLflow's default. A relative path becomes absolute."""
     uri = explicit or os.environ.get(TRACKING_VARIABLE) or "sqlite:///mlflow.db"
     return re.sub("^(sqlite:///|file:)(?!/|:memory:)(.+)", lambda match: match[1] + Path(match[2]).resolve().as_posix(), uri)
 
@@ -27,7 +27,7 @@ def database_of(uri: str) -> Path | None:
 def _kept_uri(uri: str) -> str:
     if "?" in str(Path.cwd()) and not (uri or os.environ.get(TRACKING_VARIABLE)):
         raise ValueError(f"{Path.cwd()} has a ?, which ends the name of MLflow's database; expected another folder, or a URI")
-    return tracking_uri(uri) if uri else redact(tracking_uri())  # the environment keeps its credentials
+    return tracking_uri(uri) if uri else redact(tracking_uri())  # credentials stay in the environment
 
 
 class TrackingSettings(Settings):

@@ -1,1 +1,1 @@
-"""What is kept on disk: measurements, prepared layers, evaluations."""
+"""Files on disk: measurements, prepared layers, evaluations."""

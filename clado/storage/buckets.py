@@ -21,11 +21,11 @@ def open_bucket(url: str) -> "S3Store":
         from obstore.store import S3Store
     except ImportError as error:
         raise ConfigurationError(f"a store at {url} needs obstore ({error}); expected: pip install 'clado[s3]'") from None
-    # a server that does not answer is given up within a minute, not in obstore's three
+    # stop waiting for a server after one minute; obstore's default is three
     bucket = S3Store.from_url(url, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)})
     try:
         next(iter(bucket.list(chunk_size=1)), None)
-    except Exception as error:  # of obstore, by kind of server and fault
+    except Exception as error:  # exceptions of obstore, by kind of server and fault
         told = redact(" ".join(str(error).split()))[:300]
         raise StoreError(
             f"{url} cannot be used ({told}); expected a bucket that exists, its keys and AWS_ENDPOINT_URL "

@@ -1,11 +1,11 @@
-"""How two plain documents differ, in words: what a store was measured under, and what a run asks for."""
+"""The differences of two plain documents in words: the settings of a store, and those of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """One line for each leaf in which two plain documents differ; rows that have names, such as layers, are compared by name."""
+    """One line for each leaf in which two plain documents differ. Rows with names, such as layers, are compared by name."""
     if all(value is None or isinstance(value, Mapping) for value in (old, new)):
         before, after, lines = old or {}, new or {}, []
         for key in sorted({*before, *after}):

@@ -58,7 +58,7 @@ class EvaluationCache:
         return _read_batch(self._batch_file(batch), self.identity)
 
     def put_batch(self, batch: Batch, counts: Mapping[str, Counts]) -> None:
-        """Keeps the counts of an evaluation batch, by `Assignment.key`, in place of those that are kept of it."""
+        """Keeps the counts of an evaluation batch, by `Assignment.key`. They replace earlier ones."""
         document = {"identity": self.identity, "counts": {key: asdict(one) for key, one in counts.items()}}
         write_text(self._batch_file(batch), json.dumps(document))
 
@@ -79,11 +79,11 @@ class EvaluationCache:
         measure: Callable[[Sequence[Assignment]], Iterable[tuple[Assignment, Counts]]],
         done: Callable[[Assignment], None] = lambda assignment: None,
     ) -> dict[Assignment, Counts]:
-        """Counts of each distinct assignment: read where they are known, else measured and kept.
+        """Counts of each distinct assignment: read if they are known, else measured and kept.
 
         Args:
             assignments: What to count.
-            measure: Counts what is absent, in any order; what it gives is kept at once.
+            measure: Counts missing assignments, in any order. Each result is kept immediately.
             done: Called with each assignment as soon as its counts are known.
 
         Returns:

@@ -1,11 +1,11 @@
-"""What sweeps over calibration images gathered, on disk until the layers are prepared.
+"""The results of sweeps over calibration images, on disk until the layers are prepared.
 
-    0007-3.safetensors          what block 3 shows of the input of layer 7
+    0007-3.safetensors          statistics of the input of layer 7 on block 3
     0007-3-on-grid.safetensors  the moments of the same input on its grids
     0007-ranges.safetensors     the grids of the input of layer 7, by activation width
 
-One task of a sweep writes the files of one block. Its sums do not depend on what other tasks do, and they are added in the order
-of the blocks. So the result is the same bit for bit for any number of workers.
+One task of a sweep writes the files of one block. Its sums do not depend on other tasks, and they are added in the order of the
+blocks. So the result is the same bit for bit for any number of workers.
 """
 
 import json
@@ -26,7 +26,7 @@ FORMAT = "clado-inputs/1"
 
 
 class LayerInputs:
-    """A folder of what sweeps gathered."""
+    """A folder of the results of sweeps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +40,7 @@ class LayerInputs:
         return self.folder / f"{layer:04d}-ranges.safetensors"
 
     def write(self, layer: int, block: int, on_grids: bool, inputs: LayerInput) -> None:
-        """Keeps what a block shows of a layer."""
+        """Keeps a block's statistics of a layer's input."""
         moments = {f"{width}.": each for width, each in inputs.on_grid.items()}
         if inputs.moments is not None:
             moments[""] = inputs.moments
@@ -56,7 +56,7 @@ class LayerInputs:
         write_tensors(self.file(layer, block, on_grids), tensors, {"input": json.dumps(header)}, FORMAT)
 
     def read(self, layer: int, num_blocks: int, on_grids: bool, device: torch.device) -> LayerInput:
-        """What all blocks show of a layer.
+        """The statistics of a layer's input over all blocks.
 
         Raises:
             StoreError: A file is absent or damaged.
@@ -85,7 +85,7 @@ class LayerInputs:
 
     def write_ranges(self, layer: int, grids: Mapping[int, ActivationGrid]) -> None:
         """Keeps the grids of a layer's input."""
-        # hexadecimal: the same float again
+        # hexadecimal, to read exactly the same float
         rows = [[grid.bits, grid.scale.hex(), grid.zero_point] for grid in grids.values()]
         write_tensors(self.ranges_file(layer), {}, {"grids": json.dumps(rows)}, FORMAT)
 
@@ -99,5 +99,5 @@ class LayerInputs:
             raise damaged(self.ranges_file(layer), error) from None
 
     def clear(self) -> None:
-        """Deletes all of it."""
+        """Deletes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

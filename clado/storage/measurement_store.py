@@ -1,19 +1,19 @@
 """The store of measurements: a Zarr v3 group of shards. The only module that imports zarr.
 
-One task writes one whole chunk. A tile is the unit of work, of storage and of retry. So repeating or killing one is harmless,
-and resuming is the list of absent tiles. Every chunk carries a checksum (crc32c over zstd). Beside each array of sums an array
-`done` holds one cell per tile, written after the tile. So a tile of NaNs is not a missing tile.
+One task writes one whole chunk. A tile is the unit of work, of storage and of retry. So repeating or killing a task is harmless,
+and a resumed run measures the missing tiles. Every chunk has a checksum (crc32c over zstd). For each array of sums, an array
+`done` has one cell per tile, which is written after the tile. So a tile of NaNs is not a missing tile.
 
     store.zarr/                attributes: format, identity, coverage, provenance, rows_per_tile
       counts       (blocks,)            images per sample block
       singles/sums (blocks, 1 + K)      singles/done (blocks, 1)
       pairs/sums   (blocks, K, K)       pairs/done   (blocks, row tiles)
-      …                                 each other tile kind is a group too, with its shape behind the sample blocks
+      …                                 each other tile kind is a group too; the first axis is the sample blocks
 
-A kind whose numbers depend on more than the identity keeps that as the attribute `terms` of its group; under other terms its
-tiles count as missing.
+If the numbers of a kind depend on more than the identity, its group has the attribute `terms`. If the terms differ, its tiles
+count as missing.
 
-More sample blocks lengthen the arrays. Layers and their candidates are part of the identity: a store has those it was made with.
+More sample blocks lengthen the arrays. Layers and their candidates are part of the identity, and never change in a store.
 
 A store is a folder, or a prefix of a bucket named by URL (s3://BUCKET/PREFIX): Zarr's own store on obstore, which takes keys and
 the endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP).
@@ -69,12 +69,12 @@ class MeasurementStore:
         coverage: Mapping[str, Any],
         provenance: Mapping[str, Any],
     ) -> "MeasurementStore":
-        """A new store for a plan: a folder appears whole under `path`; in a bucket, which renames nothing, `format` is last."""
+        """A new store for a plan. A folder appears whole under `path`. A bucket cannot rename, so `format` is written last."""
         if isinstance(path, str):
             group = zarr.open_group(_bucket(path), mode="a", zarr_format=3)
-            # one whose making was cut short is made anew
+            # an incomplete store is made again
             if group.attrs or not set(group.keys()) <= {*tile_kinds(), "counts"}:
-                raise StoreError(f"{redact(path)} holds something that is not ours; name another prefix (store: s3://…)")
+                raise StoreError(f"{redact(path)} holds something that clado did not write; name another prefix (store: s3://…)")
             _fill(group, plan, identity, coverage, provenance)
             return cls(path, group)
         part = path.with_name(f".{path.name}.part")
@@ -86,7 +86,7 @@ class MeasurementStore:
 
     @classmethod
     def open(cls, path: Path | str) -> "MeasurementStore":
-        """An existing store, refused unless it is ours."""
+        """An existing store. Raises StoreError if clado did not make it."""
         if isinstance(path, Path) and not path.is_dir():
             what = "is not a folder" if path.exists() else "does not exist"
             raise StoreError(f"{path} {what}; expected a store that `clado run` made")
@@ -95,16 +95,16 @@ class MeasurementStore:
             stored_format = group.attrs.get("format")
         except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
             raise StoreError(
-                f"{path} is not a store of ours: it holds no Zarr v3 group ({type(error).__name__}); choose another folder"
+                f"{path} is not a store of clado: it holds no Zarr v3 group ({type(error).__name__}); choose another folder"
             ) from None
         if stored_format != FORMAT:
             raise StoreError(
-                f"{path} is not a store of ours: its format is {stored_format!r}, expected {FORMAT!r}; choose another folder"
+                f"{path} is not a store of clado: its format is {stored_format!r}, expected {FORMAT!r}; choose another folder"
             )
         return cls(path, group)
 
     def check(self, identity: Mapping[str, Any], coverage: Mapping[str, Any]) -> None:
-        """Refuses other settings than those the store was measured under, and says which differ."""
+        """Raises IdentityMismatch if the settings differ from those of the store, and says which differ."""
         if self.fingerprint != fingerprint(self.identity):
             raise StoreError(f"the attributes of {self.path} are damaged: the fingerprint is not that of the identity; {RESTORE}")
         rows = [*differences(self.identity, identity), *differences(self.coverage, coverage)]
@@ -116,12 +116,12 @@ class MeasurementStore:
             )
 
     def provenance_differences(self, provenance: Mapping[str, Any]) -> list[str]:
-        """How code, libraries and device differ from those that began the store: a warning, not an error."""
+        """Differences of code, libraries and device from those that began the store. They cause a warning, not an error."""
         return differences(self._attribute("provenance"), provenance)
 
     @cached_property
     def space(self) -> SearchSpace:
-        """Layers and candidates that were measured; ties and blocks of layers are the settings'."""
+        """The measured layers and candidates. Ties and blocks of layers come from the settings."""
         identity, layers, bits = self.identity, [], []
         for row in identity["layers"]:
             fields = {**row, "shape": tuple(row["shape"])}
@@ -137,12 +137,12 @@ class MeasurementStore:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What changes the meaning of a number."""
+        """Everything that changes the meaning of a number."""
         return self._attribute("identity")
 
     @property
     def coverage(self) -> dict[str, Any]:
-        """Which images were measured, in which sample blocks."""
+        """The measured images and their sample blocks."""
         return self._attribute("coverage")
 
     @property
@@ -160,58 +160,58 @@ class MeasurementStore:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Images per sample block, by the coverage, which every run compares with its own.
+        """Images of each sample block, from the coverage. Every run compares it with its own.
 
         The array `counts` says the same to other readers of the store.
         """
         return np.array([stop - start for start, stop in self.coverage["blocks"]], dtype=np.int64)
 
     def grow(self, plan: Plan, coverage: Mapping[str, Any]) -> None:
-        """Makes room for the plan's new sample blocks, which are absent; no chunk of the others is touched.
+        """Adds the plan's new sample blocks, without measurements. Chunks of other blocks are not changed.
 
-        The coverage is written last: a process that dies before leaves the old coverage, and growing again is harmless.
+        The coverage is written last. If the process dies before, the old coverage stays, and growing again is harmless.
         """
         self._kinds.lengthen(len(plan.sample_blocks))
         _write_counts(self.group, plan)
         self.group.attrs["coverage"] = dict(coverage)
 
     def extend(self, plan: Plan) -> None:
-        """Makes room for the plan's kinds: those that the store has not, or holds under other terms, begin empty."""
+        """Adds the plan's kinds. Kinds that are missing, or have other terms, begin empty."""
         covered = self._covered(plan)
         for kind in plan.kinds:
             if not self._kinds.holds(covered, kind):
                 self._kinds.create(plan, kind)
 
     def _covered(self, plan: Plan) -> Plan:
-        """The plan's part that the store has room for: it may be the plan of a store that is yet to grow."""
+        """The part of the plan for which the store has arrays. The store may still have to grow for the rest."""
         return replace(plan, sample_blocks=plan.sample_blocks[: len(self.counts)])
 
     def write(self, tile: Tile, sums: Array) -> None:
-        """Writes one tile whole, then marks it done; StoreError where the disk takes neither."""
+        """Writes one tile whole, then marks it done; StoreError if the disk takes neither."""
         try:
             self._kinds.array(tile.kind, "sums")[_place(tile)] = sums
             self._kinds.array(tile.kind, "done")[tile.sample_block, tile.number] = DONE
         except OSError as error:
             raise StoreError(
                 f"{tile} could not be written to {self.path} ({error.strerror or error}); expected a disk with room that may be "
-                "written to. What was measured is kept: make room, and the same command goes on from there"
+                "written to. What was measured is kept: make room, and the same command continues from there"
             ) from error
 
     def read(self, tile: Tile) -> Array:
-        """The sums of one tile; StoreError where its chunk fails its checksum or is gone."""
+        """The sums of one tile; StoreError if its chunk fails its checksum or is gone."""
         array = self._kinds.array(tile.kind, "sums")
         try:
             values = np.asarray(array[_place(tile)], dtype=np.float64)
-        except Exception as error:  # codecs raise ValueError, RuntimeError or their own kinds
+        except Exception as error:  # codecs raise ValueError, RuntimeError or their own exceptions
             raise StoreError(f"the chunk of {tile} in {self.path} is damaged ({error})") from error
         if not sync(self.group.store.exists(_chunk_key(tile))):
-            raise StoreError(f"the chunk of {tile} in {self.path} is gone")
+            raise StoreError(f"the chunk of {tile} in {self.path} is missing")
         return values
 
     def missing(self, plan: Plan) -> list[Tile]:
         """Tiles of the plan that are not done, in the plan's order.
 
-        Sample blocks that the store has no room for yet are not done. A mark that cannot be read is none.
+        Sample blocks without arrays are not done. A mark that cannot be read counts as not done.
         """
         done: set[tuple[Any, ...]] = set()
         covered = self._covered(plan)
@@ -221,7 +221,7 @@ class MeasurementStore:
         return [tile for tile in plan.tiles if (tile.kind, tile.sample_block, tile.number) not in done]
 
     def damaged(self, tiles: Iterable[Tile]) -> list[Tile]:
-        """Those of the tiles whose chunk fails its checksum or is gone; they are marked as not done."""
+        """The tiles whose chunk is missing or fails its checksum. They are marked as not done."""
         bad = []
         for tile in tiles:
             try:
@@ -232,7 +232,7 @@ class MeasurementStore:
         return bad
 
     def gather(self, plan: Plan) -> dict[str, Array]:
-        """All sums of the plan's kinds; StoreError where a tile is missing or damaged."""
+        """All sums of the plan's kinds; StoreError if a tile is missing or damaged."""
         missing = self.missing(plan)
         if missing:
             raise StoreError(
@@ -248,21 +248,21 @@ class MeasurementStore:
 
 
 class _KindArrays:
-    """The arrays `sums` and `done` of each tile kind. What is damaged is told with its remedy."""
+    """The arrays `sums` and `done` of each tile kind. The error for damaged arrays says what to do."""
 
     def __init__(self, path: Path | str, group: zarr.Group) -> None:
         self._path = path
         self._group = group
-        self._opened: dict[str, zarr.Array[Any]] = {}  # to open one takes as long as to write a chunk
+        self._opened: dict[str, zarr.Array[Any]] = {}  # kept open, because opening takes as long as writing a chunk
 
     def array(self, kind: str, part: str) -> zarr.Array[Any]:
-        """The array `sums` or `done` of a kind; StoreError where it is gone."""
+        """The array `sums` or `done` of a kind; StoreError if it is gone."""
         name = f"{kind}/{part}"
         if name not in self._opened:
             array = self._node(name)
             if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self._path}/{name} is gone; run `clado run` again to measure what it held")
-            # not kept in the store, and a tile of NaNs must be written
+                raise StoreError(f"{self._path}/{name} is missing; run `clado run` again to measure it")
+            # otherwise zarr would not write a tile of NaNs
             self._opened[name] = array.with_config({"write_empty_chunks": True})
         return self._opened[name]
 
@@ -280,12 +280,12 @@ class _KindArrays:
         self._opened.clear()
 
     def holds(self, plan: Plan, kind: str) -> bool:
-        """Whether the arrays of a kind exist, under the plan's terms; StoreError where they have another shape."""
+        """Whether the arrays of a kind exist, under the plan's terms; StoreError if they have another shape."""
         if not self._exists(kind) or self._node(kind).attrs.get("terms", {}) != tile_kind(kind).terms(plan):
             return False
         for part, (shape, chunks) in _geometry(plan, kind).items():
             array = self.array(kind, part)
-            # a growth that was cut short leaves more sample blocks than the coverage has
+            # an interrupted growth leaves more sample blocks than the coverage has
             stored, expected = (array.shape[1:], array.chunks, array.dtype), (shape[1:], chunks, DTYPES[part])
             if stored != expected or array.shape[0] < shape[0]:
                 raise StoreError(
@@ -295,11 +295,11 @@ class _KindArrays:
         return True
 
     def marks(self, kind: str) -> NDArray[np.uint8]:
-        """The cells of `done`; those that cannot be read are 0."""
+        """The cells of `done`. Cells that cannot be read are 0."""
         array = self.array(kind, "done")
         try:
             return np.asarray(array[:], dtype=np.uint8)
-        except Exception:  # one by one, to lose no more than the damaged ones
+        except Exception:  # one by one, so that only the damaged ones are lost
             marks = np.zeros(array.shape, dtype=np.uint8)
             for where in np.ndindex(array.shape):
                 with suppress(Exception):
@@ -307,16 +307,16 @@ class _KindArrays:
             return marks
 
     def _exists(self, kind: str) -> bool:
-        """Whether a kind has its group and both arrays: `done` is made last."""
+        """Whether a kind has its group and both arrays. `done` is made last."""
         return all(self._node(name) is not None for name in (kind, f"{kind}/sums", f"{kind}/done"))
 
     def _node(self, name: str) -> Any:
-        """A group or an array, None where there is none; StoreError where what describes it cannot be read."""
+        """A group or an array. None if there is none. StoreError if its metadata cannot be read."""
         try:
             return self._group[name]
         except KeyError:
             return None
-        except Exception as error:  # whatever damaged metadata leads to
+        except Exception as error:  # damaged metadata can cause any exception
             raise StoreError(
                 f"{self._path}/{name}/zarr.json is damaged ({type(error).__name__}: {error}); {self._remedy(name)}"
             ) from error
@@ -326,19 +326,19 @@ class _KindArrays:
 
 
 def _place(tile: Tile) -> tuple[Any, ...]:
-    """Where a tile lies in the array of its kind."""
+    """The place of a tile in the array of its kind."""
     rows = (slice(tile.first, tile.stop),) if tile_kind(tile.kind).has_row_tiles else ()
     return tile.sample_block, *rows
 
 
 def _chunk_key(tile: Tile) -> str:
     """The key of a tile's chunk in the store."""
-    later = [0] * (len(tile_kind(tile.kind).dimensions) - 1)  # chunks are whole behind the first dimension
+    later = [0] * (len(tile_kind(tile.kind).dimensions) - 1)  # only the first dimension is split into chunks
     return "/".join([tile.kind, "sums", "c", *map(str, (tile.sample_block, tile.number, *later))])
 
 
 def _geometry(plan: Plan, kind: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shape and chunks of the arrays of one kind, one chunk a tile; `done`, which says that the kind exists, is last."""
+    """Shape and chunks of the arrays of one kind, with one chunk for each tile. `done` is last: it marks that the kind exists."""
     shape, blocks, has_row_tiles = tile_kind(kind).shape(plan.space), len(plan.sample_blocks), tile_kind(kind).has_row_tiles
     chunks = (1, plan.rows_per_tile, *shape[1:]) if has_row_tiles else (1, *shape)
     tiles = plan.num_row_tiles if has_row_tiles else 1
@@ -368,7 +368,7 @@ def _create_kind(group: zarr.Group, plan: Plan, kind: str) -> None:
 def _fill(
     group: zarr.Group, plan: Plan, identity: Mapping[str, Any], coverage: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> None:
-    """The arrays of a plan, empty, and then the attributes that make the group a store of ours."""
+    """Makes the empty arrays of a plan, and then the attributes that mark the group as a store."""
     for kind in tile_kinds():
         _create_kind(group, plan, kind)
     _write_counts(group, plan)
@@ -388,12 +388,12 @@ def _write_counts(group: zarr.Group, plan: Plan) -> None:
 
 
 def exists(path: Path | str) -> bool:
-    """Whether something is there: a path, or a store of ours in a bucket; StoreError where the bucket does not answer."""
+    """Whether a path exists, or a store in a bucket. StoreError if the bucket does not answer."""
     if isinstance(path, Path):
         return path.exists()
     try:
         return bool(zarr.open_group(_bucket(path), mode="r", zarr_format=3).attrs.get("format") == FORMAT)
-    except FileNotFoundError:  # and zarr's own kinds of it
+    except FileNotFoundError:  # zarr raises subclasses of it
         return False
 
 

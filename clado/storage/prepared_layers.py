@@ -2,7 +2,7 @@
 
     KEY/network.safetensors     parameters and buffers that corrections of the float network changed, by name
     KEY/0007.safetensors        layer 7 at each of its options: k.weight, k.scale, k.zero_point, k.bias; grids in the header
-    KEY/inputs/                 what sweeps over calibration images gathered, until the layers are prepared (`layer_inputs`)
+    KEY/inputs/                 results of sweeps over calibration images, until the layers are prepared (`layer_inputs`)
     KEY/final/HASH.safetensors  parameters and buffers that final corrections changed for one assignment, by name
 
 KEY is a hash of everything that the layers depend on. One task makes the file of one layer. Tasks
@@ -32,21 +32,21 @@ class PreparedLayers:
         self.folder = folder
 
     def layer_file(self, layer: int) -> Path:
-        """Where a layer is kept."""
+        """The file of a layer."""
         return self.folder / f"{layer:04d}.safetensors"
 
     @property
     def network_file(self) -> Path:
-        """Where changed parameters of the float network are kept."""
+        """The file of changed parameters of the float network."""
         return self.folder / "network.safetensors"
 
     @property
     def inputs(self) -> LayerInputs:
-        """What sweeps gathered of the layers that are not prepared yet."""
+        """Results of sweeps for the layers that are not prepared yet."""
         return LayerInputs(self.folder / "inputs")
 
     def final_file(self, assignment: Assignment) -> Path:
-        """Where the final corrections of an assignment are kept."""
+        """The file of the final corrections of an assignment."""
         return self.folder / "final" / f"{assignment.key}.safetensors"
 
     def missing(self, num_layers: int) -> list[int]:
@@ -69,7 +69,7 @@ class PreparedLayers:
                 {
                     "codes": codes,
                     "channels_last": _is_channels_last(option.weight),
-                    # hexadecimal: the same float again
+                    # hexadecimal, to read exactly the same float
                     "activation": activation and [activation.bits, activation.scale.hex(), activation.zero_point],
                 }
             )
@@ -101,11 +101,11 @@ class PreparedLayers:
             raise damaged(self.layer_file(layer), error) from None
 
     def write_network(self, tensors: Mapping[str, Tensor], notes: Sequence[str]) -> None:
-        """Keeps what corrections of the float network changed."""
+        """Keeps the changes by corrections of the float network."""
         write_tensors(self.network_file, tensors, {"notes": json.dumps(list(notes))}, FORMAT)
 
     def read_network(self, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
-        """(what corrections of the float network changed, notes)."""
+        """The changes by corrections of the float network, and notes."""
         tensors, header = read_tensors(self.network_file, device, FORMAT)
         try:
             return tensors, json.loads(header["notes"])
@@ -117,7 +117,7 @@ class PreparedLayers:
         write_tensors(self.final_file(assignment), tensors, {"assignment": str(assignment)}, FORMAT)
 
     def read_final(self, assignment: Assignment, device: torch.device) -> dict[str, Tensor] | None:
-        """The final corrections of an assignment; None if they are absent, or another assignment's."""
+        """The final corrections of an assignment. None if they are missing, or belong to another assignment."""
         if not self.final_file(assignment).exists():
             return None
         tensors, header = read_tensors(self.final_file(assignment), device, FORMAT)

@@ -53,7 +53,7 @@ class Attempt:
     earlier: list[dict[str, str]] = field(default_factory=list, init=False)
     """`experiment` and `delivery` of earlier attempts. What they left in MLflow is replaced."""
     progress: Progress = field(init=False)
-    """How far the attempt has come."""
+    """The progress of the attempt."""
 
     def __post_init__(self) -> None:
         self.delivery = self.content.delivery if isinstance(self.content, NestedContent) else uuid.uuid4().hex
@@ -61,20 +61,20 @@ class Attempt:
 
     @property
     def notes(self) -> list[Path]:
-        """The note of this attempt, then the other notes that it replaces."""
+        """The note of this attempt, followed by the notes that it replaces."""
         return [self.record_folder / name for name in self.content.notes]
 
     def supersede(self) -> None:
-        """Takes the earlier attempts over from the notes.
+        """Reads the earlier attempts from the notes.
 
-        A content with a fixed name replaces itself, too.
+        A content with a fixed name also replaces itself.
         """
         if isinstance(self.content, NestedContent):
             self.earlier = [{"experiment": self.experiment, "delivery": self.delivery}]
         for note in self.notes:
             try:
                 attempts = read_note(note)["attempts"] if note.exists() else []
-            except StoreError as fault:  # it will be written over
+            except StoreError as fault:  # it will be overwritten
                 log.debug("%s", fault)
             else:
                 self.earlier += [attempt for attempt in attempts if attempt not in self.earlier]
@@ -124,9 +124,9 @@ def send(attempt: Attempt) -> Receipt:
     start = time.monotonic()
     attempt.supersede()
     note, *others = attempt.notes
-    if attempt.write_note("its sending was cut short") is not None:  # what the note says if this process is killed
+    if attempt.write_note("sending was interrupted") is not None:  # the note's reason if this process is killed
         for other in others:
-            other.unlink(missing_ok=True)  # its attempts are in this note
+            other.unlink(missing_ok=True)  # this note has its attempts
     problem = spool = None
     try:
         client = connect(attempt.uri)
@@ -136,7 +136,7 @@ def send(attempt: Attempt) -> Receipt:
         attempt.content.send(Sender(client, attempt.experiment_id, attempt.delivery, attempt.progress))
         if attempt.progress.pending:
             problem = f"not found: {', '.join(attempt.progress.pending)}"
-    except Exception as fault:  # whatever a tracker, its driver or its server may raise: the science goes on
+    except Exception as fault:  # a tracker, its driver or its server may raise anything; the run must continue
         problem = one_line(fault)
     if problem is not None:
         spool = attempt.write_note(problem)

@@ -1,4 +1,4 @@
-"""What MLflow gets of a record: a parent run, and a nested run for each budget and method."""
+"""The content of a record for MLflow: a parent run, and a nested run for each budget and method."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class RecordContent:
     notes: ClassVar = (UNDELIVERED, UNDELIVERED_FAILURE)
     """File names of the note, and of the other notes that this content replaces.
 
-    A finished run has no failure any more.
+    A finished run replaces an earlier failure.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class RecordContent:
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any], note_path: Path, folder: Path, config: Mapping[str, Any]) -> "RecordContent":
-        """The content that a note describes. The record is beside the note."""
+        """The content that a note describes. The record is in the folder of the note."""
         return cls(
             folder=folder,
             record=RunRecord.load(note_path.with_name(RECORD)),
@@ -95,7 +95,7 @@ class RecordContent:
     def send(self, sender: Sender) -> None:
         """Writes a parent run and one nested run for each result.
 
-        When all are whole, it registers the models.
+        After all have arrived, it registers the models.
         """
         logged = []
         name = f"{self.record.network}, sweep" if "sweep" in self.tags else self.record.network
@@ -115,7 +115,7 @@ class RecordContent:
             sender.progress.pending.remove(f"model of {model.budget}")
 
     def _span(self) -> tuple[int, int] | None:
-        """When the run began and ended, in ms since 1970. None where its phases were not timed."""
+        """When the run began and ended, in ms since 1970. None if its phases were not timed."""
         if not self.record.seconds or not self.record.recorded:
             return None
         end = datetime.fromisoformat(self.record.recorded).timestamp()
@@ -190,7 +190,7 @@ class RecordContent:
 
 
 def model_text(record: RunRecord, row: Result) -> str:
-    """What a registered model is: bits, size and accuracy, beside those of the float network."""
+    """The description of a registered model: bits, size and accuracy, with those of the float network."""
     text = f"{row.average_bits:.3f} bits a weight, {size_text(record.float_bytes)} → {size_text(row.size_bytes)}"
     if row.validation is None or row.validation.top1 is None:
         return text

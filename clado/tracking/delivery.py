@@ -1,13 +1,13 @@
 """Delivers records, failures and nested runs to MLflow.
 
-The run's folder is the truth, and MLflow is a mirror of it. Before anything is sent, a note is
-written beside the record (`mlflow-undelivered.json`). So a tracker that is down or slow, or a
-process that is killed, costs a warning and never a result. When all has arrived, the note becomes
+The run's folder holds the results, and MLflow is a mirror of it. Before anything is sent, a note is
+written next to the record (`mlflow-undelivered.json`). So a tracker that is down or slow, or a
+killed process, costs a warning and never a result. When all has arrived, the note becomes
 `mlflow-delivered.json`.
 
-`deliver` sends what is undelivered, and what was delivered to another tracker than the one used
-now. Every MLflow run carries the name of its delivery as a tag. The next attempt finds by it what
-an earlier attempt left behind, ends it and deletes it. So nothing is in MLflow twice.
+`deliver` sends everything that the present tracker does not have. Every MLflow run has the name of
+its delivery as a tag. With this tag, the next attempt finds the runs of an earlier attempt, ends
+them and deletes them. So nothing is in MLflow twice.
 """
 
 import logging
@@ -49,7 +49,7 @@ def track(
 ) -> Receipt:
     """Writes a finished record to MLflow. The same record again becomes a second parent run.
 
-    A fault of the tracker is logged as a warning and noted beside the record. It raises nothing.
+    A fault of the tracker is logged as a warning and written to the note. It raises nothing.
 
     Args:
         record: The record.
@@ -102,7 +102,7 @@ def track_failure(
     text = redact("".join(traceback.format_exception(error)))
     try:
         write_text(folder / FAILURE, text)
-    except OSError as fault:  # the disk may be what failed
+    except OSError as fault:  # the disk itself may have failed
         log.debug("no %s: %s", FAILURE, fault)
     content = FailureContent(config, {**tags, "error": one_line(error)}, network, text)
     return _warned(Attempt(folder, folder, experiment, destination(uri), content))
@@ -156,7 +156,7 @@ def deliver(folder: Path, config: Mapping[str, Any], uri: str | None = None) -> 
         One receipt for each note.
 
     Raises:
-        StoreError: A note, or the record beside it, cannot be read. Nothing is sent then.
+        StoreError: A note or its record cannot be read. Nothing is sent then.
         ServerError: The tracker does not answer.
     """
     target = destination(uri)
@@ -198,7 +198,7 @@ def _attempt_of(path: Path, folder: Path, config: Mapping[str, Any], uri: str) -
             content = RecordContent.from_note(note, path, folder, config)
         return Attempt(folder, path.parent, note["experiment"], uri, content)
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} cannot be followed ({one_line(error)}); run `clado run` on the run's configuration") from None
+        raise StoreError(f"{path} cannot be read ({one_line(error)}); run `clado run` on the run's configuration") from None
 
 
 def _warned(attempt: Attempt) -> Receipt:
@@ -208,7 +208,7 @@ def _warned(attempt: Attempt) -> Receipt:
         log.warning(
             "MLflow at %s did not take the whole record (%s). The results are safe in %s; what is missing is listed in %s. "
             "When the tracker is well: clado sync %s",
-            receipt.uri, receipt.problem, attempt.folder, receipt.spool or "no file, for that could not be written either",
+            receipt.uri, receipt.problem, attempt.folder, receipt.spool or "no file, because it could not be written either",
             shlex.quote(str(attempt.folder)),
         )  # fmt: skip
     return receipt

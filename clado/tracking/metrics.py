@@ -56,7 +56,7 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
 
 
 def own_metric(accuracy: Accuracy, prefix: str = "") -> dict[str, float | None]:
-    """The metric of one's own by its name, as MLflow takes names. Nothing without one."""
+    """The user-defined metric under its name, in characters that MLflow allows. Nothing without one."""
     return {} if accuracy.metric_name is None else {key(f"{prefix}{accuracy.metric_name}"): accuracy.metric}
 
 
@@ -88,7 +88,7 @@ def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple
     Bytes are the step, because they are whole numbers and every kind of budget has them.
 
     Args:
-        record: The record of the run. It says how top-1 is called.
+        record: The record of the run. It has the name of top-1.
         results: Results to draw.
 
     Returns:

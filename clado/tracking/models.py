@@ -2,8 +2,8 @@
 
 In the registry, an alias names the newest model of each budget.
 
-Every model and every registered version carries the name of its delivery, as runs do. So `remove`
-can delete what an interrupted delivery left behind.
+Every model and every registered version has the name of its delivery as a tag, like runs. So
+`remove` can delete the remains of an interrupted delivery.
 """
 
 import json
@@ -55,7 +55,7 @@ class LoggedModel:
 def alias_of(budget: str) -> str:
     """A budget's name as an alias, such as `2_25_bits`.
 
-    MLflow takes letters, digits, _ and - alone.
+    MLflow allows only letters, digits, _ and -.
     """
     return re.sub(r"[^A-Za-z0-9-]+", "_", budget)
 
@@ -87,7 +87,7 @@ def inputs(record: RunRecord, data: Mapping[str, Any], only: Sequence[str] = ())
 
 
 def digest_of(record: RunRecord, name: str) -> str | None:
-    """The short hash of one of a record's slices; None where it does not name it."""
+    """The short hash of one of a record's slices. None if the record does not have it."""
     return record.data[name]["sha256"][:DIGEST] if name in record.data else None
 
 
@@ -154,7 +154,7 @@ def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Ma
         model: The logged model.
         recorded: Time of the run, in ISO 8601 and UTC.
         tags: Tags of the version.
-        description: What it is, in words.
+        description: A description in words.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
@@ -170,13 +170,15 @@ def register(client: "MlflowClient", model: LoggedModel, recorded: str, tags: Ma
         tags={**tags, "budget": model.budget, "recorded": recorded}, description=description or None,
     )  # fmt: skip
     versions = [{"name": model.network, "version": version.version}]
-    client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})  # as MLflow's page expects
+    client.set_logged_model_tags(
+        model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)}
+    )  # the form that MLflow's page expects
     if owner is None or client.get_model_version(model.network, owner).tags.get("recorded", "") <= recorded:
         client.set_registered_model_alias(model.network, model.alias, version.version)
 
 
 def remove(client: "MlflowClient", experiment_id: str, tag: str, value: str) -> None:
-    """Deletes the models and the registered versions that carry a tag.
+    """Deletes the models and the registered versions with a tag.
 
     Aliases go with their versions.
     """

@@ -1,6 +1,6 @@
-"""Notes in a run's folder: what is not delivered to MLflow yet, and what is.
+"""Notes in a run's folder: they list what has been delivered to MLflow, and what has not.
 
-A note holds everything that a later attempt needs, so that `clado sync` needs the folder alone.
+A note has everything that a later attempt needs, so that `clado sync` needs only the folder.
 """
 
 import json
@@ -37,11 +37,11 @@ def read_note(path: Path) -> dict[str, Any]:
         if note["format"] != FORMAT:
             raise ValueError(f"its format is {note['format']!r}")
         if not all(re.fullmatch("[0-9a-f]{32}", attempt["delivery"]) and attempt["experiment"] for attempt in note["attempts"]):
-            raise ValueError("it names an attempt that is none")
+            raise ValueError("it names an attempt of a wrong form")
         return dict(note)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
-            f"{path} is no note of ours ({one_line(error)}); expected {FORMAT}. Delete it and run `clado run` on the run's "
+            f"{path} is not a note of clado ({one_line(error)}); expected {FORMAT}. Delete it and run `clado run` on the run's "
             "configuration: nothing is measured twice"
         ) from None
 

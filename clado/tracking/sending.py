@@ -30,7 +30,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass
 class Progress:
-    """How far an attempt has come. It is right at every moment, whatever interrupts the attempt."""
+    """The progress of an attempt. It is correct at every moment, even if the attempt is interrupted."""
 
     pending: list[str]
     """Names of the items that have not arrived."""
@@ -73,7 +73,7 @@ class Sender:
         except BaseException:
             try:
                 self.client.set_terminated(run_id, "FAILED")
-            except Exception as fault:  # the first fault is the one to report; the next attempt ends the run
+            except Exception as fault:  # the first fault is reported; the next attempt ends the run
                 log.debug("run %s stays open: %s", run_id, one_line(fault))
             raise
         self.client.set_terminated(run_id, status, end)
@@ -135,12 +135,12 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def key(name: str) -> str:
-    """A name that MLflow takes as a key: letters, digits and _ - . / : and blanks."""
+    """A name that MLflow allows as a key: letters, digits and _ - . / : and blanks."""
     return re.sub(r"[^\w\-./: ]", "_", name, flags=re.ASCII)
 
 
 def trim(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags that MLflow takes: redacted, not too long, none empty."""
+    """Tags that MLflow allows: redacted, not too long, none empty."""
     return {key(name): redact(str(value))[:MAX_TAG] for name, value in tags.items() if value not in (None, "")}
 
 

@@ -1,4 +1,4 @@
-"""What becomes one MLflow run: a failure, and a nested run such as a fine-tuning."""
+"""Contents that become one MLflow run: a failure, and a nested run such as a fine-tuning."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class FailureContent:
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any], note_path: Path, config: Mapping[str, Any]) -> "FailureContent":
-        """The content that a note describes. The traceback is beside the note."""
+        """The content that a note describes. The traceback is in the folder of the note."""
         return cls(config, note["tags"], note["network"], note_path.with_name(FAILURE).read_text(encoding="utf-8"))
 
     def note_entries(self) -> dict[str, Any]:
@@ -107,10 +107,10 @@ class NestedContent:
             ServerError: The run of the folder is not delivered yet.
         """
         if (self.folder / UNDELIVERED).exists():
-            raise ServerError("the run that this belongs to is not delivered yet")
+            raise ServerError("the run that it belongs to is not delivered yet")
         identity = RunRecord.load(self.folder / RECORD).fingerprint
         query = f"tags.fingerprint = '{identity}' and tags.mlflow.source.name = 'clado run' and attributes.status = 'FINISHED'"
-        runs = sender.client.search_runs([sender.experiment_id], query)  # those of `clado sweep` too
+        runs = sender.client.search_runs([sender.experiment_id], query)  # also the runs of `clado sweep`
         parents = [run.info.run_id for run in runs if "sweep" not in run.data.tags]
         tags = {"fingerprint": identity, "mlflow.parentRunId": parents[0] if parents else ""}
         with sender.run(self.name, tags) as run_id:

@@ -33,7 +33,7 @@ def set_environment() -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each of thirty children
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print two lines for each of thirty children
     }.items():
         os.environ.setdefault(name, value)
 
@@ -65,7 +65,7 @@ def connect(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
     from mlflow.store.db import utils
 
-    utils.MAX_RETRY_COUNT = SQL_ATTEMPTS  # no setting of MLflow's; its own ten take 102 s where no server listens
+    utils.MAX_RETRY_COUNT = SQL_ATTEMPTS  # MLflow has no setting for it; its ten attempts take 102 s if no server listens
     if (database := database_of(uri)) is None:
         return MlflowClient(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def connect(uri: str) -> "MlflowClient":
 
             fcntl.flock(lock_file, fcntl.LOCK_EX)
         client = MlflowClient(uri)
-    lock.unlink(missing_ok=True)  # a process that still waits for it finds all tables
+    lock.unlink(missing_ok=True)  # a process that still waits for the lock will find all tables
     return client
 
 

@@ -1,4 +1,4 @@
-"""Where tasks run: one file for each kind of cluster. Choosing another is a change of configuration only.
+"""Where tasks run: one file for each kind of cluster. Only the settings change for another kind.
 
 A cluster is a module of this folder with a context manager `start(settings: ClusterSettings) -> Workers` and a function
 `describe(settings) -> str` that says, or prints, what `start` would start. If starting takes long and needs no answer of others,
@@ -17,23 +17,23 @@ from clado.errors import ConfigurationError, MeasurementError
 from clado.plugins import load
 from clado.settings.schema import RunConfig
 
-if TYPE_CHECKING:  # the commands that only describe a cluster load no network
+if TYPE_CHECKING:  # commands that only describe a cluster need not load a network
     from clado.run.opened_run import OpenedRun
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-RETRIES = 2  # of one task, on errors that its worker survives
+RETRIES = 2  # how often a task is repeated after an error that its worker survives
 
 
 class Workers(Protocol):
-    """Processes that hold the opened run and compute tasks."""
+    """Processes that hold an opened run and compute tasks."""
 
     def open_run(self, run: "OpenedRun") -> None:
         """Makes every worker, present and future, load the run's network and data.
 
-        A worker with other contents than the flow's (`RunIdentity.contents`) loads them again, or is refused.
+        If a worker's contents differ from the flow's (`RunIdentity.contents`), it loads them again or is refused.
         """
 
     def map(
@@ -41,7 +41,7 @@ class Workers(Protocol):
     ) -> Iterator[Result]:
         """The results of `function(configuration, item)` for each item, as they complete. Each call is one task.
 
-        A task that fails is repeated RETRIES times. Then a CladoError is raised unchanged, and any other as `given_up` makes it.
+        A task that fails is repeated RETRIES times. Then a CladoError is raised unchanged. `given_up` converts any other error.
         """
 
 
@@ -52,14 +52,14 @@ def start(config: RunConfig) -> AbstractContextManager[Workers]:
 
 
 def prepare(config: RunConfig) -> None:
-    """Begins to start workers, where that is possible before the network is known. What this starts ends with the process."""
+    """Begins to start workers, where that is possible before the network is known. They end with this process."""
     if hasattr(module := load("clusters", config.cluster.name), "prepare"):
         module.prepare(config.cluster)
 
 
 @contextmanager
 def in_background(run: "OpenedRun") -> Iterator[None]:
-    """While this lasts, `opened` gives workers that are started meanwhile. Of clusters that have `prepare`, else nothing is."""
+    """During this context workers start in the background, and `opened` returns them. Only for clusters that have `prepare`."""
     if not hasattr(load("clusters", run.config.cluster.name), "prepare"):
         yield
         return
@@ -86,7 +86,7 @@ def opened(run: "OpenedRun") -> Iterator[Workers]:
 
 
 class _Background:
-    """Workers that a thread starts."""
+    """Workers that a background thread starts."""
 
     def __init__(self, run: "OpenedRun") -> None:
         self.run = run
@@ -118,7 +118,7 @@ class _Background:
         self._stack.close()
 
 
-_started: list[_Background] = []  # at most one
+_started: list[_Background] = []  # at most one at a time
 
 
 def describe(config: RunConfig) -> str:
@@ -128,15 +128,15 @@ def describe(config: RunConfig) -> str:
 
 
 def given_up(item: object, error: Exception) -> MeasurementError:
-    """The message for a task that fails each time. Its cause is the error itself, which goes into the run's failure.txt."""
+    """The message for a task that fails each time. The error itself is its cause, and goes into the run's failure.txt."""
     return MeasurementError(
         f"{item} failed {RETRIES + 1} times, the last time with {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
-        "What was measured is kept, and the same command goes on from there; the traceback is in failure.txt of the run's folder"
+        "What was measured is kept, and the same command continues; the traceback is in failure.txt of the run's folder"
     )
 
 
 def optional(module: str, package: str, kind: str) -> ModuleType:
-    """A library that only one kind of cluster needs; ConfigurationError naming the extra where it is not installed."""
+    """Imports a library that only one kind of cluster needs. ConfigurationError names the extra to install if it is missing."""
     try:
         return import_module(module)
     except ImportError as error:

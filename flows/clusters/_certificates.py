@@ -1,4 +1,4 @@
-"""Certificates to try encrypted connections with: an authority, and one certificate for every machine."""
+"""Certificates for trying encrypted connections: an authority, and one certificate that all machines share."""
 
 import ipaddress
 import os
@@ -21,8 +21,8 @@ FILES = {"ca_file": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
 def make_certificates(folder: Path, hosts: Sequence[str] = (), days: int = 30) -> dict[str, Path]:
     """Writes ca.pem, cert.pem and key.pem.
 
-    The flow, the scheduler and the workers share the certificate. Everyone with its key may use the cluster. The authority's own
-    key is not written, so that nothing more can be signed.
+    The flow, the scheduler and the workers share the certificate. Everyone with its key may use the cluster. The key of the
+    authority is not written, so that nobody can sign more certificates.
 
     Args:
         folder: Where the files are written.
@@ -33,7 +33,7 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (), days: int = 30) -
         The files in the form of `cluster.tls`: {ca_file, cert, key}.
 
     Raises:
-        ConfigurationError: A file exists, or a host is no name.
+        ConfigurationError: A file exists, or a host is not a name.
     """
     files = {name: folder / file for name, file in FILES.items()}
     if existing := [str(path) for path in files.values() if path.exists()]:
@@ -68,10 +68,10 @@ def _alternative(name: str) -> x509.GeneralName:
         try:
             return x509.DNSName(name)
         except ValueError as error:
-            raise ConfigurationError(f"--host {name!r} is no name of a machine ({error}); expected one in ASCII") from None
+            raise ConfigurationError(f"--host {name!r} is not the name of a machine ({error}); expected ASCII") from None
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a new file that only this user may read, from its first byte on."""
+    """Writes a new file that only this user can read. It has these rights before anything is written."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Workers behind a Dask client, for every cluster that uses Dask."""
+"""Workers of a Dask client, for every cluster that uses Dask."""
 
 import logging
 import multiprocessing
@@ -27,21 +27,21 @@ from flows.clusters._tls import protocol, security
 if TYPE_CHECKING:
     from clado.run.opened_run import OpenedRun
 
-DEATHS = 3  # workers that a task may end until it fails
+DEATHS = 3  # a task fails after it has ended this many workers
 # Settings of a scheduler that we start. A worker holds one task at a time, so that its loss concerns only this task. A worker
 # that is silent while it opens a large network is not lost, unless its connection closes.
 SCHEDULER = {"allowed-failures": DEATHS, "worker-saturation": 1.0, "worker-ttl": "1 hour"}
-CONNECT_TIMEOUT = 30.0  # seconds that a scheduler has to answer
+CONNECT_TIMEOUT = 30.0  # seconds until a scheduler must answer
 # Dask serves metrics over HTTP also without its dashboard: a scheduler at 8787, a worker at a free port of every interface
 LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
-ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as words of its commands
-WINDOW = 1000  # tasks that a scheduler holds at a time: more than it has workers
-PATROL = 5.0  # seconds between counts of the workers while no task ends
+ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as command-line arguments
+WINDOW = 1000  # tasks that a scheduler holds at once: more than it has workers
+PATROL = 5.0  # seconds between two counts of the workers, while no task ends
 # Dask makes workers return every freed page at once. Each tensor then costs page faults, and the demo's forwards take 2.7 times
 # as long. These limits of glibc are large enough to prevent that: bytes from which memory is trimmed, and mapped.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
-_template_environment: dict[str, str] | None = None  # of the process from which workers fork
-KEPT = "what was measured is kept: start it again, and the same command goes on from there"
+_template_environment: dict[str, str] | None = None  # the process from which workers fork
+KEPT = "what was measured is kept: start it again, and the same command continues from there"
 
 
 class DaskWorkers:
@@ -49,7 +49,7 @@ class DaskWorkers:
 
     def __init__(self, client: Client, patience: float) -> None:
         self.client = client
-        self.patience = patience  # seconds without any worker
+        self.patience = patience  # seconds without any worker until the run ends
         self.plugins: list[str] = []
 
     def open_run(self, run: "OpenedRun") -> None:
@@ -59,15 +59,15 @@ class DaskWorkers:
         config = located(run.config)
         try:
             for plugin in (Inspection(config), RunPlugin(config, run.identity.contents, run.float_network.portable)):
-                self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has its own
+                self.plugins.append(f"{plugin.name}-{config.run_folder}")  # another run on the same scheduler has another name
                 self.client.register_plugin(plugin, self.plugins[-1])
         except ImportError as error:
             raise ServerError(
-                f"a worker cannot import what a run needs ({error}); expected this version of clado there"
+                f"a worker cannot import what a run needs ({error}); expected the same version of clado on every worker"
             ) from None
 
     def map(self, function: Callable[[dict[str, Any], Any], Any], config: RunConfig, items: Iterable[Any]) -> Iterator[Any]:
-        """Results as they complete. The scheduler and this process hold at most WINDOW tasks, however many items there are.
+        """Results as they complete. The scheduler and this process hold at most WINDOW tasks, for any number of items.
 
         Tasks begin in the order of the items, so that neighbouring tasks of a worker are neighbouring items. After an error, or
         when the caller stops early, waiting tasks are cancelled.
@@ -108,7 +108,7 @@ class DaskWorkers:
             raise ServerError(f"the Dask scheduler was lost; {KEPT}") from None
 
     def _next_batch(self, running: "as_completed") -> list[Future[Any]]:
-        """The futures that have ended, at least one. Meanwhile the workers are counted, so that nothing waits for ever."""
+        """Waits for at least one future, and returns those that have ended. Meanwhile it counts workers, so the wait ends."""
         check = self._patrol()
         while not (batch := running.next_batch(block=False)):
             time.sleep(0.005)
@@ -118,7 +118,7 @@ class DaskWorkers:
     def _patrol(self) -> Callable[[], None]:
         """A function to call while no task ends. It counts the workers every PATROL seconds.
 
-        It raises ServerError where there was no worker for `patience` seconds.
+        It raises ServerError if there was no worker for `patience` seconds.
         """
         last_check = last_worker = time.monotonic()
 
@@ -150,12 +150,12 @@ class DaskWorkers:
                 except TimeoutError:
                     if future.status == "error":  # the task raised this TimeoutError
                         raise
-                    check()  # the worker that had the result is lost, and the task is computed again
+                    check()  # the worker that held the result is lost, so the task is computed again
         except CladoError:
             raise
         except KilledWorker as error:
             raise MeasurementError(
-                f"{item} ended its worker process more than {error.allowed_failures} times, most likely for want of "
+                f"{item} ended its worker process more than {error.allowed_failures} times, most likely because it ran out of "
                 "memory; use fewer workers, or lower measure.memory_limit_mb or measure.batch_images"
             ) from None
         except CommClosedError:
@@ -166,7 +166,7 @@ class DaskWorkers:
     def close(self) -> None:
         """Removes the plugins, so that workers that outlive the run do not open it again."""
         for name in self.plugins:
-            with suppress(Exception):  # the cluster may have ended
+            with suppress(Exception):  # the cluster may have ended already
                 self.client.unregister_worker_plugin(name)
 
 
@@ -204,7 +204,7 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
     forks = _template_environment == threads(settings)
     dask.config.set({"distributed.worker.multiprocessing-method": "forkserver" if forks else "spawn"})
     common = {"host": "127.0.0.1", "protocol": protocol(settings), "security": security(settings), **LOOPBACK}
-    # the flow reports what happens to a task; other errors of a worker are of connections that end with the run
+    # the flow reports what happens to a task; other errors of a worker come from connections that end with the run
     worker_options = {"nthreads": 1, "memory_limit": 1 / len(environments), "silence_logs": logging.CRITICAL}
     workers = {
         number: {"cls": Nanny, "options": {**common, **worker_options, "env": {**threads(settings), **environment}}}
@@ -219,17 +219,17 @@ def processes(settings: ClusterSettings, environments: list[dict[str, str]]) -> 
 
 
 def prepare_processes(settings: ClusterSettings) -> None:
-    """Starts a process that imports what workers need, and from which those of `processes` fork.
+    """Starts a process that imports what workers need. The workers of `processes` fork from it.
 
-    Libraries read their environment when they are loaded, hence there is one for the settings that come first; the workers of
-    others import for themselves.
+    Libraries read their environment when they are loaded. So this process serves the first settings only. Workers with
+    other settings import the libraries themselves.
     """
     global _template_environment  # noqa: PLW0603
     if _template_environment is not None or "forkserver" not in multiprocessing.get_all_start_methods():
         return
     _template_environment = threads(settings)
     multiprocessing.set_forkserver_preload(["flows.clusters._template"])
-    distributed.utils._forkserver_preload_set = True  # else Dask replaces the list, and imports pandas for it
+    distributed.utils._forkserver_preload_set = True  # otherwise Dask replaces the list, and imports pandas for it
     before = dict(os.environ)
     os.environ.update(_template_environment)
     try:
@@ -251,7 +251,7 @@ def scheduler_environment() -> dict[str, str]:
 
 
 def configure() -> None:
-    """Sets SCHEDULER and the allocator for clusters that this process starts."""
+    """Sets the settings of SCHEDULER and of the allocator, for clusters that this process starts."""
     dask.config.set({f"distributed.scheduler.{name}": value for name, value in SCHEDULER.items()})
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 

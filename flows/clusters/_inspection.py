@@ -12,11 +12,11 @@ from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
 from clado.storage.measurement_store import exists
 
-SAME = ("clado", "torch", "numpy")  # packages whose version may change a number
+SAME = ("clado", "torch", "numpy")  # packages whose version may change measured numbers
 
 
 class Inspection(WorkerPlugin):
-    """Refuses a worker that would compute other numbers, or write them elsewhere."""
+    """Refuses a worker that would compute other numbers, or write them to another place."""
 
     name = "clado-inspection"
 
@@ -45,11 +45,11 @@ class Inspection(WorkerPlugin):
         if self.store_exists and not (exists(self.store) and self.folder.exists()):
             raise ServerError(f"{label} does not see {self.store}; expected folder: at a path that every machine shares")
         if self.modules and self.modules not in sys.path:
-            sys.path.append(self.modules)  # where the flow found the network's factory
+            sys.path.append(self.modules)  # the folder in which the flow found the network's factory
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that may change a number, in this process.
+    """Versions of Python and of the packages that may change measured numbers, in this process.
 
     The version of torch comes without its build, which names the device.
     """

@@ -1,6 +1,6 @@
-"""What workers of this machine fork from: a process that has imported what they need. Importing this module makes it one.
+"""The process that workers of this machine fork from. Importing this module imports what they need.
 
-The signals of a terminal or of a batch job are the flow's to heed.
+It ignores signals of a terminal or of a batch job, because the flow handles them.
 """
 
 import atexit
@@ -16,9 +16,9 @@ _PID = os.getpid()
 
 
 def _end_at_once() -> None:
-    """Ends this process, and none that has forked from it, without taking down libraries, which takes seconds."""
+    """Ends this process at once, but not those that forked from it. Shutting down libraries would take seconds."""
     if os.getpid() == _PID:
         os._exit(0)
 
 
-atexit.register(_end_at_once)  # behind the imports, hence called before what they have registered
+atexit.register(_end_at_once)  # registered after the imports, so it is called before what they have registered

@@ -9,14 +9,14 @@ ROLES = ("client", "scheduler", "worker")
 
 
 def security(settings: ClusterSettings) -> Security | None:
-    """For a cluster or a client in this process. None without `tls`."""
+    """The encryption for a cluster or a client in this process. None without `tls`."""
     options = tls_options(settings)
     if options is None:
         return None
     dask_security = Security(**options)
     try:
         dask_security.get_connection_args("client")
-    except OSError as error:  # also what the ssl module raises
+    except OSError as error:  # the ssl module raises subclasses of it
         raise ConfigurationError(
             f"cluster.tls cannot be used ({error}); expected PEM files: ca_file, and a cert that it signed with its key"
         ) from None

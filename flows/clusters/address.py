@@ -1,4 +1,4 @@
-"""Workers of a Dask scheduler that runs already, wherever it and they were started."""
+"""Workers of a Dask scheduler that already runs, on any machine."""
 
 from contextlib import AbstractContextManager
 

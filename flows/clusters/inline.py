@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class InlineWorkers:
-    """The interface of workers, without any."""
+    """The interface of workers, without worker processes."""
 
     def open_run(self, run: "OpenedRun") -> None:
         """Keeps the flow's run, so that tasks find it."""
@@ -43,10 +43,10 @@ def _result(function: Callable[[dict[str, Any], Any], Any], document: dict[str, 
 
 @contextmanager
 def start(settings: ClusterSettings) -> Iterator[InlineWorkers]:
-    """Workers without processes."""
+    """Computes tasks in this process."""
     yield InlineWorkers()
 
 
 def describe(settings: ClusterSettings) -> str:
-    """What `start` starts."""
+    """Says what `start` starts."""
     return "no workers: tasks run in the flow's own process, one after another"

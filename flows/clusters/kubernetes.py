@@ -10,8 +10,8 @@ from clado.settings.cluster import ClusterSettings, KubernetesSettings
 from flows.clusters import optional
 from flows.clusters._dask import ON_LOOPBACK, DaskWorkers, connected, quiet, scheduler_environment, threads
 
-IDLE_TIMEOUT = 7200  # seconds without a task until the operator ends a cluster, because its flow may be lost
-PORTS = {"tcp-comm": 8786, "http-dashboard": 8787}  # the operator looks for them by name
+IDLE_TIMEOUT = 7200  # seconds without a task until the operator ends a cluster: its flow may be lost
+PORTS = {"tcp-comm": 8786, "http-dashboard": 8787}  # the operator finds them by this name
 
 
 @contextmanager

@@ -12,10 +12,10 @@ def prepare(settings: ClusterSettings) -> None:
 
 
 def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:
-    """A scheduler and `workers` processes on loopback, ended with the context; a killed worker is started again."""
+    """A scheduler and `workers` processes on loopback, which end with the context. A killed worker is started again."""
     return processes(settings, [{}] * settings.workers)
 
 
 def describe(settings: ClusterSettings) -> str:
-    """What `start` starts."""
+    """Says what `start` starts."""
     return f"{settings.workers} worker processes on this machine, {settings.threads_per_worker} thread(s) each"

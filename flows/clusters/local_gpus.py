@@ -9,12 +9,12 @@ from flows.clusters._dask import DaskWorkers, processes
 
 
 def start(settings: ClusterSettings) -> AbstractContextManager[DaskWorkers]:
-    """A scheduler and `workers` processes on loopback, each of which sees one GPU; ended with the context."""
+    """A scheduler and `workers` processes on loopback, which end with the context. Each worker sees one GPU."""
     return processes(settings, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in pins(settings)])
 
 
 def describe(settings: ClusterSettings) -> str:
-    """Which worker is pinned to which GPU."""
+    """Says which worker is pinned to which GPU."""
     return "\n".join(f"worker {number}: CUDA_VISIBLE_DEVICES={gpu}" for number, gpu in enumerate(pins(settings)))
 
 
@@ -36,7 +36,7 @@ def pins(settings: ClusterSettings) -> list[str]:
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers, or identifiers of (parts of) GPUs."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers or identifiers."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

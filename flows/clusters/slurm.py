@@ -1,4 +1,4 @@
-"""Worker processes as SLURM batch jobs, one for each; the scheduler in the flow's process, on a node that the jobs can reach."""
+"""Worker processes as SLURM batch jobs, one job for each. The scheduler is in the flow's process, which jobs can reach."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from flows.clusters import optional
 from flows.clusters._dask import LOOPBACK, ON_LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, security
 
-RESUBMIT = "15s"  # between counts of the jobs, after which missing jobs are submitted again
+RESUBMIT = "15s"  # seconds between two counts of the jobs; missing jobs are then submitted again
 
 
 @contextmanager
@@ -24,9 +24,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     configure()
     assert settings.slurm is not None  # checked with the settings
     if settings.slurm.log_folder is not None:
-        settings.slurm.log_folder.mkdir(
-            parents=True, exist_ok=True
-        )  # sbatch loses the output of a job where the folder is absent
+        settings.slurm.log_folder.mkdir(parents=True, exist_ok=True)  # sbatch loses the output of a job if the folder is absent
     with library.SLURMCluster(scheduler_options=dict(LOOPBACK), **_options(settings)) as cluster:
         cluster.adapt(minimum_jobs=settings.workers, maximum_jobs=settings.workers, interval=RESUBMIT)
         with connected(cluster, settings) as workers:
@@ -41,9 +39,11 @@ def describe(settings: ClusterSettings) -> str:
 
 
 def _check(settings: ClusterSettings) -> None:
-    """Refuses a job that would be refused, before anything starts."""
+    """Raises ConfigurationError if SLURM would refuse the job, before anything starts."""
     if shutil.which("sbatch") is None:
-        raise ConfigurationError("cluster kind slurm submits jobs with sbatch, which is not here; expected a node of SLURM's")
+        raise ConfigurationError(
+            "cluster kind slurm submits jobs with sbatch, which is not here; expected a node of a SLURM cluster"
+        )
     trial = subprocess.run(
         ["sbatch", "--test-only"], input=describe(settings), text=True, capture_output=True, timeout=60, check=False
     )
@@ -62,7 +62,7 @@ def _options(settings: ClusterSettings) -> dict[str, Any]:
     exports = [f"export {name}={value}" for name, value in threads(settings).items()]
     return {
         "job_name": "clado",
-        "cores": 1,  # tasks at once
+        "cores": 1,  # tasks at a time
         "processes": 1,
         "job_cpu": settings.threads_per_worker,
         "memory": slurm.memory,

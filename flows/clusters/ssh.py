@@ -11,7 +11,7 @@ from flows.clusters import optional
 from flows.clusters._dask import LOOPBACK, DaskWorkers, configure, connected, quiet, threads
 from flows.clusters._tls import protocol, tls_options
 
-IDLE_TIMEOUT = "2 hours"  # without a task, until scheduler and workers end, because their flow may be lost
+IDLE_TIMEOUT = "2 hours"  # seconds without a task until scheduler and workers end: their flow may be lost
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
     """Starts `workers` processes on `ssh.hosts` in turn, and ends them with the context. A killed worker is started again."""
     optional("asyncssh", "asyncssh", "ssh")
     from distributed import SpecCluster
-    from distributed.deploy.ssh import Scheduler, Worker  # the parts of SSHCluster, because it gives all workers one environment
+    from distributed.deploy.ssh import Scheduler, Worker  # not SSHCluster, which gives all workers one environment
 
     from flows.clusters._tls import security
 
@@ -49,7 +49,7 @@ def start(settings: ClusterSettings) -> Iterator[DaskWorkers]:
 
 
 def describe(settings: ClusterSettings) -> str:
-    """Which worker runs where."""
+    """Says which worker runs on which host."""
     lines = [f"scheduler: {_section(settings).hosts[0]}"]
     for number, (host, environment) in enumerate(_places(settings)):
         gpu = f", CUDA_VISIBLE_DEVICES={environment['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in environment else ""
@@ -70,7 +70,7 @@ def _places(settings: ClusterSettings) -> list[tuple[str, dict[str, str]]]:
 
 
 def _connect_options(ssh: SshSettings) -> dict[str, Any]:
-    """Options of asyncssh, which refuses a host with an unknown key."""
+    """Options of asyncssh. It refuses a host with an unknown key."""
     options = {
         "username": ssh.user,
         "port": ssh.port,

@@ -1,1 +1,1 @@
-"""What a finished run can be asked."""
+"""The commands on a finished run, and a few others."""

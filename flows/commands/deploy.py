@@ -96,7 +96,7 @@ def deploy(
 
 
 def self_check(folder: Path) -> str:
-    """Runs a folder's self-check in a process of its own, and gives what it says. StoreError where it fails."""
+    """Runs a folder's self-check in a process of its own, and gives what it says. StoreError if it fails."""
     result = subprocess.run(
         [sys.executable, str(folder.resolve() / CHECK)], capture_output=True, text=True, check=False, cwd=folder.resolve()
     )

@@ -22,7 +22,7 @@ from clado.run.opened_run import OpenedRun
 from clado.run.preparation import LayerTask, SweepTask
 
 LIMIT_SECONDS = 20.0
-STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/RUN.md)
+STARTS = 5.0  # start-up, recording and shutdown of a run, in multiples of the start of this process (tests/benchmarks/RUN.md)
 
 KINDS = {"sweep": SweepTask, "layer": LayerTask}
 
@@ -34,13 +34,13 @@ class Eta:
     around: float
     """Start-up, recording and shutdown."""
     preparing: float
-    """Preparing layers that no file has yet."""
+    """Preparing the layers that are not on disk yet."""
     measuring: float
     """Measuring tiles that the store lacks."""
     evaluation: float
     """Evaluating on the validation set."""
     num_networks: int
-    """Networks that are evaluated at most."""
+    """Most networks that are evaluated."""
 
     @property
     def total(self) -> float:
@@ -49,17 +49,17 @@ class Eta:
 
 
 def probe(run: OpenedRun, own_start: float) -> Eta:
-    """Times some whole forwards, the preparing of two layers and small tiles for 20 s, and scales them. Writes nothing.
+    """Times some whole forward passes, two layers and small tiles for 20 s, and scales the times. Writes nothing.
 
-    `own_start` is how many seconds this process took until its run was open.
+    `own_start` is the number of seconds that this process needed until its run was open.
     """
     plan, space, workers, work = run.plan, run.space, run.config.cluster.workers, run.workload
     begin = time.perf_counter()
     forward = _seconds_per_image(run)
-    # layers as the plan's tiles have them, but quickly made: what is in the weights does not change the time
+    # layers of the plan's tiles, but rounded the fast way: the values of weights do not change the time
     quick = prepare(run.float_network, space, Recipe(WeightQuantizer("minmax"), "minmax"), run.preparation.calibration[:1])
     bench = run.evaluation.workbench(quick)
-    # a tile runs at another rate than whole forwards; where not even a small one fits, theirs has to do
+    # a tile has another rate than whole forward passes; if no small tile fits into the limit, their rate is used
     rate, done, spent = forward / work.macs, 0, 0.0
     rows = max(1, min(space.num_options, plan.rows_per_tile) // 8)
     warm_up = Tile("singles", 0)
@@ -68,13 +68,13 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
         if time.perf_counter() - begin + 1.5 * plan.macs(tile, work) * rate > LIMIT_SECONDS:
             break
         seconds, macs = _seconds(run, partial(measure_tile, bench, tile)), plan.macs(tile, work)
-        # of the two warm-ups the second counts: the first loads images and compiles kernels
+        # the second warm-up counts: the first one loads images and compiles kernels
         spent, done = (seconds, macs) if tile is warm_up else (spent + seconds, done + macs)
         rate = spent / done
     measuring = sum(plan.macs(tile, work) for tile in run.identity.missing_tiles()) * rate / workers
     least, most = num_networks(run)
-    networks = (least + most) // 2  # estimators agree on some budgets
-    plain = len(run.budgets) if run.config.corrections else 0  # what is chosen, without corrections
+    networks = (least + most) // 2  # a mean, because estimators agree on some budgets
+    plain = len(run.budgets) if run.config.corrections else 0  # the chosen bits without corrections
     validation = (networks + plain) * len(run.slices.validation)
     choosing = (networks + num_competing(run)) * len(run.decision) + sum(reestimation_images(run)) // 2
     evaluation = (validation + choosing) * forward / workers
@@ -92,9 +92,9 @@ def eta_text(run: OpenedRun, own_start: float) -> str:
 
 
 def num_networks(run: OpenedRun) -> tuple[int, int]:
-    """How many networks a run evaluates at least, if all estimators agree, and at most, if no two do.
+    """How many networks a run evaluates: at least (if all estimators agree), and at most (if no two agree).
 
-    They are float, uniform, and for each budget one of each estimator and the one chosen.
+    They are float, uniform, and for each budget the answer of each estimator and the chosen one.
     """
     budgets, limits, space = run.budgets, run.limits, run.space
     uniform = {widest_uniform(space, merge_limits(budget.limit(space), limits)) for budget in budgets}
@@ -103,7 +103,7 @@ def num_networks(run: OpenedRun) -> tuple[int, int]:
 
 
 def num_competing(run: OpenedRun) -> int:
-    """Assignments at most that are measured on the decision set and have no row of their own."""
+    """Most assignments that are measured on the decision set and have no row in the table."""
     named = run.config.estimators
     uncorrected = 5 if run.config.corrections else 0  # uniform and layerwise; the first and chosen bits otherwise corrected
     variants = 2 * sum(estimator_of(name).convexity == "clip_psd" for name in named)
@@ -112,14 +112,14 @@ def num_competing(run: OpenedRun) -> int:
 
 
 def reestimation_images(run: OpenedRun) -> tuple[int, int]:
-    """Forward images of final corrections where these help at no budget, and at all: they are tried on one network of each."""
+    """Forward images of final corrections: if they help at no budget, and if they help at all of them."""
     most = num_networks(run)[1] + num_competing(run)
     images = run.preparation.images_per_reestimation
     return (1 + len(run.budgets)) * images, (1 + most) * images
 
 
 def _preparing(run: OpenedRun) -> float:
-    """Seconds of preparing what is absent: of one batch of images in each sweep, and of two layers, scaled by their cost."""
+    """Seconds to prepare what is absent. One batch of images in each sweep and two layers are timed, and scaled by their cost."""
     preparation, network = run.preparation, run.float_network
     tasks = [task for stage in preparation.stages() for task in stage]
     if not tasks:
@@ -150,7 +150,7 @@ def _preparing(run: OpenedRun) -> float:
 
 
 def _seconds_per_image(run: OpenedRun) -> float:
-    """Seconds of a whole forward of one image: of batches that grow from one image until they take a second."""
+    """Seconds of a whole forward pass for one image. The timed batches grow from one image until they take a second."""
     images, count, most = run.slices.validation, 1, run.float_network.images_at_once
     network, _ = run.float_network.folded()  # as networks are evaluated
     while True:
@@ -164,7 +164,7 @@ def _seconds_per_image(run: OpenedRun) -> float:
 
 
 def _seconds(run: OpenedRun, function: Callable[[], object]) -> float:
-    """Seconds of a call while as many others compute the same as this machine has workers, which share its memory and caches."""
+    """Seconds of a call while other processes compute the same. They stand for the workers, which share memory and caches."""
     cluster = run.config.cluster
     here = cluster.name in ("local", "inline") and run.float_network.device.type == "cpu"
     at_once = min(cluster.workers, os.cpu_count() or 1) if here else 1
@@ -180,5 +180,5 @@ def _seconds(run: OpenedRun, function: Callable[[], object]) -> float:
 
 
 def _finished_logits(network: Network, images: Tensor) -> Tensor:
-    """Logits on the CPU: a GPU is waited for."""
+    """Logits on the CPU, so that the timer waits for a GPU."""
     return network.logits(images).cpu()

@@ -1,4 +1,4 @@
-"""Export: the network with an assignment's weights, as files that load without this package's settings or stores."""
+"""Export: the network with an assignment's weights, in files that load without settings or stores of clado."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from clado.space import Assignment
 
 FORMATS = ("safetensors", "packed", "onnx", *available("snippets"))
 PACKED, ONNX = "packed.safetensors", "network.onnx"
-COMPARED_IMAGES = 1000  # of the validation set, in ONNX Runtime
+COMPARED_IMAGES = 1000  # images of the validation set that ONNX Runtime runs on
 
 
 def budget_folder(run: OpenedRun, budget: str) -> Path:
@@ -27,18 +27,18 @@ def budget_folder(run: OpenedRun, budget: str) -> Path:
 
 
 def model_folder(run: OpenedRun, budget: str) -> Path:
-    """Where the chosen network of a budget is kept as MLflow gets it."""
+    """Where the model of a budget's chosen network is kept for MLflow."""
     return run.folder / "models" / file_name(budget)
 
 
 def check_format(kind: str) -> None:
-    """Refuses a format that there is no export in."""
+    """Raises ConfigurationError for an unknown format."""
     if kind not in FORMATS:
         raise ConfigurationError(f"unknown format {kind!r}; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
 
 def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -> tuple[Path, str]:
-    """(what was written, what there is to say about it) of an assignment in a format."""
+    """Exports an assignment in a format. Returns the path that was written, and a message about it."""
     if kind == "safetensors":
         return export(run, assignment, folder), ""
     if kind in available("snippets"):
@@ -64,7 +64,7 @@ def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -
     file = folder / ONNX
     written = export_onnx(file, network, layers)
     write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
-    remark = f"; {len(written.widened)} layers lie in a wider type" if written.widened else ""
+    remark = f"; {len(written.widened)} layers have a wider type" if written.widened else ""
     told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{remark}"
     validation = run.slices.validation
     agreement = compare(file, network, layers, *validation.load(0, min(COMPARED_IMAGES, len(validation))))
@@ -76,18 +76,18 @@ def export(run: OpenedRun, assignment: Assignment, folder: Path) -> Path:
     network, layers = run.preparation.deployed(assignment)
     state, document = network.state_dict(layers), run.space.to_json(assignment)
     added = [name for name in state if name not in network.model.state_dict()]
-    if added:  # refused where a module takes none, or its forward would not read it
+    if added:  # refused if a module takes no bias, or if its forward would not read it
         as_module(network, {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()})
     replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
     export_network(folder, state, document, loading_snippet(run, bool(added)), facts(run, assignment))
-    if replaced:  # what lies beside is of another assignment
+    if replaced:  # the other files belong to another assignment
         for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in available("snippets"))):
             (folder / name).unlink(missing_ok=True)
     return folder
 
 
 def lost_with(peer: str, run: OpenedRun, assignment: Assignment) -> str:
-    """What a peer's file loses, for it carries bit-widths alone: both accuracies, counted where they are new."""
+    """The warning that another library's file has bit-widths only, with both accuracies. New ones are counted now."""
     plain = assignment.with_corrections("none")
     counts = run.evaluation.validation_counts([assignment, plain], lambda items: map(run.evaluation.count_batch, items))
     ours, theirs = counts[assignment].accuracy(), counts[plain].accuracy()
@@ -107,7 +107,7 @@ def _accuracy_text(accuracy: Accuracy) -> str:
 
 
 def facts(run: OpenedRun, assignment: Assignment) -> list[str]:
-    """What somebody needs who gets the exported folder alone: inputs, outputs, and accuracy where it has been measured."""
+    """What a reader of the exported folder must know: inputs, outputs, and accuracy if it was measured."""
     shape, validation = ", ".join(map(str, run.loaded.image_shape)), run.slices.validation
     preprocessing = "pixels / 255" if not isinstance(validation, EncodedSlice) else str(validation.preprocessing)
     if run.config.data.source == "zoo":
@@ -127,7 +127,7 @@ ADDING = """for name in state.keys() - network.state_dict().keys():  # biases th
 
 
 def loading_snippet(run: OpenedRun, adds_biases: bool = False) -> str:
-    """Lines that build the network and load the exported weights."""
+    """The Python code that builds the network and loads the exported weights."""
     network = run.config.network
     name, (module, _, function) = repr(network.name), network.name.partition(":")
     build = {
@@ -152,8 +152,8 @@ def loading_snippet(run: OpenedRun, adds_biases: bool = False) -> str:
 def _built(run: OpenedRun) -> str:
     """The arguments with which sources/torchvision.py built the network, as text.
 
-    They are the size of a vision transformer that is not built for 224 pixels, and a change of normalisation that published
-    weights need.
+    They are the image size of a vision transformer if it is not 224 pixels, and the normalisation that published weights
+    need.
     """
     if run.config.network.source != "torchvision":
         return ""
@@ -164,7 +164,7 @@ def _built(run: OpenedRun) -> str:
 
 
 def _timm_options(run: OpenedRun) -> str:
-    """The options that sources/timm.py built the network with, as further arguments."""
+    """The options that sources/timm.py built the network with, as additional arguments."""
     if run.config.network.source != "timm" or run.config.network.image_shape is None:
         return ""
     import timm

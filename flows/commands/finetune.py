@@ -1,4 +1,4 @@
-"""Finetune: trains the assignment chosen for a budget, evaluates what comes of it, writes it down, mirrors it to MLflow."""
+"""Finetune: trains the assignment chosen for a budget, evaluates the result, writes it, and mirrors it to MLflow."""
 
 import json
 import time
@@ -30,28 +30,28 @@ from flows.commands.stored import StoredRun, accuracy_of
 from flows.progress import progress
 
 RECORD = "finetuned.json"
-HELD_OUT, MOST_HELD_OUT = 0.2, 3000  # of the training images
+HELD_OUT, MOST_HELD_OUT = 0.2, 3000  # share of the training images
 
 
 @dataclass(frozen=True)
 class Images:
-    """What a fine-tuning reads."""
+    """The images of a fine-tuning."""
 
     training: ImageSlice
     """Images to train on."""
     held_out: ImageSlice
-    """Images that decide when it ends, and that are not trained on."""
+    """Images that decide when training ends. They are not trained on."""
     origin: str
     """Where the images are from."""
 
 
 def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None = None, labels: bool = False) -> Images:
-    """A named training set, or without one every image of the run that is not for validation; a seeded part is held out.
+    """The named training set, or else all images of the run that are not for validation. A seeded part is held out.
 
-    Validation images are in neither. `most` bounds how many are trained on; `labels` says that labels are learned from.
+    Validation images are in neither part. `most` limits the training images. `labels` says whether training reads labels.
     """
     if most is not None and most < 2:
-        raise DataError(f"--images is {most}; expected two or more to train on")
+        raise DataError(f"--images is {most}; expected two or more")
     if folder is None:
         slices = run.slices
         everything: ImageSlice = PickedSlice([slices.calibration, slices.sensitivity, run.decision, slices.selection])
@@ -75,19 +75,21 @@ def images_of(run: OpenedRun, folder: Path | None, seed: int, most: int | None =
     order = np.random.default_rng(seed).permutation(len(everything)).tolist()
     held = max(2, min(MOST_HELD_OUT, int(HELD_OUT * len(order))))
     picked = order if most is None else order[: held + most]
-    # the run's own were read before it measured
+    # the run has checked its own images before it measured
     lost = () if folder is None else _unreadable(run, PickedSlice([everything], picked), outputs, origin)
     training, held_out = ([n for k, n in enumerate(picked) if k not in lost and (k < held) == out] for out in (False, True))
     if not training or not held_out:
-        raise DataError(f"{origin}: of {len(picked)} images {len(lost)} cannot be read, too many to train and to hold out some")
+        raise DataError(
+            f"{origin}: of {len(picked)} images {len(lost)} cannot be read, so too few are left to train on and to hold out"
+        )
     return Images(PickedSlice([everything], training), PickedSlice([everything], held_out), origin)
 
 
 def _unreadable(run: OpenedRun, images: ImageSlice, outputs: int | None, origin: str) -> Collection[int]:
-    """Which images cannot be read. Each is decoded once, before hours are spent.
+    """The images that cannot be read. Each image is decoded once, before the training takes hours.
 
     Raises:
-        DataError: They are more than the run allows, or one does not fit the network.
+        DataError: More images than the run allows cannot be read, or one does not fit the network.
     """
     allowed, unreadable = run.config.data.max_corrupt_images, dict[int, str]()
     check_slice(images, run.loaded.image_shape, outputs, unreadable=unreadable if allowed else None)
@@ -107,11 +109,11 @@ def train(
     """Trains, evaluates on the validation set, and writes RUN/finetuned/BUDGET.
 
     Returns:
-        What to print, and MLflow's receipt. The receipt is None if the run has no record, below which it would stand.
+        What to print, and MLflow's receipt. The receipt is None if the run has no record yet.
     """
     begin, folder = time.perf_counter(), folder_of(stored, budget)
     network, layers = run.preparation.deployed(assignment)
-    as_module(network, layers)  # what could not be written is refused before hours are spent
+    as_module(network, layers)  # a network that cannot be written is refused before the training takes hours
     with progress("training", 1.0) as advance:
         done = 0.0
 
@@ -180,7 +182,11 @@ def text(tuned: FineTuned, before: Accuracy, after: Accuracy, images: Images, fo
         return [str(epoch.number), loss, f"{epoch.held_out_loss:.5f}", f"{epoch.seconds:.0f}", mark]
 
     table = markdown_table(["epoch", "training loss", "held-out loss", "seconds", ""], [row(epoch) for epoch in tuned.epochs])
-    outcome = "nothing was better than the start, which is kept" if tuned.best_epoch == 0 else f"epoch {tuned.best_epoch} is kept"
+    outcome = (
+        "no epoch was better than the start, so the start is kept"
+        if tuned.best_epoch == 0
+        else f"epoch {tuned.best_epoch} is kept"
+    )
     top1 = "" if after.top1 is None else f"top-1 {percent(before.top1)} % before, {percent(after.top1)} % after; "
     if after.metric is not None:
         top1 += f"{after.metric_name} {before.metric:.4g} before, {after.metric:.4g} after; "

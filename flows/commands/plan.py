@@ -8,7 +8,7 @@ from flows.commands.eta import num_competing, num_networks, reestimation_images
 
 
 def plan_text(run: OpenedRun) -> str:
-    """The costs of a run for the terminal."""
+    """The costs of a run, for the terminal."""
     plan, space = run.plan, run.space
     lines = [
         f"{run.loaded.description}: {space.num_layers} layers, {space.num_options} options, "

@@ -1,7 +1,7 @@
-"""Profile: how long every layer takes at every option on this machine, as the table that the constraint `latency` reads.
+"""Profile: the time of every layer at every option on this machine. It writes the table that the constraint `latency` reads.
 
 Layers are timed inside whole networks, because their neighbours decide what is in the cache and which operators are fused. There
-is one network for each pair of bit-widths, with all layers at that pair. The runtime's own profiler tells the layers apart.
+is one network for each pair of bit-widths, with all layers at that pair. The runtime's profiler gives the time of each layer.
 """
 
 import csv
@@ -34,17 +34,17 @@ from clado.space import Assignment, SearchSpace
 from flows.progress import progress
 
 FORMAT = "clado-profile/1"
-PASSES, MOST_PASSES = 3, 50  # of each network in a turn, with and without the profiler
-TURN_SECONDS = 0.05  # that they take together, where the bounds above allow it
+PASSES, MOST_PASSES = 3, 50  # passes of each network in a turn, with and without the profiler
+TURN_SECONDS = 0.05  # seconds that these passes take together, if the limits above allow it
 FLOAT = "float"
 
 
 @dataclass
 class Turns:
-    """What was timed, turn by turn: by network, the seconds of a pass, of its layers, and of the rest."""
+    """The times of each turn. For each network: the seconds of a pass, of its layers, and of the rest."""
 
     key: str
-    """What the times depend on. Turns of another key are not read."""
+    """What the times depend on. Turns with another key are not read."""
     facts: dict[str, Any]
     """Machine, versions, threads, batch."""
     turns: list[dict[str, Any]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Turns:
 
     @classmethod
     def resumed(cls, path: Path, key: str, facts: dict[str, Any]) -> "Turns":
-        """The turns of a file, if they are of the same key; none without a file."""
+        """The turns of a file, if they have the same key. Empty without a file."""
         if not path.is_file():
             return cls(key, facts)
         try:
@@ -65,7 +65,7 @@ class Turns:
         return cls(key, facts, turns)
 
     def write(self, path: Path) -> None:
-        """Writes machine, versions, medians and every turn."""
+        """Writes the machine, versions, medians and every turn."""
         medians = {name: self.seconds(name) for name in (self.turns[0] if self.turns else {})}
         document = {"format": FORMAT, "key": self.key, **self.facts, "seconds": medians, "turns": self.turns}
         write_text(path, json.dumps(document, indent=1))
@@ -75,19 +75,19 @@ class Turns:
         return float(median(turn[network]["seconds"] for turn in self.turns))
 
     def layer_seconds(self, network: str, shares: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of each layer in a network, so that their sum is that of a whole pass.
+        """Seconds of each layer in a network. Their sum is the time of a whole pass.
 
-        The rest of the network is given to the layers by `shares`, which are the same in all networks. So where the rest takes as
-        long in two networks, it does not change the difference of their layers.
+        The time of the rest of the network is divided among the layers by `shares`, which are the same in all networks. So if the
+        rest takes the same time in two networks, the difference of their layers does not change.
         """
         layers = {name: median(turn[network]["layers"][name] for turn in self.turns) for name in shares}
         rest = median(turn[network]["rest"] for turn in self.turns)
-        scale = self.seconds(network) / (sum(layers.values()) + rest)  # the profiler takes time itself
+        scale = self.seconds(network) / (sum(layers.values()) + rest)  # the profiler itself takes time
         return {name: scale * (layers[name] + shares[name] * rest) for name in shares}
 
 
 def networks_of(space: SearchSpace) -> dict[str, Assignment]:
-    """The networks that are timed, by name: float, and one for each pair of weight and activation bits of any layer."""
+    """The networks to time, by name: float, and one for each pair of weight and activation bits of any layer."""
     named = {FLOAT: space.nothing}
     for bits, assignment in space.uniform_assignments():
         activation_bits = assignment.activation_bits[0] if assignment.activation_bits else None
@@ -112,12 +112,12 @@ def table_of(space: SearchSpace, turns: Turns, batch: int) -> str:
 
 
 def profile(run: OpenedRun, name: str, runtime: Runtime, path: Path, threads: int, batch: int, turns: int) -> Turns:
-    """Times all networks in turns, and writes the CSV and, beside it, a JSON file with machine, versions and every turn.
+    """Times all networks in turns. Writes the CSV, and next to it a JSON file with the machine, versions and every turn.
 
-    A turn that was timed before, on the same machine with the same versions, is not timed again.
+    Turns that were already timed on the same machine with the same versions are not timed again.
 
     Args:
-        run: The opened run. No image of it is read: time does not depend on what is in them.
+        run: The opened run. No image is read, because time does not depend on the pixels.
         name: The runtime's name.
         runtime: The runtime.
         path: The CSV.
@@ -144,7 +144,7 @@ def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folde
     space, threads = run.space, int(timed.facts["threads"])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, *run.float_network.image_shape, generator=generator)
-    # codes and ranges do not change the time, so quick ones do
+    # codes and ranges do not change the time, so the fast quantizer is used
     prepared = prepare(run.float_network, space, Recipe(WeightQuantizer("minmax"), "minmax"), [noise])
     networks = networks_of(space)
     images = np.ascontiguousarray(np.resize(noise.numpy(), (int(timed.facts["batch"]), *noise.shape[1:])))
@@ -158,7 +158,7 @@ def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folde
         while len(timed.turns) < turns:
             turn: dict[str, Any] = {}
             for name in list(files)[:: 1 if len(timed.turns) % 2 == 0 else -1]:
-                first = _seconds(calls[name], images)  # after another network, so not one of those that count
+                first = _seconds(calls[name], images)  # another network ran before, so this pass does not count
                 passes = int(min(max(TURN_SECONDS / max(first, 1e-6), PASSES), MOST_PASSES))
                 seconds = [_seconds(calls[name], images) for _ in range(passes)]
                 times = runtime.profile(files[name], threads, images, space.names, passes)
@@ -185,7 +185,7 @@ def machine() -> dict[str, Any]:
 
 
 def profile_text(space: SearchSpace, timed: Turns, path: Path) -> str:
-    """What was timed, for the terminal: each whole network beside float, and how to use the table."""
+    """The times for the terminal: each whole network compared with float, and how to use the table."""
     facts, base = timed.facts, timed.seconds(FLOAT)
     rows = [
         f"  {name:<6} {1000 * timed.seconds(name):9.3f} ms  {base / timed.seconds(name):5.2f} times as fast as float"
@@ -203,7 +203,7 @@ def profile_text(space: SearchSpace, timed: Turns, path: Path) -> str:
 
 
 def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
-    """What of the candidates a runtime does not run natively, grouped by reason, for the terminal."""
+    """The options that a runtime does not run natively, grouped by reason, for the terminal."""
     symmetric = run.config.quantizer.scheme == "symmetric"
     lacking = lacking_options(run.space, runtime, symmetric)
     if not lacking:
@@ -218,7 +218,7 @@ def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
 
 
 def lacking_options(space: SearchSpace, runtime: Runtime, symmetric: bool) -> dict[int, str]:
-    """Options (numbers) that a runtime does not run natively, and why."""
+    """Numbers of the options that a runtime does not run natively, with the reason."""
     reasons = {
         number: runtime.lacks_kernel(space.layers[layer], bits, activation_bits, symmetric)
         for number, (layer, bits, activation_bits) in enumerate(space.options)
@@ -227,7 +227,7 @@ def lacking_options(space: SearchSpace, runtime: Runtime, symmetric: bool) -> di
 
 
 def predicted_seconds(path: Path, space: SearchSpace, assignment: Assignment) -> float:
-    """What a table says that an assignment takes, for one image."""
+    """Seconds that an assignment takes for one image, by a table."""
     from clado.choosing.constraints import constraint
 
     return constraint("latency", space, float("inf"), path=path).value(space, assignment)

@@ -1,4 +1,4 @@
-"""The whole pipeline. Servers and workers start in the background while this process imports, loads and checks."""
+"""The whole pipeline. Servers and workers start in the background, while this process imports, loads and checks."""
 
 import atexit
 import sys
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def run_flow(settings: RunConfig, clock: dict[str, float], begin: float) -> "tuple[OpenedRun, Receipt]":
-    """Runs a configuration as a Prefect flow; resumes whatever its folder already holds.
+    """Runs a configuration as a Prefect flow. It resumes what its folder already holds.
 
     Args:
         settings: The configuration.
-        clock: Seconds by phase, which is filled.
+        clock: Seconds by phase. The run adds to it.
         begin: When the command began, as time.perf_counter gives it.
 
     Returns:
-        The run, and what MLflow was told.
+        The run, and MLflow's receipt.
     """
     with _server() as server:
         clusters.prepare(settings)
@@ -38,7 +38,7 @@ def run_flow(settings: RunConfig, clock: dict[str, float], begin: float) -> "tup
         from flows.environment import make_home
         from flows.guard import did_not_start, locked, orchestrated
 
-        with locked(run.folder):  # refused here, where a message is enough, and held by the flow
+        with locked(run.folder):  # checked here too, so that the user gets one message; the flow holds the lock
             make_home()
             try:
                 if server is not None:
@@ -53,7 +53,7 @@ def run_flow(settings: RunConfig, clock: dict[str, float], begin: float) -> "tup
         if server is not None:
             server.wait()
         receipt: Receipt = pipeline(run.config, clock)
-    # what the flow's own phases do not cover is the orchestrator's start
+    # the seconds that no phase covers are the start of the orchestrator
     flow_seconds = sum(clock.values()) - sum(before.values())
     clock["start-up"] += time.perf_counter() - entered - flow_seconds
     return run, receipt
@@ -61,7 +61,7 @@ def run_flow(settings: RunConfig, clock: dict[str, float], begin: float) -> "tup
 
 @contextmanager
 def _server() -> Iterator[EmbeddedServer | None]:
-    """Prefect's embedded server where one is needed. It ends at once where the command is refused, else with the process."""
+    """Prefect's embedded server if one is needed. It ends at once if the command is refused, otherwise with the process."""
     server = embedded.start()
     if server is None:
         yield None
@@ -71,4 +71,4 @@ def _server() -> Iterator[EmbeddedServer | None]:
     except BaseException:
         server.end()
         raise
-    atexit.register(server.end)  # before Prefect is imported, hence run after Prefect has told it everything
+    atexit.register(server.end)  # registered before Prefect is imported, so it runs after Prefect has sent everything

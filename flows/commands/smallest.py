@@ -1,4 +1,4 @@
-"""Smallest: the least bytes whose measured loss increase or top-1 drop stays under a bound, on images kept for this choice."""
+"""Smallest: the smallest network whose measured loss increase or top-1 drop keeps a bound, on images reserved for this."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,17 +20,17 @@ from clado.space import Assignment
 from flows.commands.stored import StoredRun
 from flows.progress import progress
 
-FIRST = 8  # budgets of the first front, per estimator
+FIRST = 8  # budgets of the first front, for each estimator
 ROUNDS = 4
-FILL = 3  # budgets that fill the gap below an answer, per estimator and round
+FILL = 3  # budgets that fill the gap below an answer, for each estimator and round
 
 
 def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool, metric: bool = False) -> Smallest:
-    """Measures assignments on the selection slice until the smallest that keeps the bound is known, with both its neighbours.
+    """Measures assignments on the selection set, until the smallest one that keeps the bound is known with its neighbours.
 
     With `top1` the bound is on the drop of top-1 (a fraction), which needs labels. With `metric` it is on the drop of the run's
-    metric. Else it is on the increase of cross entropy, or of KL to the float network if there are no labels; of a criterion of
-    one's own, on that.
+    metric. Otherwise it is on the increase of the user-defined criterion if there is one. If not, it is on the increase of cross
+    entropy, or without labels on that of the KL divergence from the float network.
     """
     images, space = run.slices.selection, run.space
     if len(images) < 2:
@@ -53,7 +53,7 @@ def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool, metric: bo
         return interval
 
     low, high, solve = solver_of(stored)
-    most = (FIRST + ROUNDS * FILL) * len(stored.config.estimators)  # fewer where estimators agree
+    most = (FIRST + ROUNDS * FILL) * len(stored.config.estimators)  # fewer if estimators agree
     with progress("measuring", most) as advance:
         front = solve(np.linspace(low, high, FIRST).astype(int).tolist())
         return smallest(
@@ -69,7 +69,7 @@ def find(stored: StoredRun, run: OpenedRun, bound: float, top1: bool, metric: bo
 
 
 def _interval(run: OpenedRun, top1: bool) -> Callable[[Network, Replaced], Interval]:
-    """What gives the drop of top-1, or the increase of the loss, of a deployed network."""
+    """The function that measures the drop of top-1, or the increase of the loss, of a deployed network."""
     images = run.slices.selection
     float_losses, float_hits = per_image(run.float_network, {}, images)
 
@@ -81,7 +81,7 @@ def _interval(run: OpenedRun, top1: bool) -> Callable[[Network, Replaced], Inter
 
 
 def _own_interval(run: OpenedRun, metric: bool) -> Callable[[Network, Replaced], Interval]:
-    """What gives the drop of the metric, or the increase of a criterion of one's own, of a deployed network."""
+    """The function that measures the drop of the metric, or the increase of a user-defined criterion, of a deployed network."""
 
     def values(network: Network, layers: Replaced) -> NDArray[np.float64]:
         columns = judged_per_image(network, layers, run.slices.selection, run.float_network, run.judge)
@@ -92,7 +92,7 @@ def _own_interval(run: OpenedRun, metric: bool) -> Callable[[Network, Replaced],
 
 
 def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], list[Assignment]]]:
-    """The least size that an estimator reaches, the largest that the run allows, and a solver for the sizes between.
+    """The least reachable size, the largest size that the run allows, and a solver for the sizes between them.
 
     The solver gives every estimator's optimum at each of some sizes. Programs and convexification are made once.
     """
@@ -101,13 +101,13 @@ def solver_of(stored: StoredRun) -> tuple[int, int, Callable[[Sequence[int]], li
     solvers = [budget_solver(matrix, stored.prepare) for matrix in matrices]
 
     def limits_at(size: int) -> list[Constraint]:
-        return merge_limits(Budget("size", size).limit(space), stored.limits)  # that on the size is the first
+        return merge_limits(Budget("size", size).limit(space), stored.limits)  # the constraint on the size is the first
 
     def solve(sizes: Sequence[int]) -> list[Assignment]:
         assignments: list[Assignment] = []
         for solver in solvers:
             for size in sizes:
-                with suppress(InfeasibleError):  # forbidden pairs or other limits leave nothing there
+                with suppress(InfeasibleError):  # forbidden pairs or other limits leave no assignment there
                     assignments.append(solver(Budget("size", size), limits_at(size)).assignment)
         return assignments
 
@@ -134,7 +134,7 @@ def text(result: Smallest, run: OpenedRun, top1: bool, metric: bool = False) -> 
     )
     again = [c for c in result.measured if c.size_bytes > result.answer.size_bytes and c.measured.high > result.bound]
     note = (
-        f"\n{len(again)} larger assignments exceed the bound: what is measured does not fall evenly with size." if again else ""
+        f"\n{len(again)} larger assignments exceed the bound: the measured loss does not fall evenly with size." if again else ""
     )
     return (
         f"{table}\n{len(result.measured)} assignments measured on {result.answer.measured.num_images} images that neither "

@@ -1,4 +1,4 @@
-"""A finished run, read back from its folder: new budgets from stored shards, without measuring."""
+"""A finished run, read back from its folder: new budgets from stored measurements."""
 
 import csv
 import io
@@ -50,18 +50,18 @@ from flows.phases.choose import chosen_of, with_final_corrections, with_other_co
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The configuration and the measurements of a run's folder."""
+    """The settings and the measurements of a run's folder."""
 
     folder: Path
     """The folder of the run."""
     config: RunConfig
-    """Its settings, as it kept them."""
+    """Its settings, as the folder keeps them."""
     measured: Measured
-    """What its store holds."""
+    """The measurements of its store."""
 
     @classmethod
     def open(cls, folder: Path) -> "StoredRun":
-        """Reads a run's folder; StoreError where it holds no complete measurement."""
+        """Reads a run's folder; StoreError if it holds no complete measurement."""
         config = load_run_config(folder)
         store = MeasurementStore.open(config.store or folder / "store.zarr")
         space = store.space.tied(config.layers.ties).blocked(config.layers.blocks)
@@ -72,28 +72,28 @@ class StoredRun:
 
     @property
     def limits(self) -> list[Constraint]:
-        """Limits that every answer must meet beside its budget."""
+        """Limits that every answer must meet in addition to its budget."""
         return limits_of(self.config, self.measured.space)
 
     @cached_property
     def matrices(self) -> Matrices:
-        """The matrices of the configuration's estimators, and those beside them."""
+        """The matrices of the configuration's estimators, and of those that are tried in addition."""
         return Matrices.of(self.measured, self.config.estimators)
 
     def prepare(self, program: Program) -> Solve:
-        """The configuration's solver for a program; a signal ends the command."""
+        """The configuration's solver for a program. A signal ends the command."""
         settings = self.config.solver
         return uninterrupted(solvers.prepare(program, settings.name, time_limit=settings.time_limit))
 
     def propose(self, budgets: Sequence[Budget], optima: Optima = each_budget) -> list[Proposal]:
-        """Uniform bits and the optimum of every matrix for budgets, and what is proposed without corrections."""
+        """Uniform bits and the optimum of every matrix for budgets, with and without corrections."""
         proposals = propose(self.matrices.every, budgets, self.prepare, self.limits, optima=optima)
         reported = (UNIFORM, *self.matrices.named)
         proposals = [replace(proposal, reported=proposal.method in reported) for proposal in proposals]
         return proposals + self.uncorrected(budgets)
 
     def uncorrected(self, budgets: Sequence[Budget]) -> list[Proposal]:
-        """What is proposed without corrections, for solver time only."""
+        """Proposals without corrections. They cost solver time only."""
         return propose_uncorrected(self.matrices.uncorrected, budgets, self.prepare, self.limits)
 
     def solve(self, budget: Budget, limits: Sequence[str] = ()) -> Iterator[tuple[str, InteractionMatrix, Solution]]:
@@ -104,7 +104,7 @@ class StoredRun:
             yield name, matrix, solvers.solve(program, settings.name, time_limit=settings.time_limit)
 
     def rivals(self, matrix: InteractionMatrix, budget: Budget, limits: Sequence[str] = ()) -> dict[str, Solution]:
-        """What layerwise and greedy answer under the same limits, scored on the same matrix."""
+        """The answers of layerwise and greedy under the same limits, scored on the same matrix."""
         program = program_of(matrix, self.limits_of(budget, limits))
         return {
             "layerwise": solvers.solve(program.layerwise(), self.config.solver.name, time_limit=self.config.solver.time_limit),
@@ -123,17 +123,19 @@ class StoredRun:
         matrices = {name: matrix for name, matrix in self.matrices.named.items() if not matrix.ranking_only}
         if not matrices:
             raise ConfigurationError(
-                f"{', '.join(self.config.estimators)} order assignments and predict no loss; expected a bound on a measured "
+                f"{', '.join(self.config.estimators)} rank assignments and predict no loss; expected a bound on a measured "
                 "quantity: --max-loss-increase, --max-top1-drop or --max-metric-drop"
             )
         for name, matrix in matrices.items():
             widest = Budget("size", space.size_bytes(space.widest)).limit(space)
-            program = program_of(matrix, merge_limits(widest, self.limits), "raw")  # clipped it would bound another function
+            program = program_of(
+                matrix, merge_limits(widest, self.limits), "raw"
+            )  # clipping would change the function that is bounded
             solve = solvers.prepare(program, settings.name, time_limit=settings.time_limit)
             yield name, matrix, pareto.smallest_bound(program, "size", increase, solve)
 
     def document(self, matrix: InteractionMatrix, solution: Solution, budget: Budget, limits: Sequence[str]) -> str:
-        """A solution as JSON: the assignment, what it keeps to, and how far it is proven."""
+        """A solution as JSON: the assignment, its limits, and how far it is proven."""
         document = self.measured.space.to_json(solution.assignment)
         document |= {
             "estimator": matrix.estimator,
@@ -146,7 +148,7 @@ class StoredRun:
 
 
 def limit_as_budget(text: str) -> Budget:
-    """A further limit of a command line, KIND=BOUND or KIND=BOUND:CSV, where it is the only one."""
+    """A limit of a command line, KIND=BOUND or KIND=BOUND:CSV, if it is the only one."""
     limit = parse_limit(text)
     check_constraint(limit)
     return Budget(limit.name, limit.bound, None if limit.path is None else str(limit.path))
@@ -161,13 +163,13 @@ def score_text(stored: StoredRun, assignment: Assignment) -> str:
 
 
 def predicted_text(matrix: InteractionMatrix, objective: float) -> str:
-    """The loss that an objective predicts, or the objective alone where the matrix only orders assignments."""
+    """The loss that an objective predicts, or the objective itself if the matrix only ranks assignments."""
     loss = matrix.loss_of(objective)
-    return f"none (score {objective:.4g}: orders assignments, is not a loss)" if loss is None else loss_text(loss)
+    return f"none (score {objective:.4g}: ranks assignments, is not a loss)" if loss is None else loss_text(loss)
 
 
 def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> str:
-    """One solution for the terminal: what it is worth, how far that is proven, and what it leaves unused."""
+    """One solution for the terminal: its predicted loss, how far it is proven, and what it leaves unused."""
     space = matrix.space
     size = f"{space.average_bits(solution.assignment):.3f} bits, {space.size_bytes(solution.assignment):,} bytes"
     lines = [
@@ -180,29 +182,29 @@ def solution_text(name: str, matrix: InteractionMatrix, solution: Solution) -> s
     ]
     if solution.better_than_widest is not None:
         lines.append(
-            "  the matrix prefers something to the widest bits even without a budget: more sensitivity images would help"
+            "  Without a budget, the matrix prefers another assignment to the widest bits. More sensitivity images would help"
         )
     return "\n".join(lines)
 
 
 def recorded(stored: StoredRun, run: OpenedRun) -> list[Proposal]:
-    """What the run proposed for its budgets, variants and searches included; nothing where it did not come that far."""
+    """The proposals of the run for its budgets, with variants and searches. Empty if the run ended before."""
     if not (stored.folder / "record.json").is_file():
         return []
     budgets = {budget.name: budget for budget in run.budgets}
     record = RunRecord.load(stored.folder / "record.json")
-    if record.layer_names != run.space.names:  # of before a layer was added, and not written anew since
+    if record.layer_names != run.space.names:  # the record is older than a change of the layers
         return []
     rows = [row for row in record.results if row.method != CHOSEN and row.budget in budgets]
     proposals = [Proposal(budgets[row.budget], row.method, row.assignment, row.loss_predicted) for row in rows]
     known = {(p.budget.name, p.method, p.assignment) for p in proposals}
-    proposals += [  # whatever equals one of another method as well: `choose` goes by who proposed
+    proposals += [  # also proposals that equal one of another method: `choose` depends on the method
         Proposal(budgets[c.budget], c.origin, c.assignment, None if c.predicted_by else c.loss_predicted, reported=False)
         for c in record.measured_proposals
         if c.budget in budgets and (c.budget, c.origin, c.assignment) not in known
     ]
-    # a run of other constraints that was killed early leaves a record of before: a budget with an answer that no longer fits is
-    # solved anew
+    # the record may be older than a change of the constraints: a budget with an answer that no longer fits is
+    # solved again
     fit = {budget: merge_limits(budget.limit(run.space), stored.limits) for budget in run.budgets}
     unfit = {
         p.budget
@@ -213,12 +215,12 @@ def recorded(stored: StoredRun, run: OpenedRun) -> list[Proposal]:
 
 
 def losses_of(run: OpenedRun, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
-    """Counts of each distinct assignment on the decision set: read where they are known, else measured here."""
+    """Counts of each distinct assignment on the decision set: read if they are known, else measured here."""
     return run.evaluation.losses(assignments, lambda absent: ((a, run.evaluation.loss(a)) for a in absent))
 
 
 def proposals_of(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -> list[Proposal]:
-    """Uniform and every estimator's proposal: as recorded for the run's own budgets, solved for those that are new."""
+    """Uniform and every estimator's proposal: recorded ones for the run's budgets, solved ones for new budgets."""
     proposals = recorded(stored, run)
     known = {proposal.budget for proposal in proposals}
     for budget in dict.fromkeys(budgets):
@@ -228,7 +230,7 @@ def proposals_of(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -
 
 
 def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
-    """One result for each reported proposal, and the chosen ones."""
+    """One result for each reported proposal, and for the chosen ones."""
     measure = partial(losses_of, run)
     counts = measure([proposal.assignment for proposal in proposals])
     return chosen_of(run, with_other_corrections(run, proposals, counts, measure), counts)
@@ -237,8 +239,8 @@ def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
 def answers(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -> list[Result]:
     """`chosen_among` the proposals of some budgets.
 
-    What the run itself chose stays chosen, as long as it is measured to be what it was. So what is exported is what the record
-    says.
+    An assignment that the run itself chose stays chosen, as long as its measurement is the same. So exports agree with the
+    record.
     """
     rows = chosen_among(run, proposals_of(stored, run, budgets))
     before: dict[str, Result] = {}
@@ -254,13 +256,13 @@ def answers(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -> lis
 
 
 def chosen_for(stored: StoredRun, run: OpenedRun, budget: Budget) -> Assignment:
-    """What is chosen for a budget."""
+    """The chosen assignment of a budget."""
     rows = answers(stored, run, [budget])
     return next(row.assignment for row in rows if row.method == CHOSEN and row.budget == budget.name)
 
 
 def counts_of(run: OpenedRun, assignment: Assignment) -> Counts:
-    """Counts on the validation set: read where they are known, else counted here."""
+    """Counts on the validation set: read if they are known, else counted here."""
     return run.evaluation.validation_counts([assignment], lambda items: map(run.evaluation.count_batch, items))[assignment]
 
 
@@ -272,7 +274,7 @@ def accuracy_of(run: OpenedRun, assignment: Assignment) -> Accuracy:
 def evaluated(stored: StoredRun, run: OpenedRun, budget: Budget | None, images: int | None = None) -> list[Result]:
     """Each method's answer to one budget, or to every budget of the run, with its accuracy on the validation set.
 
-    With `images` on the first so many of them. These counts are not kept.
+    With `images`, only the first images are used, and the counts are not kept.
     """
     of_budgets = [budget] if budget else list(run.budgets)
     names = {one.name for one in of_budgets}
@@ -314,7 +316,7 @@ def evaluation_text(rows: Sequence[Result]) -> str:
 
 
 def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget | None) -> Receipt | None:
-    """Writes RUN/evaluated/BUDGET/table.md and mirrors it to MLflow below the run's own; nothing for a run without a record."""
+    """Writes RUN/evaluated/BUDGET/table.md, and mirrors it to MLflow below the run. Does nothing for a run without a record."""
     if not (stored.folder / "record.json").is_file():
         return None
     name = budget.name if budget else "all budgets"
@@ -333,11 +335,11 @@ def track_evaluation(stored: StoredRun, rows: Sequence[Result], budget: Budget |
 
 
 def per_class_csv(run: OpenedRun, rows: Sequence[Result]) -> str:
-    """budget,method,class,name,images,top1_hits,top1 of every class that the validation set holds; the float network first."""
+    """CSV of budget,method,class,name,images,top1_hits,top1 for every class of the validation set. The float network is first."""
     names: Sequence[str] = getattr(run.slices.validation, "classes", None) or ()
     float_row = ("", FLOAT, run.space.nothing)
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")  # names of classes may hold commas
+    table = csv.writer(text, lineterminator="\n")  # names of classes may contain commas
     table.writerow(["budget", "method", "class", "name", "images", "top1_hits", "top1"])
     for budget, method, assignment in [float_row, *((row.budget, row.method, row.assignment) for row in rows)]:
         counts = counts_of(run, assignment)

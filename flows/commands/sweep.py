@@ -1,4 +1,4 @@
-"""Sweep: a whole front of budgets from a run's stored measurements, each answer's loss measured."""
+"""Sweep: the answers to many budgets from a run's stored measurements, each with its measured loss."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,15 +24,15 @@ from flows.progress import progress
 
 
 def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
-    """Uniform and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
+    """Uniform bits, and each matrix's optimum at `count` bounds from the narrowest bits everywhere to the widest."""
     space = stored.measured.space
     matrices = stored.matrices.every
-    # without what is quarantined; every matrix knows of that
+    # without quarantined options, which are the same in every matrix
     narrowest = [program.assignment(program.narrowest) for program in (program_of(m, []) for m in matrices.values())]
     smallest = min(_bound(stored, kind, assignment) for assignment in narrowest)
     largest = _bound(stored, kind, space.widest)
     bounds = [smallest + (largest - smallest) * k / (count - 1) for k in range(count)]
-    # rounded up, so that the narrowest bits meet the first
+    # rounded up, so that the narrowest bits meet the first bound
     budgets = [
         Budget(kind, math.ceil(b * 1e4) / 1e4 if kind in ("average_bits", "relative_size") else math.ceil(b)) for b in bounds
     ]
@@ -50,11 +50,11 @@ def propose_front(stored: StoredRun, kind: str, count: int) -> list[Proposal]:
 def sweep_optima(
     matrix: InteractionMatrix, fit: Mapping[Budget, Sequence[Constraint]], prepare: Callable[[Program], Solve]
 ) -> Iterator[tuple[Budget, Solution | InfeasibleError]]:
-    """A matrix's optimum at each of the budgets, in ascending order, that it reaches; of `proposals.Optima`."""
+    """A matrix's optimum at each budget that it can reach, in ascending order; a `proposals.Optima`."""
     limits = list(fit.values())
     try:
         program, swept = program_of(matrix, limits[-1]), limits[-1][0].name
-        by_bound: dict[float, list[Budget]] = {}  # a standing limit on the same cost makes bounds equal
+        by_bound: dict[float, list[Budget]] = {}  # a limit of the run on the same cost can make bounds equal
         for budget, of_budget in fit.items():
             by_bound.setdefault(of_budget[0].bound, []).append(budget)
         points = pareto.sweep(program, swept, pareto.within_reach(program, swept, list(by_bound)), prepare(program))
@@ -65,7 +65,7 @@ def sweep_optima(
 
 
 def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
-    """What an assignment takes of a kind of budget, in the unit that the budget is given in."""
+    """What an assignment costs, in the unit of a kind of budget."""
     space = stored.measured.space
     if kind == "average_bits":
         return space.average_bits(assignment)
@@ -76,7 +76,7 @@ def _bound(stored: StoredRun, kind: str, assignment: Assignment) -> float:
 
 
 def sweep(stored: StoredRun, run: OpenedRun, kind: str, count: int) -> tuple[str, Receipt]:
-    """Solves, measures, writes sweep/table.md, sweep/record.json and plots, and tracks one child for each budget and method."""
+    """Solves and measures. Writes sweep/table.md, sweep/record.json and plots. Tracks one child for each budget and method."""
     folder = stored.folder / "sweep"
     finished = RunRecord.load(stored.folder / "record.json")  # refused before anything is solved
     proposals = propose_front(stored, kind, count)
@@ -105,7 +105,7 @@ def sweep(stored: StoredRun, run: OpenedRun, kind: str, count: int) -> tuple[str
 
 
 def front_table(record: RunRecord) -> str:
-    """The chosen assignment of every budget; `dominated` marks those that another is nowhere worse than (`dominated_by`)."""
+    """The chosen assignment of every budget. `dominated` marks those to which another is nowhere worse (`dominated_by`)."""
     chosen = [row for row in record.results if row.method == CHOSEN]
     dominated = dominated_by(chosen)
     rows = [
@@ -128,7 +128,7 @@ def front_table(record: RunRecord) -> str:
 
 
 def dominated_by(rows: Sequence[Result]) -> list[bool]:
-    """For each result whether another has no more of bytes, measured loss, Brier score and disagreement, and less of one."""
+    """For each result, whether another one is nowhere worse and somewhere better: bytes, loss, Brier score, disagreement."""
 
     def point(row: Result) -> tuple[float, ...]:
         brier = math.inf if row.brier_deployed is None else row.brier_deployed

@@ -1,4 +1,4 @@
-"""Choose: matrices become proposals, proposals are measured, the best are searched around, and one is chosen for each budget."""
+"""Choose: matrices give proposals, these are measured, local searches start from the best, and each budget gets one answer."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ from flows.clusters import Workers
 from flows.guard import uninterrupted
 from flows.progress import progress
 
-VARIANT_SECONDS = 10.0  # a variant only competes: it gets less time for one budget than an answer of its own
+VARIANT_SECONDS = 10.0  # seconds for one budget: a variant is not reported, so it gets less time than a reported answer
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Choice:
     matrices: Matrices
     """The matrices that proposed."""
     proposals: tuple[Proposal, ...]
-    """All proposals, those of local searches and those with fewer corrections included."""
+    """All proposals, including those of local searches and those with fewer corrections."""
     losses: Mapping[Assignment, Counts]
     """Counts of every proposal on the decision set, as deployed."""
     other_corrections: frozenset[Assignment]
-    """Those of them that were measured because the same bits were chosen with other corrections."""
+    """The counts that were measured because the same bits were chosen with other corrections."""
     surrogate: str
-    """The estimator that ranked the moves of the searches."""
+    """The estimator that ranked the moves of the local searches."""
     searched: Mapping[Budget, Searched]
-    """What the search of each budget found."""
+    """The result of each budget's local search."""
     stability: tuple[Stability, ...]
-    """How far the images decide the surrogate's own answers."""
+    """How far the images decide the surrogate's answers."""
     results: tuple[Result, ...]
-    """One row for each budget and method, and the chosen ones, as far as losses decide."""
+    """One row for each budget and method, and for the chosen ones. Accuracies are added later."""
     notes: tuple[str, ...]
-    """What a reader of the record has to know."""
+    """Notes for the reader of the record."""
 
 
 def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -> Choice:
@@ -84,7 +84,7 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
         )
         results = chosen_of(run, proposed, losses)
         notes += [
-            f"{row.budget}: no proposal has a finite loss; {row.assignment} stands there and does not work"
+            f"{row.budget}: no proposal has a finite loss; {row.assignment} is listed, but does not work"
             for row in results
             if row.method == CHOSEN and not isfinite(row.loss_deployed)
         ]
@@ -93,7 +93,7 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
 
 
 def estimate(run: OpenedRun, measured: Measured) -> Matrices:
-    """Lets every estimator make its matrix; keeps those of the named ones as .npz files."""
+    """Makes the matrix of every estimator. Keeps those of the named estimators as .npz files."""
     matrices = Matrices.of(measured, run.config.estimators)
     for name, matrix in matrices.named.items():
         matrix.save(run.folder / "matrices" / f"{name}.npz")
@@ -103,8 +103,8 @@ def estimate(run: OpenedRun, measured: Measured) -> Matrices:
 def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[str]]:
     """(every proposal for every budget, notes).
 
-    Ctrl-C or SIGTERM while one is solved ends the run; the best assignment found until then is kept, and the next run starts
-    that search from it.
+    Ctrl-C or SIGTERM during a solve ends the run. The best assignment so far is kept, and the next run starts that solve from
+    it.
     """
     settings, budgets, limits = run.config.solver, run.budgets, run.limits
     incumbent = run.folder / "solutions" / "incumbent.json"
@@ -126,7 +126,7 @@ def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[st
         return uninterrupted(solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS)))
 
     def without_answer(budget: Budget, method: str, error: InfeasibleError) -> None:
-        notes.append(f"{budget.name}: {method} has no answer without what has no finite loss ({error})")
+        notes.append(f"{budget.name}: {method} has no answer without the options of infinite loss ({error})")
 
     with progress("solving", len(matrices.named) * len(budgets)) as advance:
         proposed = proposals.propose(matrices.named, budgets, prepare, limits, lambda budget, method: advance(1), without_answer)
@@ -136,12 +136,14 @@ def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[st
     for name, matrix in matrices.named.items():
         if matrix.convexity == "clip_psd":
             share = matrix.negative_share()
-            notes.append(f"{name}: {100 * share:.1f} % of the eigenvalues' weight was negative and clipped before solving")
+            notes.append(
+                f"{name}: {100 * share:.1f} % of the eigenvalues (by magnitude) were negative and clipped before solving"
+            )
     return proposed, notes
 
 
 def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
-    """What an interrupted run left; nothing where there is none, or it is of other settings."""
+    """The solution that an interrupted run left. None without one, or if it belongs to other settings."""
     try:
         return [space.from_json(json.loads(path.read_text(encoding="utf-8")))]
     except (OSError, ValueError, AttributeError, CladoError):
@@ -149,7 +151,7 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
 
 
 def _losses(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
-    """Counts of each distinct assignment on the decision set: read where they are known, else measured by the workers."""
+    """Counts of each distinct assignment on the decision set: read if they are known, else measured by the workers."""
     distinct = {run.evaluation.representative(assignment) for assignment in assignments}
     images = {representative: run.evaluation.loss_images(representative) for representative in distinct}
     with progress(what, sum(images.values()), run.config.cluster.workers * max(images.values(), default=0)) as advance:
@@ -169,7 +171,7 @@ def _mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]
 def search(
     run: OpenedRun, workers: Workers, surrogate: InteractionMatrix, losses: dict[Assignment, Counts]
 ) -> dict[Budget, Searched]:
-    """Searches around the best proposal of every budget, all budgets side by side. `losses` is filled with what is measured."""
+    """Runs a local search from the best proposal of every budget, all budgets at once. Adds measured losses to `losses`."""
     settings, known = run.config.search, _mean_losses(losses)
     fit = {budget: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
     searches = {
@@ -188,7 +190,7 @@ def search(
 
 
 def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses: Iterable[Assignment]) -> Program | None:
-    """The program whose moves are ranked; None where what has no finite loss leaves nothing measured to start from."""
+    """The program that ranks moves. None if no measured assignment is left to start from."""
     try:
         program = program_of(matrix, limits)
     except InfeasibleError:
@@ -199,14 +201,14 @@ def _searchable(matrix: InteractionMatrix, limits: Sequence[Constraint], losses:
 def _stability(
     run: OpenedRun, measured: Measured, name: str, surrogate: InteractionMatrix, proposed: Iterable[Proposal]
 ) -> tuple[Stability, ...]:
-    """How far the images decide the surrogate's own answer to each budget, which need not be the chosen one."""
+    """How far the images decide the surrogate's answer to each budget. It need not be the chosen one."""
     answers = {proposal.budget.name: proposal.assignment for proposal in proposed if proposal.method == name}
     fit = {budget.name: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
 
     def estimated(resample: Measured) -> InteractionMatrix:
         matrix = estimators.estimate(name, resample)
         matrix = matrix.clip_psd() if matrix.convexity == "clip_psd" else matrix  # once for all budgets
-        # a block whose loss is not finite may not be drawn: what the run may not choose, no resample may
+        # resamples may not choose what the run may not choose, even if no block with an infinite loss is drawn
         return replace(matrix, quarantined=surrogate.quarantined, forbidden=surrogate.forbidden)
 
     return stability(
@@ -219,7 +221,7 @@ def _stability(
 
 
 def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
-    """A matrix's prediction of an assignment's loss, where it predicts one. It knows of corrected layers alone."""
+    """A matrix's prediction of an assignment's loss, if it predicts one. It covers corrected layers only."""
     if assignment.corrected == "none":
         return None
     increase = matrix.predicted_increase(assignment)
@@ -227,7 +229,7 @@ def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float |
 
 
 def chosen_of(run: OpenedRun, proposed: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
-    """One row for each reported proposal, and the chosen ones, by what was measured on the decision set."""
+    """One row for each reported proposal and for the chosen ones, from measurements on the decision set."""
     scores = {assignment: Score(of_one.each_brier, of_one.each_hit) for assignment, of_one in counts.items()}
     return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores)
 
@@ -237,9 +239,10 @@ def with_final_corrections(
     proposed: Sequence[Proposal],
     measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
 ) -> list[Proposal]:
-    """The proposals of each budget deployed with final corrections where these help one solution, and without elsewhere.
+    """The proposals of each budget. They are deployed with final corrections if these help one of its solutions.
 
-    Re-estimation takes as many images as a loss, for each proposal. So it is tried on one: that of a safe method, else the first.
+    Re-estimation takes as many images as measuring a loss, for each proposal. So it is tried on one of them: that of a safe
+    method, else the first.
 
     Args:
         run: The run.
@@ -247,7 +250,7 @@ def with_final_corrections(
         measure: Counts on the decision set.
 
     Returns:
-        The proposals, and each solution that was tried deployed the other way, which competes too.
+        The proposals, and the tried solutions deployed the other way. These compete too.
     """
     first: dict[Budget, Proposal] = {}
     for proposal in sorted(proposed, key=lambda proposal: proposal.method not in choice.safe_methods()):
@@ -282,12 +285,12 @@ def with_other_corrections(
     counts: dict[Assignment, Counts],
     measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
 ) -> list[Proposal]:
-    """The proposals, and what would be chosen of them deployed with other corrections, until that chooses nothing new.
+    """Adds the chosen bits with other corrections to the proposals, until the choice does not change.
 
     Args:
         run: The run.
         measured: All measured proposals.
-        counts: What was measured of each; filled with what is measured here.
+        counts: The counts of each. New ones are added.
         measure: Counts on the decision set.
     """
     proposed = list(measured)

@@ -1,4 +1,4 @@
-"""Deliver: the record, its plots and its networks go to MLflow; so does a failure."""
+"""Deliver: sends the record, its plots and its networks to MLflow, or a failure."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from flows.commands.export import budget_folder, model_folder
 
 
 def deliver(run: OpenedRun, record: RunRecord, flow_run_id: str = "") -> Receipt:
-    """Mirrors the record to MLflow; a tracker that does not answer is a warning, not a failure.
+    """Mirrors the record to MLflow. If the tracker does not answer, it logs a warning.
 
     Args:
         run: The run.
         record: Its record, which is written to its folder.
-        flow_run_id: The run of the Prefect flow, where there is one.
+        flow_run_id: The id of the Prefect flow run, if there is one.
     """
     config, budgets = run.config, record.budgets
     exports = {budget: budget_folder(run, budget) for budget in budgets}
@@ -40,7 +40,7 @@ def deliver(run: OpenedRun, record: RunRecord, flow_run_id: str = "") -> Receipt
 
 @contextmanager
 def failure_recorded(run: OpenedRun, flow_run_id: str = "") -> Iterator[None]:
-    """Around a run: an error goes on as it is, once MLflow and the run's failure.txt have it with its traceback."""
+    """Around a run: writes an error with its traceback to MLflow and to the run's failure.txt, then raises it again."""
     config = run.config
     try:
         yield
@@ -59,12 +59,12 @@ def failure_recorded(run: OpenedRun, flow_run_id: str = "") -> Iterator[None]:
 
 
 def _tags(run: OpenedRun, flow_run_id: str) -> dict[str, str]:
-    """Provenance, and where Prefect has the run."""
-    from flows.phases.record import provenance_of  # imports what draws plots
+    """Versions and device, and where the run is in Prefect."""
+    from flows.phases.record import provenance_of  # imports matplotlib
 
     return {**provenance_of(run), "prefect_flow_run_id": flow_run_id}
 
 
 def _written(folders: dict[str, Path]) -> dict[str, Path]:
-    """The folders that were written: a torch module cannot hold every network."""
+    """The folders that were written. They can be fewer, because a torch module cannot hold every network."""
     return {budget: folder for budget, folder in folders.items() if folder.is_dir()}

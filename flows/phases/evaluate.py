@@ -13,9 +13,9 @@ from flows.progress import progress
 
 
 def evaluate(run: OpenedRun, workers: Workers, results: Sequence[Result]) -> dict[Assignment, Counts]:
-    """Counts on the validation set. What an earlier run counted is read.
+    """Counts on the validation set. Counts of an earlier run are read.
 
-    They are of the float network, of every distinct assignment of the results as deployed, and of what is chosen without
+    They cover the float network, every distinct assignment of the results as deployed, and the chosen bits without
     corrections.
     """
     assignments = [run.space.nothing, *(row.assignment for row in results)]

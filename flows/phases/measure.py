@@ -1,4 +1,4 @@
-"""Measure: absent tiles become chunks of the store, chunks become sums."""
+"""Measure: workers write absent tiles to the store, then the sums of all tiles are read."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from flows.progress import progress
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the measure phase gives."""
+    """The result of the measure phase."""
 
     measured: Measured
     """The sums of every tile of the plan."""
@@ -24,18 +24,18 @@ class Measurement:
     evaluations: dict[str, int]
     """Evaluations done now, by tile kind."""
     notes: tuple[str, ...]
-    """What a reader of the record has to know."""
+    """Notes for the reader of the record."""
 
 
 def measure(run: OpenedRun, workers: Workers) -> Measurement:
-    """Computes the tiles that the store lacks, and reads all; a damaged chunk counts as lacking."""
+    """Computes the tiles that the store lacks, and reads all. A damaged chunk counts as missing."""
     notes: list[str] = []
     store, plan = run.identity.open_store(), run.plan
     store.extend(plan)
     todo = store.missing(plan)
     damaged = store.damaged(tile for tile in plan.tiles if tile not in set(todo))
     if damaged:
-        notes.append(f"{len(damaged)} damaged tiles were found by their checksum and measured again")
+        notes.append(f"{len(damaged)} tiles were damaged (their checksum differs) and were measured again")
         todo = store.missing(plan)
     drift = store.provenance_differences(run.identity.provenance)
     if drift and len(todo) < len(plan.tiles):

@@ -1,6 +1,6 @@
-"""Prepare: every layer at every candidate, rounded and corrected once, and kept as files.
+"""Prepare: rounds and corrects every layer at every candidate once, and keeps the results as files.
 
-Tasks sweep over blocks of calibration images. Then there is one task for each layer.
+First, tasks sweep over blocks of calibration images. Then one task prepares each layer.
 """
 
 from clado.records.text import write_text
@@ -11,7 +11,7 @@ from flows.progress import progress
 
 
 def prepare(run: OpenedRun, workers: Workers) -> list[str]:
-    """Makes what is absent: the equalized float network first, then layers, as deployed and plain. Returns notes."""
+    """Makes what is absent: first the equalized float network, then layers, corrected and plain. Returns notes."""
     run.preparation.equalize()
     stages = run.preparation.stages()
     costs = [task.cost for tasks in stages for task in tasks]
@@ -25,4 +25,4 @@ def prepare(run: OpenedRun, workers: Workers) -> list[str]:
         return []
     file = run.folder / "corrections.md"
     write_text(file, "".join(f"- {note}\n" for note in notes))
-    return [f"what corrections did and skipped, and why: {len(notes)} lines in {file}"]
+    return [f"what corrections did and skipped: {len(notes)} lines in {file}"]

@@ -1,4 +1,4 @@
-"""Record: what was found becomes a record, tables, plots and exported networks."""
+"""Record: writes the results as a record, tables, plots and exported networks."""
 
 import platform
 import shutil
@@ -31,7 +31,14 @@ from clado.space import Assignment
 from flows.commands.export import budget_folder, export, model_folder
 from flows.phases.choose import Choice, predicted_loss
 
-LIBRARIES = ("torchvision", "zarr", "distributed", "prefect", "pyscipopt", "mlflow")  # beside those of RunIdentity.provenance
+LIBRARIES = (
+    "torchvision",
+    "zarr",
+    "distributed",
+    "prefect",
+    "pyscipopt",
+    "mlflow",
+)  # others are in RunIdentity.provenance
 
 
 def record(
@@ -47,11 +54,11 @@ def record(
         run: The run.
         choice: What was chosen.
         accuracies: Counts on the validation set.
-        notes: What phases before this one have to say, in their order.
+        notes: The notes of earlier phases, in their order.
         seconds: Seconds of each phase.
 
     Returns:
-        The record, as it is written.
+        The record that was written.
     """
     chosen = [row for row in choice.results if row.method == CHOSEN]
     notes = [*notes, *(write_models(run, chosen) if run.config.tracking.models else []), *write_exports(run, chosen)]
@@ -72,7 +79,7 @@ def record_of(
     notes: Sequence[str],
     seconds: Mapping[str, float],
 ) -> RunRecord:
-    """The record of a run whose proposals are measured and evaluated."""
+    """The record of a run whose proposals have been measured and evaluated."""
     space, config = run.space, run.config
     validation = {assignment: counts.accuracy() for assignment, counts in accuracies.items()}
     results = tuple(
@@ -113,7 +120,10 @@ def record_of(
 
 
 def comparisons_of(run: OpenedRun, results: Sequence[Result], accuracies: Mapping[Assignment, Counts]) -> tuple[Comparison, ...]:
-    """Answers to each budget on the same validation images: the chosen one with float and every other, interactions with none."""
+    """Comparisons for each budget on the same validation images.
+
+    They compare the chosen answer with float and all others, and estimators with interactions with those without.
+    """
     named, comparisons = run.config.estimators, []
     safe, interacting = [name for name in named if name in safe_methods()], with_interactions(named)
     for budget in dict.fromkeys(row.budget for row in results):
@@ -151,7 +161,7 @@ def forwards_of(run: OpenedRun, choice: Choice, accuracies: Mapping[Assignment, 
 
 
 def summaries(choice: Choice) -> tuple[SearchSummary, ...]:
-    """What each budget's search started from and gained."""
+    """The start and the gain of each budget's local search."""
     return tuple(
         SearchSummary(
             budget.name,
@@ -167,14 +177,14 @@ def summaries(choice: Choice) -> tuple[SearchSummary, ...]:
 
 
 def _proposer(proposals: Iterable[Proposal], budget: Budget, searched: Searched) -> str:
-    """Who proposed what a search started from: for its own budget, or for another."""
+    """Who proposed the start of a search, for this budget or for another."""
     makers = [p for p in proposals if p.assignment == searched.start and p.method != LOCAL_SEARCH]
     proposer = next((p.method for p in makers if p.budget == budget), None)
     return proposer or f"{makers[0].method} for {makers[0].budget.name}"
 
 
 def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal, ...]:
-    """All that was measured for each budget: proposals, variants, and what the search tried, in its order."""
+    """All assignments measured for each budget: proposals, variants, and those of the local search, in this order."""
     predictor = _predictor(choice.matrices.every)
 
     def measured(proposal: Proposal) -> MeasuredProposal:
@@ -204,18 +214,18 @@ def measured_proposals(run: OpenedRun, choice: Choice) -> tuple[MeasuredProposal
 
 
 def _predictor(matrices: Mapping[str, InteractionMatrix]) -> InteractionMatrix | None:
-    """The matrix that predicts losses where the one that proposed has none: the first by `Estimator.prediction_order`."""
+    """The matrix that predicts losses if the proposing one does not: the first by `Estimator.prediction_order`."""
     names = sorted(matrices, key=lambda name: estimators.estimator_of(name).prediction_order)
     return next((matrices[name] for name in names if not matrices[name].ranking_only), None)
 
 
 def provenance_of(run: OpenedRun) -> dict[str, str]:
-    """Versions, device, hash of the weights, and the revision of this code where it is a checkout."""
+    """Versions, device, hash of the weights, and the revision of this code if it is a checkout."""
     known = {"python": platform.python_version(), **{name: str(value) for name, value in run.identity.provenance.items()}}
     for name in LIBRARIES:
         try:
             known[name] = version(name)
-        except PackageNotFoundError:  # an optional one
+        except PackageNotFoundError:  # an optional library
             continue
     return {
         **known,
@@ -225,18 +235,18 @@ def provenance_of(run: OpenedRun) -> dict[str, str]:
 
 
 def data_of(run: OpenedRun) -> dict[str, dict[str, Any]]:
-    """Number of images and hash of each set that the run read."""
+    """The number of images and the hash of each set that the run read."""
     names = ("calibration", "sensitivity", "validation")
     slices = {**{name: getattr(run.slices, name) for name in names}, "decision": run.decision}
     return {f"{name}_set": {"num_images": len(part), "sha256": part.sha256} for name, part in slices.items() if len(part)}
 
 
 def git_revision(root: Path) -> str:
-    """Commit of a checkout, with "-dirty" where files differ from it; empty where `root` is none."""
+    """The commit of a checkout, with "-dirty" if files differ from it. Empty if `root` is not a checkout."""
     command = ["git", "-C", str(root)]
     try:
         top = subprocess.run([*command, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10, check=True)
-        if Path(top.stdout.strip()).resolve() != root.resolve():  # installed into another project's folder
+        if Path(top.stdout.strip()).resolve() != root.resolve():  # clado is installed inside another project's folder
             return ""
         arguments = [*command, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -245,20 +255,20 @@ def git_revision(root: Path) -> str:
 
 
 def _remove_others(folder: Path, kept: Sequence[Path]) -> None:
-    """Removes what an earlier run of other estimators left in a folder; all of it can be made again from the store."""
+    """Removes files of an earlier run with other estimators. All of them can be made again from the store."""
     for file in folder.iterdir():
         if file not in kept and file.suffix in {path.suffix for path in kept}:
             file.unlink()
 
 
 def write_exports(run: OpenedRun, chosen: Sequence[Result]) -> list[str]:
-    """The chosen networks as safetensors, and a note of those that a torch module cannot hold."""
+    """Exports the chosen networks as safetensors. Returns a note of those that a torch module cannot hold."""
     refused = _written(chosen, lambda budget: budget_folder(run, budget), lambda row, folder: export(run, row.assignment, folder))
     return [f"there is no export of {', '.join(budgets)}: {reason}" for reason, budgets in refused.items()]
 
 
 def write_models(run: OpenedRun, chosen: Sequence[Result]) -> list[str]:
-    """The chosen networks as MLflow gets them, and a note of those that a torch module cannot hold."""
+    """Writes the chosen networks as models for MLflow. Returns a note of those that a torch module cannot hold."""
 
     def write(row: Result, folder: Path) -> None:
         export_model(folder, *run.preparation.deployed(row.assignment), run.config.network)
@@ -270,13 +280,13 @@ def write_models(run: OpenedRun, chosen: Sequence[Result]) -> list[str]:
 def _written(
     chosen: Sequence[Result], folder_of: Callable[[str], Path], write: Callable[[Result, Path], object]
 ) -> dict[str, list[str]]:
-    """Writes each chosen network to its budget's folder. Gives the budgets that were refused, by reason."""
+    """Writes each chosen network to its budget's folder. Returns the refused budgets by reason."""
     refused: dict[str, list[str]] = {}
     for row in chosen:
         folder = folder_of(row.budget)
         try:
             write(row, folder)
         except NetworkError as error:
-            shutil.rmtree(folder, ignore_errors=True)  # what an earlier run of other bits may have left
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have left a network with other bits
             refused.setdefault(str(error), []).append(row.budget)
     return refused

@@ -187,7 +187,7 @@ MISTAKES = {
     "a dictionary": (
         lambda: clado.evaluate(NETWORK, {"stem.weight": 4}, images(4)), ConfigurationError, r"a dict; .*clado\.Assignment"
     ),
-    "a solution": (lambda: clado.quantize(NETWORK, SOLUTION), ConfigurationError, r"expected solution\.assignment"),
+    "a solution": (lambda: clado.quantize(NETWORK, SOLUTION), ConfigurationError, r"its assignment: solution\.assignment"),
     "a tuple": (lambda: clado.quantize(NETWORK, (2,) * 5), ConfigurationError, r"of type tuple; expected a clado\.Assignment"),
     "no matrix": (lambda: clado.solve(np.eye(3), average_bits=3), ConfigurationError, r"expected clado\.measure"),
     "prepared": (
@@ -195,7 +195,7 @@ MISTAKES = {
     ),
     "a dataset": (lambda: clado.measure(NETWORK, SPACE, TensorDataset(images(4))), DataError, r"DataLoader\(dataset"),
     "an array": (lambda: clado.measure(NETWORK, SPACE, images(4).numpy()), DataError, r"torch\.from_numpy"),
-    "a picture of nothing": (lambda: clado.plot(SPACE), ConfigurationError, "no picture of a SearchSpace"),
+    "a picture of nothing": (lambda: clado.plot(SPACE), ConfigurationError, "cannot draw a SearchSpace"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A loss and a metric of one's own, from Python: any network, any targets, and what is refused."""
+"""A user-defined loss and metric, from Python: any network, any targets, and what is refused."""
 
 from typing import Any
 

@@ -112,5 +112,5 @@ def test_what_does_not_fit_is_refused():
         clado.quantize(network, clado.Assignment((2, 8)))
     with pytest.raises(ConfigurationError, match="expected prepared="):
         clado.quantize(network, space.with_activations((8,)).widest)
-    with pytest.raises(ConfigurationError, match="prepared is of another network"):
+    with pytest.raises(ConfigurationError, match="prepared belongs to another network"):
         clado.quantize(clado.Network(build(Residual), images(1)), space.widest, prepared=clado.prepare(network, space))

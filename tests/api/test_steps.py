@@ -235,15 +235,15 @@ NETWORK_ERRORS = {
     "no images at once": (lambda n, s: clado.measure(n, s, images(4), batch_images=0), ConfigurationError, "at least 1"),
     "prepared for other bits": (
         lambda n, s: clado.measure(n, n.search_space((3, 5)), images(4), prepared=clado.prepare(n, s)),
-        ConfigurationError, "prepared is of another space"
+        ConfigurationError, "prepared belongs to another space"
     ),
     "prepared of another network": (
         lambda n, s: clado.measure(n, s, images(4), prepared=clado.prepare(clado.Network(build(Residual), images(2)), s)),
-        ConfigurationError, "prepared is of another network"
+        ConfigurationError, "prepared belongs to another network"
     ),
     "a quantizer beside what is prepared": (
         lambda n, s: clado.evaluate(n, s.widest, images(4), prepared=clado.prepare(n, s), quantizer=clado.WeightQuantizer()),
-        ConfigurationError, "prepared has its quantizer"
+        ConfigurationError, "prepared has a quantizer already"
     ),
     "an unknown correction": (
         lambda n, s: clado.prepare(n, s, images(4), corrections=("bias",)), ConfigurationError, "expected one of .*gptq"

@@ -98,7 +98,7 @@ def resident(process: "subprocess.Popen[str]") -> float:
 
 
 def killed_half_way(folder: Path, num_batches: int) -> int:
-    """Kills a run, workers included, when so many batches are kept; gives how many are then."""
+    """Kills a run and its workers when a number of batches is kept. Returns the number that is kept then."""
     process = start(folder)
     while batches_of(folder) < num_batches:
         if process.poll() is not None:

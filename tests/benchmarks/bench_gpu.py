@@ -74,7 +74,7 @@ def synchronised(device: torch.device) -> float:
 
 @torch.inference_mode()
 def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, ...]) -> dict[str, float]:
-    """Σ over the plan's probes of the operators behind the cut, each at its best batch size; `inference`: a whole image."""
+    """Σ over the plan's probes of the operators after the cut, each at its best batch size; `inference`: a whole image."""
     graph = network.engine
     assert isinstance(graph, Graph)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.numeric == "tf32"
@@ -98,7 +98,7 @@ def floor_seconds(network: Network, plan: Plan, size: int, batches: tuple[int, .
 
 
 def effect(num_images: int = 256) -> str:
-    """Markdown: how far the shipped ResNet-20's pairwise matrix moves in each numeric mode, beside its own standard errors."""
+    """Markdown: the change of the shipped ResNet-20's pairwise matrix in each numeric mode, with its standard errors."""
     from clado.data.sources import load_data, load_network
     from clado.interaction import estimators
     from clado.interaction.estimators import Measured

@@ -176,7 +176,7 @@ def forward_seconds(
 
 
 def resumable(network: Network, batch: int) -> Iterator[GraphState]:
-    """What a run of noise has come to at the cut of each layer."""
+    """The state of a run on noise at the cut of each layer."""
     state = network.begin(torch.randn(batch, 3, SIZE, SIZE))
     for j in range(len(network.layers)):
         state = network.advance(state, j)

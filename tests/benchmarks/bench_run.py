@@ -1,4 +1,4 @@
-"""Seconds of each phase of a run, beside the least that its forward passes take; writes RUN.md. Run: make bench-run.
+"""Seconds of each phase of a run, compared with the least time of its forward passes; writes RUN.md. Run: make bench-run.
 
     make bench-run                        # the demo
     make bench-run PHOTOS=FOLDER          # EfficientNet-Lite0 on a folder of ImageNet photographs, too
@@ -36,6 +36,7 @@ from clado.records.text import markdown_table
 from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import load_config, parse_config
 from tests.benchmarks.bench_measure import machine
+from tests.benchmarks.pages import filled
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -196,7 +197,7 @@ def page(runs: list[dict[str, Any]], mct: dict[str, Any] | None) -> str:
     """RUN.md."""
     parts = [
         "# A run, by phase\n\nWritten by `make bench-run`. Seconds. The floor is the counted whole forward passes divided by the "
-        f"best rate of this machine, which was measured behind the run.\n\nMachine: {machine()}.\n"
+        f"best rate of this machine, which was measured after the run.\n\nMachine: {machine()}.\n"
     ]
     for run in runs:
         rows = [[phase, f"{seconds:.1f}", *_floor(run, phase)] for phase, seconds in run["phases"].items()]
@@ -250,7 +251,7 @@ def _predictions(run: dict[str, Any]) -> str:
     return (
         "`clado plan --probe` before the run (goal 0.75 to 1.25):\n\n"
         + markdown_table(["phase", "predicted", "took", "ratio"], rows)
-        + f"\n\nProgress after a tenth of a phase: the end that was expected is off by a factor of at most {factors} (goal 1.5)."
+        + f"\n\nProgress after a tenth of a phase: the expected end is wrong by a factor of at most {factors} (goal 1.5)."
     )
 
 
@@ -273,7 +274,7 @@ def main() -> None:
     if arguments.photos is not None:
         runs.append(measure("efficientnet_lite0", arguments.photos.resolve()))
     mct = with_mct(arguments.photos.resolve(), arguments.mct) if arguments.photos is not None and arguments.mct else None
-    PAGE.write_text(page(runs, mct), encoding="utf-8")
+    PAGE.write_text(filled(page(runs, mct)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
 

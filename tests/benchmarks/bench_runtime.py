@@ -1,4 +1,4 @@
-"""Milliseconds and bytes of uniform networks in ONNX Runtime, beside its own `quantize_static`. Asserts nothing.
+"""Milliseconds and bytes of uniform networks in ONNX Runtime, compared with its `quantize_static`. Asserts nothing.
 
     python -m tests.benchmarks.bench_runtime resnet18           # torchvision's, random weights
     python -m tests.benchmarks.bench_runtime efficientnet_lite0 # needs the extra `efficientnet`

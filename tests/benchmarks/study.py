@@ -222,7 +222,7 @@ class Study:
         return Measured(self.space, "kl_to_float", counts, sums), seconds
 
     def cell(self, measured: Measured, positions: NDArray[np.int64], methods: Collection[str]) -> dict[str, Any]:
-        """The answer of each method that is wanted to every budget, and what it is worth."""
+        """The answer of each needed method to every budget, and its accuracy."""
         size, names = len(positions), estimators_of(methods, len(positions))
         images = self.pool[positions]
         bench = Workbench(self.prepared, "kl_to_float", ((0, size),), lambda a, b: (images[a:b], None))
@@ -314,12 +314,12 @@ def blocks_of(size: int) -> tuple[tuple[int, int], ...]:
 
 
 def methods_of(size: int) -> tuple[str, ...]:
-    """The methods of a cell with so many images."""
+    """The methods of a cell with this number of images."""
     return ("chosen", "chosen_least", "chosen_full", "uniform", *estimators_of(("chosen_full",), size), "pairwise_raw")
 
 
 def estimators_of(methods: Iterable[str], size: int) -> list[str]:
-    """The estimators that methods read, of those that are measured on so many images."""
+    """The estimators that methods read, among those that are measured on this number of images."""
     read = {name for method in methods for name in READS.get(method, (method,))}
     return [name for name in ESTIMATORS if name in read and size <= UP_TO.get(name, size)]
 

@@ -176,7 +176,7 @@ def top1(figures_of: Figures, shown: Sequence[str], budgets: Iterable[float] = (
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of the draws, as of a sample; 0 of one."""
+    """Sample standard deviation of the draws; 0 for a single draw."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 

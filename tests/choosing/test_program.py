@@ -106,7 +106,7 @@ def test_infeasible_says_the_smallest_the_range_and_what_pins() -> None:
     ):
         Program.build(matrix, [constraints.constraint("size", space, smallest - 1)])
     Program.build(matrix, [constraints.constraint("size", space, smallest)])
-    held = r"1 groups have one candidate \(pinned, or the others are quarantined\) and hold 12 of it, layer2 the most"
+    held = r"1 groups have one candidate \(pinned, or the others are quarantined\) and take 12 of it, layer2 the most"
     with pytest.raises(InfeasibleError, match=held):
         Program.build(matrix, [constraints.constraint("size", space, smallest)], candidates={"layer2": [8]})
     with pytest.raises(InfeasibleError, match="no bit-width is left for layer1"):

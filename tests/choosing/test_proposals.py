@@ -399,7 +399,7 @@ def test_the_winner_is_named_and_of_equal_ones_the_first_of_this_budget():
     assert by_budget["5 bits"].gain == pytest.approx(0.1)
     tied = choose(SPACE, [*proposals, Proposal(large, "pairwise", b)], losses)
     assert next(row.winner for row in tied if row.budget == "5 bits" and row.method == CHOSEN) == "pairwise"
-    shared = choose(SPACE, [*proposals, Proposal(small, "gauss_newton", b)], losses)  # ahead of nobody who found the same
+    shared = choose(SPACE, [*proposals, Proposal(small, "gauss_newton", b)], losses)  # no gain over a method with the same answer
     assert next(row.gain for row in shared if row.budget == "3 bits" and row.method == CHOSEN) == 0.0
 
 

@@ -132,7 +132,7 @@ def test_the_sentence_counts_layers_and_images():
     assert stability_text(record) == ""
     text = stability_text(replace(record, stability=(row, stuck, clear)))
     assert text == (
-        "With 256 images, pairwise's own answers, chosen or not, have undecided layers: 1 of 22 at 3 bits (about 1,024 would "
+        "With 256 images, pairwise's answers, chosen or not, have undecided layers: 1 of 22 at 3 bits (about 1,024 would "
         "settle them); 3 of 22 at 2.5 bits (even 4,096 would leave 1) (bootstrap over sample blocks, 24 resamples)."
     )
     assert "decided at every budget" in stability_text(replace(record, stability=(clear,)))

@@ -37,7 +37,7 @@ SMALL = {
 
 
 def echo(document: dict[str, Any], item: Any) -> tuple[dict[str, Any], Any]:
-    """A task that says what it was given."""
+    """A task that returns its argument."""
     return document, item
 
 

@@ -46,14 +46,14 @@ GRIDS += [(8, True, True), (16, True, True), (16, False, False)]
 
 @dataclass(frozen=True, eq=False)
 class Observed(LayerSample):
-    """A layer's sample, and what it was made of: the oracle of the tests runs the operator itself on whole inputs."""
+    """A layer's sample and its source. The oracle of the tests runs the operator itself on whole inputs."""
 
     inputs: tuple[Tensor, ...] = ()
     """Its inputs in batches."""
     apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     """The operator: (input, weight, bias) -> output."""
     arguments: tuple = ()
-    """Its arguments behind the bias."""
+    """Its arguments after the bias."""
 
     def with_weight(self, weight: Tensor) -> "Observed":
         """The same inputs, read by another weight."""
@@ -61,7 +61,7 @@ class Observed(LayerSample):
 
 
 def correlated(shape: tuple[int, ...], channel_axis: int, seed: int = SEEDLESS) -> Tensor:
-    """Inputs with a common part in all channels and positions of an image, none negative: what a layer behind a ReLU sees."""
+    """Inputs with a common part in all channels and positions of an image. None is negative, as after a ReLU."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn((shape[0], *[1] * (len(shape) - 1)), generator=generator)
     channels = [1] * len(shape)

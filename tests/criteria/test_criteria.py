@@ -213,7 +213,7 @@ def test_outputs_and_targets_that_do_not_fit_are_refused(name, outputs, flat, ta
 
 
 def off(outputs, float_outputs, targets):
-    """A loss of one's own: it grows with each part of nested outputs."""
+    """A user-defined loss: it grows with each part of nested outputs."""
     parts = [(outputs["maps"] - float_outputs["maps"]).abs().flatten(1).sum(1)]
     return parts[0] + (outputs["rest"][1] - float_outputs["rest"][1]).square()
 

@@ -234,11 +234,11 @@ def test_shards_that_will_not_do_are_refused(tmp_path: Path) -> None:
     assert "hold no images" in refused(tmp_path / "bare")
     write_shard(tmp_path / "half" / "a.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1), "b.cls": b"1"})
     assert "a.jpg in" in refused(tmp_path / "half")
-    assert "has no .cls beside it" in refused(tmp_path / "half")
+    assert "has no .cls file" in refused(tmp_path / "half")
     write_shard(tmp_path / "words" / "a.tar", {"a.jpg": jpeg(0), "a.cls": b"cat"})
     assert "says 'cat'; expected a class number" in refused(tmp_path / "words")
     write_shard(tmp_path / "twice" / "a.tar", {"a.jpg": jpeg(0), "a.png": jpeg(1)})
-    assert "holds both a.jpg and a.png; expected one image of a key" in refused(tmp_path / "twice")
+    assert "holds both a.jpg and a.png; expected one image for each key" in refused(tmp_path / "twice")
     write_shard(tmp_path / "dots" / "a.tar", {"a.jpg": jpeg(0), "a.mask.png": jpeg(1), "b.1.jpg": jpeg(1)})
     assert "b.1.jpg in" in refused(tmp_path / "dots")
     assert "has a dot in its key" in refused(tmp_path / "dots")
@@ -443,7 +443,7 @@ def test_a_plan_needs_no_images(small_run: dict[str, Any]) -> None:
     small_run["data"]["path"] = "nowhere"
     absent = open_run(parse_config(small_run), planning=True)
     assert plan_text(absent) == expected
-    with pytest.raises(DataError, match="nowhere is not a folder; without images a run can be planned, not measured"):
+    with pytest.raises(DataError, match="nowhere is not a folder; without images a run can be planned, but not measured"):
         absent.slices.sensitivity.load(0, 1)
     with pytest.raises(DataError, match=r"data.path nowhere \(in .*\) is not a folder"):
         open_run(parse_config(small_run))

@@ -314,7 +314,7 @@ def test_a_torchvision_network_that_warns_of_its_initialisation() -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_published_weights_come_with_the_input_that_they_were_trained_on(name: str) -> None:
-    """Torchvision changes the normalisation of these two wherever its own weights are asked for."""
+    """Torchvision changes the normalisation of these two if its own weights are requested."""
     from clado.data.sources import torchvision as source
 
     published = NetworkSettings(source="torchvision", name=name, weights="random", weights_name="IMAGENET1K_V1")
@@ -849,7 +849,7 @@ def test_only_what_fits_into_the_limit_is_kept_and_what_does_not_fit_the_protoco
 
 
 def slice_of(images: Tensor, labels: Tensor | None = None) -> ImageSlice:
-    """A slice of its own class, which gives other images than it says."""
+    """A user-defined slice class, which returns other images than it claims."""
 
     class Other:
         image_shape, num_classes, sha256 = tuple(images.shape[1:]), None, "0"
@@ -868,7 +868,7 @@ def slice_of(images: Tensor, labels: Tensor | None = None) -> ImageSlice:
     [
         (3, "data is a int"),
         ([], "data is empty"),
-        (iter(()), "read before"),
+        (iter(()), "already read"),
         ([X, X[:, :, :2]], "mixed size: batch 1 has shape (3, 2, 5), batch 0 has (3, 4, 5)"),
         ([X, X[:, :2]], "mixed size"),
         ([(X, Y), X], "batch 1 is unlabelled"),

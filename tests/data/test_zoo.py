@@ -1,4 +1,4 @@
-"""The zoo ships what it says: whole files, images nobody trained on, and a network as good as its manifest claims."""
+"""The zoo ships whole files, images that no network was trained on, and a network as good as its manifest says."""
 
 import hashlib
 import json

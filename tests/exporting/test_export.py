@@ -194,5 +194,5 @@ def test_files_of_two_exports_are_refused(tmp_path: Path) -> None:
     export(tmp_path / "one", bits=(2, 2))
     export(tmp_path / "two", bits=(4, 4))
     (tmp_path / "one" / "assignment.json").write_bytes((tmp_path / "two" / "assignment.json").read_bytes())
-    with pytest.raises(StoreError, match="not of one export"):
+    with pytest.raises(StoreError, match="belong to different exports"):
         load_network(tmp_path / "one", make_network())

@@ -218,7 +218,7 @@ def test_a_snippet_says_what_becomes_of_activations(peer):
     space = SMALL.with_activations([4, 8])
     text = load("snippets", peer).snippet(space, space.widest)
     assert ("quantize(network, images)" in text) == (peer == "modelopt")
-    assert ("is not applied with" in text) == (peer != "modelopt")
+    assert ("does not apply it" in text) == (peer != "modelopt")
     with pytest.raises(ConfigurationError, match=r"a\.weight has activations at 1 bits"):
         load("snippets", peer).snippet(SMALL.with_activations([1]), SMALL.widest)
 
@@ -256,7 +256,7 @@ def nodes(*rows: dict[str, Any]) -> dict[str, Any]:
         ({"a": 2, "a.weight": 4, "b.c": 2}, r"named twice: a\.weight"),
         ({"a": 2}, r"missing: b\.c\.weight$"),
         ({"a": 2, "b.c": 4, "b.d.weight": 4}, r"no searched layer is called b\.d\.weight \(did you mean 'b\.c\.weight'\?\)$"),
-        ({"a": 3, "b.c": 4}, r"a\.weight has 3 bits, which is not measured; its candidates are \[2, 4, 8\]$"),
+        ({"a": 3, "b.c": 4}, r"a\.weight has 3 bits, which were not measured; its candidates are \[2, 4, 8\]$"),
         ({"a": "2", "b.c": 40}, r"a\.weight has '2', expected an integer within 1..16; b\.c\.weight has 40"),
         ({"a": True, "b.c": 4}, r"a\.weight has True"),
         ({**VALID, "bits": {"a": 2, "b.c.weight": 4}}, r"called a.*missing: a\.weight"),
@@ -276,7 +276,7 @@ def nodes(*rows: dict[str, Any]) -> dict[str, Any]:
         (fqn({"a": intx(2), "b.c": intx(4), "d": intx(4)}), "no searched layer is called d"),
         (fqn({"a": {"_type": "Float8WeightOnlyConfig", "_data": {}}, "b.c": intx(2)}), "has 'Float8WeightOnlyConfig'"),
         (fqn({"a": intx(4, "uint"), "b.c": intx(2)}), "has 'IntxWeightOnlyConfig'"),
-        (fqn({"re:(": intx(2)}), "is no regular expression"),
+        (fqn({"re:(": intx(2)}), "is not a regular expression"),
         (nodes(node("a")), r"missing: b\.c\.weight"),
         (nodes(node("a"), node("b_c", attr="bias")), r"missing: b\.c\.weight"),
         (nodes(node("a"), node("b_c"), node("b_d")), "no searched layer is called b_d"),
@@ -333,7 +333,7 @@ def test_a_node_that_could_be_two_layers_is_refused(tmp_path):
     ("layer", "bits", "message"),
     [
         (Layer("attention.in_proj_weight", (6, 2), "linear"), 4, r"attention\.in_proj_weight is not the weight of a module"),
-        (Layer("up.weight", (6, 2), "matmul"), 4, r"up\.weight is consumed by matmul"),
+        (Layer("up.weight", (6, 2), "matmul"), 4, r"up\.weight is used by matmul"),
         (Layer("one.weight", (6, 2), "linear"), 1, r"one\.weight has 1 bits"),
     ],
 )
@@ -346,9 +346,7 @@ def test_what_a_peer_cannot_express_is_refused_by_name(peer, layer, bits, messag
 
 def test_torchao_takes_neither_more_than_eight_bits_nor_other_convolutions():
     space = SearchSpace.uniform([Layer("a.weight", (6, 2), "linear"), Layer("b.weight", (6, 2, 3), "conv1d")], (8, 9))
-    with pytest.raises(
-        ConfigurationError, match=r"a\.weight has 9 bits, and torchao takes 2 to 8; b\.weight is consumed by conv1d"
-    ):
+    with pytest.raises(ConfigurationError, match=r"a\.weight has 9 bits, and torchao takes 2 to 8; b\.weight is used by conv1d"):
         torchao.snippet(space, Assignment((9, 8)))
 
 

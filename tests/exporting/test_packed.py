@@ -296,7 +296,7 @@ class Functional(nn.Module):
 
 
 class Bare(nn.Module):
-    """Reads a weight that is no module's, and gives it a bias of its own."""
+    """Reads a weight that belongs to no module, with its own bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,7 +418,7 @@ def test_other_formats_and_versions_are_refused(small, tmp_path):
     for file, message in ((tmp_path / "other", "not a packed network"), (tmp_path / "none", "absent"), (tmp_path, "absent")):
         with pytest.raises(StoreError, match=message):
             load_packed(file, network.model)
-    with pytest.raises(StoreError, match="damaged: its hash is another"):
+    with pytest.raises(StoreError, match="damaged: its hash differs"):
         load_packed(rewritten(path, tmp_path / "renamed", document="{}"), network.model)
 
 
@@ -446,7 +446,7 @@ class Around(nn.Linear):
 
 
 class Beside(nn.Module):
-    """A weight that is read once by its module and once beside it."""
+    """A weight that is read once by its module and once by another operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -511,7 +511,7 @@ def test_a_run_exports_it_and_the_package_loads_it(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
     export(run, assignment, tmp_path / "out")
     (tmp_path / "out" / "weights.safetensors").unlink()
-    with pytest.raises(StoreError, match="no export's"):
+    with pytest.raises(StoreError, match="not an export"):
         export(run, run.space.narrowest, tmp_path / "out")
     assert path.exists()
     assert run.space.from_json(json.loads((tmp_path / "out" / "assignment.json").read_text())) == assignment

@@ -108,7 +108,7 @@ def test_a_folder_of_something_else_is_left_alone(run, deployed, tmp_path):
     (tmp_path / "letters.txt").write_text("mine")
     for folder in (tmp_path, deployed[0]):
         before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-        with pytest.raises(StoreError, match="holds something else than this deployment"):
+        with pytest.raises(StoreError, match="holds something other than this deployment"):
             deploy(run, "onnxruntime", runtime, run.space.widest, folder, 1, 10)
         assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 

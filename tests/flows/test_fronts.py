@@ -60,7 +60,7 @@ def test_two_limits_on_one_cost_are_the_tighter_one(stored):
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        *((limit, "no number as its bound; expected KIND=BOUND") for limit in ("bops", "bops=", "bops=x", "=3x")),
+        *((limit, "has a bound that is not a number; expected KIND=BOUND") for limit in ("bops", "bops=", "bops=x", "=3x")),
         *((limit, "unknown name") for limit in ("=3", "bop=3")),
         *((limit, "finite number") for limit in ("size=inf", "bops=nan")),
         ("size=-1", "greater than 0"),

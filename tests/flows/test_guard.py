@@ -1,4 +1,4 @@
-"""Signals while a command ends, and a Prefect that cannot be told how a run ended."""
+"""Signals while a command ends, and a Prefect server that cannot be reached when a run ends."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StoreError, match="offers no locks"), locked(tmp_path / "run"):
+    with pytest.raises(StoreError, match="without locks"), locked(tmp_path / "run"):
         pass
 
 
@@ -129,7 +129,8 @@ def test_a_complete_run_stands_where_prefect_cannot_be_told(capsys, monkeypatch)
         raise ConnectionError("all connection attempts failed")
     told = capsys.readouterr().err
     assert (
-        "the run is complete, but Prefect was not told (ConnectionError): http://127.0.0.1:4200/api shows it as running" in told
+        "the run is complete, but Prefect was not told (ConnectionError): http://127.0.0.1:4200/api shows the run as running"
+        in told
     )
     with pytest.raises(ServerError, match="Prefect did not start"), orchestrated(lambda: True, lambda: False):
         raise ConnectionError

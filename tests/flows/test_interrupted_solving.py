@@ -137,7 +137,7 @@ def sizes_of_the_smallest(stored: Any) -> None:
 @pytest.mark.parametrize("command", [front, sizes_of_the_smallest])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_while_a_front_is_solved_ends_the_command(run, number, command, monkeypatch):
-    """Which would else go on with the best until then as if it were the answer."""
+    """Otherwise it would continue with the best assignment so far as if it were the answer."""
     solved: list[Any] = []
     stored = StoredRun(run.folder, run.config, SimpleNamespace(space=run.space))
     stored.__dict__["matrices"] = run.matrices
@@ -158,7 +158,7 @@ def best_until_then(program: Any) -> Outcome:
 def interrupted_where(
     which: Callable[[Any], bool], number: int, left: Callable[[Any], Outcome] = best_until_then
 ) -> Callable[[Any, Any], Outcome]:
-    """A search whose signal comes in the programs that are told, and that gives what is left as scip does."""
+    """A search that gets a signal in given programs, and then returns its best, as scip does."""
     whole = scip.search
 
     def search(program: Any, task: Any) -> Outcome:

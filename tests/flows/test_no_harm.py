@@ -105,7 +105,7 @@ def test_the_record_the_table_and_the_export_say_which_corrections_are_deployed(
 
 
 def test_without_the_check_a_harmful_correction_would_be_deployed(harmed, monkeypatch):
-    """The law of the first test rests on what is measured beside: taken out, it does not hold."""
+    """The law of the first test needs the additional measurements. Without them it does not hold."""
     _, run, _ = harmed
     stored = StoredRun.open(run.folder)
     monkeypatch.setattr("flows.commands.stored.recorded", lambda stored, run: [])  # else what the run measured competes

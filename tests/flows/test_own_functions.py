@@ -1,4 +1,4 @@
-"""A run with a network, data, a loss and a metric of one's own: what it measures, and who calls the metric by its name."""
+"""A run with a network, data, a loss and a user-defined metric: what it measures, and who calls the metric by its name."""
 
 import json
 from pathlib import Path

@@ -25,7 +25,7 @@ def simulated(costs: list[float], workers: int, warm_up: float = 0.0, stagger: f
 def followed(
     ends: list[tuple[float, float]], known: float = 0.0, step: float = 0.05, in_flight: float | None = None
 ) -> Iterator[tuple[float, Pace]]:
-    """The pace at many times: on a grid, and just behind every end."""
+    """The pace at many times: on a grid, and directly after every end."""
     pace = Pace(known + sum(cost for _, cost in ends), in_flight)
     if known:
         pace.add(0.01, known)

@@ -227,7 +227,7 @@ def test_candidates_are_all_that_was_measured_and_the_search_keeps_its_budget(fi
         assert {c.assignment.corrected for c in of_budget if c.origin == UNIFORM} >= {level, "none"}
         summary = next(row for row in record.searches if row.budget == budget)
         assert summary.evaluations == 5
-        # behind these are the chosen bits with other corrections
+        # after these come the chosen bits with other corrections
         searched = [c for c in of_budget if c.origin == LOCAL_SEARCH][:5]
         assert len({c.assignment.corrected for c in searched}) == 1
         tried |= {c.assignment: None for c in searched}
@@ -400,7 +400,7 @@ def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, t
     assert sorted(calls.made) == sorted([("run_tile", damaged), ("run_tile", lost)])
     assert arrays(tmp_path / "run") == arrays(finished.folder)
     notes = RunRecord.load(tmp_path / "run" / "record.json").notes
-    assert any("2 damaged tiles" in note for note in notes)
+    assert any("2 tiles were damaged" in note for note in notes)
 
 
 @pytest.mark.system

@@ -24,7 +24,7 @@ def run(tmp_path_factory) -> OpenedRun:
 
 
 class Fake:
-    """A runtime whose layers take as many seconds as it says, and which counts what it is asked for."""
+    """A runtime whose layers take the stated seconds, and which counts its calls."""
 
     def __init__(self) -> None:
         self.written: list[str] = []

@@ -1,4 +1,4 @@
-"""What MLflow does not take is kept in the run's folder and delivered from it, once; failed runs are told as such."""
+"""If MLflow does not take something, it stays in the run's folder and is delivered once later. Failed runs are marked so."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unsent(tmp_path, template) -> dict[str, Any]:
-    """A finished run's folder whose tracker, a database beside it, is empty; as its configuration."""
+    """The configuration of a finished run whose tracker, a database next to its folder, is empty."""
     folder = tmp_path / "run"
     document = config(folder, tracking={"uri": f"sqlite:///{tmp_path}/tracker.db"})
     make_record(budgets=(2.5, 4.0)).save(folder / "record.json")
@@ -220,7 +220,7 @@ def test_a_tracker_that_goes_costs_nothing_and_a_sync_delivers_all_of_it_once(
         receipt = track(unsent)
         assert not receipt.delivered
         assert f"clado sync {folder}" in caplog.text
-        assert "did not take it (ConnectionError" in sync(folder, ends=2)  # still away: kept
+        assert "did not take the record (ConnectionError" in sync(folder, ends=2)  # still away: kept
     assert len(runs_of(unsent)) == left_behind
     assert any(run.info.status == "RUNNING" for run in runs_of(unsent)) == (left_behind > 0 and name != "create_model_version")
     assert "hunter2" not in (folder / NOTE).read_text() + caplog.text
@@ -304,7 +304,7 @@ def test_a_run_whose_mlflow_is_gone_is_delivered_to_the_default_of_the_working_f
     shutil.copy(template, tmp_path)
     output = sync(tmp_path / "moved")
     assert f"Delivered to sqlite:///{tmp_path}/mlflow.db" in output
-    assert f"{home}/tracker.db is gone" in caplog.text
+    assert f"{home}/tracker.db does not exist any more" in caplog.text
     check_delivered({"folder": str(tmp_path / "moved"), "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}})
     assert "Nothing to deliver" in sync(tmp_path / "moved")
 
@@ -351,15 +351,15 @@ def test_a_run_that_fails_is_recorded_as_failed_with_its_traceback(unsent, away,
 
 
 NOTES = {
-    "not JSON": ("{", ["is no note of ours", "Delete it"]),
-    "a list": ("[]", ["is no note of ours"]),
+    "not JSON": ("{", ["is not a note of clado", "Delete it"]),
+    "a list": ("[]", ["is not a note of clado"]),
     "another format": ('{"format": "clado-undelivered/1"}', ["clado-undelivered/1", "expected clado-undelivered/2"]),
-    "no attempts": ('{"format": "clado-undelivered/2"}', ["is no note of ours"]),
+    "no attempts": ('{"format": "clado-undelivered/2"}', ["is not a note of clado"]),
     "a query for an attempt": (
         json.dumps({"format": "clado-undelivered/2", "attempts": [{"delivery": "' OR 1", "experiment": "a"}]}),
-        ["names an attempt that is none"],
+        ["names an attempt of a wrong form"],
     ),
-    "nothing to send": ('{"format": "clado-undelivered/2", "attempts": []}', ["cannot be followed", "clado run"]),
+    "nothing to send": ('{"format": "clado-undelivered/2", "attempts": []}', ["cannot be read", "clado run"]),
     "a file from elsewhere": (
         json.dumps(
             {"format": "clado-undelivered/2", "attempts": [], "experiment": "clado", "tags": {}, "matrices": {},
@@ -404,7 +404,7 @@ def test_a_front_and_its_run_have_notes_of_their_own(unsent, monkeypatch):
 
 
 def nested(document: dict[str, Any], name: str) -> Receipt:
-    """What a command on a finished run leaves: a file of its own, and a run below the run's."""
+    """The results of a command on a finished run: a file, and an MLflow run below that of the run."""
     folder = Path(document["folder"])
     place = folder / name / "3_bits"
     place.mkdir(parents=True, exist_ok=True)

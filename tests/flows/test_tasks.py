@@ -8,7 +8,7 @@ from flows import pipeline
 
 
 class Unreadable:
-    """What nobody may look into."""
+    """An object that Prefect must not look into."""
 
     def __iter__(self):
         raise AssertionError("Prefect looked into it")

@@ -1,4 +1,4 @@
-"""How EfficientNet-Lite0 reads images, and labelled photographs: a folder of one's own, or foolbox's twenty."""
+"""How EfficientNet-Lite0 reads images, and labelled photographs: your own folder, or foolbox's twenty."""
 
 import os
 from importlib.util import find_spec

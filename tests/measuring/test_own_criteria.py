@@ -1,4 +1,4 @@
-"""Measuring with a loss of one's own: numbers are those of whole runs of the module, and curvatures those of its outputs."""
+"""Measuring with a user-defined loss: numbers are those of whole runs of the module, and curvatures those of its outputs."""
 
 from collections.abc import Callable
 from functools import cache
@@ -32,7 +32,7 @@ PATHS = pytest.mark.parametrize("graph", [True, False], ids=["graph", "whole"])
 
 
 class Segmenting(nn.Module):
-    """A map of classes at half the resolution, beside a shortcut: (N, 3, 4, 4)."""
+    """A map of classes at half the resolution, with a shortcut: (N, 3, 4, 4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Several(Segmenting):
 
 
 def off(outputs: Any, float_outputs: Any, targets: Any) -> Tensor:
-    """A loss of one's own on `Several`, which reads targets (N, 2)."""
+    """A user-defined loss on `Several`, which reads targets (N, 2)."""
     far = (outputs["maps"] - float_outputs["maps"]).abs().flatten(1).mean(1)
     return far + (outputs["rest"][0][:, :2] - targets).square().sum(1) + outputs["rest"][1].tanh()
 

@@ -519,12 +519,12 @@ def test_whole_forwards_do_the_same_where_they_can_and_say_where_they_cannot(kin
         layer = other_layer(whole, i)
         if name not in IN_REACH[kind]:
             with pytest.raises(
-                NetworkError, match=rf"input of {name} is out of reach of whole forwards; leave activations in float"
+                NetworkError, match=rf"input of {name} cannot be reached with whole forward passes; leave activations in float"
             ):
                 whole.logits(x, {i: layer})
             layer = QuantizedLayer(layer.weight, layer.bias)
         if not whole.places[i].takes_bias:
-            with pytest.raises(NetworkError, match=f"{name} has no bias, and whole forwards give it none"):
+            with pytest.raises(NetworkError, match=f"{name} has no bias, and whole forward passes cannot add one"):
                 whole.logits(x, {i: QuantizedLayer(layer.weight, torch.ones(whole.layers[i].num_channels))})
         if graph.places[i].takes_bias or layer.bias is None:
             possible[i] = layer
@@ -535,7 +535,7 @@ def test_whole_forwards_do_the_same_where_they_can_and_say_where_they_cannot(kin
 @pytest.mark.parametrize(("kind", "layer"), [(Tied, 1), (Recurrent, 1)])
 def test_a_bias_for_a_weight_that_is_used_twice_is_refused(kind, layer):
     network = network_of(kind)
-    with pytest.raises(NetworkError, match=rf"{LAYERS[kind][layer]} cannot have a bias of its own"):
+    with pytest.raises(NetworkError, match=rf"{LAYERS[kind][layer]} cannot have a bias"):
         network.logits(images(1), {layer: QuantizedLayer(network.weights[layer], torch.ones(4))})
 
 
@@ -687,7 +687,7 @@ def test_what_is_no_three_projections_is_not_split(kind, split, says):
 
 
 def test_whole_forwards_split_nothing():
-    with pytest.raises(NetworkError, match="split in a graph only; expected graph=True, or no split"):
+    with pytest.raises(NetworkError, match="split only in a graph; expected graph=True, or no split"):
         Network(build(Attention), images(1), split=("*.in_proj_weight",), graph=False)
 
 
@@ -710,7 +710,7 @@ def test_other_values_give_what_a_module_with_that_state_gives(kind, graph):
     assert all(torch.equal(weight, state[name]) for weight, name in zip(changed.weights, LAYERS[kind], strict=True))
     layers = {0: other_layer(changed, 0)}
     assert_same(changed.logits(x, layers), expected_logits(Network(expected, x, graph=False), layers, x))
-    assert_same(network.logits(x), replaced_logits(build(kind), {}, x))  # the first network is what it was
+    assert_same(network.logits(x), replaced_logits(build(kind), {}, x))  # the first network has not changed
 
 
 @PATHS
@@ -729,7 +729,7 @@ def test_changes_add_up_and_the_last_one_counts(graph):
 @PATHS
 @pytest.mark.parametrize("name", ["first.scale", "stem.bias"])
 def test_an_unknown_name_is_refused(graph, name):
-    with pytest.raises(NetworkError, match=f"{name}.* cannot be given another value"):
+    with pytest.raises(NetworkError, match=f"{name}.* cannot get another value"):
         network_of(Normed, graph).updated({name: torch.zeros(6)})
 
 
@@ -738,7 +738,7 @@ def test_an_unknown_name_is_refused(graph, name):
 
 @KINDS
 def test_the_state_of_replaced_layers_loaded_into_the_module_gives_the_same_logits(kind):
-    """Own biases where there are any, else into the batch norm behind, else beside the weight under a name of its own."""
+    """A bias goes into the layer's own bias, else into the batch norm after it, else gets its own name next to the weight."""
     network, x = network_of(kind), images(3)
     layers = {i: other_layer(network, i, activation=False) for i in range(len(network.layers))}
     for chosen in ({i: layers[i]} for i in layers) if kind in (Residual, Normed) else (layers,):
@@ -880,7 +880,7 @@ def test_later_batch_norms_see_what_earlier_ones_have_become():
 
 
 class _PreActivated(nn.Module):
-    """What a batch norm reads is changed in place behind it."""
+    """The input of a batch norm is changed in place after it."""
 
     def __init__(self):
         super().__init__()
@@ -911,7 +911,7 @@ def test_without_batch_norm_there_is_nothing_to_normalise(kind):
 
 
 class _SharedNorm(nn.Module):
-    """One batch norm behind two layers: it has no statistics that are either's."""
+    """One batch norm after two layers: its statistics belong to neither of them."""
 
     def __init__(self, two_names):
         super().__init__()

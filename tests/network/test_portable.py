@@ -72,7 +72,7 @@ def test_what_has_no_graph_or_other_values_is_not_sent():
 
 
 class Halved(nn.Module):
-    """Sizes that grow with the images, with a constant beside them, and with half of the images."""
+    """Sizes that grow with the images, with the images plus a constant, and with half of the images."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -152,7 +152,7 @@ def test_corrected_layers_together_ship_as_the_state_of_the_module(kind):
 @pytest.mark.parametrize(("kind", "name"), [(Tied, "second.weight"), (Recurrent, "again.weight")])
 def test_a_layer_whose_bias_is_not_its_own_is_left_with_a_note(kind, name):
     ready, plain = matched(kind), matched(kind, names=())
-    assert ready.notes == (f"output_statistics leaves {name} as it is: its bias is not its own",)
+    assert ready.notes == (f"output_statistics leaves {name} as it is: it has no bias that can be changed for it alone",)
     for option, (rounded, before) in enumerate(zip(ready.layers, plain.layers, strict=True)):
         if ready.space.layers[ready.space.options[option].layer].name == name:
             assert rounded.bias is None
@@ -348,7 +348,7 @@ def test_batch_norms_without_a_place_of_their_own_are_refused():
 
     network = Network(build(Shared), images(1))
     ready = prepare(network, network.search_space((2,)), Recipe(corrections=("batchnorm_reestimation",)), calibration())
-    with pytest.raises(NetworkError, match="finds no batch norm that it can stop at, though the network has statistics"):
+    with pytest.raises(NetworkError, match="finds no batch norm that it can stop at, but the network has statistics"):
         ready.deployed(ready.space.narrowest)
 
 

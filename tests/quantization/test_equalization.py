@@ -439,7 +439,7 @@ def test_channels_that_reach_the_clip_keep_their_scale():
     result = equalize(network, [x])
     match = row(result, "first.weight", "second.weight")
     assert match.done
-    assert "2 keep theirs" in match.note
+    assert "2 keep their scale" in match.note
     before, after = network.weights, network.updated(result.tensors).weights
     assert torch.equal(after[0][[0, 2]], before[0][[0, 2]])
     assert torch.equal(after[1][:, [0, 2]], before[1][:, [0, 2]])
@@ -512,7 +512,7 @@ SAID |= {
     "attention": "readers: mean, mul",
     "shortcut": "readers: relu, add",
     "across": "reshape",
-    "batch norm behind": "not right behind",
+    "batch norm behind": "not directly after",
 }
 
 
@@ -608,9 +608,13 @@ def test_tensors_that_cannot_be_given_another_value_are_left_alone():
     notes = {(pair.first[7:-7], pair.second.removeprefix("layers.")): pair.note for pair in result.report}
     assert "layers.0.bias is tied" in notes["0", "1.weight"]
     assert "layers.0.bias is tied" in notes["1", "2.weight"]
-    assert notes["2", "3.weight"] == "a bias or a scale cannot be given another value"
+    assert notes["2", "3.weight"] == "a bias or a scale cannot get another value"
     assert notes["3", "4.weight"] == "layers.3.weight passes through other operators before it is used"
-    assert notes["4", "5.weight"] == notes["5", "6.weight"] == "a batch norm lies between them whose statistics are not its own"
+    assert (
+        notes["4", "5.weight"]
+        == notes["5", "6.weight"]
+        == "a batch norm lies between them whose statistics cannot be changed for it alone"
+    )
     assert row(result, "layers.6.weight", "plain").done
     before = replaced_logits(model, {}, images(4))
     tolerance.assert_close(replaced_logits(model, result.tensors, images(4)), before)
@@ -619,7 +623,7 @@ def test_tensors_that_cannot_be_given_another_value_are_left_alone():
 def test_a_batch_norm_without_a_scale_ends_a_connection():
     result = of(build(lambda: Between(nn.BatchNorm2d(4, affine=False))))
     assert row(result, "first.weight", "between").done
-    assert row(result, "first.weight", "second.weight").note == "the batch norm between them has no scale of its own"
+    assert row(result, "first.weight", "second.weight").note == "the batch norm between them has no scale"
     assert set(result.tensors) == {"first.weight", "first.bias", "between.running_mean", "between.running_var"}
 
 

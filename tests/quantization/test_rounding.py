@@ -63,7 +63,7 @@ def zoo_layers():
 
 
 class SmallProblems(RoundingContract):
-    """What the contract asks for, and small layers beside exhaustive search."""
+    """The contract's laws, and small layers compared with exhaustive search."""
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_error_lies_between_exhaustive_search_and_nearest_codes(self, seed):

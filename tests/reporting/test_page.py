@@ -1,4 +1,4 @@
-"""The page of a run says what the record holds, needs nothing from outside, escapes what it is given and keeps no secret."""
+"""The page of a run shows the record. It loads nothing, escapes all texts, and shows no credentials."""
 
 import json
 import re
@@ -198,7 +198,7 @@ def test_a_run_without_matrices_and_provenance_has_a_page(tmp_path: Path) -> Non
     replace(make_record(), unsearched=(), provenance={}, data={}).save(tmp_path / "record.json")
     text = parsed(tmp_path).flat
     assert "The run kept no matrix." in text
-    assert "was not recorded" in text
+    assert "were not recorded" in text
 
 
 def test_a_damaged_or_unfinished_run_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_verdict_without_a_change_or_a_comparison() -> None:
     assert "no verdict" in tables.verdict(make_record(budgets=()))
     # what else is chosen has more reasons than interactions
     assert "no verdict" in tables.verdict(make_record(methods=("layerwise", "mpqco", "chosen")))
-    assert "no budget both layerwise and pairwise have a finite loss" in tables.verdict(same_loss(record, inf))
+    assert "no budget do both layerwise and pairwise have a finite loss" in tables.verdict(same_loss(record, inf))
     one = tuple(replace(r, loss_deployed=inf) if r.budget == record.budgets[0] else r for r in equal)
     assert f"at {len(record.budgets) - 1} of {len(record.budgets)} budgets" in tables.verdict(replace(record, results=one))
     assert "(gauss_newton against layerwise)" in tables.verdict(make_record(methods=("layerwise", "gauss_newton", "chosen")))
@@ -142,7 +142,7 @@ def test_winners_name_the_gain() -> None:
     assert lines[2].split()[2] == "uniform"
     assert lines[2].endswith("as low as the best of the others")
     doubted = tables.winners(replace(record, results=(replace(first, gain=-0.01, winner="layerwise"),)))
-    assert doubted.endswith("0.0100 above the least of the others, which these images do not tell from it")
+    assert doubted.endswith("0.0100 above the least of the others, but not significantly on these images")
     assert tables.winners(make_record(budgets=())) == "Nothing was chosen."
 
 
@@ -160,7 +160,7 @@ def test_solver_line_tells_what_is_not_optimal() -> None:
 def test_phase_times_add_up() -> None:
     text = tables.phase_times(make_record())
     assert "measuring 81.5" in text
-    assert text.endswith("together 135.2.")
+    assert text.endswith("in all 135.2.")
 
 
 def test_proposals_say_who_predicts_where_another_proposed() -> None:

@@ -17,7 +17,7 @@ from tests.storage.test_growing import FIXED, files
 ACTIVATIONS = {"activations": {"bits": [8]}}
 MORE_FIXED = [*FIXED, "layer3.2.conv1.weight"]
 FEWER_FIXED = ["conv1.weight", "layer1.*", "layer2.*", "layer3.0.*", "layer3.1.conv2.weight"]
-# settings of the store, then what a run changes, and what it is told
+# settings of the store, then the change of a run, and the expected message
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "more bits": ({}, {"bits": [2, 4, 8]}, "bits: the store has [2, 4], this run [2, 4, 8] (layers: layer3.2.conv1.weight, "),
     "fewer bits": ({}, {"bits": [2]}, "bits: the store has [2, 4], this run [2] (layers: layer3.2.conv1.weight, "),

@@ -195,7 +195,7 @@ def test_a_run_keeps_where_mlflow_is_unless_it_is_gone_or_told_otherwise(tmp_pat
     assert uri("sqlite:///x.db") == f"sqlite:///{tmp_path}/x.db"
     assert not caplog.text
     assert uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    assert f"{first} is gone" in caplog.text
+    assert f"{first} does not exist any more" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://x")
     assert uri() == "http://x"
     assert uri("http://y") == "http://y"

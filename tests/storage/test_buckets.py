@@ -124,7 +124,7 @@ def test_what_is_not_ours_is_refused_and_kept(bucket, other):
 
     group = zarr.open_group(_bucket(bucket), mode="a", attributes={"mine": 1} if other == "attributes" else {})
     group.create_array("photos", shape=(2,), dtype="f4")[:] = 7
-    with pytest.raises(StoreError, match="not ours"):
+    with pytest.raises(StoreError, match="that clado did not write"):
         new_store(bucket)
     assert zarr.open_group(_bucket(bucket), mode="r")["photos"][:].tolist() == [7, 7]
 

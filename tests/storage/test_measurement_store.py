@@ -234,7 +234,7 @@ AGAIN = "measured again"
 @pytest.mark.parametrize(
     ("path", "harm", "words"),
     [
-        *(("zarr.json", harm, ["not a store of ours"]) for harm in (truncate(0.5), truncate(0), Path.unlink, flip(0))),
+        *(("zarr.json", harm, ["not a store of clado"]) for harm in (truncate(0.5), truncate(0), Path.unlink, flip(0))),
         ("zarr.json", replaced('"clado-store/1"', '"clado-store/4"'), ["format is 'clado-store/4'"]),
         ("zarr.json", replaced('"coverage"', '"coverbge"'), ["coverage is None", RESTORE]),
         ("zarr.json", replaced('"identity"', '"idemtity"'), ["identity is None", RESTORE]),
@@ -333,12 +333,12 @@ def plain_folder(path: Path) -> None:
 FOREIGN = {
     "nothing there": (lambda path: None, "does not exist"),
     "a file": (lambda path: path.write_text("x"), "is not a folder"),
-    "an empty folder": (Path.mkdir, "not a store of ours"),
-    "a plain folder": (plain_folder, "not a store of ours"),
-    "another's group": (lambda path: zarr.open_group(path, mode="w", zarr_format=3), "not a store of ours"),
-    "another's group of version 2": (lambda path: zarr.open_group(path, mode="w", zarr_format=2), "not a store of ours"),
-    "an array": (lambda path: zarr.create_array(path, shape=(2,), dtype="f8", zarr_format=3), "not a store of ours"),
-    "broken metadata": (lambda path: (path.mkdir(), (path / "zarr.json").write_text("{")), "not a store of ours"),
+    "an empty folder": (Path.mkdir, "not a store of clado"),
+    "a plain folder": (plain_folder, "not a store of clado"),
+    "another's group": (lambda path: zarr.open_group(path, mode="w", zarr_format=3), "not a store of clado"),
+    "another's group of version 2": (lambda path: zarr.open_group(path, mode="w", zarr_format=2), "not a store of clado"),
+    "an array": (lambda path: zarr.create_array(path, shape=(2,), dtype="f8", zarr_format=3), "not a store of clado"),
+    "broken metadata": (lambda path: (path.mkdir(), (path / "zarr.json").write_text("{")), "not a store of clado"),
     "a later format": (
         lambda path: zarr.open_group(path, mode="w", zarr_format=3).attrs.update(format="clado-store/99"),
         "its format is 'clado-store/99', expected 'clado-store/1'",
@@ -365,7 +365,7 @@ def test_a_store_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             new_store(tmp_path)
     assert not (tmp_path / "store.zarr").exists()
-    new_store(tmp_path)  # what the failed try left behind is in nobody's way
+    new_store(tmp_path)  # the remains of the failed try do no harm
     assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
 
 

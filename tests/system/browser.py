@@ -22,7 +22,7 @@ class Opened:
 
 @contextmanager
 def browser(scheme: str = "light", width: int = 1200, height: int = 900) -> Iterator[Opened]:
-    """A new page in Chromium; the test fails where there is none, for a page that nobody opened is not tested."""
+    """A new page in Chromium. Without Chromium the test fails, because the page would not be tested."""
     if CHROMIUM is None:
         pytest.fail("no Chromium is installed; expected one, such as by: apt-get install chromium")
     with sync_playwright() as playwright:

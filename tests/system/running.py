@@ -1,4 +1,4 @@
-"""The command in a process of its own, watched: whatever it or its children look up or connect to beyond loopback is noted."""
+"""Runs the command in a watched process: every look-up or connection beyond loopback, also of its children, is noted."""
 
 import os
 import random
@@ -62,7 +62,7 @@ def wait_for(condition: Callable[[], object], what: str, process: subprocess.Pop
 
 
 def free_port() -> int:
-    """A port to listen on later: below those that a system gives away by itself, so that no process beside us gets it first."""
+    """A port to listen on later. It is below those that the system assigns, so that no other process gets it first."""
     while True:
         port = random.randrange(10_000, 32_000)
         with socket.socket() as tried, suppress(OSError):
@@ -93,7 +93,7 @@ class Bench:
         (self.folder / "clado.yaml").write_text(yaml.safe_dump(document))
 
     def start(self, *arguments: object, name: str = "out") -> subprocess.Popen:
-        """Starts a command in a process group of its own; what it prints goes into a file."""
+        """Starts a command in its own process group. Its output goes into a file."""
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "PYTEST"))}
         watch = {"PYTHONPATH": str(self.folder / "watch"), "OUTSIDE_LOG": str(self.folder / "outside.log")}
         environment = {**variables, "HOME": str(self.folder), **watch, **self.environment}

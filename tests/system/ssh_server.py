@@ -16,7 +16,7 @@ KEYS = ("host", "user")
 
 
 def make_keys(folder: Path, port: int) -> dict[str, str]:
-    """Keys of the server and of its user, and what a client is told of them: {key_file, known_hosts}."""
+    """Keys of the server and of its user, and the settings of a client for them: {key_file, known_hosts}."""
     for name in KEYS:
         key = asyncssh.generate_private_key("ssh-ed25519")
         key.write_private_key(folder / name)

@@ -389,7 +389,7 @@ def hosts():
 
 
 def on(host: str, bench: Bench, network: str = "10.77.") -> Bench:
-    """A bench whose command runs on a host, and may reach the hosts beside it."""
+    """A bench whose command runs on a host, and may reach the other hosts."""
     inner = bench.executable
     bench.executable = bench.folder / "on_host"
     bench.executable.write_text(f'#!/bin/sh\nexec ip netns exec {host} {inner} "$@"\n')

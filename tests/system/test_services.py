@@ -78,7 +78,7 @@ def listeners(processes: list[psutil.Process]) -> set[str]:
 def refuses_what_is_taken(services: Services) -> None:
     """A second `up` starts nothing: the same folder is up already, another one needs ports of its own."""
     before = services.listing.read_text()
-    assert "Already up" in services.run("up", name="again")
+    assert "Already running" in services.run("up", name="again")
     assert services.listing.read_text() == before
     process = services.start("up", "--folder", "elsewhere", "--prefect-port", services.ports["prefect"], name="taken")
     assert process.wait(300) == 2

@@ -1,4 +1,4 @@
-"""What may be limited: one number per option of the space, added over the layers, with a unit and a bound.
+"""Constraints: a cost for each option of the space, whose sum over the layers has a unit and a bound.
 
 To add a constraint, add a file to this folder with an object `constraint = ConstraintKind(...)`, and subclass
 `ConstraintContract` (tests/contracts/constraint.py) for it. The file's name is the constraint's name.
@@ -15,7 +15,7 @@ from clado.errors import ConfigurationError
 from clado.plugins import load
 from clado.space import Assignment, SearchSpace
 
-RELATIVE_TOLERANCE = 1e-9  # for sums of fractions (seconds); sums of integers are compared exactly
+RELATIVE_TOLERANCE = 1e-9  # relative tolerance for sums of fractions (seconds); sums of integers are compared exactly
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Constraint:
     """
 
     name: str
-    """How messages call it."""
+    """Its name in messages."""
     unit: str
-    """Unit of costs and bound."""
+    """Unit of the costs and of the bound."""
     costs: tuple[float, ...]
     """The cost of each option."""
     bound: float
-    """The most that an assignment may cost."""
+    """Largest allowed cost of an assignment."""
     typed_unit: str = ""
-    """Unit in which people give the bound, such as bits a weight. Empty: `unit`."""
+    """Unit in which users give the bound, such as bits a weight. Empty: `unit`."""
     per_typed: float = 1.0
-    """How many of `unit` one of `typed_unit` is."""
+    """Number of `unit` in one `typed_unit`."""
 
     def __post_init__(self) -> None:
         for option, cost in enumerate(self.costs):
@@ -54,13 +54,13 @@ class Constraint:
 
     @property
     def limit(self) -> float:
-        """The largest value that counts as within the bound."""
+        """The largest value that still keeps the bound."""
         if self.is_integral or not isfinite(self.bound):
             return self.bound
         return self.bound + RELATIVE_TOLERANCE * abs(self.bound)
 
     def value(self, space: SearchSpace, assignment: Assignment) -> float:
-        """What the assignment costs, in `unit`."""
+        """The cost of the assignment, in `unit`."""
         return fsum(self.costs[option] for option in space.chosen_options(assignment))
 
     def holds(self, space: SearchSpace, assignment: Assignment) -> bool:
@@ -72,30 +72,30 @@ class Constraint:
         return replace(self, bound=bound)
 
     def typed(self, value: float) -> str:
-        """A value in the unit in which people give the bound, without the unit."""
+        """A value as a number in the unit in which users give the bound."""
         return f"{value / self.per_typed:.{12 if self.per_typed == 1 else 6}g}"
 
 
 def whole(bound: float, times: Fraction | int = 1) -> float:
     """The largest whole number within a bound, times a factor.
 
-    2.3 means the decimal 2.3, not its binary neighbour. An infinite bound, or NaN, stays.
+    2.3 means the decimal 2.3, not the nearest binary number. An infinite bound or NaN stays as it is.
     """
     return float(floor(Fraction(repr(float(bound))) * times)) if isfinite(bound) else float(bound)
 
 
 @dataclass(frozen=True)
 class ConstraintKind:
-    """What the rest of the code must know about a constraint of a name."""
+    """Everything that the rest of the code must know about a kind of constraint."""
 
     build: Callable[..., Constraint]
     """(space, bound, path=FILE where `needs_path`, overhead_bytes=... where `counts_bytes`) -> the constraint."""
     needs_path: bool = False
     """Whether it reads a table of costs."""
     counts_bytes: bool = False
-    """Whether it counts bytes of weights, and takes those of scales and zero points as well: layer name -> bytes."""
+    """Whether it counts bytes of weights. It then also accepts bytes of scales and zero points: layer name -> bytes."""
     text: Callable[[float], str] | None = None
-    """How tables call a budget of this bound. None: NAME BOUND."""
+    """Name of a budget with this bound, for tables. None: NAME BOUND."""
 
 
 def kind_of(name: str) -> ConstraintKind:
@@ -105,5 +105,5 @@ def kind_of(name: str) -> ConstraintKind:
 
 
 def constraint(name: str, space: SearchSpace, bound: float, /, **settings: Any) -> Constraint:
-    """The constraint called `name`, with its bound and settings; a wrong name is answered with the valid ones."""
+    """The constraint called `name`, with its bound and settings. The error for a wrong name lists the valid ones."""
     return kind_of(name).build(space, bound, **settings)

@@ -7,7 +7,7 @@ from clado.space import SearchSpace
 def _build(space: SearchSpace, average: float) -> Constraint:
     """At most `average` bits per weight, weighted by the layers' parameters.
 
-    2.3 means the decimal 2.3, not its binary neighbour.
+    2.3 means the decimal 2.3, not the nearest binary number.
     """
     costs = tuple(float(space.layers[i].num_weights * b) for i, b, _ in space.options)
     count = space.num_weights

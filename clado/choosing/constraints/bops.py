@@ -8,12 +8,12 @@ from clado.space import SearchSpace
 def _build(space: SearchSpace, budget_bops: float, activation_bits: int = 8) -> Constraint:
     """At most `budget_bops` bit operations per image; the MACs are those that the exported graph counted (`Layer.macs`).
 
-    `activation_bits` stands for activations that the space leaves in float; where it quantizes them, each option has its own.
+    `activation_bits` is used for activations that the space leaves in float. Quantized ones have their own bits.
     """
     unknown = [layer.name for layer in space.layers if layer.macs <= 0]
     if unknown:
         raise ConfigurationError(
-            f"constraint bops: the MACs of {', '.join(unknown)} are unknown; take the space from a network's graph"
+            f"constraint bops: the MACs of {', '.join(unknown)} are unknown; expected a space from a network's graph"
         )
     if activation_bits < 1:
         raise ConfigurationError(f"constraint bops: activation_bits is {activation_bits}; expected at least 1")

@@ -1,6 +1,6 @@
 """Latency from a measured table: a CSV file with the columns layer,bits,seconds (of one image, on the device that matters).
 
-Where several activation widths are candidates, the columns are layer,bits,activation_bits,seconds.
+If several activation widths are candidates, the columns are layer,bits,activation_bits,seconds.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from clado.space import SearchSpace
 
 
 def _build(space: SearchSpace, budget_seconds: float, path: str | Path) -> Constraint:
-    """At most `budget_seconds`, as the sum of the layers' measured times; a table in another unit is refused."""
+    """At most `budget_seconds` as the sum of the layers' measured times. A table in another unit is refused."""
     measured = table.read(space, budget_seconds, path, name="latency")
     if measured.unit != "seconds":
         raise ConfigurationError(f"constraint latency: the last column of {path} is {measured.unit!r}; expected seconds")

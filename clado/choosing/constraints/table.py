@@ -1,6 +1,6 @@
 """A user's own costs: a CSV file with columns `layer`, `bits` and a last one, whose header is the unit.
 
-Where activations are quantized, a column `activation_bits` may stand before the last; with several candidate widths it must.
+If activations are quantized, a column `activation_bits` may come before the last one. With several widths it is required.
 """
 
 import csv
@@ -14,7 +14,7 @@ from clado.space import SearchSpace
 
 
 def read(space: SearchSpace, bound: float, path: str | Path, name: str = "table") -> Constraint:
-    """At most `bound`, by the numbers in the file: one row for every candidate of every layer, other rows ignored."""
+    """At most `bound`, by the numbers in the file. It has one row for every candidate of every layer. Other rows are ignored."""
     where = f"constraint {name}: {path}"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -22,7 +22,7 @@ def read(space: SearchSpace, bound: float, path: str | Path, name: str = "table"
     except OSError as error:
         raise ConfigurationError(f"{where} ({Path(path).absolute()}) cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigurationError(f"{where} is no CSV file in UTF-8 ({error}); save it as one") from error
+        raise ConfigurationError(f"{where} is not a CSV file in UTF-8 ({error}); save it in this form") from error
     header = rows[0] if rows else []
     with_activations = header[:3] == ["layer", "bits", "activation_bits"]
     num_keys = 3 if with_activations else 2

@@ -1,4 +1,4 @@
-"""Solvers of the program: `scip` proves, `exhaustive` enumerates, `greedy` only finds.
+"""Solvers of the program: `scip` proves optimality, `exhaustive` tries every assignment, `greedy` is a heuristic.
 
 To add a solver, add a file to this folder with an object `solver = Solver(...)`, and subclass `SolverContract`
 (tests/contracts/solver.py) for it. The file's name is the solver's name; it is imported when first used.
@@ -35,7 +35,7 @@ class Task:
     starts: tuple[Choices, ...] = ()
     """Choices to start from. Those that break constraints are repaired or dropped."""
     shared: "Shared | None" = None
-    """What solves of the same function under other bounds may share."""
+    """What solves of the same function with other bounds may share."""
 
     @property
     def seconds_left(self) -> float:
@@ -45,12 +45,12 @@ class Task:
 
 @dataclass
 class Shared:
-    """What a solver computed once for a function, whatever the bounds."""
+    """Results that a solver computes once for a function. They hold for all bounds."""
 
     program: Program
     """The program that it is computed for."""
     kept: dict[str, object] = field(default_factory=dict)
-    """What was computed, by name."""
+    """The results, by name."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class Outcome:
     nodes: int = 0
     """Nodes of the tree that were solved."""
     message: str = ""
-    """What else the solver says."""
+    """A message of the solver."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """What the rest of the code must know about a solver."""
+    """Everything that the rest of the code must know about a solver."""
 
     search: Callable[[Program, Task], Outcome]
-    """Searches within the task's limits."""
+    """Searches for an answer within the limits of the task."""
 
 
 def solver_of(name: str) -> Solver:
@@ -120,10 +120,10 @@ def solve(
 ) -> Solution:
     """The best assignment of the program.
 
-    `time_limit` in seconds, everything included; `gap_limit` relative (0.01 stops within 1 %); `starts` are assignments to
-    start from. A time limit or Ctrl-C returns the best assignment found, with its bound and gap. Without reaching the time
-    limit, the same program gives the same answer whatever the machine's load. Raises InfeasibleError when nothing meets the
-    constraints and SolverError when nothing was found in time (SolverInterrupted: before Ctrl-C).
+    `time_limit` is in seconds and includes everything. `gap_limit` is relative (0.01 stops within 1 %). `starts` are assignments
+    to start from. After the time limit or Ctrl-C, the best assignment found is returned, with its bound and gap. If the time
+    limit is not reached, the same program gives the same answer at any load of the machine. Raises InfeasibleError if nothing
+    meets the constraints, and SolverError if nothing was found in time (SolverInterrupted: before Ctrl-C).
     """
     return prepare(program, solver, time_limit=time_limit, node_limit=node_limit, gap_limit=gap_limit)(program, starts)
 
@@ -151,7 +151,7 @@ def _solved(program: Program, solver: str, search: Callable[[Program, Task], Out
 
 
 def _why_infeasible(program: Program, search: Callable[[Program, Task], Outcome]) -> str:
-    """The program's own account, with the least value that each constraint can have while the others hold."""
+    """The program's explanation, with the least value that each constraint can have while the others hold."""
     lines = [program.why_infeasible()]
     for index, constraint in enumerate(program.constraints):
         outcome = search(program.minimising(index), Task())

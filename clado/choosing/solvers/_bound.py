@@ -25,7 +25,7 @@ class Bound:
     x: Array
     """The point that the bound comes from, (n,)."""
     reduced_cost: Array
-    """How much a choice raises the bound at least when it is taken, (n,), ≥ 0."""
+    """The least amount by which taking a choice raises the bound, (n,), ≥ 0."""
     support: Mask
     """The choices that the next solve starts with, (n,)."""
     active: Mask
@@ -63,7 +63,7 @@ class NodeBound:
             x, gradient, multipliers = self._stationary(x, support, active)
             room = self.limits - self.costs @ x
             broken = room < -1e-10 * (1 + np.abs(self.limits))
-            stuck = active & broken  # no choice of the support can meet it, so that its multiplier says nothing
+            stuck = active & broken  # no choice of the support can meet it, so its multiplier has no meaning
             for constraint in np.flatnonzero(stuck).tolist():
                 multipliers = self._tightened(gradient, multipliers, allowed, constraint)
             priced = gradient + np.maximum(multipliers, 0) @ self.costs
@@ -90,7 +90,7 @@ class NodeBound:
                 break
             support = self._covered(allowed, (support & ~negative) | attractive, x)
             active = (active | added) & ~removed
-        if best is None:  # numbers overflowed: a bound that excludes nothing is valid as well
+        if best is None:  # numbers overflowed: a bound that excludes nothing is valid too
             return Bound(-np.inf, support / num_supported, np.zeros(self.n), support, active, STEPS)
         return best
 
@@ -122,7 +122,7 @@ class NodeBound:
             if high_slope <= 0:
                 break
             low, value, slope, high = high, high_value, high_slope, 8 * high
-        else:  # no allowed choices meet the constraint, which SCIP finds out
+        else:  # no allowed choices meet the constraint; SCIP finds this out
             others[constraint] = low
             return others
         for _ in range(60):

@@ -17,7 +17,7 @@ from clado.choosing.program import Choices, Program
 from clado.interaction.matrix import Array
 
 SAFETY = 1e-9
-"""Least eigenvalue of a form, relative to the largest, so that rounding cannot make a bound too high."""
+"""Least allowed eigenvalue of a form, relative to the largest. It keeps rounding from making a bound too high."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A race of convex forms: which one has the smallest tree is known only after some nodes. No SCIP."""
+"""A race of convex forms. Only after some nodes is it known which form has the smallest tree. Does not use SCIP."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,7 +55,7 @@ class Race:
         task = self.task
         node_limit = limit if task.node_limit is None else min(limit or task.node_limit, max(1, task.node_limit - self.nodes))
         outcome = self.search_form(self.program, form, replace(task, node_limit=node_limit), self.best)
-        if limit == HEAT_NODES:  # only bounds from equally many nodes compare
+        if limit == HEAT_NODES:  # only bounds after equally many nodes can be compared
             self.scores.append((outcome.bound, form))
         self.best, self.bound, self.nodes = outcome.choices, max(self.bound, outcome.bound), self.nodes + outcome.nodes
         return outcome

@@ -69,7 +69,7 @@ class Descent:
         return choices
 
     def repair(self, choices: Choices) -> Choices | None:
-        """Moves groups at the least cost per removed excess until every limit holds. None where no single move helps."""
+        """Moves groups at the least cost per removed excess until every limit holds. None if no single move helps."""
         choices = choices.copy()
         for _ in range(20 * len(choices) + 100):
             excess = self.costs[:, choices].sum(axis=1) - self.limits
@@ -126,13 +126,13 @@ class Descent:
         cross[:, rows] = prices.T
 
     def improved(self, choices: Choices) -> Choices | None:
-        """Repair, then descent. None where the choices cannot be repaired."""
+        """Repair, then descent. None if the choices cannot be repaired."""
         repaired = self.repair(choices)
         return None if repaired is None else self.descend(repaired)
 
 
 def start(program: Program, starts: tuple[Choices, ...] = (), deadline: float = np.inf, kicks: int = KICKS) -> Choices | None:
-    """The best choices of `starts`, multipliers and kicks, or None where none meets the constraints. Deterministic."""
+    """The best choices of `starts`, multipliers and kicks, or None if none meets the constraints. Deterministic."""
     descent = Descent(program)
     seeds = [*starts, *_by_multipliers(descent), program.widest, program.narrowest]
     repaired = [fixed for fixed in (descent.repair(seed) for seed in seeds) if fixed is not None]
@@ -181,7 +181,7 @@ def _by_multipliers(descent: Descent) -> list[Choices]:
 
 
 def _feasible(descent: Descent, seeds: list[Choices]) -> Choices | None:
-    """Choices that meet several constraints and forbidden pairs, by kicks from the closest choices; None where none is met."""
+    """Choices that meet several constraints and forbidden pairs, by kicks from the closest choices; None if none is met."""
     rng = np.random.default_rng(SEED)
     program = descent.program
     current = min(seeds, key=descent.value) if seeds else program.narrowest
@@ -201,7 +201,7 @@ def _feasible(descent: Descent, seeds: list[Choices]) -> Choices | None:
 
 
 def better_than_widest(program: Program) -> Choices | None:
-    """Choices that the raw matrix prefers to the widest bits everywhere, without limits. None where descent reaches none."""
+    """Choices that the raw matrix prefers to the widest bits everywhere, without limits. None if descent reaches none."""
     descent = Descent(program.unlimited())
     settled = descent.descend(program.widest)
     gain = descent.value(program.widest) - descent.value(settled)

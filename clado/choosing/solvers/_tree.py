@@ -1,4 +1,4 @@
-"""A branch-and-bound tree without the solver that runs it: the incumbent, node bounds, rounding and branching. No SCIP."""
+"""The parts of a branch-and-bound tree that do not use SCIP: the incumbent, node bounds, rounding and branching."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from clado.choosing.solvers._start import Descent
 
 
 class Tree:
-    """What one search knows. `best` and `value` are the incumbent, which the program itself has checked and evaluated."""
+    """The state of one search. `best` and `value` are the incumbent, which the program itself has checked and evaluated."""
 
     def __init__(self, program: Program, form: Form, initial: Choices | None) -> None:
         self.program = program
@@ -18,7 +18,7 @@ class Tree:
         self.descent = Descent(program)
         self.best: Choices | None = None
         self.value = np.inf
-        self.smallest = TOLERANCE * 1e-6 * self.descent.scale  # what counts as zero
+        self.smallest = TOLERANCE * 1e-6 * self.descent.scale  # smaller values count as zero
         self.warm: dict[int, tuple[bytes, Mask, list[int]]] = {}  # node -> packed support, active constraints, [open children]
         self.node: tuple[Mask, Bound] | None = None  # allowed choices and bound of the last node
         if initial is not None:
@@ -26,7 +26,7 @@ class Tree:
 
     @property
     def cutoff(self) -> float:
-        """A node with this bound or a higher one holds nothing better, within the tolerance."""
+        """A node with this bound or a higher one has no better answer, within the tolerance."""
         return self.value - self.margin if self.best is not None else np.inf
 
     @property
@@ -43,7 +43,7 @@ class Tree:
         return True
 
     def warm_start(self, parent: int | None, count: int) -> tuple[Mask | None, Mask | None]:
-        """Support and active constraints at the end of the parent's bound. They are dropped after both children have asked."""
+        """Support and active constraints at the end of the parent's bound. They are dropped once both children have read them."""
         if parent is None or parent not in self.warm:
             return None, None
         packed, active, children = self.warm[parent]
@@ -53,7 +53,7 @@ class Tree:
         return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool), active
 
     def rounded(self, bound: Bound) -> Choices | None:
-        """The largest share of each group, repaired and improved. None where it cannot be repaired."""
+        """The largest share of each group, repaired and improved. None if it cannot be repaired."""
         order = np.lexsort((-bound.x, self.program.owner))
         return self.descent.improved(order[self.program.starts[:-1]])
 

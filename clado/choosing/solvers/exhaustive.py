@@ -1,4 +1,4 @@
-"""Every assignment, one after another: the reference for all other solvers. For small programs only."""
+"""Tries every assignment: the reference for all other solvers. For small programs only."""
 
 import time
 
@@ -20,7 +20,7 @@ def search(program: Program, task: Task) -> Outcome:
     total = int(np.prod(num_choices.astype(object)))
     if total > MOST:
         raise SolverError(
-            f"exhaustive search would try {total:.3g} assignments, at most {MOST:,} are sensible; use solver 'scip'"
+            f"exhaustive search would try {total:.3g} assignments, more than the limit of {MOST:,}; use solver 'scip'"
         )
     best, best_value, nodes = None, np.inf, 0
     for start in range(0, total, CHUNK):

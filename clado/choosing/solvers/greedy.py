@@ -1,4 +1,4 @@
-"""From the widest bits down: takes the narrowing that costs least per unit of budget, until every limit holds. No proof."""
+"""Starts from the widest bits. Takes the narrowing that costs least per unit of budget, until every limit holds. No proof."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from clado.choosing.solvers._start import Descent, start
 def search(program: Program, task: Task) -> Outcome:
     """Repairs the widest choices, then takes single moves that fit.
 
-    Where the repair fails, or takes a forbidden pair, the start search gives the choices.
+    If the repair fails, or takes a forbidden pair, the start search gives the choices.
     """
     descent = Descent(program)
     choices = descent.repair(program.widest)
@@ -19,7 +19,7 @@ def search(program: Program, task: Task) -> Outcome:
         choices = start(program, task.starts, kicks=0)
     if choices is None:
         return Outcome(
-            Status.HEURISTIC, None, -np.inf, message="Greedy search proves nothing: 'scip' decides whether any exists."
+            Status.HEURISTIC, None, -np.inf, message="Greedy search proves nothing: 'scip' decides whether an answer exists."
         )
     for _ in range(10 * program.num_groups):
         room = program.limits - program.costs[:, choices].sum(axis=1)

@@ -1,7 +1,7 @@
-"""SCIP through PySCIPOpt: the solver that proves. The only module that imports pyscipopt.
+"""SCIP through PySCIPOpt: the solver that proves optimality. The only module that imports pyscipopt.
 
 SCIP keeps the tree, the bounds and the proof. Its linear relaxation is replaced, because it is weak and slow for this dense
-program: a quadratic epigraph leaves gaps of 100 % where this takes a second. The method consists of
+program. A quadratic epigraph leaves gaps of 100 % on programs that this method solves in a second. The method has five parts:
 
 1. a start (`_start`), by descent;
 2. convex forms (`_convexify`, `_forms`) of the function, equal to it at 0/1 points. Tight forms and curved forms race for a few
@@ -40,11 +40,11 @@ from clado.choosing.solvers._tree import Tree
 from clado.interaction.matrix import Array
 
 OBJECTIVE = 100.0  # size of the objective that SCIP sees, because its absolute tolerances fit such numbers
-ROUNDED_CALLS = 512  # calls of the relaxator up to which some round its point
+ROUNDED_CALLS = 512  # the relaxator rounds its point only in some of its first calls, up to this number
 
 
 def search(program: Program, task: Task) -> Outcome:
-    """Solves to proven optimality (relative tolerance 1e-6) unless a limit or Ctrl-C ends it before."""
+    """Solves to proven optimality (relative tolerance 1e-6), unless a limit or Ctrl-C ends it earlier."""
     with _one_thread():
         initial = None
         try:
@@ -57,7 +57,7 @@ def search(program: Program, task: Task) -> Outcome:
 
 
 def _search_form(program: Program, form: Form, task: Task, initial: Choices | None) -> Outcome:
-    """One tree. Where a plugin fails, the factored form."""
+    """Solves with one tree. If a plugin fails, solves the factored form."""
     tree = ScipTree(program, form, initial)
     try:
         return tree.search(task)
@@ -67,12 +67,12 @@ def _search_form(program: Program, form: Form, task: Task, initial: Choices | No
 
 
 class PluginError(Exception):
-    """A callback raised inside SCIP."""
+    """A callback inside SCIP raised an exception."""
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limits BLAS to one thread, where threadpoolctl is installed: small matrices, and the same sums on every machine."""
+    """Limits BLAS to one thread if threadpoolctl is installed. Matrices are small, and sums are the same on every machine."""
     try:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
     except ImportError:
@@ -105,7 +105,7 @@ class ScipTree(Tree):
         self.unit = 1.0
 
     def search(self, task: Task) -> Outcome:
-        """Runs SCIP and reads the outcome. Raises PluginError where a callback has failed."""
+        """Runs SCIP and reads the outcome. Raises PluginError if a callback has failed."""
         self._set_up()
         _limit(self.model, task)
         if self.best is not None:

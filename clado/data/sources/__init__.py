@@ -1,8 +1,8 @@
 """Where networks and images come from: one file for each source, found by its name. Nothing here uses the network.
 
 A source is a module with `load_network(NetworkSettings) -> nn.Module | (nn.Module, example input or image shape)`, with
-`load_data(DataSettings, image_shape) -> DataSlices`, or with both. It is imported when it is named. One of networks may say what
-preprocessing belongs to the weights: `preprocessing(NetworkSettings) -> dict` of the settings resize, interpolation, mean, std.
+`load_data(DataSettings, image_shape) -> DataSlices`, or with both. It is imported when it is named. A source of networks may have
+a function `preprocessing(NetworkSettings) -> dict` with the resize, interpolation, mean and std that the weights need.
 """
 
 import hashlib
@@ -37,18 +37,18 @@ __all__ = [
     "load_weights",
 ]
 
-EXAMPLE_BATCH = 2  # torch.export refuses to make a batch of one dynamic
+EXAMPLE_BATCH = 2  # two images, because torch.export does not make a batch of one dynamic
 BUILD_SEED = 0
 
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
-"""Where a checkpoint holds a network's state."""
+"""Keys under which a checkpoint may hold a network's state."""
 PARALLEL = "module."
-"""What `torch.nn.DataParallel` puts before each name."""
+"""The prefix that `torch.nn.DataParallel` adds to each name."""
 
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network and what is known of it."""
+    """A network, and facts about it."""
 
     model: nn.Module
     """The network, on the CPU and in eval mode."""
@@ -61,13 +61,13 @@ class LoadedNetwork:
 
     @property
     def image_shape(self) -> ImageShape:
-        """Channels, height, width of the images that it takes."""
+        """Channels, height and width of its images."""
         channels, height, width = self.example_input.shape[1:]
         return channels, height, width
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Of the state dict: each tensor's name, dtype, shape and bytes, in order of the names."""
+        """A hash of the state dict: each tensor's name, dtype, shape and bytes, in order of the names."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -76,7 +76,7 @@ class LoadedNetwork:
 
 
 def load_network(settings: NetworkSettings) -> LoadedNetwork:
-    """The network that the settings name, with the weights file on top if one is named. Raises NetworkError."""
+    """The network that the settings name, with the weights of the weights file if one is named. Raises NetworkError."""
     source = load("sources", settings.source)
     model, example = build_network(settings)
     if isinstance(settings.weights, Path):
@@ -106,7 +106,7 @@ def load_data(
 ) -> DataSlices:
     """The disjoint slices that the settings name, for a network that takes images of `image_shape`. Raises DataError.
 
-    `preprocessing` belongs to the network's weights: it holds wherever the settings leave something open.
+    `preprocessing` belongs to the network's weights. It is used for values that the settings do not give.
     """
     if settings.source != "zoo":
         settings = settings.model_copy(
@@ -117,7 +117,7 @@ def load_data(
 
 
 def absent_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """Slices with the sizes that the settings name, without images. A plan needs no more."""
+    """Slices of the sizes in the settings, without images. A plan needs no more."""
 
     def absent(count: int | None) -> AbsentSlice:
         return AbsentSlice(count or 0, image_shape, settings.path)
@@ -135,7 +135,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise NetworkError(
             f"weights file {path} does not exist; expected a safetensors file with the network's state_dict, or .pth "
-            "(a plan does without: clado plan CONFIG network.weights=random)"
+            "(a plan needs no weights: clado plan CONFIG network.weights=random)"
         )
     from clado.data.sources.torchvision import current_names
 
@@ -157,7 +157,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def _faults(model: nn.Module, state: OrderedDict[str, Tensor]) -> list[str]:
     """Loads a state into a network, and says what does not fit.
 
-    A module may rename tensors that an earlier version of it has saved.
+    A module may rename tensors that its earlier versions have saved.
     """
     tensors = model.state_dict()
     shapes = [
@@ -196,15 +196,15 @@ def _safetensors_file(path: Path) -> dict[str, Tensor]:
 
 
 def _torch_file(path: Path) -> dict[str, Tensor]:
-    """A state_dict as torchvision publishes it. Only tensors are unpickled: a file cannot run code."""
+    """Reads a state_dict in the form that torchvision publishes. Only tensors are unpickled, so a file cannot run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # it raises many types, one of its own for what is no tensor
+    except Exception as error:  # it raises exceptions of many types
         raise NetworkError(
             f"weights file {path} is not a state_dict that torch.load reads without running code "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected torch.save(model.state_dict(), FILE)"
         ) from None
-    if isinstance(state, dict):  # a checkpoint of a training script, which holds the state under a key
+    if isinstance(state, dict):  # a checkpoint of a training script holds the state under a key
         state = next((state[key] for key in CHECKPOINT_KEYS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         held = f"the keys {_some(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
@@ -227,7 +227,7 @@ def _check_weights(model: nn.Module) -> None:
         if tensor.dtype != torch.float32:
             raise NetworkError(f"{name} is {tensor.dtype}; expected a network of torch.float32: model.float()")
         if num_unfit := int((~torch.isfinite(tensor)).sum()):
-            raise NetworkError(f"{name} has {num_unfit} NaN or infinite values of {tensor.numel()}; expected a sound checkpoint")
+            raise NetworkError(f"{name} has {num_unfit} NaN or infinite values of {tensor.numel()}; expected finite weights")
 
 
 def _example_input(example: Tensor | ImageShape | None, settings: NetworkSettings) -> Tensor:

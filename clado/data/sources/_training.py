@@ -1,4 +1,4 @@
-"""A training set that a command names: Fashion-MNIST's idx files (or others of that form), or a folder of images."""
+"""A training set named on the command line: idx files like Fashion-MNIST's, or a folder of images."""
 
 import gzip
 import zlib
@@ -20,7 +20,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def load_training(folder: Path, settings: DataSettings, image_shape: ImageShape, validation: ImageSlice) -> ImageSlice:
-    """All training images of a folder, prepared as the run's images.
+    """All training images of a folder, with the preprocessing of the run.
 
     The folder holds idx files, images below FOLDER/train, or images below FOLDER. Image files that
     are also validation images are left out.
@@ -45,7 +45,7 @@ def load_training(folder: Path, settings: DataSettings, image_shape: ImageShape,
 
 
 def _exclude_files(training: EncodedSlice, files: Iterable[Path]) -> ImageSlice:
-    """The slice without some files."""
+    """The slice without the given files."""
     paths = {file.resolve() for file in files}
     numbers = [
         k for k, image in enumerate(training.images) if not isinstance(image, ImageFile) or image.path.resolve() not in paths
@@ -65,7 +65,7 @@ def _from_idx(images: Path, labels: Path | None, settings: DataSettings, image_s
         return MemorySlice(x)
     y = read_idx(labels)
     if y.shape != pixels.shape[:1]:
-        raise DataError(f"{labels} holds {len(y)} labels for {len(pixels)} images; expected one each")
+        raise DataError(f"{labels} holds {len(y)} labels for {len(pixels)} images; expected one for each image")
     return MemorySlice(x, torch.from_numpy(y.astype(np.int64)), int(y.max()) + 1)
 
 

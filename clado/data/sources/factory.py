@@ -36,8 +36,8 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, Tensor | None]:
 def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
     """Slices of what the function returns: an iterable that `clado.data.images.as_slice` takes, or {"train": ..., "val": ...}.
 
-    An `ImageSlice` is read when it is needed; anything else is held in memory. Sensitivity images are the first of one
-    permutation, so that a larger set of the same seed holds the smaller one.
+    An `ImageSlice` is read when it is needed. Anything else is held in memory. Sensitivity images are the first of one
+    permutation, so a larger set contains the smaller one of the same seed.
 
     Raises:
         DataError: There are too few images, or they do not fit.
@@ -73,7 +73,7 @@ def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
 
 
 def _validation_order(settings: DataSettings, count: int) -> list[int]:
-    """Numbers of the validation images of a set of their own: all in order, or so many as are asked for."""
+    """Numbers of the validation images if they have a separate set: all in order, or as many as the settings ask for."""
     if settings.validation_images is None:
         return list(range(count))
     if settings.validation_images > count:
@@ -83,7 +83,7 @@ def _validation_order(settings: DataSettings, count: int) -> list[int]:
 
 
 def _picked(images: ImageSlice, numbers: Sequence[int]) -> ImageSlice:
-    """Some images of a slice, in an order; in memory where the slice is."""
+    """Some images of a slice, in a given order. They are in memory if the slice is."""
     if not isinstance(images, MemorySlice):
         return PickedSlice([images], numbers)
     x, targets = images.load(0, len(images))

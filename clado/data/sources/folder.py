@@ -49,7 +49,7 @@ def listings(root: Path | None) -> tuple[Listing, Listing | None]:
     """The images of a folder: all of them and None, or those of train/ and of val/.
 
     Raises:
-        DataError: The folder is not there, holds no images, or has them where they are not expected.
+        DataError: The folder does not exist, holds no images, or has them in unexpected places.
     """
     if root is None or not root.is_dir():
         raise folder_error(root, "one with a sub-folder of images for each class")
@@ -65,7 +65,7 @@ def listings(root: Path | None) -> tuple[Listing, Listing | None]:
 def training_slice(
     root: Path, settings: DataSettings, image_shape: ImageShape, classes: tuple[str, ...] | None = None
 ) -> EncodedSlice:
-    """Every image of root/train, or of root if there is no such folder, without those to skip.
+    """Every image of root/train, or of root if there is no such folder, without the images to skip.
 
     With `classes`, the names of classes in order, labels are the numbers of these.
     """
@@ -81,7 +81,7 @@ def _list(top: Path, root: Path) -> Listing:
     listing = Listing(root, tuple(ImageFile(top, file) for file in files))
     classes = sorted(folder.name for folder in _folders(root))
     pairs = [(file, number) for number, name in enumerate(classes) for file in _images_below(root / name)]
-    if classes and (pairs or not files):  # folders without an image beside images are no classes
+    if classes and (pairs or not files):  # next to images, a folder without an image is not a class
         images = tuple(ImageFile(top, file) for file, _ in pairs)
         listing = Listing(root, images, tuple(number for _, number in pairs), tuple(classes))
     if not listing.images:

@@ -2,8 +2,8 @@
 
 There are two layouts. With `FOLDER/train/*.tar` and `FOLDER/val/*.tar` validation comes from val, the other slices from train.
 The other layout is `FOLDER/*.tar`. A .cls file holds a class number, or an ImageNet synset such as n01440764. Shards without any
-are unlabelled. Headers are read once, and images in place when they are loaded. So every image can be reached at random. The
-package webdataset streams shards in order, which is no use for slices that are drawn by seed.
+are unlabelled. Headers are read once. Images are read from the shard when they are loaded, so they can be read in any order. The
+package webdataset streams shards in order, which does not work for sets that are drawn by seed.
 """
 
 import tarfile
@@ -47,7 +47,7 @@ class TarMember:
 
 
 def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
-    """The slices of the shards below `settings.path`; headers and labels are read here, images when they are loaded."""
+    """The slices of the shards below `settings.path`. Headers and labels are read now, images when they are loaded."""
     root = settings.path
     if root is None or not root.is_dir():
         raise folder_error(root, "one of tar shards, or with train/ and val/ of such")
@@ -74,7 +74,9 @@ def _list(top: Path, folder: Path) -> Listing:
         return Listing(folder, tuple(images))
     if len(names) < len(images):
         unlabelled = images[classes.index(None)]
-        raise DataError(f"{unlabelled} has no .cls beside it and {len(names)} other images have; expected labels on all or none")
+        raise DataError(
+            f"{unlabelled} has no .cls file and {len(names)} other images have one; expected labels for all images or for none"
+        )
     synset_numbers = imagenet_numbers()
     if all(name in synset_numbers for name in names):
         synsets = tuple(sorted(set(names)))
@@ -92,7 +94,7 @@ def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, st
     """Images and classes of a shard by key: the member's name up to the first dot of its last part."""
     images: dict[str, TarMember] = {}
     classes: dict[str, str] = {}
-    dotted_images: dict[str, str] = {}  # key -> an image with more than its suffix behind the first dot, such as a mask
+    dotted_images: dict[str, str] = {}  # key -> an image with another dot in its name, such as a mask
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -108,7 +110,9 @@ def _members(top: Path, shard: Path) -> tuple[dict[str, TarMember], dict[str, st
                         )
                 elif suffix in SUFFIXES:
                     if key in images:
-                        raise DataError(f"{shard} holds both {images[key].member} and {member.name}; expected one image of a key")
+                        raise DataError(
+                            f"{shard} holds both {images[key].member} and {member.name}; expected one image for each key"
+                        )
                     images[key] = TarMember(top, shard, member.name, member.offset_data, member.size)
                 elif suffix.endswith(SUFFIXES):
                     dotted_images[key] = member.name

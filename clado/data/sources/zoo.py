@@ -1,4 +1,4 @@
-"""The zoo's networks, and the Fashion-MNIST images that ship beside them. Every file is checked against the manifest's hash."""
+"""The zoo's networks, and the Fashion-MNIST images that come with them. Every file is checked against the manifest's hash."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ def load_network(settings: NetworkSettings) -> tuple[nn.Module, ImageShape]:
 def load_data(settings: DataSettings, image_shape: ImageShape) -> DataSlices:
     """Calibration and sensitivity images from the 1,024 shipped for each, validation from the 10,000 test images.
 
-    For networks that segment there are as many composites of them, and 2,500 for validation.
+    For segmentation networks there are as many composites of these images, and 2,500 for validation.
     """
     shapes = IMAGE_SHAPE, composites.IMAGE_SHAPE
     if tuple(image_shape) not in shapes:
@@ -93,7 +93,7 @@ def _arrays(name: str) -> dict[str, Any]:
 
 
 def _composed(arrays: dict[str, Any], names: Sequence[str], count: int) -> dict[str, Any]:
-    """So many composites of the images of each name."""
+    """Composites of the images of each name, as many as given."""
     composed: dict[str, Any] = {}
     for name in names:
         canvases, masks = composites.composites(arrays[f"{name}_images"], arrays[f"{name}_labels"], count)
@@ -104,7 +104,7 @@ def _composed(arrays: dict[str, Any], names: Sequence[str], count: int) -> dict[
 def _selection(arrays: dict[str, Any], settings: DataSettings) -> MemorySlice:
     """The training images in neither the calibration nor the sensitivity set.
 
-    The rest of calibration's images comes first.
+    The rest of the calibration images comes first.
     """
     images, labels = [], []
     for name, count in (("calibration", settings.calibration_images), ("sensitivity", settings.sensitivity_images)):
@@ -120,7 +120,7 @@ def _draw(arrays: dict[str, Any], name: str, count: int | None, seed: int, setti
     if count is not None:
         if count > len(images):
             raise DataError(f"data.{setting or f'{name}_images'} asks for {count} images; the zoo ships {len(images)}")
-        # The first of one permutation, so that a larger set of the same seed holds the smaller one.
+        # The first of one permutation, so that a larger set contains the smaller one of the same seed.
         positions = np.random.default_rng(seed).permutation(len(images))[:count]
         images, labels = images[positions], labels[positions]
     return _slice(images, labels)

@@ -1,4 +1,4 @@
-"""The zoo: small networks trained by us on Fashion-MNIST, and images for a demo. `train.py` makes every file again."""
+"""The zoo: small networks that we trained on Fashion-MNIST, and images for a demo. `train.py` makes every file again."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The architectures of the zoo: small networks for 28 x 28 grey images and ten classes, and one for composites of such images.
 
-Plain torch modules. Their weights are safetensors files beside this module; `clado.data.sources.load_network` brings
-both together.
+They are plain torch modules. Their weights are safetensors files next to this module. `clado.data.sources.load_network`
+loads both.
 """
 
 import torch
@@ -102,7 +102,7 @@ class MobileNetV2(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and a two-layer perceptron, each behind a layer norm and beside a shortcut (arXiv 2010.11929, figure 1)."""
+    """Attention and a two-layer perceptron, each after a layer norm and with a shortcut (arXiv 2010.11929, figure 1)."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()

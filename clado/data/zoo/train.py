@@ -3,8 +3,8 @@
 FOLDER holds Fashion-MNIST's four idx files, as Debian's package `dataset-fashion-mnist` installs them
 (/usr/share/datasets/fashion-mnist) or torchvision downloads them (`--download`).
 
-Who sees which image: of the 60,000 training images 1,024 are the calibration set, 1,024 the sensitivity set, 3,000 choose the
-checkpoint, the rest train. The 10,000 test images are evaluated once, after the checkpoint is chosen.
+The 60,000 training images are split: 1,024 are the calibration set, 1,024 the sensitivity set, 3,000 choose the checkpoint, and
+the rest train. The 10,000 test images are evaluated once, after the checkpoint is chosen.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def save(name: str, network: nn.Module) -> None:
     """Writes a network's weights to the zoo."""
     file = ZOO / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, file)
-    file.chmod(0o644)  # safetensors writes it for its owner alone
+    file.chmod(0o644)  # safetensors makes it readable for its owner only
 
 
 def note(name: str, facts: dict[str, object]) -> None:

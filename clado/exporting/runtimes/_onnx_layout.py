@@ -124,7 +124,7 @@ class _Layout:
             self.graph.remove(norm, safe=True)
 
     def _scaled(self, weight: Any, factor: NDArray[np.float64]) -> Any | None:
-        """The weight times a factor for each output channel; None where it cannot be written so."""
+        """The weight times a factor for each output channel; None if it cannot be written so."""
         if len(weight.uses()) != 1:
             return None
         decoder, array = weight.producer(), _array(weight)

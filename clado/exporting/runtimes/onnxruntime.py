@@ -50,7 +50,7 @@ WARM_UP = 2
 
 
 def _lacks_kernel(layer: Layer, bits: int, activation_bits: int | None, symmetric: bool) -> str | None:
-    """Why ONNX Runtime computes an option in float32 or stores it wider; None where it does neither."""
+    """Why ONNX Runtime computes an option in float32 or stores it wider; None if it does neither."""
     is_linear = layer.operator == "linear"
     is_convolution = layer.operator in ("conv1d", "conv2d", "conv3d")
     is_pointwise = is_convolution and all(length == 1 for length in layer.shape[2:]) and layer.shape[1] > 1
@@ -200,7 +200,7 @@ def _options(threads: int) -> Any:
 
 
 def _library() -> ModuleType:
-    """ONNX Runtime, without telemetry. Raises ConfigurationError where it is absent or too old."""
+    """ONNX Runtime, without telemetry. Raises ConfigurationError if it is absent or too old."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
     runtime = library("onnxruntime")
     runtime.disable_telemetry_events()

@@ -1,4 +1,4 @@
-"""A Python file (snippet) that applies an assignment with a peer's library: the common parts.
+"""A Python file (snippet) that applies an assignment with another library (a peer): the common parts.
 
 To add a peer, add a file to this folder with a function `snippet(space, assignment) -> str`. The
 file's name is the format's name.
@@ -7,9 +7,9 @@ Every snippet holds the assignment as the literal `BITS`. `read_assignment` read
 the file. It quantizes weights symmetrically, with one scale per output channel if the peer allows
 it. It checks that each layer has the assigned bits.
 
-Activation bits are the literal `ACTIVATION_BITS`. ModelOpt applies them. torchao does not, and MCT
-does not, because it quantizes outputs of layers and not inputs; their snippets say so. Assignments
-that a peer cannot express are refused, with the names of the layers.
+Activation bits are the literal `ACTIVATION_BITS`. ModelOpt applies them. torchao and MCT do not, and
+their snippets say so: MCT quantizes outputs of layers, not inputs. Assignments that a peer cannot
+express are refused, with the names of the layers.
 """
 
 import json
@@ -25,7 +25,7 @@ ASSIGNMENT = "assignment.json"
 
 NO_SHARED_WEIGHTS = '''
 def refuse_shared(model):
-    """An assignment counts a shared weight once; to quantize it in one of its modules alone would make another network."""
+    """An assignment counts a shared weight once. Quantizing it in only one of its modules would make another network."""
     owners = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -36,7 +36,7 @@ def refuse_shared(model):
 
 
 def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment, warning: str = "") -> Path:
-    """Writes assignment_<peer>.py beside assignment.json in `folder`, both of this assignment, and returns the snippet's path.
+    """Writes assignment_<peer>.py and assignment.json of this assignment into `folder`. Returns the snippet's path.
 
     `warning` is a comment at its top.
     """
@@ -53,7 +53,7 @@ def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assig
 
 
 def holds(file: Path, document: Mapping[str, object]) -> bool:
-    """Whether a file is this JSON document; one that is damaged is not."""
+    """Whether a file holds this JSON document. False for a damaged file."""
     try:
         return bool(json.loads(file.read_text(encoding="utf-8")) == document)
     except ValueError:
@@ -69,7 +69,7 @@ def check_peer(peer: str) -> str:
 
 
 def literal(space: SearchSpace, assignment: Assignment) -> str:
-    """The assignment as Python: `BITS = {parameter: bits}`, and `ACTIVATION_BITS` where it has some."""
+    """The assignment as Python: `BITS = {parameter: bits}`, and `ACTIVATION_BITS` if it has activation bits."""
 
     def mapping(name: str, values: Sequence[int | None]) -> str:
         rows = [f"    {json.dumps(layer)}: {bits},\n" for layer, bits in zip(space.names, values, strict=True)]
@@ -80,10 +80,10 @@ def literal(space: SearchSpace, assignment: Assignment) -> str:
 
 
 def not_applied(peer: str, assignment: Assignment) -> str:
-    """A paragraph for a snippet's docstring where a peer leaves assigned activation bits unapplied."""
+    """A paragraph for the docstring of a snippet whose peer does not apply activation bits."""
     if not assignment.activation_bits:
         return ""
-    return f"\nActivations stay in float: ACTIVATION_BITS says what was assigned and measured, but is not applied with {peer}.\n"
+    return f"\nActivations stay in float: ACTIVATION_BITS is the measured assignment, but {peer} does not apply it.\n"
 
 
 def headline(peer: str, space: SearchSpace, assignment: Assignment) -> str:
@@ -95,7 +95,7 @@ def headline(peer: str, space: SearchSpace, assignment: Assignment) -> str:
 def check_expressible(
     peer: str, space: SearchSpace, assignment: Assignment, operators: Container[str], least: int, most: int
 ) -> None:
-    """Raises ConfigurationError, with the layers' names, for what a peer cannot express.
+    """Raises ConfigurationError with the names of layers that a peer cannot express.
 
     A layer must be the `<module>.weight` of one of the operators. The bit-widths of its weights and
     activations must lie within least..most.
@@ -105,9 +105,9 @@ def check_expressible(
         if bits is None:
             continue
         if layer.name.rpartition(".")[2] != "weight":
-            faults.append(f"{layer.name} is not the weight of a module of its own")
+            faults.append(f"{layer.name} is not the weight of a module")
         elif layer.operator not in operators:
-            faults.append(f"{layer.name} is consumed by {layer.operator}")
+            faults.append(f"{layer.name} is used by {layer.operator}")
         elif not least <= bits <= most:
             faults.append(f"{layer.name} has {bits} bits, and {peer} takes {least} to {most}")
         elif width is not None and not least <= width <= most:

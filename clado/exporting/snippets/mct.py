@@ -2,7 +2,7 @@
 
 Source: https://sony.github.io/model_optimization/api/api_docs/classes/BitWidthConfig.html, the manual choice of bit-widths. A
 target platform must offer each width, so the snippet makes one that offers the assigned ones. One bit is refused: MCT's codes
-are −1 and 0, ours −1 and +1. Activation bits are not applied: MCT quantizes the outputs of nodes, ours are of layers' inputs.
+are −1 and 0, ours −1 and +1. Activation bits are not applied, because MCT quantizes outputs of nodes, and we inputs of layers.
 """
 
 from clado.exporting.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal, not_applied

@@ -51,8 +51,8 @@ def quantize(model, images=None):
 '''
 
 _INPUTS = """
-Inputs have one symmetric scale each, fitted to the images given (of the largest magnitude), where ours may be shifted: they
-lose a bit behind a ReLU.
+Inputs have one symmetric scale each, fitted to the largest magnitude in the given images. Ours may be shifted, so theirs
+lose a bit after a ReLU.
 """
 
 

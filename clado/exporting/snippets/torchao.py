@@ -1,7 +1,7 @@
 """A Python file that quantizes a network with torchao as assigned. Verified with 0.18.0.
 
 Sources: torchao.quantization.FqnToConfig and IntxWeightOnlyConfig (one to eight bits). The latter gives a convolution a scale
-for each tap of each filter, hence convolutions take the tensor class beneath it, with one block per output channel. One bit is
+for each element of each filter. So convolutions use the tensor class below it, with one block per output channel. One bit is
 refused: torchao's codes are −1 and 0, ours −1 and +1. Activation bits are not applied.
 """
 

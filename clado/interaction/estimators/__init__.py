@@ -1,4 +1,4 @@
-"""Estimators: ways to make the interaction matrix of measurements. NumPy only.
+"""Estimators: ways to compute the interaction matrix from measurements. NumPy only.
 
 To add an estimator, add a file to this folder with an object `estimator = Estimator(...)`, and subclass `EstimatorContract`
 (tests/contracts/estimator.py) for it. The file's name is the estimator's name. Its docstring cites its source and says what it
@@ -25,16 +25,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: for each kind an array whose first axis is the sample block, of sums over the block's images.
+    """The measurements: for each tile kind an array of sums over images. The first axis is the sample block.
 
-    The shape behind the first axis is that of the tile kind (`TileKind.shape`). Singles are the first row of gram, where that
-    was measured.
+    The other axes have the shape of the tile kind (`TileKind.shape`). If gram was measured, its first row is singles.
     """
 
     space: SearchSpace
-    """The options that rows and columns stand for."""
+    """The space whose options are rows and columns."""
     criterion: str
-    """Name of the loss that was measured."""
+    """Name of the measured loss."""
     counts: NDArray[np.int64]
     """(blocks,) images of each sample block."""
     sums: Mapping[str, Array]
@@ -59,7 +58,7 @@ class Measured:
         return np.tensordot(self.counts / self.num_images, per_block, 1)
 
     def standard_error(self, per_block: Array) -> Array | None:
-        """Standard error of `mean` from the scatter of the blocks; None with fewer than two blocks."""
+        """Standard error of `mean` from the scatter of the blocks. None with fewer than two blocks."""
         blocks = len(self.counts)
         if blocks < 2:
             return None
@@ -80,14 +79,14 @@ class Measured:
         return loss
 
     def increases(self) -> Array:
-        """Per-block loss increases of the options alone (blocks, K): ℓ({i:a})."""
+        """Loss increase of each single option in each block (blocks, K): ℓ({i:a})."""
         means = self.block_means("singles")
         return means[:, 1:] - means[:, :1]
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """What the rest of the code must know about an estimator."""
+    """Everything that the rest of the code must know about an estimator."""
 
     estimate: Callable[[Measured], InteractionMatrix]
     """Makes the matrix. `estimate` of this package then adds the estimator's name and `convexity` to it."""
@@ -96,15 +95,15 @@ class Estimator:
     convexity: Convexity = "raw"
     """How its matrix is solved. "clip_psd": noise makes it indefinite, and clipping regularises (CLADO, section 4.2)."""
     sees_weights_only: bool = False
-    """Whether it sees errors of weights and none of activations."""
+    """Whether it covers errors of weights only, and not of activations."""
     is_safe: bool = False
-    """Whether a chosen assignment must not be worse than this estimator's, as measured. The verdict compares with it."""
+    """Whether a chosen assignment must not have more measured loss than this estimator's. The verdict compares with it."""
     proposes_always: bool = False
-    """Whether it proposes where the settings do not name it, if all tiles that it reads are measured anyway."""
+    """Whether it also proposes if the settings do not name it, as long as all its tiles are measured anyway."""
     prediction_order: int = 100
-    """Of several estimators that predict losses, the one of least order predicts for those that only rank assignments."""
+    """Some estimators only rank assignments. Of those that predict losses, the one of least order predicts for them."""
     interaction_order: int | None = None
-    """Of several estimators of a run, the one of least order stands for interactions in the verdict. None: it has none."""
+    """In the verdict, the estimator of least order represents interactions. None: the estimator has none."""
 
     @property
     def needs_single_images(self) -> bool:
@@ -119,14 +118,14 @@ def estimator_of(name: str) -> Estimator:
 
 
 def safe_estimators() -> tuple[str, ...]:
-    """Estimators of this folder whose proposals a chosen assignment must not be worse than."""
+    """Estimators of this folder that a chosen assignment must not be worse than."""
     return tuple(name for name in available("estimators") if estimator_of(name).is_safe)
 
 
 def unreported_estimators(named: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
-    """Estimators that propose beside the `named` ones, for solver time only: all that they read is among `kinds`.
+    """Estimators that propose in addition to the `named` ones. They cost solver time only, because they read `kinds` only.
 
-    `layerwise` is one, so that the chosen assignment can be compared with it. The others order assignments of large losses better
+    `layerwise` is one, so that the chosen assignment can be compared with it. The others rank assignments of large losses better
     (tests/benchmarks/STUDY.md).
     """
     measured = {*kinds, *({"singles"} if "gram" in kinds else ())}  # the first row of gram
@@ -135,13 +134,13 @@ def unreported_estimators(named: Collection[str], kinds: Collection[str]) -> tup
 
 
 def with_interactions(names: Collection[str]) -> list[str]:
-    """Those of the names that are estimators of this folder with interactions, by their `interaction_order`."""
+    """The named estimators of this folder that have interactions, by their `interaction_order`."""
     orders = {name: estimator_of(name).interaction_order for name in available("estimators") if name in names}
     return sorted((name for name, order in orders.items() if order is not None), key=lambda name: orders[name] or 0)
 
 
 def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[str, ...]:
-    """Kinds of tiles that these estimators need between them, and those of uncorrected layers where there are corrections."""
+    """All tile kinds that these estimators need. If there are corrections, also the kinds of uncorrected layers."""
     needed = {kind for name in estimators for kind in estimator_of(name).kinds}
     if has_corrections:
         needed |= {name for name, kind in tile_kinds().items() if kind.is_uncorrected}
@@ -150,10 +149,10 @@ def kinds_of(estimators: Iterable[str], has_corrections: bool = False) -> tuple[
 
 
 def check_criterion(names: Iterable[str], criterion: str, offers: Collection[str]) -> None:
-    """Refuses estimators that need more of the criterion than it offers (`TileKind.needs`).
+    """Raises ConfigurationError if an estimator needs more of the criterion than it offers (`TileKind.needs`).
 
     Raises:
-        ConfigurationError: The message says which, and what does without.
+        ConfigurationError: The message names the estimator, and others that need less.
     """
     for name in names:
         needed = {tile_kind(kind).needs for kind in kinds_of([name])} - {None, *offers}
@@ -170,7 +169,7 @@ def check_criterion(names: Iterable[str], criterion: str, offers: Collection[str
 
 
 def costs(estimators: Iterable[str], plan: Plan) -> dict[str, tuple[int, int]]:
-    """Estimator -> (forward images, backward images) that it takes on its own, in whole passes; what two share counts in both."""
+    """Estimator -> (forward images, backward images) that it takes alone, in whole passes. Shared tiles count for each."""
     images = {}
     for name in estimators:
         kinds = kinds_of([name])
@@ -180,9 +179,9 @@ def costs(estimators: Iterable[str], plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def estimate(name: str, measured: Measured) -> InteractionMatrix:
-    """The interaction matrix that an estimator makes of the measurements."""
+    """The interaction matrix that an estimator computes from measurements."""
     estimator = estimator_of(name)
-    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN: a loss that `quarantine` deals with
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN; `quarantine` handles such a loss
         matrix = estimator.estimate(measured)
     return replace(matrix, estimator=name, convexity=estimator.convexity)
 
@@ -190,7 +189,7 @@ def estimate(name: str, measured: Measured) -> InteractionMatrix:
 def uncorrected(measured: Measured) -> InteractionMatrix | None:
     """`layerwise` of layers rounded to nearest, without corrections.
 
-    None where they were not measured, or where some layer works at no bit-width without corrections.
+    None if they were not measured, or where some layer works at no bit-width without corrections.
     """
     if "plain_singles" not in measured.sums:
         return None
@@ -202,9 +201,9 @@ def uncorrected(measured: Measured) -> InteractionMatrix | None:
 
 
 def non_finite(measured: Measured) -> list[str]:
-    """One line for each option, and each pair of options that are finite alone, whose loss is NaN or infinite in some block.
+    """A line for each option with a NaN or infinite loss in some block, and for each such pair of options that are finite alone.
 
-    Names layers, bits and sample blocks, and what follows: an option is excluded, a pair is forbidden.
+    A line names layers, bits and sample blocks, and the consequence: an option is excluded, a pair is forbidden.
     """
     space = measured.space
 
@@ -213,7 +212,7 @@ def non_finite(measured: Measured) -> list[str]:
         return f"in sample block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
 
     if "singles" not in measured.sums:
-        return []  # nothing was measured that could overflow: a gradient that is no number excludes its option
+        return []  # a gradient that is NaN excludes its option
     singles: NDArray[np.bool_] = ~np.isfinite(measured.sums["singles"][:, 1:])
     alone = np.asarray(singles.any(axis=0))
     lines = [
@@ -234,9 +233,9 @@ def non_finite(measured: Measured) -> list[str]:
 
 
 def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], Array]:
-    """(options whose own loss is NaN or infinite, the increases with 0 in their place).
+    """The options whose single loss is NaN or infinite, and the increases with 0 for these options.
 
-    Raises MeasurementError where a layer loses every candidate.
+    Raises MeasurementError if a layer loses every candidate.
     """
     bad = ~np.isfinite(increases)
     if not bad.any():
@@ -252,13 +251,13 @@ def quarantine(measured: Measured, increases: Array) -> tuple[tuple[int, ...], A
 
 
 def diagonal_matrix(measured: Measured, per_block: Array, ranking_only: bool = False) -> InteractionMatrix:
-    """The diagonal matrix of per-block values (blocks, K) on the scale of twice a loss, with their standard errors."""
+    """The diagonal matrix of values of each block (blocks, K), on the scale of twice a loss, with standard errors."""
     quarantined, values = quarantine(measured, measured.mean(per_block))
     errors = measured.standard_error(np.nan_to_num(per_block, nan=0.0, posinf=0.0, neginf=0.0))
     return InteractionMatrix(
         space=measured.space,
         values=np.diag(values),
-        estimator="",  # `estimate` knows
+        estimator="",  # `estimate` sets it
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,

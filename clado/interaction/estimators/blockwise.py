@@ -1,10 +1,10 @@
 """Layers two at a time within a block: the matrix of `pairwise`, and 0 for two layers of different blocks.
 
-That errors depend on one another within a residual block or an encoder layer and little beyond is BRECQ's observation
-(arXiv 2102.05426, section 3.2). Blocks are the module tree's (`blocks.py`), or those of `layers.blocks` in the settings.
+BRECQ (arXiv 2102.05426, section 3.2) observes that errors depend on one another within a residual block or an encoder layer, and
+little beyond it. Blocks follow from the module tree (`blocks.py`), or are `layers.blocks` in the settings.
 
-Costs 1 + K forwards of the sensitivity set and one for every pair of options of different layers of one block; nothing beside
-`pairwise`, among whose pairs they are.
+Costs 1 + K forward passes of the sensitivity set, and one for every pair of options of different layers of one block. It costs
+nothing more if `pairwise` is measured, which includes these pairs.
 """
 
 from clado.interaction.estimators import Estimator, Measured

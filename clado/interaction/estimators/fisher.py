@@ -1,12 +1,12 @@
 """Diagonal of the Fisher information times squared errors: mean Σ_w Δ_w² (∂ log p_y / ∂w)², on the diagonal.
 
 FIT (Zandonati et al., arXiv 2210.08502), weight by weight; also the gradient score of NVIDIA ModelOpt's `auto_quantize`.
-With `cross_entropy` y is the label: the empirical Fisher information; with `kl_to_float` y is drawn from the float network's
-softmax: the true one, by one draw an image.
+With `cross_entropy` y is the label, which gives the empirical Fisher information. With `kl_to_float` y is drawn from the float
+network's softmax, once for each image, which gives the true Fisher information.
 
-Errors of two weights of a layer are taken as unrelated, which they are not: the values order assignments only. A layer's bias
-and its activations are not seen. Costs one forward and one backward of the sensitivity set, sample by sample; nothing beside
-`mpqco`.
+Errors of two weights of a layer are assumed to be unrelated, which is not true. So the values only rank assignments. A layer's
+bias and its activations are not covered. Costs one forward and one backward pass of the sensitivity set, sample by sample. It
+costs nothing more if `mpqco` is measured.
 """
 
 from clado.interaction.estimators import Estimator, Measured, diagonal_matrix
@@ -14,7 +14,7 @@ from clado.interaction.matrix import InteractionMatrix
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
-    """Diagonal matrix that orders assignments."""
+    """The diagonal matrix. It only ranks assignments."""
     return diagonal_matrix(measured, measured.block_means("gradients")[:, 1, 1:], ranking_only=True)
 
 

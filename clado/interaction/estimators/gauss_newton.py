@@ -2,10 +2,10 @@
 
 u_k is the change of a sample's logits under option k alone, and F = diag(p) − p pᵀ of the float softmax. This is the second
 order of `kl_to_float` (Martens, arXiv 1412.1193, section 9.2, for the generalised Gauss–Newton matrix). Ω is a Gram matrix,
-hence positive semidefinite up to rounding. Its in-layer entries are kept as computed. With `cross_entropy` the first-order term
+so it is positive semidefinite up to rounding. In-layer entries are kept as computed. With `cross_entropy` the first-order term
 mean (p − y)ᵀ u_k, measured too, is added to the diagonal (twice, as every entry is on the scale of twice a loss).
 
-Costs 1 + K forwards of the sensitivity set instead of about K² / 2.
+Costs 1 + K forward passes of the sensitivity set, instead of about K² / 2.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def estimate(measured: Measured) -> InteractionMatrix:
 
 
 def at_temperature(measured: Measured, temperature: float) -> InteractionMatrix:
-    """The matrix of the Gram matrices that were measured at one temperature; any but 1 makes it `ranking_only`."""
+    """The matrix from the Gram matrices at one temperature. Any temperature but 1 makes it `ranking_only`."""
     k = measured.space.num_options
     rows = measured.block_means("gram")[:, 1:, 1:]
     first = 1 + k * TEMPERATURES.index(temperature)
@@ -32,7 +32,7 @@ def at_temperature(measured: Measured, temperature: float) -> InteractionMatrix:
     return InteractionMatrix(
         space=measured.space,
         values=(mean + mean.T) / 2,
-        estimator="",  # `estimators.estimate` knows
+        estimator="",  # `estimators.estimate` sets it
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,

@@ -3,10 +3,10 @@
 HAWQ-V2 (arXiv 1911.03852, section 3.2), kept by HAWQ-V3 (arXiv 2011.10680). H_ii is the Hessian of the loss in the n_i weights
 of layer i at the float network. Its trace is Hutchinson's estimate. `gradients.vectors` says how many random vectors each sample
 block takes. With `kl_to_float` H is the Gauss–Newton matrix, and no label is needed. With `cross_entropy` H is that of the
-labels' loss. A trace that comes out negative then counts as 0, because more error would look like a gain.
+labels' loss. A negative trace then counts as 0, because otherwise more error would look like a gain.
 
 It would be a loss if errors had no direction. Rounding errors have one, so the values only rank assignments. A layer's bias and
-its activations are not seen. Costs one forward of the sensitivity set, and 1 + `vectors` backwards.
+its activations are not covered. Costs one forward pass of the sensitivity set, and 1 + `vectors` backward passes.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from clado.interaction.matrix import InteractionMatrix
 
 
 def estimate(measured: Measured) -> InteractionMatrix:
-    """Diagonal matrix that orders assignments; standard errors hold the noise of images and of random vectors."""
+    """The diagonal matrix. It only ranks assignments. Standard errors include the noise of images and of random vectors."""
     matrix = diagonal_matrix(measured, measured.block_means("trace")[:, 1:], ranking_only=True)
     return replace(matrix, values=np.maximum(matrix.values, 0.0))
 

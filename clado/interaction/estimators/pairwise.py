@@ -4,8 +4,8 @@
     Ĝ[(i,a),(i,a')] = 0
     Ĝ[(i,a),(j,b)] = ℓ({i:a, j:b}) − ℓ({i:a}) − ℓ({j:b})
 
-½ αᵀĜα is the measured increase of any assignment of at most two layers. Costs 1 + K forwards of the sensitivity set and one
-for every pair of options of different layers.
+½ αᵀĜα is the measured increase of any assignment of at most two layers. Costs 1 + K forward passes of the sensitivity set, and
+one for every pair of options of different layers.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ def of_pairs(measured: Measured, kind: str, upper: NDArray[np.bool_]) -> Interac
     return InteractionMatrix(
         space=space,
         values=values,
-        estimator="",  # `estimators.estimate` knows
+        estimator="",  # `estimators.estimate` sets it
         criterion=measured.criterion,
         baseline=measured.baseline(),
         num_samples=measured.num_images,

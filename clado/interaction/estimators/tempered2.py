@@ -4,11 +4,11 @@ The float network is nearly sure of most images. So F at its own softmax hardly 
 an assignment has moved them far. There the loss grows with the change of the logits, not with its square. The exact remainder of
 `kl_to_float` holds F averaged along the way, ½ uᵀ ∫ 2 (1 − t) F(z + t u) dt u. The softmax averaged over changes of the logits
 of variance s² is close to the softmax at temperature √(1 + π s² / 8). (MacKay, Neural Computation 4, 1992, "The evidence
-framework applied to classification networks".) So a temperature stands for how far the logits of low budgets move. It is 2 for a
-variance of about 8, 4 for 38 (`tempered4`), and 8 for 160 (`tempered8`). Which suits a budget is seen by measuring the
-proposals. It ranks assignments and predicts no loss. It is positive semidefinite.
+framework applied to classification networks".) So a higher temperature fits lower budgets, whose logits move further. It is 2 for
+a variance of about 8, 4 for 38 (`tempered4`), and 8 for 160 (`tempered8`). Measuring the proposals shows which one fits a budget.
+The matrix ranks assignments and predicts no loss. It is positive semidefinite.
 
-It costs nothing beyond the 1 + K forwards of gauss_newton, which it shares.
+It uses the 1 + K forward passes of gauss_newton, and costs nothing more.
 """
 
 from clado.interaction.estimators import Estimator, Measured

@@ -1,4 +1,4 @@
-"""The Gauss–Newton form with the softmax at temperature 8; what that is for, its source and its cost: tempered2.py."""
+"""The Gauss–Newton form with the softmax at temperature 8. For its purpose, source and cost see tempered2.py."""
 
 from clado.interaction.estimators import Estimator, Measured
 from clado.interaction.estimators.gauss_newton import at_temperature

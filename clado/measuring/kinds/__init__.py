@@ -1,7 +1,7 @@
-"""Tile kinds: what a tile measures, its shape and its cost. Integers and NumPy; no torch.
+"""Tile kinds: what a tile measures, its shape and its cost. Uses integers and NumPy, no torch.
 
 A tile kind is two files of the same name. `kinds/NAME.py` holds `kind`, an object of a subclass of `TileKind`.
-`measurements/NAME.py` holds `measure(bench, tile)`. A new pair of files is a new kind: nothing else lists them.
+`measurements/NAME.py` holds `measure(bench, tile)`. To add a kind, add both files. No other file lists the kinds.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ class TileKind:
     """Name of the kind's two files and of its group in the store."""
 
     order: ClassVar[int]
-    """Kinds of a smaller number come first in the plan and in the store."""
+    """Kinds with a smaller number come first in the plan and in the store."""
 
     dimensions: ClassVar[tuple[str, ...]] = ("probe",)
     """Names of the dimensions of `shape`, for readers of the store."""
@@ -36,25 +36,25 @@ class TileKind:
     """Whether its layers are rounded to nearest, without the corrections of the run."""
 
     contained_in: ClassVar[str | None] = None
-    """Another kind that holds the same numbers: where that is measured, this one need not be."""
+    """Another kind that contains the same numbers. If it is measured, this kind need not be."""
 
     needs: ClassVar[str | None] = None
-    """What the criterion must offer: "curvature", or "classes" of logits. None: nothing but the loss."""
+    """What the criterion must offer: "curvature", or "classes" of logits. None: only the loss."""
 
     def shape(self, space: SearchSpace) -> tuple[int, ...]:
         """Shape of the sums of one sample block. K is the number of options."""
         return (1 + space.num_options,)
 
     def num_blocks(self, sample_blocks: int) -> int:
-        """How many of the sample blocks are measured. They are the first ones; by default all."""
+        """How many sample blocks are measured: the first ones, by default all."""
         return sample_blocks
 
     def terms(self, plan: "Plan") -> dict[str, Any]:
-        """What the sums depend on beside the store's identity, as plain data. The store keeps it with the sums."""
+        """What the sums depend on in addition to the store's identity, as plain data. The store keeps it with the sums."""
         return {}
 
     def evaluations(self, plan: "Plan", tile: "Tile") -> int:
-        """Probes that a tile measures. A forward pass of the float network counts as one."""
+        """Number of probes that a tile measures. A forward pass of the float network counts as one."""
         return 1 + plan.space.num_options
 
     def backwards(self, plan: "Plan") -> int:
@@ -67,7 +67,7 @@ class TileKind:
 
 
 def suffixes(space: SearchSpace, workload: "Workload") -> "np.ndarray[Any, np.dtype[Any]]":
-    """(K,) multiply-accumulates behind the cut of each option's layer, as Python integers of any size."""
+    """(K,) multiply-accumulates after the cut of each option's layer, as Python integers of any size."""
     return np.array([workload.suffix_macs[option.layer] for option in space.options], dtype=object)
 
 

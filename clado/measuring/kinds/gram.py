@@ -7,10 +7,10 @@ from clado.measuring.plan import Plan
 from clado.space import SearchSpace
 
 TEMPERATURES = (1, 2, 4, 8)
-"""Temperatures of the softmax that a Gram matrix is taken at. 1 is the float network's own."""
+"""Temperatures of the softmax, one for each Gram matrix. 1 gives the float network's softmax."""
 
 SAMPLED_VALUES = 4096
-"""Values of a sample's curvature that a criterion of one's own is measured on; of larger outputs as many are drawn."""
+"""Most values of a sample's curvature for a user-defined criterion. Of larger outputs this many are drawn."""
 SAMPLE_SEED = 0
 """Seed of the draw."""
 

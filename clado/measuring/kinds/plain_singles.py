@@ -6,7 +6,7 @@ from clado.measuring.kinds import TileKind
 class PlainSingles(TileKind):
     """The same losses as singles, of uncorrected layers, on a quarter of the sample blocks.
 
-    They only propose what a network without corrections is compared with. That comparison is measured on all images.
+    They only give proposals for networks without corrections. These networks are then measured on all images.
     """
 
     name = "plain_singles"
@@ -14,7 +14,7 @@ class PlainSingles(TileKind):
     is_uncorrected = True
 
     def num_blocks(self, sample_blocks: int) -> int:
-        """A quarter, and at least two where there are two."""
+        """A quarter of the blocks, and at least two if there are two."""
         return max(min(2, sample_blocks), -(-sample_blocks // 4))
 
 

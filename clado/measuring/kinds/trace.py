@@ -25,7 +25,7 @@ class Trace(TileKind):
         return 1 + plan.num_vectors
 
     def macs(self, plan: Plan, tile: Tile, workload: Workload) -> int:
-        """A backward pass multiplies twice as much as a forward pass, one through both of them twice as much again."""
+        """A backward pass multiplies twice as much as a forward pass, and one through both of them twice as much again."""
         return (3 + 4 * plan.num_vectors) * workload.macs
 
 

@@ -1,7 +1,7 @@
-"""What measurements by gradients share.
+"""Common parts of measurements by gradients.
 
-Random numbers come from the seed and the sample block alone, so that they do not depend on the worker, nor on its device. Errors
-are those of the weights as they are deployed, in the network as it is (batch norms not folded).
+Random numbers depend only on the seed and the sample block, not on the worker or its device. Errors are those of the deployed
+weights, in the network without folded batch norms.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from clado.measuring.workbench import Workbench
 
 
 def random_numbers(bench: Workbench, tile: Tile) -> np.random.Generator:
-    """Random numbers of a tile: every worker draws the same."""
+    """The random numbers of a tile. Every worker draws the same ones."""
     return np.random.default_rng([bench.seed, tile.sample_block])
 
 
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the tensors that gradients are taken in."""
+    """Copies of tensors, for gradients with respect to them."""
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]

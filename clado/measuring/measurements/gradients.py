@@ -24,7 +24,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
     """
     if bench.batch_statistics:
         raise ConfigurationError(
-            "gradients of single samples do not exist on batch statistics; expected running statistics, or other estimators"
+            "there are no gradients of single samples with batch statistics; expected running statistics, or other estimators"
         )
     images, labels = bench.loaded(tile.sample_block)
     return squared_slopes(bench.prepared, bench.criterion, images, labels, random_numbers(bench, tile))
@@ -35,7 +35,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 def squared_slopes(
     prepared: Prepared, criterion: Any, images: Tensor, labels: Tensor | None, random: np.random.Generator
 ) -> Array:
-    """(2, 1 + K) sums over images, of each sample's g = ∂ log p_y / ∂w; one forward and one backward an image.
+    """(2, 1 + K) sums over images from each sample's g = ∂ log p_y / ∂w. One forward and one backward pass for each image.
 
     Row 0: the loss of the float network, then ⟨Δ_k, g⟩² of each option, where Δ_k holds the change of a layer's bias too. Row 1:
     the loss again, then Σ Δ_k² g² over the weights. y is the label where the criterion needs labels. Else it is drawn from
@@ -74,7 +74,7 @@ def squared_slopes(
 
 
 def _biases(prepared: Prepared) -> list[Tensor | None]:
-    """Leaves for the biases that some option of the layer changes; zeros where the float layer has none."""
+    """Leaf tensors for the biases that an option of the layer changes. They are zero if the float layer has no bias."""
     space, float_biases = prepared.space, prepared.network.biases
     biases: list[Tensor | None] = []
     for layer in range(space.num_layers):
@@ -89,7 +89,7 @@ def _biases(prepared: Prepared) -> list[Tensor | None]:
 
 
 def _errors(prepared: Prepared, layer: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What each option adds to the float layer: (options of a layer, weights) and (options, bias).
+    """The change of each option from the float layer: (options of a layer, weights) and (options, bias).
 
     They are float32 at least, because squares of small errors leave float16's range.
     """

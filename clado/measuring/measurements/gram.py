@@ -1,4 +1,4 @@
-"""Losses of single options, and Gram matrices of what they change in the outputs."""
+"""Losses of single options, and Gram matrices of their changes of the outputs."""
 
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +19,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 
     Row 0: what `singles` gives, of the same forwards. Row 1: 0 and Σ_n rᵀ u, with the gradient r of the loss at the float outputs
     (p − y; zero for KL). Then K rows for each of TEMPERATURES: 0 and Σ_n u_kᵀ F_n u_l. With classes, F = diag(q) − q qᵀ of
-    q = softmax(z / temperature), and with v = √q (u − qᵀu) that is the Gram matrix of v: positive semidefinite up to rounding.
+    q = softmax(z / temperature). With v = √q (u − qᵀu) that is the Gram matrix of v, positive semidefinite up to rounding.
     Other criteria give v as a linear map of u (`PackedCriterion.root`), at every temperature the same. Only one pass of u is held
     at a time.
     """
@@ -38,7 +38,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
         v: Tensor | None = None
         for options, logits in each_option(bench, part):
             sums[0, [1 + option for option in options]] += to_numpy(loss(logits)).sum(1)
-            u = logits - reference  # exact but for its own last digit; sums over samples are float64
+            u = logits - reference  # exact up to its last digit; sums over samples are float64
             where = torch.tensor(options, device=device)
             if slope is not None:
                 first[where] += (u * slope).sum((1, 2))
@@ -56,15 +56,15 @@ def measure(bench: Workbench, tile: Tile) -> Array:
 
 
 def _sampled(root: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The root with at most `SAMPLED_VALUES` values (R, N, V) of each sample, scaled so that sums of products are unbiased.
+    """The root with at most `SAMPLED_VALUES` values (R, N, V) of each sample. Scaled so that sums of products are unbiased.
 
-    The values are the same for every sample and option, so that the Gram matrix stays positive semidefinite, and does not depend
-    on how samples are cut into passes.
+    The same values are used for every sample and option. So the Gram matrix stays positive semidefinite, and does not depend on
+    how samples are cut into passes.
     """
 
     def sampled(u: Tensor) -> Tensor:
         rows: list[Tensor] = []
-        for row in u:  # one option at a time: all values of large outputs exist for one only
+        for row in u:  # one option at a time, because all values of large outputs would take too much memory
             v = root(row.unsqueeze(0))[0]
             if (count := v.shape[1]) > SAMPLED_VALUES:
                 v = v[:, torch.from_numpy(_drawn(count)).to(v.device)] * (count / SAMPLED_VALUES) ** 0.5
@@ -76,7 +76,7 @@ def _sampled(root: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 @cache
 def _drawn(count: int) -> NDArray[np.int64]:
-    """The values that are kept of so many, ascending."""
+    """The indices of the values that are kept, ascending."""
     return np.sort(np.random.default_rng(SAMPLE_SEED).choice(count, SAMPLED_VALUES, replace=False))
 
 
@@ -92,8 +92,8 @@ def _products(v: Tensor) -> Tensor:
 def _add_products(grams: Tensor, u: Tensor, q: Tensor) -> None:
     """Adds the products v vᵀ of v = √q (u − qᵀu) to grams (T, K, K), float64: on and below the diagonal, and a bit above.
 
-    u (K, N, C), q (T, N, C). A CPU takes a few samples at a time, which its cache holds from step to step. Each product is in the
-    type of u. That is twice as fast, and as exact as differences of logits are. A GPU computes all in float64.
+    u (K, N, C), q (T, N, C). A CPU takes a few samples at a time, so that they stay in its cache. Each product has the
+    type of u. That is twice as fast, and as exact as differences of logits. A GPU computes all in float64.
     """
     on_cpu = u.device.type == "cpu"
     dtype, elements, rows = (u.dtype, 4096, 32) if on_cpu else (torch.float64, 2**16, 1024)

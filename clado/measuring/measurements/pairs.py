@@ -1,4 +1,4 @@
-"""Losses of two options at a time: each row of the sweep is resumed with every option of the layers behind it."""
+"""Losses of two options at a time. Each row of the sweep is resumed with every option of later layers."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def measure(bench: Workbench, tile: Tile, kind: PairKind = all_pairs) -> Array:
     sums = np.where(mask, 0.0, np.nan)
     rows = [row for row, pairs in zip(tile.rows, mask, strict=True) if pairs.any()]
     groups = [[row for row in rows if space.options[row].layer in layers] for layers in kind.layer_groups(space)]
-    groups = sorted(filter(None, groups))  # in order of their first row, so that one float run serves them all
+    groups = sorted(filter(None, groups))  # in the order of their first row, so that one float run is enough for all
     for part in bench.passes(tile.sample_block):
         float_state = network.begin(part.images)
         for group in groups:
@@ -42,6 +42,6 @@ def _add_pairs(
                 logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
                 losses.append(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape)))
                 entries += [(row - first_row, option) for row in stack.rows]
-        if losses:  # read back at once: a GPU would wait each time
+        if losses:  # read back together, because a GPU would wait each time
             row, column = np.array(entries).T
             sums[row, column] += to_numpy(torch.cat(losses)).sum(1)

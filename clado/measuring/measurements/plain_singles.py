@@ -1,4 +1,4 @@
-"""Singles of uncorrected layers: the bench holds those."""
+"""Singles of uncorrected layers, which the bench holds."""
 
 from clado.measuring.measurements import singles
 

@@ -41,7 +41,7 @@ def average_traces(
 
     The trace of the Hessian of the loss in a layer's weights is Hutchinson's estimate, mean v_iᵀ (H v)_i over `num_vectors`
     vectors v of random signs. A vector covers all layers at once, because blocks of other layers vanish in expectation. An image
-    takes one forward and one backward, and another backward through both for each vector.
+    takes one forward and one backward pass, and for each vector another backward pass through both.
     """
     network, space = prepared.network, prepared.space
     weights = leaves(network.weights)
@@ -51,7 +51,7 @@ def average_traces(
     replaced = {i: QuantizedLayer(weight) for i, weight in enumerate(weights)}
     packed = criteria.packed(criterion, network.outputs)
     differentiable = (network.with_batch_statistics() if batch_statistics else network).differentiable()
-    # numbers stay on the device until all of it is asked: reading one back would wait for the device each time
+    # numbers stay on the device until all work is queued, because reading one back would wait for the device
     loss = torch.zeros((), dtype=torch.float64, device=network.device)
     traces = torch.zeros(space.num_layers, dtype=torch.float64, device=network.device)
     for images, labels in parts:
@@ -94,9 +94,9 @@ def _add_traces(traces: Tensor, loss: Tensor, weights: Sequence[Tensor], vectors
 
 
 def images_at_once(network: Network, most: int, limit_bytes: int | None) -> int:
-    """Images of one recorded run, at most `most`.
+    """Images of one run that autograd records, at most `most`.
 
-    Autograd keeps every layer's input and output, and second derivatives as much again twice over. All of it is within a
+    Autograd keeps every layer's input and output, and second derivatives keep twice as much again. All of it takes at most a
     quarter of the limit (default 2 GB).
     """
     prefix_bytes = 8 * sum(place.cut.bytes_per_image for place in network.places)

@@ -1,4 +1,4 @@
-"""Corrections that recover accuracy without a single extra operation in the network that runs; each file is one, at one stage.
+"""Corrections that recover accuracy without an extra operation in the deployed network. Each file is one, at one stage.
 
     stage      when                                  class of the object in the file
     network    once, on the float network            NetworkCorrection
@@ -6,7 +6,7 @@
     layer      after rounding, for the same          LayerCorrection
     final      once an assignment is known           FinalCorrection
 
-Everything but the last is static: it is done before measuring, and costs a probe nothing.
+All stages except the last are static: they are done before measuring, and cost a probe nothing.
 
 To add a correction, add a file to this folder with an object `correction = ...` of one of these classes. The file's name is the
 correction's name. Subclass a contract for it (tests/contracts/correction.py, tests/contracts/rounding.py).
@@ -32,7 +32,7 @@ STAGES = ("network", "rounding", "layer", "final")
 
 @dataclass(frozen=True, eq=False)
 class LayerSample:
-    """A layer of the float network and what it sees of the calibration images."""
+    """A layer of the float network, and its input on the calibration images."""
 
     layer: Layer
     """The layer."""
@@ -41,28 +41,28 @@ class LayerSample:
     bias: Tensor | None
     """Its float bias (channels,), or None."""
     form: MatrixForm
-    """How the layer is a product of matrices: input rows @ `form.columns(weight)`."""
+    """The layer as a product of matrices: input rows @ `form.columns(weight)`."""
     num_images: int
     """Number of calibration images."""
     moments: Moments
-    """Mean and second moments of the rows of its input, of a sample of the positions, shrunk by their sampling noise."""
+    """Mean and second moments of a sample of its input's rows, shrunk by their sampling noise."""
     on_grid: Mapping[int, Moments] = field(default_factory=dict)
     """Activation width -> moments of the rows of its input on the grid of this width."""
     rows: Tensor = field(default_factory=lambda: torch.zeros(0))
     """A few rows of its input, float32 (groups, rows, columns)."""
     takes_bias: bool = True
-    """Whether the layer may have another bias, or one at all."""
+    """Whether the layer's bias may be changed, or added."""
 
 
 class Correction:
-    """What the rest of the code must know about a correction: an object of the subclass of its stage."""
+    """What the rest of the code must know about a correction. It is an object of the subclass for its stage."""
 
     stage: ClassVar[str]
     """One of `STAGES`."""
 
 
 class ChangedNetwork(Protocol):
-    """What a correction of the float network gives."""
+    """The result of a correction of the float network."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -70,7 +70,7 @@ class ChangedNetwork(Protocol):
 
     @property
     def report(self) -> Sequence[object]:
-        """What there is to say, a line each."""
+        """Notes for the user, one line each."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class NetworkCorrection(Correction):
 
     stage = "network"
     equalize: Callable[[Network, Sequence[Tensor]], ChangedNetwork]
-    """(float network, calibration batches (n, C, H, W)) -> what changes in it."""
+    """(float network, calibration batches (n, C, H, W)) -> its changes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Rounding(Correction):
     round: Callable[[LayerSample, Sequence[Grid], int], list[Tensor]]
     """(sample, grids of the weight, steps) -> codes for each grid, int32 of the weight's shape."""
     skipped: Callable[[Layer], str | None] = lambda layer: None
-    """Why a layer is rounded to nearest instead, or None."""
+    """The reason why a layer is rounded to nearest instead, or None."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class LayerCorrection(Correction):
 
     stage = "layer"
     correct: Callable[[LayerSample, Sequence[QuantizedLayer]], list[QuantizedLayer]]
-    """(sample, the layer at each candidate) -> the same, better."""
+    """(sample, the layer at each candidate) -> the corrected layers."""
     skipped: Callable[[LayerSample], str | None] = lambda sample: None
-    """Why a layer is left as it is, or None."""
+    """The reason why a layer is not changed, or None."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class FinalCorrection(Correction):
 
     stage = "final"
     reference: Callable[[Network, Sequence[Tensor]], Any]
-    """(float network, calibration batches) -> what is measured of the float network, once."""
+    """(float network, calibration batches) -> the reference: measurements of the float network, made once."""
     reestimate: Callable[[Network, Mapping[int, QuantizedLayer], Sequence[Tensor], Any], dict[str, Tensor]]
-    """(network, layer -> what stands in its place, calibration batches, reference) -> new parameters and buffers by name."""
+    """(network, layer -> its replacement, calibration batches, reference) -> new parameters and buffers by name."""
     forward_images: Callable[[nn.Module, int, bool], int]
     """(float module, number of calibration images, whether there is a graph) -> forward images of one assignment."""
 

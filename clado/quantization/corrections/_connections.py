@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-LIMIT = 2.0**10  # a scale is within 1 / LIMIT .. LIMIT; beyond it a channel is almost zero, or float overflows
-HEADROOM = 0.9  # of a clip: largest scaled activation, because other images exceed the measured maximum
+LIMIT = 2.0**10  # a scale is within 1 / LIMIT .. LIMIT; outside of it a channel is almost zero, or floats overflow
+HEADROOM = 0.9  # share of a clip for the largest scaled activation, because other images exceed the measured maximum
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the channels of a value lie."""
+    """The place of the channels in a value."""
 
     axis: int
     """The axis of the channels."""
@@ -45,10 +45,10 @@ class Side:
     groups: int = 1
     """Groups of the operator. Channels of axis 1 are (groups, length of the axis)."""
     repeat: int = 1
-    """How many neighbouring inputs make one channel, for a linear operator behind a flattened image."""
+    """How many neighbouring inputs make one channel, for a linear operator after a flattened image."""
 
     def ranges(self, magnitude: Tensor) -> Tensor:
-        """The maximum of `|w|` of each channel, (channels,), of that over the kernel."""
+        """The maximum of `|w|` of each channel, (channels,), from the maximum over the kernel."""
         if self.axis == 1:
             magnitude = magnitude.reshape(self.groups, -1, magnitude.shape[1]).transpose(1, 2).flatten(0, 1)
         return magnitude.reshape(-1, self.repeat * magnitude.shape[1]).amax(1)
@@ -71,7 +71,7 @@ class Connection:
     second: str
     """The name of the second layer, or of the batch norm."""
     reason: str | None = None
-    """Why nothing is scaled; None where something is."""
+    """The reason why nothing is scaled. None if something is scaled."""
     rows: Side | None = None
     """Output channels of the first layer, which are divided by the scale."""
     columns: Side | None = None
@@ -107,7 +107,7 @@ class Connection:
         for clip in self.clips:
             maximum = maxima[clip]
             if maximum is None:
-                self.reason = f"a clip at {clip.high:g} lies between, and there are no images to measure the maximum on"
+                self.reason = f"a clip at {clip.high:g} lies between them, and there are no images to measure the maximum on"
                 return
             unclipped = maximum < clip.high
             least = torch.maximum(self.least, (maximum / (HEADROOM * clip.high)).clamp(max=1.0))

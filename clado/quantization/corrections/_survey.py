@@ -22,24 +22,24 @@ _PADS = {"pad", "constant_pad_nd"}
 
 @dataclass
 class _Path:
-    """The way of a layer's result to the only operator with a weight that reads it, or what is in the way."""
+    """The path from a layer's result to the only operator with a weight that reads it, or the reason why it ends earlier."""
 
     layout: Layout
     """The layout of the value that the path has reached."""
     slot: int
     """The slot of this value."""
     norm: Norm | None = None
-    """The batch norm right behind the layer, where there is one."""
+    """The batch norm directly after the layer, if there is one."""
     clips: list[Clip] = field(default_factory=list)
     """The clips on the way."""
     second: int | None = None
     """The instruction with a weight at the end of the path."""
     reason: str | None = None
-    """Why the path ends before an operator with a weight."""
+    """The reason why the path ends before an operator with a weight."""
 
 
 class Survey:
-    """What a graph's operators read, and the connections of its layers.
+    """The inputs of a graph's operators, and the connections of its layers.
 
     `shapes` are the shapes of all values by slot, in runs of two images and of three images.
     """
@@ -48,7 +48,7 @@ class Survey:
         self.graph = graph
         self.shapes = shapes
         self.readers: dict[int, list[int]] = defaultdict(list)
-        self.uses: Counter[int] = Counter()  # uses of a tensor by its address, which tied names share
+        self.uses: Counter[int] = Counter()  # number of uses of a tensor by its address, because tied names share it
         self.names = {slot: name for name, slots in graph.named.items() for slot in slots}
         self.norms = {norm.position: norm for norm in graph.norms}
         for position, step in enumerate(graph.instructions):
@@ -59,7 +59,7 @@ class Survey:
                     self.uses[graph.constants[argument.slot].data_ptr()] += 1
 
     def connections(self) -> Iterator[Connection]:
-        """One for every batch norm that alone reads a layer's result, and one to the nearest layer, in order of execution."""
+        """For each layer in execution order: one to its batch norm, if there is one, and one to the nearest layer."""
         for position, step in enumerate(self.graph.instructions):
             for layer in step.layers:
                 name = self.graph.layers[layer].layer.name
@@ -86,7 +86,7 @@ class Survey:
             rows = None
             weight, bias = self.graph.instructions[path.norm.position].arguments[1:3]
             if reason is None and weight is None:
-                reason = "the batch norm between them has no scale of its own"
+                reason = "the batch norm between them has no scale"
             arguments = [argument for argument in (weight, bias) if argument is not None]
             vectors = tuple(self.names.get(a.slot, "") if isinstance(a, Constant) else "" for a in arguments)
             reason = reason or next((fault for fault in map(self._fault, vectors) if fault), None)
@@ -98,7 +98,7 @@ class Survey:
         return Connection(name, second, None, rows, columns, vectors, clips=tuple(path.clips))
 
     def _outputs(self, layer: int, position: int) -> tuple[Side | None, tuple[str, ...], str | None]:
-        """(output channels of a layer's weight, its bias by name, why they cannot be scaled)."""
+        """(output channels of a layer's weight, name of its bias, reason why they cannot be scaled)."""
         step = self.graph.instructions[position]
         fault = self._weight_fault(layer, step)
         bias = step.arguments[2] if len(step.arguments) > 2 else None
@@ -112,7 +112,7 @@ class Survey:
         return side, biases, fault
 
     def _inputs(self, position: int, path: _Path) -> tuple[Side | None, str | None]:
-        """(input channels of a layer's weight, why they cannot be scaled)."""
+        """(input channels of a layer's weight, reason why they cannot be scaled)."""
         step = self.graph.instructions[position]
         if not step.layers:
             return None, f"{self._name(position)} is not searched"
@@ -129,7 +129,7 @@ class Survey:
         return (Side(name, 0, 1, repeat) if transposed else Side(name, 1, groups, repeat)), None
 
     def _weight_fault(self, layer: int, step: Instruction) -> str | None:
-        """Why a layer's weight cannot be scaled where an operator uses it, or None."""
+        """The reason why a layer's weight cannot be scaled at an operator, or None."""
         place = self.graph.layers[layer]
         name = place.parameter
         if place.rows is not None or len(step.layers) > 1:
@@ -140,9 +140,9 @@ class Survey:
         return self._fault(name)
 
     def _fault(self, name: str) -> str | None:
-        """Why a parameter or buffer cannot get another value, or None."""
+        """The reason why a parameter or buffer cannot get another value, or None."""
         if name not in self.graph.named:
-            return f"{name or 'a bias or a scale'} cannot be given another value"
+            return f"{name or 'a bias or a scale'} cannot get another value"
         uses = self.uses[self.graph.constants[self.graph.named[name][0]].data_ptr()]
         return f"{name} is tied: it is used {uses} times" if uses > 1 else None
 
@@ -191,11 +191,11 @@ class Survey:
             path.second = k
         elif k in self.norms and isinstance(step.arguments[3], Constant):
             if path.slot != first.slot or path.layout != Layout(1):
-                path.reason = "a batch norm lies between them that is not right behind the first"
+                path.reason = "a batch norm lies between them that is not directly after the first"
             else:
                 path.norm, path.slot = self.norms[k], step.slot
         elif operator.startswith("batch_norm"):
-            path.reason = "a batch norm lies between them whose statistics are not its own"
+            path.reason = "a batch norm lies between them whose statistics cannot be changed for it alone"
         else:
             self._follow(path, k, operator)
 
@@ -204,8 +204,8 @@ class Survey:
         step = self.graph.instructions[position]
         layouts = {_output_layout(operator, step, path.layout, shapes[path.slot], shapes[step.slot]) for shapes in self.shapes}
         layout = layouts.pop()
-        if layout is None or layouts:  # several layouts: it depends on the number of images
-            path.reason = f"{operator} is not positively homogeneous in each channel, or not known to be"
+        if layout is None or layouts:  # several layouts, because they depend on the number of images
+            path.reason = f"{operator} is not positively homogeneous in each channel, or this is not known"
             return
         if operator in _CLIPS:
             low, high = _limits(operator, step)
@@ -270,9 +270,9 @@ def _limits(operator: str, step: Instruction) -> tuple[Any, Any]:
 
 
 def _output_layout(operator: str, step: Instruction, layout: Layout, source: torch.Size, result: torch.Size) -> Layout | None:
-    """The layout of the result of an operator that is positively homogeneous in each channel; None for any other operator.
+    """The layout of an operator's result if it is positively homogeneous in each channel, else None.
 
-    `layout` and the shape `source` are those of its input, `result` is the shape of its result.
+    `layout` and the shape `source` belong to its input. `result` is the shape of its result.
     """
     if operator in _ELEMENTWISE or operator in _CLIPS or (operator == "getitem" and step.arguments[1] == 0):
         return layout
@@ -285,7 +285,7 @@ def _output_layout(operator: str, step: Instruction, layout: Layout, source: tor
 
 
 def _reshaped_layout(layout: Layout, source: torch.Size, result: torch.Size) -> Layout | None:
-    """The layout behind a change of shape in row-major order. Channels are runs of equal length, and their period stays."""
+    """The layout after a change of shape in row-major order. Channels are runs of equal length, and their period stays."""
     inner = prod(source[layout.axis + 1 :])
     run, period = inner * layout.repeat, inner * source[layout.axis]
     for axis, length in enumerate(result):
@@ -296,7 +296,7 @@ def _reshaped_layout(layout: Layout, source: torch.Size, result: torch.Size) -> 
 
 
 def _reduced_layout(step: Instruction, layout: Layout, source: torch.Size, result: torch.Size) -> Layout | None:
-    """The layout behind a sum, mean or extremum over axes that are neither images nor channels."""
+    """The layout after a sum, mean or extremum over axes that are neither images nor channels."""
     axes = step.arguments[1] if len(step.arguments) > 1 else None
     reduced = {n % len(source) for n in axes} if isinstance(axes, list) else set()
     if not reduced or reduced & {0, layout.axis}:

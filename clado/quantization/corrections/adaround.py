@@ -1,8 +1,8 @@
 """AdaRound: whether each weight rounds up or down is learned from the layer's output (Nagel et al., arXiv 2004.10568).
 
 A weight lies between two neighbouring codes, base and base + step. It becomes base + h(V) · step. The rectified sigmoid h runs
-from 0 to 1 over V and reaches both ends. V starts where the weight does, so that cutting h at one half gives nearest codes. Adam
-minimises
+from 0 to 1 over V and reaches both ends. V starts at the weight's position, so that rounding h at one half gives nearest codes.
+Adam minimises
 
     N tr(Eᵀ Σ E) / tr(E₀ᵀ Σ E₀)  +  λ Σ (1 − |2 h(V) − 1|^β)
 
@@ -21,22 +21,22 @@ from torch import Tensor
 from clado.grids import Grid
 from clado.quantization.corrections import LayerSample, Rounding
 
-# ResNet-20 at 2 and 4 bits chose the settings below; halving or doubling one changes the error by 8 % at most
+# The settings below were chosen on ResNet-20 at 2 and 4 bits. Halving or doubling one changes the error by at most 8 %
 LEARNING_RATE = 0.1
 REGULARIZATION = 10.0  # λ
 LOOSE, TIGHT = 8.0, 2.0  # β, on half a cosine
 WARM_UP = 0.2  # share of the steps without regularization: the paper's
 LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this range and cut at 0 and 1: the paper's
-MARGIN = 0.01  # V starts at least so far from where h is cut, and its gradient 0
+MARGIN = 0.01  # V starts at least this far from the ends, where h is cut and its gradient is 0
 
 
 def learned(sample: LayerSample, grids: Sequence[Grid], steps: int = 1000) -> list[Tensor]:
     """Codes for each grid, int32 of the weight's shape, after `steps` steps of Adam each.
 
-    The squared output error on the calibration inputs is not above that of nearest codes. Where learning does not help, nearest
+    The squared output error on the calibration inputs is not above that of nearest codes. If learning does not help, nearest
     codes are returned. Nothing is random.
     """
-    # autograd needs ordinary tensors, also where the caller is in inference mode
+    # autograd needs ordinary tensors, even if the caller is in inference mode
     with torch.inference_mode(False), torch.enable_grad():
         learner = _Learner(sample, steps)
         return [learner.codes(Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes)) for grid in grids]
@@ -52,7 +52,7 @@ class _Learner:
             self.second = (sample.moments.products / sample.moments.count).float()
 
     def codes(self, grid: Grid) -> Tensor:
-        """The learned codes, or nearest codes where these have no larger output error."""
+        """The learned codes, or nearest codes if their output error is not larger."""
         nearest = grid.quantize(self.weight)
         with torch.no_grad():
             nearest_error = float(self._squared_error(grid.dequantize(nearest)))
@@ -90,7 +90,7 @@ class _Codes:
         self.step = codes.step
         position = weight / grid.scale + grid.zero_point
         lower = codes.low + codes.step * ((position - codes.low) / codes.step).floor()
-        # a weight beyond the range is placed between the last two codes, so that it can leave the last one
+        # a weight outside of the range is placed between the last two codes, so that it can move away from the last one
         self.base = lower.clamp(codes.low, codes.high - codes.step)
         start = ((position - self.base) / codes.step).clamp(MARGIN, 1 - MARGIN)
         self.v = ((start - LOW) / (HIGH - LOW)).logit().requires_grad_()
@@ -100,7 +100,7 @@ class _Codes:
         return (torch.sigmoid(self.v) * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def codes(self) -> Tensor:
-        """The nearer of both codes, int32."""
+        """The nearer of the two codes, int32."""
         with torch.no_grad():
             return (self.base + self.step * (self.up() >= 0.5)).to(torch.int32)
 

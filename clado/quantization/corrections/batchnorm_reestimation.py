@@ -1,14 +1,14 @@
-"""Batch norm's statistics moved by what quantization changes, measured on unlabelled calibration images.
+"""Batch norm's statistics follow the changes by quantization, which are measured on unlabelled calibration images.
 
-Quantized weights shift and stretch what a batch norm sees. Its statistics follow, so that each channel of its output has the
-float network's mean and deviation on the same images. With trained statistics μ, σ, those of the float network's inputs μ_f, σ_f
-and of the quantized network's inputs μ_q, σ_q, all measured on the same images, the new ones are
+Quantized weights shift and scale the input of a batch norm. Its statistics are changed, so that each channel of its output has
+the float network's mean and deviation on the same images. The trained statistics are μ, σ. Its input has μ_f, σ_f in the
+float network and μ_q, σ_q in the quantized network, on the same images. The new statistics are
 
     σ' = σ σ_q / σ_f        μ' = μ_q − (μ_f − μ) σ_q / σ_f
 
-Without quantization μ' = μ and σ' = σ: trained statistics stay. Replacing them by μ_q, σ_q instead (Sun et al. 2019, "Hybrid
-8-bit floating point", section 3.2; Finkelstein et al. 2019, arXiv 1906.03193) also replaces what training averaged over
-augmented images by what a few hundred centre crops have. On an ImageNet network that costs 3 to 7 points of top-1 by itself
+Without quantization μ' = μ and σ' = σ, so trained statistics stay. Others replace them by μ_q, σ_q (Sun et al. 2019, "Hybrid
+8-bit floating point", section 3.2; Finkelstein et al. 2019, arXiv 1906.03193). That also replaces averages over augmented
+training images by those of a few hundred centre crops. On an ImageNet network this costs 3 to 7 points of top-1 by itself
 (tests/benchmarks/NO_HARM.md).
 
 Statistics are pooled over images and taken layer by layer in execution order, so they do not depend on the batch size. The
@@ -57,7 +57,7 @@ def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
     network.normalisation(_first_images(images), statistics=keep)
     if not moments:
         raise NetworkError(
-            "batchnorm_reestimation finds no batch norm that it can stop at, though the network has statistics of some; expected "
+            "batchnorm_reestimation finds no batch norm that it can stop at, but the network has statistics of some; expected "
             "batch norm in eval mode, not folded, or corrections without it"
         )
     return moments
@@ -66,7 +66,7 @@ def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
 def reestimate(
     network: Network, quantized: Mapping[int, QuantizedLayer], images: Sequence[Tensor], floats: Mapping[str, Moments]
 ) -> dict[str, Tensor]:
-    """New running means and variances by buffer name, for `network.updated`; empty for a network without batch norm.
+    """New running means and variances by buffer name, for `network.updated`. Empty for a network without batch norm.
 
     Args:
         network: The float network.
@@ -91,16 +91,16 @@ def _first_images(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def forward_images(model: nn.Module, num_images: int, has_graph: bool) -> int:
-    """Forward images of one assignment: those that are read, by whole forwards once for each batch norm. None without batch norm.
+    """Forward images of one assignment: the images that are read, or with whole forward passes this many for each batch norm.
 
-    It is an upper bound: a batch norm that a forward meets twice is left as it is.
+    It is 0 without batch norm. It is an upper bound, because a batch norm that runs twice is not changed.
     """
     norms = sum(name.endswith("running_var") for name, _ in model.named_buffers())
     return min(num_images, MOST_IMAGES) * (min(norms, 1) if has_graph else norms)
 
 
 def matched(norm: NormStatistics, floats: Moments) -> Moments:
-    """The statistics under which a batch norm's output has the float network's mean and deviation in each channel.
+    """The statistics that give a batch norm's output the float network's mean and deviation in each channel.
 
     Args:
         norm: The batch norm's trained statistics, and its input statistics in the quantized network.
@@ -109,7 +109,7 @@ def matched(norm: NormStatistics, floats: Moments) -> Moments:
     (mean, variance), (float_mean, float_variance), (seen_mean, seen_variance) = (
         [part.double() for part in moments] for moments in (norm.trained, floats, norm.seen)
     )
-    # the batch norm's deviation contains ε; with it, channels that never vary stay as they are
+    # the batch norm's deviation contains ε; so channels that never vary do not change
     ratio = (seen_variance + norm.eps) / (float_variance + norm.eps)
     new_mean = seen_mean - (float_mean - mean) * ratio.sqrt()
     new_variance = ((variance + norm.eps) * ratio - norm.eps).clamp(min=0.0)

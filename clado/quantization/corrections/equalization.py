@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: channels of a weight get equal ranges, and the float network stays what it is.
+"""Cross-layer equalisation: channels of a weight get equal ranges, and the float network computes the same function.
 
 Channel c of a layer's result is divided by s_c, and the next layer's input channel is multiplied by it. This changes nothing if
 everything between is positively homogeneous, f(x / s) = f(x) / s (Nagel et al., arXiv 1906.04721; Meller et al., arXiv
@@ -9,9 +9,9 @@ everything between is positively homogeneous, f(x / s) = f(x) / s (Nagel et al.,
     layer, batch norm    output channels, bias, mean; σ² + ε by s²                          p1: every share becomes 1
     batch norm, layer    γ and β                                     inputs of the layer    1 / p2: every share becomes 1
 
-The first is the papers' √(r1 r2) / r2 with shares in place of ranges r. Shares also work for tensors of any size, and where some
+The first is the papers' √(r1 r2) / r2 with shares instead of ranges r. Shares also work for tensors of any size, and if some
 channels may not be scaled. A batch norm that is not folded needs no compromise between two layers. Before it s ≤ 1, so that the
-new variance is above the old one, thus valid. Behind it s ≥ 1, so that activations shrink, away from any clip. Quantizers with a
+new variance is above the old one, and so valid. After it s ≥ 1, so that activations shrink, away from any clip. Quantizers with a
 range for each output channel gain from input channels only. Rounds are repeated until no scale changes.
 """
 
@@ -28,7 +28,7 @@ from clado.quantization.corrections._connections import Clip, Connection
 from clado.quantization.corrections._survey import Survey, value_shapes
 
 ROUNDS = 200
-TOLERANCE = 1e-8  # of the logarithm of a scale, in float64
+TOLERANCE = 1e-8  # smallest change of the logarithm of a scale, in float64
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Pair:
     first: str
     """The name of a layer."""
     second: str
-    """The name of a layer, or of the batch norm right behind the first layer."""
+    """The name of a layer, or of the batch norm directly after the first layer."""
     done: bool
     """Whether the channels were scaled."""
     note: str
-    """The range of the scales, or why nothing was scaled."""
+    """The range of the scales, or the reason why nothing was scaled."""
 
     def __str__(self) -> str:
         return f"{self.first} -> {self.second}: {'equalised' if self.done else 'skipped'}, {self.note}"
@@ -50,7 +50,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Equalization:
-    """What equalisation changes in a network."""
+    """The changes by equalisation in a network."""
 
     tensors: dict[str, Tensor]
     """New values of parameters and buffers, by the module's names."""
@@ -58,7 +58,7 @@ class Equalization:
     """Every pair, in order of execution."""
 
 
-@torch.inference_mode(False)  # ordinary tensors, also where the caller is in inference mode
+@torch.inference_mode(False)  # ordinary tensors, even if the caller is in inference mode
 @torch.no_grad()
 def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
     """Equalises neighbouring layers of a float network. Apply it with `network.updated(result.tensors)`.
@@ -67,8 +67,8 @@ def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
     PReLU, pooling, zero padding, upsampling, and reshapes that keep channels apart. Depthwise and grouped convolutions are
     included. Weights that are tied, split or fixed stay the same. A channel whose weights are all zero keeps scale 1.
 
-    A layer has one pair with the nearest layer that its result reaches, and one with the batch norm behind it, where there is
-    one.
+    A layer has one pair with the nearest layer that its result reaches. If a batch norm follows, it has another pair with
+    this.
 
     Args:
         network: The float network.
@@ -78,7 +78,7 @@ def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
     """
     graph = network.engine
     if not isinstance(graph, Graph):
-        reason = "the network is run by whole forwards, which do not show what lies between two layers"
+        reason = "the network runs by whole forward passes, which do not show what lies between two layers"
         return Equalization({}, (Pair("every layer", "every layer", False, reason),))
     example = network.example.to(network.device)
     survey = Survey(graph, [value_shapes(graph, example.repeat(n, *[1] * (example.ndim - 1))) for n in (2, 3)])
@@ -90,7 +90,7 @@ def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
     for connection in connections:
         connection.prepare(values, magnitudes, maxima)
     scaled = [connection for connection in connections if connection.reason is None]
-    # batch norms take what they can first: that changes no activation
+    # batch norms first, because scaling there changes no activation
     scaled.sort(key=lambda connection: connection.columns is not None)
     for _ in range(ROUNDS):
         if max((connection.equalize(magnitudes) for connection in scaled), default=0.0) < TOLERANCE:
@@ -111,13 +111,13 @@ def _pair(connection: Connection) -> Pair:
     note = f"{len(scale)} channels, scales {float(scale.min()):.3g} to {float(scale.max()):.3g}"
     if connection.num_fixed:
         clip = f"the clip at {connection.clips[0].high:g}"
-        note += f"; {connection.num_fixed} keep theirs: their measured maximum reaches {clip}"
+        note += f"; {connection.num_fixed} keep their scale, because their measured maximum reaches {clip}"
     return Pair(connection.first, connection.second, True, note)
 
 
 @torch.inference_mode()
 def _maxima(graph: Graph, clips: Sequence[Clip], images: Sequence[Tensor]) -> list[Tensor | None]:
-    """The largest value that each channel brings to each clip, (channels,); None without images."""
+    """The largest value of each channel at each clip, (channels,). None without images."""
     maxima: dict[Clip, Tensor] = {}
     for batch in images if clips else ():
         state = graph.begin(batch)

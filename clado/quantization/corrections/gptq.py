@@ -1,4 +1,4 @@
-"""GPTQ: weights rounded one after another, each making up for the errors of the others (Frantar et al., arXiv 2210.17323).
+"""GPTQ: weights are rounded one after another, and each corrects errors of the others (Frantar et al., arXiv 2210.17323).
 
 A layer's squared output error on the calibration inputs is Σ over output channels of ½ eᵀ H e. Here e is the channel's weight
 error, and H = 2 Σ x xᵀ sums over rows of its input (`MatrixForm`), one H for each group. Two kinds of sweeps over the columns of
@@ -8,7 +8,7 @@ the weight reduce it:
   column k becomes the nearest codes of w_k + Σ_{i<k} (w_i − q_i) R_ik / R_kk. These are the numbers of the paper's Cholesky
   factor of the inverse (Chee et al., arXiv 2307.13304, theorem 6), without an inverse.
 - Coordinate descent from there (after CDQuant, arXiv 2406.17542; here in cyclic order). Column k becomes the nearest codes of
-  w_k + Σ_{i≠k} (w_i − q_i) H_ik / H_kk. They are the best ones for the other columns as they are. It never raises the error.
+  w_k + Σ_{i≠k} (w_i − q_i) H_ik / H_kk. They are the best ones for the present codes of the other columns. The error never rises.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from clado.quantization.corrections import LayerSample, Rounding
 from clado.space import Layer
 
 DAMPENING = 0.01  # λ as a share of H's mean diagonal: the paper's choice
-DESCENTS = 3  # most sweeps of coordinate descent; five gain a percent more at 2 bits, on EfficientNet-Lite0
-PANEL = 128  # columns that the errors of all other columns reach in one product
+DESCENTS = 3  # most sweeps of coordinate descent; five would gain one percent more at 2 bits, on EfficientNet-Lite0
+PANEL = 128  # number of columns to which one product feeds the errors of all other columns
 MAX_COLUMNS = 8192  # H and R then take 1.1 GB
 
 
@@ -35,13 +35,13 @@ def skipped(layer: Layer) -> str | None:
     return None
 
 
-@torch.inference_mode(False)  # ordinary tensors, also where the caller is in inference mode
+@torch.inference_mode(False)  # ordinary tensors, even if the caller is in inference mode
 @torch.no_grad()
 def round_columns(sample: LayerSample, grids: Sequence[Grid], steps: int = 0) -> list[Tensor]:
     """Codes for each grid, int32 of the weight's shape. All grids are rounded in the same sweeps.
 
-    No output channel's squared error on the calibration inputs is above that of nearest codes. Where feeding errors forward
-    does not help, the descent starts at nearest codes. Nothing is random: `steps` changes nothing.
+    No output channel's squared error on the calibration inputs is above that of nearest codes. If feeding errors forward does
+    not help, the descent starts at nearest codes. Nothing is random. `steps` is not used.
     """
     weight, form = sample.weight.detach().float(), sample.form
     if skipped(sample.layer):
@@ -64,18 +64,18 @@ def round_columns(sample: LayerSample, grids: Sequence[Grid], steps: int = 0) ->
         previous, rounded = rounded, _sweep(columns, rounded, column_grid, hessian)
         if torch.equal(previous, rounded):
             break
-    rounded = torch.where(objective.squared_errors(rounded) < nearest_errors, rounded, nearest)  # for a descent rounds too
+    rounded = torch.where(objective.squared_errors(rounded) < nearest_errors, rounded, nearest)  # because a descent rounds too
     return [form.weight(codes) for codes in _take(rounded, order.argsort(dim=1)).chunk(len(grids), 2)]
 
 
 @dataclass(frozen=True, eq=False)
 class _ColumnGrid:
-    """Grids of a weight's columns side by side along the last axis; of several widths at once."""
+    """Grids of a weight's columns next to each other along the last axis, also of several widths."""
 
     scale: Tensor
-    """(..., channels) or (groups, columns, channels)."""
+    """Scales, (..., channels) or (groups, columns, channels)."""
     zero_point: Tensor
-    """Of the same shape."""
+    """Zero points, of the same shape."""
     low: Tensor
     """The least code of each channel, (channels,)."""
     high: Tensor
@@ -83,7 +83,7 @@ class _ColumnGrid:
     binary: Tensor
     """Whether a channel has the codes -1 and 1 only, (channels,)."""
     has_binary: bool
-    """Whether any channel has."""
+    """Whether any channel has only these codes."""
 
     @classmethod
     def of(cls, grids: Sequence[Grid]) -> "_ColumnGrid":
@@ -107,7 +107,7 @@ class _ColumnGrid:
         return replace(self, scale=self.scale[:, number], zero_point=self.zero_point[:, number])
 
     def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes (int32), as `Grid.quantize` has them."""
+        """Nearest codes (int32), the same as from `Grid.quantize`."""
         position = weight / self.scale + self.zero_point
         codes = torch.minimum(torch.maximum(position.round(), self.low), self.high)
         if self.has_binary:
@@ -126,7 +126,7 @@ def _take(matrix: Tensor, order: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Objective:
-    """What the sweeps reduce: eᵀ H e of each output channel."""
+    """The error that sweeps reduce: eᵀ H e of each output channel."""
 
     hessian: Tensor
     """H, float32 (groups, columns, columns)."""
@@ -144,7 +144,7 @@ class _Objective:
 def _sweep(columns: Tensor, codes: Tensor, grid: _ColumnGrid, feedback: Tensor) -> Tensor:
     """Rounds one column after another to the nearest codes of w_k + Σ_{i≠k} (w_i − q_i) F_ik / F_kk.
 
-    Each column uses the latest q_i of the other columns. Products are in float32: what they round is far below a step of a grid.
+    Each column uses the latest q_i of the other columns. Products are in float32. Their rounding is far below a step of a grid.
 
     Args:
         columns: The weight w, float32 (groups, columns, channels).
@@ -164,7 +164,7 @@ def _sweep(columns: Tensor, codes: Tensor, grid: _ColumnGrid, feedback: Tensor) 
         for k, column in enumerate(range(start, start + others.shape[1])):
             correction = others[:, k] + (feedback[:, None, start:column, column] @ change[:, :k])[:, 0]
             column_grid = grid.column(column)
-            rounded = column_grid.quantize(columns[:, column] + correction)  # no correction gives nearest codes
+            rounded = column_grid.quantize(columns[:, column] + correction)  # without feedback, codes are the nearest ones
             codes[:, column] = rounded
             change[:, k] = columns[:, column] - column_grid.dequantize(rounded) - error[:, column]
         error[:, panel] += change

@@ -1,9 +1,9 @@
-"""Per output channel: the quantized layer's mean and standard deviation become those of the float layer.
+"""For each output channel, the quantized layer gets the mean and standard deviation of the float layer.
 
 This is bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2, for the mean; Banner et al. 2019, arXiv 1810.05723,
 section 4, for mean and spread of weights), on the moments of float inputs of calibration images. With y = s (W_q * x) + b, the
 float layer's mean μ and deviation σ are matched by s = σ / σ_q and b = μ − s μ_q. The factor s goes into the weight's scale:
-codes stay the same, and the network gets no operation. A per-tensor scale stays one scale. Then only the mean is corrected.
+codes stay the same, and the network gets no extra operation. A per-tensor scale stays one scale. Then only the mean is corrected.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from clado.grids import Grid, QuantizedLayer
 from clado.quantization.corrections import LayerCorrection, LayerSample
 from clado.quantization.moments import Moments
 
-MIN_OBSERVATIONS = 32  # of one channel; its deviation is then known to about an eighth
-ROUNDING = 1e-6  # share of a layer's largest values; a smaller deviation is the rounding of sums in float32
+MIN_OBSERVATIONS = 32  # least observations of a channel; its deviation is then known to about an eighth
+ROUNDING = 1e-6  # share of a layer's largest values; a smaller deviation is only rounding of float32 sums
 
 
 def correct(sample: LayerSample, quantized: Sequence[QuantizedLayer]) -> list[QuantizedLayer]:
     """Corrects the bias (channels,) of quantized layers and, where scales are per channel, the scales.
 
-    Returns the same layers where the layer takes no bias.
+    Returns the same layers if the layer takes no bias.
 
     Raises:
         DataError: There are too few calibration images.
@@ -46,7 +46,7 @@ def correct(sample: LayerSample, quantized: Sequence[QuantizedLayer]) -> list[Qu
 
 def skipped(sample: LayerSample) -> str | None:
     """Why a layer is left as it is, or None."""
-    return None if sample.takes_bias else "its bias is not its own"
+    return None if sample.takes_bias else "it has no bias that can be changed for it alone"
 
 
 class _Output:
@@ -64,7 +64,7 @@ class _Output:
 
 
 def _matched(sample: LayerSample, layer: QuantizedLayer, floats: _Output) -> QuantizedLayer:
-    """The layer with the float layer's mean and, where its scales are per channel, deviation."""
+    """The layer with the float layer's mean and, if its scales are per channel, deviation."""
     moments = sample.moments if layer.activation is None else sample.on_grid[layer.activation.bits]
     quantized = _Output(sample, moments, layer.weight)
     channels = len(floats.mean)
@@ -72,7 +72,7 @@ def _matched(sample: LayerSample, layer: QuantizedLayer, floats: _Output) -> Qua
     grid = layer.grid
     per_channel = grid is not None and grid.scale.numel() == channels == sample.layer.num_channels and channels > 1
     if per_channel:
-        # a channel that does not vary, quantized or not, has no deviation to match
+        # a channel that does not vary in one of the two has no deviation to match
         varies = quantized.varies & floats.varies
         ratio = torch.where(varies, floats.deviation / quantized.deviation.clamp(min=1e-30), ratio)
     bias = (floats.mean - ratio * quantized.mean).to(layer.weight)

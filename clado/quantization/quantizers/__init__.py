@@ -15,7 +15,7 @@ from clado.plugins import load
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What the rest of the code must know about a quantizer."""
+    """Everything that the rest of the code must know about a quantizer."""
 
     fit_range: Callable[[Tensor, Codes, bool], tuple[Tensor, Tensor]]
     """(float rows (channels, n), codes, whether zero is in the middle) -> the range (low, high) that the codes span in each row,
@@ -35,7 +35,7 @@ class WeightQuantizer:
     name: str = "mse"
     """The file that chooses the range."""
     per_channel: bool = True
-    """Whether each output channel has a scale of its own, or the tensor has one."""
+    """Whether each output channel has its own scale, or the tensor has one."""
     symmetric: bool = True
     """Whether the grid is symmetric about zero, or affine."""
 
@@ -55,7 +55,7 @@ class WeightQuantizer:
         return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), codes)
 
     def fake_quantize(self, weight: Tensor, bits: int, channel_axis: int = 0) -> Tensor:
-        """Q(w, b): the weight rounded to its b-bit grid; shape, dtype and device are kept, the input is not changed."""
+        """Q(w, b): the weight rounded to its b-bit grid. Shape, dtype and device are kept, and the input is not changed."""
         return self.grid(weight, bits, channel_axis).fake_quantize(weight.detach().float()).to(weight.dtype)
 
 
