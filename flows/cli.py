@@ -73,8 +73,10 @@ def plan(
 ) -> None:
     """Say what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
     run = _opened(_settings(config, overrides), planning=not probe)
+    from clado.choosing.proposals import check_budgets
     from flows.commands.plan import plan_text
 
+    check_budgets(run.space, run.budgets, run.limits)
     typer.echo(plan_text(run))
     if runtime is not None:
         from clado.exporting.runtimes import runtime_of

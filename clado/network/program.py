@@ -62,8 +62,8 @@ def _reason(error: Exception) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if any("data-dependent" in line for line in lines):
         return (
-            "its code decides by the content of the images, such as by `if x.sum() > 0`, or by int() or .item() of a value that it "
-            "computes; use torch.where, or tensors in place of numbers"
+            "its code decides by the content of the images, such as by `if x.sum() > 0`, or by int() or .item() of a value "
+            "that it computes; use torch.where, or tensors in place of numbers"
         )
     if any("specialized" in line for line in lines):
         return "its code makes the number of images a constant; use x.shape[0] where it has len(x) or int(...)"

@@ -326,8 +326,24 @@ def test_plan_prints_the_plans_own_numbers_and_writes_nothing(here):
     assert f"{plan.stored_bytes() / 1e6:,.1f} MB" in text
     weights = sum(layer.num_weights for layer in space.layers)
     assert f"{weights * 2 // 8:,} to {weights * 4 // 8:,} bytes" in text
-    assert f"{len([t for t in plan.tiles if t.kind == 'pairs']):>4} tiles" in text
+    assert f"{len([t for t in plan.tiles if t.kind == 'pairs'])} tiles" in text
+    assert "GMAC: " in text  # words that a newcomer does not know are explained
     assert listing(here) == before
+
+
+def test_plan_names_what_stays_in_float(here):
+    text = call("plan", write(here, network={**ZOO, "fixed": ["layer1.*", "fc.weight"]}))
+    others, fixed = sorted((line for line in text.splitlines() if "stays in float" in line), key=lambda line: "(fixed" in line)
+    assert "layer1.0.conv1.weight" in fixed
+    assert fixed.endswith("fc.weight")
+    assert "one value a channel" in others
+    assert others.endswith("more")
+
+
+def test_plan_refuses_a_budget_out_of_reach(here):
+    text = call("plan", write(here, budgets={"average_bits": [3, 1.5]}), ends=2)
+    assert "budget 1.5 bits" in text
+    assert "2 to 4 bits a weight" in text
 
 
 def test_plan_with_a_probe_adds_an_eta_within_its_limit(here):
