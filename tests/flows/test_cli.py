@@ -530,15 +530,17 @@ def test_evaluate_of_a_new_budget_measures_what_is_new_once(finished, copied):
     assert listing(copied / "evaluations") == after
 
 
-def test_a_peers_file_says_what_it_loses_with_both_accuracies(finished, copied, tmp_path):
+def test_a_peers_file_says_what_it_keeps_with_the_accuracies(finished, copied, tmp_path):
     record = RunRecord.load(finished.folder / "record.json")
-    chosen = record.find(record.budgets[0], CHOSEN)
-    told = call("export", copied, "--budget", BUDGETS[0], "--format", "torchao", "-o", tmp_path / "peer")
-    text = (tmp_path / "peer" / "assignment_torchao.py").read_text()
-    for top1 in (chosen.validation.top1, chosen.validation_plain.top1):
-        assert f"top-1 {100 * top1:.2f} %" in told
-        assert f"top-1 {100 * top1:.2f} %" in text.partition('"""')[0]
-    assert "clado's corrections are lost" in told
+    measured = f"top-1 {100 * record.find(record.budgets[0], CHOSEN).validation.top1:.2f} %"
+    for peer in ("torchao", "mct"):
+        told = call("export", copied, "--budget", BUDGETS[0], "--format", peer, "-o", tmp_path / peer)
+        text = (tmp_path / peer / f"assignment_{peer}.py").read_text().partition('"""')[0]
+        assert all(measured in words and (peer == "mct") == ("WARNING" in words) for words in (told, text)), told
+        carries = (tmp_path / peer / f"weights_{peer}.safetensors").is_file()
+        assert carries == (peer == "torchao")
+    [emulated] = re.findall(r"As MCT rounds, emulated: top-1 (\S+) %", told)
+    assert float(emulated) < 100 * record.find(record.budgets[0], CHOSEN).validation.top1
 
 
 @pytest.mark.parametrize("bits", BUDGETS)
