@@ -121,6 +121,7 @@ def profile(
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records.text import file_name, write_text
+    from flows.commands.advice import after_solving
     from flows.commands.stored import StoredRun, limit_as_budget, predicted_text, solution_text
 
     stored, limits = StoredRun.open(folder), limits or []
@@ -128,13 +129,15 @@ def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes =
         row_budget, *limits = [limit_as_budget(limits[0]), *limits[1:]]
     else:
         row_budget = _budget(budget, size_bytes)
+    answers = {}
     for name, matrix, solution in stored.solve(row_budget, limits):
+        answers[name] = solution
         file = folder / "solutions" / f"{'-'.join(map(file_name, [row_budget.name, *limits, name]))}.json"
         write_text(file, stored.document(matrix, solution, row_budget, limits))
         rivals = stored.rivals(matrix, row_budget, limits)
         others = ", ".join(f"{rival} {predicted_text(matrix, solution.objective)}" for rival, solution in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
-    typer.echo(_after_solving(folder, budget, size_bytes))
+    typer.echo(after_solving(stored, answers))
 
 
 @command
@@ -317,8 +320,13 @@ def smallest(
         )
     stored = StoredRun.open(folder)
     if max_predicted_increase is not None:
+        from flows.commands.advice import after_solving
+
+        answers = {}
         for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
+            answers[name] = solution
             typer.echo(solution_text(name, matrix, solution))
+        typer.echo(after_solving(stored, answers))
         return
     from clado.run.checks import with_readable_selection
 
@@ -334,10 +342,12 @@ def smallest(
 def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar="FILE", help="Assignment as JSON.")]) -> None:
     """Score an assignment, ours or a peer's, on a run's matrices: predicted loss of each estimator, size, bits."""
     from clado.exporting.assignment import read_assignment
+    from flows.commands.advice import after_scoring
     from flows.commands.stored import StoredRun, score_text
 
     stored = StoredRun.open(folder)
-    typer.echo(score_text(stored, read_assignment(assignment, stored.measured.space)))
+    bits = read_assignment(assignment, stored.measured.space)
+    typer.echo(f"{score_text(stored, bits)}\n{after_scoring(stored, bits)}")
 
 
 @command
@@ -432,13 +442,6 @@ def _measured(settings: "RunConfig") -> "OpenedRun":
     run = _opened(settings)
     run.identity.check_measured()
     return run
-
-
-def _after_solving(folder: Path, average_bits: float | None, size_bytes: int | None) -> str:
-    """What to do with predictions."""
-    option = f"--size-bytes {size_bytes}" if size_bytes is not None else f"--budget {average_bits:g}" if average_bits else ""
-    told = "Predictions of different estimators do not compare; what is measured does."
-    return f"{told}\nNext: clado evaluate {folder} {option} measures these answers and chooses one." if option else told
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":

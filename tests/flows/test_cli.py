@@ -391,6 +391,30 @@ def test_a_further_limit_may_be_the_only_one(copied):
     assert {f"90_kB-{name}.json" for name in StoredRun.open(copied).matrices.named} <= files
 
 
+def ends_with_advice(text, folder):
+    """One recommendation, then the next command."""
+    *_, recommended, following = text.splitlines()
+    return recommended.startswith("Recommended: ") and following.startswith(f"Next: clado evaluate {folder} --size-bytes ")
+
+
+def test_what_measures_nothing_ends_with_one_recommendation_and_the_next_command(copied):
+    record = RunRecord.load(copied / "record.json")
+    assert ends_with_advice(call("solve", copied, "--budget", 3), copied)
+    assert ends_with_advice(call("smallest", copied, "--max-predicted-increase", 0.05), copied)
+    assert ends_with_advice(call("score", copied, copied / "solutions" / "3_bits-layerwise.json"), copied)
+    won = {row.winner.split()[0].strip(",") for row in record.results if row.method == CHOSEN}
+    [recommended] = re.findall(r"Recommended: the answer of (\w+)", call("solve", copied, "--limit", "size=90000"))
+    assert recommended in won or (recommended == "layerwise" and not won & set(record.methods))
+
+
+def test_an_assignment_that_has_a_better_one_of_its_size_is_told_so(copied):
+    call("solve", copied, "--budget", 3)
+    best = json.loads((copied / "solutions" / "3_bits-layerwise.json").read_text())
+    bits = {name: 6 - bits for name, bits in best["bits"].items()}  # 2 for 4, and 4 for 2
+    (copied / "turned.json").write_text(json.dumps(bits))
+    assert "Recommended: the answer of" in call("score", copied, copied / "turned.json")
+
+
 def test_a_budget_out_of_reach_is_refused_in_the_unit_that_was_typed(copied):
     told = call("solve", copied, "--budget", 1, ends=2)
     assert "the bound 1 average bits a weight is below the smallest reachable; reachable are 2 to 4" in told
