@@ -2,13 +2,14 @@
 
 python -m docs.screenshots RUN
 
-The system tests show the same pages. Prefect's is that of the newest flow run in the database beside the run.
+The system tests show the same pages. Prefect's and MLflow's are served from their SQLite files.
 """
 
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from playwright.sync_api import Page
@@ -24,6 +26,8 @@ from clado.records.text import REPORT
 from clado.settings.loading import load_run_config
 from clado.settings.tracking import database_of
 from clado.tracking import stores
+from clado.tracking.notes import last_receipt
+from flows.environment import set_defaults
 from tests.system.browser import browser
 
 PATIENCE = 420  # seconds until the server has to answer
@@ -145,34 +149,43 @@ def shoot_report(folder: Path, file: Path) -> None:
 
 
 def shoot_mlflow(folder: Path, file: Path) -> None:
-    """The picture of the newest run in the MLflow database that a run's folder names."""
-    stores.set_environment()
-    from mlflow import MlflowClient
-
-    uri = load_run_config(folder).tracking.uri
-    database = database_of(uri)
-    assert database is not None, f"{uri} is no SQLite file"
-    client = MlflowClient(uri)
-    [experiment] = [item for item in client.search_experiments() if item.name == "clado"]
-    parent = client.search_runs([experiment.experiment_id], "tags.mlflow.source.name = 'clado run'", max_results=1)[0]
-    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", max_results=1)
-    query = f"tags.mlflow.parentRunId = '{parent.info.run_id}' and params.method = 'chosen'"
-    chosen = client.search_runs([experiment.experiment_id], query, max_results=1)
+    """The picture of a run in the MLflow database that its folder names."""
+    client, parent = _tracked(folder)
+    experiment_id, parent_id = parent.info.experiment_id, parent.info.run_id
+    children = client.search_runs([experiment_id], f"tags.mlflow.parentRunId = '{parent_id}'")
+    chosen = next(run for run in children if run.data.params["method"] == "chosen")
+    model = client.search_model_versions(f"run_id = '{chosen.info.run_id}'")[0].name
+    database = database_of(load_run_config(folder).tracking.uri)
+    assert database is not None
     with served(database.parent) as address, browser(width=WIDTH, height=HEIGHT) as opened:
-        model = client.search_model_versions(f"run_id = '{chosen[0].info.run_id}'")[0].name
-        show_mlflow(opened.page, address, experiment.experiment_id, parent.info.run_id, children[0].info.run_name, model)
+        show_mlflow(opened.page, address, experiment_id, parent_id, children[0].info.run_name, model)
         shoot(opened.page, file)
 
 
 def shoot_prefect(folder: Path, file: Path) -> None:
-    """The picture of the newest flow run in the database that runs keep beside their folders."""
-    with prefect_served(folder.parent / ".prefect") as address, browser(width=WIDTH, height=HEIGHT) as opened:
-        question = json.dumps({"sort": "START_TIME_DESC", "limit": 1}).encode()
-        request = urllib.request.Request(f"{address}/api/flow_runs/filter", question, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            [flow_run] = json.load(answer)
-        show_flow_run(opened.page, address, flow_run)
-        shoot(opened.page, file)
+    """The picture of a run's flow run in a copy of the database that Prefect kept it in."""
+    _, parent = _tracked(folder)
+    set_defaults(folder.parent)
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    with TemporaryDirectory() as name:
+        with sqlite3.connect(home / "prefect.db") as source, sqlite3.connect(Path(name) / "prefect.db") as copy:
+            source.backup(copy)
+        with prefect_served(Path(name)) as address, browser(width=WIDTH, height=HEIGHT) as opened:
+            flow_run_id = parent.data.tags["prefect_flow_run_id"]
+            with urllib.request.urlopen(f"{address}/api/flow_runs/{flow_run_id}") as answer:
+                flow_run = json.load(answer)
+            show_flow_run(opened.page, address, flow_run)
+            shoot(opened.page, file)
+
+
+def _tracked(folder: Path) -> tuple[Any, Any]:
+    """(client, MLflow's run) of a run's folder."""
+    stores.set_environment()
+    from mlflow import MlflowClient
+
+    client, receipt = MlflowClient(load_run_config(folder).tracking.uri), last_receipt(folder)
+    assert receipt is not None
+    return client, client.get_run(receipt.parent_run_id)
 
 
 def main(folder: Path) -> None:
