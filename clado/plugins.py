@@ -39,7 +39,7 @@ FOLDERS = {
     "estimators": Folder("clado.interaction.estimators", "estimator", "Estimator"),
     "constraints": Folder("clado.choosing.constraints", "constraint", "ConstraintKind"),
     "solvers": Folder("clado.choosing.solvers", "solver", "Solver"),
-    "snippets": Folder("clado.exporting.snippets", "snippet"),
+    "snippets": Folder("clado.exporting.snippets", "peer", "Peer"),
     "runtimes": Folder("clado.exporting.runtimes", "runtime", "Runtime"),
     "clusters": Folder("flows.clusters", "cluster"),
 }

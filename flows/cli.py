@@ -75,8 +75,10 @@ def plan(
 ) -> None:
     """Print what a run will cost: evaluations, images, bytes. Measures nothing unless --probe is given."""
     run = _opened(_settings(config, overrides), planning=not probe)
+    from clado.choosing.proposals import check_budgets
     from flows.commands.plan import plan_text
 
+    check_budgets(run.space, run.budgets, run.limits)
     typer.echo(plan_text(run))
     if runtime is not None:
         from clado.exporting.runtimes import runtime_of
@@ -121,6 +123,7 @@ def profile(
 def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes = None, limits: Limits = None) -> None:
     """Solve for a new budget from a run's stored measurements. Measures nothing, loads no network."""
     from clado.records.text import file_name, write_text
+    from flows.commands.advice import after_solving
     from flows.commands.stored import StoredRun, limit_as_budget, predicted_text, solution_text
 
     stored, limits = StoredRun.open(folder), limits or []
@@ -128,13 +131,15 @@ def solve(folder: RunFolder, budget: AverageBits = None, size_bytes: SizeBytes =
         row_budget, *limits = [limit_as_budget(limits[0]), *limits[1:]]
     else:
         row_budget = _budget(budget, size_bytes)
+    answers = {}
     for name, matrix, solution in stored.solve(row_budget, limits):
+        answers[name] = solution
         file = folder / "solutions" / f"{'-'.join(map(file_name, [row_budget.name, *limits, name]))}.json"
         write_text(file, stored.document(matrix, solution, row_budget, limits))
         rivals = stored.rivals(matrix, row_budget, limits)
         others = ", ".join(f"{rival} {predicted_text(matrix, solution.objective)}" for rival, solution in rivals.items())
         typer.echo(f"{solution_text(name, matrix, solution)}\n  on the same matrix: {others}\n  written to {file}")
-    typer.echo(_after_solving(folder, budget, size_bytes))
+    typer.echo(after_solving(stored, answers))
 
 
 @command
@@ -317,8 +322,13 @@ def smallest(
         )
     stored = StoredRun.open(folder)
     if max_predicted_increase is not None:
+        from flows.commands.advice import after_solving
+
+        answers = {}
         for name, matrix, solution in stored.smallest_predicted(max_predicted_increase):
+            answers[name] = solution
             typer.echo(solution_text(name, matrix, solution))
+        typer.echo(after_solving(stored, answers))
         return
     from clado.run.checks import with_readable_selection
 
@@ -334,10 +344,12 @@ def smallest(
 def score(folder: RunFolder, assignment: Annotated[Path, typer.Argument(metavar="FILE", help="Assignment as JSON.")]) -> None:
     """Print what each of a run's estimators predicts for an assignment of clado or of another library."""
     from clado.exporting.assignment import read_assignment
+    from flows.commands.advice import after_scoring
     from flows.commands.stored import StoredRun, score_text
 
     stored = StoredRun.open(folder)
-    typer.echo(score_text(stored, read_assignment(assignment, stored.measured.space)))
+    bits = read_assignment(assignment, stored.measured.space)
+    typer.echo(f"{score_text(stored, bits)}\n{after_scoring(stored, bits)}")
 
 
 @command
@@ -432,13 +444,6 @@ def _measured(settings: "RunConfig") -> "OpenedRun":
     run = _opened(settings)
     run.identity.check_measured()
     return run
-
-
-def _after_solving(folder: Path, average_bits: float | None, size_bytes: int | None) -> str:
-    """What to do next with predictions."""
-    option = f"--size-bytes {size_bytes}" if size_bytes is not None else f"--budget {average_bits:g}" if average_bits else ""
-    told = "Predictions of different estimators cannot be compared. Measured losses can."
-    return f"{told}\nNext: clado evaluate {folder} {option} measures these answers and chooses one." if option else told
 
 
 def _budget(average_bits: float | None, size_bytes: int | None) -> "Budget":

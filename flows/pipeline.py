@@ -59,8 +59,13 @@ def as_task(phase: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
 def flow_run_name() -> str:
     """The name of a flow run in Prefect: its network and its budgets."""
     config = flow_run.parameters["config"]
+    return name_of(lambda: config if isinstance(config, RunConfig) else parse_config(config))
+
+
+def name_of(load: Callable[[], RunConfig]) -> str:
+    """Network and budgets of the settings that `load` gives."""
     try:
-        settings = config if isinstance(config, RunConfig) else parse_config(config)
+        settings = load()
     except CladoError:  # the run itself reports the error
         return "refused"
     budgets = ", ".join(budget.name for budget in budgets_of(**settings.budgets.model_dump()))

@@ -12,10 +12,16 @@ from clado.errors import ConfigurationError, FolderBusy
 from clado.settings.loading import load_config
 from clado.settings.redaction import redact
 from flows.environment import set_defaults
-from flows.pipeline import pipeline
+from flows.pipeline import name_of, pipeline
 
 
-@flow(name="clado-scheduled", persist_result=False)
+def flow_run_name() -> str:
+    """How Prefect calls a flow run: as those of `pipeline`."""
+    given = flow_run.parameters
+    return name_of(lambda: load_config(Path(given["config"]), given.get("overrides") or []))
+
+
+@flow(name="clado-scheduled", flow_run_name=flow_run_name, persist_result=False)
 def scheduled(config: str, overrides: list[str] | None = None, folder: str | None = None) -> State:
     """Runs a configuration file to the end, and returns a message with its folder.
 

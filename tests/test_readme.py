@@ -73,6 +73,7 @@ def test_the_python_of_a_page_runs_in_order_in_one_namespace(path, tmp_path, mon
         first = text[: block.start("fenced")].count("\n")
         exec(compile("\n" * first + block["fenced"], str(path), "exec"), names)
     if path.name == "README.md":
+        assert "clado.compress(" in blocks(path)[0]["fenced"]  # the first thing that a reader can do
         assert names["result"].average_bits <= 3
         assert names["module"](images(2)).shape == (2, 4)
         assert names["solution"].status == "optimal"

@@ -50,6 +50,7 @@ def test_the_plans_beside_the_recipes_are_what_the_command_prints(
     recipe = ROOT / "recipes" / "imagenet" / f"{name}.yaml"
     printed = CliRunner().invoke(app, ["plan", str(recipe), "network.weights=random"]).stdout
     plans = recipe.with_name("plans.txt").read_text()
-    assert len(printed.splitlines()) == 11
     assert printed in plans
-    assert [line.split()[0] for line in plans.splitlines()[::11]] == [f"torchvision:{network}" for network in NETWORKS]
+    assert [line.split()[0] for line in plans.splitlines() if not line.startswith(" ")] == [
+        f"torchvision:{network}" for network in NETWORKS
+    ]

@@ -124,9 +124,16 @@ class Compressed(Tabular):
         """Each layer: its bits, weights and bytes."""
         return assignment_rows(self.space, self.assignment)
 
+    @property
+    def _sets(self) -> str:
+        return "images: " + ", ".join(f"{count:,} {name}" for name, count in self.num_images.items())
+
+    def __str__(self) -> str:
+        """The summary, and the sizes of the sets of images."""
+        return f"{self.summary()}\n{self._sets}"
+
     def _repr_html_(self) -> str:
-        sets = ", ".join(f"{count:,} {name}" for name, count in self.num_images.items())
-        return html_table(f"{self.summary()}; images: {sets}", self.rows())
+        return html_table(f"{self.summary()}; {self._sets}", self.rows())
 
     def save(self, path: str | Path) -> PackedSize:
         """Writes the module as a packed safetensors file, in which a weight takes as many bits as it was given.

@@ -3,10 +3,13 @@
 Sizes in a program are symbolic: each follows from the number of images.
 """
 
+import logging
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -38,6 +41,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _without_dumps() -> Iterator[None]:
+    """Keeps back what torch.export prints and logs where it fails: a part of a graph. Otherwise it is printed afterwards."""
+    loggers = [logging.getLogger(name) for name in ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")]
+    disabled, printed = [logger.disabled for logger in loggers], StringIO()
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for logger, was_disabled in zip(loggers, disabled, strict=True):
+            logger.disabled = was_disabled
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.export refuses a network, in a line."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if any("data-dependent" in line for line in lines):
+        return (
+            "its code decides by the content of the images, such as by `if x.sum() > 0`, or by int() or .item() of a value "
+            "that it computes; use torch.where, or tensors in place of numbers"
+        )
+    if any("specialized" in line for line in lines):
+        return "its code makes the number of images a constant; use x.shape[0] where it has len(x) or int(...)"
+    return lines[0]
+
+
 def export(model: nn.Module, example: Tensor) -> ExportedProgram:
     """`torch.export` with a dynamic batch, in eval mode. The program is functional and not decomposed.
 
@@ -51,18 +83,15 @@ def export(model: nn.Module, example: Tensor) -> ExportedProgram:
     try:
         # torch.export treats a batch of one as a constant
         batch = example if len(example) > 1 else torch.cat([example, example])
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), eval_mode(model), _without_dumps():
             sizes = {0: Dim("batch", max=MOST_IMAGES)}
             program: ExportedProgram = torch.export.export(model, (batch,), dynamic_shapes=(sizes,))
             program = program.run_decompositions({})
             return program
     except Exception as error:  # torch.export raises exceptions of many types; each means that this network has no graph
-        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        first = next((line for line in lines if "specialized" in line), lines[0])
-        if "specialized" in first:
-            first = "its code makes the number of images a constant; use x.shape[0] instead of len(x) or int(...)"
         raise NetworkError(
-            f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: {first[:300]}\n"
+            f"torch.export cannot turn {type(model).__name__} into a graph of operators with a dynamic batch: "
+            f"{_reason(error)[:300]}\n"
             f"  {INSTEAD}"
         ) from error
 

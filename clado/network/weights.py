@@ -169,8 +169,12 @@ def unsearched(
     return tuple(rows)
 
 
+CHANNELWISE = "a bias, scale or shift: one value a channel"
+"""Why most tensors are not searched."""
+
+
 def why_unsearched(tensor: Tensor, is_fixed: bool, used_by: str) -> str:
     """Why a parameter is not searched, for the coverage report."""
     if is_fixed:
         return "fixed by the configuration"
-    return "a bias, scale or shift: one value a channel" if tensor.ndim < 2 else f"used by {used_by}"
+    return CHANNELWISE if tensor.ndim < 2 else f"used by {used_by}"

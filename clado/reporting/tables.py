@@ -26,10 +26,10 @@ from clado.records.run_record import RunRecord
 from clado.records.text import REPORT, markdown_table, percent, size_text
 from clado.settings.tracking import database_of
 
-QUANTITIES = ("size", "loss", "top-1 %", "plain %", "corrections")
+QUANTITIES = ("size", "loss", "top-1 %", "uncorrected %", "corrections")
 """Rows of a budget.
 
-`plain %` is top-1 of the same bits without corrections, where it was counted. It is left out if the run has no
+`uncorrected %` is top-1 of the same bits without corrections, where it was counted. It is left out if the run has no
 corrections.
 
 `corrections` is left out if every answer has all corrections.

@@ -85,7 +85,8 @@ def _interval(record: RunRecord, accuracy: Accuracy, prefix: str = "") -> dict[s
 def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple[int, float]]]:
     """Accuracy and measured loss of every method over bytes.
 
-    Bytes are the step, because they are whole numbers and every kind of budget has them.
+    Bytes are the step, because they are whole numbers and every kind of budget has them. MLflow writes "Step" under its
+    charts, so the names of the metrics say what it is.
 
     Args:
         record: The record of the run. It has the name of top-1.
@@ -105,5 +106,5 @@ def curves(record: RunRecord, results: Sequence[Result]) -> dict[str, list[tuple
         }
         for name, value in values.items():
             if value is not None and math.isfinite(value):
-                series.setdefault(f"{name}/{result.method}", []).append((result.size_bytes, value))
+                series.setdefault(f"{name} over bytes/{result.method}", []).append((result.size_bytes, value))
     return series

@@ -7,9 +7,10 @@ from pathlib import Path
 from clado.data import zoo
 from clado.data.decoding import EncodedSlice
 from clado.errors import ConfigurationError, StoreError
+from clado.evaluation import Counts, count_each
 from clado.exporting._torch_module import as_layers, as_module
 from clado.exporting.safetensors import ASSIGNMENT, export_network
-from clado.exporting.snippets import holds, write_snippet
+from clado.exporting.snippets import Deployed, holds, peer_of, write_snippet
 from clado.plugins import available
 from clado.records.results import Accuracy
 from clado.records.text import file_name, percent, write_text
@@ -42,8 +43,9 @@ def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -
     if kind == "safetensors":
         return export(run, assignment, folder), ""
     if kind in available("snippets"):
-        warning = lost_with(kind, run, assignment)
-        return write_snippet(folder, kind, run.space, assignment, warning), warning
+        deployed = run.preparation.deployed(assignment)
+        remark = kept_with(kind, run, assignment, deployed)
+        return write_snippet(folder, kind, run.space, assignment, remark, deployed), remark
     network, layers = run.preparation.deployed(assignment)
     document = run.space.to_json(assignment)
     if (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document):
@@ -64,7 +66,8 @@ def export_as(kind: str, run: OpenedRun, assignment: Assignment, folder: Path) -
     file = folder / ONNX
     written = export_onnx(file, network, layers)
     write_text(folder / ASSIGNMENT, json.dumps(document, indent=1))
-    remark = f"; {len(written.widened)} layers have a wider type" if written.widened else ""
+    widened = sorted({f"{bits} bits as {dtype}" for _, bits, dtype in written.widened})
+    remark = f"; {len(written.widened)} layers are stored wider, as ONNX can: {', '.join(widened)}" if widened else ""
     told = f"{written.file_bytes:,} bytes, {written.weight_bytes:,} of them weights{remark}"
     validation = run.slices.validation
     agreement = compare(file, network, layers, *validation.load(0, min(COMPARED_IMAGES, len(validation))))
@@ -80,23 +83,43 @@ def export(run: OpenedRun, assignment: Assignment, folder: Path) -> Path:
         as_module(network, {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()})
     replaced = (folder / ASSIGNMENT).is_file() and not holds(folder / ASSIGNMENT, document)
     export_network(folder, state, document, loading_snippet(run, bool(added)), facts(run, assignment))
-    if replaced:  # the other files belong to another assignment
-        for name in (PACKED, ONNX, *(f"assignment_{peer}.py" for peer in available("snippets"))):
+    if replaced:  # what lies beside is of another assignment
+        of_peers = [name for peer in available("snippets") for name in (f"assignment_{peer}.py", f"weights_{peer}.safetensors")]
+        for name in (PACKED, ONNX, *of_peers):
             (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def lost_with(peer: str, run: OpenedRun, assignment: Assignment) -> str:
-    """The warning that another library's file has bit-widths only, with both accuracies. New ones are counted now."""
-    plain = assignment.with_corrections("none")
-    counts = run.evaluation.validation_counts([assignment, plain], lambda items: map(run.evaluation.count_batch, items))
-    ours, theirs = counts[assignment].accuracy(), counts[plain].accuracy()
-    if run.evaluation.representative(assignment) == run.evaluation.representative(plain):
-        return f"WARNING: {peer} chooses its own scales. As measured here: {_accuracy_text(ours)}."
-    return (
-        f"WARNING: only bit-widths travel. {peer} rounds to nearest, and clado's corrections are lost.\n"
-        f"As measured here: {_accuracy_text(ours)}.\nRounded to nearest: {_accuracy_text(theirs)}."
+def kept_with(name: str, run: OpenedRun, assignment: Assignment, deployed: Deployed) -> str:
+    """What a peer's file keeps of what was measured: accuracy as measured, and as the peer computes, which is emulated."""
+    peer = peer_of(name)
+    counts = run.evaluation.validation_counts([assignment], lambda items: map(run.evaluation.count_batch, items))
+    measured = f"As measured here: {_accuracy_text(counts[assignment].accuracy())}."
+    rounds_inputs = any(layer.activation is not None for layer in deployed[1].values())
+    if peer.carries(deployed) and not rounds_inputs:
+        return f"The weights travel with corrections and scales: {peer.title} computes what was measured.\n{measured}"
+    lost = []
+    if not peer.carries(deployed):
+        lost.append(f"only bit-widths travel: {peer.title} rounds to nearest with scales of its own, without clado's corrections")
+    if rounds_inputs:
+        lost.append(f"{peer.title} has other grids for inputs, or leaves them in float")
+    evaluation = run.evaluation
+    emulated = sum(
+        (
+            count_each(
+                [peer.computed(run.float_network, deployed)],
+                run.slices.validation,
+                start,
+                stop,
+                evaluation.batch_images,
+                run.float_network,
+                run.judge,
+            )[0]
+            for start, stop in evaluation.batches
+        ),
+        Counts(),
     )
+    return f"WARNING: {'; '.join(lost)}.\n{measured}\nAs {peer.title} rounds, emulated: {_accuracy_text(emulated.accuracy())}."
 
 
 def _accuracy_text(accuracy: Accuracy) -> str:

@@ -15,6 +15,7 @@ from clado.network.network import Network, Replaced
 from clado.records.interval import Interval
 from clado.records.text import markdown_table
 from clado.reporting.summary import layers_text
+from clado.reporting.tables import loss_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.commands.stored import StoredRun
@@ -125,8 +126,8 @@ def text(result: Smallest, run: OpenedRun, top1: bool, metric: bool = False) -> 
         m = one.measured
         bits = run.space.average_bits(one.assignment)
         inside = "within" if m.high <= result.bound else "above"
-        interval = f"{scale * m.low:.4f} to {scale * m.high:.4f}"
-        return [name, f"{one.size_bytes:,}", f"{bits:.3f}", f"{scale * m.mean:.4f}", interval, inside]
+        mean, low, high = (loss_text(scale * value) for value in (m.mean, m.low, m.high))
+        return [name, f"{one.size_bytes:,}", f"{bits:.3f}", mean, f"{low} to {high}", inside]
 
     named = [("smaller neighbour", result.smaller), ("answer", result.answer), ("larger neighbour", result.larger)]
     table = markdown_table(
@@ -139,5 +140,6 @@ def text(result: Smallest, run: OpenedRun, top1: bool, metric: bool = False) -> 
     return (
         f"{table}\n{len(result.measured)} assignments measured on {result.answer.measured.num_images} images that neither "
         f"calibrate, nor measure, nor validate.{note}\n{layers_text(run.space.names, result.answer.assignment)}\n"
+        f"Recommended: the answer, {result.answer.size_bytes:,} bytes.\n"
         f"Next: clado export {run.folder} --size-bytes {result.answer.size_bytes}"
     )

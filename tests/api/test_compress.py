@@ -96,7 +96,8 @@ def test_it_says_what_it_is(result):
     assert f"{100 * result.accuracy.top1:.1f} %" in text
     assert f"± {100 * result.drop_interval:.1f} points" in text
     assert "40 images" in text
-    assert all(f"{result.num_images[name]} {name}" in result._repr_html_() for name in SETS)
+    for shown in (str(result), result._repr_html_()):
+        assert all(f"{result.num_images[name]} {name}" in shown for name in SETS)
     assert list(result.to_frame()["bits"]) == list(result.assignment.bits)
 
 

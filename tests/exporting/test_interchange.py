@@ -1,5 +1,6 @@
 """Assignments go out in our format and in peers', and come back the same; what does not fit is refused by name."""
 
+import copy
 import itertools
 import json
 import sys
@@ -13,14 +14,20 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import clado
 from clado.errors import ConfigurationError, StoreError
 from clado.exporting import snippets
 from clado.exporting.assignment import read_assignment
-from clado.exporting.snippets import mct, modelopt, torchao, write_snippet
+from clado.exporting.snippets import Deployed, mct, modelopt, torchao, write_snippet
+from clado.grids import ActivationGrid
 from clado.plugins import available, load
+from clado.quantization.preparation import Prepared
+from clado.quantization.quantizers import WeightQuantizer
 from clado.space import Assignment, Layer, SearchSpace
+from tests import tolerance
 from tests.synthetic import make_space
 
 SCHEMA = json.loads(resources.files("clado.exporting").joinpath("assignment.schema.json").read_text(encoding="utf-8"))
@@ -362,13 +369,13 @@ def test_an_export_of_another_assignment_is_left_alone(tmp_path):
 def test_every_peer_has_a_module():
     assert all(callable(load("snippets", peer).snippet) for peer in PEERS)
     with pytest.raises(ConfigurationError, match="unknown format 'onnx'; expected safetensors, mct, modelopt or torchao"):
-        snippets.check_peer("onnx")
+        snippets.peer_of("onnx")
 
 
 # --- a run's commands
 
 
-def clado(*arguments: Any) -> Any:
+def command(*arguments: Any) -> Any:
     from flows.cli import app
 
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -376,21 +383,21 @@ def clado(*arguments: Any) -> Any:
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_command_writes_a_snippet_that_scores_as_its_own_assignment(peer, finished, tmp_path):
-    told = clado("export", finished.folder, "--budget", 3, "--format", peer, "--output", tmp_path)
+    told = command("export", finished.folder, "--budget", 3, "--format", peer, "--output", tmp_path)
     assert told.exit_code == 0, told.output
     assert f"Wrote {tmp_path}/assignment_{peer}.py" in told.output
-    ours, theirs = (clado("score", finished.folder, tmp_path / name) for name in ("assignment.json", f"assignment_{peer}.py"))
+    ours, theirs = (command("score", finished.folder, tmp_path / name) for name in ("assignment.json", f"assignment_{peer}.py"))
     assert ours.exit_code == theirs.exit_code == 0, ours.output + theirs.output
     assert ours.output == theirs.output
     assert all(name in ours.output for name in ("predicted loss", "layerwise", "pairwise", "gauss_newton"))
 
 
 def test_the_commands_refuse_by_name(finished, tmp_path):
-    told = clado("export", finished.folder, "--budget", 3, "--format", "onyx", "--output", tmp_path / "none")
+    told = command("export", finished.folder, "--budget", 3, "--format", "onyx", "--output", tmp_path / "none")
     assert told.exit_code == 2
     assert "unknown format 'onyx'" in told.output
     assert not (tmp_path / "none").exists()
-    told = clado("score", finished.folder, written(tmp_path, {"conv1": 3}))
+    told = command("score", finished.folder, written(tmp_path, {"conv1": 3}))
     assert told.exit_code == 2
     assert "conv1.weight has 3 bits" in told.output
     assert "missing: layer1.0.conv1.weight" in told.output
@@ -415,6 +422,10 @@ def deployed() -> tuple[torch.nn.Module, SearchSpace]:
 def loaded(peer: str, space: SearchSpace, assignment: Assignment, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The snippet, imported as a user would."""
     write_snippet(folder, peer, space, assignment)
+    return imported_snippet(peer, folder, monkeypatch)
+
+
+def imported_snippet(peer: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, f"assignment_{peer}", raising=False)
     return import_module(f"assignment_{peer}")
@@ -520,6 +531,116 @@ def test_mct_takes_the_assignment(tmp_path, monkeypatch):
     for key, rows in floats.items():
         document[key] += rows
     assert read_assignment(written(tmp_path, document, "bit_widths.json"), space) == assignment
+
+
+def prepared(symmetric: bool = True, widths: tuple[int, ...] = ()) -> tuple[clado.Network, Prepared]:
+    """A small network with every option corrected, a bias that a correction adds among what changes."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3, bias=False), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Conv2d(6, 6, 3, bias=False),
+        torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 24 * 24, 5),
+    ).eval()  # fmt: skip
+    network = clado.Network(model, IMAGES)
+    space = network.search_space((2, 3, 4)).with_activations(widths)
+    images = torch.randn(32, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    quantizer = WeightQuantizer(symmetric=symmetric)
+    return network, clado.prepare(network, space, images, quantizer=quantizer, corrections=("gptq", "output_statistics"))
+
+
+def carried(
+    peer: str, ready: Prepared, bits: tuple[int | None, ...], folder: Path, widths: tuple[int, ...] = ()
+) -> tuple[Deployed, Path]:
+    """What is deployed at some bits, and the snippet that was written with it."""
+    assignment = Assignment(bits, widths)
+    network_and_layers = ready.deployed(assignment)
+    return network_and_layers, write_snippet(folder, peer, ready.space, assignment, deployed=network_and_layers)
+
+
+BITS = (3, None, 2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_lies_beside_a_snippet_is_what_was_measured(peer, symmetric, tmp_path):
+    network, ready = prepared(symmetric)
+    (corrected, layers), _ = carried(peer, ready, BITS, tmp_path)
+    file = tmp_path / f"weights_{peer}.safetensors"
+    assert file.is_file() == (peer == "torchao" or (peer == "modelopt" and symmetric))
+    if not file.is_file():
+        return
+    tensors = load_file(file)
+    scales = {name: tensors.pop(name) for name in list(tensors) if ":" in name}
+    module = clado.quantize(network, Assignment(BITS), prepared=ready)
+    module.load_state_dict(tensors)
+    torch.testing.assert_close(module(IMAGES), clado.quantize(network, Assignment(BITS), prepared=ready)(IMAGES), rtol=0, atol=0)
+    for i in layers:
+        name, bits = corrected.layers[i].name, BITS[i]
+        scale, zero_point = (scales[f"{name}:{part}"].double()[:, None] for part in ("scale", "zero_point"))
+        codes = tensors[name].double().flatten(1) / scale + zero_point
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert -(2 ** (bits - 1)) <= codes.round().min() < codes.round().max() < 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_a_peer_rounds_is_emulated(peer):
+    network, ready = prepared()
+    deployed_as = ready.deployed(Assignment(BITS))
+    known = snippets.peer_of(peer)
+    emulated, layers = known.computed(network, deployed_as)
+    if known.carries(deployed_as):
+        assert emulated is deployed_as[0]
+        assert all(layers[i].weight is layer.weight for i, layer in deployed_as[1].items())
+        return
+    assert emulated is network
+    assert sorted(layers) == [0, 2]
+    for i, layer in layers.items():
+        weight = network.weights[i].detach()
+        assert levels(layer.weight, 0) <= 2 ** BITS[i]
+        assert 0 < float((layer.weight - weight).square().mean()) < float(weight.square().mean())
+
+
+def test_an_input_is_emulated_on_the_peers_grid():
+    ours = ActivationGrid.of_range(0.0, 3.0, 4)
+    theirs = modelopt.peer.input_grid(ours)
+    x = torch.linspace(-4, 4, 1001)
+    assert theirs.fake_quantize(x).max() == pytest.approx(3.0, rel=1e-6)  # the same range, in half as many steps behind a ReLU
+    assert len(theirs.fake_quantize(x.clamp_min(0)).unique()) == 8
+    assert torchao.peer.input_grid(ours) is None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("peer", ["modelopt", "torchao"])
+@quiet
+def test_a_peer_that_takes_scales_computes_what_was_measured(peer, symmetric, tmp_path, monkeypatch):
+    imported(PACKAGES[peer])
+    network, ready = prepared(symmetric)
+    if peer == "modelopt" and not symmetric:
+        return
+    expected = clado.quantize(network, Assignment(BITS), prepared=ready)(IMAGES)
+    carried(peer, ready, BITS, tmp_path)
+    actual = imported_snippet(peer, tmp_path, monkeypatch).quantize(copy.deepcopy(network.model))(IMAGES)
+    tolerance.assert_close(actual, expected, tolerance.of_forward(4, 6 * 24 * 24))
+
+
+@quiet
+def test_modelopt_takes_the_ranges_of_inputs(tmp_path, monkeypatch):
+    imported(PACKAGES["modelopt"])
+    network, ready = prepared(widths=(8,))
+    deployed_as, _ = carried("modelopt", ready, BITS, tmp_path, (8, None, 8))
+    emulated, layers = modelopt.peer.computed(network, deployed_as)
+    actual = imported_snippet("modelopt", tmp_path, monkeypatch).quantize(copy.deepcopy(network.model))(IMAGES)
+    torch.testing.assert_close(actual, emulated.logits(IMAGES, layers), rtol=0, atol=0.02 * float(actual.abs().max()))
+
+
+@quiet
+def test_the_emulated_rounding_is_modelopts(tmp_path, monkeypatch):
+    imported(PACKAGES["modelopt"])
+    network, ready = prepared()
+    write_snippet(tmp_path, "modelopt", ready.space, Assignment(BITS))
+    module = imported_snippet("modelopt", tmp_path, monkeypatch).quantize(copy.deepcopy(network.model))
+    for i in (0, 2):
+        weight, theirs = network.weights[i].detach(), module.get_submodule(f"{network.layers[i].name}_quantizer")
+        torch.testing.assert_close(modelopt.peer.rounded(weight, BITS[i], 0), theirs(weight).detach(), rtol=1e-5, atol=1e-6)
 
 
 class Branches(torch.nn.Module):

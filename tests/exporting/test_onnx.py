@@ -127,7 +127,8 @@ def test_a_run_exports_what_computes_the_same_in_onnx_runtime(opened, shown, tmp
     assert {(bits, kind) for _, bits, kind in size.widened} == {(2, "int4"), (3, "int4")}
     agreement = compare(path, network, layers, x, labels)
     assert told.splitlines() == [
-        f"{size.file_bytes:,} bytes, {size.weight_bytes:,} of them weights; {len(size.widened)} layers have a wider type",
+        f"{size.file_bytes:,} bytes, {size.weight_bytes:,} of them weights; {len(size.widened)} layers are stored wider, "
+        "as ONNX can: 2 bits as int4, 3 bits as int4",
         str(agreement),
     ]
     assert_same(agreement, network, layers, x, labels)

@@ -326,8 +326,24 @@ def test_plan_prints_the_plans_own_numbers_and_writes_nothing(here):
     assert f"{plan.stored_bytes() / 1e6:,.1f} MB" in text
     weights = sum(layer.num_weights for layer in space.layers)
     assert f"{weights * 2 // 8:,} to {weights * 4 // 8:,} bytes" in text
-    assert f"{len([t for t in plan.tiles if t.kind == 'pairs']):>4} tiles" in text
+    assert f"{len([t for t in plan.tiles if t.kind == 'pairs'])} tiles" in text
+    assert "GMAC: " in text  # words that a newcomer does not know are explained
     assert listing(here) == before
+
+
+def test_plan_names_what_stays_in_float(here):
+    text = call("plan", write(here, network={**ZOO, "fixed": ["layer1.*", "fc.weight"]}))
+    others, fixed = sorted((line for line in text.splitlines() if "stays in float" in line), key=lambda line: "(fixed" in line)
+    assert "layer1.0.conv1.weight" in fixed
+    assert fixed.endswith("fc.weight")
+    assert "one value a channel" in others
+    assert others.endswith("more")
+
+
+def test_plan_refuses_a_budget_out_of_reach(here):
+    text = call("plan", write(here, budgets={"average_bits": [3, 1.5]}), ends=2)
+    assert "budget 1.5 bits" in text
+    assert "2 to 4 bits a weight" in text
 
 
 def test_plan_with_a_probe_adds_an_eta_within_its_limit(here):
@@ -373,6 +389,30 @@ def test_a_further_limit_may_be_the_only_one(copied):
     assert "Proven" in text
     files = {path.name for path in (copied / "solutions").iterdir()}
     assert {f"90_kB-{name}.json" for name in StoredRun.open(copied).matrices.named} <= files
+
+
+def ends_with_advice(text, folder):
+    """One recommendation, then the next command."""
+    *_, recommended, following = text.splitlines()
+    return recommended.startswith("Recommended: ") and following.startswith(f"Next: clado evaluate {folder} --size-bytes ")
+
+
+def test_what_measures_nothing_ends_with_one_recommendation_and_the_next_command(copied):
+    record = RunRecord.load(copied / "record.json")
+    assert ends_with_advice(call("solve", copied, "--budget", 3), copied)
+    assert ends_with_advice(call("smallest", copied, "--max-predicted-increase", 0.05), copied)
+    assert ends_with_advice(call("score", copied, copied / "solutions" / "3_bits-layerwise.json"), copied)
+    won = {row.winner.split()[0].strip(",") for row in record.results if row.method == CHOSEN}
+    [recommended] = re.findall(r"Recommended: the answer of (\w+)", call("solve", copied, "--limit", "size=90000"))
+    assert recommended in won or (recommended == "layerwise" and not won & set(record.methods))
+
+
+def test_an_assignment_that_has_a_better_one_of_its_size_is_told_so(copied):
+    call("solve", copied, "--budget", 3)
+    best = json.loads((copied / "solutions" / "3_bits-layerwise.json").read_text())
+    bits = {name: 6 - bits for name, bits in best["bits"].items()}  # 2 for 4, and 4 for 2
+    (copied / "turned.json").write_text(json.dumps(bits))
+    assert "Recommended: the answer of" in call("score", copied, copied / "turned.json")
 
 
 def test_a_budget_out_of_reach_is_refused_in_the_unit_that_was_typed(copied):
@@ -514,15 +554,17 @@ def test_evaluate_of_a_new_budget_measures_what_is_new_once(finished, copied):
     assert listing(copied / "evaluations") == after
 
 
-def test_a_peers_file_says_what_it_loses_with_both_accuracies(finished, copied, tmp_path):
+def test_a_peers_file_says_what_it_keeps_with_the_accuracies(finished, copied, tmp_path):
     record = RunRecord.load(finished.folder / "record.json")
-    chosen = record.find(record.budgets[0], CHOSEN)
-    told = call("export", copied, "--budget", BUDGETS[0], "--format", "torchao", "-o", tmp_path / "peer")
-    text = (tmp_path / "peer" / "assignment_torchao.py").read_text()
-    for top1 in (chosen.validation.top1, chosen.validation_plain.top1):
-        assert f"top-1 {100 * top1:.2f} %" in told
-        assert f"top-1 {100 * top1:.2f} %" in text.partition('"""')[0]
-    assert "clado's corrections are lost" in told
+    measured = f"top-1 {100 * record.find(record.budgets[0], CHOSEN).validation.top1:.2f} %"
+    for peer in ("torchao", "mct"):
+        told = call("export", copied, "--budget", BUDGETS[0], "--format", peer, "-o", tmp_path / peer)
+        text = (tmp_path / peer / f"assignment_{peer}.py").read_text().partition('"""')[0]
+        assert all(measured in words and (peer == "mct") == ("WARNING" in words) for words in (told, text)), told
+        carries = (tmp_path / peer / f"weights_{peer}.safetensors").is_file()
+        assert carries == (peer == "torchao")
+    [emulated] = re.findall(r"As MCT rounds, emulated: top-1 (\S+) %", told)
+    assert float(emulated) < 100 * record.find(record.budgets[0], CHOSEN).validation.top1
 
 
 @pytest.mark.parametrize("bits", BUDGETS)

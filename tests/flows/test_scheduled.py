@@ -50,6 +50,15 @@ def file_of(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [(["budgets.average_bits=[3]"], "resnet20_fashion_mnist at 3 bits"), (["budgets.average_bits=three"], "refused")],
+)
+def test_a_flow_run_is_called_by_its_network_and_budgets(overrides, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "flow_run", SimpleNamespace(parameters={"config": file_of(tmp_path), "overrides": overrides}))
+    assert module.flow_run_name() == name
+
+
 def test_a_folder_that_is_in_use_is_skipped_and_nothing_fails(tmp_path):
     file = file_of(tmp_path)
     with locked(tmp_path / "run"):

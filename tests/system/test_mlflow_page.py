@@ -6,9 +6,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from clado.tracking import delivery
-from docs.mlflow_screenshot import WIDTH, served, show
+from docs.screenshots import WIDTH, served, shoot, show_mlflow
 from tests.synthetic import make_model, make_record
 from tests.system.browser import browser
 
@@ -36,7 +37,8 @@ def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_
     assert receipt.parent_run_id is not None
     last = record.results[-1]
     with served(tmp_path) as address, browser(width=WIDTH, height=900) as opened:
-        show(opened.page, address, receipt.experiment_id, receipt.parent_run_id, f"{last.budget} {last.method}")
+        show_mlflow(opened.page, address, receipt.experiment_id, receipt.parent_run_id, f"{last.budget} {last.method}")
+        shoot(opened.page, tmp_path / "mlflow.png")
         rows: dict[str, str] = {}  # the table draws a row in two halves, its name apart from its columns
         for cell in opened.page.locator("[row-id] [role=gridcell]").all():
             row = cell.evaluate("cell => cell.closest('[row-id]').getAttribute('row-id')")
@@ -51,3 +53,5 @@ def test_the_page_of_a_run_shows_models_budgets_and_accuracies_side_by_side(tmp_
         assert shown.count(result.budget) == 2, shown  # in its name and in its column
         assert ("zoo.resnet20_fashion_mnist" in shown) == (result.method == "chosen"), shown
     assert outside == []
+    with Image.open(tmp_path / "mlflow.png") as picture:
+        assert picture.width == WIDTH

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from clado.reporting import page
+from docs.screenshots import HEIGHT, WIDTH, shoot_report
 from tests.reporting.test_page import NASTY, make_run
 from tests.synthetic import make_record
 from tests.system.browser import browser
@@ -41,3 +43,13 @@ def test_a_browser_shows_it_without_complaint_or_request(scheme: str, tmp_path: 
         assert not too_wide
         assert opened.complaints == []
         assert opened.requests == [address]
+
+
+def test_its_head_is_what_the_documents_show(tmp_path: Path) -> None:
+    """`python -m docs.screenshots RUN` draws docs/report.png in the same way."""
+    make_run(tmp_path, make_record())
+    page.write(tmp_path)
+    shoot_report(tmp_path, tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.size == (WIDTH, HEIGHT)
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50  # tiles, lines and text, not a blank page

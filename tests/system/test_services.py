@@ -12,10 +12,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from PIL import Image
 
 from clado.records.run_record import RunRecord
+from docs.screenshots import HEIGHT, WIDTH, shoot, show_flow_run
 from flows.artifacts import MLFLOW, TABLE
 from flows.services import HOST, LIST
+from tests.system.browser import browser
 from tests.system.running import COMMAND, SMALL, Bench, free_port, wait_for
 from tests.system.test_deployments import ask
 from tests.system.test_infra import binaries
@@ -93,6 +96,18 @@ def pages_ask_their_own_port(services: Services) -> None:
         assert json.load(answer)["api_url"] == api
 
 
+def its_page_shows(services: Services, run: dict[str, Any]) -> None:
+    """Prefect's page of a flow run has its name, asks nobody else, and is drawn."""
+    address = services.environment["PREFECT_API_URL"].removesuffix("/api")
+    with browser(width=WIDTH, height=HEIGHT) as opened:
+        show_flow_run(opened.page, address, run)
+        shoot(opened.page, services.folder / "prefect.png")
+        assert [url for url in opened.requests if not url.startswith((address, "data:", "blob:"))] == []
+    assert "resnet20_fashion_mnist at 3 bits" in run["name"]
+    with Image.open(services.folder / "prefect.png") as picture:
+        assert picture.size == (WIDTH, HEIGHT)
+
+
 def deploy(services: Services) -> None:
     """The repository's deployments; the time of one of them comes every minute, for a smaller run on the services' cluster."""
     document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -147,6 +162,7 @@ def test_a_machine_from_nothing_to_a_scheduled_run_and_back(services):
     assert folder.name == run["expected_start_time"][:10]
     assert RunRecord.load(folder / "record.json").float_accuracy.top1 > 0.8
     point_at_each_other(services, run)
+    its_page_shows(services, run)
     everything += services.family()
     assert "Ended runner, workers, scheduler, mlflow, prefect." in services.run("down", name="down")
     assert [one for one in everything if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []

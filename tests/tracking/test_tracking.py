@@ -232,7 +232,7 @@ def test_the_parent_has_a_curve_of_every_method_with_bytes_as_its_steps(tracked:
     for method in record.methods:
         rows = sorted((result for result in record.results if result.method == method), key=lambda result: result.size_bytes)
         for name, value_of in {"top1": lambda row: row.validation.top1, "loss_deployed": lambda row: row.loss_deployed}.items():
-            points = client.get_metric_history(tracked.receipt.parent_run_id, f"{name}/{method}")
+            points = client.get_metric_history(tracked.receipt.parent_run_id, f"{name} over bytes/{method}")
             expected = [(row.size_bytes, value_of(row)) for row in rows]
             assert sorted((point.step, point.value) for point in points) == sorted(expected)
 

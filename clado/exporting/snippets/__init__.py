@@ -1,11 +1,15 @@
 """A Python file (snippet) that applies an assignment with another library (a peer): the common parts.
 
-To add a peer, add a file to this folder with a function `snippet(space, assignment) -> str`. The
-file's name is the format's name.
+To add a peer, add a file to this folder with an object `peer = Peer(...)`. The file's name is the
+format's name.
 
 Every snippet holds the assignment as the literal `BITS`. `read_assignment` reads it without running
-the file. It quantizes weights symmetrically, with one scale per output channel if the peer allows
-it. It checks that each layer has the assigned bits.
+the file. It quantizes weights with one scale per output channel if the peer allows it. It checks
+that each layer has the assigned bits.
+
+If a peer takes the grids of the weights, a file of tensors lies beside the snippet: the state of
+the deployed network, corrections included, and the scales of its weights. Such a snippet computes
+what was measured. Otherwise bit-widths alone travel, and the peer rounds by itself.
 
 Activation bits are the literal `ACTIVATION_BITS`. ModelOpt applies them. torchao and MCT do not, and
 their snippets say so: MCT quantizes outputs of layers, not inputs. Assignments that a peer cannot
@@ -13,16 +17,80 @@ express are refused, with the names of the layers.
 """
 
 import json
-from collections.abc import Container, Mapping, Sequence
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from clado.errors import ConfigurationError, StoreError
+from clado.grids import ActivationGrid, Codes, Grid, QuantizedLayer
+from clado.network.network import Network
 from clado.plugins import available, load
 from clado.records.text import write_text
 from clado.space import Assignment, SearchSpace
 
 ASSIGNMENT = "assignment.json"
 
+Deployed = tuple[Network, Mapping[int, QuantizedLayer]]
+"""A network, and its quantized layers by index."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What the rest of the code must know about a peer."""
+
+    title: str
+    """Name of the peer's library."""
+    snippet: Callable[[SearchSpace, Assignment, str | None], str]
+    """(space, assignment, name of the file of tensors beside the snippet, or None) -> text of the Python file.
+
+    Raises ConfigurationError, with the names of the layers, for what the peer cannot express.
+    """
+    rounded: Callable[[Tensor, int, int], Tensor] | None = None
+    """(float weight, bits, channel axis) -> the weight as the peer rounds it by itself. None: it takes every grid."""
+    takes: Callable[[Grid], bool] = lambda grid: False
+    """Whether the peer takes weights that lie on a grid, with their scales."""
+    input_grid: Callable[[ActivationGrid], ActivationGrid | None] = lambda grid: None
+    """The grid that the peer puts an input on, where clado has the given one. None: the input stays in float."""
+
+    def carries(self, deployed: Deployed) -> bool:
+        """Whether the weights travel as they were measured."""
+        grids = [layer.grid for layer in deployed[1].values()]
+        return all(grid is not None and self.takes(grid) for grid in grids)
+
+    def computed(self, network: Network, deployed: Deployed) -> Deployed:
+        """The network as the peer computes it, emulated here.
+
+        Args:
+            network: The float network, which the peer rounds where it does not take what was measured.
+            deployed: What was measured.
+        """
+        corrected, layers = deployed
+        inputs = {i: None if layer.activation is None else self.input_grid(layer.activation) for i, layer in layers.items()}
+        if self.carries(deployed):
+            return corrected, {i: replace(layer, activation=inputs[i]) for i, layer in layers.items()}
+        computed = {}
+        for i, layer in layers.items():
+            if layer.grid is not None and self.rounded is not None:
+                weight = self.rounded(network.weights[i].detach().float(), bits_of(layer.grid), network.layers[i].channel_axis)
+                computed[i] = QuantizedLayer(weight.to(network.weights[i].dtype), activation=inputs[i])
+        return network, computed
+
+
+LOAD_MEASURED = '''
+def load_measured(model):
+    """Loads what was measured, corrections included, into the model. Returns the scales of its weights and inputs."""
+    tensors = load_file(Path(__file__).with_name(WEIGHTS))
+    scales = {name: tensors.pop(name) for name in list(tensors) if ":" in name}
+    for name in tensors.keys() - model.state_dict().keys():  # biases that corrections gave to layers without one
+        module, _, attribute = name.rpartition(".")
+        model.get_submodule(module).register_parameter(attribute, torch.nn.Parameter(tensors[name]))
+    model.load_state_dict(tensors)
+    return scales
+'''
 NO_SHARED_WEIGHTS = '''
 def refuse_shared(model):
     """An assignment counts a shared weight once. Quantizing it in only one of its modules would make another network."""
@@ -35,21 +103,96 @@ def refuse_shared(model):
 '''
 
 
-def write_snippet(folder: Path, peer: str, space: SearchSpace, assignment: Assignment, warning: str = "") -> Path:
+def write_snippet(
+    folder: Path,
+    peer: str,
+    space: SearchSpace,
+    assignment: Assignment,
+    remark: str = "",
+    deployed: Deployed | None = None,
+) -> Path:
     """Writes assignment_<peer>.py and assignment.json of this assignment into `folder`. Returns the snippet's path.
 
-    `warning` is a comment at its top.
+    Args:
+        folder: Where to write.
+        peer: Name of the peer.
+        space: The searched layers.
+        assignment: Their bits.
+        remark: A comment at the top of the snippet.
+        deployed: What was measured. Its weights and scales are written too if the peer takes them.
     """
-    text = load("snippets", check_peer(peer)).snippet(space, assignment)
-    text = "".join(f"# {line}\n" for line in warning.splitlines()) + text
+    known = peer_of(peer)
+    carried = deployed is not None and known.carries(deployed)
+    weights = f"weights_{peer}.safetensors" if carried else None
+    text = known.snippet(space, assignment, weights)
+    text = "".join(f"# {line}\n" for line in remark.splitlines()) + text
     document, assignment_file = space.to_json(assignment), folder / ASSIGNMENT
-    if not assignment_file.is_file():
-        write_text(assignment_file, json.dumps(document, indent=1))
-    elif not holds(assignment_file, document):
+    if assignment_file.is_file() and not holds(assignment_file, document):
         raise StoreError(f"{folder} holds the export of another assignment; name another folder, or remove that one")
+    write_text(assignment_file, json.dumps(document, indent=1))
+    if weights is not None and deployed is not None:
+        _write_tensors(folder / weights, measured_tensors(known, deployed))
     file = folder / f"assignment_{peer}.py"
     write_text(file, text)
     return file
+
+
+def measured_tensors(peer: Peer, deployed: Deployed) -> dict[str, Tensor]:
+    """The state of the deployed network, and the scales of its quantized weights and inputs.
+
+    LAYER:scale         float32 (channels,)
+    LAYER:zero_point    int8 (channels,), of codes -2^(b-1) .. 2^(b-1) - 1
+    LAYER:input_amax    float32 (), largest magnitude of an input that the peer quantizes
+    """
+    network, layers = deployed
+    tensors = dict(network.state_dict(dict(layers)))
+    for i, layer in layers.items():
+        if layer.grid is None:
+            continue
+        name, channels = network.layers[i].name, network.layers[i].num_channels
+        shift = 0 if layer.grid.codes.low < 0 else 2 ** (bits_of(layer.grid) - 1)
+        for part, values in (("scale", layer.grid.scale.float()), ("zero_point", (layer.grid.zero_point - shift).char())):
+            tensors[f"{name}:{part}"] = values.reshape(-1).expand(channels)
+        grid = None if layer.activation is None else peer.input_grid(layer.activation)
+        if grid is not None:
+            tensors[f"{name}:input_amax"] = layer.weight.new_tensor(grid.scale * (2 ** (grid.bits - 1) - 1)).float()
+    return tensors
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors by name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def nearest_codes(weight: Tensor, channel_axis: int, codes: Codes, shares: Sequence[float]) -> Tensor:
+    """A weight rounded to nearest, with the scale of least squared error for each output channel.
+
+    Args:
+        weight: Float, of any shape.
+        channel_axis: Axis of the output channels.
+        codes: The integers.
+        shares: The scales that are tried, as parts of that at which the largest magnitude has the least code.
+    """
+    rows = weight.movedim(channel_axis, 0).flatten(1)
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / -codes.low
+    best, least = rows, rows.new_full((len(rows), 1), float("inf"))
+    for share in shares:
+        scale = share * largest
+        values = (rows / scale).round().clamp(codes.low, codes.high) * scale
+        error = (values - rows).square().sum(1, keepdim=True)
+        best, least = values.where(error < least, best), error.minimum(least)
+    return best.reshape(weight.movedim(channel_axis, 0).shape).movedim(0, channel_axis)
+
+
+def bits_of(grid: Grid) -> int:
+    """The bit-width of a grid of two bits or more."""
+    return grid.codes.high.bit_length() + (1 if grid.codes.low < 0 else 0)
 
 
 def holds(file: Path, document: Mapping[str, object]) -> bool:
@@ -60,11 +203,12 @@ def holds(file: Path, document: Mapping[str, object]) -> bool:
         return False
 
 
-def check_peer(peer: str) -> str:
-    """The peer's name. Raises ConfigurationError if there is no snippet for it."""
+def peer_of(name: str) -> Peer:
+    """The peer of a name. Raises ConfigurationError if there is no snippet for it."""
     peers = available("snippets")
-    if peer not in peers:
-        raise ConfigurationError(f"unknown format {peer!r}; expected safetensors, {', '.join(peers[:-1])} or {peers[-1]}")
+    if name not in peers:
+        raise ConfigurationError(f"unknown format {name!r}; expected safetensors, {', '.join(peers[:-1])} or {peers[-1]}")
+    peer: Peer = load("snippets", name)
     return peer
 
 
@@ -77,6 +221,25 @@ def literal(space: SearchSpace, assignment: Assignment) -> str:
 
     widths = assignment.activation_bits
     return mapping("BITS", assignment.bits) + (mapping("ACTIVATION_BITS", widths) if widths else "")
+
+
+def weights_line(weights: str | None) -> str:
+    """The name of the file of tensors, as Python."""
+    file = "None  # bit-widths alone" if weights is None else f"{json.dumps(weights)}  # a file beside this one"
+    return f"WEIGHTS = {file}\n"
+
+
+IMPORTS = """from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+"""
+"""What `LOAD_MEASURED` needs."""
+
+
+def with_loading(text: str, weights: str | None) -> str:
+    """A snippet's text, with what reads a file of tensors if there is one."""
+    return text if weights is None else text.replace("\nimport torch\n", f"\n{IMPORTS}", 1) + f"\n{LOAD_MEASURED}"
 
 
 def not_applied(peer: str, assignment: Assignment) -> str:

@@ -5,7 +5,10 @@ target platform must offer each width, so the snippet makes one that offers the 
 are −1 and 0, ours −1 and +1. Activation bits are not applied, because MCT quantizes outputs of nodes, and we inputs of layers.
 """
 
-from clado.exporting.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal, not_applied
+from torch import Tensor
+
+from clado.exporting.snippets import NO_SHARED_WEIGHTS, Peer, check_expressible, headline, literal, nearest_codes, not_applied
+from clado.grids import Codes
 from clado.space import Assignment, SearchSpace
 
 OPERATORS = ("conv2d", "conv_transpose2d", "linear")
@@ -97,8 +100,8 @@ def quantize(model, representative_data):
 '''
 
 
-def snippet(space: SearchSpace, assignment: Assignment) -> str:
-    """The file's text; ConfigurationError names what MCT cannot express."""
+def snippet(space: SearchSpace, assignment: Assignment, weights: str | None = None) -> str:
+    """The file's text; ConfigurationError names what MCT cannot express. MCT takes no scales, so `weights` is None."""
     assignment = space.completed(assignment)
     check_expressible("MCT", space, assignment, OPERATORS, least=2, most=16)
     return f'''"""{headline("Sony's Model Compression Toolkit", space, assignment)}
@@ -125,3 +128,12 @@ KERNEL = "weight"
 {_BODY.rstrip()}
 
 {NO_SHARED_WEIGHTS}'''
+
+
+def _rounded(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
+    """As MCT rounds, without its correction of biases: the threshold of least squared error."""
+    codes = Codes(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return nearest_codes(weight, channel_axis, codes, [k / 100 for k in range(1, 201)])
+
+
+peer = Peer("MCT", snippet, _rounded)

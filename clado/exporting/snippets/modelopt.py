@@ -2,10 +2,24 @@
 
 Format: https://nvidia.github.io/Model-Optimizer/guides/_quant_cfg.html, an ordered list of quantizer names and their settings.
 One bit is refused: ModelOpt's one-bit grid holds nothing but zero, ours −1 and +1. Widths other than 8 are simulated there.
-Activation bits become those of the layers' input quantizers, one scale for each, calibrated on images that the caller gives.
+Symmetric grids of weights travel: `amax` of a quantizer is the largest magnitude of its grid. Affine ones do not. Activation
+bits become those of the layers' input quantizers, one scale for each. ModelOpt's are symmetric, with amax the largest magnitude
+of our grid, or calibrated on images that the caller gives where no weights travel.
 """
 
-from clado.exporting.snippets import NO_SHARED_WEIGHTS, check_expressible, headline, literal
+from torch import Tensor
+
+from clado.exporting.snippets import (
+    NO_SHARED_WEIGHTS,
+    Peer,
+    check_expressible,
+    headline,
+    literal,
+    nearest_codes,
+    weights_line,
+    with_loading,
+)
+from clado.grids import ActivationGrid, Codes
 from clado.space import Assignment, SearchSpace
 
 OPERATORS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
@@ -34,14 +48,26 @@ QUANT_CFG = {
 
 def quantize(model, images=None):
     """Simulates the quantized network in place and returns it. `images`: a batch that gives the inputs' scales, where any do."""
-    if any(ACTIVATION_BITS.values()) and images is None:
+    if WEIGHTS is None and any(ACTIVATION_BITS.values()) and images is None:
         raise ValueError("inputs are quantized too; expected quantize(network, images) with a batch to fit their scales to")
     refuse_shared(model)
     attention = [name for name, module in model.named_modules() if isinstance(module, torch.nn.MultiheadAttention)]
     unseen = [name for name in BITS if BITS[name] is not None and any(name.startswith(f"{a}.") for a in attention)]
     if unseen:
         raise ValueError(f"ModelOpt does not quantize inside torch.nn.MultiheadAttention: {unseen}")
-    mtq.quantize(model, QUANT_CFG, forward_loop=(lambda network: network(images)) if any(ACTIVATION_BITS.values()) else None)
+    if WEIGHTS is None:
+        mtq.quantize(model, QUANT_CFG, forward_loop=(lambda network: network(images)) if any(ACTIVATION_BITS.values()) else None)
+    else:
+        scales = load_measured(model)
+        mtq.quantize(model, {**QUANT_CFG, "algorithm": None})  # nothing is fitted: amax is that of the measured grids
+        for name in (name for name, bits in BITS.items() if bits is not None):
+            weight, axis = model.get_parameter(name), CHANNEL_AXIS.get(name, 0)
+            shape = [-1 if k == axis else 1 for k in range(weight.ndim)]
+            largest = scales[f"{name}:scale"] * (2 ** (BITS[name] - 1) - 1)
+            model.get_submodule(f"{name}_quantizer").amax = largest.reshape(shape).to(weight.device)
+            if ACTIVATION_BITS.get(name) is not None:
+                quantizer = model.get_submodule(f"{name.rpartition('.')[0]}.input_quantizer")
+                quantizer.amax = scales[f"{name}:input_amax"].to(weight.device)
     inputs = {f"{name.rpartition('.')[0]}.input_quantizer": bits for name, bits in ACTIVATION_BITS.items()}
     for name, bits in {**{f"{name}_quantizer": bits for name, bits in BITS.items()}, **inputs}.items():
         quantizer = model.get_submodule(name) if bits is not None else None
@@ -56,30 +82,50 @@ lose a bit after a ReLU.
 """
 
 
-def snippet(space: SearchSpace, assignment: Assignment) -> str:
+def snippet(space: SearchSpace, assignment: Assignment, weights: str | None = None) -> str:
     """The file's text; ConfigurationError names what ModelOpt cannot express."""
     assignment = space.completed(assignment)
     check_expressible("ModelOpt", space, assignment, OPERATORS, least=2, most=16)
     images, weights_clause, inputs = "", "Weights only,", ""
     if assignment.activation_bits:
-        images, weights_clause, inputs = ", images", "Weights are", _INPUTS
+        images, weights_clause, inputs = "" if weights else ", images", "Weights are", _INPUTS
     axes = {layer.name: layer.channel_axis for layer in space.layers if layer.channel_axis != 0}
-    return f'''"""{headline("NVIDIA ModelOpt", space, assignment)}
+    fitted = (
+        "ModelOpt fits the scales itself (least squared error), so the\nloss differs a little from the one that was measured."
+    )
+    measured = "WEIGHTS holds the weights and scales that were\nmeasured, corrections included."
+    text = f'''"""{headline("NVIDIA ModelOpt", space, assignment)}
 
     from assignment_modelopt import quantize
 
     quantize(network{images})
 
-{weights_clause} symmetric, one scale per output channel. ModelOpt fits the scales itself (least squared error), so the loss
-differs a little from the one that was measured. None leaves a layer in float.
+{weights_clause} symmetric, one scale per output channel. {measured if weights else fitted} None leaves a layer in float.
 {inputs}"""
 
 import modelopt.torch.quantization as mtq
 import torch
 
 {literal(space, assignment)}{"" if inputs else "ACTIVATION_BITS = {}"}
+{weights_line(weights).rstrip()}
 # the output channels of all others are axis 0
 CHANNEL_AXIS = {axes!r}
 {_BODY.rstrip()}
 
 {NO_SHARED_WEIGHTS}'''
+    return with_loading(text, weights)
+
+
+def _rounded(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
+    """As ModelOpt's algorithm `mse` rounds: of 19 scales the one of least squared error."""
+    largest = 2 ** (bits - 1) - 1
+    return nearest_codes(weight, channel_axis, Codes(-largest, largest), [k / 20 for k in range(2, 21)])
+
+
+def _input_grid(grid: ActivationGrid) -> ActivationGrid:
+    """The symmetric grid of the same largest magnitude."""
+    largest = grid.scale * max(grid.zero_point, 2**grid.bits - 1 - grid.zero_point)
+    return ActivationGrid(grid.bits, largest / (2 ** (grid.bits - 1) - 1), 2 ** (grid.bits - 1))
+
+
+peer = Peer("ModelOpt", snippet, _rounded, takes=lambda grid: grid.codes.low < 0, input_grid=_input_grid)

@@ -23,6 +23,9 @@ class TileKind:
     name: ClassVar[str]
     """Name of the kind's two files and of its group in the store."""
 
+    title: ClassVar[str] = ""
+    """What it measures, in words for `clado plan`; by default nothing but its name is shown."""
+
     order: ClassVar[int]
     """Kinds with a smaller number come first in the plan and in the store."""
 

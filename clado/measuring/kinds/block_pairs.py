@@ -14,6 +14,7 @@ class BlockPairs(PairKind):
     """Pairs of options of different layers of one block (`SearchSpace.blocks`)."""
 
     name = "block_pairs"
+    title = "pairs of options within a block"
     order = 50
     contained_in = "pairs"
 

@@ -11,6 +11,7 @@ class Gradients(TileKind):
     """Row 0 squares the change of the log-likelihood; row 1 adds up the squares of its parts, weight by weight."""
 
     name = "gradients"
+    title = "gradients of the loss"
     order = 60
     dimensions = ("estimator", "probe")
     needs = "classes"

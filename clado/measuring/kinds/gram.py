@@ -19,6 +19,7 @@ class Gram(TileKind):
     """Row 0 holds the singles, row 1 first-order changes of the loss; then come the Gram matrices, K rows each."""
 
     name = "gram"
+    title = "each option alone, with its logits"
     order = 40
     dimensions = ("probe", "option")
     needs = "curvature"

@@ -12,6 +12,7 @@ class Pairs(PairKind):
     """All pairs of options of different layers."""
 
     name = "pairs"
+    title = "pairs of options"
     order = 30
 
     def layer_groups(self, space: SearchSpace) -> tuple[tuple[int, ...], ...]:

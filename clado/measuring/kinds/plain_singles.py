@@ -10,6 +10,7 @@ class PlainSingles(TileKind):
     """
 
     name = "plain_singles"
+    title = "each option alone, rounded to nearest"
     order = 20
     is_uncorrected = True
 

@@ -7,6 +7,7 @@ class Singles(TileKind):
     """The loss of the float network, then that of each option."""
 
     name = "singles"
+    title = "each option alone"
     order = 10
     contained_in = "gram"  # its first row
 

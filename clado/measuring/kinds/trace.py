@@ -10,6 +10,7 @@ class Trace(TileKind):
     """The loss of the float network, then for each option its layer's average trace times its squared error."""
 
     name = "trace"
+    title = "curvature along random vectors"
     order = 70
 
     def terms(self, plan: Plan) -> dict[str, Any]:
