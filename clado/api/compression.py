@@ -146,7 +146,7 @@ def compress(
     bops: float | None = None,
     latency: TableBound | None = None,
     table: TableBound | None = None,
-    bits: Sequence[int] = (2, 4, 8),
+    bits: Sequence[int | str | None] = (2, 4, 8),
     activation_bits: Sequence[int] = (),
     fixed: Sequence[str] = (),
     estimator: str = "gauss_newton",
@@ -180,7 +180,7 @@ def compress(
         bops: Most bit operations of one image.
         latency: Most seconds of one image, and a CSV file layer,bits,seconds.
         table: Most of any other costs, and a CSV file layer,bits,UNIT.
-        bits: Candidate bit-widths of weights.
+        bits: Candidate bit-widths of weights. "float" behind them is a layer in float.
         activation_bits: Candidate bit-widths of the layers' inputs; without any they stay in float.
         fixed: Name patterns of layers that stay in float.
         estimator: A name of `clado.interaction.estimators`.

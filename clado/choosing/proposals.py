@@ -122,9 +122,9 @@ def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignme
     which suffer more from narrow bits than weights do.
     """
     fitting = [
-        ((min(b, width or FLOAT_BITS), width or FLOAT_BITS, b), a)
+        ((min(b, width), width, b), a)
         for b, a in space.uniform_assignments()
-        for width in [a.activation_bits[0] if a.activation_bits else None]
+        for width in [next((width for width in a.activation_bits if width is not None), FLOAT_BITS)]
         if all(limit.holds(space, a) for limit in limits)
     ]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else space.narrowest

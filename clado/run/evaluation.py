@@ -117,7 +117,7 @@ class RunEvaluation:
 
     def representative(self, assignment: Assignment) -> Assignment:
         """The assignment that stands for all that deploy the same network: it is evaluated for each of them."""
-        level = self._representative_levels[assignment.corrected] if self.inputs.space.chosen_options(assignment) else "all"
+        level = "all" if assignment.is_float else self._representative_levels[assignment.corrected]
         return assignment.with_corrections(level)
 
     def other_corrections(self, assignment: Assignment) -> list[Assignment]:
@@ -167,8 +167,7 @@ class RunEvaluation:
         """Counts on images start..stop−1 of the validation set, each decoded once, of every assignment as deployed."""
         float_network, validation = self.inputs.float_network, self.inputs.slices.validation
         variants = (
-            self.preparation.deployed(assignment) if self.inputs.space.chosen_options(assignment) else (float_network, {})
-            for assignment in assignments
+            (float_network, {}) if assignment.is_float else self.preparation.deployed(assignment) for assignment in assignments
         )
         return count_each(variants, validation, start, stop, self.batch_images, float_network, self.inputs.judge)
 

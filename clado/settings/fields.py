@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from clado.bits import check_bits
+from clado.bits import FLOAT, check_bits, check_candidates
 from clado.errors import ConfigurationError
 from clado.plugins import available, expected
 
@@ -53,9 +53,16 @@ def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError(str(error)) from None
 
 
+def _check_candidates(candidates: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    try:
+        return tuple(FLOAT if bits is None else bits for bits in check_candidates(candidates))
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+
+
 Integer = Annotated[int, Field(strict=True)]  # pydantic would take true for 1, and "2" for 2
 Count = Annotated[int, Field(strict=True, ge=1)]
-Bits = Annotated[tuple[Integer, ...], AfterValidator(_check_bits)]
+Bits = Annotated[tuple[Integer | Literal["float"], ...], AfterValidator(_check_candidates)]
 BitsOrNone = Annotated[tuple[Integer, ...], AfterValidator(lambda bits: _check_bits(bits) if bits else bits)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]

@@ -220,7 +220,9 @@ class ConstraintSettings(Settings):
 class LayerSettings(Settings):
     """Exceptions for layers, by name pattern."""
 
-    bits: dict[str, Bits] = Field(default={}, description="other candidates for these layers; a single one pins them")
+    bits: dict[str, Bits] = Field(
+        default={}, description="other candidates for these layers, such as [8, float]; a single one pins them"
+    )
     ties: tuple[tuple[str, ...], ...] = Field(default=(), description="groups of layers that must share a bit-width")
     blocks: tuple[tuple[str, ...], ...] = Field(
         default=(), description="blocks of layers for the estimator blockwise; default: those of the module tree"

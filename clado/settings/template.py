@@ -49,7 +49,7 @@ data:                                # three disjoint sets
   # selection_images: 1000           # of the images left over, for `clado smallest`; default: all
   {sample_blocks}# parts of the sensitivity set whose losses are kept apart
   seed: 0                            # which images
-bits: [2, 4, 8]                      # candidate widths of each layer, ascending within 1..16
+bits: [2, 4, 8]                      # candidate widths of each layer, ascending within 1..16; float behind them: as it is
 # layers:
 #   bits: {{"fc.weight": [8]}}         # other candidates for layers by name pattern; a single one pins them
 #   ties: [["layer1.*"]]             # groups of layers that must share a bit-width

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clado.bits import bits_text
+from clado.bits import FLOAT, FLOAT_BITS, bits_text
 from clado.errors import ConfigurationError, StoreError
 from clado.exporting.runtimes import Logits, Runtime
 from clado.quantization.preparation import Recipe, prepare
@@ -36,7 +36,6 @@ from flows.progress import progress
 FORMAT = "clado-profile/1"
 PASSES, MOST_PASSES = 3, 50  # of each network in a turn, with and without the profiler
 TURN_SECONDS = 0.05  # that they take together, where the bounds above allow it
-FLOAT = "float"
 
 
 @dataclass
@@ -90,8 +89,9 @@ def networks_of(space: SearchSpace) -> dict[str, Assignment]:
     """The networks that are timed, by name: float, and one for each pair of weight and activation bits of any layer."""
     named = {FLOAT: space.nothing}
     for bits, assignment in space.uniform_assignments():
-        activation_bits = assignment.activation_bits[0] if assignment.activation_bits else None
-        named[bits_text(bits, activation_bits)] = assignment
+        activation_bits = next((width for width in assignment.activation_bits if width is not None), None)
+        if bits < FLOAT_BITS:
+            named[bits_text(bits, activation_bits)] = assignment
     return named
 
 
@@ -103,11 +103,12 @@ def table_of(space: SearchSpace, turns: Turns, batch: int) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["layer", "bits", *(["activation_bits"] if space.has_activations else []), "seconds"])
     networks = networks_of(space)
-    seconds = {name: turns.layer_seconds(name, shares) for name in networks if name != FLOAT}
+    seconds = {name: turns.layer_seconds(name, shares) for name in networks}
     for layer, bits, activation_bits in space.options:
         name = space.layers[layer].name
         value = seconds[bits_text(bits, activation_bits)][name] / batch
-        table.writerow([name, bits, *([activation_bits] if space.has_activations else []), f"{value:.6g}"])
+        widths = [bits or FLOAT, *([activation_bits or ""] if space.has_activations else [])]
+        table.writerow([name, *widths, f"{value:.6g}"])
     return text.getvalue()
 
 

@@ -47,8 +47,11 @@ class Runtime:
 
     It has HERE (the folder), FACTS (deployment.json) and run(images (N, C, H, W)) -> logits, which the self-check uses.
     """
-    lacks_kernel: Callable[[Layer, int, int | None, bool], str | None]
-    """(layer, weight bits, activation bits, symmetric) -> why the option is not computed natively. None: it is."""
+    lacks_kernel: Callable[[Layer, int | None, int | None, bool], str | None]
+    """(layer, weight bits, activation bits, symmetric) -> why the option is not computed natively. None: it is.
+
+    Without weight bits the layer is in float.
+    """
     write: Callable[[Path, Network, Replaced, Tensor], None]
     """(file, network, layers by index, calibration images (N, C, H, W)) -> the file, laid out for its kernels.
 

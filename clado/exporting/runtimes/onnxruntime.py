@@ -49,8 +49,10 @@ RANGE_BATCH = 16  # images of one pass that looks for ranges: every result is ke
 WARM_UP = 2
 
 
-def _lacks_kernel(layer: Layer, bits: int, activation_bits: int | None, symmetric: bool) -> str | None:
-    """Why ONNX Runtime computes an option in float32 or stores it wider; None where it does neither."""
+def _lacks_kernel(layer: Layer, bits: int | None, activation_bits: int | None, symmetric: bool) -> str | None:
+    """Why ONNX Runtime computes codes in float32 or stores them wider; None where it does neither, and for a layer in float."""
+    if bits is None:
+        return None
     is_linear = layer.operator == "linear"
     is_convolution = layer.operator in ("conv1d", "conv2d", "conv3d")
     is_pointwise = is_convolution and all(length == 1 for length in layer.shape[2:]) and layer.shape[1] > 1
