@@ -197,6 +197,9 @@ def deploy(
     folder: RunFolder,
     budget: AverageBits = None,
     size_bytes: SizeBytes = None,
+    latency: Annotated[
+        float | None, typer.Option("--latency", metavar="SECONDS", help="A budget of the settings' budgets.latency.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="What serves the network.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     images: Annotated[int, typer.Option(min=1, help="Validation images that accuracy is counted on, at most.")] = 1000,
@@ -207,12 +210,13 @@ def deploy(
     """Write the network chosen for a budget as a folder that a runtime serves; measure size, accuracy and milliseconds there."""
     from clado.exporting.runtimes import runtime_of
     from clado.records.text import file_name
-    from flows.commands.stored import StoredRun, chosen_for
+    from flows.commands.stored import StoredRun, chosen_for, latency_budget
     from flows.guard import locked
 
     plugin = runtime_of(runtime)
     plugin.versions()  # refused before the network loads
-    stored, row_budget = StoredRun.open(folder), _budget(budget, size_bytes)
+    stored = StoredRun.open(folder)
+    row_budget = latency_budget(stored, latency) if latency is not None else _budget(budget, size_bytes)
     run = _measured(stored.config)
     from flows.commands.deploy import deploy as write
 

@@ -23,15 +23,11 @@ from clado.network.network import Network
 from clado.plugins import available
 from clado.quantization.preparation import Recipe, prepare
 from clado.records.documents import space_document, space_of
-from clado.records.run_record import RunRecord
-from clado.reporting import summary
-from clado.run.opened_run import open_run
 from clado.settings.loading import parse_config
 from clado.space import Assignment, Layer, SearchSpace
-from flows.commands.plan import plan_text
 from tests.contracts.runtime import inverted
 from tests.networks import Residual, build, images, labels
-from tests.running import config, run_pipeline
+from tests.running import config
 from tests.tolerance import assert_close, of_sum
 
 pytestmark = pytest.mark.numeric
@@ -199,31 +195,3 @@ def test_the_solver_keeps_sensitive_layers_in_float_where_the_budget_allows_it()
 def test_settings_that_name_it_wrongly_are_refused(bits, tmp_path):
     with pytest.raises(ConfigurationError, match="bits"):
         parse_config(config(tmp_path / "run", bits=bits))
-
-
-def test_a_run_with_it_says_so_from_the_plan_to_the_report(tmp_path):
-    document = config(
-        tmp_path / "run",
-        bits=[4, "float"],
-        layers={"bits": {"conv1.weight": ["float"], "layer1.*": [4]}},
-        activations={"bits": [8]},
-        corrections=["output_statistics"],
-        estimators=["layerwise"],
-        budgets={"average_bits": [12, 32]},
-        search={"evaluations": 0},
-    )
-    run = open_run(parse_config(document))
-    assert parse_config(json.loads(json.dumps(run.config.model_dump(mode="json")))) == run.config
-    num_quantized = len(run.space.quantized_options)
-    assert f"{1 + num_quantized} evaluations" in " ".join(plan_text(run).split())
-    run_pipeline(document, tracked=False)
-    record = RunRecord.load(tmp_path / "run" / "record.json")
-    tight, loose = (record.find(budget, "chosen") for budget in record.budgets)
-    assert loose.assignment.bits[1:].count(4) == sum(name.startswith("layer1.") for name in record.layer_names)
-    assert loose.size_bytes == run.space.size_bytes(run.space.widest)
-    assert tight.assignment.pairs[0] == (None, None)
-    assert tight.loss_deployed >= loose.loss_deployed
-    assert "in float" in summary.layers_text(record.layer_names, tight.assignment)
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert ">float<" in page
-    assert all(str(fault) not in page for fault in ("None bits", "None/"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
+from pathlib import Path
 
 import numpy as np
 
@@ -72,10 +73,14 @@ def budgets_of(
     size_bytes: Iterable[float] = (),
     percent_of_8_bit: Iterable[float] = (),
     bops: Iterable[float] = (),
+    latency: Iterable[float] = (),
+    latency_table: Path | None = None,
 ) -> tuple[Budget, ...]:
-    """Budgets in the order given, duplicates dropped."""
+    """Budgets in the order given, duplicates dropped. Those of latency read a table."""
     by_keyword = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
-    return tuple(dict.fromkeys(Budget(constraint, bound) for constraint, bounds in by_keyword for bound in bounds))
+    budgets = [Budget(constraint, bound) for constraint, bounds in by_keyword for bound in bounds]
+    budgets += [Budget("latency", bound, None if latency_table is None else str(latency_table)) for bound in latency]
+    return tuple(dict.fromkeys(budgets))
 
 
 def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequence[Constraint] = ()) -> None:

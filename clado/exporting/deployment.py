@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from clado.data.decoding import Preprocessing
 from clado.errors import StoreError
 from clado.exporting.runtimes import Runtime
-from clado.records.text import markdown_table, percent, write_text
+from clado.records.serving import Serving
+from clado.records.text import write_text
 
 FORMAT = "clado-deployment/1"
 FACTS, ASSIGNMENT, PREDICT, CHECK, CHECKED, README = (
@@ -31,43 +32,11 @@ FACTS, ASSIGNMENT, PREDICT, CHECK, CHECKED, README = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Served:
-    """A network as the runtime computes it."""
-
-    name: str
-    """What it is called in the table."""
-    file_bytes: int
-    """The whole file."""
-    milliseconds: float
-    """Median of one image."""
-    top1: float
-    """Share of images whose first class is the label, or the float network's where there are no labels."""
-    predicted_milliseconds: float | None = None
-    """What the table of a profile says; None without a table."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured, and where."""
-
-    networks: tuple[Served, ...]
-    """The deployed network first; what it is compared with."""
-    num_images: int
-    """Validation images that were computed."""
-    has_labels: bool
-    """Whether top-1 is of labels."""
-    machine: str
-    """The processor, threads and versions, in words."""
-    threads: int
-    """Threads of the runtime."""
-
-
 def write_deployment(
     folder: Path,
     runtime: Runtime,
     assignment_document: Mapping[str, Any],
-    measurement: Measurement,
+    serving: Serving,
     preprocessing: Preprocessing,
     classes: Sequence[str],
     images: NDArray[np.float32],
@@ -79,7 +48,7 @@ def write_deployment(
         folder: Where the network lies.
         runtime: What serves it.
         assignment_document: The JSON object that `SearchSpace.to_json` makes.
-        measurement: What was measured.
+        serving: What was measured.
         preprocessing: How images are made.
         classes: Names of classes, in order; empty where they are not known.
         images: Images of the self-check (N, C, H, W), normalised.
@@ -90,12 +59,12 @@ def write_deployment(
         "format": FORMAT,
         "file": runtime.file,
         "sha256": hashlib.sha256(network.read_bytes()).hexdigest(),
-        "threads": measurement.threads,
+        "threads": serving.threads,
         "session": dict(runtime.session_entries(network)),
         "preprocessing": asdict(preprocessing),
         "classes": list(classes),
         "versions": dict(runtime.versions()),
-        "measured": asdict(measurement),
+        "measured": asdict(serving),
     }
     archive = io.BytesIO()
     np.savez_compressed(archive, images=images, logits=logits)
@@ -106,7 +75,7 @@ def write_deployment(
     write_text(folder / ASSIGNMENT, json.dumps(assignment_document, indent=1))
     write_text(folder / PREDICT, runtime.loader)
     write_text(folder / CHECK, CHECK_CODE)
-    write_text(folder / README, _readme(measurement, runtime))
+    write_text(folder / README, _readme(serving, runtime))
 
 
 def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
@@ -121,29 +90,13 @@ def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
         raise StoreError(f"{folder} holds something else than this deployment; name another folder with --output, or remove it")
 
 
-def table(measurement: Measurement) -> str:
-    """Networks with size, accuracy and milliseconds, as Markdown."""
-    top1 = "top-1 %" if measurement.has_labels else "float's class %"
-    rows = [
-        [
-            served.name,
-            f"{served.file_bytes:,}",
-            percent(served.top1),
-            f"{served.milliseconds:.3f}",
-            "–" if served.predicted_milliseconds is None else f"{served.predicted_milliseconds:.3f}",
-        ]
-        for served in measurement.networks
-    ]
-    return markdown_table(["network", "bytes of the file", top1, "ms", "ms predicted"], rows)
-
-
-def _readme(measurement: Measurement, runtime: Runtime) -> str:
+def _readme(serving: Serving, runtime: Runtime) -> str:
     return f"""# A network for {runtime.title}
 
-{table(measurement)}
+{serving.table()}
 
-- Accuracy is what the runtime computed on {measurement.num_images:,} validation images.
-- Milliseconds are medians of one image, in turns: {measurement.machine}.
+- Accuracy is what the runtime computed on {serving.num_images:,} validation images.
+- Milliseconds are medians of one image, in turns: {serving.machine}.
 - Measured on another machine they differ. Run `python {CHECK}` there: it compares outputs, and times them.
 
     pip install {" ".join(runtime.requirements)}

@@ -159,6 +159,7 @@ def render(folder: Path) -> str:
         matrices=[heat_map(path) for path in sorted((folder / "matrices").glob("*.npz"))],
         comparisons=[row for row in record.comparisons if row.method == CHOSEN],
         interval_text=tables.interval_text,
+        serving=record.serving,
         winners=tables.winners(record),
         solver=tables.solver_line(record),
         coverage=_coverage(record),

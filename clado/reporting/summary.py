@@ -182,7 +182,7 @@ def summary(record: RunRecord) -> Group:
     texts = [f"{record.network}, {record.criterion}", *headlines(record)]
     parts: list[RenderableType] = [*map(Text, texts), table(record), Text(tables.verdict(record))]
     fewer = _fewer_corrections(record)
-    parts += [Text(text) for text in (fewer, _notes(record)) if text]
+    parts += [Text(text) for text in (tables.serving_table(record), fewer, _notes(record)) if text]
     return Group(*parts)
 
 

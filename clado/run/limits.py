@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clado.choosing.constraints import Constraint, constraint
-from clado.choosing.proposals import Budget
+from clado.choosing.proposals import Budget, budgets_of
+from clado.records.text import file_name
 from clado.run.plugin_checks import check_constraint
 from clado.settings.schema import ConstraintSettings, RunConfig
 from clado.space import SearchSpace
@@ -13,6 +14,20 @@ from clado.space import SearchSpace
 def store_of(config: RunConfig) -> Path | str:
     """Where a run keeps what it measured: in its folder, or in a bucket."""
     return config.store or config.run_folder / "store.zarr"
+
+
+def budgets_of_config(config: RunConfig) -> tuple[Budget, ...]:
+    """The budgets that a configuration asks for."""
+    table = None if config.runtime is None else latency_tables(config, config.runtime.name)[0]
+    return budgets_of(**config.budgets.model_dump(), latency_table=table)
+
+
+def latency_tables(config: RunConfig, runtime: str) -> list[Path]:
+    """Where times of layers in a runtime may be: where the settings say, and where `clado profile` writes them."""
+    default = config.run_folder / "profile" / f"{file_name(runtime)}.csv"
+    configured = [config.runtime.table] if config.runtime is not None and config.runtime.name == runtime else []
+    constrained = [settings.path for settings in config.constraints if settings.name == "latency"]
+    return [path for path in (*configured, *constrained, default) if path is not None]
 
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:

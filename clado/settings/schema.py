@@ -187,17 +187,18 @@ class BudgetSettings(Settings):
     """What each answer must fit, one answer for each number.
 
     The numbers are average bits per searched weight, bytes of the searched weights, percent of their bytes at 8 bits
-    everywhere, or bit operations of one image.
+    everywhere, bit operations of one image, or seconds of one image in the runtime.
     """
 
     average_bits: tuple[Annotated[float, Field(strict=True, gt=0, le=32)], ...] = ()
     size_bytes: tuple[Count, ...] = ()
     percent_of_8_bit: tuple[Positive, ...] = ()
     bops: tuple[Positive, ...] = ()
+    latency: tuple[Positive, ...] = Field(default=(), description="seconds of one image, by the table of `clado profile`")
 
     @model_validator(mode="after")
     def _some(self) -> "BudgetSettings":
-        bounds = (self.average_bits, self.size_bytes, self.percent_of_8_bit, self.bops)
+        bounds = (self.average_bits, self.size_bytes, self.percent_of_8_bit, self.bops, self.latency)
         if not any(bounds):
             raise ValueError("no budget is given; expected average_bits: [3, 4] or size_bytes: [100000]")
         for budgets in bounds:
@@ -230,6 +231,21 @@ class LayerSettings(Settings):
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # frozen, but for the dict inside
+
+
+class RuntimeSettings(Settings):
+    """What runs the chosen networks: they are timed in it, and accuracy is counted as it computes it."""
+
+    name: Annotated[str, one_of("runtimes")] = "onnxruntime"
+    threads: Count = 1
+    candidates: Literal["all", "native"] = Field(
+        default="all", description="native: only what the runtime has kernels for; a layer without any stays in float"
+    )
+    images: Count | None = Field(default=None, description="validation images that it computes at most; default: all there are")
+    table: UserPath | None = Field(
+        default=None,
+        description="CSV of `clado profile`, which budgets.latency reads; default: profile/NAME.csv in the run's folder",
+    )
 
 
 class SolverSettings(Settings):
@@ -302,6 +318,7 @@ class RunConfig(Settings):
     estimators: tuple[Annotated[str, one_of("estimators")], ...] = ("layerwise", "gauss_newton")
     budgets: BudgetSettings = BudgetSettings(average_bits=(2.25, 2.5, 3, 3.5, 4, 5))
     constraints: tuple[ConstraintSettings, ...] = ()
+    runtime: RuntimeSettings | None = None
     solver: SolverSettings = SolverSettings()
     search: SearchSettings = SearchSettings()
     measure: MeasureSettings = MeasureSettings()
@@ -326,6 +343,11 @@ class RunConfig(Settings):
         if not self.data.calibration_images and (self.activations.bits or self.corrections):
             calibrated = "activations.bits" if self.activations.bits else f"the correction {self.corrections[0]}"
             raise ValueError(f"{calibrated} needs calibration images; expected data.calibration_images: 256 or more")
+        if self.budgets.latency and self.runtime is None:
+            raise ValueError(
+                "budgets.latency needs a runtime; expected runtime: {name: onnxruntime}, and the times of layers that "
+                "`clado profile` writes"
+            )
         if self.data.source == "zoo" and self.network.source != "zoo":
             raise ValueError(
                 "the zoo's images are Fashion-MNIST, for the zoo's networks; expected data: {source: folder, path: FOLDER}"
@@ -347,6 +369,8 @@ class RunConfig(Settings):
         for key in ("interpolation", "class_balanced", "class_numbers", "factory"):
             if getattr(self.data, key) == DataSettings.model_fields[key].default:
                 document["data"].pop(key)
+        if self.runtime is not None and self.runtime.candidates != "all":
+            document["candidates"] = [self.runtime.candidates, self.runtime.name]
         if self.measure.batch_statistics:
             document["batch_statistics"] = True
         if self.activations.bits:

@@ -75,8 +75,15 @@ budgets:
   # size_bytes: [100000]             # bytes of the searched weights
   # percent_of_8_bit: [40]           # of the bytes at 8 bits everywhere
   # bops: [4.0e+9]                   # bit operations of one image: MACs x weight x activation bits (8 for float)
+  # latency: [0.002]                 # seconds of one image in the runtime, by the table of `clado profile`
 # constraints:                       # hold beside every budget; latency and table read a CSV: layer,bits[,activation_bits],UNIT
 #   - {{kind: latency, bound: 0.002, path: latency.csv}}
+# runtime:                           # what runs the chosen networks: they are timed in it, and their accuracy is counted
+#   name: onnxruntime                # needs the packages of clado[onnx]
+#   threads: 1
+#   candidates: native               # only what it has kernels for; default: all
+#   images: 1000                     # validation images that it computes at most; default: all
+#   table: latency.csv               # times of layers, which budgets.latency reads; `clado profile` writes it
 solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget

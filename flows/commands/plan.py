@@ -4,6 +4,7 @@ from clado.interaction.estimators import costs
 from clado.quantization.preparation import names_of
 from clado.run.opened_run import OpenedRun
 from clado.run.preparation import SweepTask
+from clado.run.searched import runtime_note
 from flows.commands.eta import num_competing, num_networks, reestimation_images
 
 
@@ -34,6 +35,8 @@ def plan_text(run: OpenedRun) -> str:
     lines.append(
         f"  not searched: {len(left)} parameters, {sum(size for _, size, _ in left):,} bytes (biases, scales, fixed layers)"
     )
+    if (note := runtime_note(run.config, run.float_network, run.space)) is not None:
+        lines.append(f"  runtime  {note}")
     return "\n".join(lines)
 
 

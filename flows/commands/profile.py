@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 
 from clado.bits import FLOAT, FLOAT_BITS, bits_text
 from clado.errors import ConfigurationError, StoreError
+from clado.exporting.native import lacking_options
 from clado.exporting.runtimes import Logits, Runtime
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
+from clado.run.searched import is_symmetric
 from clado.settings.identity import fingerprint
 from clado.space import Assignment, SearchSpace
 from flows.progress import progress
@@ -198,15 +200,14 @@ def profile_text(space: SearchSpace, timed: Turns, path: Path) -> str:
             f"{facts['processor']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}, "
             f"{facts['batch']} image{'s' if facts['batch'] > 1 else ''} a pass, medians of {len(timed.turns)} turns; {versions}",
             *rows,
-            f"Wrote {path}. In the settings: constraints: [{{kind: latency, bound: SECONDS, path: {path}}}]",
+            f"Wrote {path}. In the settings: runtime: {{name: {facts['runtime']}}} and budgets: {{latency: [SECONDS]}}",
         )
     )
 
 
 def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
     """What of the candidates a runtime does not run natively, grouped by reason, for the terminal."""
-    symmetric = run.config.quantizer.scheme == "symmetric"
-    lacking = lacking_options(run.space, runtime, symmetric)
+    lacking = lacking_options(run.space, runtime, is_symmetric(run.config))
     if not lacking:
         return f"  {name} runs every option natively"
     reasons: Counter[str] = Counter(lacking.values())
@@ -216,15 +217,6 @@ def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
             *(f"    {count:>4} options: {reason}" for reason, count in reasons.most_common()),
         )
     )
-
-
-def lacking_options(space: SearchSpace, runtime: Runtime, symmetric: bool) -> dict[int, str]:
-    """Options (numbers) that a runtime does not run natively, and why."""
-    reasons = {
-        number: runtime.lacks_kernel(space.layers[layer], bits, activation_bits, symmetric)
-        for number, (layer, bits, activation_bits) in enumerate(space.options)
-    }
-    return {number: reason for number, reason in reasons.items() if reason is not None}
 
 
 def predicted_seconds(path: Path, space: SearchSpace, assignment: Assignment) -> float:
