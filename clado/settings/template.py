@@ -78,12 +78,7 @@ budgets:
   # latency: [0.002]                 # seconds of one image in the runtime, by the table of `clado profile`
 # constraints:                       # hold beside every budget; latency and table read a CSV: layer,bits[,activation_bits],UNIT
 #   - {{kind: latency, bound: 0.002, path: latency.csv}}
-# runtime:                           # what runs the chosen networks: they are timed in it, and their accuracy is counted
-#   name: onnxruntime                # needs the packages of clado[onnx]
-#   threads: 1
-#   candidates: native               # only what it has kernels for; default: all
-#   images: 1000                     # validation images that it computes at most; default: all
-#   table: latency.csv               # times of layers, which budgets.latency reads; `clado profile` writes it
+# runtime: {{name: onnxruntime, candidates: native}}  # times what is chosen; native: only what it has kernels for; default: all
 solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget

@@ -14,7 +14,7 @@ from clado.exporting.deployment import CHECK, check_folder, write_deployment
 from clado.exporting.runtimes import Runtime
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
-from flows.serving import serve
+from flows.phases.serve import run_in
 
 DEPLOYED = "deployed"
 CHECKED_IMAGES = 16
@@ -48,7 +48,7 @@ def deploy(
         raise DataError("there are no validation images; expected some, for the accuracy of what is deployed")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as temporary:
-        serving, files = serve(run, name, runtime, {DEPLOYED: assignment}, Path(temporary), threads, num_images)
+        serving, files = run_in(run, name, runtime, {DEPLOYED: assignment}, Path(temporary), threads, num_images)
         shutil.copyfile(files[DEPLOYED], folder / runtime.file)
     checked = validation.load(0, min(CHECKED_IMAGES, len(validation)))[0].float().contiguous().numpy()
     logits = runtime.open(folder / runtime.file, threads)(checked)
