@@ -1,7 +1,8 @@
 """A folder that serves a deployed network in a runtime, without clado.
 
 network.onnx        the network (the runtime names the file)
-predict.py          a loader that needs the runtime, NumPy and Pillow
+loader.py           loads the network in the runtime
+predict.py          classifies image files; it needs NumPy and Pillow as well
 check.py, check.npz a self-check: images, and the logits that were measured on them
 deployment.json     preprocessing, labels, session settings, and what was measured
 assignment.json     the bit-width of each layer
@@ -27,8 +28,8 @@ from clado.records.serving import Serving
 from clado.records.text import write_text
 
 FORMAT = "clado-deployment/1"
-FACTS, ASSIGNMENT, PREDICT, CHECK, CHECKED, README = (
-    "deployment.json", "assignment.json", "predict.py", "check.py", "check.npz", "README.md",
+FACTS, ASSIGNMENT, LOADER, PREDICT, CHECK, CHECKED, README = (
+    "deployment.json", "assignment.json", "loader.py", "predict.py", "check.py", "check.npz", "README.md",
 )  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def write_deployment(
     temporary.replace(folder / CHECKED)
     write_text(folder / FACTS, json.dumps(facts, indent=1))
     write_text(folder / ASSIGNMENT, json.dumps(assignment_document, indent=1))
-    write_text(folder / PREDICT, runtime.loader)
+    write_text(folder / LOADER, runtime.loader)
+    write_text(folder / PREDICT, PREDICT_CODE)
     write_text(folder / CHECK, CHECK_CODE)
     write_text(folder / README, _readme(serving, runtime))
 
@@ -99,7 +101,7 @@ def _readme(serving: Serving, runtime: Runtime) -> str:
 - Milliseconds are medians of one image, in turns: {serving.machine}.
 - Measured on another machine they differ. Run `python {CHECK}` there: it compares outputs, and times them.
 
-    pip install {" ".join(runtime.requirements)}
+    pip install {" ".join((*runtime.requirements, "numpy", "pillow"))}
     python {PREDICT} IMAGE...
     python {CHECK}
 
@@ -107,6 +109,33 @@ def _readme(serving: Serving, runtime: Runtime) -> str:
 """
 
 
+PREDICT_CODE = '''"""Classifies images: python predict.py IMAGE..."""
+
+import sys
+
+import numpy as np
+from loader import FACTS, run
+from PIL import Image
+
+
+def read(path):
+    """An image as the network takes it: the shorter side resized, the centre cropped, normalised; (C, H, W)."""
+    steps = FACTS["preprocessing"]
+    (channels, height, width), side = steps["image_shape"], steps["resize"]
+    image = Image.open(path).convert({1: "L", 3: "RGB"}[channels])
+    longer = int(side * max(image.size) / min(image.size))
+    size = (side, longer) if image.width <= image.height else (longer, side)
+    image = image.resize(size, Image.Resampling[steps["interpolation"].upper()])
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels)
+    return ((pixels / 255 - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        number = int(run(read(path)[None])[0].argmax())
+        print(path, FACTS["classes"][number] if FACTS["classes"] else number)
+'''
 CHECK_CODE = '''"""Compares this machine's outputs with those that were measured, and fails loudly where they differ."""
 
 import hashlib
@@ -121,7 +150,7 @@ if hashlib.sha256((HERE / FACTS["file"]).read_bytes()).hexdigest() != FACTS["sha
     sys.exit(f"FAILED: {FACTS['file']} is another file than was measured; copy the folder again")
 
 import numpy as np
-from predict import run
+from loader import run
 
 with np.load(HERE / "check.npz") as archive:
     images, expected = archive["images"], archive["logits"]

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -144,7 +144,7 @@ def profile(run: OpenedRun, name: str, runtime: Runtime, path: Path, threads: in
 
 
 def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folder: Path, turns: int) -> None:
-    space, threads = run.space, int(timed.facts["threads"])
+    space = run.space
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, *run.float_network.image_shape, generator=generator)
     # codes and ranges do not change the time, so quick ones do
@@ -157,18 +157,46 @@ def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folde
             runtime.write(folder / f"{number}-{runtime.file}", network, layers, noise)
             advance(1)
         files = {name: folder / f"{number}-{runtime.file}" for number, name in enumerate(networks)}
-        calls = {name: runtime.open(file, threads) for name, file in files.items()}
-        while len(timed.turns) < turns:
-            turn: dict[str, Any] = {}
-            for name in list(files)[:: 1 if len(timed.turns) % 2 == 0 else -1]:
-                first = _seconds(calls[name], images)  # after another network, so not one of those that count
-                passes = int(min(max(TURN_SECONDS / max(first, 1e-6), PASSES), MOST_PASSES))
-                seconds = [_seconds(calls[name], images) for _ in range(passes)]
-                times = runtime.profile(files[name], threads, images, space.names, passes)
-                turn[name] = {"seconds": median(seconds), "layers": dict(times.layers), "rest": times.rest}
-                advance(1)
-            timed.turns.append({name: turn[name] for name in files})
+
+        def turned() -> None:
+            advance(len(files))
             timed.write(json_file)
+
+        time_turns(timed, runtime, files, images, space.names, turns, turned)
+
+
+def time_turns(
+    timed: Turns,
+    runtime: Runtime,
+    files: Mapping[str, Path],
+    images: NDArray[np.float32],
+    names: Sequence[str],
+    turns: int,
+    turned: Callable[[], None] = lambda: None,
+) -> None:
+    """Times networks and their layers in turns.
+
+    Args:
+        timed: The turns until now, which is filled. Its facts name the threads.
+        runtime: The runtime.
+        files: The network's files by name.
+        images: What one pass computes, (N, C, H, W).
+        names: Names of the layers.
+        turns: Turns that there are then.
+        turned: Called after each turn.
+    """
+    threads = int(timed.facts["threads"])
+    calls = {name: runtime.open(file, threads) for name, file in files.items()}
+    while len(timed.turns) < turns:
+        turn: dict[str, Any] = {}
+        for name in list(files)[:: 1 if len(timed.turns) % 2 == 0 else -1]:
+            first = _seconds(calls[name], images)  # after another network, so not one of those that count
+            passes = int(min(max(TURN_SECONDS / max(first, 1e-6), PASSES), MOST_PASSES))
+            seconds = [_seconds(calls[name], images) for _ in range(passes)]
+            times = runtime.profile(files[name], threads, images, names, passes)
+            turn[name] = {"seconds": median(seconds), "layers": dict(times.layers), "rest": times.rest}
+        timed.turns.append({name: turn[name] for name in files})
+        turned()
 
 
 def _seconds(call: Logits, images: NDArray[np.float32]) -> float:

@@ -41,11 +41,11 @@ class Runtime:
     file: str
     """Name of the file that it reads."""
     requirements: tuple[str, ...]
-    """Packages that `loader` needs, for pip."""
+    """Packages that `loader` needs, for pip, with NumPy and Pillow."""
     loader: str
-    """A Python file that reads deployment.json and the network beside it, and classifies images.
+    """A Python file that reads deployment.json and the network beside it.
 
-    It has HERE (the folder), FACTS (deployment.json) and run(images (N, C, H, W)) -> logits, which the self-check uses.
+    It has HERE (the folder), FACTS (deployment.json) and run(images (N, C, H, W)) -> logits.
     """
     lacks_kernel: Callable[[Layer, int | None, int | None, bool], str | None]
     """(layer, weight bits, activation bits, symmetric) -> why the option is not computed natively. None: it is.
