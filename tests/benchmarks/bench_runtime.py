@@ -63,9 +63,10 @@ def write(name: str, folder: Path) -> tuple[SearchSpace, dict[str, Assignment]]:
     """Writes the networks that are absent. Returns the space and the assignments by name."""
     torch.manual_seed(0)
     x = torch.randn(8, 3, 224, 224)
-    network, calibration = Network(load(name), x[:1], split=["*.in_proj_weight"]), x[:CALIBRATION]
-    folder.mkdir(parents=True, exist_ok=True)
     is_transformer = name.startswith("vit")
+    split = ["*.in_proj_weight"] if is_transformer else []
+    network, calibration = Network(load(name), x[:1], split=split), x[:CALIBRATION]
+    folder.mkdir(parents=True, exist_ok=True)
     space = network.search_space((4,) if is_transformer else (4, 8, "float")).with_activations([] if is_transformer else [8])
     networks = {**networks_of(space), **mixed(space)}
     prepared = prepare(network, space, Recipe(WeightQuantizer("minmax"), "minmax"), [calibration])
