@@ -94,25 +94,29 @@ def plan(
 def profile(
     config: Config,
     overrides: Overrides = None,
-    runtime: Annotated[str, typer.Option(help="What runs the networks.")] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    runtime: Annotated[str | None, typer.Option(help="What runs the networks; default: the settings', or onnxruntime.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; default: the settings', or 1.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of one pass; seconds in the table are of one image.")] = 1,
     turns: Annotated[int, typer.Option(min=1, help="How often each network is timed; medians are taken.")] = 9,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV to write; default: RUN/profile/RUNTIME.csv.")] = None,
 ) -> None:
-    """Time every layer at every option on this machine: the table that the constraint `latency` reads. Run it again to resume."""
+    """Time every layer at every option on this machine: the table that budgets of latency read. Run it again to resume."""
     from clado.exporting.runtimes import runtime_of
+    from clado.settings.schema import RuntimeSettings
 
-    plugin = runtime_of(runtime)
+    settings = _settings(config, overrides)
+    named = settings.runtime or RuntimeSettings()
+    name = runtime or named.name
+    plugin = runtime_of(name)
     plugin.versions()  # refused before the network loads
-    run = _opened(_settings(config, overrides), planning=True)
-    from clado.records.text import file_name
+    run = _opened(settings, planning=True)
+    from clado.run.limits import latency_table
     from flows.commands.profile import lacking_text, profile_text
     from flows.commands.profile import profile as time_layers
 
-    path = output or run.folder / "profile" / f"{file_name(runtime)}.csv"
-    typer.echo(lacking_text(run, runtime, plugin), err=True)
-    typer.echo(profile_text(run.space, time_layers(run, runtime, plugin, path, threads, batch, turns), path))
+    path = output or latency_table(settings, name)
+    typer.echo(lacking_text(run, name, plugin), err=True)
+    typer.echo(profile_text(run.space, time_layers(run, name, plugin, path, threads or named.threads, batch, turns), path))
 
 
 @command

@@ -18,16 +18,14 @@ def store_of(config: RunConfig) -> Path | str:
 
 def budgets_of_config(config: RunConfig) -> tuple[Budget, ...]:
     """The budgets that a configuration asks for."""
-    table = None if config.runtime is None else latency_tables(config, config.runtime.name)[0]
+    table = None if config.runtime is None else latency_table(config, config.runtime.name)
     return budgets_of(**config.budgets.model_dump(), latency_table=table)
 
 
-def latency_tables(config: RunConfig, runtime: str) -> list[Path]:
-    """Where times of layers in a runtime may be: where the settings say, and where `clado profile` writes them."""
-    default = config.run_folder / "profile" / f"{file_name(runtime)}.csv"
-    configured = [config.runtime.table] if config.runtime is not None and config.runtime.name == runtime else []
-    constrained = [settings.path for settings in config.constraints if settings.name == "latency"]
-    return [path for path in (*configured, *constrained, default) if path is not None]
+def latency_table(config: RunConfig, runtime: str) -> Path:
+    """Where `clado profile` writes times of layers in a runtime, and budgets read them."""
+    configured = config.runtime.table if config.runtime is not None and config.runtime.name == runtime else None
+    return configured or config.run_folder / "profile" / f"{file_name(runtime)}.csv"
 
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:

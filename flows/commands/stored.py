@@ -36,7 +36,7 @@ from clado.records.run_record import RunRecord
 from clado.records.text import file_name, markdown_table, percent, write_text
 from clado.reporting.summary import layers_text
 from clado.reporting.tables import loss_text
-from clado.run.limits import latency_tables, limit_of, limits_of
+from clado.run.limits import latency_table, limit_of, limits_of
 from clado.run.opened_run import OpenedRun
 from clado.run.plugin_checks import check_constraint
 from clado.settings.loading import load_run_config, parse_limit
@@ -262,7 +262,7 @@ def latency_budget(stored: StoredRun, seconds: float) -> Budget:
     runtime = stored.config.runtime
     if runtime is None:
         raise ConfigurationError(f"--latency needs times of layers, and {stored.folder} has none: its settings name no runtime")
-    return Budget("latency", seconds, str(latency_tables(stored.config, runtime.name)[0]))
+    return Budget("latency", seconds, str(latency_table(stored.config, runtime.name)))
 
 
 def chosen_for(stored: StoredRun, run: OpenedRun, budget: Budget) -> Assignment:

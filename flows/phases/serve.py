@@ -11,7 +11,7 @@ from clado.errors import CladoError
 from clado.exporting.runtimes import Runtime, median_seconds, runtime_of
 from clado.records.results import CHOSEN, Result
 from clado.records.serving import Served, Serving
-from clado.run.limits import latency_tables
+from clado.run.limits import latency_table
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows.commands.profile import machine, predicted_seconds
@@ -128,5 +128,6 @@ def _predicted_milliseconds(run: OpenedRun, name: str, assignment: Assignment) -
     """What a table of the run says; None without one, or where a layer is in float and has no such candidate."""
     if len(run.space.chosen_options(assignment)) < run.space.num_layers:
         return None
-    path = next((path for path in latency_tables(run.config, name) if path.is_file()), None)
+    constrained = [settings.path for settings in run.config.constraints if settings.name == "latency" and settings.path]
+    path = next((path for path in (latency_table(run.config, name), *constrained) if path.is_file()), None)
     return None if path is None else 1000 * predicted_seconds(path, run.space, assignment)
