@@ -65,7 +65,7 @@ def markdown(record: RunRecord) -> str:
         for quantity, cells, best in rows(record, budget):
             lines.append([budget, quantity, *[f"**{cell}**" if cell == best else cell for cell in cells]])
     body = markdown_table(["budget", "", *record.methods], lines)
-    parts = [f"{record.network}: {caption(record)}.", body, comparisons_table(record), verdict(record)]
+    parts = [f"{record.network}: {caption(record)}.", body, comparisons_table(record), serving_table(record), verdict(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -143,6 +143,11 @@ def comparisons_table(record: RunRecord) -> str:
     ]
     title = f"Chosen minus others, on {rows[0].kl.num_images:,} validation images that no choice has seen (95 %, paired):"
     return f"{title}\n\n{markdown_table(['budget', 'other', 'top-1 points', 'agreement points', 'KL from float'], lines)}"
+
+
+def serving_table(record: RunRecord) -> str:
+    """Measurements of the chosen networks, float and uniform 8 bits in the runtime. Empty without a runtime."""
+    return "" if record.serving is None else f"{record.serving.caption()}:\n\n{record.serving.table()}"
 
 
 def winners(record: RunRecord) -> str:
@@ -336,6 +341,7 @@ def show(record: RunRecord) -> Group:
     parts: list[RenderableType] = [Text(f"{record.network}: {caption(record)}"), table(record)]
     texts = [
         comparisons_table(record),
+        serving_table(record),
         verdict(record),
         winners(record),
         search_text(record),

@@ -117,7 +117,7 @@ class RunEvaluation:
 
     def representative(self, assignment: Assignment) -> Assignment:
         """The assignment that represents all those that deploy the same network. Only it is evaluated."""
-        level = self._representative_levels[assignment.corrected] if self.inputs.space.chosen_options(assignment) else "all"
+        level = "all" if assignment.is_float else self._representative_levels[assignment.corrected]
         return assignment.with_corrections(level)
 
     def other_corrections(self, assignment: Assignment) -> list[Assignment]:
@@ -172,8 +172,7 @@ class RunEvaluation:
         """Counts of every deployed assignment on images start..stop−1 of the validation set. Each image is decoded once."""
         float_network, validation = self.inputs.float_network, self.inputs.slices.validation
         variants = (
-            self.preparation.deployed(assignment) if self.inputs.space.chosen_options(assignment) else (float_network, {})
-            for assignment in assignments
+            (float_network, {}) if assignment.is_float else self.preparation.deployed(assignment) for assignment in assignments
         )
         return count_each(variants, validation, start, stop, self.batch_images, float_network, self.inputs.judge)
 

@@ -6,6 +6,7 @@ from clado.network.weights import CHANNELWISE
 from clado.quantization.preparation import names_of
 from clado.run.opened_run import OpenedRun
 from clado.run.preparation import SweepTask
+from clado.run.searched import runtime_note
 from flows.commands.eta import num_competing, num_networks, reestimation_images
 
 NAMED = 4
@@ -34,8 +35,12 @@ def plan_text(run: OpenedRun) -> str:
     lines += [
         f"  store: {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes",
         *_left_in_float(run),
-        "  GMAC: billions of multiplications from the first changed layer on. Tile: a unit of work, which is kept when done.",
     ]
+    if (note := runtime_note(run.config, run.float_network, run.space)) is not None:
+        lines.append(f"  runtime: {note}")
+    lines.append(
+        "  GMAC: billions of multiplications from the first changed layer on. Tile: a unit of work, which is kept when done."
+    )
     return "\n".join(lines)
 
 

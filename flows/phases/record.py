@@ -24,6 +24,7 @@ from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
 from clado.records.results import CHOSEN, FLOAT, LOCAL_SEARCH, Comparison, MeasuredProposal, Result, SearchSummary
 from clado.records.run_record import RunRecord
+from clado.records.serving import Serving
 from clado.records.text import write_text
 from clado.reporting import page, plots, tables
 from clado.run.opened_run import OpenedRun
@@ -47,6 +48,7 @@ def record(
     accuracies: Mapping[Assignment, Counts],
     notes: Sequence[str] = (),
     seconds: Mapping[str, float] | None = None,
+    serving: Serving | None = None,
 ) -> RunRecord:
     """Writes record.json, table.md, plots, report.html and the chosen network of every budget.
 
@@ -56,13 +58,14 @@ def record(
         accuracies: Counts on the validation set.
         notes: The notes of earlier phases, in their order.
         seconds: Seconds of each phase.
+        serving: Measurements in the runtime of the settings.
 
     Returns:
         The record that was written.
     """
     chosen = [row for row in choice.results if row.method == CHOSEN]
     notes = [*notes, *(write_models(run, chosen) if run.config.tracking.models else []), *write_exports(run, chosen)]
-    recorded = record_of(run, choice, accuracies, notes, seconds or {})
+    recorded = replace(record_of(run, choice, accuracies, notes, seconds or {}), serving=serving)
     recorded.save(run.folder / "record.json")
     write_text(run.folder / "table.md", tables.markdown(recorded))
     matrices = choice.matrices.named
