@@ -10,6 +10,8 @@ kernels are taken. Each form was found by loading small graphs and reading the o
   Runtime then fuses DequantizeLinear and MatMul into `MatMulNBits`.
 - Their zero points are made when the file is loaded.
 - Other weights whose input is float are decoded once, when the file is loaded.
+- ONNX Runtime would quantize a float layer between int8 layers on its own. If some layers are in
+  float, its optimiser `WeightBiasQuantization` is switched off, and biases are written as int32.
 - An int8 convolution writes int8. Where clado has no grid for its result, one is made of the range
   that calibration images have there. clado has not measured this rounding.
 - A tensor that has a grid is on it for each of its readers, such as the addition of a residual block.
@@ -53,6 +55,8 @@ SESSION = "clado.session"
 """Key of the file's metadata: ONNX Runtime's session entries that it is to be opened with, as JSON."""
 EXACT_SUMS = (("session.x64quantprecision", "1"),)
 """Without it, sums of two products of 8-bit codes saturate on CPUs that have AVX2 and no VNNI."""
+FLOAT_STAYS = (("optimization.disable_specified_optimizers", "WeightBiasQuantization"),)
+"""Without it, a layer in float between two int8 layers becomes an int8 layer when the file is loaded."""
 Ranges = Callable[[Path, Sequence[str]], Mapping[str, tuple[float, float]]]
 """(file, names of tensors) -> lowest and highest value of each on the calibration images."""
 
@@ -72,7 +76,11 @@ def lay_out(path: Path, ranges: Ranges) -> None:
     for product in list(layout.products()):
         layout.write_product(product)
     layout.drop_clips()
-    model.metadata_props[SESSION] = json.dumps(dict(EXACT_SUMS) if layout.needs_exact_sums() else {})
+    entries = dict(EXACT_SUMS) if layout.needs_exact_sums() else {}
+    if layout.mixes_float():
+        layout.write_int32_biases()
+        entries |= dict(FLOAT_STAYS)
+    model.metadata_props[SESSION] = json.dumps(entries)
     if missing := layout.convolutions_without_grid():
         layout.clean()
         ir.save(model, path)
@@ -235,6 +243,20 @@ class _Layout(GraphEditor):
         is_shared = any(len(decoder.outputs[0].uses()) > 1 for decoder in decoders)
         return not is_shared and any(array_of(decoder.inputs[0]) is not None for decoder in decoders)
 
+    def mixes_float(self) -> bool:
+        """Whether some products have a stored float weight, and values of the graph are on grids."""
+        in_float = any(n.op_type in PRODUCTS and array_of(n.inputs[1]) is not None for n in self.graph)
+        return in_float and any(n.op_type == "QuantizeLinear" for n in self.graph)
+
+    def write_int32_biases(self) -> None:
+        """Puts the float bias of each int8 convolution on the grid of its sums, as ONNX Runtime would."""
+        for conv in [n for n in self.graph if n.op_type == "Conv" and is_int8(n)]:
+            bias = array_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
+            if bias is not None:
+                scale = np.broadcast_to(array_of(conv.inputs[1].producer().inputs[1]).astype(np.float64), bias.shape)
+                input_scale = float(array_of(conv.inputs[0].producer().inputs[1]))
+                conv.replace_input_with(2, self._int32_bias(conv.name, bias, scale, input_scale, with_zeros=False))
+
     def convolutions_without_grid(self) -> list[Any]:
         """The results of int8 convolutions, behind their Relu or Clip, that nothing rounds."""
         missing = []
@@ -380,15 +402,16 @@ class _Layout(GraphEditor):
         weight = self.decoder(decoder, codes.T, scale, zero_point, 1, as_int8=as_int8).outputs[0]
         return weight, scale if as_int8 else None
 
-    def _int32_bias(self, name: str, bias: Any, scale: NDArray[np.float64], input_scale: float) -> Any:
+    def _int32_bias(self, name: str, bias: Any, scale: NDArray[np.float64], input_scale: float, with_zeros: bool = True) -> Any:
         """A bias on the grid of the product's sums, which the integer kernel adds."""
         step = scale * input_scale
         codes = np.clip(np.rint(bias / step), -(2**31) + 1, 2**31 - 1)
         inputs = [
             self.stored(f"{name}.bias_codes", codes.astype(np.int32)),
             self.stored(f"{name}.bias_scale", step.astype(np.float32)),
-            self.stored(f"{name}.bias_zero_point", np.zeros(len(codes), np.int32)),
         ]
+        if with_zeros:  # several convolutions would share one tensor of zeros
+            inputs.append(self.stored(f"{name}.bias_zero_point", np.zeros(len(codes), np.int32)))
         decoder = self.node(f"{name}.bias", "DequantizeLinear", inputs, [self.ir.AttrInt64("axis", 0)])
         self.graph.insert_before(self.graph[0], [decoder])
         return decoder.outputs[0]
