@@ -22,7 +22,9 @@ from clado.bits import FLOAT_BITS, bits_text, check_bits, label
 from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
-CORRECTED = ("all", "static", "none")
+RECONSTRUCTED = ("balanced", "best")
+"""Efforts of a reconstruction, which an assignment may be deployed with."""
+CORRECTED = ("all", "static", "none", *RECONSTRUCTED)
 """Which of a run's corrections an assignment is deployed with."""
 
 
@@ -92,7 +94,8 @@ class Assignment:
     """The corrections of the run that the assignment is deployed with.
 
     "static": those that are made before measuring, without the final ones. "none": rounding to
-    nearest. A run without corrections has only "all".
+    nearest. "balanced" and "best": reconstructed with this effort. A run without corrections has
+    only "all" and these.
     """
 
     def __post_init__(self) -> None:
@@ -115,6 +118,11 @@ class Assignment:
         document = [self.bits, self.activation_bits, self.corrected]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
+    @property
+    def is_reconstructed(self) -> bool:
+        """Whether it is deployed as a reconstruction made it."""
+        return self.corrected in RECONSTRUCTED
+
     def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":
         """A copy with another bit-width of the weights and of the input activations of one layer.
 
@@ -129,10 +137,10 @@ class Assignment:
         return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else (), self.corrected)
 
     def with_corrections(self, corrected: str) -> "Assignment":
-        """The same bits, deployed with all, the static or none of the run's corrections.
+        """The same bits, deployed with all, the static or none of the run's corrections, or reconstructed.
 
         Args:
-            corrected: "all", "static" or "none".
+            corrected: One of `CORRECTED`.
 
         Raises:
             ConfigurationError: It is another word.

@@ -1,9 +1,10 @@
 """The prepared network of a run: every layer at every candidate, made once and kept on disk; what an assignment deploys."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from clado.grids import QuantizedLayer
@@ -20,6 +21,7 @@ from clado.quantization.preparation import (
     prepare_layer,
     sweeps,
 )
+from clado.quantization.reconstruction import EFFORTS, reconstruct
 from clado.quantization.sweep import (
     SAMPLED_VALUES,
     LayerInput,
@@ -97,7 +99,8 @@ class RunPreparation:
     @cached_property
     def calibration(self) -> list[Tensor]:
         """Calibration images in batches, where anything reads them."""
-        if not self.inputs.config.corrections and not self.inputs.config.activations.bits:
+        config = self.inputs.config
+        if not config.corrections and not config.activations.bits and config.effort == "fast":
             return []
         images, network = self.inputs.slices.calibration, self.inputs.float_network
         return calibration_batches(images.load(0, len(images))[0].to(network.device), network.images_at_once)
@@ -275,8 +278,10 @@ class RunPreparation:
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The network and its layers as deployed, with the corrections that the assignment names.
 
-        Final corrections are made once for an assignment, and kept.
+        Final corrections and reconstructions are made once for an assignment, and kept.
         """
+        if assignment.is_reconstructed and self.inputs.space.chosen_options(assignment):
+            return self.reconstructed(assignment)
         prepared = self.plain if assignment.corrected == "none" else self.corrected
         layers = prepared.chosen(assignment)
         if assignment.corrected != "all" or not prepared.has_final or not layers:
@@ -287,6 +292,33 @@ class RunPreparation:
             tensors = prepared.final(assignment)
             files.write_final(assignment, tensors)
         return prepared.network.updated(tensors), layers
+
+    def reconstructed(
+        self, assignment: Assignment, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[Network, dict[int, QuantizedLayer]]:
+        """The network and its layers as the reconstruction that an assignment names leaves them.
+
+        It is made once for an assignment, and kept. What an interrupted one has made of it is kept too, block by block.
+        """
+        files, device = self.files(), self.inputs.float_network.device
+        file = files.reconstructed_file(assignment, self.inputs.slices.calibration.sha256)
+        if (kept := files.read_reconstructed(file, device)) is None:
+            made = reconstruct(
+                [self.deployed(assignment.with_corrections(level)) for level in ("all", "static")],
+                self.network,
+                torch.cat(self.calibration),
+                self.inputs.space.blocks,
+                EFFORTS[assignment.corrected],
+                self.inputs.config.data.seed,
+                memory_limit=self.inputs.memory_limit,
+                kept=files.read_part(file, device),
+                keep=lambda tensors: files.write_part(file, tensors),
+                progress=progress,
+            )
+            files.write_reconstructed(file, made.layers, made.network.changed, made.notes)
+            return made.network, made.layers
+        layers, tensors, _ = kept
+        return self.network.updated(tensors), layers
 
     @property
     def images_per_reestimation(self) -> int:
