@@ -103,6 +103,18 @@ class Pupil:
             activation = replace(activation, scale=activation.scale * float(self.input_scales[i]))
         return QuantizedLayer(weight, bias, activation, grid)
 
+    @torch.no_grad()
+    def settle(self, margin: float) -> None:
+        """Moves latent positions within their codes, so that each is so many steps from where its code changes.
+
+        Training leaves many of them there. Adam's first step would change all their codes at once.
+        """
+        for i, position in self.positions.items():
+            grid = self.grid(i)
+            codes, first = grid.quantize(self._weight(i)).float(), _grid(self.layers[i])
+            low, high = (_between(codes + sign * (0.5 - margin) * grid.codes.step, grid, first) for sign in (-1, 1))
+            position.copy_(torch.minimum(torch.maximum(position, low), high).clamp(first.codes.low, first.codes.high))
+
     def tensors(self, layers: Collection[int], names: Collection[str]) -> dict[str, Tensor]:
         """What is trained of some layers and float parameters, by name."""
         of_layers = {"position": self.positions, "scale": self.scales, "input scale": self.input_scales, "bias": self.biases}
@@ -190,6 +202,11 @@ def _position(layer: QuantizedLayer, weight: Tensor) -> Tensor:
     codes, reach = grid.quantize(layer.weight.float()).float(), (0.5 - MARGIN) * grid.codes.step
     position = (weight.float() / grid.scale + grid.zero_point).clamp(grid.codes.low, grid.codes.high)
     return torch.minimum(torch.maximum(position, codes - reach), codes + reach)
+
+
+def _between(position: Tensor, grid: Grid, first: Grid) -> Tensor:
+    """A position among the codes of a grid as one among those of the first grid."""
+    return (position - grid.zero_point) * grid.scale / first.scale + first.zero_point
 
 
 def _grid(layer: QuantizedLayer) -> Grid:

@@ -34,6 +34,7 @@ HELD_OUT = 0.2  # of the images
 LEAST_IMAGES = 10
 FLOAT_INPUTS = 0.5  # of the elements of a block's input
 BLOCK_RATES, NETWORK_RATES = Rates(0.01, 1e-3, 1e-3), Rates(0.005, 5e-4, 5e-4)
+SETTLED = 0.2  # steps of the grid between a latent position and another code, before the whole network is trained
 CHECKS = 4  # of the held-out images, in each block and in the whole network
 PASS_IMAGES = 64  # of a forward pass without training
 ERRORS = "errors"  # of the blocks that are done, among what is kept
@@ -58,7 +59,7 @@ class Effort:
         return self.batch_images * (self.block_steps + self.network_steps)
 
 
-EFFORTS = {"balanced": Effort(1, 500, 250), "best": Effort(2, 2000, 1000)}
+EFFORTS = {"balanced": Effort(1, 300, 100), "best": Effort(2, 800, 200)}
 """Efforts, by the names that settings and assignments have for them."""
 
 
@@ -72,6 +73,8 @@ class Reconstructed:
     """The quantized layers by number."""
     start_loss: float
     """Mean KL divergence from the float network on the held-out images, at the start."""
+    blocks_loss: float
+    """The same behind the training of blocks."""
     loss: float
     """The same of this network."""
     errors: tuple[tuple[float, float], ...]
@@ -80,7 +83,7 @@ class Reconstructed:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was reached, for the user."""
-        whole = f"held-out loss {self.start_loss:.5f} before, {self.loss:.5f} after"
+        whole = f"held-out loss {self.start_loss:.5f} before, {self.blocks_loss:.5f} behind the blocks, {self.loss:.5f} after"
         return (whole, *(f"block {k}: error {old:.5f} before, {new:.5f} after" for k, (old, new) in enumerate(self.errors)))
 
 
@@ -131,12 +134,13 @@ def reconstruct(
     places = segments(floats.engine, blocks, images[:2]) if isinstance(floats.engine, Graph) else ()
     course = _Course(pupil, floats, effort, seed, progress, len(places) * effort.block_steps + effort.network_steps)
     errors = course.blocks(places, training_set, held_out, memory_limit, dict(kept or {}), keep)
-    loss, state = course.whole(training_set, judge)
+    blocks_loss = _ordered(judge.loss(*pupil.deployed()))
+    loss, state = course.whole(training_set, judge, blocks_loss)
     if not loss < start_loss:
-        return Reconstructed(network, dict(layers), start_loss, start_loss, tuple(errors))
+        return Reconstructed(network, dict(layers), start_loss, blocks_loss, start_loss, tuple(errors))
     pupil.put(state)
     trained, trained_layers = pupil.deployed()
-    return Reconstructed(network.updated(trained.changed), trained_layers, start_loss, loss, tuple(errors))
+    return Reconstructed(network.updated(trained.changed), trained_layers, start_loss, blocks_loss, loss, tuple(errors))
 
 
 class _Judge:
@@ -270,11 +274,12 @@ class _Course:
         self.pupil.put(best)
         return first, lowest
 
-    def whole(self, training_set: Tensor, judge: _Judge) -> tuple[float, dict[str, Tensor]]:
+    def whole(self, training_set: Tensor, judge: _Judge, lowest: float) -> tuple[float, dict[str, Tensor]]:
         """Trains the whole network towards the float network's outputs. Gives the least held-out loss, and its tensors."""
         layers, names, steps = self.pupil.layers, self.pupil.others, self.effort.network_steps
-        lowest, best = _ordered(judge.loss(*self.pupil.deployed())), self._state(layers, names)
+        best = self._state(layers, names)
         floats = torch.cat([self.floats.logits(batch).clone() for batch in torch.split(training_set, PASS_IMAGES)])
+        self.pupil.settle(SETTLED)
         descent = Descent(self.pupil, layers, names, NETWORK_RATES, steps)
         for step, numbers in enumerate(self._batches(len(training_set), steps, self._generator(-1))):
             network, replaced = self.pupil.training(layers, names)

@@ -2,9 +2,10 @@
 
 from clado.interaction.estimators import costs
 from clado.quantization.preparation import names_of
+from clado.quantization.reconstruction import EFFORTS
 from clado.run.opened_run import OpenedRun
 from clado.run.preparation import SweepTask
-from flows.commands.eta import num_competing, num_networks, reestimation_images
+from flows.commands.eta import num_competing, num_networks, num_reconstructed, reestimation_images
 
 
 def plan_text(run: OpenedRun) -> str:
@@ -22,6 +23,7 @@ def plan_text(run: OpenedRun) -> str:
     networks = num_networks(run)[1] + num_competing(run)
     choosing = networks * len(run.decision) + reestimation_images(run)[1]
     lines.append(f"  choosing    {networks:>7,} networks at most, {choosing:>16,} forward images, re-estimation included")
+    lines += _reconstructing(run)
     for name, (forwards, backwards) in costs(run.config.estimators, plan).items():
         lines.append(
             f"  {name:<12} {forwards:>11,} forward images" + (f" and {backwards:,} backward images" if backwards else "")
@@ -49,6 +51,16 @@ def _preparing(run: OpenedRun) -> list[str]:
         f"  prepare  {run.space.num_layers} layers: {sweeps} sweep{'' if sweeps == 1 else 's'} over "
         f"{len(run.slices.calibration):,} calibration images, {preparation.disk_bytes(tasks) / 1e6:,.0f} MB on disk until then; "
         f"corrections: {names_of(config.corrections)}{widths}"
+    ]
+
+
+def _reconstructing(run: OpenedRun) -> list[str]:
+    if run.config.effort == "fast":
+        return []
+    effort, networks = EFFORTS[run.config.effort], num_reconstructed(run)
+    return [
+        f"  reconstruct {networks:>7,} networks at most, {networks * effort.trained_images:>16,} forward images and as many "
+        f"backward images: effort {run.config.effort}"
     ]
 
 
