@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_reconstruction measure [--networks NAME ...] [--efforts best] [--draws 1] [--photos FOLDER]
     python -m tests.benchmarks.bench_reconstruction table
 
-A cell is one network, one draw of images and one effort. It is a line of reconstruction.jsonl, and is not run again. A run with
-more effort goes on in the folder of the fast one: both have the same measurements. Accuracies are of images that no choice has seen,
-and differences are paired.
+A cell is one network, one draw of images and one effort. It is a line of reconstruction.jsonl, and is not run again. A run
+with more effort goes on in the folder of the fast one: both have the same measurements. Accuracies are of images that no choice
+has seen, and differences are paired.
 """
 
 import argparse
@@ -127,13 +127,9 @@ def network_table(network: str, draw: int, of_network: list[dict[str, Any]]) -> 
             gap, gap_now = floats - before["top1"], floats - row["top1"]
             closed = "" if effort == "fast" else f"{100 * (1 - gap_now / gap):.0f} %" if gap > 0 else "–"
             change = 1 - row["kl"] / before["kl"]
-            table.append(
-                [
-                    row["budget"], effort, f"{row['bytes']:,}", f"{row['method']}, {row['corrected']}", f"{100 * row['top1']:.2f}",
-                    f"{100 * gap_now:+.2f}", closed, f"{row['kl']:.4f}", "" if effort == "fast" else f"{100 * change:.0f} %",
-                    "" if effort == "fast" else points(row.get("gain")),
-                ]
-            )  # fmt: skip
+            cells_of_row = [row["budget"], effort, f"{row['bytes']:,}", f"{row['method']}, {row['corrected']}"]
+            cells_of_row += [f"{100 * row['top1']:.2f}", f"{100 * gap_now:+.2f}", closed, f"{row['kl']:.4f}"]
+            table.append(cells_of_row + (["", ""] if effort == "fast" else [f"{100 * change:.0f} %", points(row.get("gain"))]))
     header = [
         "budget", "effort", "bytes", "chosen", "top-1", "below float", "of the gap closed", "KL from float", "of it removed",
         "top-1 against fast (95 %)",
@@ -160,12 +156,12 @@ def write_page() -> None:
         f"`{name}` {effort.proposals} answers a budget, {effort.block_steps} steps a block, {effort.network_steps} of the whole"
         for name, effort in EFFORTS.items()
     )
-    parts = [
-        "# Reconstruction\n\nWritten by `python -m tests.benchmarks.bench_reconstruction table` from reconstruction.jsonl. Chosen "
-        "networks of runs with `effort: fast` and with more, at the same budgets. Top-1 in percent of validation images that no "
-        "choice has seen, differences paired image by image. One draw of images is one row: it says nothing of other draws. "
-        f"Efforts: {efforts}.\n",
-    ]
+    introduction = (
+        "Written by `python -m tests.benchmarks.bench_reconstruction table` from reconstruction.jsonl. Chosen networks of runs "
+        "with `effort: fast` and with more, at the same budgets. Top-1 in percent of validation images that no choice has seen, "
+        "differences paired image by image. One draw of images says nothing of other draws. Efforts: "
+    )
+    parts = [f"# Reconstruction\n\n{introduction}{efforts}.\n"]
     by_network: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for cell in cells():
         by_network.setdefault((cell["key"][0], cell["key"][1]), []).append(cell)
