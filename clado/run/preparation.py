@@ -38,6 +38,7 @@ from clado.settings.identity import fingerprint
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
 
+KEPT_BYTES = 2 * 10**9  # of a block's inputs and outputs, where no limit is configured
 # What a unit of work takes, in multiply-accumulates of large products, on CPUs: these shape progress and ETA alone.
 RUN_COST = 2.0  # a multiply-accumulate of the float run
 GATHER_COST = 3.0  # one of the second moments
@@ -293,6 +294,12 @@ class RunPreparation:
             files.write_final(assignment, tensors)
         return prepared.network.updated(tensors), layers
 
+    def reconstruction_notes(self, assignment: Assignment) -> list[str]:
+        """What a reconstruction reached; empty where it is not made."""
+        file = self.files().reconstructed_file(assignment, self.inputs.slices.calibration.sha256)
+        kept = self.files().read_reconstructed(file, self.inputs.float_network.device)
+        return [] if kept is None else kept[2]
+
     def reconstructed(
         self, assignment: Assignment, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> tuple[Network, dict[int, QuantizedLayer]]:
@@ -310,7 +317,8 @@ class RunPreparation:
                 self.inputs.space.blocks,
                 EFFORTS[assignment.corrected],
                 self.inputs.config.data.seed,
-                memory_limit=self.inputs.memory_limit,
+                # never what is free now: values that are kept may differ in their last digits from those computed again
+                memory_limit=self.inputs.configured_limit or KEPT_BYTES,
                 kept=files.read_part(file, device),
                 keep=lambda tensors: files.write_part(file, tensors),
                 progress=progress,

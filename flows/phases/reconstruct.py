@@ -8,6 +8,7 @@ from clado.choosing.local_search import ordered
 from clado.choosing.proposals import Proposal
 from clado.quantization.reconstruction import EFFORTS
 from clado.records.results import CHOSEN
+from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
 from clado.space import Assignment
 from flows import worker
@@ -39,13 +40,27 @@ def reconstruct(run: OpenedRun, workers: Workers, choice: Choice) -> Choice:
     proposed = with_other_corrections(run, proposed, losses, measure, accepted)
     results = chosen_of(run, proposed, losses, accepted)
     others = choice.other_corrections | (losses.keys() - known)
+    better = sum(row.assignment.is_reconstructed for row in results if row.method == CHOSEN)
+    file = run.folder / "reconstruction.md"
+    write_text(file, notes_text(run, best, made))
+    note = f"{len(tasks)} networks were reconstructed ({effort}), and are deployed at {better} of {len(before)} budgets: {file}"
     return replace(
         choice,
         proposals=tuple(proposed),
         losses=losses,
         results=tuple(results),
         other_corrections=frozenset(others),
+        notes=(*choice.notes, note),
     )
+
+
+def notes_text(run: OpenedRun, proposals: Sequence[Proposal], made: Mapping[Assignment, Assignment]) -> str:
+    """What each reconstruction reached, as Markdown."""
+    text = ""
+    for proposal in proposals:
+        lines = "".join(f"- {note}\n" for note in run.preparation.reconstruction_notes(made[proposal.assignment]))
+        text += f"## {proposal.budget.name}, {proposal.method}\n\n{lines}\n"
+    return text
 
 
 def best_proposals(
