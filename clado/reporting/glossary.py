@@ -26,6 +26,7 @@ WORDS = {
     "proposal": "an assignment that a method suggests for a budget; its loss is then measured",
     "chosen": "the proposal that a run recommends",
     "correction": "a change that wins accuracy back without training, such as learned rounding",
+    "reconstruction": "fitting all layers of a block together, so that its output becomes that of the float block",
     "plain": "weights rounded to nearest, without corrections",
     "deployed": "the network that would run: chosen weights with their corrections",
     "tile": "unit of measuring, storing and repeating; its type is a tile kind",
