@@ -23,8 +23,10 @@ from clado.bits import FLOAT_BITS, bits_text, check_bits, check_candidates, labe
 from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
-CORRECTED = ("all", "static", "none")
-"""The corrections that an assignment is deployed with: all of the run, only the static ones, or none."""
+RECONSTRUCTED = ("balanced", "best")
+"""The efforts of a reconstruction that an assignment may be deployed with."""
+CORRECTED = ("all", "static", "none", *RECONSTRUCTED)
+"""The corrections that an assignment is deployed with: all of the run, only the static ones, none, or a reconstruction."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Assignment:
     """The corrections of the run that the assignment is deployed with.
 
     "static" means those that are made before measuring, without the final ones. "none" means rounding
-    to nearest. A run without corrections has only "all".
+    to nearest. "balanced" and "best" mean reconstructed with this effort. A run without corrections
+    has only "all" and these two.
     """
 
     def __post_init__(self) -> None:
@@ -122,6 +125,11 @@ class Assignment:
         document = [self.bits, self.activation_bits, self.corrected]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
 
+    @property
+    def is_reconstructed(self) -> bool:
+        """Whether a reconstruction of it is deployed."""
+        return self.corrected in RECONSTRUCTED
+
     def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":
         """A copy with another bit-width of the weights and of the input activations of one layer.
 
@@ -136,10 +144,10 @@ class Assignment:
         return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else (), self.corrected)
 
     def with_corrections(self, corrected: str) -> "Assignment":
-        """The same bits, deployed with all, the static or none of the run's corrections.
+        """The same bits, deployed with all, the static or none of the run's corrections, or reconstructed.
 
         Args:
-            corrected: "all", "static" or "none".
+            corrected: One of `CORRECTED`.
 
         Raises:
             ConfigurationError: `corrected` is another word.

@@ -23,6 +23,7 @@ from flows.phases.deliver import deliver, failure_recorded
 from flows.phases.evaluate import evaluate
 from flows.phases.measure import measure
 from flows.phases.prepare import prepare
+from flows.phases.reconstruct import reconstruct
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +99,9 @@ def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Rec
             with clock.phase("measuring"):
                 measurement = step(measure, run, workers)
             choice = step(choose, run, workers, measurement.measured, clock)
+            if run.config.effort != "fast":
+                with clock.phase("reconstructing"):
+                    choice = step(reconstruct, run, workers, choice)
             with clock.phase("evaluation"):
                 accuracies = step(evaluate, run, workers, choice.results)
             serving, serving_notes = None, list[str]()

@@ -187,7 +187,7 @@ def summary(record: RunRecord) -> Group:
 
 
 def _fewer_corrections(record: RunRecord) -> str:
-    budgets = [row.budget for row in _chosen(record) if row.assignment.corrected != "all"]
+    budgets = [row.budget for row in _chosen(record) if row.assignment.corrected in ("static", "none")]
     return f"Deployed with fewer corrections, because that measured better: {', '.join(budgets)}." if budgets else ""
 
 

@@ -25,6 +25,7 @@ from clado.records.results import CHOSEN, Comparison, MeasuredProposal, Receipt,
 from clado.records.run_record import RunRecord
 from clado.records.text import REPORT, markdown_table, percent, size_text
 from clado.settings.tracking import database_of
+from clado.space import RECONSTRUCTED, Assignment
 
 QUANTITIES = ("size", "loss", "top-1 %", "uncorrected %", "corrections")
 """Rows of a budget.
@@ -36,7 +37,12 @@ corrections.
 
 A user-defined metric has a row of its name. Without classes it takes the place of top-1.
 """
-FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
+FEWER = {
+    "all": "",
+    "static": "; deployed without the final corrections",
+    "none": "; deployed without corrections",
+    **dict.fromkeys(RECONSTRUCTED, "; reconstructed"),
+}
 """The note on an answer, by `Assignment.corrected`."""
 
 
@@ -382,9 +388,13 @@ def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str |
     plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in results]
     if any(top1 is not None for top1 in plain):
         yield QUANTITIES[3], [percent(top1) for top1 in plain], None
-    corrections = ["–" if result is None else result.assignment.corrected for result in results]
+    corrections = ["–" if result is None else _corrections_text(result.assignment) for result in results]
     if any(level not in ("–", "all") for level in corrections):
         yield QUANTITIES[4], corrections, None
+
+
+def _corrections_text(assignment: Assignment) -> str:
+    return f"reconstructed ({assignment.corrected})" if assignment.is_reconstructed else assignment.corrected
 
 
 def _top1(result: Result | None) -> float | None:

@@ -315,6 +315,9 @@ class RunConfig(Settings):
         "batchnorm_reestimation",
     )
     adaround: AdaroundSettings = AdaroundSettings()
+    effort: Literal["fast", "balanced", "best"] = Field(
+        default="fast", description="balanced, best: also reconstructs the best answers of each budget; takes longer"
+    )
     criterion: Annotated[str, one_of("criteria")] = "kl_to_float"
     metric: Annotated[str, dotted("of a callable (outputs, targets) -> a number for each image")] | None = Field(
         default=None,
@@ -347,8 +350,10 @@ class RunConfig(Settings):
             raise ValueError(f"estimators {list(self.estimators)} names one twice")
         if len(set(self.corrections)) < len(self.corrections):
             raise ValueError(f"corrections {list(self.corrections)} names one twice")
-        if not self.data.calibration_images and (self.activations.bits or self.corrections):
-            calibrated = "activations.bits" if self.activations.bits else f"the correction {self.corrections[0]}"
+        readers = [f"the correction {name}" for name in self.corrections[:1]]
+        readers += [] if self.effort == "fast" else [f"effort: {self.effort}"]
+        if not self.data.calibration_images and (self.activations.bits or readers):
+            calibrated = "activations.bits" if self.activations.bits else readers[0]
             raise ValueError(f"{calibrated} needs calibration images; expected data.calibration_images: 256 or more")
         if self.budgets.latency and self.runtime is None:
             raise ValueError(

@@ -64,6 +64,7 @@ activations:                         # inputs of the searched layers
 corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # measured and deployed; []: rounding to nearest
 # adaround:                          # read only if adaround is among the corrections
 #   steps: 1000                      # steps of its optimiser, for one layer at one width
+# effort: best                       # also reconstructs the answers on calibration images: balanced (minutes) or best
 criterion: kl_to_float               # the loss that must not grow; also cross_entropy (needs labels), or package.module:name
 # metric: my_lab.metrics:mean_iou    # (outputs, targets) -> a number for each image; more is better
 estimators: [layerwise, gauss_newton]  # their answers are measured; also pairwise, blockwise, tempered2, hawq, mpqco, …

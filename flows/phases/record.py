@@ -22,6 +22,7 @@ from clado.interaction import estimators
 from clado.interaction.estimators import with_interactions
 from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
+from clado.quantization.reconstruction import EFFORTS
 from clado.records.results import CHOSEN, FLOAT, LOCAL_SEARCH, Comparison, MeasuredProposal, Result, SearchSummary
 from clado.records.run_record import RunRecord
 from clado.records.serving import Serving
@@ -149,9 +150,11 @@ def forwards_of(run: OpenedRun, choice: Choice, accuracies: Mapping[Assignment, 
     measured, evaluated = ({representative(assignment) for assignment in counts} for counts in (choice.losses, accuracies))
     num_images, num_validation = len(run.decision), len(run.slices.validation)
     reestimated = sum(assignment.corrected == "all" for assignment in measured)
+    reconstructed = [assignment for assignment in measured if assignment.is_reconstructed]
     is_labelled = all(counts.top1 is not None for counts in accuracies.values())
     choosing = {
         "proposals": len(measured - tried - others) * num_images,
+        "reconstruction": sum(EFFORTS[assignment.corrected].trained_images for assignment in reconstructed),
         "local_search": len(tried) * num_images,
         "other_corrections": len(others) * num_images,
         "batchnorm_reestimation": (1 + reestimated) * run.preparation.images_per_reestimation,

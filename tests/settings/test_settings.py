@@ -27,6 +27,8 @@ NEEDS_CALIBRATION = "needs calibration images; expected data.calibration_images:
 # What differs from the demo, and what the message must hold: what was wrong, what is valid, the nearest name.
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"search": {"evaluations": -1}}, ["search.evaluations", "-1"]),
+    ({"effort": "bset"}, ["effort", "'bset'", "fast, balanced, best", "did you mean 'best'"]),
+    ({"effort": "best", "corrections": [], "data": {"calibration_images": 0}}, ["effort: best", NEEDS_CALIBRATION]),
     ({"store": "http://host/prefix"}, ["store", "http://host/prefix"]),
     ({"network": None}, ["network", "section", "source, name, weights"]),
     ({"network": "resnet18"}, ["network", "'resnet18'", "source, name, weights"]),
