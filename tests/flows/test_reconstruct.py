@@ -130,5 +130,6 @@ def test_the_chosen_answer_is_reconstructed_first_then_others_by_loss_and_no_bit
     in_float = run.space.nothing
     with_float = [Proposal(budget, "layerwise", in_float), *proposals]
     chosen_in_float = {budget.name: in_float, other.name: b}
-    assert [p.assignment for p in best_proposals(with_float, losses | {in_float: 0.0}, chosen_in_float, 1)][0].corrected == "none"
+    first, _ = best_proposals(with_float, losses | {in_float: 0.0}, chosen_in_float, 1)
+    assert first.assignment.corrected == "none"
     assert [p.assignment.pairs for p in best_proposals(proposals, losses, chosen, 2)] == [b.pairs, a.pairs, b.pairs, c.pairs]
