@@ -7,6 +7,9 @@ from clado.errors import ConfigurationError
 
 MIN_BITS, MAX_BITS = 1, 16
 FLOAT_BITS = 32
+"""Bits of a weight or an input in float. Sizes and bit operations use it."""
+FLOAT = "float"
+"""The candidate that leaves a layer in float, in settings and texts. In code it is None."""
 
 
 def check_bits(bits: Sequence[int | None], subject: str = "bits") -> tuple[int, ...]:
@@ -14,7 +17,7 @@ def check_bits(bits: Sequence[int | None], subject: str = "bits") -> tuple[int, 
 
     Args:
         bits: The bit-widths.
-        subject: What they are, for messages.
+        subject: Their name, for messages.
 
     Raises:
         ConfigurationError: They are not ascending integers within 1..16, or there are none.
@@ -36,14 +39,37 @@ def check_bits(bits: Sequence[int | None], subject: str = "bits") -> tuple[int, 
     return tuple(widths)
 
 
+def check_candidates(candidates: Sequence[int | str | None], subject: str = "bits") -> tuple[int | None, ...]:
+    """The candidate bit-widths of a layer as a tuple.
+
+    Args:
+        candidates: The bit-widths, ascending. "float" or None after them leaves the layer in float.
+        subject: Their name, for messages.
+
+    Raises:
+        ConfigurationError: They are not ascending integers within 1..16 and then float, or there are none.
+    """
+    if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
+        return check_bits(candidates, subject)  # type: ignore[arg-type]  # refuses it
+    candidates = tuple(candidates)
+    is_float = [candidate is None or candidate == FLOAT for candidate in candidates]
+    if any(is_float[:-1]):
+        raise ConfigurationError(f"{subject} is {list(candidates)}; expected float once, after the bit-widths")
+    if not candidates or not is_float[-1]:
+        return check_bits(candidates, subject)  # type: ignore[arg-type]  # refuses other words
+    return (*(check_bits(candidates[:-1], subject) if candidates[:-1] else ()), None)  # type: ignore[arg-type]
+
+
 def bits_text(bits: int | None, activation_bits: int | None = None) -> str:
-    """Short text of a layer's bits: "4"; "4/8" with activation bits; "-" in float."""
+    """Short text of a layer's bits: "4"; "4/8" with activation bits; "float"."""
     if bits is None:
-        return "-"
+        return FLOAT
     return str(bits) if activation_bits is None else f"{bits}/{activation_bits}"
 
 
-def label(name: str, bits: int, activation_bits: int | None = None) -> str:
-    """A layer's option in words: "fc.weight at 4 bits" or "fc.weight at 4 bits, activations at 8"."""
+def label(name: str, bits: int | None, activation_bits: int | None = None) -> str:
+    """A layer's option in words: "fc.weight at 4 bits", "fc.weight at 4 bits, activations at 8" or "fc.weight in float"."""
+    if bits is None:
+        return f"{name} in float"
     text = f"{name} at {bits} bits"
     return text if activation_bits is None else f"{text}, activations at {activation_bits}"

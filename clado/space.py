@@ -3,8 +3,9 @@
 Integers only; no torch.
 
 An *option* is one layer at one bit-width of its weights. If activations are quantized, an option
-also has one bit-width of the layer's input activations. Options are numbered layer by layer in
-execution order, narrow before wide. Option `offsets[i] + m` is the m-th candidate of layer i: a
+also has one bit-width of the layer's input activations. One option of a layer may be float: its
+weights and its input stay as they are. Options are numbered layer by layer in execution order,
+narrow before wide, float last. Option `offsets[i] + m` is the m-th candidate of layer i: a
 pair (weight bits, activation bits). Matrices, programs and plans index options. Only this file
 knows what an option means.
 """
@@ -18,12 +19,14 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from clado.bits import FLOAT_BITS, bits_text, check_bits, label
+from clado.bits import FLOAT_BITS, bits_text, check_bits, check_candidates, label
 from clado.blocks import module_blocks
 from clado.errors import ConfigurationError
 
-CORRECTED = ("all", "static", "none")
-"""The corrections that an assignment is deployed with: all of the run, only the static ones, or none."""
+RECONSTRUCTED = ("balanced", "best")
+"""The efforts of a reconstruction that an assignment may be deployed with."""
+CORRECTED = ("all", "static", "none", *RECONSTRUCTED)
+"""The corrections that an assignment is deployed with: all of the run, only the static ones, none, or a reconstruction."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,22 @@ class Layer:
         """Number of output channels."""
         return self.shape[self.channel_axis]
 
-    def weight_bytes(self, bits: int) -> int:
+    def weight_bytes(self, bits: int | None) -> int:
         """Bytes of the weights packed as one bit stream: ceil(n b / 8).
 
         Args:
-            bits: Bits of one weight.
+            bits: Bits of one weight. None: 32, in float.
         """
-        return (self.num_weights * bits + 7) // 8
+        return (self.num_weights * (bits or FLOAT_BITS) + 7) // 8
 
 
 class Option(NamedTuple):
-    """A layer at a bit-width of its weights and of its input activations."""
+    """A layer at a bit-width of its weights and of its input activations, or a layer in float."""
 
     layer: int
     """Index of the layer."""
-    bits: int
-    """Bit-width of the weights."""
+    bits: int | None
+    """Bit-width of the weights. If it is None, weights and input stay in float."""
     activation_bits: int | None
     """Bit-width of the input activations; None: they stay in float."""
 
@@ -78,7 +81,8 @@ class Option(NamedTuple):
 class Assignment:
     """A bit-width for each layer, in the order of the space.
 
-    A partial assignment leaves some layers in float. It is used for measuring. Answers are full assignments.
+    A partial assignment leaves layers in float that have no float candidate. It is used for
+    measuring. Answers are full assignments.
     """
 
     bits: tuple[int | None, ...]
@@ -92,7 +96,8 @@ class Assignment:
     """The corrections of the run that the assignment is deployed with.
 
     "static" means those that are made before measuring, without the final ones. "none" means rounding
-    to nearest. A run without corrections has only "all".
+    to nearest. "balanced" and "best" mean reconstructed with this effort. A run without corrections
+    has only "all" and these two.
     """
 
     def __post_init__(self) -> None:
@@ -110,10 +115,20 @@ class Assignment:
         return tuple(zip(self.bits, self.activation_bits or (None,) * len(self.bits), strict=True))
 
     @property
+    def is_float(self) -> bool:
+        """Whether every layer stays in float."""
+        return all(bits is None for bits in self.bits)
+
+    @property
     def key(self) -> str:
         """Short hash that names this assignment in files."""
         document = [self.bits, self.activation_bits, self.corrected]
         return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
+
+    @property
+    def is_reconstructed(self) -> bool:
+        """Whether a reconstruction of it is deployed."""
+        return self.corrected in RECONSTRUCTED
 
     def replace(self, layer: int, bits: int | None, activation_bits: int | None = None) -> "Assignment":
         """A copy with another bit-width of the weights and of the input activations of one layer.
@@ -129,10 +144,10 @@ class Assignment:
         return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if has_activations else (), self.corrected)
 
     def with_corrections(self, corrected: str) -> "Assignment":
-        """The same bits, deployed with all, the static or none of the run's corrections.
+        """The same bits, deployed with all, the static or none of the run's corrections, or reconstructed.
 
         Args:
-            corrected: "all", "static" or "none".
+            corrected: One of `CORRECTED`.
 
         Raises:
             ConfigurationError: `corrected` is another word.
@@ -159,8 +174,8 @@ class SearchSpace:
 
     layers: tuple[Layer, ...]
     """The searched layers, in execution order."""
-    bit_widths: tuple[tuple[int, ...], ...]
-    """Candidate bit-widths of each layer's weights, ascending."""
+    bit_widths: tuple[tuple[int | None, ...], ...]
+    """Candidate bit-widths of each layer's weights, ascending. None after them leaves the layer in float."""
     ties: tuple[tuple[int, ...], ...] = ()
     """Groups of layers (indices) that must have the same candidate."""
     activation_widths: tuple[int | None, ...] = (None,)
@@ -179,7 +194,9 @@ class SearchSpace:
         if len(self.layers) != len(self.bit_widths):
             raise ConfigurationError(f"{len(self.layers)} layers but {len(self.bit_widths)} sets of bit-widths")
         for layer, bits in zip(self.layers, self.bit_widths, strict=True):
-            check_bits(bits, f"bits of {layer.name}")
+            check_candidates(bits, f"bits of {layer.name}")
+        if not self.quantized_options:
+            raise ConfigurationError("every layer has only the candidate float; expected a bit-width for at least one layer")
         if self.activation_widths != (None,):
             check_bits(self.activation_widths, "activation_widths")
         tied_layers: set[int] = set()
@@ -199,28 +216,31 @@ class SearchSpace:
         return f"SearchSpace({self.num_layers} layers, {self.num_options} options)"
 
     @classmethod
-    def uniform(cls, layers: Sequence[Layer], bits: Sequence[int], ties: Sequence[Sequence[int]] = ()) -> "SearchSpace":
+    def uniform(
+        cls, layers: Sequence[Layer], bits: Sequence[int | str | None], ties: Sequence[Sequence[int]] = ()
+    ) -> "SearchSpace":
         """The same bit-widths for every layer.
 
         Args:
             layers: The searched layers, in execution order.
-            bits: Candidate bit-widths, ascending, each from 1 to 16.
+            bits: Candidate bit-widths, ascending, each from 1 to 16. "float" or None after them
+                leaves the layer in float.
             ties: Groups of layers (indices) that must have the same candidate.
 
         Raises:
             ConfigurationError: There is no layer, or bits or ties are impossible.
         """
-        return cls(tuple(layers), (check_bits(bits),) * len(layers), tuple(tuple(t) for t in ties))
+        return cls(tuple(layers), (check_candidates(bits),) * len(layers), tuple(tuple(t) for t in ties))
 
     def _matches(self, patterns: Sequence[str]) -> tuple[int, ...]:
         """Layers (indices) whose name matches a pattern (`fnmatch`)."""
         return tuple(i for i, layer in enumerate(self.layers) if any(fnmatchcase(layer.name, p) for p in patterns))
 
-    def restricted(self, candidates: Mapping[str, Sequence[int]]) -> "SearchSpace":
+    def restricted(self, candidates: Mapping[str, Sequence[int | str | None]]) -> "SearchSpace":
         """Other bit-widths for the layers whose name matches a pattern (`fnmatch`).
 
         Args:
-            candidates: Pattern -> bit-widths. A single bit-width pins the layer.
+            candidates: Pattern -> bit-widths, in the form of `uniform`. A single one pins the layer.
 
         Raises:
             ConfigurationError: A pattern matches no layer, or bits are impossible.
@@ -231,7 +251,7 @@ class SearchSpace:
             if not indices:
                 raise ConfigurationError(f"no searched layer matches {pattern!r}; layers are {', '.join(self.names)}")
             for i in indices:
-                widths[i] = check_bits(bits, f"bits of {self.layers[i].name}")
+                widths[i] = check_candidates(bits, f"bits of {self.layers[i].name}")
         return replace(self, bit_widths=tuple(widths))
 
     def tied(self, groups: Sequence[Sequence[str]]) -> "SearchSpace":
@@ -310,16 +330,18 @@ class SearchSpace:
         """Whether input activations are quantized."""
         return self.activation_widths != (None,)
 
-    def candidates(self, layer: int) -> tuple[tuple[int, int | None], ...]:
-        """(weight bits, activation bits) that a layer may have, in the order of its options."""
-        return tuple(product(self.bit_widths[layer], self.activation_widths))
+    def candidates(self, layer: int) -> tuple[tuple[int | None, int | None], ...]:
+        """(weight bits, activation bits) that a layer may have, in the order of its options. (None, None) is float."""
+        widths = self.bit_widths[layer]
+        in_float: list[tuple[int | None, int | None]] = [(None, None)] if widths[-1] is None else []
+        return (*product([bits for bits in widths if bits is not None], self.activation_widths), *in_float)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """First option of each layer; the last entry is the number of options."""
         total, offsets = 0, [0]
-        for bits in self.bit_widths:
-            total += len(bits) * len(self.activation_widths)
+        for layer in range(self.num_layers):
+            total += len(self.candidates(layer))
             offsets.append(total)
         return tuple(offsets)
 
@@ -333,27 +355,41 @@ class SearchSpace:
         """Layer, weight bits and activation bits of each option, in order."""
         return tuple(Option(i, *widths) for i in range(self.num_layers) for widths in self.candidates(i))
 
+    @cached_property
+    def quantized_options(self) -> tuple[int, ...]:
+        """Numbers of the options that are not float. Float options change nothing, so they are not measured."""
+        return tuple(k for k, option in enumerate(self.options) if option.bits is not None)
+
+    @cached_property
+    def float_options(self) -> tuple[int, ...]:
+        """Numbers of the float options, at most one for each layer."""
+        return tuple(k for k, option in enumerate(self.options) if option.bits is None)
+
     def options_of(self, layer: int) -> range:
         """Numbers of a layer's options."""
         return range(self.offsets[layer], self.offsets[layer + 1])
 
-    def option(self, layer: int, bits: int, activation_bits: int | None = None) -> int:
+    def option(self, layer: int, bits: int | None, activation_bits: int | None = None) -> int:
         """Number of the option.
 
         Args:
             layer: Index of the layer.
-            bits: Bit-width of its weights.
-            activation_bits: Bit-width of its input activations. It may be left out if there is one
-                activation width.
+            bits: Bit-width of its weights. None leaves the layer in float.
+            activation_bits: Bit-width of its input activations. It may be left out for
+                float, or if there is one activation width.
 
         Raises:
             ConfigurationError: The layer has no such option.
         """
         name = self.layers[layer].name
+        if bits not in self.bit_widths[layer]:
+            offered = ", ".join(map(bits_text, self.bit_widths[layer]))
+            wanted = "float" if bits is None else f"{bits}-bit"
+            raise ConfigurationError(f"{name} has no {wanted} candidate; its candidates are [{offered}]")
+        if bits is None:
+            return self.offsets[layer + 1] - 1
         if activation_bits is None and len(self.activation_widths) > 1:
             raise ConfigurationError(f"{name} has no activation bits; expected one of {list(self.activation_widths)}")
-        if bits not in self.bit_widths[layer]:
-            raise ConfigurationError(f"{name} has no {bits}-bit candidate; its candidates are {list(self.bit_widths[layer])}")
         width = self.activation_widths[0] if activation_bits is None else activation_bits
         if width not in self.activation_widths:
             raise ConfigurationError(
@@ -393,13 +429,17 @@ class SearchSpace:
         return Assignment(assignment.bits, tuple(activation_bits) if self.has_activations else (), assignment.corrected)
 
     def chosen_options(self, assignment: Assignment) -> list[int]:
-        """Options that the assignment takes, one for each layer that has a bit-width.
+        """Options that the assignment takes, one for each layer that has a bit-width or may be in float.
 
         Raises:
             ConfigurationError: The assignment does not fit, as in `completed`.
         """
         pairs = self.completed(assignment).pairs
-        return [self.option(i, bits, width) for i, (bits, width) in enumerate(pairs) if bits is not None]
+        return [
+            self.option(i, bits, width)
+            for i, (bits, width) in enumerate(pairs)
+            if bits is not None or self.bit_widths[i][-1] is None
+        ]
 
     def check(self, assignment: Assignment) -> None:
         """Raises ConfigurationError if the assignment does not fit, as `completed` does."""
@@ -418,7 +458,8 @@ class SearchSpace:
         return Assignment(tuple(b for b, _ in pairs), tuple(a for _, a in pairs) if self.has_activations else ())
 
     def _everywhere(self, bits: Sequence[int | None], activation_bits: int | None) -> Assignment:
-        return Assignment(tuple(bits), (activation_bits,) * self.num_layers if self.has_activations else ())
+        widths = tuple(None if b is None else activation_bits for b in bits) if self.has_activations else ()
+        return Assignment(tuple(bits), widths)
 
     @property
     def nothing(self) -> Assignment:
@@ -432,17 +473,18 @@ class SearchSpace:
 
     @property
     def widest(self) -> Assignment:
-        """The largest bit-widths everywhere."""
+        """The largest bit-widths everywhere. Float, if it is a candidate."""
         return self._everywhere([bits[-1] for bits in self.bit_widths], self.activation_widths[-1])
 
     def uniform_assignments(self) -> Iterator[tuple[int, Assignment]]:
-        """(bits, assignment) of every candidate bit-width of any layer, ascending.
+        """(bits, assignment) of every candidate bit-width of any layer, ascending; float counts 32 bits.
 
-        There is one for each activation width. A layer without this candidate takes the nearest one.
+        There is one for each activation width, and a single one if all layers are in float. A layer
+        without this candidate takes the nearest one.
         """
-        for b in sorted({b for bits in self.bit_widths for b in bits}):
-            nearest = [min(bits, key=lambda c: (abs(c - b), -c)) for bits in self.bit_widths]
-            for activation_bits in self.activation_widths:
+        for b in sorted({c or FLOAT_BITS for bits in self.bit_widths for c in bits}):
+            nearest = [min(bits, key=lambda c: (abs((c or FLOAT_BITS) - b), -(c or FLOAT_BITS))) for bits in self.bit_widths]
+            for activation_bits in self.activation_widths if any(nearest) else (None,):
                 yield b, self._everywhere(nearest, activation_bits)
 
     @property
@@ -466,7 +508,7 @@ class SearchSpace:
             ConfigurationError: The assignment does not fit, as in `completed`.
         """
         self.check(assignment)
-        return sum(layer.weight_bytes(b or FLOAT_BITS) for layer, b in zip(self.layers, assignment.bits, strict=True))
+        return sum(layer.weight_bytes(b) for layer, b in zip(self.layers, assignment.bits, strict=True))
 
     def average_bits(self, assignment: Assignment) -> float:
         """Bits per searched weight: Σ n b / Σ n.

@@ -98,25 +98,31 @@ def plan(
 def profile(
     config: Config,
     overrides: Overrides = None,
-    runtime: Annotated[str, typer.Option(help="Runtime that runs the networks.")] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    runtime: Annotated[
+        str | None, typer.Option(help="Runtime that runs the networks; default: the settings', or onnxruntime.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; default: the settings', or 1.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of one pass. The table has the seconds of one image.")] = 1,
     turns: Annotated[int, typer.Option(min=1, help="How often each network is timed. The table has medians.")] = 9,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file; default: RUN/profile/RUNTIME.csv.")] = None,
 ) -> None:
-    """Time every layer at every option on this machine, for the constraint `latency`. Run it again to resume."""
+    """Time every layer at every option on this machine, for budgets of latency. Run it again to resume."""
     from clado.exporting.runtimes import runtime_of
+    from clado.settings.schema import RuntimeSettings
 
-    plugin = runtime_of(runtime)
+    settings = _settings(config, overrides)
+    named = settings.runtime or RuntimeSettings()
+    name = runtime or named.name
+    plugin = runtime_of(name)
     plugin.versions()  # refused before the network loads
-    run = _opened(_settings(config, overrides), planning=True)
-    from clado.records.text import file_name
+    run = _opened(settings, planning=True)
+    from clado.run.limits import latency_table
     from flows.commands.profile import lacking_text, profile_text
     from flows.commands.profile import profile as time_layers
 
-    path = output or run.folder / "profile" / f"{file_name(runtime)}.csv"
-    typer.echo(lacking_text(run, runtime, plugin), err=True)
-    typer.echo(profile_text(run.space, time_layers(run, runtime, plugin, path, threads, batch, turns), path))
+    path = output or latency_table(settings, name)
+    typer.echo(lacking_text(run, name, plugin), err=True)
+    typer.echo(profile_text(run.space, time_layers(run, name, plugin, path, threads or named.threads, batch, turns), path))
 
 
 @command
@@ -204,6 +210,9 @@ def deploy(
     folder: RunFolder,
     budget: AverageBits = None,
     size_bytes: SizeBytes = None,
+    latency: Annotated[
+        float | None, typer.Option("--latency", metavar="SECONDS", help="A budget of the settings' budgets.latency.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="Runtime that runs the network.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     images: Annotated[int, typer.Option(min=1, help="Most validation images to count accuracy on.")] = 1000,
@@ -214,12 +223,13 @@ def deploy(
     """Write the network chosen for a budget as a folder for a runtime. Measure size, accuracy and time in that runtime."""
     from clado.exporting.runtimes import runtime_of
     from clado.records.text import file_name
-    from flows.commands.stored import StoredRun, chosen_for
+    from flows.commands.stored import StoredRun, chosen_for, latency_budget
     from flows.guard import locked
 
     plugin = runtime_of(runtime)
     plugin.versions()  # refused before the network loads
-    stored, row_budget = StoredRun.open(folder), _budget(budget, size_bytes)
+    stored = StoredRun.open(folder)
+    row_budget = latency_budget(stored, latency) if latency is not None else _budget(budget, size_bytes)
     run = _measured(stored.config)
     from flows.commands.deploy import deploy as write
 

@@ -1,4 +1,4 @@
-"""The pipeline: prepare → measure → choose → evaluate → record → deliver. A Prefect flow, with Dask tasks inside."""
+"""The pipeline: prepare → measure → choose → evaluate → serve → record → deliver. A Prefect flow, with Dask tasks inside."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,10 +9,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 
-from clado.choosing.proposals import budgets_of
 from clado.errors import CladoError
 from clado.records.results import Receipt
 from clado.records.text import write_text
+from clado.run.limits import budgets_of_config
 from clado.settings.loading import parse_config
 from clado.settings.schema import RunConfig
 from flows import artifacts, clusters, worker
@@ -23,6 +23,7 @@ from flows.phases.deliver import deliver, failure_recorded
 from flows.phases.evaluate import evaluate
 from flows.phases.measure import measure
 from flows.phases.prepare import prepare
+from flows.phases.reconstruct import reconstruct
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,7 +69,7 @@ def name_of(load: Callable[[], RunConfig]) -> str:
         settings = load()
     except CladoError:  # the run itself reports the error
         return "refused"
-    budgets = ", ".join(budget.name for budget in budgets_of(**settings.budgets.model_dump()))
+    budgets = ", ".join(budget.name for budget in budgets_of_config(settings))
     return f"{settings.network.name} at {budgets}"
 
 
@@ -98,13 +99,22 @@ def run_phases(config: RunConfig, clock: Clock, step: Step = as_function) -> Rec
             with clock.phase("measuring"):
                 measurement = step(measure, run, workers)
             choice = step(choose, run, workers, measurement.measured, clock)
+            if run.config.effort != "fast":
+                with clock.phase("reconstructing"):
+                    choice = step(reconstruct, run, workers, choice)
             with clock.phase("evaluation"):
                 accuracies = step(evaluate, run, workers, choice.results)
+            serving, serving_notes = None, list[str]()
+            if run.config.runtime is not None:
+                from flows.phases.serve import serve
+
+                with clock.phase("serving"):
+                    serving, serving_notes = step(serve, run, choice.results)
             with clock.phase("recording"):
                 from flows.phases.record import record  # imports matplotlib
 
-                notes = [*preparing_notes, *measurement.notes, *choice.notes]
-                recorded = step(record, run, choice, accuracies, notes, clock.seconds)
+                notes = [*preparing_notes, *measurement.notes, *choice.notes, *serving_notes]
+                recorded = step(record, run, choice, accuracies, notes, clock.seconds, serving)
                 receipt = step(deliver, run, recorded, flow_run_id)
                 artifacts.show(recorded, receipt)
             with clock.phase("shutdown"):

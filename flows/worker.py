@@ -120,6 +120,12 @@ def prepare(document: dict[str, Any], task: PreparationTask) -> PreparationTask:
     return task
 
 
+def reconstruct(document: dict[str, Any], assignment: Assignment) -> Assignment:
+    """Reconstructs the network of an assignment, and writes it."""
+    last_opened(document).preparation.reconstructed(assignment)
+    return assignment
+
+
 def measure_loss(document: dict[str, Any], assignment: Assignment) -> tuple[Assignment, Counts]:
     """Sums of a deployed assignment's loss over the decision set."""
     return assignment, last_opened(document).evaluation.loss(assignment)

@@ -113,8 +113,8 @@ def test_an_assignment_is_named_by_all_of_its_bits():
     plain = Assignment((2, 4, None))
     others = [Assignment((2, 4, None), (a, 8, None)) for a in (4, 8)] + [plain.with_corrections("none")]
     assert len({plain.key, *(other.key for other in others)}) == 4
-    assert str(plain) == "2 4 -"
-    assert str(Assignment((2, 4, None), (4, 8, None))) == "2/4 4/8 -"
+    assert str(plain) == "2 4 float"
+    assert str(Assignment((2, 4, None), (4, 8, None))) == "2/4 4/8 float"
     assert plain.replace(2, 8) == Assignment((2, 4, 8))
     assert plain.replace(2, 8, 4) == Assignment((2, 4, 8), (None, None, 4))
     assert SEVERAL.widest.replace(0, None) == Assignment((None, 8, 16), (None, 8, 8))

@@ -153,7 +153,7 @@ def compress(
     bops: float | None = None,
     latency: TableBound | None = None,
     table: TableBound | None = None,
-    bits: Sequence[int] = (2, 4, 8),
+    bits: Sequence[int | str | None] = (2, 4, 8),
     activation_bits: Sequence[int] = (),
     fixed: Sequence[str] = (),
     estimator: str = "gauss_newton",
@@ -187,7 +187,7 @@ def compress(
         bops: Most bit operations of one image.
         latency: Most seconds of one image, and a CSV file with the columns layer,bits,seconds.
         table: Largest sum of other costs, and a CSV file with the columns layer,bits,UNIT.
-        bits: Candidate bit-widths of weights.
+        bits: Candidate bit-widths of weights. "float" after them leaves a layer in float.
         activation_bits: Candidate bit-widths of the layers' inputs. If empty, inputs stay in float.
         fixed: Name patterns of layers that stay in float.
         estimator: A name of `clado.interaction.estimators`.

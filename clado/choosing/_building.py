@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from clado.bits import bits_text
 from clado.choosing.constraints import Constraint
 from clado.errors import ConfigurationError, InfeasibleError
 from clado.interaction.matrix import Array
@@ -69,7 +70,9 @@ def groups_of(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted({tie.get(layer, (layer,)) for layer in range(space.num_layers)}))
 
 
-def excluded_options(space: SearchSpace, candidates: Mapping[str, Sequence[int]], quarantined: Collection[int]) -> set[int]:
+def excluded_options(
+    space: SearchSpace, candidates: Mapping[str, Sequence[int | str | None]], quarantined: Collection[int]
+) -> set[int]:
     """Options that may not be chosen."""
     for option in quarantined:
         if not 0 <= option < space.num_options:
@@ -80,7 +83,8 @@ def excluded_options(space: SearchSpace, candidates: Mapping[str, Sequence[int]]
     for layer, (measured, offered) in enumerate(zip(space.bit_widths, narrowed.bit_widths, strict=True)):
         if not set(offered) <= set(measured):
             raise ConfigurationError(
-                f"{space.layers[layer].name} was measured at {list(measured)} bits; of {list(offered)} some were not"
+                f"{space.layers[layer].name} was measured at [{', '.join(map(bits_text, measured))}] bits; of "
+                f"[{', '.join(map(bits_text, offered))}] some were not"
             )
         excluded |= {space.option(layer, *candidate) for candidate in space.candidates(layer) if candidate[0] not in offered}
     return excluded

@@ -3,7 +3,7 @@
 The quadratic model only proposes. The chosen assignment was measured as it would be deployed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
@@ -29,9 +29,10 @@ def safe_methods() -> tuple[str, ...]:
 def surrogate(matrices: Mapping[str, InteractionMatrix], losses: Mapping[Assignment, float]) -> str:
     """The estimator whose predictions rank the measured assignments best, by Spearman's correlation.
 
-    Assignments without corrections do not count. Of equal estimators, the one with more interactions is returned.
+    Assignments without corrections and reconstructed ones do not count. Of equal estimators, the one with more interactions is
+    returned.
     """
-    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected != "none"}
+    measured = {a: loss for a, loss in losses.items() if isfinite(loss) and a.corrected in ("all", "static")}
 
     def quality(name: str) -> tuple[float, int]:
         matrix = matrices[name].clip_psd() if matrices[name].convexity == "clip_psd" else matrices[name]
@@ -89,6 +90,7 @@ def choose(
     losses: Mapping[Assignment, float],
     limits: Sequence[Constraint] = (),
     scores: Mapping[Assignment, Score] | None = None,
+    accepted: Collection[Assignment] = (),
 ) -> list[Result]:
     """One result for each reported proposal, and one `chosen` for each budget.
 
@@ -103,8 +105,9 @@ def choose(
         losses: Measured losses. NaN is as bad as infinity.
         limits: Limits that hold for every budget.
         scores: Brier scores and hits of the same measurement, image by image.
+        accepted: The assignments that an earlier choice chose, and their reconstructions. No chosen one has more loss than they.
     """
-    measurements = _Measurements(space, losses, scores)
+    measurements = _Measurements(space, losses, scores, frozenset(accepted))
     results = []
     for budget in dict.fromkeys(proposal.budget for proposal in proposals):
         made_for_it = [proposal for proposal in proposals if proposal.budget == budget]
@@ -128,6 +131,8 @@ class _Measurements:
     """The measured loss of each proposal."""
     scores: Mapping[Assignment, Score] | None
     """Brier score and hits of each proposal, if they were counted."""
+    accepted: frozenset[Assignment] = frozenset()
+    """The assignments that an earlier choice chose, and their reconstructions."""
 
     def loss(self, proposal: Proposal) -> float:
         """The measured loss, or infinity for NaN."""
@@ -142,14 +147,15 @@ class _Measurements:
     def best(self, proposals: Sequence[Proposal]) -> Proposal:
         """The reference with the least loss, unless another proposal is significantly better.
 
-        References are the proposals of `safe_methods` and those without corrections. Another proposal competes if its loss is
-        not above the reference's, and its Brier scores are significantly lower. The best by `rank` among these and the
-        reference is taken. Proposals with significantly fewer hits than the one with most are left out.
+        References are the proposals of `safe_methods`, those without corrections, and `accepted`. Another proposal competes if
+        its loss is not above the reference's, and its Brier scores are significantly lower. The best by `rank` among these and
+        the reference is taken. Proposals with significantly fewer hits than the one with most are left out.
         """
         if self.scores is None:
             return min(proposals, key=self.rank)
         scores, safe = self.scores, safe_methods()
-        references = [p for p in proposals if p.method in safe or p.assignment.corrected == "none"]
+        safe_too = {p.assignment for p in proposals if p.assignment.corrected == "none"} | self.accepted
+        references = [p for p in proposals if p.method in safe or p.assignment in safe_too]
         # without a reference all compete
         reference = min(references, key=lambda p: (self.loss(p), *self.rank(p)), default=None)
         ranked = sorted((p for p in proposals if reference is None or self._competes(p, reference)), key=self.rank)

@@ -64,7 +64,7 @@ class Program:
         matrix: InteractionMatrix,
         constraints: Sequence[Constraint] = (),
         *,
-        candidates: Mapping[str, Sequence[int]] | None = None,
+        candidates: Mapping[str, Sequence[int | str | None]] | None = None,
         quarantined: Collection[int] = (),
         forbidden: Iterable[tuple[int, int]] = (),
         convexity: Convexity = "raw",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
+from pathlib import Path
 
 import numpy as np
 
@@ -72,10 +73,14 @@ def budgets_of(
     size_bytes: Iterable[float] = (),
     percent_of_8_bit: Iterable[float] = (),
     bops: Iterable[float] = (),
+    latency: Iterable[float] = (),
+    latency_table: Path | None = None,
 ) -> tuple[Budget, ...]:
-    """Budgets in the given order, without duplicates."""
+    """Budgets in the given order, without duplicates. Budgets of latency read `latency_table`."""
     by_keyword = (("average_bits", average_bits), ("size", size_bytes), ("relative_size", percent_of_8_bit), ("bops", bops))
-    return tuple(dict.fromkeys(Budget(constraint, bound) for constraint, bounds in by_keyword for bound in bounds))
+    budgets = [Budget(constraint, bound) for constraint, bounds in by_keyword for bound in bounds]
+    budgets += [Budget("latency", bound, None if latency_table is None else str(latency_table)) for bound in latency]
+    return tuple(dict.fromkeys(budgets))
 
 
 def check_budgets(space: SearchSpace, budgets: Iterable[Budget], limits: Sequence[Constraint] = ()) -> None:
@@ -122,9 +127,9 @@ def widest_uniform(space: SearchSpace, limits: Sequence[Constraint]) -> Assignme
     one with the widest activations. Activations suffer more from narrow bits than weights do.
     """
     fitting = [
-        ((min(b, width or FLOAT_BITS), width or FLOAT_BITS, b), a)
+        ((min(b, width), width, b), a)
         for b, a in space.uniform_assignments()
-        for width in [a.activation_bits[0] if a.activation_bits else None]
+        for width in [next((width for width in a.activation_bits if width is not None), FLOAT_BITS)]
         if all(limit.holds(space, a) for limit in limits)
     ]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else space.narrowest

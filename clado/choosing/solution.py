@@ -6,7 +6,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from clado.bits import FLOAT_BITS
 from clado.errors import CladoError
 from clado.interaction.matrix import Convexity
 from clado.records.documents import read_document, space_document, space_of, unreadable, write_document
@@ -165,7 +164,7 @@ def assignment_rows(space: SearchSpace, assignment: Assignment) -> list[dict[str
             "bits": bits,
             **({"activation_bits": width} if space.has_activations else {}),
             "weights": layer.num_weights,
-            "bytes": layer.weight_bytes(bits or FLOAT_BITS),
+            "bytes": layer.weight_bytes(bits),
         }
         for layer, (bits, width) in zip(space.layers, pairs, strict=True)
     ]

@@ -1,7 +1,8 @@
 """A folder that runs a deployed network in a runtime, without clado.
 
 network.onnx        the network (the runtime names the file)
-predict.py          a loader that needs the runtime, NumPy and Pillow
+loader.py           loads the network in the runtime
+predict.py          classifies image files; it needs NumPy and Pillow as well
 check.py, check.npz a self-check: images, and the logits that were measured on them
 deployment.json     preprocessing, labels, session settings, and what was measured
 assignment.json     the bit-width of each layer
@@ -13,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +24,20 @@ from numpy.typing import NDArray
 from clado.data.decoding import Preprocessing
 from clado.errors import StoreError
 from clado.exporting.runtimes import Runtime
-from clado.records.text import markdown_table, percent, write_text
+from clado.records.serving import Serving
+from clado.records.text import write_text
 
 FORMAT = "clado-deployment/1"
-FACTS, ASSIGNMENT, PREDICT, CHECK, CHECKED, README = (
-    "deployment.json", "assignment.json", "predict.py", "check.py", "check.npz", "README.md",
+FACTS, ASSIGNMENT, LOADER, PREDICT, CHECK, CHECKED, README = (
+    "deployment.json", "assignment.json", "loader.py", "predict.py", "check.py", "check.npz", "README.md",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Served:
-    """A network as the runtime runs it, with its measurements."""
-
-    name: str
-    """Its name in the table."""
-    file_bytes: int
-    """The whole file."""
-    milliseconds: float
-    """Median milliseconds of one image."""
-    top1: float
-    """Share of images whose first class is the label, or without labels the float network's class."""
-    predicted_milliseconds: float | None = None
-    """Milliseconds by the table of a profile. None without a table."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """All measurements, and the machine."""
-
-    networks: tuple[Served, ...]
-    """The deployed network, followed by those that it is compared with."""
-    num_images: int
-    """Number of validation images."""
-    has_labels: bool
-    """Whether top-1 compares with labels."""
-    machine: str
-    """The processor, threads and versions, in words."""
-    threads: int
-    """Threads of the runtime."""
 
 
 def write_deployment(
     folder: Path,
     runtime: Runtime,
     assignment_document: Mapping[str, Any],
-    measurement: Measurement,
+    serving: Serving,
     preprocessing: Preprocessing,
     classes: Sequence[str],
     images: NDArray[np.float32],
@@ -79,7 +49,7 @@ def write_deployment(
         folder: The folder of the network.
         runtime: The runtime that runs it.
         assignment_document: The JSON object that `SearchSpace.to_json` makes.
-        measurement: What was measured.
+        serving: The measurements.
         preprocessing: How images are made from files.
         classes: Names of classes, in order. Empty if they are unknown.
         images: Images of the self-check (N, C, H, W), normalised.
@@ -90,12 +60,12 @@ def write_deployment(
         "format": FORMAT,
         "file": runtime.file,
         "sha256": hashlib.sha256(network.read_bytes()).hexdigest(),
-        "threads": measurement.threads,
+        "threads": serving.threads,
         "session": dict(runtime.session_entries(network)),
         "preprocessing": asdict(preprocessing),
         "classes": list(classes),
         "versions": dict(runtime.versions()),
-        "measured": asdict(measurement),
+        "measured": asdict(serving),
     }
     archive = io.BytesIO()
     np.savez_compressed(archive, images=images, logits=logits)
@@ -104,9 +74,10 @@ def write_deployment(
     temporary.replace(folder / CHECKED)
     write_text(folder / FACTS, json.dumps(facts, indent=1))
     write_text(folder / ASSIGNMENT, json.dumps(assignment_document, indent=1))
-    write_text(folder / PREDICT, runtime.loader)
+    write_text(folder / LOADER, runtime.loader)
+    write_text(folder / PREDICT, PREDICT_CODE)
     write_text(folder / CHECK, CHECK_CODE)
-    write_text(folder / README, _readme(measurement, runtime))
+    write_text(folder / README, _readme(serving, runtime))
 
 
 def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
@@ -121,32 +92,16 @@ def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
         raise StoreError(f"{folder} holds something other than this deployment; name another folder with --output, or remove it")
 
 
-def table(measurement: Measurement) -> str:
-    """Networks with size, accuracy and milliseconds, as Markdown."""
-    top1 = "top-1 %" if measurement.has_labels else "float's class %"
-    rows = [
-        [
-            served.name,
-            f"{served.file_bytes:,}",
-            percent(served.top1),
-            f"{served.milliseconds:.3f}",
-            "–" if served.predicted_milliseconds is None else f"{served.predicted_milliseconds:.3f}",
-        ]
-        for served in measurement.networks
-    ]
-    return markdown_table(["network", "bytes of the file", top1, "ms", "ms predicted"], rows)
-
-
-def _readme(measurement: Measurement, runtime: Runtime) -> str:
+def _readme(serving: Serving, runtime: Runtime) -> str:
     return f"""# A network for {runtime.title}
 
-{table(measurement)}
+{serving.table()}
 
-- Accuracy is what the runtime computed on {measurement.num_images:,} validation images.
-- Milliseconds are medians of one image, in turns: {measurement.machine}.
+- Accuracy is what the runtime computed on {serving.num_images:,} validation images.
+- Milliseconds are medians of one image, in turns: {serving.machine}.
 - Measured on another machine they differ. Run `python {CHECK}` there: it compares outputs, and times them.
 
-    pip install {" ".join(runtime.requirements)}
+    pip install {" ".join((*runtime.requirements, "numpy", "pillow"))}
     python {PREDICT} IMAGE...
     python {CHECK}
 
@@ -154,6 +109,33 @@ def _readme(measurement: Measurement, runtime: Runtime) -> str:
 """
 
 
+PREDICT_CODE = '''"""Classifies images: python predict.py IMAGE..."""
+
+import sys
+
+import numpy as np
+from loader import FACTS, run
+from PIL import Image
+
+
+def read(path):
+    """An image as the network takes it: the shorter side resized, the centre cropped, normalised; (C, H, W)."""
+    steps = FACTS["preprocessing"]
+    (channels, height, width), side = steps["image_shape"], steps["resize"]
+    image = Image.open(path).convert({1: "L", 3: "RGB"}[channels])
+    longer = int(side * max(image.size) / min(image.size))
+    size = (side, longer) if image.width <= image.height else (longer, side)
+    image = image.resize(size, Image.Resampling[steps["interpolation"].upper()])
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels)
+    return ((pixels / 255 - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        number = int(run(read(path)[None])[0].argmax())
+        print(path, FACTS["classes"][number] if FACTS["classes"] else number)
+'''
 CHECK_CODE = '''"""Compares this machine's outputs with those that were measured, and fails loudly where they differ."""
 
 import hashlib
@@ -168,7 +150,7 @@ if hashlib.sha256((HERE / FACTS["file"]).read_bytes()).hexdigest() != FACTS["sha
     sys.exit(f"FAILED: {FACTS['file']} is another file than was measured; copy the folder again")
 
 import numpy as np
-from predict import run
+from loader import run
 
 with np.load(HERE / "check.npz") as archive:
     images, expected = archive["images"], archive["logits"]

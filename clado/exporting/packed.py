@@ -7,7 +7,7 @@ Each searched weight takes only the bits that the assignment gives it.
     LAYER.zero_point   (channels,) or (1,), of an affine grid only
     LAYER.input        float32 (2,): scale and zero point of the grid of its input, if that is quantized
     LAYER.values       rows of a split weight that stay in float, if other rows do not
-    any other name     a parameter or buffer of the module: fixed layers, batch norm, biases (also those of corrections)
+    any other name     a parameter or buffer of the module: layers in float, batch norm, biases (also those of corrections)
 
 A stored code u stands for the integer low + step · u. An integer stands for the value (integer −
 zero point) · scale. The header holds JSON under "document": it describes each layer. A hash covers
@@ -16,6 +16,7 @@ it and every tensor. `load_packed` puts the file into a module.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class PackedSize:
     total_bytes: int
     """All tensors."""
     weight_bytes: int
-    """The codes of the searched weights, which are part of `total_bytes`."""
+    """Codes of the searched weights, and values of those that stay in float. They are part of `total_bytes`."""
     header_bytes: int
     """The header, with the eight bytes that hold its length."""
 
@@ -124,8 +125,13 @@ def packed_size(path: Path) -> PackedSize:
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with path.open("rb") as file:
         header_bytes = 8 + int.from_bytes(file.read(8), "little")
-    codes = [f"{row['name']}.codes" for row in document["layers"] if row["bits"] is not None]
-    return PackedSize(total_bytes, sum(tensors[name].nbytes for name in codes), header_bytes)
+    weight_bytes = sum(
+        math.prod(row["shape"]) * getattr(torch, row.get("dtype", "float32")).itemsize
+        if row["bits"] is None
+        else tensors[f"{row['name']}.codes"].nbytes
+        for row in document["layers"]
+    )
+    return PackedSize(total_bytes, weight_bytes, header_bytes)
 
 
 def load_packed(path: str | Path, network: nn.Module | Network) -> nn.Module:
@@ -190,8 +196,6 @@ def _document_and_tensors(network: Network, layers: Replaced) -> tuple[dict[str,
     for i, spec in enumerate(network.layers):
         parameter, part = network.places[i].parameter, network.places[i].rows
         layer = replaced.get(i, QuantizedLayer(network.weights[i]))
-        if layer.grid is None and layer.activation is None and parameter not in coded_parameters:
-            continue
         bits = None if layer.grid is None else bits_of(layer.grid.codes)
         axis = None if layer.grid is None or layer.grid.scale.numel() == 1 else spec.channel_axis
         row: dict[str, Any] = {"name": spec.name, "shape": list(spec.shape), "bits": bits}

@@ -149,7 +149,10 @@ def _some(names: list[str], most: int = 8) -> str:
 def _readme(document: Mapping[str, Any], snippet: str, facts: Sequence[str]) -> str:
     activations = document.get("activation_bits", {})
     rows = [[" layer ", " bits ", " activation bits "], ["---"] * 3]
-    rows += [[f" `{name}` ", f" {bits} ", f" {activations.get(name)} "] for name, bits in document["bits"].items()]
+    rows += [
+        [f" `{name}` ", *(f" {'float' if width is None else width} " for width in (bits, activations.get(name)))]
+        for name, bits in document["bits"].items()
+    ]
     table = "\n".join(f"|{'|'.join(row if activations else row[:2])}|" for row in rows)
     note = (
         "- Activations: when measured, each layer's input was rounded to its activation bits. The file holds weights only: a\n"

@@ -14,7 +14,8 @@ from clado.space import SearchSpace
 class PairKind(TileKind, ABC):
     """Losses of two options at a time, of different layers of one group: K × K values a sample block.
 
-    The row's layer is the earlier one. Entries of other pairs are NaN.
+    The row's layer is the earlier one. Entries of other pairs are NaN. Pairs with a layer in float are not measured,
+    because they have no interaction.
     """
 
     dimensions = ("option", "later_option")
@@ -42,8 +43,11 @@ class PairKind(TileKind, ABC):
         rows = range(space.num_options) if rows is None else rows
         mask = np.zeros((len(rows), space.num_options), dtype=bool)
         for place, row in enumerate(rows):
+            if space.options[row].bits is None:
+                continue
             for layer in self.later_layers(space, space.options[row].layer):
                 mask[place, space.offsets[layer] : space.offsets[layer + 1]] = True
+        mask[:, list(space.float_options)] = False
         return mask
 
     def evaluations(self, plan: Plan, tile: Tile) -> int:

@@ -66,9 +66,9 @@ def sweep(bench: Workbench, part: Pass, rows: Sequence[int], float_state: State,
 
 
 def each_option(bench: Workbench, part: Pass) -> Iterator[tuple[list[int], Tensor]]:
-    """(options, logits (options, n, classes)) of each option alone, stack by stack."""
+    """(options, logits (options, n, classes)) of each option alone, stack by stack. Float options are left out."""
     space = bench.space
-    for _, stacks in sweep(bench, part, range(space.num_options), bench.network.begin(part.images), space.num_layers):
+    for _, stacks in sweep(bench, part, space.quantized_options, bench.network.begin(part.images), space.num_layers):
         for stack in stacks:
             logits = bench.network.finish(stack.state)
             yield stack.rows, logits.reshape(len(stack.rows), *part.float_logits.shape)

@@ -95,7 +95,8 @@ class Workbench:
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> its replacement in `network`, for the layers that an assignment quantizes."""
-        return {self.space.options[k].layer: self.quantized[k] for k in self.space.chosen_options(assignment)}
+        options = self.space.options
+        return {options[k].layer: self.quantized[k] for k in self.space.chosen_options(assignment) if options[k].bits is not None}
 
     def loaded(self, sample_block: int) -> Batch:
         """Images and labels of one sample block, on the device of the network."""

@@ -158,11 +158,12 @@ class Network:
         """The number of images of a fast whole run."""
         return processor_of(self.device.type).images(self.places[0].cut.peak_bytes_per_image)
 
-    def search_space(self, bits: Sequence[int] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
+    def search_space(self, bits: Sequence[int | str | None] = (2, 4, 8), ties: Sequence[Sequence[int]] = ()) -> SearchSpace:
         """The same candidate bit-widths for every layer; `restricted` gives some layers others.
 
         Args:
-            bits: Candidate bit-widths, ascending, each from 1 to 16.
+            bits: Candidate bit-widths, ascending, each from 1 to 16. "float" after them leaves the
+                layer in float.
             ties: Groups of layers (indices) that must have the same bit-width.
 
         Raises:

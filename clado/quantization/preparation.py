@@ -73,7 +73,7 @@ class Prepared:
     recipe: Recipe
     """How its layers were quantized."""
     layers: tuple[QuantizedLayer, ...]
-    """The quantized layer of each option, in the order of the space's options."""
+    """The quantized layer of each option, in the order of the space's options. Float options have the float weight."""
     images: Sequence[Tensor] = ()
     """Calibration batches (n, C, H, W), which final corrections read."""
     notes: tuple[str, ...] = ()
@@ -83,7 +83,8 @@ class Prepared:
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> its quantized layer, for the layers that an assignment quantizes."""
-        return {self.space.options[k].layer: self.layers[k] for k in self.space.chosen_options(assignment)}
+        options = self.space.options
+        return {options[k].layer: self.layers[k] for k in self.space.chosen_options(assignment) if options[k].bits is not None}
 
     @property
     def has_final(self) -> bool:
@@ -233,12 +234,16 @@ def prepare_layer(
         layer_input: Statistics of its input on calibration images. None if nothing needs them.
 
     Returns:
-        The quantized layers in the order of the candidates, and notes on corrections that skip the layer.
+        The quantized layers in the order of the candidates, and notes on corrections that skip the layer. Corrections leave
+        a layer in float as it is.
     """
     weight, axis = network.weights[layer], network.layers[layer].channel_axis
     sample = layer_sample(network, layer, layer_input)
     notes: list[str] = []
-    candidates = space.candidates(layer)
+    candidates = [(bits, width) for bits, width in space.candidates(layer) if bits is not None]
+    in_float = [QuantizedLayer(weight)] * (len(space.candidates(layer)) - len(candidates))
+    if not candidates:
+        return in_float, notes
     grids = {bits: recipe.quantizer.grid(weight, bits, axis) for bits in dict.fromkeys(bits for bits, _ in candidates)}
     codes: Sequence[Tensor] | None = None
     for name, rounding in at_stage(recipe.corrections, Rounding).items():
@@ -260,7 +265,7 @@ def prepare_layer(
             notes.append(f"{name} leaves {network.layers[layer].name} as it is: {reason}")
         else:
             layers = correction.correct(sample, layers)
-    return [replace(option, weight=laid_out_like(option.weight, weight)) for option in layers], notes
+    return [*(replace(option, weight=laid_out_like(option.weight, weight)) for option in layers), *in_float], notes
 
 
 def layer_sample(network: Network, layer: int, layer_input: LayerInput | None) -> LayerSample | None:

@@ -1,10 +1,7 @@
-"""Fine-tuning: a few epochs of straight-through training.
+"""Fine-tuning: a few epochs of straight-through training of a whole network.
 
-Training starts at the corrected, quantized weights, and every weight stays on its grid. A latent float weight w is trained. The
-forward pass uses its value on the grid, ŵ = (clip(round(w / s + z)) − z) · s. In the backward pass rounding counts as the
-identity, and clipping has its own gradient (Bengio et al. 2013, arXiv 1308.3432). With `learned_scales` the scales s are trained
-too, as in LSQ (Esser et al. 2020, arXiv 1902.08153). Its gradient follows from the same formula. Biases, the affine parameters of
-batch norm and float layers are also trained. Grids of inputs keep their range.
+Training starts at the corrected, quantized weights, and every weight stays on its grid: see `pupil.py`. With `learned_scales` the
+scales of weights and of inputs are trained too.
 
 Batch norm keeps its initial statistics, as in the deployed network. Statistics of training batches add the noise of few images:
 with them no epoch at 4 bits was better than the start (docs/lab-log.md).
@@ -12,8 +9,8 @@ with them no epoch at 4 bits was better than the start (docs/lab-log.md).
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,13 +18,13 @@ from torch.nn import functional as F
 
 from clado import criteria
 from clado.data.images import ImageSlice, PickedSlice
-from clado.errors import ConfigurationError, DataError, MeasurementError, NetworkError
-from clado.grids import Grid, QuantizedLayer
+from clado.errors import ConfigurationError, DataError, MeasurementError
+from clado.grids import QuantizedLayer
 from clado.network.network import Network
+from clado.quantization.pupil import Descent, Layers, Pupil, Rates
 
-LEAST_SCALE = 1e-2  # smallest learned scale, as a share of its first value
+STEPS_OF_RATE = 10.0  # steps of its grid that a latent position learns at a learning rate of 1
 HELD_OUT_BATCH = 128  # images
-Layers = Mapping[int, QuantizedLayer]
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,13 @@ class Training:
     criterion: str = "kl_to_float"
     """kl_to_float distils from the float network and needs no labels. cross_entropy needs labels."""
     learning_rate: float = 1e-3
-    """Adam's first learning rate. It falls to zero with a cosine."""
+    """Adam's first learning rate. It falls to zero with a cosine. Latent positions learn at ten times as many steps."""
     batch_images: int = 64
     """Images of a training batch."""
     patience: int = 2
     """Training ends after this many epochs without a lower held-out loss."""
     learned_scales: bool = False
-    """Whether the scales of weights are trained."""
+    """Whether the scales of weights and inputs are trained."""
     augment: bool = True
     """Whether images are shifted by up to a fourteenth of their side, and half of them mirrored, at random.
 
@@ -61,6 +58,12 @@ class Training:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; expected a number above 0, such as 0.001")
         criteria.criterion_of(self.criterion)  # refuses an unknown name
+
+    @property
+    def rates(self) -> Rates:
+        """Learning rates of what is trained."""
+        rate = self.learning_rate
+        return Rates(STEPS_OF_RATE * rate, rate if self.learned_scales else 0.0, rate)
 
     def objective(self, network: Network) -> criteria.PackedCriterion:
         """The criterion that training minimises, on the outputs of a network."""
@@ -127,15 +130,13 @@ def finetune(
     """
     training = training or Training()
     _check(network, layers, training_set, held_out, training)
-    # corrections make tensors in inference mode, and such tensors cannot be trained
-    network = network.updated({name: value.clone() for name, value in network.changed.items()})
-    pupil = _Pupil(network, layers, training)
-    best: tuple[Network, dict[int, QuantizedLayer]] = network, dict(layers)
+    pupil = Pupil(network, layers)
+    best: tuple[Network, dict[int, QuantizedLayer]] = pupil.network, dict(layers)
     begin = time.perf_counter()
     lowest = held_out_loss(*best, reference, held_out, training)
     epochs = [Epoch(0, None, lowest, time.perf_counter() - begin)]
     report(epochs[0])
-    best_epoch, course = 0, _Course(pupil, training_set, reference)
+    best_epoch, course = 0, _Course(pupil, training_set, reference, training)
     for number in range(1, training.epochs + 1):
         begin = time.perf_counter()
         training_loss = course.epoch(number, progress)
@@ -179,78 +180,17 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
 
 
-class _Pupil:
-    """The trained tensors: latent weights, biases, scales (with `learned_scales`), and the network's other parameters."""
-
-    def __init__(self, network: Network, layers: Layers, training: Training) -> None:
-        self.network, self.layers, self.training = network, layers, training
-        self.weights = {i: _leaf(layer.weight) for i, layer in layers.items()}
-        self.biases = {i: _leaf(layer.bias) for i, layer in layers.items() if layer.bias is not None}
-        self.others = {name: _leaf(value) for name, value in network.trainable(layers).items()}
-        self.grids = {i: _cloned(layer.grid) for i, layer in layers.items() if layer.grid is not None}
-        self.scales = {i: _leaf(grid.scale) for i, grid in self.grids.items()} if training.learned_scales else {}
-        floats = [*self.weights.values(), *self.biases.values(), *self.others.values()]
-        self.parameters = [*floats, *self.scales.values()]
-        self.groups = [{"params": floats, "lr": training.learning_rate}]
-        for i, scale in self.scales.items():  # the learning rate of a scale is relative to the scale
-            self.groups.append({"params": [scale], "lr": training.learning_rate * float(self.grids[i].scale.mean())})
-
-    def grid(self, i: int) -> Grid:
-        """A layer's grid with its present scale."""
-        return replace(self.grids[i], scale=self.scales[i]) if i in self.scales else self.grids[i]
-
-    def augments(self, labels: Tensor | None) -> bool:
-        """Whether images are shifted and mirrored. They are not if targets, such as masks, would no longer fit."""
-        return self.training.augment and (labels is None or "classes" in self.training.objective(self.network).offers)
-
-    def loss(self, images: Tensor, labels: Tensor | None, reference: Network) -> Tensor:
-        """Mean criterion of a batch, with gradients."""
-        x, device_labels = _on_device((images, labels), self.network)
-        layers = {
-            i: replace(layer, weight=straight_through(self.weights[i], self.grid(i)), bias=self.biases.get(i), grid=None)
-            for i, layer in self.layers.items()
-        }
-        objective = self.training.objective(self.network)
-        # cloned: autograd cannot save a tensor of inference mode for the backward pass
-        floats = reference.logits(x).clone() if objective.needs_float_outputs else x.new_zeros(())
-        logits = self.network.updated(self.others).differentiable_logits(x, layers)
-        _check_labels(labels, logits, objective)
-        return objective.of(floats, device_labels)(logits).mean()
-
-    def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
-        """One step of all trained tensors. The module's own parameters get no gradient."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimiser.step()
-        with torch.no_grad():
-            for i, scale in self.scales.items():
-                torch.maximum(scale, LEAST_SCALE * self.grids[i].scale, out=scale)
-
-    def deployed(self) -> tuple[Network, dict[int, QuantizedLayer]]:
-        """The network, and its layers on their grids."""
-        layers = {}
-        for i, layer in self.layers.items():
-            grid = replace(self.grids[i], scale=self.grid(i).scale.detach().clone())
-            weight = grid.fake_quantize(self.weights[i].detach().float()).to(layer.weight.dtype)
-            bias = self.biases[i].detach().clone() if i in self.biases else None
-            layers[i] = replace(layer, weight=weight, bias=bias, grid=grid)
-        return self.network.updated({name: value.detach().clone() for name, value in self.others.items()}), layers
-
-
 class _Course:
     """The steps of a training, epoch by epoch."""
 
-    def __init__(self, pupil: _Pupil, images: ImageSlice, reference: Network) -> None:
-        self.pupil, self.images, self.reference = pupil, images, reference
-        self.generator = torch.Generator().manual_seed(pupil.training.seed)
-        self.batch_images = min(pupil.training.batch_images, len(images))
+    def __init__(self, pupil: Pupil, images: ImageSlice, reference: Network, training: Training) -> None:
+        self.pupil, self.images, self.reference, self.training = pupil, images, reference, training
+        self.objective = training.objective(pupil.network)
+        self.generator = torch.Generator().manual_seed(training.seed)
+        self.batch_images = min(training.batch_images, len(images))
         self.per_epoch = len(images) // self.batch_images
-        self.steps = steps = pupil.training.epochs * self.per_epoch
-        self.optimiser = torch.optim.Adam(pupil.groups)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps))
-        )
+        self.steps = training.epochs * self.per_epoch
+        self.descent = Descent(pupil, pupil.layers, pupil.others, training.rates, self.steps)
 
     def epoch(self, number: int, progress: Callable[[int, int], None]) -> float:
         """Trains one epoch and returns the mean loss of its batches."""
@@ -258,37 +198,31 @@ class _Course:
         order = torch.randperm(len(self.images), generator=self.generator)
         for k, numbers in enumerate(torch.split(order, self.batch_images)[: self.per_epoch]):
             images, labels = PickedSlice([self.images], numbers.tolist()).load(0, self.batch_images)
-            if self.pupil.augments(labels):
+            if self._augments(labels):
                 images = augmented(images, self.generator)
-            loss = self.pupil.loss(images, labels, self.reference)
+            loss = self._loss(images, labels)
             if not math.isfinite(loss.item()):
                 raise MeasurementError(
                     f"the loss of batch {k + 1} of epoch {number} is {loss.item()}; training diverged; lower the learning rate"
                 )
-            self.pupil.step(loss, self.optimiser)
-            self.schedule.step()
+            self.descent.step(loss)
             total += loss.item()
             progress((number - 1) * self.per_epoch + k + 1, self.steps)
         return total / self.per_epoch
 
+    def _augments(self, labels: Tensor | None) -> bool:
+        """Whether images are shifted and mirrored. They are not if targets, such as masks, would no longer fit."""
+        return self.training.augment and (labels is None or "classes" in self.objective.offers)
 
-def straight_through(weight: Tensor, grid: Grid) -> Tensor:
-    """The weight on its grid.
-
-    In the backward pass rounding is the identity. A weight outside of the range has gradient 0, and only a learned scale moves.
-    """
-    position = weight.float() / grid.scale + grid.zero_point
-    inside = position.clamp(grid.codes.low, grid.codes.high)
-    codes = inside + (grid.quantize(weight.float()) - inside).detach()
-    return grid.dequantize(codes).to(weight.dtype)
-
-
-def _cloned(grid: Grid) -> Grid:
-    return Grid(grid.scale.clone(), grid.zero_point.clone(), grid.codes)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
+    def _loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Mean criterion of a batch, with gradients."""
+        x, device_labels = _on_device((images, labels), self.pupil.network)
+        network, layers = self.pupil.training(self.pupil.layers, self.pupil.others)
+        # cloned: autograd cannot save a tensor of inference mode for the backward pass
+        floats = self.reference.logits(x).clone() if self.objective.needs_float_outputs else x.new_zeros(())
+        logits = network.differentiable_logits(x, layers)
+        _check_labels(labels, logits, self.objective)
+        return self.objective.of(floats, device_labels)(logits).mean()
 
 
 def _on_device(batch: tuple[Tensor, Tensor | None], network: Network) -> tuple[Tensor, Tensor | None]:
@@ -307,8 +241,6 @@ def _check_labels(labels: Tensor | None, logits: Tensor, objective: criteria.Pac
 def _check(network: Network, layers: Layers, training_set: ImageSlice, held_out: ImageSlice, training: Training) -> None:
     if not layers:
         raise ConfigurationError("no layer is quantized; expected an assignment that gives bits to at least one")
-    if names := [network.layers[i].name for i, layer in layers.items() if layer.grid is None]:
-        raise NetworkError(f"{', '.join(names[:8])} have no grid; expected layers as `Prepared.deployed` gives them")
     objective = training.objective(network)
     for images, name in ((training_set, "training"), (held_out, "held-out")):
         if len(images) < 2:

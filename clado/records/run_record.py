@@ -17,6 +17,7 @@ from clado.records.results import (
     SearchSummary,
     Stability,
 )
+from clado.records.serving import Serving
 from clado.records.tabular import Tabular
 from clado.records.text import write_text
 from clado.space import Assignment
@@ -72,6 +73,8 @@ class RunRecord(Tabular):
     """Result of each local search."""
     stability: tuple[Stability, ...] = ()
     """How far the images decide, for each budget."""
+    serving: Serving | None = None
+    """Measurements of the chosen networks in the runtime of the settings. None without a runtime."""
     recorded: str = ""
     """Time of the record, in ISO 8601 and UTC."""
 
@@ -182,6 +185,7 @@ class RunRecord(Tabular):
                     "comparisons": tuple(_comparison(row) for row in document["comparisons"]),
                     "stability": tuple(_stability(row) for row in document["stability"]),
                     "searches": tuple(_search(row) for row in document["searches"]),
+                    "serving": Serving.of_document(document.get("serving")),
                 }
             )
         except (OSError, KeyError, TypeError, ValueError) as error:

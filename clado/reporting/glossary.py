@@ -26,6 +26,7 @@ WORDS = {
     "proposal": "an assignment that a method suggests for a budget; its loss is then measured",
     "chosen": "the proposal that a run recommends",
     "correction": "a change that recovers accuracy without training, such as fitted rounding",
+    "reconstruction": "fitting all layers of a block together, so that its output becomes that of the float block",
     "plain": "weights rounded to nearest, without corrections",
     "deployed": "the network that would be used: the chosen bits with their corrections",
     "tile": "unit of measuring, storing and repeating; its type is a tile kind",

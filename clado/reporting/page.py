@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from clado.bits import bits_text
+from clado.bits import FLOAT_BITS, bits_text
 from clado.errors import StoreError
 from clado.records.results import CHOSEN, UNIFORM, Result
 from clado.records.run_record import RunRecord
@@ -159,6 +159,7 @@ def render(folder: Path) -> str:
         matrices=[heat_map(path) for path in sorted((folder / "matrices").glob("*.npz"))],
         comparisons=[row for row in record.comparisons if row.method == CHOSEN],
         interval_text=tables.interval_text,
+        serving=record.serving,
         winners=tables.winners(record),
         solver=tables.solver_line(record),
         coverage=_coverage(record),
@@ -273,8 +274,8 @@ def _colours(record: RunRecord) -> dict[str, str]:
 
 
 def _shades(chosen: Sequence[Result]) -> dict[int, tuple[str, str]]:
-    """(paper, ink) of each bit-width that was chosen, pale to dark."""
-    widths = sorted({bits for result in chosen for bits in result.assignment.bits if bits is not None})
+    """(paper, ink) of each bit-width that was chosen, pale to dark. Float counts 32 bits."""
+    widths = sorted({bits or FLOAT_BITS for result in chosen for bits in result.assignment.bits})
     indices = np.linspace(1, len(SHADES) - 1, len(widths)).round().astype(int) if len(widths) != 1 else [2]
     return {b: (SHADES[k], "#111" if k < 4 else "#fff") for b, k in zip(widths, indices, strict=True)}
 
@@ -291,9 +292,7 @@ def _bits_table(record: RunRecord, chosen: Sequence[Result]) -> list[dict[str, A
             "name": name,
             "num_weights": count,
             "share": 100 * count / largest,
-            "cells": [
-                (r.assignment.bits[i], bits_text(*r.assignment.pairs[i]) if r.assignment.bits[i] else "float") for r in chosen
-            ],
+            "cells": [(r.assignment.bits[i] or FLOAT_BITS, bits_text(*r.assignment.pairs[i])) for r in chosen],
         }
         for i, (name, count) in enumerate(zip(names, record.layer_weights, strict=True))
     ]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from clado.bits import bits_text
+from clado.bits import FLOAT_BITS, bits_text
 from clado.choosing.pareto import Front
 from clado.interaction.matrix import InteractionMatrix
 from clado.records.results import CHOSEN, UNIFORM, Result
@@ -184,7 +184,7 @@ def _bits_figure(
 
 def _draw_cells(axes: Axes, assignments: Sequence[Assignment], with_activations: bool) -> None:
     """One coloured cell with its bits for each layer (row) and assignment (column)."""
-    bits = np.array([[b or 0 for b in assignment.bits] for assignment in assignments], dtype=np.int64).T
+    bits = np.array([[b or FLOAT_BITS for b in assignment.bits] for assignment in assignments], dtype=np.int64).T
     widths = sorted(set(bits.ravel().tolist()))
     shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 0.9, max(len(widths), 2)))[: len(widths)]
     colour = dict(zip(widths, shades, strict=True))
@@ -193,7 +193,7 @@ def _draw_cells(axes: Axes, assignments: Sequence[Assignment], with_activations:
     for i, row in enumerate(bits.tolist()):
         for k, b in enumerate(row):
             pair = assignments[k].pairs[i]
-            text = (bits_text(*pair) if with_activations else str(b)) if b else "float"
+            text = bits_text(*pair) if with_activations else bits_text(pair[0])
             axes.text(k, i, text, ha="center", va="center_baseline", fontsize=7.5, color=_ink_on(colour[b]))
     for k in range(1, len(assignments)):
         axes.axvline(k - 0.5, color="white", linewidth=2)

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from clado.bits import FLOAT as FLOAT_TEXT
 from clado.bits import bits_text
 from clado.records.interval import Interval
 from clado.records.results import CHOSEN, FLOAT, Accuracy, Result
@@ -181,12 +182,12 @@ def summary(record: RunRecord) -> Group:
     texts = [f"{record.network}, {record.criterion}", *headlines(record)]
     parts: list[RenderableType] = [*map(Text, texts), table(record), Text(tables.verdict(record))]
     fewer = _fewer_corrections(record)
-    parts += [Text(text) for text in (fewer, _notes(record)) if text]
+    parts += [Text(text) for text in (tables.serving_table(record), fewer, _notes(record)) if text]
     return Group(*parts)
 
 
 def _fewer_corrections(record: RunRecord) -> str:
-    budgets = [row.budget for row in _chosen(record) if row.assignment.corrected != "all"]
+    budgets = [row.budget for row in _chosen(record) if row.assignment.corrected in ("static", "none")]
     return f"Deployed with fewer corrections, because that measured better: {', '.join(budgets)}." if budgets else ""
 
 
@@ -204,7 +205,8 @@ def layers_text(names: Sequence[str], assignment: Assignment) -> str:
     lines = []
     for width, layers in groups.items():
         more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
-        lines.append(f"  {width} bits, {len(layers)} of {len(names)} layers: {', '.join(layers[:NAMED])}{more}")
+        title = "in float" if width == FLOAT_TEXT else f"{width} bits"
+        lines.append(f"  {title}, {len(layers)} of {len(names)} layers: {', '.join(layers[:NAMED])}{more}")
     return "\n".join(lines)
 
 

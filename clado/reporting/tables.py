@@ -25,6 +25,7 @@ from clado.records.results import CHOSEN, Comparison, MeasuredProposal, Receipt,
 from clado.records.run_record import RunRecord
 from clado.records.text import REPORT, markdown_table, percent, size_text
 from clado.settings.tracking import database_of
+from clado.space import RECONSTRUCTED, Assignment
 
 QUANTITIES = ("size", "loss", "top-1 %", "uncorrected %", "corrections")
 """Rows of a budget.
@@ -36,7 +37,12 @@ corrections.
 
 A user-defined metric has a row of its name. Without classes it takes the place of top-1.
 """
-FEWER = {"all": "", "static": "; deployed without the final corrections", "none": "; deployed without corrections"}
+FEWER = {
+    "all": "",
+    "static": "; deployed without the final corrections",
+    "none": "; deployed without corrections",
+    **dict.fromkeys(RECONSTRUCTED, "; reconstructed"),
+}
 """The note on an answer, by `Assignment.corrected`."""
 
 
@@ -65,7 +71,7 @@ def markdown(record: RunRecord) -> str:
         for quantity, cells, best in rows(record, budget):
             lines.append([budget, quantity, *[f"**{cell}**" if cell == best else cell for cell in cells]])
     body = markdown_table(["budget", "", *record.methods], lines)
-    parts = [f"{record.network}: {caption(record)}.", body, comparisons_table(record), verdict(record)]
+    parts = [f"{record.network}: {caption(record)}.", body, comparisons_table(record), serving_table(record), verdict(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -143,6 +149,11 @@ def comparisons_table(record: RunRecord) -> str:
     ]
     title = f"Chosen minus others, on {rows[0].kl.num_images:,} validation images that no choice has seen (95 %, paired):"
     return f"{title}\n\n{markdown_table(['budget', 'other', 'top-1 points', 'agreement points', 'KL from float'], lines)}"
+
+
+def serving_table(record: RunRecord) -> str:
+    """Measurements of the chosen networks, float and uniform 8 bits in the runtime. Empty without a runtime."""
+    return "" if record.serving is None else f"{record.serving.caption()}:\n\n{record.serving.table()}"
 
 
 def winners(record: RunRecord) -> str:
@@ -336,6 +347,7 @@ def show(record: RunRecord) -> Group:
     parts: list[RenderableType] = [Text(f"{record.network}: {caption(record)}"), table(record)]
     texts = [
         comparisons_table(record),
+        serving_table(record),
         verdict(record),
         winners(record),
         search_text(record),
@@ -376,9 +388,13 @@ def rows(record: RunRecord, budget: str) -> Iterator[tuple[str, list[str], str |
     plain = [None if result is None or result.validation_plain is None else result.validation_plain.top1 for result in results]
     if any(top1 is not None for top1 in plain):
         yield QUANTITIES[3], [percent(top1) for top1 in plain], None
-    corrections = ["–" if result is None else result.assignment.corrected for result in results]
+    corrections = ["–" if result is None else _corrections_text(result.assignment) for result in results]
     if any(level not in ("–", "all") for level in corrections):
         yield QUANTITIES[4], corrections, None
+
+
+def _corrections_text(assignment: Assignment) -> str:
+    return f"reconstructed ({assignment.corrected})" if assignment.is_reconstructed else assignment.corrected
 
 
 def _top1(result: Result | None) -> float | None:

@@ -6,6 +6,7 @@ from clado.choosing.proposals import check_budgets
 from clado.data.decoding import EncodedSlice
 from clado.data.images import ImageSlice, KeptSlice, check_slice
 from clado.errors import ConfigurationError, DataError
+from clado.exporting.runtimes import runtime_of
 from clado.measuring.workbench import on_device
 from clado.run.opened_run import OpenedRun, open_run
 from clado.storage.measurement_store import MeasurementStore, exists
@@ -57,6 +58,7 @@ def check(run: OpenedRun) -> list[str]:
     if names := _unreadable(run, *run.slices.used):
         return names
     _try_own_functions(run)
+    _check_runtime(run)
     check_budgets(run.space, run.budgets, run.limits)
     if exists(run.store_path):
         run.identity.adds_images(MeasurementStore.open(run.store_path))
@@ -69,6 +71,18 @@ def _try_own_functions(run: OpenedRun) -> None:
     for refuse_unfit, images in tries.items():
         x, targets = on_device(run.float_network, images.load(0, 1))
         refuse_unfit(run.float_network.logits(x), targets)
+
+
+def _check_runtime(run: OpenedRun) -> None:
+    """Refuses a runtime that is not installed, and a network whose outputs are not logits."""
+    if run.config.runtime is None:
+        return
+    runtime_of(run.config.runtime.name).versions()
+    if not run.float_network.outputs.are_logits:
+        raise ConfigurationError(
+            f"the network returns outputs of the form {run.float_network.outputs.text()}, but a runtime is measured "
+            "with logits (N, C); expected settings without runtime"
+        )
 
 
 def _unreadable(run: OpenedRun, *slices: ImageSlice) -> list[str]:

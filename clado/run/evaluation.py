@@ -17,7 +17,7 @@ from clado.run.identity import RunIdentity
 from clado.run.inputs import RunInputs
 from clado.run.preparation import RunPreparation
 from clado.settings.identity import fingerprint
-from clado.space import CORRECTED, Assignment
+from clado.space import CORRECTED, RECONSTRUCTED, Assignment
 from clado.storage.evaluation_cache import EvaluationCache
 
 TASK_MACS = 10**10
@@ -113,17 +113,17 @@ class RunEvaluation:
         has_static = len(corrections) > len(at_stage(corrections, FinalCorrection))
         none = "none" if has_final or has_static else "all"
         static = "static" if has_final and has_static else none if has_final else "all"
-        return {"all": "all", "static": static, "none": none}
+        return {"all": "all", "static": static, "none": none, **{effort: effort for effort in RECONSTRUCTED}}
 
     def representative(self, assignment: Assignment) -> Assignment:
         """The assignment that represents all those that deploy the same network. Only it is evaluated."""
-        level = self._representative_levels[assignment.corrected] if self.inputs.space.chosen_options(assignment) else "all"
+        level = "all" if assignment.is_float else self._representative_levels[assignment.corrected]
         return assignment.with_corrections(level)
 
     def other_corrections(self, assignment: Assignment) -> list[Assignment]:
-        """The same bits with other corrections, which deploy other networks."""
+        """The same bits with other corrections, which deploy other networks. None of them is reconstructed."""
         deployed_as = self.representative(assignment)
-        levels = dict.fromkeys(self._representative_levels.values())
+        levels = [level for level in dict.fromkeys(self._representative_levels.values()) if level not in RECONSTRUCTED]
         return [other for level in levels if (other := assignment.with_corrections(level)) != deployed_as]
 
     def loss_images(self, representative: Assignment) -> int:
@@ -172,8 +172,7 @@ class RunEvaluation:
         """Counts of every deployed assignment on images start..stop−1 of the validation set. Each image is decoded once."""
         float_network, validation = self.inputs.float_network, self.inputs.slices.validation
         variants = (
-            self.preparation.deployed(assignment) if self.inputs.space.chosen_options(assignment) else (float_network, {})
-            for assignment in assignments
+            (float_network, {}) if assignment.is_float else self.preparation.deployed(assignment) for assignment in assignments
         )
         return count_each(variants, validation, start, stop, self.batch_images, float_network, self.inputs.judge)
 
@@ -187,6 +186,9 @@ class RunEvaluation:
         """Evaluations on the decision set (`decision`) or on the `validation` set, of deployed networks."""
         images = self.inputs.decision if which == "decision" else self.inputs.slices.validation
         identity = {**self.identity.document, "slice": images.sha256}
+        config = self.inputs.config
+        if config.effort != "fast" and not config.corrections and not config.activations.bits:
+            identity["calibration_set"] = self.inputs.slices.calibration.sha256  # else it is in the document
         if which == "validation" and self.inputs.config.metric is not None:
             identity["metric"] = self.inputs.config.metric
         return EvaluationCache(self.inputs.folder / "evaluations" / which, fingerprint(identity))

@@ -40,7 +40,7 @@ class RunIdentity:
         }
         if config.activations.bits:
             identity["activations"] = {
-                "bits": list(config.activations.bits),
+                "bits": list(inputs.space.activation_widths),
                 "range": config.activations.range,
                 "calibration_set": inputs.slices.calibration.sha256,
             }

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from clado.choosing.constraints import Constraint
-from clado.choosing.proposals import Budget, budgets_of
+from clado.choosing.proposals import Budget
 from clado.criteria import PackedCriterion, packed
 from clado.data.images import DataSlices, ImageSlice
 from clado.data.sources import LoadedNetwork
@@ -17,7 +17,8 @@ from clado.network.network import Network
 from clado.quantization.preparation import Recipe
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records.results import IMAGENET_VALIDATION_IMAGES
-from clado.run.limits import limits_of, store_of
+from clado.run.limits import budgets_of_config, limits_of, store_of
+from clado.run.searched import runtime_note
 from clado.settings.schema import RunConfig
 from clado.space import SearchSpace
 from clado.storage.measurement_store import MeasurementStore, exists
@@ -51,7 +52,7 @@ class RunInputs:
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """The budgets asked for."""
-        return budgets_of(**self.config.budgets.model_dump())
+        return budgets_of_config(self.config)
 
     @property
     def limits(self) -> list[Constraint]:
@@ -67,8 +68,9 @@ class RunInputs:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes about the data, for the reader of the record."""
-        skip, notes = self.config.data.skip, []
+        """Notes about the data and the runtime, for the reader of the record."""
+        note = runtime_note(self.config, self.float_network, self.space)
+        skip, notes = self.config.data.skip, [] if note is None else [note]
         if skip:
             shown = ", ".join(skip[:5]) + (f" and {len(skip) - 5} more" if len(skip) > 5 else "")
             notes.append(f"{len(skip)} images are left out because they cannot be read, or because data.skip names them: {shown}")

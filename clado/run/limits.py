@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clado.choosing.constraints import Constraint, constraint
-from clado.choosing.proposals import Budget
+from clado.choosing.proposals import Budget, budgets_of
+from clado.records.text import file_name
 from clado.run.plugin_checks import check_constraint
 from clado.settings.schema import ConstraintSettings, RunConfig
 from clado.space import SearchSpace
@@ -13,6 +14,18 @@ from clado.space import SearchSpace
 def store_of(config: RunConfig) -> Path | str:
     """The place of a run's measurements: in its folder, or in a bucket."""
     return config.store or config.run_folder / "store.zarr"
+
+
+def budgets_of_config(config: RunConfig) -> tuple[Budget, ...]:
+    """The budgets that a configuration asks for."""
+    table = None if config.runtime is None else latency_table(config, config.runtime.name)
+    return budgets_of(**config.budgets.model_dump(), latency_table=table)
+
+
+def latency_table(config: RunConfig, runtime: str) -> Path:
+    """The CSV file of layer times. `clado profile` writes it and budgets read it."""
+    configured = config.runtime.table if config.runtime is not None and config.runtime.name == runtime else None
+    return configured or config.run_folder / "profile" / f"{file_name(runtime)}.csv"
 
 
 def limits_of(config: RunConfig, space: SearchSpace) -> list[Constraint]:

@@ -20,8 +20,8 @@ from clado.run.identity import RunIdentity
 from clado.run.inputs import RunInputs
 from clado.run.plugin_checks import check_plugins
 from clado.run.preparation import RunPreparation
+from clado.run.searched import search_space
 from clado.settings.schema import RunConfig
-from clado.space import SearchSpace
 
 KEPT_SHARE = 8
 """Decoded images of a set that is read for every assignment take at most this fraction (1 / n) of a worker's memory."""
@@ -70,7 +70,7 @@ def open_run(
             if isinstance(images, EncodedSlice):
                 images.decode_ahead()
     network = _float_network(config, loaded, exported)
-    space = _search_space(config, network)
+    space = search_space(config, network)
     check_space(network, space)
     check_criterion(config.estimators, config.criterion, packed(config.criterion, network.outputs).offers)
     run = OpenedRun(config, loaded, network, slices, space)
@@ -113,12 +113,6 @@ def _float_network(config: RunConfig, loaded: LoadedNetwork, exported: PortableG
         channels_last=channels_last,
         exported=exported,
     )
-
-
-def _search_space(config: RunConfig, network: Network) -> SearchSpace:
-    space = network.search_space(config.bits).restricted(config.layers.bits).tied(config.layers.ties)
-    space = space.blocked(config.layers.blocks)
-    return space.with_activations(config.activations.bits) if config.activations.bits else space
 
 
 def _device(name: str) -> torch.device:

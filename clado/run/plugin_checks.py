@@ -4,6 +4,7 @@ from clado.choosing.constraints import kind_of
 from clado.choosing.solvers import solver_of
 from clado.criteria import criterion_of
 from clado.errors import ConfigurationError
+from clado.exporting.runtimes import runtime_of
 from clado.interaction.estimators import estimator_of
 from clado.quantization.preparation import check_rounding
 from clado.quantization.quantizers import quantizer_of
@@ -25,6 +26,8 @@ def check_plugins(config: RunConfig) -> None:
         _check_estimator(name, config)
     for settings in config.constraints:
         check_constraint(settings)
+    if config.runtime is not None:
+        runtime_of(config.runtime.name)
 
 
 def _check_estimator(name: str, config: RunConfig) -> None:

@@ -1,9 +1,10 @@
 """The prepared network of a run: every layer at every candidate, made once and kept on disk, and the deployed networks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from clado.grids import QuantizedLayer
@@ -20,6 +21,7 @@ from clado.quantization.preparation import (
     prepare_layer,
     sweeps,
 )
+from clado.quantization.reconstruction import EFFORTS, reconstruct
 from clado.quantization.sweep import (
     SAMPLED_VALUES,
     LayerInput,
@@ -36,6 +38,7 @@ from clado.settings.identity import fingerprint
 from clado.space import Assignment
 from clado.storage.prepared_layers import PreparedLayers
 
+KEPT_BYTES = 2 * 10**9  # of a block's inputs and outputs, if no limit is configured
 # Cost of a unit of work, in multiply-accumulates of large products, on CPUs. They are used only for progress and ETA.
 RUN_COST = 2.0  # a multiply-accumulate of the float run
 GATHER_COST = 3.0  # one of the second moments
@@ -97,7 +100,8 @@ class RunPreparation:
     @cached_property
     def calibration(self) -> list[Tensor]:
         """Calibration images in batches, if anything reads them."""
-        if not self.inputs.config.corrections and not self.inputs.config.activations.bits:
+        config = self.inputs.config
+        if not config.corrections and not config.activations.bits and config.effort == "fast":
             return []
         images, network = self.inputs.slices.calibration, self.inputs.float_network
         return calibration_batches(images.load(0, len(images))[0].to(network.device), network.images_at_once)
@@ -275,8 +279,10 @@ class RunPreparation:
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The deployed network and its layers, with the corrections that the assignment names.
 
-        Final corrections are made once for an assignment, and kept.
+        Final corrections and reconstructions are made once for an assignment, and kept.
         """
+        if assignment.is_reconstructed and not assignment.is_float:
+            return self.reconstructed(assignment)
         prepared = self.plain if assignment.corrected == "none" else self.corrected
         layers = prepared.chosen(assignment)
         if assignment.corrected != "all" or not prepared.has_final or not layers:
@@ -287,6 +293,40 @@ class RunPreparation:
             tensors = prepared.final(assignment)
             files.write_final(assignment, tensors)
         return prepared.network.updated(tensors), layers
+
+    def reconstruction_notes(self, assignment: Assignment) -> list[str]:
+        """Notes on the result of a reconstruction. Empty if it was not made."""
+        file = self.files().reconstructed_file(assignment, self.inputs.slices.calibration.sha256)
+        kept = self.files().read_reconstructed(file, self.inputs.float_network.device)
+        return [] if kept is None else kept[2]
+
+    def reconstructed(
+        self, assignment: Assignment, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[Network, dict[int, QuantizedLayer]]:
+        """The reconstructed network of an assignment, and its layers.
+
+        It is made once for an assignment, and kept. After each block the trained tensors are kept too, to resume it.
+        """
+        files, device = self.files(), self.inputs.float_network.device
+        file = files.reconstructed_file(assignment, self.inputs.slices.calibration.sha256)
+        if (kept := files.read_reconstructed(file, device)) is None:
+            made = reconstruct(
+                [self.deployed(assignment.with_corrections(level)) for level in ("all", "static")],
+                self.network,
+                torch.cat(self.calibration),
+                self.inputs.space.blocks,
+                EFFORTS[assignment.corrected],
+                self.inputs.config.data.seed,
+                # not the free memory: kept values may differ from recomputed ones in their last digits
+                memory_limit=self.inputs.configured_limit or KEPT_BYTES,
+                kept=files.read_part(file, device),
+                keep=lambda tensors: files.write_part(file, tensors),
+                progress=progress,
+            )
+            files.write_reconstructed(file, made.layers, made.network.changed, made.notes)
+            return made.network, made.layers
+        layers, tensors, _ = kept
+        return self.network.updated(tensors), layers
 
     @property
     def images_per_reestimation(self) -> int:

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from clado.bits import check_bits
+from clado.bits import FLOAT, check_bits, check_candidates
 from clado.errors import ConfigurationError
 from clado.plugins import available, expected
 
@@ -53,9 +53,22 @@ def _check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError(str(error)) from None
 
 
+def _check_candidate(candidate: object) -> int | str:
+    if candidate == FLOAT or (isinstance(candidate, int) and not isinstance(candidate, bool)):
+        return candidate
+    raise ValueError(f"{candidate!r} is no bit-width; expected an integer, or {FLOAT}")
+
+
+def _check_candidates(candidates: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    try:
+        return tuple(FLOAT if bits is None else bits for bits in check_candidates(candidates))
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+
+
 Integer = Annotated[int, Field(strict=True)]  # pydantic would convert true to 1, and "2" to 2
 Count = Annotated[int, Field(strict=True, ge=1)]
-Bits = Annotated[tuple[Integer, ...], AfterValidator(_check_bits)]
+Bits = Annotated[tuple[Annotated[int | str, BeforeValidator(_check_candidate)], ...], AfterValidator(_check_candidates)]
 BitsOrNone = Annotated[tuple[Integer, ...], AfterValidator(lambda bits: _check_bits(bits) if bits else bits)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]

@@ -190,17 +190,18 @@ class BudgetSettings(Settings):
     """The budgets. Each number gives one answer.
 
     The numbers are average bits per searched weight, bytes of the searched weights, percent of their bytes at 8 bits
-    everywhere, or bit operations of one image.
+    everywhere, bit operations of one image, or seconds of one image in the runtime.
     """
 
     average_bits: tuple[Annotated[float, Field(strict=True, gt=0, le=32)], ...] = ()
     size_bytes: tuple[Count, ...] = ()
     percent_of_8_bit: tuple[Positive, ...] = ()
     bops: tuple[Positive, ...] = ()
+    latency: tuple[Positive, ...] = Field(default=(), description="seconds of one image, by the table of `clado profile`")
 
     @model_validator(mode="after")
     def _some(self) -> "BudgetSettings":
-        bounds = (self.average_bits, self.size_bytes, self.percent_of_8_bit, self.bops)
+        bounds = (self.average_bits, self.size_bytes, self.percent_of_8_bit, self.bops, self.latency)
         if not any(bounds):
             raise ValueError("no budget is given; expected average_bits: [3, 4] or size_bytes: [100000]")
         for budgets in bounds:
@@ -223,7 +224,9 @@ class ConstraintSettings(Settings):
 class LayerSettings(Settings):
     """Exceptions for layers, by name pattern."""
 
-    bits: dict[str, Bits] = Field(default={}, description="other candidates for these layers; a single one pins them")
+    bits: dict[str, Bits] = Field(
+        default={}, description="other candidates for these layers, such as [8, float]; a single one pins them"
+    )
     ties: tuple[tuple[str, ...], ...] = Field(default=(), description="groups of layers that must share a bit-width")
     blocks: tuple[tuple[str, ...], ...] = Field(
         default=(), description="blocks of layers for the estimator blockwise; default: those of the module tree"
@@ -231,6 +234,21 @@ class LayerSettings(Settings):
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # frozen, except the dict inside
+
+
+class RuntimeSettings(Settings):
+    """The runtime that runs the chosen networks. Their time and accuracy are measured in it."""
+
+    name: Annotated[str, one_of("runtimes")] = "onnxruntime"
+    threads: Count = 1
+    candidates: Literal["all", "native"] = Field(
+        default="all", description="native: only candidates that the runtime has kernels for; a layer without any stays in float"
+    )
+    images: Count | None = Field(default=None, description="most validation images to count accuracy on; default: all")
+    table: UserPath | None = Field(
+        default=None,
+        description="CSV of `clado profile`, which budgets.latency reads; default: profile/NAME.csv in the run's folder",
+    )
 
 
 class SolverSettings(Settings):
@@ -297,6 +315,9 @@ class RunConfig(Settings):
         "batchnorm_reestimation",
     )
     adaround: AdaroundSettings = AdaroundSettings()
+    effort: Literal["fast", "balanced", "best"] = Field(
+        default="fast", description="balanced, best: also reconstructs the best answers of each budget; takes longer"
+    )
     criterion: Annotated[str, one_of("criteria")] = "kl_to_float"
     metric: Annotated[str, dotted("of a callable (outputs, targets) -> a number for each image")] | None = Field(
         default=None,
@@ -307,6 +328,7 @@ class RunConfig(Settings):
     estimators: tuple[Annotated[str, one_of("estimators")], ...] = ("layerwise", "gauss_newton")
     budgets: BudgetSettings = BudgetSettings(average_bits=(2.25, 2.5, 3, 3.5, 4, 5))
     constraints: tuple[ConstraintSettings, ...] = ()
+    runtime: RuntimeSettings | None = None
     solver: SolverSettings = SolverSettings()
     search: SearchSettings = SearchSettings()
     measure: MeasureSettings = MeasureSettings()
@@ -328,9 +350,16 @@ class RunConfig(Settings):
             raise ValueError(f"estimators {list(self.estimators)} names one twice")
         if len(set(self.corrections)) < len(self.corrections):
             raise ValueError(f"corrections {list(self.corrections)} names one twice")
-        if not self.data.calibration_images and (self.activations.bits or self.corrections):
-            calibrated = "activations.bits" if self.activations.bits else f"the correction {self.corrections[0]}"
+        readers = [f"the correction {name}" for name in self.corrections[:1]]
+        readers += [] if self.effort == "fast" else [f"effort: {self.effort}"]
+        if not self.data.calibration_images and (self.activations.bits or readers):
+            calibrated = "activations.bits" if self.activations.bits else readers[0]
             raise ValueError(f"{calibrated} needs calibration images; expected data.calibration_images: 256 or more")
+        if self.budgets.latency and self.runtime is None:
+            raise ValueError(
+                "budgets.latency needs a runtime; expected runtime: {name: onnxruntime}, and the table of layer times "
+                "that `clado profile` writes"
+            )
         if self.data.source == "zoo" and self.network.source != "zoo":
             raise ValueError(
                 "the zoo's images are Fashion-MNIST, for the zoo's networks; expected data: {source: folder, path: FOLDER}"
@@ -352,6 +381,8 @@ class RunConfig(Settings):
         for key in ("interpolation", "class_balanced", "class_numbers", "factory"):
             if getattr(self.data, key) == DataSettings.model_fields[key].default:
                 document["data"].pop(key)
+        if self.runtime is not None and self.runtime.candidates != "all":
+            document["candidates"] = [self.runtime.candidates, self.runtime.name]
         if self.measure.batch_statistics:
             document["batch_statistics"] = True
         if self.activations.bits:

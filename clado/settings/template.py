@@ -49,7 +49,7 @@ data:                                # three disjoint sets
   # selection_images: 1000           # of the remaining images, for `clado smallest`; default: all
   {sample_blocks}# parts of the sensitivity set with separate losses, for standard errors
   seed: 0                            # seed of the choice of images
-bits: [2, 4, 8]                      # candidate widths of each layer, ascending within 1..16
+bits: [2, 4, 8]                      # candidate widths of each layer, ascending within 1..16; float may come last
 # layers:
 #   bits: {{"fc.weight": [8]}}         # other candidates for layers by name pattern; a single one pins them
 #   ties: [["layer1.*"]]             # groups of layers that must share a bit-width
@@ -64,6 +64,7 @@ activations:                         # inputs of the searched layers
 corrections: [equalization, gptq, output_statistics, batchnorm_reestimation]  # measured and deployed; []: rounding to nearest
 # adaround:                          # read only if adaround is among the corrections
 #   steps: 1000                      # steps of its optimiser, for one layer at one width
+# effort: best                       # also reconstructs the answers on calibration images: balanced (minutes) or best
 criterion: kl_to_float               # the loss that must not grow; also cross_entropy (needs labels), or package.module:name
 # metric: my_lab.metrics:mean_iou    # (outputs, targets) -> a number for each image; more is better
 estimators: [layerwise, gauss_newton]  # their answers are measured; also pairwise, blockwise, tempered2, hawq, mpqco, …
@@ -75,8 +76,10 @@ budgets:
   # size_bytes: [100000]             # bytes of the searched weights
   # percent_of_8_bit: [40]           # percent of the bytes at 8 bits everywhere
   # bops: [4.0e+9]                   # bit operations of one image: MACs x weight x activation bits (8 for float)
+  # latency: [0.002]                 # seconds of one image in the runtime, by the table of `clado profile`
 # constraints:                       # limits for every budget; latency and table read a CSV: layer,bits[,activation_bits],UNIT
 #   - {{kind: latency, bound: 0.002, path: latency.csv}}
+# runtime: {{name: onnxruntime, candidates: native}}  # times the chosen networks; native: no candidates without kernels
 solver:
   name: scip                         # scip proves optimality; greedy and exhaustive (tiny networks) need no package
   time_limit: 60                     # seconds for one budget

@@ -20,6 +20,7 @@ def parent_metrics(record: RunRecord) -> dict[str, float | None]:
         "float_validation_loss": accuracy.loss,
         "float_bytes": record.float_bytes,
         "validation_images": accuracy.num_images,
+        **_served(record, "float", "runtime_float_"),
         "num_layers": len(record.layer_names),
         "num_weights": sum(record.layer_weights),
         **{f"seconds/{key(name)}": value for name, value in record.seconds.items()},
@@ -47,11 +48,27 @@ def child_metrics(record: RunRecord, result: Result) -> dict[str, float | None]:
         "validation_agreement": accuracy.agreement if accuracy else None,
         "validation_images": accuracy.num_images if accuracy else None,
         **_against(record, result),
+        **(_served(record, result.budget, "runtime_") if result.method == CHOSEN else {}),
         "solver_objective": result.objective,
         "solver_bound": result.bound,
         "solver_gap": result.gap,
         "solver_seconds": result.seconds,
         "gain": result.gain,
+    }
+
+
+def _served(record: RunRecord, name: str, prefix: str) -> dict[str, float | None]:
+    """Measurements of a network and of uniform bits in the runtime. Empty if the network was not measured."""
+    rows = {} if record.serving is None else {served.name: served for served in record.serving.networks}
+    if name not in rows:
+        return {}
+    served, uniform = rows[name], next((row for title, row in rows.items() if title.startswith("uniform")), None)
+    return {
+        f"{prefix}milliseconds": served.milliseconds,
+        f"{prefix}milliseconds_predicted": served.predicted_milliseconds,
+        f"{prefix}{record.top1_name}": served.top1,
+        f"{prefix}file_bytes": served.file_bytes,
+        f"{prefix}uniform_milliseconds": None if uniform is None else uniform.milliseconds,
     }
 
 

@@ -17,12 +17,15 @@ from clado.measuring.plan import Tile
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
+from clado.quantization.reconstruction import EFFORTS
 from clado.quantization.sweep import LayerInput
 from clado.run.opened_run import OpenedRun
 from clado.run.preparation import LayerTask, SweepTask
 
 LIMIT_SECONDS = 20.0
 STARTS = 5.0  # start-up, recording and shutdown of a run, in multiples of the start of this process (tests/benchmarks/RUN.md)
+
+TRAINING_COST = 4.0  # a training step of one image, in forward passes (tests/benchmarks/RECONSTRUCTION.md)
 
 KINDS = {"sweep": SweepTask, "layer": LayerTask}
 
@@ -37,6 +40,8 @@ class Eta:
     """Preparing the layers that are not on disk yet."""
     measuring: float
     """Measuring tiles that the store lacks."""
+    reconstructing: float
+    """Reconstructing answers, if the effort is not fast."""
     evaluation: float
     """Evaluating on the validation set."""
     num_networks: int
@@ -45,7 +50,7 @@ class Eta:
     @property
     def total(self) -> float:
         """Seconds of the whole run."""
-        return self.around + self.preparing + self.measuring + self.evaluation
+        return self.around + self.preparing + self.measuring + self.reconstructing + self.evaluation
 
 
 def probe(run: OpenedRun, own_start: float) -> Eta:
@@ -78,7 +83,7 @@ def probe(run: OpenedRun, own_start: float) -> Eta:
     validation = (networks + plain) * len(run.slices.validation)
     choosing = (networks + num_competing(run)) * len(run.decision) + sum(reestimation_images(run)) // 2
     evaluation = (validation + choosing) * forward / workers
-    return Eta(STARTS * own_start, _preparing(run), measuring, evaluation, most)
+    return Eta(STARTS * own_start, _preparing(run), measuring, _reconstructing(run, forward), evaluation, most)
 
 
 def eta_text(run: OpenedRun, own_start: float) -> str:
@@ -86,7 +91,9 @@ def eta_text(run: OpenedRun, own_start: float) -> str:
     eta = probe(run, own_start)
     return (
         f"  ETA: about {eta.total:.0f} s: start-up, recording and shutdown {eta.around:.0f}, preparing {eta.preparing:.0f}, "
-        f"measuring {eta.measuring:.0f}, evaluation {eta.evaluation:.0f} ({eta.num_networks} networks of "
+        f"measuring {eta.measuring:.0f}, "
+        + (f"reconstructing {eta.reconstructing:.0f}, " if eta.reconstructing else "")
+        + f"evaluation {eta.evaluation:.0f} ({eta.num_networks} networks of "
         f"{len(run.slices.validation):,} images at most), on {run.config.cluster.workers} workers as fast as this process"
     )
 
@@ -109,6 +116,20 @@ def num_competing(run: OpenedRun) -> int:
     variants = 2 * sum(estimator_of(name).convexity == "clip_psd" for name in named)
     unreported = len(unreported_estimators(named, run.plan.kinds))
     return len(run.budgets) * (variants + unreported + uncorrected + run.config.search.evaluations)
+
+
+def num_reconstructed(run: OpenedRun) -> int:
+    """The most networks that are reconstructed."""
+    return 0 if run.config.effort == "fast" else len(run.budgets) * EFFORTS[run.config.effort].proposals
+
+
+def _reconstructing(run: OpenedRun, forward: float) -> float:
+    """Seconds of reconstructing, from the seconds of a forward pass of one image. Each network is one task."""
+    networks = num_reconstructed(run)
+    if not networks:
+        return 0.0
+    rounds = -(-networks // run.config.cluster.workers)
+    return rounds * EFFORTS[run.config.effort].trained_images * TRAINING_COST * forward
 
 
 def reestimation_images(run: OpenedRun) -> tuple[int, int]:

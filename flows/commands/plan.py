@@ -4,9 +4,11 @@ from clado.interaction.estimators import costs
 from clado.measuring.kinds import tile_kind
 from clado.network.weights import CHANNELWISE
 from clado.quantization.preparation import names_of
+from clado.quantization.reconstruction import EFFORTS
 from clado.run.opened_run import OpenedRun
 from clado.run.preparation import SweepTask
-from flows.commands.eta import num_competing, num_networks, reestimation_images
+from clado.run.searched import runtime_note
+from flows.commands.eta import num_competing, num_networks, num_reconstructed, reestimation_images
 
 NAMED = 4
 """Tensors that stay in float and are named for each reason; the others are counted. Layers are all named."""
@@ -27,6 +29,7 @@ def plan_text(run: OpenedRun) -> str:
     networks = num_networks(run)[1] + num_competing(run)
     choosing = networks * len(run.decision) + reestimation_images(run)[1]
     lines.append(f"  choose: {networks:,} networks at most, {choosing:,} forward images, re-estimation included")
+    lines += _reconstructing(run)
     for name, (forwards, backwards) in costs(run.config.estimators, plan).items():
         more = f" and {backwards:,} backward images" if backwards else ""
         lines.append(f"  {name} needs {forwards:,} of the forward images{more}")
@@ -34,8 +37,12 @@ def plan_text(run: OpenedRun) -> str:
     lines += [
         f"  store: {plan.stored_bytes() / 1e6:,.1f} MB before compression; sizes reachable {smallest:,} to {largest:,} bytes",
         *_left_in_float(run),
-        "  GMAC: billions of multiplications from the first changed layer on. Tile: a unit of work, which is kept when done.",
     ]
+    if (note := runtime_note(run.config, run.float_network, run.space)) is not None:
+        lines.append(f"  runtime: {note}")
+    lines.append(
+        "  GMAC: billions of multiplications from the first changed layer on. Tile: a unit of work, which is kept when done."
+    )
     return "\n".join(lines)
 
 
@@ -67,6 +74,16 @@ def _preparing(run: OpenedRun) -> list[str]:
         f"  prepare {run.space.num_layers} layers: {sweeps} sweep{'' if sweeps == 1 else 's'} over "
         f"{len(run.slices.calibration):,} calibration images, {preparation.disk_bytes(tasks) / 1e6:,.0f} MB on disk until then; "
         f"corrections: {names_of(config.corrections)}{widths}"
+    ]
+
+
+def _reconstructing(run: OpenedRun) -> list[str]:
+    if run.config.effort == "fast":
+        return []
+    effort, networks = EFFORTS[run.config.effort], num_reconstructed(run)
+    return [
+        f"  reconstruct: {networks:,} networks at most, {networks * effort.trained_images:,} forward images and as many "
+        f"backward images: effort {run.config.effort}"
     ]
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clado.bits import bits_text
+from clado.bits import FLOAT, FLOAT_BITS, bits_text
 from clado.errors import ConfigurationError, StoreError
+from clado.exporting.native import lacking_options
 from clado.exporting.runtimes import Logits, Runtime
 from clado.quantization.preparation import Recipe, prepare
 from clado.quantization.quantizers import WeightQuantizer
 from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
+from clado.run.searched import is_symmetric
 from clado.settings.identity import fingerprint
 from clado.space import Assignment, SearchSpace
 from flows.progress import progress
@@ -36,7 +38,6 @@ from flows.progress import progress
 FORMAT = "clado-profile/1"
 PASSES, MOST_PASSES = 3, 50  # passes of each network in a turn, with and without the profiler
 TURN_SECONDS = 0.05  # seconds that these passes take together, if the limits above allow it
-FLOAT = "float"
 
 
 @dataclass
@@ -90,8 +91,9 @@ def networks_of(space: SearchSpace) -> dict[str, Assignment]:
     """The networks to time, by name: float, and one for each pair of weight and activation bits of any layer."""
     named = {FLOAT: space.nothing}
     for bits, assignment in space.uniform_assignments():
-        activation_bits = assignment.activation_bits[0] if assignment.activation_bits else None
-        named[bits_text(bits, activation_bits)] = assignment
+        activation_bits = next((width for width in assignment.activation_bits if width is not None), None)
+        if bits < FLOAT_BITS:
+            named[bits_text(bits, activation_bits)] = assignment
     return named
 
 
@@ -103,11 +105,12 @@ def table_of(space: SearchSpace, turns: Turns, batch: int) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["layer", "bits", *(["activation_bits"] if space.has_activations else []), "seconds"])
     networks = networks_of(space)
-    seconds = {name: turns.layer_seconds(name, shares) for name in networks if name != FLOAT}
+    seconds = {name: turns.layer_seconds(name, shares) for name in networks}
     for layer, bits, activation_bits in space.options:
         name = space.layers[layer].name
         value = seconds[bits_text(bits, activation_bits)][name] / batch
-        table.writerow([name, bits, *([activation_bits] if space.has_activations else []), f"{value:.6g}"])
+        widths = [bits or FLOAT, *([activation_bits or ""] if space.has_activations else [])]
+        table.writerow([name, *widths, f"{value:.6g}"])
     return text.getvalue()
 
 
@@ -141,7 +144,7 @@ def profile(run: OpenedRun, name: str, runtime: Runtime, path: Path, threads: in
 
 
 def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folder: Path, turns: int) -> None:
-    space, threads = run.space, int(timed.facts["threads"])
+    space = run.space
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, *run.float_network.image_shape, generator=generator)
     # codes and ranges do not change the time, so the fast quantizer is used
@@ -154,18 +157,46 @@ def _time(run: OpenedRun, runtime: Runtime, timed: Turns, json_file: Path, folde
             runtime.write(folder / f"{number}-{runtime.file}", network, layers, noise)
             advance(1)
         files = {name: folder / f"{number}-{runtime.file}" for number, name in enumerate(networks)}
-        calls = {name: runtime.open(file, threads) for name, file in files.items()}
-        while len(timed.turns) < turns:
-            turn: dict[str, Any] = {}
-            for name in list(files)[:: 1 if len(timed.turns) % 2 == 0 else -1]:
-                first = _seconds(calls[name], images)  # another network ran before, so this pass does not count
-                passes = int(min(max(TURN_SECONDS / max(first, 1e-6), PASSES), MOST_PASSES))
-                seconds = [_seconds(calls[name], images) for _ in range(passes)]
-                times = runtime.profile(files[name], threads, images, space.names, passes)
-                turn[name] = {"seconds": median(seconds), "layers": dict(times.layers), "rest": times.rest}
-                advance(1)
-            timed.turns.append({name: turn[name] for name in files})
+
+        def turned() -> None:
+            advance(len(files))
             timed.write(json_file)
+
+        time_turns(timed, runtime, files, images, space.names, turns, turned)
+
+
+def time_turns(
+    timed: Turns,
+    runtime: Runtime,
+    files: Mapping[str, Path],
+    images: NDArray[np.float32],
+    names: Sequence[str],
+    turns: int,
+    turned: Callable[[], None] = lambda: None,
+) -> None:
+    """Times networks and their layers in turns, and adds the turns to `timed`.
+
+    Args:
+        timed: The turns until now. Its facts name the number of threads.
+        runtime: The runtime.
+        files: The files of the networks, by name.
+        images: The images of one pass, (N, C, H, W).
+        names: Names of the layers.
+        turns: The number of turns to reach.
+        turned: Called after each turn.
+    """
+    threads = int(timed.facts["threads"])
+    calls = {name: runtime.open(file, threads) for name, file in files.items()}
+    while len(timed.turns) < turns:
+        turn: dict[str, Any] = {}
+        for name in list(files)[:: 1 if len(timed.turns) % 2 == 0 else -1]:
+            first = _seconds(calls[name], images)  # another network ran before, so this pass does not count
+            passes = int(min(max(TURN_SECONDS / max(first, 1e-6), PASSES), MOST_PASSES))
+            seconds = [_seconds(calls[name], images) for _ in range(passes)]
+            times = runtime.profile(files[name], threads, images, names, passes)
+            turn[name] = {"seconds": median(seconds), "layers": dict(times.layers), "rest": times.rest}
+        timed.turns.append({name: turn[name] for name in files})
+        turned()
 
 
 def _seconds(call: Logits, images: NDArray[np.float32]) -> float:
@@ -197,15 +228,14 @@ def profile_text(space: SearchSpace, timed: Turns, path: Path) -> str:
             f"{facts['processor']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}, "
             f"{facts['batch']} image{'s' if facts['batch'] > 1 else ''} a pass, medians of {len(timed.turns)} turns; {versions}",
             *rows,
-            f"Wrote {path}. In the settings: constraints: [{{kind: latency, bound: SECONDS, path: {path}}}]",
+            f"Wrote {path}. In the settings: runtime: {{name: {facts['runtime']}}} and budgets: {{latency: [SECONDS]}}",
         )
     )
 
 
 def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
     """The options that a runtime does not run natively, grouped by reason, for the terminal."""
-    symmetric = run.config.quantizer.scheme == "symmetric"
-    lacking = lacking_options(run.space, runtime, symmetric)
+    lacking = lacking_options(run.space, runtime, is_symmetric(run.config))
     if not lacking:
         return f"  {name} runs every option natively"
     reasons: Counter[str] = Counter(lacking.values())
@@ -215,15 +245,6 @@ def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
             *(f"    {count:>4} options: {reason}" for reason, count in reasons.most_common()),
         )
     )
-
-
-def lacking_options(space: SearchSpace, runtime: Runtime, symmetric: bool) -> dict[int, str]:
-    """Numbers of the options that a runtime does not run natively, with the reason."""
-    reasons = {
-        number: runtime.lacks_kernel(space.layers[layer], bits, activation_bits, symmetric)
-        for number, (layer, bits, activation_bits) in enumerate(space.options)
-    }
-    return {number: reason for number, reason in reasons.items() if reason is not None}
 
 
 def predicted_seconds(path: Path, space: SearchSpace, assignment: Assignment) -> float:

@@ -36,7 +36,7 @@ from clado.records.run_record import RunRecord
 from clado.records.text import file_name, markdown_table, percent, write_text
 from clado.reporting.summary import layers_text
 from clado.reporting.tables import loss_text
-from clado.run.limits import limit_of, limits_of
+from clado.run.limits import latency_table, limit_of, limits_of
 from clado.run.opened_run import OpenedRun
 from clado.run.plugin_checks import check_constraint
 from clado.settings.loading import load_run_config, parse_limit
@@ -253,6 +253,18 @@ def answers(stored: StoredRun, run: OpenedRun, budgets: Sequence[Budget]) -> lis
             if counts is not None and math.isclose(counts.accuracy().loss, row.loss_deployed):
                 before[row.budget] = row
     return [before.get(row.budget, row) if row.method == CHOSEN else row for row in rows]
+
+
+def latency_budget(stored: StoredRun, seconds: float) -> Budget:
+    """A budget in seconds of one image, by the table of the run.
+
+    Raises:
+        ConfigurationError: The settings of the run name no runtime, so there is no table.
+    """
+    runtime = stored.config.runtime
+    if runtime is None:
+        raise ConfigurationError(f"--latency needs a table of layer times, but the settings of {stored.folder} name no runtime")
+    return Budget("latency", seconds, str(latency_table(stored.config, runtime.name)))
 
 
 def chosen_for(stored: StoredRun, run: OpenedRun, budget: Budget) -> Assignment:

@@ -1,7 +1,7 @@
 """Choose: matrices give proposals, these are measured, local searches start from the best, and each budget gets one answer."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
@@ -65,11 +65,11 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
         matrices = estimate(run, measured)
         proposed, notes = propose(run, matrices)
     with clock.phase("evaluation"):
-        measure = partial(_losses, run, workers, "proposals")
+        measure = partial(losses_of, run, workers, "proposals")
         proposed = with_final_corrections(run, proposed, measure)
         losses = measure([proposal.assignment for proposal in proposed])
     with clock.phase("searching"):
-        surrogate = choice.surrogate(matrices.every, _mean_losses(losses))
+        surrogate = choice.surrogate(matrices.every, mean_losses(losses))
         matrix = matrices.every[surrogate]
         stable = _stability(run, measured, surrogate, matrix, proposed)
         searched = search(run, workers, matrix, losses)
@@ -80,7 +80,7 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
         ]
         before = set(losses)
         proposed = with_other_corrections(
-            run, proposed, losses, lambda absent: _losses(run, workers, "other corrections", absent)
+            run, proposed, losses, lambda absent: losses_of(run, workers, "other corrections", absent)
         )
         results = chosen_of(run, proposed, losses)
         notes += [
@@ -150,7 +150,7 @@ def _read_incumbent(path: Path, space: SearchSpace) -> list[Assignment]:
         return []
 
 
-def _losses(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
+def losses_of(run: OpenedRun, workers: Workers, what: str, assignments: Sequence[Assignment]) -> dict[Assignment, Counts]:
     """Counts of each distinct assignment on the decision set: read if they are known, else measured by the workers."""
     distinct = {run.evaluation.representative(assignment) for assignment in assignments}
     images = {representative: run.evaluation.loss_images(representative) for representative in distinct}
@@ -164,7 +164,8 @@ def _read_or_measure(
     return run.evaluation.losses(assignments, lambda absent: workers.map(worker.measure_loss, run.config, absent), done)
 
 
-def _mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]:
+def mean_losses(counts: Mapping[Assignment, Counts]) -> dict[Assignment, float]:
+    """The mean loss of each assignment."""
     return {assignment: of_assignment.accuracy().loss for assignment, of_assignment in counts.items()}
 
 
@@ -172,7 +173,7 @@ def search(
     run: OpenedRun, workers: Workers, surrogate: InteractionMatrix, losses: dict[Assignment, Counts]
 ) -> dict[Budget, Searched]:
     """Runs a local search from the best proposal of every budget, all budgets at once. Adds measured losses to `losses`."""
-    settings, known = run.config.search, _mean_losses(losses)
+    settings, known = run.config.search, mean_losses(losses)
     fit = {budget: merge_limits(budget.limit(run.space), run.limits) for budget in run.budgets}
     searches = {
         budget: search_around(program, known, settings.evaluations, settings.batch)
@@ -184,7 +185,7 @@ def search(
         def measure_losses(assignments: Sequence[Assignment]) -> dict[Assignment, float]:
             counts = _read_or_measure(run, workers, assignments, lambda assignment: advance(1))
             losses.update(counts)
-            return _mean_losses(counts)
+            return mean_losses(counts)
 
         return local_search(searches, measure_losses)
 
@@ -222,16 +223,21 @@ def _stability(
 
 def predicted_loss(matrix: InteractionMatrix, assignment: Assignment) -> float | None:
     """A matrix's prediction of an assignment's loss, if it predicts one. It covers corrected layers only."""
-    if assignment.corrected == "none":
+    if assignment.corrected not in ("all", "static"):
         return None
     increase = matrix.predicted_increase(assignment)
     return matrix.loss_of(increase) if isfinite(increase) else None
 
 
-def chosen_of(run: OpenedRun, proposed: Sequence[Proposal], counts: Mapping[Assignment, Counts]) -> list[Result]:
+def chosen_of(
+    run: OpenedRun,
+    proposed: Sequence[Proposal],
+    counts: Mapping[Assignment, Counts],
+    accepted: Collection[Assignment] = (),
+) -> list[Result]:
     """One row for each reported proposal and for the chosen ones, from measurements on the decision set."""
     scores = {assignment: Score(of_one.each_brier, of_one.each_hit) for assignment, of_one in counts.items()}
-    return choice.choose(run.space, proposed, _mean_losses(counts), run.limits, scores)
+    return choice.choose(run.space, proposed, mean_losses(counts), run.limits, scores, accepted)
 
 
 def with_final_corrections(
@@ -260,7 +266,7 @@ def with_final_corrections(
         budget: {level: run.evaluation.representative(proposal.assignment.with_corrections(level)) for level in ("all", "static")}
         for budget, proposal in first.items()
     }
-    losses = _mean_losses(measure([assignment for levels in ways.values() for assignment in levels.values()]))
+    losses = mean_losses(measure([assignment for levels in ways.values() for assignment in levels.values()]))
     levels = {budget: min(of_budget, key=lambda level: ordered(losses[of_budget[level]])) for budget, of_budget in ways.items()}
 
     def deployed(proposal: Proposal) -> Proposal:
@@ -284,6 +290,7 @@ def with_other_corrections(
     measured: Sequence[Proposal],
     counts: dict[Assignment, Counts],
     measure: Callable[[Sequence[Assignment]], Mapping[Assignment, Counts]],
+    accepted: Collection[Assignment] = (),
 ) -> list[Proposal]:
     """Adds the chosen bits with other corrections to the proposals, until the choice does not change.
 
@@ -292,10 +299,11 @@ def with_other_corrections(
         measured: All measured proposals.
         counts: The counts of each. New ones are added.
         measure: Counts on the decision set.
+        accepted: The assignments that an earlier choice chose, and their reconstructions.
     """
     proposed = list(measured)
     while True:
-        chosen = {row.assignment for row in chosen_of(run, proposed, counts) if row.method == CHOSEN}
+        chosen = {row.assignment for row in chosen_of(run, proposed, counts, accepted) if row.method == CHOSEN}
         others = {a: [b for b in run.evaluation.other_corrections(a) if b not in counts] for a in chosen}
         if not any(others.values()):
             return proposed

@@ -22,8 +22,10 @@ from clado.interaction import estimators
 from clado.interaction.estimators import with_interactions
 from clado.interaction.matrix import InteractionMatrix
 from clado.quantization.preparation import names_of
+from clado.quantization.reconstruction import EFFORTS
 from clado.records.results import CHOSEN, FLOAT, LOCAL_SEARCH, Comparison, MeasuredProposal, Result, SearchSummary
 from clado.records.run_record import RunRecord
+from clado.records.serving import Serving
 from clado.records.text import write_text
 from clado.reporting import page, plots, tables
 from clado.run.opened_run import OpenedRun
@@ -47,6 +49,7 @@ def record(
     accuracies: Mapping[Assignment, Counts],
     notes: Sequence[str] = (),
     seconds: Mapping[str, float] | None = None,
+    serving: Serving | None = None,
 ) -> RunRecord:
     """Writes record.json, table.md, plots, report.html and the chosen network of every budget.
 
@@ -56,13 +59,14 @@ def record(
         accuracies: Counts on the validation set.
         notes: The notes of earlier phases, in their order.
         seconds: Seconds of each phase.
+        serving: Measurements in the runtime of the settings.
 
     Returns:
         The record that was written.
     """
     chosen = [row for row in choice.results if row.method == CHOSEN]
     notes = [*notes, *(write_models(run, chosen) if run.config.tracking.models else []), *write_exports(run, chosen)]
-    recorded = record_of(run, choice, accuracies, notes, seconds or {})
+    recorded = replace(record_of(run, choice, accuracies, notes, seconds or {}), serving=serving)
     recorded.save(run.folder / "record.json")
     write_text(run.folder / "table.md", tables.markdown(recorded))
     matrices = choice.matrices.named
@@ -146,9 +150,11 @@ def forwards_of(run: OpenedRun, choice: Choice, accuracies: Mapping[Assignment, 
     measured, evaluated = ({representative(assignment) for assignment in counts} for counts in (choice.losses, accuracies))
     num_images, num_validation = len(run.decision), len(run.slices.validation)
     reestimated = sum(assignment.corrected == "all" for assignment in measured)
+    reconstructed = [assignment for assignment in measured if assignment.is_reconstructed]
     is_labelled = all(counts.top1 is not None for counts in accuracies.values())
     choosing = {
         "proposals": len(measured - tried - others) * num_images,
+        "reconstruction": sum(EFFORTS[assignment.corrected].trained_images for assignment in reconstructed),
         "local_search": len(tried) * num_images,
         "other_corrections": len(others) * num_images,
         "batchnorm_reestimation": (1 + reestimated) * run.preparation.images_per_reestimation,

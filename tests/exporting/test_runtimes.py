@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from clado.data.sources.zoo import load_network
 from clado.errors import ConfigurationError
 from clado.exporting.runtimes import median_seconds, runtime_of
 from clado.exporting.runtimes.onnxruntime import runtime
 from clado.network.network import Network
+from clado.settings.schema import NetworkSettings
 from clado.space import Layer
 from tests.contracts.runtime import RuntimeContract, inverted, quantized
 from tests.exporting.test_onnx import deployed
@@ -56,6 +58,17 @@ def test_queries_keys_and_values_are_products_of_their_own(bits, tmp_path):
     logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
     measured = network.logits(x, layers)
     assert float((logits - measured).abs().mean()) <= 0.02 * float(measured.abs().max())  # inputs become int8 in the kernel
+
+
+def test_every_linear_layer_of_the_zoos_transformer_is_fused_at_four_bits(tmp_path):
+    """Those of ViT-B/16 too, by `tests.benchmarks.bench_runtime vit_b_16`."""
+    model, image_shape = load_network(NetworkSettings(source="zoo", name="vit_fashion_mnist"))
+    x = torch.randn(1, *image_shape)
+    network = Network(model, x, split=["*.in_proj_weight"])
+    linear = [i for i, layer in enumerate(network.layers) if layer.operator == "linear"]
+    layers = {i: layer for i, layer in quantized(network, x, 4, None).items() if i in linear}
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    assert runtime.kernels(tmp_path / "n.onnx")["MatMulNBits"] == len(linear) > 20
 
 
 def test_pooling_and_clipping_keep_the_grid_behind_them(tmp_path):

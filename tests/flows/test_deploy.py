@@ -79,6 +79,8 @@ def test_the_loader_classifies_a_file_as_clado_does_without_importing_it(run, de
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "image.png")], check=True, cwd=folder)
     expected = preprocessing_of(run)(ImageFile(tmp_path, tmp_path / "image.png")).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "image.png.npy"), expected, rtol=0, atol=1e-5)
+    for name in ("loader.py", "predict.py"):
+        assert sum(bool(line.strip()) for line in (folder / name).read_text().splitlines()) <= 20, name
     said = subprocess.run(
         [sys.executable, "predict.py", str(tmp_path / "image.png")], check=True, cwd=folder, capture_output=True, text=True
     ).stdout

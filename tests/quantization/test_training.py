@@ -19,8 +19,9 @@ from clado.exporting.packed import export_packed, integers, load_packed
 from clado.grids import Grid, QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.preparation import Recipe, prepare
+from clado.quantization.pupil import straight_through
 from clado.quantization.quantizers import WeightQuantizer
-from clado.quantization.training import FineTuned, Training, augmented, finetune, held_out_loss, straight_through
+from clado.quantization.training import FineTuned, Training, augmented, finetune, held_out_loss
 from clado.settings.schema import DataSettings
 from tests import tolerance
 from tests.networks import Attention, Branching, Normed, Recurrent, Residual, build, images, labels, renormalised

@@ -27,6 +27,8 @@ NEEDS_CALIBRATION = "needs calibration images; expected data.calibration_images:
 # What differs from the demo, and what the message must hold: what was wrong, what is valid, the nearest name.
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"search": {"evaluations": -1}}, ["search.evaluations", "-1"]),
+    ({"effort": "bset"}, ["effort", "'bset'", "fast, balanced, best", "did you mean 'best'"]),
+    ({"effort": "best", "corrections": [], "data": {"calibration_images": 0}}, ["effort: best", NEEDS_CALIBRATION]),
     ({"store": "http://host/prefix"}, ["store", "http://host/prefix"]),
     ({"network": None}, ["network", "section", "source, name, weights"]),
     ({"network": "resnet18"}, ["network", "'resnet18'", "source, name, weights"]),
@@ -65,6 +67,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"bits": [2.5]}, ["bits.0", "integer", "2.5"]),
     ({"bits": [True, 2]}, ["bits.0", "integer", "True"]),
     ({"bits": ["2"]}, ["bits.0", "integer", "'2'"]),
+    ({"bits": ["float", 2]}, ["bits", "float once, after the bit-widths"]),
+    ({"bits": [2, "flaot"]}, ["bits.1", "'flaot' is no bit-width", "an integer, or float"]),
     ({"quantizer": {"weights": "msee"}}, ["quantizer.weights", "'msee'", "minmax, mse", "did you mean 'mse'"]),
     ({"quantizer": {"scheme": "asymmetric"}}, ["quantizer.scheme", "symmetric, affine", "did you mean 'symmetric'"]),
     ({"quantizer": {"granularity": "per_chanel"}}, ["quantizer.granularity", "did you mean 'per_channel'"]),
@@ -106,6 +110,9 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"budgets": {"bops": [-1]}}, ["budgets.bops.0", "greater than 0"]),
     ({"layers": {"bits": {"fc*": [4, 2]}}}, ["layers.bits.fc*", "ascending"]),
     ({"layers": {"ties": ["a"]}}, ["layers.ties.0", "list"]),
+    ({"runtime": {"name": "onnxruntim"}}, ["runtime.name", "did you mean 'onnxruntime'"]),
+    ({"runtime": {"candidates": "fast"}}, ["runtime.candidates", "all, native"]),
+    ({"budgets": {"latency": [0.01]}}, ["budgets.latency needs a runtime", "clado profile"]),
     ({"constraints": [{"kind": "size", "bound": 0}]}, ["constraints.0.bound", "greater than 0"]),
     ({"constraints": [{"kind": "latncy", "bound": 1}]}, ["'latncy'", "did you mean 'latency'"]),
     ({"constraints": [{"bound": 1}]}, ["'constraints.0.kind' is missing"]),

@@ -12,6 +12,10 @@ from clado.space import SearchSpace
 
 def _build(space: SearchSpace, budget_seconds: float, path: str | Path) -> Constraint:
     """At most `budget_seconds` as the sum of the layers' measured times. A table in another unit is refused."""
+    if not Path(path).is_file():
+        raise ConfigurationError(
+            f"constraint latency: {path} is no file; expected seconds of every layer, as `clado profile CONFIG` writes them"
+        )
     measured = table.read(space, budget_seconds, path, name="latency")
     if measured.unit != "seconds":
         raise ConfigurationError(f"constraint latency: the last column of {path} is {measured.unit!r}; expected seconds")

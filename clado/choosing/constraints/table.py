@@ -1,13 +1,14 @@
 """A user's own costs: a CSV file with columns `layer`, `bits` and a last one, whose header is the unit.
 
 If activations are quantized, a column `activation_bits` may come before the last one. With several widths it is required.
+A row of a layer in float has `float` as its bits, and empty activation bits.
 """
 
 import csv
 from math import isfinite
 from pathlib import Path
 
-from clado.bits import label
+from clado.bits import FLOAT, label
 from clado.choosing.constraints import Constraint, ConstraintKind
 from clado.errors import ConfigurationError
 from clado.space import SearchSpace
@@ -40,10 +41,11 @@ def read(space: SearchSpace, bound: float, path: str | Path, name: str = "table"
             f"{where} has no column activation_bits, but activations may be at {list(space.activation_widths)} bits; "
             "expected the header layer,bits,activation_bits,<unit>"
         )
-    costs: dict[tuple[str, int, int | None], float] = {}
+    costs: dict[tuple[str, int | None, int | None], float] = {}
     for number, row in enumerate(rows[1:], start=2):
         try:
-            key = (row[0], int(row[1]), int(row[2]) if with_activations else None)
+            bits = None if row[1] == FLOAT else int(row[1])
+            key = (row[0], bits, int(row[2]) if with_activations and bits is not None else None)
             cost = float(row[num_keys])
         except (ValueError, IndexError):
             numbers = "two integers" if with_activations else "an integer"

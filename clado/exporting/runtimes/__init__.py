@@ -41,14 +41,17 @@ class Runtime:
     file: str
     """Name of the file that it reads."""
     requirements: tuple[str, ...]
-    """Packages that `loader` needs, for pip."""
+    """Packages that `loader` needs, for pip, with NumPy and Pillow."""
     loader: str
-    """A Python file that reads deployment.json and the network beside it, and classifies images.
+    """Text of a Python file that reads deployment.json and the network from its folder.
 
-    It has HERE (the folder), FACTS (deployment.json) and run(images (N, C, H, W)) -> logits, which the self-check uses.
+    It defines HERE (the folder), FACTS (deployment.json) and run(images (N, C, H, W)) -> logits.
     """
-    lacks_kernel: Callable[[Layer, int, int | None, bool], str | None]
-    """(layer, weight bits, activation bits, symmetric) -> why the option is not computed natively. None: it is."""
+    lacks_kernel: Callable[[Layer, int | None, int | None, bool], str | None]
+    """(layer, weight bits, activation bits, symmetric) -> the reason why the option has no native kernel, or None.
+
+    If the weight bits are None, the layer is in float.
+    """
     write: Callable[[Path, Network, Replaced, Tensor], None]
     """(file, network, layers by index, calibration images (N, C, H, W)) -> the file, laid out for its kernels.
 

@@ -49,8 +49,10 @@ RANGE_BATCH = 16  # images of one pass that looks for ranges: every result is ke
 WARM_UP = 2
 
 
-def _lacks_kernel(layer: Layer, bits: int, activation_bits: int | None, symmetric: bool) -> str | None:
-    """Why ONNX Runtime computes an option in float32 or stores it wider; None if it does neither."""
+def _lacks_kernel(layer: Layer, bits: int | None, activation_bits: int | None, symmetric: bool) -> str | None:
+    """Why ONNX Runtime computes an option in float32 or stores it wider. None if it does neither, or if the layer is in float."""
+    if bits is None:
+        return None
     is_linear = layer.operator == "linear"
     is_convolution = layer.operator in ("conv1d", "conv2d", "conv3d")
     is_pointwise = is_convolution and all(length == 1 for length in layer.shape[2:]) and layer.shape[1] > 1
@@ -213,17 +215,14 @@ def _library() -> ModuleType:
     return runtime
 
 
-LOADER = '''"""Classifies images: python predict.py IMAGE... (needs onnxruntime, NumPy and Pillow)."""
+LOADER = '''"""The network, for ONNX Runtime on a CPU: run(images) gives its logits."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import numpy as np
 import onnxruntime
-from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 FACTS = json.loads((HERE / "deployment.json").read_text(encoding="utf-8"))
@@ -235,32 +234,13 @@ session = onnxruntime.InferenceSession(str(HERE / FACTS["file"]), options, provi
 
 
 def run(images):
-    """Logits (N, classes) of images (N, C, H, W)."""
+    """Logits (N, classes) of normalised images (N, C, H, W), float32."""
     return session.run(["logits"], {"images": images})[0]
-
-
-def read(path):
-    """An image as the network takes it: the shorter side resized, the centre cropped, normalised."""
-    steps = FACTS["preprocessing"]
-    (channels, height, width), side = steps["image_shape"], steps["resize"]
-    image = Image.open(path).convert({1: "L", 3: "RGB"}[channels])
-    longer = int(side * max(image.size) / min(image.size))
-    size = (side, longer) if image.width <= image.height else (longer, side)
-    image = image.resize(size, Image.Resampling[steps["interpolation"].upper()])
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, channels)
-    return ((pixels / 255 - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)
-
-
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        number = int(run(read(path)[None])[0].argmax())
-        print(path, FACTS["classes"][number] if FACTS["classes"] else number)
 '''
 
 runtime = Runtime(
     title="ONNX Runtime",
-    requirements=("onnxruntime>=1.25", "numpy", "pillow"),
+    requirements=("onnxruntime>=1.25",),
     loader=LOADER,
     session_entries=lambda path: _entries(library("onnx").load(path)),
     file="network.onnx",

@@ -58,7 +58,7 @@ class TileKind:
 
     def evaluations(self, plan: "Plan", tile: "Tile") -> int:
         """Number of probes that a tile measures. A forward pass of the float network counts as one."""
-        return 1 + plan.space.num_options
+        return 1 + len(plan.space.quantized_options)
 
     def backwards(self, plan: "Plan") -> int:
         """Backward passes that a tile takes."""
@@ -66,7 +66,7 @@ class TileKind:
 
     def macs(self, plan: "Plan", tile: "Tile", workload: "Workload") -> int:
         """Multiply-accumulates of one image that suffix execution of a tile needs, its stored prefixes included."""
-        return int(workload.macs + suffixes(plan.space, workload).sum())
+        return int(workload.macs + suffixes(plan.space, workload)[list(plan.space.quantized_options)].sum())
 
 
 def suffixes(space: SearchSpace, workload: "Workload") -> "np.ndarray[Any, np.dtype[Any]]":

@@ -43,7 +43,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
             if slope is not None:
                 first[where] += (u * slope).sum((1, 2))
             values = u if root is None else root(u).to(dtype)
-            v = values.new_empty((k, *values.shape[1:])) if v is None else v
+            v = values.new_zeros((k, *values.shape[1:])) if v is None else v  # a layer in float changes nothing
             v[where] = values
         assert v is not None  # there are options
         if root is None:
@@ -51,6 +51,7 @@ def measure(bench: Workbench, tile: Tile) -> Array:
         else:
             grams += _products(v)
     whole = grams.tril() + grams.tril(-1).mT
+    sums[0, [1 + option for option in bench.space.float_options]] = sums[0, 0]
     sums[1, 1:], sums[2:, 1:] = to_numpy(first), to_numpy(whole).reshape(-1, k)
     return sums
 

@@ -39,6 +39,8 @@ def _add_pairs(
         entries, losses = [], []
         for stack in stacks if layer in layers else []:
             for option in bench.space.options_of(layer):
+                if bench.space.options[option].bits is None:
+                    continue
                 logits = bench.network.finish(stack.state, {layer: bench.quantized[option]})
                 losses.append(criterion(logits.reshape(len(stack.rows), *part.float_logits.shape)))
                 entries += [(row - first_row, option) for row in stack.rows]
