@@ -132,7 +132,6 @@ def show_flow_run(page: Page, address: str, flow_run: Mapping[str, Any]) -> None
     """Opens Prefect's page of a flow run, as its API describes it."""
     page.goto(f"{address}/runs/flow-run/{flow_run['id']}")
     page.get_by_text(flow_run["name"], exact=True).first.wait_for(timeout=PATIENCE * 1000)
-    page.get_by_text("deliver", exact=False).first.wait_for(timeout=PATIENCE * 1000)  # tasks come with a request of their own
 
 
 def shoot(page: Page, file: Path) -> None:

@@ -173,8 +173,8 @@ SAME = ((2, 4),) * 3
     [
         (SPACE.bit_widths, ((0, 1),), "different bit-widths"),
         (SAME, ((0, 1), (1, 2)), "another tie"),
-        (SAME, ((0, 0),), "two or more different layers"),
-        (SAME, ((1,),), "two or more different layers"),
+        (SAME, ((0, 0),), "two different layers"),
+        (SAME, ((1,),), "two different layers"),
         (SAME, ((0, -1),), r"numbers within 0\.\.2"),
         (SAME, ((0, 3),), r"numbers within 0\.\.2"),
     ],

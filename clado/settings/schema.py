@@ -45,13 +45,13 @@ class NetworkSettings(Settings):
         strict=True, default=True, description="false for a network that torch.export refuses: the same numbers, slower"
     )
     numeric: Literal["float32", "tf32", "bfloat16"] = Field(
-        default="float32", description="arithmetic of the forwards; tf32 and bfloat16 are faster on GPUs, and less exact"
+        default="float32", description="arithmetic of forward passes; tf32 and bfloat16 are faster on GPUs, and less exact"
     )
     channels_last: bool | None = Field(
         strict=True,
         default=None,
-        description="memory layout of images and weights, which changes rounding alone; default: true on CPUs "
-        "with AVX2 alone, and for depthwise convolutions on others: where it takes up to half of the time away",
+        description="memory layout of images and weights, which changes only rounding; default: true where it is "
+        "faster: on CPUs with AVX2 but not AVX-512, and on all CPUs for networks with depthwise convolutions",
     )
 
     @model_validator(mode="after")
@@ -109,7 +109,7 @@ class DataSettings(Settings):
     selection_images: Integer | None = Field(
         default=None, ge=1, description="most of the remaining images for `clado smallest`; default: all"
     )
-    sample_blocks: Count = Field(default=16, description="parts of the sensitivity set whose losses are kept apart")
+    sample_blocks: Count = Field(default=16, description="parts of the sensitivity set with separate losses, for standard errors")
     seed: Integer = Field(default=0, ge=0)
     resize: Count | None = Field(
         default=None, description="shorter side in pixels before the centre crop; default: that of the weights, else of the crop"
@@ -124,7 +124,7 @@ class DataSettings(Settings):
         default=None, description="then divides them; default: that of the weights, else ImageNet's"
     )
     class_balanced: bool = Field(
-        strict=True, default=False, description="as many images of each class in every slice whose size is given, to within one"
+        strict=True, default=False, description="equally many images of each class, up to one, in every set whose size is given"
     )
     class_numbers: Literal["auto", "imagenet", "folders"] = Field(
         default="auto",
@@ -134,7 +134,7 @@ class DataSettings(Settings):
     max_corrupt_images: Integer = Field(
         default=0, ge=0, description="most unreadable images; they are named and left out, and with one more the run is refused"
     )
-    skip: tuple[str, ...] = Field(default=(), description="names below path of images that are left out")
+    skip: tuple[str, ...] = Field(default=(), description="names (below path) of images to leave out")
 
     @model_validator(mode="after")
     def _complete(self) -> "DataSettings":
@@ -176,7 +176,7 @@ class ActivationSettings(Settings):
         default=(), description="candidate widths of inputs; a single one is used for every layer; none: float"
     )
     range: Annotated[str, one_of("quantizers")] = Field(
-        default="mse", description="how the range of the codes is fitted, on the calibration images"
+        default="mse", description="how the range of the codes is fitted to the calibration images"
     )
 
 
@@ -269,7 +269,7 @@ class MeasureSettings(Settings):
     """How measuring is split into work (this changes numbers only by rounding), and how probes treat batch norm."""
 
     batch_images: Count | None = Field(
-        default=None, description="images pushed through the network at once; default: as many as the processor's cache holds"
+        default=None, description="images of one forward pass; default: as many as the processor's cache holds"
     )
     memory_limit_mb: Integer | None = Field(
         default=None, ge=16, description="most MB (10^6) of measuring in a worker; default: a share of the free memory"
@@ -321,7 +321,7 @@ class RunConfig(Settings):
     criterion: Annotated[str, one_of("criteria")] = "kl_to_float"
     metric: Annotated[str, dotted("of a callable (outputs, targets) -> a number for each image")] | None = Field(
         default=None,
-        description="package.module:name of a callable (outputs, targets) -> a number for each image, of which more is better; "
+        description="package.module:name of a callable (outputs, targets) -> a number for each image, where more is better; "
         "reported in addition to the loss",
     )
     # what the study ends with (docs/where-interactions-help.md): 3 to 6 % of pairwise's forwards, the search included

@@ -21,7 +21,7 @@ _FACTORY_NETWORK = """\
   # weights: FILE.safetensors        # default: the weights that the factory returns
 """
 _ZOO_DATA = """\
-  source: zoo                        # zoo, or folder: images in one sub-folder a class, or train/ and val/ of such
+  source: zoo                        # zoo, or folder: images in one sub-folder for each class, or in train/ and val/
 """
 _FOLDER_DATA = """\
   source: folder                     # images in one sub-folder for each class, or in train/ and val/

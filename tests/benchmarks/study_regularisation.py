@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,10 @@ def mix(alone: InteractionMatrix, cross: Array) -> InteractionMatrix:
 
 def answers_of(run: OpenedRun, measured: Measured) -> dict[tuple[str, str], Assignment]:
     """(method, budget) -> the assignment, deployed with the corrections that were made before measuring."""
-    prepare = partial(solvers.prepare, name=run.config.solver.name, time_limit=SECONDS)
-    proposals = propose(matrices_of(measured), run.budgets, prepare)
+    settings = run.config.solver
+    proposals = propose(
+        matrices_of(measured), run.budgets, lambda program: solvers.prepare(program, settings.name, time_limit=SECONDS)
+    )
     return {(p.method, p.budget.name): run.evaluation.representative(p.assignment.with_corrections("static")) for p in proposals}
 
 
@@ -192,8 +193,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for draw in range(arguments.draws if arguments.photos else 0):
         if not file_of(draw).exists():
-            study_imagenet.keep_cell(SETTING, draw, arguments.photos.resolve())
             folder = study_imagenet.folder_of(SETTING, draw)
+            if not (folder / "record.json").exists():
+                study_imagenet.keep_cell(SETTING, draw, arguments.photos.resolve())
             file_of(draw).parent.mkdir(exist_ok=True)
             file_of(draw).write_text(json.dumps(measure_cell(folder, draw), indent=1) + "\n", encoding="utf-8")
     cells = [json.loads(file_of(draw).read_text(encoding="utf-8")) for draw in range(arguments.draws) if file_of(draw).exists()]

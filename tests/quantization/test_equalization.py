@@ -640,7 +640,7 @@ def test_whole_forwards_have_no_connections_and_say_so():
     assert not result.tensors
     (only,) = result.report
     assert not only.done
-    assert "whole forwards" in only.note
+    assert "whole forward passes" in only.note
 
 
 # -- the report ------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,11 @@ def test_it_says_what_the_record_holds(tmp_path: Path) -> None:
         )
     for text in (tables.verdict(record), tables.caption(record), tables.winners(record), tables.solver_line(record)):
         assert " ".join(text.split()) in html.flat
-    for text in ("3 parameters are not, 320 bytes", "batch norm: 2 parameters, 256 bytes", "a bias: 1 parameters, 64 bytes"):
+    for text in (
+        "3 parameters are not searched, 320 bytes",
+        "batch norm: 2 parameters, 256 bytes",
+        "a bias: 1 parameters, 64 bytes",
+    ):
         assert text in html.flat
     for text in (record.fingerprint, "2.15.0", "fe" * 32, f"256 images, sha256 {'ab' * 32}", "activations are not quantized"):
         assert text in html.flat

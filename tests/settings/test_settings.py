@@ -212,7 +212,7 @@ def test_sections_may_be_merged(tmp_path: Path) -> None:
     anchored = "network: {name: resnet20_fashion_mnist}\ndata: &data {seed: 3}\ngradients:\n  <<: *data\n"
     assert load_config(write(tmp_path / "clado.yaml", anchored)).gradients.seed == 3
     assert load_config(write(tmp_path / "clado.yaml", anchored + "  seed: 4\n")).gradients.seed == 4
-    with pytest.raises(ConfigurationError, match="'seed' is given twice"):
+    with pytest.raises(ConfigurationError, match="'seed' appears twice"):
         load_config(write(tmp_path / "clado.yaml", anchored + "  seed: 4\n  seed: 5\n"))
 
 
@@ -230,8 +230,8 @@ def test_every_fault_is_reported_at_once() -> None:
         ("- a\n- b\n", "no settings"),
         ("just words\n", "no settings"),
         ("network: [unclosed\n", "not YAML"),
-        ("network: {name: a}\nnetwork: {name: b}\n", "'network' is given twice"),
-        ("network: {name: a, name: b}\n", "'name' is given twice"),
+        ("network: {name: a}\nnetwork: {name: b}\n", "'network' appears twice"),
+        ("network: {name: a, name: b}\n", "'name' appears twice"),
         ("network: !!python/object/apply:os.getcwd []\n", "not YAML"),
         ("data: {seed: 1}\n", "'network' is missing"),
         ("\x00", "not YAML"),
