@@ -45,7 +45,7 @@ from clado.space import Assignment
 from clado.storage.measurement_store import MeasurementStore
 from clado.tracking import delivery, metrics
 from flows.guard import uninterrupted
-from flows.phases.choose import chosen_of, with_final_corrections, with_other_corrections
+from flows.phases.choose import chosen_of, mean_losses, with_best_corrections, with_final_corrections, with_other_corrections
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,7 @@ def chosen_among(run: OpenedRun, proposals: Sequence[Proposal]) -> list[Result]:
     """One result for each reported proposal, and for the chosen ones."""
     measure = partial(losses_of, run)
     counts = measure([proposal.assignment for proposal in proposals])
+    proposals = with_best_corrections(proposals, mean_losses(counts))
     return chosen_of(run, with_other_corrections(run, proposals, counts, measure), counts)
 
 

@@ -68,6 +68,7 @@ def choose(run: OpenedRun, workers: Workers, measured: Measured, clock: Clock) -
         measure = partial(losses_of, run, workers, "proposals")
         proposed = with_final_corrections(run, proposed, measure)
         losses = measure([proposal.assignment for proposal in proposed])
+        proposed = with_best_corrections(proposed, mean_losses(losses))
     with clock.phase("searching"):
         surrogate = choice.surrogate(matrices.every, mean_losses(losses))
         matrix = matrices.every[surrogate]
@@ -283,6 +284,24 @@ def with_final_corrections(
     proposals = [deployed(proposal) for proposal in proposed]
     known = {(proposal.budget, proposal.assignment) for proposal in proposals}
     return proposals + [other for other in others if (other.budget, other.assignment) not in known]
+
+
+def with_best_corrections(proposed: Sequence[Proposal], losses: Mapping[Assignment, float]) -> list[Proposal]:
+    """The proposals, with final corrections or without them by the measured losses of the same bits.
+
+    So equal answers to two budgets are the same network, also if the final corrections help at one of these budgets only. A
+    proposal that is replaced still competes.
+    """
+
+    def best(assignment: Assignment) -> Assignment:
+        if assignment.corrected not in ("all", "static"):
+            return assignment
+        ways = (assignment, assignment.with_corrections("all"), assignment.with_corrections("static"))
+        return min((way for way in ways if way in losses), key=lambda way: ordered(losses[way]))
+
+    proposals = [replace(p, assignment=best(p.assignment)) if p.reported else p for p in proposed]
+    known = {(p.budget, p.assignment) for p in proposals}
+    return proposals + [replace(p, reported=False) for p in proposed if (p.budget, p.assignment) not in known]
 
 
 def with_other_corrections(

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from clado.choosing.choice import safe_methods
-from clado.choosing.proposals import Budget
+from clado.choosing.proposals import Budget, Proposal
 from clado.grids import Grid, QuantizedLayer
 from clado.network.normalisation import Moments, NormStatistics
 from clado.quantization.corrections import LayerSample, batchnorm_reestimation, output_statistics
-from clado.records.results import CHOSEN
+from clado.records.results import CHOSEN, UNIFORM
 from clado.records.run_record import RunRecord
 from clado.reporting.tables import markdown, rows, winners
 from clado.run.evaluation import RunEvaluation
 from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
+from clado.space import Assignment
 from flows.commands.export import export_as
 from flows.commands.stored import StoredRun, chosen_for
+from flows.phases.choose import with_best_corrections
 from tests.running import config, run_pipeline
 
 BUDGET = Budget("average_bits", 3.0)
@@ -115,3 +117,16 @@ def test_without_the_check_a_harmful_correction_would_be_deployed(harmed, monkey
     assert chosen_for(stored, run, BUDGET).corrected == "all"
     monkeypatch.undo()
     assert chosen_for(stored, run, BUDGET).corrected != "all"
+
+
+def test_equal_bits_are_deployed_alike_at_every_budget_and_what_was_replaced_still_competes():
+    """Each reported proposal has the corrections of least measured loss of its own bits; nothing else changes."""
+    bits, tight, loose = Assignment((4, 4)), BUDGET, Budget("average_bits", 5.0)
+    at_tight, at_loose = Proposal(tight, UNIFORM, bits), Proposal(loose, UNIFORM, bits.with_corrections("static"))
+    plain = Proposal(loose, UNIFORM, bits.with_corrections("none"), reported=False)
+    losses = {at_tight.assignment: 0.2, at_loose.assignment: 0.3, plain.assignment: 0.1}
+    proposed = with_best_corrections([at_tight, at_loose, plain], losses)
+    assert proposed == [at_tight, replace(at_loose, assignment=bits), plain, replace(at_loose, reported=False)]
+    assert with_best_corrections(proposed, losses) == proposed
+    del losses[at_tight.assignment]  # not measured
+    assert with_best_corrections([at_loose, plain], losses) == [at_loose, plain]
