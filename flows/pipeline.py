@@ -1,4 +1,4 @@
-"""The pipeline: prepare → measure → choose → evaluate → serve → record → deliver. A Prefect flow, with Dask tasks inside."""
+"""The pipeline: prepare → measure → choose → reconstruct → evaluate → serve → record → deliver. With Prefect and Dask."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

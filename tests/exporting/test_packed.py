@@ -172,7 +172,8 @@ def test_layers_that_are_not_quantized_stay_floats(fixed, tmp_path):
     network, layers = prepared.deployed(drawn(prepared))
     layers = {i: layer for i, layer in layers.items() if i != fixed}
     size = export_packed(tmp_path / "n", network, layers)
-    assert size.weight_bytes == sum(network.layers[i].weight_bytes(bits_of(layer.grid.codes)) for i, layer in layers.items())
+    bits = {i: bits_of(layer.grid.codes) for i, layer in layers.items()}
+    assert size.weight_bytes == sum(layer.weight_bytes(bits.get(i)) for i, layer in enumerate(network.layers))
     assert same(state_of(load_packed(tmp_path / "n", network.model)), network.state_dict(layers))
 
 
@@ -180,7 +181,8 @@ def test_a_float_network_is_packed_too(tmp_path):
     network = network_of(Residual)
     size = export_packed(tmp_path / "n", network, {})
     state = network.model.state_dict()
-    assert size == PackedSize(sum(tensor.nbytes for tensor in state.values()), 0, size.header_bytes)
+    weights = sum(layer.weight_bytes(None) for layer in network.layers)
+    assert size == PackedSize(sum(tensor.nbytes for tensor in state.values()), weights, size.header_bytes)
     assert same(state_of(load_packed(tmp_path / "n", build(Residual, 4))), state)
 
 
