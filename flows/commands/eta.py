@@ -25,7 +25,7 @@ from clado.run.preparation import LayerTask, SweepTask
 LIMIT_SECONDS = 20.0
 STARTS = 5.0  # start-up, recording and shutdown of a run, in starts of this process (tests/benchmarks/RUN.md)
 
-TRAINING_COST = 4.0  # an image that goes forwards and backwards, in forward passes (tests/benchmarks/RECONSTRUCTION.md)
+TRAINING_COST = 4.0  # forward passes that an image takes forwards and backwards, roughly: this shapes the ETA alone
 
 KINDS = {"sweep": SweepTask, "layer": LayerTask}
 
