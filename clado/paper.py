@@ -6,7 +6,8 @@
 
 An option is one layer at one bit-width: its name and its quantized weight. K options make a matrix
 (K, K). This file imports nothing of clado, and clado never imports it. It is the oracle of the
-tests, and the place to start reading. The library computes the same numbers faster.
+tests, and the place to start reading. The estimator `pairwise` of the library computes the same
+matrix faster.
 """
 
 import copy
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 Array = NDArray[np.float64]
 Loss = Callable[[nn.Module], float]
-"""The mean loss of a network on the sensitivity set."""
+"""The mean loss of a network on some images, the sensitivity set."""
 
 
 def quantize(weight: Tensor, bits: int) -> Tensor:
@@ -28,7 +29,7 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
 
     One range serves the whole weight. It has the least squared error of 100 ranges (section 5).
     """
-    weight, top = weight.detach(), int(2 ** (bits - 1)) - 1  # the codes are -top .. top
+    weight, top = weight.detach(), int(2 ** (bits - 1)) - 1  # the codes are -top .. top: at 2 bits -1, 0, 1
     scales = [weight.abs().max() * share / 100 / top for share in range(100, 0, -1)]
     roundings = [(weight / scale).round().clamp(-top, top) * scale for scale in scales]
     errors = [float((rounding - weight).square().sum()) for rounding in roundings]
@@ -63,8 +64,8 @@ def forward(network: nn.Module, images: Tensor) -> Tensor:
 def interaction_matrix(model: nn.Module, options: Sequence[tuple[str, Tensor]], loss: Loss) -> Array:
     """Ĝ, (K, K), by equations 7 to 9.
 
-    The diagonal is twice the loss increase of each option. The other entries are what two options
-    together add to the sum of their increases.
+    The diagonal is twice the loss increase of each option, because ½ αᵀ Ĝ α counts it once. The other
+    entries are what two options together add to the sum of their increases.
     """
     float_loss = loss(replaced(model, {}))
 
@@ -80,9 +81,9 @@ def interaction_matrix(model: nn.Module, options: Sequence[tuple[str, Tensor]], 
 
 
 def clip(matrix: Array) -> Array:
-    """The nearest positive semidefinite matrix (section 4.2).
+    """The nearest positive semidefinite matrix in the Frobenius norm (section 4.2).
 
-    Sampling noise makes eigenvalues negative, and a solver would exploit them.
+    With few images many eigenvalues are negative by noise, and a solver would exploit them.
     """
     eigenvalues, vectors = np.linalg.eigh(matrix)
     return np.asarray(vectors @ np.diag(eigenvalues.clip(min=0)) @ vectors.T)

@@ -25,7 +25,7 @@ from clado.run.preparation import LayerTask, SweepTask
 LIMIT_SECONDS = 20.0
 STARTS = 5.0  # start-up, recording and shutdown of a run, in multiples of the start of this process (tests/benchmarks/RUN.md)
 
-TRAINING_COST = 4.0  # a training step of one image, in forward passes (tests/benchmarks/RECONSTRUCTION.md)
+TRAINING_COST = 4.0  # a training step of one image, in forward passes: a rough value, for the ETA only
 
 KINDS = {"sweep": SweepTask, "layer": LayerTask}
 

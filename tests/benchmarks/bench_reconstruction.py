@@ -135,18 +135,14 @@ def network_table(network: str, draw: int, of_network: list[dict[str, Any]]) -> 
         "top-1 against fast (95 %)",
     ]  # fmt: skip
     seconds = ", ".join(
-        f"{effort} {sum(cell['seconds'].values()):.0f} s"
-        + (
-            f" ({cell['seconds'].get('reconstructing', 0):.0f} s of it for {cell['networks']} networks)"
-            if effort != "fast"
-            else ""
-        )
+        f"{effort} {cell['seconds'].get('reconstructing', 0):.0f} s for {cell['networks']} networks, one after another"
         for effort, cell in by_effort.items()
+        if effort != "fast"
     )
     images = ", ".join(f"{count:,} {name.removesuffix('_set')}" for name, count in by_effort["fast"]["images"].items())
     return (
         f"## {network}, draw {draw}\n\nFloat {100 * floats:.2f}. Images: {images}. {by_effort['fast']['machine']}. "
-        f"Of the runs, where a later one goes on in the folder of the first: {seconds}.\n\n{markdown_table(header, table)}\n"
+        f"Reconstructing took {seconds}; the machine was shared with other work.\n\n{markdown_table(header, table)}\n"
     )
 
 

@@ -110,7 +110,7 @@ def measure_cell(folder: Path, draw: int) -> dict[str, Any]:
     distinct = list(dict.fromkeys(assignment for of_fit in answers.values() for assignment in of_fit.values()))
     folded, _ = run.float_network.folded()
     seen: dict[str, dict[Assignment, tuple[Array, Array]]] = {}
-    for name, images in {"decision": run.inputs.decision, "validation": run.slices.validation}.items():
+    for name, images in {"decision": run.decision, "validation": run.slices.validation}.items():
         floats = [folded.logits(batch) for batch in batches(run, images)]
         seen[name] = {assignment: divergences(run, assignment, images, floats) for assignment in distinct}
     rows = []
