@@ -21,7 +21,7 @@ from flows.commands.stored import StoredRun, chosen_for
 from flows.phases.reconstruct import best_proposals
 from tests.running import Calls, copy_of, run_pipeline
 
-SHORT = Effort(proposals=1, block_steps=10, network_steps=5, batch_images=16)
+SHORT = Effort(proposals=1, block_steps=16, network_steps=8, batch_images=16)
 
 
 @pytest.fixture(scope="module")
