@@ -124,7 +124,7 @@ def test_init_refuses_a_factory_or_images_that_are_not_there(here):
     factory = with_factory(here)
     assert "has no function 'build'" in call("init", "--network", "models_of_init:build", "--data", here / "few", ends=2)
     assert "no module 'nowhere'" in call("init", "--network", "nowhere:make", "--data", here / "few", ends=2)
-    assert "expected 16 at least" in call("init", "--network", factory, "--data", here / "few", ends=2)
+    assert "expected 16 or more" in call("init", "--network", factory, "--data", here / "few", ends=2)
     assert "is not a folder" in call("init", "--network", factory, "--data", here / "nowhere", ends=2)
     assert not (here / "clado.yaml").exists()
 
