@@ -35,7 +35,8 @@ def measure(run: OpenedRun, workers: Workers) -> Measurement:
     todo = store.missing(plan)
     damaged = store.damaged(tile for tile in plan.tiles if tile not in set(todo))
     if damaged:
-        notes.append(f"{len(damaged)} tiles were damaged (their checksum differs) and were measured again")
+        tiles = "tile was" if len(damaged) == 1 else "tiles were"
+        notes.append(f"{len(damaged)} damaged {tiles} measured again (the checksum differed)")
         todo = store.missing(plan)
     drift = store.provenance_differences(run.identity.provenance)
     if drift and len(todo) < len(plan.tiles):

@@ -258,7 +258,7 @@ NETWORK_ERRORS = {
     "calibration of another shape": (lambda n, s: clado.prepare(n, s, images(4, size=6)), DataError, r"expected \(1, 8, 8\)"),
     "the space of another network": (
         lambda n, s: clado.measure(n, clado.Network(n.model, images(2), fixed=["head.*"]).search_space(), images(4)),
-        ConfigurationError, "another network: they differ in head.weight"
+        ConfigurationError, "another network; they differ in head.weight"
     ),
     "activations without calibration": (
         lambda n, s: clado.measure(n, s.with_activations(A8), images(4)), DataError, "activations need calibration images"

@@ -400,7 +400,7 @@ def test_a_damaged_and_a_lost_chunk_are_the_only_ones_measured_again(finished, t
     assert sorted(calls.made) == sorted([("run_tile", damaged), ("run_tile", lost)])
     assert arrays(tmp_path / "run") == arrays(finished.folder)
     notes = RunRecord.load(tmp_path / "run" / "record.json").notes
-    assert any("2 tiles were damaged" in note for note in notes)
+    assert any("2 damaged tiles were" in note for note in notes)
 
 
 @pytest.mark.system

@@ -167,9 +167,9 @@ HARMS = {
 def test_damage_is_found_and_only_the_damaged_tile_is_measured_again(tmp_path, harm, tile):
     store = full_store(tmp_path)
     harm(chunk_of(store, tile))
-    with pytest.raises(StoreError, match=r"damaged|gone"):
+    with pytest.raises(StoreError, match=r"damaged|missing"):
         store.read(tile)
-    with pytest.raises(StoreError, match=r"damaged|gone"):
+    with pytest.raises(StoreError, match=r"damaged|missing"):
         store.gather(PLAN)
     assert store.damaged(PLAN.tiles) == [tile]
     assert MeasurementStore.open(store.path).missing(PLAN) == [tile]
