@@ -1,12 +1,12 @@
 """A folder that runs a deployed network in a runtime, without clado.
 
-network.onnx        the network (the runtime names the file)
+network.onnx        the network; the runtime decides the file's name
 loader.py           loads the network in the runtime
-predict.py          classifies image files; it needs NumPy and Pillow as well
+predict.py          classifies image files; it also needs NumPy and Pillow
 check.py, check.npz a self-check: images, and the logits that were measured on them
-deployment.json     preprocessing, labels, session settings, and what was measured
+deployment.json     preprocessing, labels, session settings and measurements
 assignment.json     the bit-width of each layer
-README.md           size, accuracy and milliseconds as measured
+README.md           the measured size, accuracy and milliseconds
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def write_deployment(
 
 
 def check_folder(folder: Path, assignment_document: Mapping[str, Any]) -> None:
-    """Raises StoreError if a folder holds anything but a deployment of this assignment."""
+    """Raises StoreError if a folder holds something other than a deployment of this assignment."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:

@@ -1,4 +1,4 @@
-"""The options of a search space that a runtime runs natively, and the space restricted to them. Integers only."""
+"""Finds the options of a search space that a runtime runs natively, and restricts the space to them. Integers only."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ def lacking_options(space: SearchSpace, runtime: Runtime, symmetric: bool) -> di
 def native_space(space: SearchSpace, runtime: Runtime, symmetric: bool) -> SearchSpace:
     """The space without the candidates that a runtime does not run natively.
 
-    An activation width is left out if no layer has a kernel for it. A layer without a native candidate stays in float, together
-    with the layers that are tied to it.
+    An activation width is left out if no layer has a kernel for it. A layer without a native candidate stays in float. So do the
+    layers that are tied to it.
 
     Raises:
         ConfigurationError: No candidate of any layer is native.

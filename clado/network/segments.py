@@ -1,7 +1,7 @@
-"""Splits a graph into segments. At both ends of a segment a single value is alive, so it holds all results until there.
+"""Splits a graph into segments. At both ends of a segment a single value is alive. It holds all results until that place.
 
-A residual block begins and ends at such places, and so does an encoder layer. Inside a block more values are alive: the shortcut
-and the values of the other path. A network without shortcuts has one segment for each layer.
+Residual blocks and encoder layers begin and end at such places. Inside a block more values are alive: the shortcut and the
+values of the other path. A network without shortcuts has one segment for each layer.
 """
 
 from collections.abc import Mapping, Sequence

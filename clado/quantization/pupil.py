@@ -4,7 +4,8 @@ Every weight stays on its grid. A latent position u of each weight is trained, i
 w = (u − z) s₀. The forward pass uses its value on the grid, ŵ = (clip(round(w / s + z)) − z) · s. In the
 backward pass rounding counts as the identity, and clipping has its own gradient (Bengio et al. 2013, arXiv 1308.3432). The scales
 s can be trained too, as in LSQ (Esser et al. 2020, arXiv 1902.08153), and so can those of inputs. Their gradient follows from the
-same formula. Biases, affine parameters of batch norm and other float parameters are also trained. Statistics of batch norm stay.
+same formula. Biases, affine parameters of batch norm and other float parameters are also trained. Statistics of batch norm are
+not.
 """
 
 import math
@@ -41,8 +42,8 @@ class Pupil:
 
     Args:
         network: The deployed network.
-        layers: Its quantized layers by number. The trained codes start at their codes. A latent position starts as near to the
-            network's float weight as its code allows.
+        layers: Its quantized layers by number. Training starts at their codes. A latent position starts as near to the network's
+            float weight as its code allows.
         unchanged: Names of float parameters that are not trained.
 
     Raises:
@@ -109,7 +110,7 @@ class Pupil:
     def settle(self, margin: float) -> None:
         """Moves latent positions within their codes, until each is at least `margin` steps from the edge of its code.
 
-        Training leaves many of them at the edges. Adam's first step would change all their codes at once.
+        Training leaves many positions at the edges. Adam's first step would change all their codes at once.
         """
         for i, position in self.positions.items():
             grid = self.grid(i)
@@ -175,7 +176,7 @@ class Descent:
 def straight_through(weight: Tensor, grid: Grid) -> Tensor:
     """The weight on its grid.
 
-    In the backward pass rounding is the identity. A weight outside of the range has gradient 0, and only a learned scale moves.
+    In the backward pass rounding is the identity. A weight outside of the range has gradient 0. Only a scale can learn from it.
     """
     position = weight.float() / grid.scale + grid.zero_point
     inside = position.clamp(grid.codes.low, grid.codes.high)
@@ -199,7 +200,7 @@ class _LearnedInputs(ActivationGrid):
 
 
 def _position(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """The first latent position: within the code of the layer's weight, and as near to the float weight as possible."""
+    """The first latent position. It has the code of the layer's weight, and is as near to the float weight as possible."""
     grid = _grid(layer)
     codes, reach = grid.quantize(layer.weight.float()).float(), (0.5 - MARGIN) * grid.codes.step
     position = (weight.float() / grid.scale + grid.zero_point).clamp(grid.codes.low, grid.codes.high)

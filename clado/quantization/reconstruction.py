@@ -2,14 +2,14 @@
 
 It is fitted block by block, then as a whole, on calibration images.
 
-Corrections act on one layer at a time. Here the layers of a block (a residual block, an encoder
-layer) are trained together, so that the block's output becomes that of the float block (Li et al.
-2021, BRECQ, arXiv 2102.05426). Codes, scales, biases, scales of inputs and the affine parameters of
-normalisations are trained: see `pupil.py`. Searched layers that stay in float are not changed. The
-loss is the squared error divided by the variance of the float output. A block reads the output of
-the deployed blocks before it. With probability one half, an element of this input is replaced by
-that of the float network (Wei et al. 2022, QDrop, arXiv 2203.05740). Then the whole network is
-trained towards the float network's outputs.
+Corrections act on one layer at a time. A reconstruction trains the layers of a block together, such
+as those of a residual block or of an encoder layer. The target is the output of the float block (Li
+et al. 2021, BRECQ, arXiv 2102.05426). Codes, scales, biases, scales of inputs and the affine
+parameters of normalisations are trained: see `pupil.py`. Searched layers that stay in float are not
+changed. The loss is the squared error divided by the variance of the float output. A block reads
+the output of the deployed blocks before it. With probability one half, an element of this input is
+replaced by that of the float network (Wei et al. 2022, QDrop, arXiv 2203.05740). After the blocks,
+the whole network is trained towards the float network's outputs.
 
 A fifth of the images is held out. These images pick the best state of a block and of the network.
 If no state is better than the start, the start is kept. The deployed network gets no new operation.
@@ -35,7 +35,7 @@ HELD_OUT = 0.2  # share of the images
 LEAST_IMAGES = 10
 FLOAT_INPUTS = 0.5  # share of the elements of a block's input
 BLOCK_RATES, NETWORK_RATES = Rates(0.01, 1e-3, 1e-3), Rates(0.005, 5e-4, 5e-4)
-SETTLED = 0.2  # steps of the grid between a latent position and another code, before the whole network is trained
+SETTLED = 0.2  # least distance from a latent position to another code before the whole network is trained, in steps
 CHECKS = 4  # evaluations of the held-out images, for each block and for the whole network
 PASS_IMAGES = 64  # images of a forward pass without training
 ERRORS = "errors"  # name of the errors of finished blocks, among the kept tensors
@@ -46,7 +46,7 @@ class Effort:
     """How long a network is reconstructed."""
 
     proposals: int
-    """Most answers of a budget that are reconstructed."""
+    """How many answers of a budget are reconstructed, at most."""
     block_steps: int
     """Training steps of each block."""
     network_steps: int
@@ -83,7 +83,7 @@ class Reconstructed:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The result, for the user."""
+        """Sentences about the result, for the user."""
         whole = f"held-out loss {self.start_loss:.5f} before, {self.blocks_loss:.5f} after the blocks, {self.loss:.5f} at the end"
         return (whole, *(f"block {k}: error {old:.5f} before, {new:.5f} after" for k, (old, new) in enumerate(self.errors)))
 
@@ -162,7 +162,7 @@ class _Judge:
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of images at a place of a graph. They are kept, or computed again from kept values before the place."""
+    """The values of images at a place of a graph. They are kept, or computed again from those of an earlier place."""
 
     kept: Tensor
     """Values (n, ...) of all images, at an earlier place or at this one."""
@@ -231,7 +231,7 @@ class _Course:
         self.done = len(errors) * self.effort.block_steps
         limit = (
             None if memory_limit is None else memory_limit // 4
-        )  # inputs and outputs, of the float network and of the deployed one
+        )  # a quarter each: inputs and outputs, of the float and the deployed network
         samples = [_Sample.of(training_set), _Sample.of(held_out)]
         # a parameter that two segments read is trained in the first, so that later blocks do not change the inputs of the second
         unread = set(self.pupil.others)
@@ -360,10 +360,10 @@ def _variance(target: _Values) -> float:
 
 
 def _is_check(step: int, steps: int) -> bool:
-    """Whether the held-out images are evaluated after a step: after the last one, and at equal distances before it."""
+    """Whether the held-out images are evaluated after a step. The last step is such a step. Others are at equal distances."""
     return (step + 1) % -(-steps // CHECKS) == 0 or step + 1 == steps
 
 
 def _ordered(value: float) -> float:
-    """NaN is as bad as infinity."""
+    """The value. NaN becomes infinity, so that it is never the least."""
     return value if math.isfinite(value) else math.inf

@@ -1,10 +1,10 @@
 """Fine-tuning: a few epochs of straight-through training of a whole network.
 
 Training starts at the corrected, quantized weights, and every weight stays on its grid: see `pupil.py`. With `learned_scales` the
-scales of weights and of inputs are trained too.
+scales of weights and of inputs are also trained.
 
-Batch norm keeps its initial statistics, as in the deployed network. Statistics of training batches add the noise of few images:
-with them no epoch at 4 bits was better than the start (docs/lab-log.md).
+Batch norm keeps its initial statistics, as in the deployed network. Statistics of training batches add the noise of few images.
+With them, no epoch at 4 bits was better than the start (docs/lab-log.md).
 """
 
 import math
@@ -23,7 +23,7 @@ from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.pupil import Descent, Layers, Pupil, Rates
 
-STEPS_OF_RATE = 10.0  # steps of its grid that a latent position learns at a learning rate of 1
+STEPS_OF_RATE = 10.0  # rate of latent positions in steps of the grid, at a learning rate of 1
 HELD_OUT_BATCH = 128  # images
 
 
@@ -36,7 +36,7 @@ class Training:
     criterion: str = "kl_to_float"
     """kl_to_float distils from the float network and needs no labels. cross_entropy needs labels."""
     learning_rate: float = 1e-3
-    """Adam's first learning rate. It falls to zero with a cosine. Latent positions learn at ten times as many steps."""
+    """Adam's first learning rate. It falls to zero with a cosine. The rate of latent positions is ten times as high."""
     batch_images: int = 64
     """Images of a training batch."""
     patience: int = 2
@@ -61,7 +61,7 @@ class Training:
 
     @property
     def rates(self) -> Rates:
-        """Learning rates of what is trained."""
+        """Learning rates of the trained tensors."""
         rate = self.learning_rate
         return Rates(STEPS_OF_RATE * rate, rate if self.learned_scales else 0.0, rate)
 

@@ -18,7 +18,7 @@ class Served:
     milliseconds: float
     """Median milliseconds of one image."""
     top1: float
-    """Share of images whose first class is the label, or without labels the float network's class."""
+    """Share of images whose first class is the label. Without labels, the float network's class counts as the label."""
     predicted_milliseconds: float | None = None
     """Milliseconds by the table of a profile. None without a table."""
 
@@ -30,7 +30,7 @@ class Serving:
     runtime: str
     """The title of the runtime."""
     networks: tuple[Served, ...]
-    """The chosen networks, followed by those that they are compared with."""
+    """The chosen networks, then the networks that they are compared with."""
     num_images: int
     """Number of validation images."""
     has_labels: bool

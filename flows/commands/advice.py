@@ -13,11 +13,11 @@ from clado.space import Assignment
 from flows.commands.stored import StoredRun, predicted_text
 
 FIRST = "layerwise"
-"""The estimator whose answer another replaces only where it is measured to be better (`clado.choosing.choice`)."""
+"""The default estimator. Another one's answer replaces its answer only if it is measured to be better (`choosing/choice.py`)."""
 
 
 def favourite(stored: StoredRun, names: Collection[str]) -> tuple[str, str]:
-    """(the estimator whose answers the run chose most often, why it is recommended); `FIRST` where it chose none of them."""
+    """(the estimator whose answers the run chose most often, why it is recommended); `FIRST` if it chose none of them."""
     file = stored.folder / "record.json"
     rows = [row for row in RunRecord.load(file).results if row.method == CHOSEN] if file.is_file() else []
     words = [(row.winner or "").replace(",", " ").split() for row in rows]
@@ -30,7 +30,7 @@ def favourite(stored: StoredRun, names: Collection[str]) -> tuple[str, str]:
 
 
 def after_solving(stored: StoredRun, answers: dict[str, Solution]) -> str:
-    """Which of the answers to one question to take, and what measures them."""
+    """Says which of the answers to one question to take, and which command measures them."""
     name, why = favourite(stored, answers)
     return (
         f"Recommended: the answer of {name}, {why}. Predictions of different estimators do not compare; what is measured does.\n"
@@ -39,7 +39,7 @@ def after_solving(stored: StoredRun, answers: dict[str, Solution]) -> str:
 
 
 def after_scoring(stored: StoredRun, assignment: Assignment) -> str:
-    """Whether the run has something better than an assignment at its size, as far as it is predicted."""
+    """Says whether an estimator predicts a lower loss for another assignment of at most the same size."""
     space, matrices = stored.measured.space, stored.matrices.named
     name, _ = favourite(stored, matrices)
     matrix, budget = matrices[name], Budget("size", space.size_bytes(assignment))
@@ -49,7 +49,7 @@ def after_scoring(stored: StoredRun, assignment: Assignment) -> str:
     try:
         program = program_of(matrix, stored.limits_of(budget, ()))
         solution = solvers.solve(program, stored.config.solver.name, time_limit=stored.config.solver.time_limit)
-    except InfeasibleError:  # other limits of the run leave nothing of this size
+    except InfeasibleError:  # no assignment of this size is within the other limits of the run
         return f"Recommended: the run's own answers; none is as small within the run's limits.{following}"
     better = solution.objective < matrix.predicted_increase(assignment) - 1e-9 * abs(solution.objective)
     if not better:

@@ -1,4 +1,4 @@
-"""Deploy: the network chosen for a budget as a folder that a runtime serves, with size, accuracy and time as measured there."""
+"""Deploy: writes the network of a budget as a folder for a runtime, with its size, accuracy and time in the runtime."""
 
 import shutil
 import subprocess
@@ -23,19 +23,19 @@ CHECKED_IMAGES = 16
 def deploy(
     run: OpenedRun, name: str, runtime: Runtime, assignment: Assignment, folder: Path, threads: int, num_images: int
 ) -> str:
-    """Writes the folder, measures the network beside float and uniform 8 bits, and runs the folder's self-check.
+    """Writes the folder, measures the network, float and uniform 8 bits, and runs the folder's self-check.
 
     Args:
         run: The opened run.
         name: The runtime's name.
         runtime: The runtime.
-        assignment: What is deployed.
+        assignment: The network to deploy.
         folder: Where to write.
         threads: Threads of the runtime.
-        num_images: Validation images that accuracy is counted on, at most.
+        num_images: Most validation images to count accuracy on.
 
     Returns:
-        What there is to say, for the terminal.
+        The measurements and the result of the self-check, for the terminal.
 
     Raises:
         StoreError: The folder holds something else, or its self-check fails.
@@ -58,7 +58,7 @@ def deploy(
 
 
 def self_check(folder: Path) -> str:
-    """Runs a folder's self-check in a process of its own, and gives what it says. StoreError if it fails."""
+    """Runs a folder's self-check in a separate process, and returns its output. Raises StoreError if it fails."""
     result = subprocess.run(
         [sys.executable, str(folder.resolve() / CHECK)], capture_output=True, text=True, check=False, cwd=folder.resolve()
     )
@@ -69,7 +69,7 @@ def self_check(folder: Path) -> str:
 
 
 def preprocessing_of(run: OpenedRun) -> Preprocessing:
-    """How the run's images are made of files."""
+    """How the run's images are made from files."""
     source = _source(run)
     if isinstance(source, EncodedSlice):
         return source.preprocessing

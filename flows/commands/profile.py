@@ -1,7 +1,7 @@
 """Profile: the time of every layer at every option on this machine. It writes the table that the constraint `latency` reads.
 
 Layers are timed inside whole networks, because their neighbours decide what is in the cache and which operators are fused. There
-is one network for each pair of bit-widths, with all layers at that pair. The runtime's profiler gives the time of each layer.
+is one network for each pair of bit-widths, in which all layers have that pair. The runtime's profiler gives each layer's time.
 """
 
 import csv
@@ -53,7 +53,7 @@ class Turns:
 
     @classmethod
     def resumed(cls, path: Path, key: str, facts: dict[str, Any]) -> "Turns":
-        """The turns of a file, if they have the same key. Empty without a file."""
+        """The turns of a file, if they have the same key. Empty if there is no file."""
         if not path.is_file():
             return cls(key, facts)
         try:
@@ -78,8 +78,8 @@ class Turns:
     def layer_seconds(self, network: str, shares: Mapping[str, float]) -> dict[str, float]:
         """Seconds of each layer in a network. Their sum is the time of a whole pass.
 
-        The time of the rest of the network is divided among the layers by `shares`, which are the same in all networks. So if the
-        rest takes the same time in two networks, the difference of their layers does not change.
+        The time of the rest of the network is divided among the layers by `shares`. The shares are the same in all networks. So
+        if the rest takes the same time in two networks, the difference of their layers does not change.
         """
         layers = {name: median(turn[network]["layers"][name] for turn in self.turns) for name in shares}
         rest = median(turn[network]["rest"] for turn in self.turns)
@@ -248,7 +248,7 @@ def lacking_text(run: OpenedRun, name: str, runtime: Runtime) -> str:
 
 
 def predicted_seconds(path: Path, space: SearchSpace, assignment: Assignment) -> float:
-    """Seconds that an assignment takes for one image, by a table."""
+    """Seconds that an assignment takes for one image, according to a table."""
     from clado.choosing.constraints import constraint
 
     return constraint("latency", space, float("inf"), path=path).value(space, assignment)

@@ -66,7 +66,7 @@ def notes_text(run: OpenedRun, proposals: Sequence[Proposal], made: Mapping[Assi
 def best_proposals(
     proposals: Sequence[Proposal], losses: Mapping[Assignment, float], chosen: Mapping[str, Assignment], most: int
 ) -> list[Proposal]:
-    """The proposals to reconstruct: for each budget the chosen one, then others by measured loss, with different bits.
+    """The proposals to reconstruct: for each budget the chosen one, then others with different bits, by measured loss.
 
     Networks in float are left out.
 

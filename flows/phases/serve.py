@@ -48,7 +48,7 @@ def run_in(
     threads: int,
     num_images: int | None,
 ) -> tuple[Serving, dict[str, Path]]:
-    """Writes networks for a runtime and measures them, together with float and uniform 8 bits.
+    """Writes networks for a runtime and measures them, and also float and uniform 8 bits.
 
     Args:
         run: The opened run.
@@ -103,7 +103,7 @@ def _references(run: OpenedRun) -> dict[str, Assignment]:
 def _hits(
     run: OpenedRun, sessions: Mapping[Assignment, Callable[..., object]], num_images: int, advance: Callable[[float], None]
 ) -> tuple[dict[Assignment, int], bool]:
-    """(images with the right first class for each network, whether there are labels). Without labels, float is right."""
+    """(images with the right first class for each network, whether there are labels). Without labels, float counts as right."""
     hits, has_labels = dict.fromkeys(sessions, 0), False
     for start in range(0, num_images, BATCH_IMAGES):
         images, labels = run.slices.validation.load(start, min(start + BATCH_IMAGES, num_images))
@@ -125,7 +125,7 @@ def _calibration(run: OpenedRun) -> Tensor:
 
 
 def _predicted_milliseconds(run: OpenedRun, name: str, assignment: Assignment) -> float | None:
-    """Milliseconds by a table of the run. None without a table, or if a layer is in float without a float candidate."""
+    """Milliseconds according to a table of the run. None without a table, or if a layer is in float without a float candidate."""
     if len(run.space.chosen_options(assignment)) < run.space.num_layers:
         return None
     constrained = [settings.path for settings in run.config.constraints if settings.name == "latency" and settings.path]

@@ -1,11 +1,11 @@
-"""What reconstruction is worth: the same runs with `effort: fast` and with more. Writes RECONSTRUCTION.md.
+"""Measures what reconstruction gains: the same runs with `effort: fast` and with more. Writes RECONSTRUCTION.md.
 
     python -m tests.benchmarks.bench_reconstruction measure [--networks NAME ...] [--efforts best] [--draws 1] [--photos FOLDER]
     python -m tests.benchmarks.bench_reconstruction table
 
 A cell is one network, one draw of images and one effort. It is a line of reconstruction.jsonl, and is not run again. A run
-with more effort goes on in the folder of the fast one: both have the same measurements. Accuracies are of images that no choice
-has seen, and differences are paired.
+with more effort continues in the folder of the fast run, so both have the same measurements. Accuracies are of images that no
+choice has read. Differences are paired.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def folder_of(network: str, draw: int) -> Path:
 
 
 def run(network: str, draw: int, effort: str, photos: Path | None) -> dict[str, Any]:
-    """Runs one cell, and gives what it found."""
+    """Runs one cell, and returns its results."""
     folder = folder_of(network, draw)
     if network == PHOTOS:
         if photos is None:
@@ -61,7 +61,7 @@ def run(network: str, draw: int, effort: str, photos: Path | None) -> dict[str, 
 
 
 def cell_of(folder: Path, network: str, draw: int, effort: str) -> dict[str, Any]:
-    """What the page needs of a finished run, the paired difference from what the fast run chose included."""
+    """The figures of a finished run for the page, with paired differences from the fast run's choices."""
     record, opened = RunRecord.load(folder / "record.json"), open_run(load_run_config(folder))
     fast = {row["budget"]: row for cell in cells() if cell["key"] == [network, draw, "fast"] for row in cell["rows"]}
     rows = []
@@ -147,7 +147,7 @@ def network_table(network: str, draw: int, of_network: list[dict[str, Any]]) -> 
 
 
 def write_page() -> None:
-    """Writes the page from the cells that are there."""
+    """Writes the page from all measured cells."""
     efforts = "; ".join(
         f"`{name}` {effort.proposals} answers a budget, {effort.block_steps} steps a block, {effort.network_steps} of the whole"
         for name, effort in EFFORTS.items()
@@ -166,7 +166,7 @@ def write_page() -> None:
 
 
 def main() -> None:
-    """Measures what is absent of the wanted cells, or writes the page."""
+    """Measures the missing cells, or writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("measure", "table"))
     parser.add_argument("--networks", nargs="*", default=list(ZOO), choices=[*ZOO, PHOTOS])

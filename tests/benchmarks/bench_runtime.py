@@ -60,7 +60,7 @@ def quantize_static(path: Path, target: Path, x: Tensor) -> None:
 
 
 def write(name: str, folder: Path) -> tuple[SearchSpace, dict[str, Assignment]]:
-    """Writes the networks that are absent. Returns the space and the assignments by name."""
+    """Writes the missing networks. Returns the space and the assignments by name."""
     torch.manual_seed(0)
     x = torch.randn(8, 3, 224, 224)
     is_transformer = name.startswith("vit")
@@ -79,7 +79,7 @@ def write(name: str, folder: Path) -> tuple[SearchSpace, dict[str, Assignment]]:
 
 
 def mixed(space: SearchSpace) -> dict[str, Assignment]:
-    """Each layer at a random option: of the quantized ones, of 8 bits and float, and of all."""
+    """Three networks of random options: of the quantized options, of 8 bits and float, and of all options."""
     generator = np.random.default_rng(0)
     kinds = {
         "mixed 4, 8": lambda bits: bits is not None,

@@ -1,4 +1,4 @@
-"""Runtimes: what executes a deployed network, which kernels it has, and how long it takes.
+"""Runtimes: libraries that execute a deployed network, with their kernels and times.
 
 To add a runtime, add a file to this folder with an object `runtime = Runtime(...)`, and subclass
 `RuntimeContract` (tests/contracts/runtime.py) for it. The file's name is the runtime's name.
@@ -53,20 +53,20 @@ class Runtime:
     If the weight bits are None, the layer is in float.
     """
     write: Callable[[Path, Network, Replaced, Tensor], None]
-    """(file, network, layers by index, calibration images (N, C, H, W)) -> the file, laid out for its kernels.
+    """(file, network, layers by index, calibration images (N, C, H, W)) -> the file, written for its kernels.
 
-    Images are read for the ranges of results that clado has no grid for.
+    Images give the ranges of results that clado has no grid for.
     """
     open: Callable[[Path, int], Logits]
-    """(file, threads) -> what computes logits."""
+    """(file, threads) -> the function that computes logits."""
     profile: Callable[[Path, int, NDArray[np.float32], Sequence[str], int], LayerTimes]
-    """(file, threads, images of one pass, names of layers, passes) -> where the time goes, by the runtime's own clock."""
+    """(file, threads, images of one pass, names of layers, passes) -> the times, by the runtime's profiler."""
     kernels: Callable[[Path], Mapping[str, int]]
     """How often each operator is in the graph that is executed, after the runtime's optimisation."""
     code_bytes: Callable[[Path], Mapping[str, int]]
     """Bytes in the file of each searched layer's codes, scales and zero points, by name. Shared tensors count once."""
     session_entries: Callable[[Path], Mapping[str, str]]
-    """Settings that a file has to be opened with, which `loader` finds in deployment.json under `session`."""
+    """Settings for opening a file. `loader` reads them from deployment.json, under `session`."""
     versions: Callable[[], Mapping[str, str]]
     """Versions that its times and results depend on, by name."""
 
@@ -80,7 +80,7 @@ def runtime_of(name: str) -> Runtime:
 def median_seconds(
     calls: Mapping[str, Callable[[], object]], turns: int, advance: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Median seconds of each call, taken in turns, so that a busy moment of the machine meets all alike.
+    """Median seconds of each call. Calls take turns, so that a busy moment of the machine affects all of them.
 
     Args:
         calls: What to time, by name. Each is called once before it is timed.
@@ -91,7 +91,7 @@ def median_seconds(
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns):
-        # every second turn runs backwards: what slows down over a turn slows each call as often early as late
+        # every second turn runs backwards, so that no call is always the last one of a turn
         for name, call in list(calls.items())[:: 1 if turn % 2 == 0 else -1]:
             begin = perf_counter()
             call()

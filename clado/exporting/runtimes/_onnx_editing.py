@@ -20,7 +20,7 @@ class GraphEditor:
         self._names: set[str] = set()
 
     def decoded_at_load(self, decoder: Any) -> Any:
-        """A weight that is decoded by Cast and Mul. ONNX Runtime computes them once, but DequantizeLinear at each call."""
+        """A weight decoded by Cast and Mul. ONNX Runtime computes these once, but DequantizeLinear at each call."""
         ir, name, codes = self.ir, layer_name(decoder.outputs[0]), decoder.inputs[0]
         _, scale, zeros = self.decoded(decoder)
         shape = [1] * len(codes.shape)
@@ -65,7 +65,7 @@ class GraphEditor:
         inputs = [codes_read, self.stored(f"{name}.scale", scale.astype(np.float32))]
         if as_int8:
             # ONNX Runtime finds kernels only if zero points are given, and fails if layers share them. So each layer computes
-            # them from its own scales when the file is loaded. They take no bytes.
+            # its zero points from its scales when the file is loaded. They take no bytes in the file.
             nodes.append(self.node(f"{name}.no_scale", "Sub", [inputs[1], inputs[1]]))
             nodes.append(self.node(f"{name}.zeros", "Cast", nodes[-1].outputs, [ir.AttrInt64("to", int(ir.DataType.INT8))]))
             nodes[-1].outputs[0].dtype = ir.DataType.INT8
@@ -94,7 +94,7 @@ class GraphEditor:
         return node(self.ir, self.unused(result), operator, inputs, attributes)
 
     def unused(self, name: str) -> str:
-        """The name. It gets longer if it is taken, because a layer is used twice."""
+        """The name. If a layer is used twice, its name is already taken, and gets longer."""
         while name in self._names:
             name += "'"
         self._names.add(name)

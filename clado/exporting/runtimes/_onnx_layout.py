@@ -1,20 +1,22 @@
 """Rewrites an exported ONNX graph into the forms that ONNX Runtime has kernels for on a CPU.
 
-The file of `clado.exporting.onnx` says what is computed. Here the same is said so that integer
-kernels are taken. Each form was found by loading small graphs and reading the optimised ones.
+The file of `clado.exporting.onnx` has every operator as it was measured. This module rewrites it so
+that integer kernels are used. Each form was found by loading small graphs and reading the
+optimised ones.
 
-- Batch norm goes into the scales and the bias of the convolution before it. It changes no code.
-- A product with quantized inputs reads int8 codes. Narrower codes stay narrow in the file, behind a
-  Cast that ONNX Runtime folds when it loads the file.
+- Batch norm is folded into the scales and the bias of the convolution before it. No code changes.
+- A product with quantized inputs reads int8 codes. Narrower codes stay narrow in the file. A Cast
+  follows them, and ONNX Runtime folds it when it loads the file.
 - A linear layer or 1x1 convolution whose input is float reads its codes as [inputs, outputs]. ONNX
   Runtime then fuses DequantizeLinear and MatMul into `MatMulNBits`.
-- Their zero points are made when the file is loaded.
+- The zero points of these codes are computed when the file is loaded.
 - Other weights whose input is float are decoded once, when the file is loaded.
 - ONNX Runtime would quantize a float layer between int8 layers on its own. If some layers are in
   float, its optimiser `WeightBiasQuantization` is switched off, and biases are written as int32.
-- An int8 convolution writes int8. Where clado has no grid for its result, one is made of the range
-  that calibration images have there. clado has not measured this rounding.
-- A tensor that has a grid is on it for each of its readers, such as the addition of a residual block.
+- An int8 convolution writes int8. If clado has no grid for its result, the grid covers the range
+  that the result has on calibration images. clado's measurements do not include this rounding.
+- If a tensor has a grid, all its readers read the rounded values. The addition of a residual block
+  is such a reader.
 """
 
 import json
@@ -50,9 +52,9 @@ PRODUCTS = (*CONVOLUTIONS, "MatMul", "Gemm")
 CLIPS = ("Relu", "Clip")
 PASSES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # they commute with rounding
 MOST_BIAS = 2.0**30  # codes of an int32 bias, with room for the products
-LEAST_SCALE = 1e-20  # a channel that batch norm switches off would divide by zero
+LEAST_SCALE = 1e-20  # without it, a channel that batch norm sets to zero would divide by zero
 SESSION = "clado.session"
-"""Key of the file's metadata: ONNX Runtime's session entries that it is to be opened with, as JSON."""
+"""Key in the file's metadata. Its value is the session entries for opening the file in ONNX Runtime, as JSON."""
 EXACT_SUMS = (("session.x64quantprecision", "1"),)
 """Without it, sums of two products of 8-bit codes saturate on CPUs that have AVX2 and no VNNI."""
 FLOAT_STAYS = (("optimization.disable_specified_optimizers", "WeightBiasQuantization"),)
@@ -66,7 +68,7 @@ def lay_out(path: Path, ranges: Ranges) -> None:
 
     Args:
         path: The file.
-        ranges: Gives the ranges of tensors. It is called once, with the file as it is then.
+        ranges: Gives the ranges of tensors. It is called once, with the partly rewritten file.
     """
     ir = library("onnx_ir")
     model = ir.load(path)
@@ -99,7 +101,7 @@ class _Product:
     node: Any
     """The node that multiplies."""
     parts: tuple[Any, ...]
-    """The values that the weight is made of, one after another along its first axis."""
+    """The parts of the weight, one after another along its first axis."""
     is_transposed: bool
     """Whether a matrix product reads the weight transposed: [outputs, inputs] is stored."""
 
@@ -115,7 +117,7 @@ class _Layout(GraphEditor):
     # -- batch norm --------------------------------------------------------------------------------------------------------
 
     def fold_batch_norms(self) -> None:
-        """Puts each batch norm that alone reads a convolution into its scales and bias."""
+        """Folds each batch norm into the convolution before it, if nothing else reads the convolution's result."""
         for norm in [n for n in self.graph if n.op_type == "BatchNormalization"]:
             conv = norm.inputs[0].producer()
             statistics = [array_of(value) for value in norm.inputs[1:5]]
@@ -150,7 +152,7 @@ class _Layout(GraphEditor):
         if decoder is None or decoder.op_type != "DequantizeLinear" or axis_of(decoder) != 0:
             return None
         codes, scale, zero_point = self.decoded(decoder)
-        negative = factor < 0  # a scale is positive: codes change their sign, around the middle of their range
+        negative = factor < 0  # scales must be positive, so the codes change their sign, around the middle of their range
         if negative.any():
             low, high = code_range(decoder.inputs[0].dtype)
             around = 2 * zero_point if low < 0 and not zero_point.any() else np.full_like(zero_point, low + high)
@@ -162,7 +164,7 @@ class _Layout(GraphEditor):
     # -- grids of inputs ---------------------------------------------------------------------------------------------------
 
     def share_grids(self) -> None:
-        """Gives each tensor one grid, the widest of its readers', and each reader the rounded tensor."""
+        """Gives each tensor the widest grid of its readers. Every reader then reads the rounded tensor."""
         values: dict[Any, list[Any]] = {}
         for quantize in [n for n in self.graph if n.op_type == "QuantizeLinear"]:
             values.setdefault(quantize.inputs[0], []).append(quantize)
@@ -179,7 +181,7 @@ class _Layout(GraphEditor):
         self.clean()
 
     def drop_clips(self) -> None:
-        """Removes Relu and Clip where the grid behind them ends no later, and takes a grid before what passes it on."""
+        """Removes a Relu or Clip if the grid after it ends within its bounds. Moves grids before the operators `PASSES`."""
         changed = True
         while changed:
             changed = False
@@ -196,7 +198,7 @@ class _Layout(GraphEditor):
             self.clean()
 
     def _is_within(self, quantize: Any, clip: Any) -> bool:
-        """Whether a grid ends within the bounds of a Relu or Clip, so that rounding clips as well."""
+        """Whether a grid ends within the bounds of a Relu or Clip. Then rounding also clips."""
         low, high, scale = grid_of(quantize)
         bounds = [-np.inf, np.inf]
         if clip.op_type == "Relu":
@@ -207,7 +209,7 @@ class _Layout(GraphEditor):
                 if array is None:
                     return False
                 bounds[position - 1] = float(array)
-        tolerance = scale / 1000  # of how a scale is rounded
+        tolerance = scale / 1000  # because scales are rounded
         return bool(bounds[0] <= low + tolerance and high - tolerance <= bounds[1])
 
     def _is_unrounded_product(self, value: Any) -> bool:
@@ -220,7 +222,7 @@ class _Layout(GraphEditor):
         return source is not None and (source.op_type == "Conv" or is_dequantized(source.outputs[0]))
 
     def put_grid(self, value: Any, grid: ActivationGrid) -> None:
-        """A grid in front of every reader of a value."""
+        """Puts a value on a grid, for all its readers."""
         scale = self.stored(f"{value.name}.grid_scale", np.array(grid.scale, np.float32))
         zero = self.stored(f"{value.name}.grid_zero_point", np.array(grid.zero_point, np.uint8))
         self._round(value, scale, zero)
@@ -258,7 +260,7 @@ class _Layout(GraphEditor):
                 conv.replace_input_with(2, self._int32_bias(conv.name, bias, scale, input_scale, with_zeros=False))
 
     def convolutions_without_grid(self) -> list[Any]:
-        """The results of int8 convolutions, behind their Relu or Clip, that nothing rounds."""
+        """The results of int8 convolutions that are not rounded, after their Relu or Clip."""
         missing = []
         for conv in self.graph:
             if conv.op_type != "Conv" or not is_int8(conv):
@@ -297,7 +299,7 @@ class _Layout(GraphEditor):
                 yield _Product(product, tuple(parts), is_transposed)
 
     def write_product(self, product: _Product) -> None:
-        """Writes a product so that its kernel is taken, and calls the node by its layer."""
+        """Writes a product so that its kernel is used, and names the node after its layer."""
         is_static = is_dequantized(product.node.inputs[0])
         names = [layer_name(part) for part in product.parts]
         if product.node.op_type in CONVOLUTIONS:
@@ -320,7 +322,7 @@ class _Layout(GraphEditor):
         self._write_matrix_product(product, names, is_static)
 
     def _call(self, conv: Any, name: str) -> None:
-        """Calls a convolution and its results by its layer: ONNX Runtime's fused nodes keep one of these names."""
+        """Names a convolution and its results after its layer. ONNX Runtime's fused nodes keep one of these names."""
         conv.name = self.unused(name)
         value = conv.outputs[0]
         while not value.is_graph_output():
@@ -330,7 +332,7 @@ class _Layout(GraphEditor):
             value = value.uses()[0][0].outputs[0]
 
     def _write_int8_convolution(self, conv: Any, decoder: Any) -> None:
-        """Codes behind a Cast to int8. The scales are large enough for the bias to fit 32 bits."""
+        """Writes the codes and a Cast to int8. The scales are large enough for the bias to fit 32 bits."""
         codes, scale, zero_point = self.decoded(decoder)
         bias = array_of(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else None
         if bias is not None:
@@ -342,7 +344,7 @@ class _Layout(GraphEditor):
         conv.replace_input_with(1, self.decoder(decoder, codes, scale, zero_point, 0, as_int8=True).outputs[0])
 
     def _write_pointwise(self, conv: Any, decoder: Any) -> None:
-        """A 1x1 convolution as a matrix product over channels, which are moved last and back."""
+        """Writes a 1x1 convolution as a matrix product over channels. They are moved to the last axis and back."""
         ir, name, (x, *_) = self.ir, conv.name, conv.inputs
         rank = len(decoder.inputs[0].shape)
         last, back = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
@@ -369,7 +371,7 @@ class _Layout(GraphEditor):
         self.replace(conv, result)
 
     def _write_matrix_product(self, product: _Product, names: Sequence[str], is_static: bool) -> None:
-        """One product for each part of the weight, with codes as [inputs, outputs]."""
+        """Writes one product for each part of the weight, with codes as [inputs, outputs]."""
         ir, original = self.ir, product.node
         x = original.inputs[0]
         bias = original.inputs[2] if original.op_type == "Gemm" and len(original.inputs) > 2 else None
@@ -394,7 +396,7 @@ class _Layout(GraphEditor):
         self.replace(original, result)
 
     def _matrix(self, part: Any, decoder: Any, is_static: bool) -> tuple[Any, NDArray[np.float64] | None]:
-        """(a part of a weight as [inputs, outputs], its scales where the kernel reads int8 codes)."""
+        """(a part of a weight as [inputs, outputs], its scales if the kernel reads int8 codes)."""
         if decoder is None:
             return self.stored(f"{layer_name(part)}.transposed", np.ascontiguousarray(array_of(part).T)), None
         codes, scale, zero_point = self.decoded(decoder)

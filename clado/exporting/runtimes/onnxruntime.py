@@ -1,16 +1,16 @@
 """ONNX Runtime on a CPU.
 
-Integer kernels exist for these options; `_onnx_layout.py` writes the graph so that they are taken:
+Integer kernels exist for these options. `_onnx_layout.py` writes the graph so that they are used:
 
 - weights of 2, 4 or 8 bits and inputs of 8 bits: convolutions (`QLinearConv`) and linear layers
-  (`QGemm`, `MatMulIntegerToFloat`). All compute on int8, so fewer bits save bytes and no time.
+  (`QGemm`, `MatMulIntegerToFloat`). All compute on int8, so fewer bits save bytes but no time.
 - weights of 2, 4 or 8 bits and inputs in float: linear layers and 1x1 convolutions (`MatMulNBits`).
 
-On CPUs without VNNI, sums of 8-bit codes saturate, and MobileNetV2's logits are then ten times as
-far off. The session option `session.x64quantprecision` prevents it, for 1.4 times the time. A file's
-metadata says whether it needs the option.
+On CPUs without VNNI, sums of 8-bit codes saturate. MobileNetV2's logits are then ten times as far
+off. The session option `session.x64quantprecision` prevents it, and takes 1.4 times the time. A
+file's metadata says whether it needs the option.
 
-Everything else computes in float32. 3, 5, 6 and 7 bits lie in a wider type, so that the file is
+Everything else computes in float32. 3, 5, 6 and 7 bits are stored in a wider type, so the file is
 larger than claimed.
 
 Needs ONNX Runtime 1.25 or later. Telemetry is switched off before it is imported.
@@ -45,7 +45,7 @@ from clado.space import Layer
 
 OLDEST = (1, 25)
 STORED = (2, 4, 8)
-RANGE_BATCH = 16  # images of one pass that looks for ranges: every result is kept
+RANGE_BATCH = 16  # images of a pass that looks for ranges; few, because every result is kept
 WARM_UP = 2
 
 
@@ -68,7 +68,7 @@ def _lacks_kernel(layer: Layer, bits: int | None, activation_bits: int | None, s
 
 
 def _write(path: Path, network: Network, layers: Replaced, calibration: Tensor) -> None:
-    """Writes a network so that integer kernels are taken where there are some. Atomic."""
+    """Writes a network so that integer kernels are used if they exist. The write is atomic."""
     _library()
     widths = [bits_of(layer.grid.codes) for layer in as_layers(layers).values() if layer.grid is not None]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.laid-out")
@@ -125,7 +125,7 @@ def _profile(path: Path, threads: int, images: NDArray[np.float32], names: Seque
     layers = dict.fromkeys(names, 0.0)
     rest = 0.0
     for node, values in seconds.items():
-        # nodes of one name count together; each pass has as many
+        # the times of nodes with one name are added; each pass has the same number of them
         per_pass = np.array(values).reshape(WARM_UP + passes, -1).sum(1)
         share = median(per_pass[WARM_UP:].tolist())
         layer = next((name for name in by_length if node == name or node.startswith(tuple(name + mark for mark in "._/'"))), None)

@@ -7,12 +7,13 @@ Every snippet holds the assignment as the literal `BITS`. `read_assignment` read
 the file. It quantizes weights with one scale per output channel if the peer allows it. It checks
 that each layer has the assigned bits.
 
-If a peer takes the grids of the weights, a file of tensors lies beside the snippet: the state of
-the deployed network, corrections included, and the scales of its weights. Such a snippet computes
-what was measured. Otherwise bit-widths alone travel, and the peer rounds by itself.
+If a peer takes the grids of the weights, a file of tensors is written next to the snippet. It holds
+the state of the deployed network, corrections included, and the scales of its weights. Such a
+snippet computes the measured network. Otherwise the snippet has only bit-widths, and the peer
+rounds the weights by its own rule.
 
 Activation bits are the literal `ACTIVATION_BITS`. ModelOpt applies them. torchao and MCT do not, and
-their snippets say so: MCT quantizes outputs of layers, not inputs. Assignments that a peer cannot
+their snippets say so. MCT quantizes outputs of layers, not inputs. Assignments that a peer cannot
 express are refused, with the names of the layers.
 """
 
@@ -45,19 +46,19 @@ class Peer:
     title: str
     """Name of the peer's library."""
     snippet: Callable[[SearchSpace, Assignment, str | None], str]
-    """(space, assignment, name of the file of tensors beside the snippet, or None) -> text of the Python file.
+    """(space, assignment, name of the file of tensors next to the snippet, or None) -> text of the Python file.
 
     Raises ConfigurationError, with the names of the layers, for what the peer cannot express.
     """
     rounded: Callable[[Tensor, int, int], Tensor] | None = None
-    """(float weight, bits, channel axis) -> the weight as the peer rounds it by itself. None: it takes every grid."""
+    """(float weight, bits, channel axis) -> the weight as the peer rounds it by its own rule. None: it takes every grid."""
     takes: Callable[[Grid], bool] = lambda grid: False
     """Whether the peer takes weights that lie on a grid, with their scales."""
     input_grid: Callable[[ActivationGrid], ActivationGrid | None] = lambda grid: None
-    """The grid that the peer puts an input on, where clado has the given one. None: the input stays in float."""
+    """Maps clado's grid of an input to the peer's grid. None: the input stays in float."""
 
     def carries(self, deployed: Deployed) -> bool:
-        """Whether the weights travel as they were measured."""
+        """Whether the peer gets the weights as they were measured."""
         grids = [layer.grid for layer in deployed[1].values()]
         return all(grid is not None and self.takes(grid) for grid in grids)
 
@@ -65,8 +66,8 @@ class Peer:
         """The network as the peer computes it, emulated here.
 
         Args:
-            network: The float network, which the peer rounds where it does not take what was measured.
-            deployed: What was measured.
+            network: The float network. The peer rounds it if it does not take the measured weights.
+            deployed: The measured network.
         """
         corrected, layers = deployed
         inputs = {i: None if layer.activation is None else self.input_grid(layer.activation) for i, layer in layers.items()}
@@ -119,7 +120,7 @@ def write_snippet(
         space: The searched layers.
         assignment: Their bits.
         remark: A comment at the top of the snippet.
-        deployed: What was measured. Its weights and scales are written too if the peer takes them.
+        deployed: The measured network. Its weights and scales are written too if the peer takes them.
     """
     known = peer_of(peer)
     carried = deployed is not None and known.carries(deployed)
@@ -164,7 +165,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
+        temporary.chmod(0o644)  # safetensors makes it readable only by its owner
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -177,7 +178,7 @@ def nearest_codes(weight: Tensor, channel_axis: int, codes: Codes, shares: Seque
         weight: Float, of any shape.
         channel_axis: Axis of the output channels.
         codes: The integers.
-        shares: The scales that are tried, as parts of that at which the largest magnitude has the least code.
+        shares: The scales that are tried. At 1 the largest magnitude has the least code.
     """
     rows = weight.movedim(channel_axis, 0).flatten(1)
     largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / -codes.low
@@ -234,11 +235,11 @@ IMPORTS = """from pathlib import Path
 import torch
 from safetensors.torch import load_file
 """
-"""What `LOAD_MEASURED` needs."""
+"""The imports that `LOAD_MEASURED` needs."""
 
 
 def with_loading(text: str, weights: str | None) -> str:
-    """A snippet's text, with what reads a file of tensors if there is one."""
+    """A snippet's text. If there is a file of tensors, the code that reads it is added."""
     return text if weights is None else text.replace("\nimport torch\n", f"\n{IMPORTS}", 1) + f"\n{LOAD_MEASURED}"
 
 

@@ -2,7 +2,8 @@
 
 Source: https://sony.github.io/model_optimization/api/api_docs/classes/BitWidthConfig.html, the manual choice of bit-widths. A
 target platform must offer each width, so the snippet makes one that offers the assigned ones. One bit is refused: MCT's codes
-are −1 and 0, ours −1 and +1. Activation bits are not applied, because MCT quantizes outputs of nodes, and we inputs of layers.
+are −1 and 0, and clado's are −1 and +1. Activation bits are not applied, because MCT quantizes outputs of nodes. clado
+quantizes inputs of layers.
 """
 
 from torch import Tensor
@@ -101,7 +102,7 @@ def quantize(model, representative_data):
 
 
 def snippet(space: SearchSpace, assignment: Assignment, weights: str | None = None) -> str:
-    """The file's text; ConfigurationError names what MCT cannot express. MCT takes no scales, so `weights` is None."""
+    """The file's text. A ConfigurationError names what MCT cannot express. MCT takes no scales, so `weights` is None."""
     assignment = space.completed(assignment)
     check_expressible("MCT", space, assignment, OPERATORS, least=2, most=16)
     return f'''"""{headline("Sony's Model Compression Toolkit", space, assignment)}
@@ -131,7 +132,7 @@ KERNEL = "weight"
 
 
 def _rounded(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
-    """As MCT rounds, without its correction of biases: the threshold of least squared error."""
+    """The weight as MCT rounds it, with the threshold of least squared error. MCT's correction of biases is left out."""
     codes = Codes(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return nearest_codes(weight, channel_axis, codes, [k / 100 for k in range(1, 201)])
 

@@ -1,10 +1,10 @@
 """A Python file that quantizes a network with NVIDIA ModelOpt (nvidia-modelopt) as assigned. Verified with 0.47.0.
 
 Format: https://nvidia.github.io/Model-Optimizer/guides/_quant_cfg.html, an ordered list of quantizer names and their settings.
-One bit is refused: ModelOpt's one-bit grid holds nothing but zero, ours −1 and +1. Widths other than 8 are simulated there.
-Symmetric grids of weights travel: `amax` of a quantizer is the largest magnitude of its grid. Affine ones do not. Activation
-bits become those of the layers' input quantizers, one scale for each. ModelOpt's are symmetric, with amax the largest magnitude
-of our grid, or calibrated on images that the caller gives where no weights travel.
+One bit is refused: ModelOpt's one-bit grid holds only zero, and clado's holds −1 and +1. ModelOpt simulates widths other than 8.
+ModelOpt takes symmetric grids of weights: `amax` of a quantizer is the largest magnitude of its grid. It does not take affine
+grids. Activation bits become those of the layers' input quantizers, with one scale for each. These quantizers are symmetric.
+Their `amax` is the largest magnitude of clado's grid. If no weights are passed on, the caller's images calibrate it.
 """
 
 from torch import Tensor
@@ -83,7 +83,7 @@ lose a bit after a ReLU.
 
 
 def snippet(space: SearchSpace, assignment: Assignment, weights: str | None = None) -> str:
-    """The file's text; ConfigurationError names what ModelOpt cannot express."""
+    """The file's text. A ConfigurationError names what ModelOpt cannot express."""
     assignment = space.completed(assignment)
     check_expressible("ModelOpt", space, assignment, OPERATORS, least=2, most=16)
     images, weights_clause, inputs = "", "Weights only,", ""
@@ -117,13 +117,13 @@ CHANNEL_AXIS = {axes!r}
 
 
 def _rounded(weight: Tensor, bits: int, channel_axis: int) -> Tensor:
-    """As ModelOpt's algorithm `mse` rounds: of 19 scales the one of least squared error."""
+    """The weight as ModelOpt's algorithm `mse` rounds it: with the scale of least squared error among 19."""
     largest = 2 ** (bits - 1) - 1
     return nearest_codes(weight, channel_axis, Codes(-largest, largest), [k / 20 for k in range(2, 21)])
 
 
 def _input_grid(grid: ActivationGrid) -> ActivationGrid:
-    """The symmetric grid of the same largest magnitude."""
+    """The symmetric grid with the same largest magnitude."""
     largest = grid.scale * max(grid.zero_point, 2**grid.bits - 1 - grid.zero_point)
     return ActivationGrid(grid.bits, largest / (2 ** (grid.bits - 1) - 1), 2 ** (grid.bits - 1))
 

@@ -1,8 +1,9 @@
 """A Python file that quantizes a network with torchao as assigned. Verified with 0.18.0.
 
 Sources: torchao.quantization.FqnToConfig and IntxWeightOnlyConfig (one to eight bits). The latter gives a convolution a scale
-for each element of each filter. So convolutions use the tensor class below it, with one block per output channel. One bit is
-refused: torchao's codes are −1 and 0, ours −1 and +1. That class also takes given scales. Activation bits are not applied.
+for each element of each filter. So convolutions use the tensor class that it is built on, with one block per output channel. That
+class also takes given scales. One bit is refused: torchao's codes are −1 and 0, and clado's are −1 and +1. Activation bits are
+not applied.
 """
 
 from clado.exporting.snippets import (
@@ -62,7 +63,7 @@ kept one a byte. None leaves a layer in float."""
 
 
 def snippet(space: SearchSpace, assignment: Assignment, weights: str | None = None) -> str:
-    """The file's text; ConfigurationError names what torchao cannot express."""
+    """The file's text. A ConfigurationError names what torchao cannot express."""
     assignment = space.completed(assignment)
     check_expressible("torchao", space, assignment, OPERATORS, least=2, most=8)
     pairs = zip(space.layers, assignment.bits, strict=True)
