@@ -164,7 +164,7 @@ def test_a_machine_from_nothing_to_a_scheduled_run_and_back(services):
     point_at_each_other(services, run)
     its_page_shows(services, run)
     everything += services.family()
-    assert "Ended runner, workers, scheduler, mlflow, prefect." in services.run("down", name="down")
+    assert "Stopped runner, workers, scheduler, mlflow, prefect." in services.run("down", name="down")
     assert [one for one in everything if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
     assert "Nothing" in services.run("down", name="down")
     assert services.outside() == []
@@ -210,7 +210,7 @@ def test_on_postgresql_both_servers_make_their_tables_and_nothing_shows_the_pass
             cursor.execute(f"SELECT count(*) FROM {table}")
         connection.close()
     assert services.api("work_pools/filter", {})[0]["name"] == "clado"
-    assert "Ended" in services.run("down", name="down")
+    assert "Stopped" in services.run("down", name="down")
     written = [path.read_text(errors="replace") for path in services.listing.parent.glob("*.*") if path.is_file()]
     assert [text for text in [*commands, *written, services.printed("up")] if "hunter2" in text] == []
 
