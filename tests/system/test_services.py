@@ -166,7 +166,7 @@ def test_a_machine_from_nothing_to_a_scheduled_run_and_back(services):
     everything += services.family()
     assert "Stopped runner, workers, scheduler, mlflow, prefect." in services.run("down", name="down")
     assert [one for one in everything if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
-    assert "Nothing" in services.run("down", name="down")
+    assert "No service" in services.run("down", name="down")
     assert services.outside() == []
 
 
