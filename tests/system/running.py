@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import psutil
 import yaml
 
 from clado.measuring.kinds import tile_kinds
-from clado.measuring.plan import Tile
+from clado.measuring.plan import Plan, Tile
 from clado.run.opened_run import OpenedRun, open_run
 from clado.settings.loading import parse_config
 from clado.storage.measurement_store import MeasurementStore
@@ -124,23 +126,46 @@ class Bench:
     def opened(self) -> OpenedRun:
         return open_run(parse_config(yaml.safe_load((self.folder / "clado.yaml").read_text())))
 
-    def living(self) -> list[str]:
-        """Command lines of the living processes that were started in its folder, of whatever group."""
-        import psutil
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the configuration. Opening a run takes seconds, in which another process may measure every tile."""
+        return self.opened().plan
 
+    def processes(self) -> list[psutil.Process]:
+        """The living processes that were started in its folder, of whatever group."""
         processes = []
         for other in psutil.process_iter():
             with suppress(psutil.Error):
                 if other.status() != psutil.STATUS_ZOMBIE and Path(other.cwd()) == self.folder:
-                    processes.append(" ".join(other.cmdline()))
+                    processes.append(other)
         return processes
+
+    def living(self) -> list[str]:
+        """Their command lines."""
+        lines = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                lines.append(" ".join(process.cmdline()))
+        return lines
+
+    def suspend(self) -> None:
+        """Stops all of them until `resume`."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.suspend()
+
+    def resume(self) -> None:
+        """Lets those that live go on."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.resume()
 
     def done(self) -> list[Tile]:
         """Tiles that the store has so far."""
         if not (self.run_folder / "store.zarr").exists():
             return []
-        missing = set(MeasurementStore.open(self.run_folder / "store.zarr").missing(self.opened().plan))
-        return [tile for tile in self.opened().plan.tiles if tile not in missing]
+        missing = set(MeasurementStore.open(self.run_folder / "store.zarr").missing(self.plan))
+        return [tile for tile in self.plan.tiles if tile not in missing]
 
 
 def end_group(process: subprocess.Popen) -> None:

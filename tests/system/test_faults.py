@@ -104,12 +104,14 @@ def test_a_scheduler_that_is_killed_ends_the_run_and_the_next_one_goes_on(finish
 
 @pytest.fixture
 def half_way(tmp_path):
-    """A run of the command with two workers that has measured some of its tiles, and not all."""
+    """A run of the command with two workers that has measured some of its tiles, and not all. All its processes are suspended."""
     bench = Bench(tmp_path / "bench")
     bench.write(cluster={"kind": "local", "workers": 2})
+    assert len(bench.plan.tiles) == TILES  # the plan is made before the run begins
     process = bench.start("run", "clado.yaml", name="first")
     try:
         wait_for(lambda: len(bench.done()) >= 3, "some tiles", process)
+        bench.suspend()
         yield bench, process
     finally:
         end_group(process)
@@ -136,10 +138,11 @@ def test_a_run_killed_half_way_goes_on_from_there(half_way, finished):
     bench, process = half_way
     assert len(bench.living()) >= 5  # itself, its workers, Prefect's server and what watches that
     os.kill(process.pid, signal.SIGKILL)
+    bench.resume()
     process.wait(60)
     wait_for(lambda: not bench.living(), "the end of its workers and of Prefect's server")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
-    assert 3 <= len(done) <= TILES  # all of them where the machine is faster than the signal
+    assert 3 <= len(done) < TILES
     assert not (bench.run_folder / "record.json").exists()
     check_resumed(bench, finished, done, times)
 
@@ -148,6 +151,7 @@ def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(half_way, fini
     bench, process = half_way
     for _ in range(2):  # as an impatient user does
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        bench.resume()
         time.sleep(0.3)
     assert process.wait(180) == 130, bench.printed("first")
     text = bench.printed("first")
@@ -155,7 +159,7 @@ def test_an_interrupted_run_says_so_leaves_no_process_and_goes_on(half_way, fini
     assert [word for word in ("Traceback", "ERROR", "terminate called") if word in text] == []
     wait_for(lambda: not bench.living(), "the end of every process")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
-    assert 3 <= len(done) <= TILES  # all of them where the machine is faster than the signal
+    assert 3 <= len(done) < TILES
     check_resumed(bench, finished, done, times)
 
 
@@ -174,13 +178,14 @@ def test_a_second_run_is_refused_and_a_terminated_one_leaves_no_process_and_goes
     assert "another run is writing to" in bench.printed("refused")
     assert "Traceback" not in bench.printed("refused")
     terminate(process)
+    bench.resume()
     assert process.wait(180) == 143, bench.printed("first")
     text = bench.printed("first")
     assert "clado: terminated; what was measured is kept" in text
     assert "Traceback" not in text
     wait_for(lambda: not bench.living(), "the end of every process")
     done, times = bench.done(), chunk_times(bench.run_folder / "store.zarr")
-    assert 3 <= len(done) <= TILES
+    assert 3 <= len(done) < TILES
     check_resumed(bench, finished, done, times)
 
 
