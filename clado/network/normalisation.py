@@ -12,6 +12,7 @@ from clado.grids import QuantizedLayer
 from clado.network.graph import Graph
 from clado.network.whole_forwards import WholeForwards
 
+CACHED = 2**17  # values whose moments are computed at once
 Moments = tuple[Tensor, Tensor]  # mean and variance of each channel, (channels,) each
 
 
@@ -137,20 +138,24 @@ class BatchMoments:
 def batch_moments(values: Tensor) -> BatchMoments:
     """Moments of each channel of values (n, channels, ...).
 
-    Sums over one image are taken in float32 at least, which is several times as fast. Sums over
-    images are taken in float64.
+    The values are read once, in parts that stay in the cache. Sums over a part are taken in float32 at least, about the mean of
+    the first part, which keeps them small. Sums over parts are taken in float64.
     """
-
-    def total(summands: Tensor) -> Tensor:
-        return (summands.sum(list(range(2, summands.ndim))) if summands.ndim > 2 else summands).double().sum(0)
-
-    count = values.numel() // values.shape[1]
-    inner = values.to(torch.promote_types(values.dtype, torch.float32))
-    mean = total(inner) / count
-    centre = mean.to(inner.dtype)
-    around = centre.reshape([1, -1, *[1] * (values.ndim - 2)])
-    squares = total((inner - around).square_()) - count * (mean - centre.double()).square()  # around a rounded mean
-    return BatchMoments(count, mean, squares)
+    channels, count = values.shape[1], values.numel() // values.shape[1]
+    whole = values.flatten(2) if values.ndim > 2 else values[..., None]  # (n, channels, positions)
+    parts = [
+        part.to(torch.promote_types(values.dtype, torch.float32))
+        for images in whole.split(max(1, CACHED // whole[0].numel()))
+        for part in images.split(max(1, CACHED // channels), 2)
+    ]
+    centre = parts[0].mean((0, 2), keepdim=True)
+    sums = squares = torch.zeros(channels, dtype=torch.float64, device=values.device)
+    for part in parts:
+        difference = part - centre
+        sums = sums + difference.sum((0, 2)).double()
+        squares = squares + difference.square_().sum((0, 2)).double()
+    shift = sums / count
+    return BatchMoments(count, centre.flatten().double() + shift, squares - count * shift.square())
 
 
 def pooled(batches: Sequence[BatchMoments], dtype: torch.dtype) -> Moments:

@@ -118,7 +118,8 @@ class MomentSums:
     def _multiply(self) -> None:
         """Adds the products of the collected rows. Many at a time, because each time all products are read and written."""
         if self._waiting:
-            rows = torch.cat(self._waiting, 1)
+            # rows of several groups are a view whose first axis in memory is the rows: joining along it copies whole blocks
+            rows = torch.cat([part.transpose(0, 1) for part in self._waiting]).transpose(0, 1)
             self._total = self._total + rows.sum(1)
             self._products.baddbmm_(rows.mT, rows)
             self._waiting.clear()

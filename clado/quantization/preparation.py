@@ -6,7 +6,7 @@ interaction matrix therefore describes the layers that are deployed, with their 
 batch norm) needs the whole assignment. It comes last, in `Prepared.deployed`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,9 +142,9 @@ def prepare(
     """
     recipe = recipe or Recipe()
     check_space(network, space)
-    check_calibration(space, recipe, images)
+    check_calibration(space, recipe, sum(map(len, images)))
     images = [batch.to(network.device) for batch in images if len(batch)]
-    tensors, notes = equalized(network, recipe, images)
+    tensors, notes = equalized(network, recipe, [observed(network, recipe, images)])
     network = network.updated(tensors) if tensors else network
     layers: list[QuantizedLayer] = []
     inputs = layer_inputs(network, space, recipe, images)
@@ -198,15 +198,28 @@ def check_space(network: Network, space: SearchSpace) -> None:
         )
 
 
-def check_calibration(space: SearchSpace, recipe: Recipe, images: Sequence[Tensor]) -> None:
+def check_calibration(space: SearchSpace, recipe: Recipe, num_images: int) -> None:
     """Raises DataError if something needs calibration images and there are none."""
     readers = [*recipe.corrections, *(["activations"] if space.activation_widths != (None,) else [])]
-    if readers and not any(len(batch) for batch in images):
+    if readers and not num_images:
         raise DataError(f"{', '.join(readers)} need calibration images and there are none; expected 256 or more")
 
 
-def equalized(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def observed(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What corrections of the float network must know about a block of calibration batches, by correction and their own name."""
+    corrections = at_stage(recipe.corrections, NetworkCorrection)
+    return {f"{name}/{key}": tensor for name, c in corrections.items() for key, tensor in c.observe(network, images).items()}
+
+
+def equalized(
+    network: Network, recipe: Recipe, blocks: Sequence[Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], list[str]]:
     """Applies the corrections of the float network.
+
+    Args:
+        network: The float network.
+        recipe: How layers are quantized.
+        blocks: What `observed` returns for blocks of calibration images.
 
     Returns:
         The new values of parameters and buffers by name, and a note for each pair of neighbours.
@@ -214,7 +227,8 @@ def equalized(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> tup
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
     for name, correction in at_stage(recipe.corrections, NetworkCorrection).items():
-        equalization = correction.equalize(network.updated(tensors) if tensors else network, images)
+        own = [{key.removeprefix(f"{name}/"): t for key, t in block.items() if key.startswith(f"{name}/")} for block in blocks]
+        equalization = correction.equalize(network.updated(tensors) if tensors else network, own)
         tensors |= equalization.tensors
         notes += [f"{name}: {pair}" for pair in equalization.report]
     return tensors, notes

@@ -18,6 +18,7 @@ from clado.quantization.preparation import (
     calibration_batches,
     check_calibration,
     equalized,
+    observed,
     prepare_layer,
     sweeps,
 )
@@ -45,6 +46,16 @@ GATHER_COST = 3.0  # one of the second moments
 RANGE_COST = 4000.0  # the search for the range of a weight at a width
 COLUMN_COST = 6e6  # rounding a column
 SWEEPS_COST = 12.0  # a weight at a width, for each column of its layer
+
+
+@dataclass(frozen=True)
+class ObserveTask:
+    """What corrections of the float network must know about one block of calibration images."""
+
+    block: int
+    """Number of the block."""
+    cost: float
+    """Multiply-accumulates."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class LayerTask:
     """Multiply-accumulates, roughly."""
 
 
-PreparationTask = SweepTask | RangesTask | LayerTask
+PreparationTask = ObserveTask | SweepTask | RangesTask | LayerTask
 
 
 class RunPreparation:
@@ -111,12 +122,34 @@ class RunPreparation:
         document = self.identity.without_corrections if plain else self.identity.document
         return PreparedLayers(self.inputs.folder / "prepared" / fingerprint(document)[:16])
 
+    def observations(self) -> list[ObserveTask]:
+        """The tasks that `equalize` needs and whose results are missing. They can be done in any order."""
+        inputs, files = self.inputs, self.files()
+        if files.network_file.exists() or not self._observes:
+            return []
+        tasks = [ObserveTask(k, self.observation_cost(stop - start)) for k, (start, stop) in enumerate(self.blocks)]
+        return [task for task in tasks if not files.inputs.observed_file(task.block).exists()]
+
+    def observation_cost(self, num_images: int) -> float:
+        """Multiply-accumulates of observing some images."""
+        return RUN_COST * self.inputs.float_network.macs * num_images
+
+    @cached_property
+    def _observes(self) -> bool:
+        """Whether corrections of the float network depend on images."""
+        corrections = at_stage(self.inputs.config.corrections, NetworkCorrection).values()
+        return any(correction.reads_images(self.inputs.float_network) for correction in corrections)
+
     def equalize(self) -> None:
         """Corrects the float network and keeps the changes, unless this is already done."""
         files, inputs = self.files(), self.inputs
         if not files.network_file.exists():
-            check_calibration(inputs.space, inputs.recipe, self.calibration)
-            files.write_network(*equalized(inputs.float_network, inputs.recipe, self.calibration))
+            check_calibration(inputs.space, inputs.recipe, len(inputs.slices.calibration))
+            for task in self.observations():
+                self.do(task)
+            numbers = range(len(self.blocks) if self._observes else 0)
+            blocks = [files.inputs.read_observed(k, inputs.float_network.device) for k in numbers]
+            files.write_network(*equalized(inputs.float_network, inputs.recipe, blocks))
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -205,14 +238,18 @@ class RunPreparation:
 
     def do(self, task: PreparationTask) -> None:
         """Does one task, and keeps its result."""
+        if isinstance(task, ObserveTask):
+            network = self.inputs.float_network
+            batches = calibration_batches(self._block(task.block), network.images_at_once)
+            self.files().inputs.write_observed(task.block, observed(network, self.inputs.recipe, batches))
+            return
         network, recipe, files = self._network(task.plain), self._recipe(task.plain), self.files(task.plain)
         if isinstance(task, SweepTask):
-            start, stop = self.blocks[task.block]
+            start, _ = self.blocks[task.block]
             sweep = self._sweep(task)
             if task.on_grids:
                 sweep = replace(sweep, grids={layer: files.inputs.read_ranges(layer) for layer in task.layers})
-            images = self.inputs.slices.calibration.load(start, stop)[0].to(network.device)
-            for layer, layer_inputs in sweep.gather(network, images, start, task.layers).items():
+            for layer, layer_inputs in sweep.gather(network, self._block(task.block), start, task.layers).items():
                 files.inputs.write(layer, task.block, task.on_grids, layer_inputs)
         elif isinstance(task, RangesTask):
             layer_inputs = self._read_inputs(task.plain, task.layer, on_grids=False)
@@ -223,6 +260,10 @@ class RunPreparation:
                 layer_inputs = self._read_inputs(task.plain, task.layer, sweep.on_grids)
                 layer_input = layer_inputs if layer_input is None else replace(layer_input, on_grid=layer_inputs.on_grid)
             files.write_layer(task.layer, *prepare_layer(network, self.inputs.space, recipe, task.layer, layer_input))
+
+    def _block(self, number: int) -> Tensor:
+        """The calibration images of a block."""
+        return self.inputs.slices.calibration.load(*self.blocks[number])[0].to(self.inputs.float_network.device)
 
     def clear(self) -> None:
         """Deletes the results of sweeps when every layer is prepared."""

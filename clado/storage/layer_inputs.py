@@ -3,6 +3,7 @@
     0007-3.safetensors          statistics of the input of layer 7 on block 3
     0007-3-on-grid.safetensors  the moments of the same input on its grids
     0007-ranges.safetensors     the grids of the input of layer 7, by activation width
+    observed-3.safetensors      what corrections of the float network must know about block 3
 
 One task of a sweep writes the files of one block. Its sums do not depend on other tasks, and they are added in the order of the
 blocks. So the result is the same bit for bit for any number of workers.
@@ -97,6 +98,22 @@ class LayerInputs:
             return {bits: ActivationGrid(bits, float.fromhex(scale), zero_point) for bits, scale, zero_point in rows}
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(self.ranges_file(layer), error) from None
+
+    def observed_file(self, block: int) -> Path:
+        """Where the observations of a block for corrections of the float network are kept."""
+        return self.folder / f"observed-{block}.safetensors"
+
+    def write_observed(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps the observations of a block, by name."""
+        write_tensors(self.observed_file(block), tensors, {}, FORMAT)
+
+    def read_observed(self, block: int, device: torch.device) -> dict[str, Tensor]:
+        """The observations of a block, by name.
+
+        Raises:
+            StoreError: The file is absent or damaged.
+        """
+        return read_tensors(self.observed_file(block), device, FORMAT)[0]
 
     def clear(self) -> None:
         """Deletes the folder."""

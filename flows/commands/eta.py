@@ -15,7 +15,7 @@ from clado.interaction.estimators import estimator_of, unreported_estimators
 from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Tile
 from clado.network.network import Network
-from clado.quantization.preparation import Recipe, equalized, prepare, prepare_layer
+from clado.quantization.preparation import Recipe, equalized, observed, prepare, prepare_layer
 from clado.quantization.quantizers import WeightQuantizer
 from clado.quantization.reconstruction import EFFORTS
 from clado.quantization.sweep import LayerInput
@@ -148,8 +148,13 @@ def _preparing(run: OpenedRun) -> float:
     batch, layers = preparation.calibration[:1], range(run.space.num_layers)
     seconds, begin = 0.0, time.perf_counter()
     if not preparation.files().network_file.exists():
-        equalized(network, run.recipe, batch)
-        seconds += (time.perf_counter() - begin) * len(preparation.calibration)  # in one process
+        blocks = [observed(network, run.recipe, batch)]
+        equalized(network, run.recipe, blocks)
+        seconds += time.perf_counter() - begin  # in one process
+    if observations := preparation.observations():
+        spent = _seconds(run, partial(observed, network, run.recipe, batch))
+        cost = sum(task.cost for task in observations)
+        seconds += cost / preparation.observation_cost(len(batch[0])) * spent / run.config.cluster.workers
     for plain in (False, True):
         work = {name: sum(t.cost for t in tasks if isinstance(t, kind) and t.plain == plain) for name, kind in KINDS.items()}
         gathered: dict[int, LayerInput] = {}

@@ -1,10 +1,13 @@
 """Prepare: rounds and corrects every layer at every candidate once, and keeps the results as files.
 
-First, tasks sweep over blocks of calibration images. Then one task prepares each layer.
+First, tasks run over blocks of calibration images. Then one task prepares each layer.
 """
+
+from collections.abc import Sequence
 
 from clado.records.text import write_text
 from clado.run.opened_run import OpenedRun
+from clado.run.preparation import PreparationTask
 from flows import worker
 from flows.clusters import Workers
 from flows.progress import progress
@@ -12,13 +15,19 @@ from flows.progress import progress
 
 def prepare(run: OpenedRun, workers: Workers) -> list[str]:
     """Makes what is absent: first the equalized float network, then layers, corrected and plain. Returns notes."""
-    run.preparation.equalize()
-    stages = run.preparation.stages()
-    costs = [task.cost for tasks in stages for task in tasks]
+    preparation = run.preparation
+    observations, stages = preparation.observations(), preparation.stages()
+    costs = [task.cost for tasks in [observations, *stages] for task in tasks]
     with progress("preparing", sum(costs), run.config.cluster.workers * max(costs, default=0.0)) as advance:
-        for tasks in stages:
+
+        def do(tasks: Sequence[PreparationTask]) -> None:
             for task in workers.map(worker.prepare, run.config, tasks):
                 advance(task.cost)
+
+        do(observations)
+        preparation.equalize()
+        for tasks in stages:
+            do(tasks)
     run.preparation.clear()
     notes = run.preparation.corrected.notes
     if not notes:

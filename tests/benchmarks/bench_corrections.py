@@ -33,7 +33,7 @@ from clado.measuring.measurements import measure_tile
 from clado.measuring.plan import Plan, sample_blocks
 from clado.measuring.workbench import Workbench, rows_per_tile
 from clado.network.network import Network
-from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, layer_inputs, prepare_layer
+from clado.quantization.preparation import Prepared, Recipe, calibration_batches, equalized, layer_inputs, observed, prepare_layer
 from clado.records.text import markdown_table
 from clado.settings.schema import DataSettings, NetworkSettings
 from clado.space import Assignment
@@ -69,7 +69,7 @@ def prepared(network: Network, name: str, variant: str, slices: DataSlices) -> P
     images = calibration_batches(slices.calibration.load(0, NUM_CALIBRATION)[0].to(network.device))
     prepared_layers = PreparedLayers(FOLDER / name / variant)
     if not prepared_layers.network_file.exists():
-        prepared_layers.write_network(*equalized(network, recipe, images))
+        prepared_layers.write_network(*equalized(network, recipe, [observed(network, recipe, images)]))
     tensors, _ = prepared_layers.read_network(network.device)
     network = network.updated(tensors) if tensors else network
     missing = prepared_layers.missing(space.num_layers)

@@ -18,7 +18,7 @@ from torch import Tensor
 from clado.criteria.kl_to_float import kl_to_float
 from clado.network.network import Network, prefers_channels_last
 from clado.quantization import sweep
-from clado.quantization.preparation import Recipe, equalized, layer_inputs, prepare, prepare_layer
+from clado.quantization.preparation import Recipe, equalized, layer_inputs, observed, prepare, prepare_layer
 from clado.records.text import markdown_table
 from tests.benchmarks.bench_measure import by_name, machine
 from tests.benchmarks.pages import filled
@@ -66,7 +66,8 @@ def costs(name: str, images: Tensor) -> dict[str, float]:
     network = network_of(name)
     space, recipe = network.search_space(CANDIDATES), Recipe(corrections=CORRECTIONS)
     seconds = {"forward": forward_seconds(network, images)}
-    seconds["equalization"], (tensors, _) = timed(lambda: equalized(network, recipe, [*images.split(network.images_at_once)]))
+    batches = [*images.split(network.images_at_once)]
+    seconds["equalization"], (tensors, _) = timed(lambda: equalized(network, recipe, [observed(network, recipe, batches)]))
     equal = network.updated(tensors)
     seconds["sweep"], inputs = timed(lambda: layer_inputs(equal, space, recipe, [images]))
     layers = range(space.num_layers)

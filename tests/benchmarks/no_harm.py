@@ -27,7 +27,15 @@ from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.network.normalisation import as_seen
 from clado.quantization.corrections import batchnorm_reestimation, output_statistics
-from clado.quantization.preparation import Recipe, calibration_batches, equalized, layer_inputs, layer_sample, prepare_layer
+from clado.quantization.preparation import (
+    Recipe,
+    calibration_batches,
+    equalized,
+    layer_inputs,
+    layer_sample,
+    observed,
+    prepare_layer,
+)
 from clado.records.results import CHOSEN
 from clado.records.run_record import RunRecord
 from clado.records.text import markdown_table
@@ -108,7 +116,8 @@ def variants(network: Network, images: Sequence[Tensor], combos_tried: Sequence[
     for is_equalized in sorted({"equalization" in names for names in combos_tried}):
         mine = [names for names in combos_tried if ("equalization" in names) == is_equalized]
         if is_equalized:
-            tensors, _ = equalized(network, Recipe(corrections=("equalization",)), images)
+            recipe = Recipe(corrections=("equalization",))
+            tensors, _ = equalized(network, recipe, [observed(network, recipe, images)])
             network = network.updated(tensors)
         roundings = {next((n for n in names if n in ("gptq", "adaround")), "") for names in mine}
         by_rounding: dict[tuple[str, bool], list[QuantizedLayer]] = {(r, o): [] for r in sorted(roundings) for o in (False, True)}

@@ -1,6 +1,7 @@
 """Laws of cross-layer equalisation: the float network stays, the ranges of channels become equal, every pair is accounted for."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +14,7 @@ from clado.data.zoo.networks import MobileNetV2, ResNet20, VisionTransformer
 from clado.network.network import Network
 from clado.quantization.corrections import equalization
 from clado.quantization.corrections._connections import HEADROOM, LIMIT
-from clado.quantization.corrections.equalization import Equalization, Pair, equalize
+from clado.quantization.corrections.equalization import Equalization, Pair
 from clado.quantization.quantizers import WeightQuantizer
 from tests import tolerance
 from tests.networks import Attention, Residual, Tied, Volume, build, calls_of, images, replaced_logits
@@ -149,6 +150,11 @@ def case(kind: str) -> Case:
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def equalize(network: Network, batches: Sequence[Tensor]) -> Equalization:
+    """What equalisation makes of a network. Each batch is a block."""
+    return equalization.equalize(network, [equalization.observe(network, [batch]) for batch in batches])
 
 
 def of(model: nn.Module, x: Tensor | None = None, **settings) -> Equalization:

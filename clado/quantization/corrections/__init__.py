@@ -78,8 +78,12 @@ class NetworkCorrection(Correction):
     """Acts once, on the float network."""
 
     stage = "network"
-    equalize: Callable[[Network, Sequence[Tensor]], ChangedNetwork]
-    """(float network, calibration batches (n, C, H, W)) -> its changes."""
+    observe: Callable[[Network, Sequence[Tensor]], Mapping[str, Tensor]]
+    """(float network, batches (n, C, H, W) of a block of calibration images) -> what `equalize` must know about them."""
+    equalize: Callable[[Network, Sequence[Mapping[str, Tensor]]], ChangedNetwork]
+    """(float network, observations of disjoint blocks) -> its changes. They do not depend on how the images are cut."""
+    reads_images: Callable[[Network], bool] = lambda network: True
+    """Whether the changes of a network depend on images. If not, `equalize` gets no observations."""
 
 
 @dataclass(frozen=True)

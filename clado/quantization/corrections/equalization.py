@@ -15,7 +15,7 @@ new variance is above the old one, and so valid. After it s ≥ 1, so that activ
 range for each output channel gain from input channels only. Rounds are repeated until no scale changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ class Equalization:
 
 @torch.inference_mode(False)  # ordinary tensors, even if the caller is in inference mode
 @torch.no_grad()
-def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
+def equalize(network: Network, observed: Sequence[Mapping[str, Tensor]]) -> Equalization:
     """Equalises neighbouring layers of a float network. Apply it with `network.updated(result.tensors)`.
 
     A connection is scaled between two searched layers whose values have no other reader. It may pass through ReLU, leaky ReLU,
@@ -72,19 +72,17 @@ def equalize(network: Network, images: Sequence[Tensor]) -> Equalization:
 
     Args:
         network: The float network.
-        images: Calibration batches (n, C, H, W). They are read only for clips from above, such as ReLU6: these are homogeneous
-            below their clip. A channel is scaled there only if its measured maximum is below the clip, and the scaled maximum
-            keeps a distance. Everywhere else the float network stays the same for every input, up to rounding.
+        observed: What `observe` returns for blocks of calibration images. It matters only for clips from above, such as ReLU6:
+            these are homogeneous below their clip. A channel is scaled there only if its measured maximum is below the clip,
+            and the scaled maximum keeps a distance. Everywhere else the float network stays the same for every input, up to
+            rounding.
     """
     graph = network.engine
     if not isinstance(graph, Graph):
         reason = "the network runs by whole forward passes, which do not show what lies between two layers"
         return Equalization({}, (Pair("every layer", "every layer", False, reason),))
-    example = network.example.to(network.device)
-    survey = Survey(graph, [value_shapes(graph, example.repeat(n, *[1] * (example.ndim - 1))) for n in (2, 3)])
-    connections = list(survey.connections())
-    clips = [clip for connection in connections for clip in connection.clips]
-    maxima = dict(zip(clips, _maxima(graph, clips, [batch.to(network.device) for batch in images]), strict=True))
+    connections, clips = _surveyed(network, graph)
+    maxima = {clip: _maximum([block[str(k)] for block in observed if str(k) in block]) for k, clip in enumerate(clips)}
     values = {name: graph.constants[slots[0]] for name, slots in graph.named.items()}
     magnitudes: dict[str, Tensor] = {}
     for connection in connections:
@@ -115,18 +113,50 @@ def _pair(connection: Connection) -> Pair:
     return Pair(connection.first, connection.second, True, note)
 
 
-@torch.inference_mode()
-def _maxima(graph: Graph, clips: Sequence[Clip], images: Sequence[Tensor]) -> list[Tensor | None]:
-    """The largest value of each channel at each clip, (channels,). None without images."""
-    maxima: dict[Clip, Tensor] = {}
-    for batch in images if clips else ():
-        state = graph.begin(batch)
-        for clip in sorted(clips, key=lambda clip: clip.position):
-            state = graph.run(state, clip.position, {})
-            value = state.values[clip.slot].movedim(clip.layout.axis, 0)
-            largest = value.reshape(value.shape[0] // clip.layout.repeat, -1).amax(1).double()
-            maxima[clip] = torch.maximum(maxima[clip], largest) if clip in maxima else largest
-    return [maxima.get(clip) for clip in clips]
+def observe(network: Network, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `equalize` must know about a block of calibration images: the largest value of each channel at each clip.
+
+    Args:
+        network: The float network.
+        images: Batches (n, C, H, W).
+
+    Returns:
+        Number of the clip -> maxima (channels,), float64. Empty for a network without clips from above, and without images.
+    """
+    graph = network.engine
+    if not isinstance(graph, Graph):
+        return {}
+    _, clips = _surveyed(network, graph)
+    order = sorted(enumerate(clips), key=lambda numbered: numbered[1].position)
+    observed: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for batch in images if clips else ():
+            state = graph.begin(batch.to(network.device))
+            for k, clip in order:
+                state = graph.run(state, clip.position, {})
+                value = state.values[clip.slot]
+                largest = value.amax([axis for axis in range(value.ndim) if axis != clip.layout.axis])
+                largest = largest.reshape(-1, clip.layout.repeat).amax(1).double()
+                observed[str(k)] = torch.maximum(observed[str(k)], largest) if str(k) in observed else largest
+    return {k: maxima.clone() for k, maxima in observed.items()}
 
 
-correction = NetworkCorrection(equalize)
+def reads_images(network: Network) -> bool:
+    """Whether there are clips from above between neighbours."""
+    return isinstance(network.engine, Graph) and bool(_surveyed(network, network.engine)[1])
+
+
+def _surveyed(network: Network, graph: Graph) -> tuple[list[Connection], list[Clip]]:
+    """The connections of a network, and the clips from above between them."""
+    example = network.example.to(network.device)
+    survey = Survey(graph, [value_shapes(graph, example.repeat(n, *[1] * (example.ndim - 1))) for n in (2, 3)])
+    connections = list(survey.connections())
+    return connections, [clip for connection in connections for clip in connection.clips]
+
+
+def _maximum(blocks: Sequence[Tensor]) -> Tensor | None:
+    """The largest values of all blocks. None without blocks."""
+    return torch.stack(list(blocks)).amax(0) if blocks else None
+
+
+correction = NetworkCorrection(observe, equalize, reads_images)
