@@ -9,7 +9,6 @@ sensitivity or calibration set contains the smaller one of the same seed.
 
 import hashlib
 import io
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DECODERS = 4  # threads help, because Pillow decodes and resizes without Python's lock
-AHEAD_BYTES = 250 * 10**6  # most bytes of decoded images that were not read yet
 MODES = {1: "L", 3: "RGB"}
 SUFFIXES = (
     ".jpg",
@@ -105,11 +103,12 @@ class Preprocessing:
 
     def __call__(self, encoded: EncodedImage) -> Tensor:
         """The image as float32 (C, H, W). Raises UnreadableImage with its name if it cannot be read."""
-        return self.normalised(self.pixels(encoded))
+        pixels = self.pixels(encoded).float()
+        return (pixels / 255 - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels as uint8 (..., C, H, W) in the form that the network takes, as float32."""
-        return (pixels.float() / 255 - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+    def check(self, encoded: EncodedImage) -> None:
+        """Raises the errors of `pixels`. A JPEG file is read to its end, but decoded at an eighth of its size."""
+        self._decoded(encoded, small=True)
 
     def pixels(self, encoded: EncodedImage) -> Tensor:
         """The resized and cropped image as uint8 (C, H, W). Raises UnreadableImage with its name if it cannot be read.
@@ -119,14 +118,7 @@ class Preprocessing:
         from PIL import Image
 
         channels, height, width = self.image_shape
-        try:
-            with Image.open(io.BytesIO(encoded.read())) as file:
-                image = _eight_bits(file, encoded).convert(MODES[channels])
-        except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(
-                f"image {encoded} cannot be read ({error}); repair or remove it, or allow some with data.max_corrupt_images",
-                encoded.name,
-            ) from error
+        image = self._decoded(encoded)
         shorter, longer = sorted(image.size)
         scaled = int(self.resize * longer / shorter)
         size = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
@@ -135,6 +127,21 @@ class Preprocessing:
         left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
         cropped = np.array(image.crop((left, top, left + width, top + height))).reshape(height, width, channels)
         return torch.from_numpy(cropped).permute(2, 0, 1)
+
+    def _decoded(self, encoded: EncodedImage, small: bool = False) -> "Image.Image":
+        """The image with eight bits a channel and the network's channels, where the format allows at a reduced size."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(encoded.read())) as file:
+                if small:
+                    file.draft(None, (1, 1))  # keeps the mode
+                return _eight_bits(file, encoded).convert(MODES[self.image_shape[0]])
+        except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnreadableImage(
+                f"image {encoded} cannot be read ({error}); repair or remove it, or allow some with data.max_corrupt_images",
+                encoded.name,
+            ) from error
 
 
 def _eight_bits(image: "Image.Image", encoded: EncodedImage) -> "Image.Image":
@@ -158,19 +165,17 @@ def folder_error(path: Path | None, expected: str) -> DataError:
 
 
 class Ahead:
-    """Decodes images in threads and in order, each once, so that a reader in this order need not wait.
+    """Checks images in threads and in order, each once, so that a reader in this order need not wait.
 
     Args:
         count: Number of images.
-        decode: Returns the image of a number. `take` raises its exceptions.
-        most: Most images that wait for the reader.
+        check: Raises an error if the image of a number is not readable. `wait` raises it again.
     """
 
-    def __init__(self, count: int, decode: Callable[[int], Tensor], most: int) -> None:
-        self._count, self._decode, self._most = count, decode, most
-        self._results: dict[int, Tensor | Exception] = {}
-        self._taken: set[int] = set()
-        self._next = self._wanted = 0
+    def __init__(self, count: int, check: Callable[[int], None]) -> None:
+        self._count, self._check = count, check
+        self._results: dict[int, Exception | None] = {}
+        self._next = 0
         self._changed = Condition()
         for _ in range(DECODERS):
             Thread(target=self._work, name="clado-decoding", daemon=True).start()
@@ -178,37 +183,33 @@ class Ahead:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next < max(self._wanted + self._most, 1) or self._next >= self._count)
                 if self._next >= self._count:
                     return
                 number = self._next
                 self._next += 1
+            error = None
             try:
-                result: Tensor | Exception = self._decode(number)
-            except Exception as error:
-                result = error
+                self._check(number)
+            except Exception as raised:
+                error = raised
             with self._changed:
-                self._results[number] = result
+                self._results[number] = error
                 self._changed.notify_all()
 
-    def take(self, number: int) -> Tensor:
-        """The image of a number. The first time it was decoded ahead; later it is decoded here."""
+    def wait(self, number: int) -> None:
+        """Waits until the image of a number is checked. Raises the error of its check."""
         with self._changed:
-            if number not in self._taken and self._count:
-                self._taken.add(number)
-                self._wanted = max(self._wanted, number + 1)
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: number in self._results or self._count == 0)
-            result = self._results.pop(number, None)
-        if isinstance(result, Exception):
-            raise result
-        return self._decode(number) if result is None else result
+            self._changed.wait_for(lambda: number in self._results or self._count == 0)
+            error = self._results.get(number)
+        if error is not None:
+            raise error
+        if number not in self._results:
+            self._check(number)
 
     def stop(self) -> None:
-        """Ends the threads, and drops images that were not read."""
+        """Ends the threads."""
         with self._changed:
             self._count = 0
-            self._results.clear()
             self._changed.notify_all()
 
 
@@ -253,30 +254,41 @@ class EncodedSlice:
     def load(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Images start..stop-1 as float32 (n, C, H, W), and labels int64 (n,) or None."""
         numbers = range(len(self))[start:stop]
-        images = torch.stack([self._image(k) for k in numbers]) if numbers else torch.empty(0, *self.image_shape)
-        return images, None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
+        decoded = [self.preprocessing(self.images[k]) for k in numbers]
+        return torch.stack(decoded) if decoded else torch.empty(0, *self.image_shape), self._labels(start, stop)
 
     def part(self, start: int, stop: int) -> "EncodedSlice":
         """Images start..stop-1 as a slice."""
         labels = None if self.labels is None else self.labels[start:stop]
         return EncodedSlice(self.images[start:stop], labels, self.classes, self.preprocessing)
 
-    def _image(self, number: int) -> Tensor:
-        if self._ahead is None:
-            return self.preprocessing(self.images[number])
-        return self.preprocessing.normalised(self._ahead.take(number))
+    def check(self, start: int, stop: int) -> Tensor | None:
+        """Labels of images start..stop-1, as `load` returns them. Images are decoded only far enough to know that they can be.
 
-    def decode_ahead(self) -> None:
-        """Begins to decode the images in order, because all of them will be read once soon."""
+        Raises:
+            UnreadableImage: An image cannot be read.
+            DataError: `load` refuses an image for another reason.
+        """
+        for number in range(len(self))[start:stop]:
+            if self._ahead is None:
+                self.preprocessing.check(self.images[number])
+            else:
+                self._ahead.wait(number)
+        return self._labels(start, stop)
+
+    def check_ahead(self) -> None:
+        """Begins to check the images in order, because all of them will be checked soon."""
         if self._ahead is None:
-            most = max(1, AHEAD_BYTES // math.prod(self.image_shape))
-            self._ahead = Ahead(len(self), lambda number: self.preprocessing.pixels(self.images[number]), most)
+            self._ahead = Ahead(len(self), lambda number: self.preprocessing.check(self.images[number]))
 
     def end_ahead(self) -> None:
-        """Stops `decode_ahead`."""
+        """Stops `check_ahead`."""
         if self._ahead is not None:
             self._ahead.stop()
             self._ahead = None
+
+    def _labels(self, start: int, stop: int) -> Tensor | None:
+        return None if self.labels is None else torch.tensor(self.labels[start:stop], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,14 @@ class DataSlices:
 
 
 @runtime_checkable
+class Checkable(Protocol):
+    """A slice that can check its images faster than it loads them."""
+
+    def check(self, start: int, stop: int) -> Tensor | None:
+        """The labels of images start..stop-1, as `load` returns them. Raises the errors of `load`."""
+
+
+@runtime_checkable
 class Divisible(Protocol):
     """A slice that can return a part of itself as a slice of the same class."""
 
@@ -341,20 +349,32 @@ def check_slice(
     for start in range(0, len(images), batch):
         stop = min(start + batch, len(images))
         try:
-            x, y = images.load(start, stop)
+            _check_images(images, start, stop, image_shape, num_classes, classes)
         except UnreadableImage:
             if unreadable is None:
                 raise
             unreadable.update(_unreadable(images, start, stop))
-            continue
-        check_batch(x, y, image_shape, num_classes, f"images {start} to {stop - 1}", classes)
+
+
+def _check_images(
+    images: ImageSlice, start: int, stop: int, image_shape: tuple[int, ...] | None, num_classes: int | None, classes: bool
+) -> None:
+    subject, source = f"images {start} to {stop - 1}", images.source if isinstance(images, KeptSlice) else images
+    # decoded images have the shape of the slice and finite pixels; so only the first is loaded
+    whole = (start, stop) if not isinstance(source, Checkable) else (start, min(start + 1, stop))
+    if isinstance(source, Checkable):
+        labels = source.check(start, stop)
+        if labels is not None and classes:
+            _check_labels(labels, stop - start, num_classes, subject)
+    check_batch(*images.load(*whole), image_shape, num_classes, subject, classes)
 
 
 def _unreadable(images: ImageSlice, start: int, stop: int) -> Iterator[tuple[int, str]]:
     """Those of the images start..stop−1 that cannot be read: (position, name)."""
+    source = images.source if isinstance(images, KeptSlice) else images
     for k in range(start, stop):
         try:
-            images.load(k, k + 1)
+            source.check(k, k + 1) if isinstance(source, Checkable) else images.load(k, k + 1)
         except UnreadableImage as error:
             yield k, error.image
 

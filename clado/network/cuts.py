@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -88,34 +87,34 @@ def image_axes(program: Program, lowered: Lowered, graph: Graph, example: Tensor
     device = next((t.device for t in graph.constants.values() if isinstance(t, Tensor)), example.device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, *example.shape[1:]), generator=generator).to(device, example.dtype)
-    stacked, *apart = (_values(graph, part) for part in (images, images[:1], images[1:]))
-    axes = {}
-    for node in (program.input, *lowered.operators):
-        value = node.meta["val"]
-        if not isinstance(value, Tensor):
-            continue
-        candidates = [k for k, length in enumerate(value.shape) if program.has_batch(length)]
-        slot = program.slots[node]
-        if len(candidates) != 1 or any(
-            part[slot].shape[candidates[0]] * 2 != stacked[slot].shape[candidates[0]] for part in apart
-        ):
-            continue
-        joined = torch.cat([part[slot] for part in apart], candidates[0]).double()
-        tolerance = 1e-3 * float(joined.abs().max()) + 1e-6
-        if joined.shape == stacked[slot].shape and float((joined - stacked[slot].double()).abs().max()) <= tolerance:
-            axes[slot] = candidates[0]
+    # step by step side by side, so that only the values exist that a run needs
+    together, *apart = [graph.start(part) for part in (images, images[:1], images[1:])]
+    axes: dict[int, int] = {}
+
+    def check(node: fx.Node) -> None:
+        value, slot = node.meta["val"], program.slots[node]
+        if isinstance(value, Tensor):
+            candidates = [k for k, length in enumerate(value.shape) if program.has_batch(length)]
+            parts = [state.values[slot] for state in apart]
+            if len(candidates) == 1 and _are_joined(together.values[slot], parts, candidates[0]):
+                axes[slot] = candidates[0]
+
+    check(program.input)
+    with torch.inference_mode():
+        for k, node in enumerate(lowered.operators):
+            together, *apart = [graph.run(state, k + 1, {}) for state in (together, *apart)]
+            check(node)
     return axes
 
 
-def _values(graph: Graph, images: Tensor) -> dict[int, Any]:
-    """Every value of a run."""
-    state = graph.start(images)
-    values: dict[int, Any] = dict(state.values)
-    with torch.inference_mode():
-        for k, step in enumerate(graph.instructions):
-            state = graph.run(state, k + 1, {})
-            values[step.slot] = state.values.get(step.slot)
-    return values
+def _are_joined(whole: Tensor, parts: Sequence[Tensor], axis: int) -> bool:
+    """Whether a value of two images is the values of each, one after another along an axis, up to rounding."""
+    if any(part.shape[axis] * 2 != whole.shape[axis] for part in parts):
+        return False
+    precision = torch.promote_types(whole.dtype, torch.float32)
+    joined = torch.cat(list(parts), axis).to(precision)
+    tolerance = 1e-3 * float(joined.abs().max()) + 1e-6
+    return joined.shape == whole.shape and float((joined - whole.to(precision)).abs().max()) <= tolerance
 
 
 def in_place(program: Program, lowered: Lowered, cuts: Sequence[Cut]) -> tuple[Instruction, ...]:

@@ -68,13 +68,15 @@ def _of_graph(
     buffers: dict[str, Tensor] = {}
     # from the images on, because a layer before the first batch norm may not be searched
     states = [graph.start(batch) for batch in batches]
+    absent = replaced  # a state keeps the replaced layers that it has not reached
     for norm in graph.norms:
         trained_mean, trained_variance = (graph.constants[graph.named[name][0]] for name in (norm.mean, norm.variance))
         moments_of_batches = []
         for k, state in enumerate(states):
-            states[k] = graph.run(state, norm.position, replaced)
+            states[k] = graph.run(state, norm.position, absent)
             # immediately, while the values are in the cache
             moments_of_batches.append(batch_moments(states[k].values[norm.input_slot]))
+        absent = {}
         measured = pooled(moments_of_batches, trained_mean.dtype)
         moments = statistics(NormStatistics(norm.mean, norm.variance, norm.eps, (trained_mean, trained_variance), measured))
         changed = dict(zip((norm.mean, norm.variance), moments, strict=True))
@@ -145,8 +147,8 @@ def batch_moments(values: Tensor) -> BatchMoments:
     whole = values.flatten(2) if values.ndim > 2 else values[..., None]  # (n, channels, positions)
     parts = [
         part.to(torch.promote_types(values.dtype, torch.float32))
-        for images in whole.split(max(1, CACHED // whole[0].numel()))
-        for part in images.split(max(1, CACHED // channels), 2)
+        for images in torch.split(whole, max(1, CACHED // whole[0].numel()))
+        for part in torch.split(images, max(1, CACHED // channels), 2)
     ]
     centre = parts[0].mean((0, 2), keepdim=True)
     sums = squares = torch.zeros(channels, dtype=torch.float64, device=values.device)

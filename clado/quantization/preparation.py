@@ -8,7 +8,6 @@ batch norm) needs the whole assignment. It comes last, in `Prepared.deployed`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,8 +77,8 @@ class Prepared:
     """Calibration batches (n, C, H, W), which final corrections read."""
     notes: tuple[str, ...] = ()
     """Notes for the user: what each correction did or skipped."""
-    _references: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The results that final corrections compute once on the float network, by correction."""
+    references: dict[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    """What final corrections measured on the float network, by correction. What is absent is measured when it is needed."""
 
     def chosen(self, assignment: Assignment) -> dict[int, QuantizedLayer]:
         """Layer -> its quantized layer, for the layers that an assignment quantizes."""
@@ -97,10 +96,10 @@ class Prepared:
         tensors: dict[str, Tensor] = {}
         if layers:
             for name, correction in at_stage(self.recipe.corrections, FinalCorrection).items():
-                if name not in self._references:
-                    self._references[name] = correction.reference(self.network, self.images)
+                if name not in self.references:
+                    self.references[name] = correction.reference(self.network, self.images)
                 network = self.network.updated(tensors)
-                tensors |= correction.reestimate(network, layers, self.images, self._references[name])
+                tensors |= correction.reestimate(network, layers, self.images, self.references[name])
         return tensors
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
@@ -211,9 +210,7 @@ def observed(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> dict
     return {f"{name}/{key}": tensor for name, c in corrections.items() for key, tensor in c.observe(network, images).items()}
 
 
-def equalized(
-    network: Network, recipe: Recipe, blocks: Sequence[Mapping[str, Tensor]]
-) -> tuple[dict[str, Tensor], list[str]]:
+def equalized(network: Network, recipe: Recipe, blocks: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], list[str]]:
     """Applies the corrections of the float network.
 
     Args:

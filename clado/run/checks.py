@@ -42,7 +42,7 @@ def _without_unreadable(run: OpenedRun, find: Callable[[OpenedRun], list[str]]) 
 
 
 def check(run: OpenedRun) -> list[str]:
-    """Decodes every image once, and checks every budget and an existing store, before anything is started or written.
+    """Checks every image once, and checks every budget and an existing store, before anything is started or written.
 
     Returns:
         The names of images that cannot be read, if some are allowed.

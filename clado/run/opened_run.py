@@ -55,7 +55,7 @@ def open_run(
         config: The settings.
         planning: Missing images are only counted, with the numbers of the settings.
         exported: The network's graph, if another process with the same settings has exported it.
-        checking: All images will be read next (`clado.run.checks`), so they are decoded while the network is exported.
+        checking: All images will be checked next (`clado.run.checks`), so they are checked while the network is exported.
 
     Raises:
         DataError: The criterion needs labels and there are none, or the images do not fit.
@@ -68,7 +68,7 @@ def open_run(
     if checking:
         for images in slices.used:
             if isinstance(images, EncodedSlice):
-                images.decode_ahead()
+                images.check_ahead()
     network = _float_network(config, loaded, exported)
     space = search_space(config, network)
     check_space(network, space)

@@ -98,7 +98,18 @@ class LayerTask:
     """Multiply-accumulates, roughly."""
 
 
-PreparationTask = ObserveTask | SweepTask | RangesTask | LayerTask
+@dataclass(frozen=True)
+class ReferenceTask:
+    """What final corrections must know about the float network."""
+
+    cost: float
+    """Multiply-accumulates."""
+    plain: bool = False
+    """They are of the network with corrections."""
+
+
+LayersTask = SweepTask | RangesTask | LayerTask | ReferenceTask
+PreparationTask = ObserveTask | LayersTask
 
 
 class RunPreparation:
@@ -124,7 +135,7 @@ class RunPreparation:
 
     def observations(self) -> list[ObserveTask]:
         """The tasks that `equalize` needs and whose results are missing. They can be done in any order."""
-        inputs, files = self.inputs, self.files()
+        files = self.files()
         if files.network_file.exists() or not self._observes:
             return []
         tasks = [ObserveTask(k, self.observation_cost(stop - start)) for k, (start, stop) in enumerate(self.blocks)]
@@ -165,7 +176,7 @@ class RunPreparation:
         variants = [False, True] if self.inputs.config.corrections else [False]
         return [(plain, layer) for plain in variants for layer in self.files(plain).missing(self.inputs.space.num_layers)]
 
-    def stages(self) -> list[list[PreparationTask]]:
+    def stages(self) -> list[list[LayersTask]]:
         """The missing tasks by stage. A stage can begin when the one before it is done.
 
         The tasks of a stage can be done in any order, by any number of workers, and repeatedly.
@@ -174,7 +185,9 @@ class RunPreparation:
         floats, on_grids = ([t for p in (False, True) for t in self._sweep_tasks(p, g, unprepared)] for g in (False, True))
         swept = sorted({(task.plain, layer) for task in on_grids for layer in task.layers})
         ranges = [RangesTask(*item) for item in swept if not self.files(item[0]).inputs.ranges_file(item[1]).exists()]
-        layers = [LayerTask(plain, layer, self.layer_cost(plain, layer)) for plain, layer in unprepared]
+        layers: list[LayersTask] = [LayerTask(plain, layer, self.layer_cost(plain, layer)) for plain, layer in unprepared]
+        if self.images_per_reestimation and not self.files().reference_file.exists():
+            layers.append(ReferenceTask(2 * self.observation_cost(self.images_per_reestimation)))
         layers.sort(key=lambda task: -task.cost)  # the largest first, so that workers end at about the same time
         return [[*floats], [*ranges], [*on_grids], [*layers]]
 
@@ -254,6 +267,9 @@ class RunPreparation:
         elif isinstance(task, RangesTask):
             layer_inputs = self._read_inputs(task.plain, task.layer, on_grids=False)
             files.inputs.write_ranges(task.layer, activation_grids(network, self.inputs.space, recipe, task.layer, layer_inputs))
+        elif isinstance(task, ReferenceTask):
+            final = at_stage(recipe.corrections, FinalCorrection)
+            files.write_references({name: each.reference(network, self.calibration) for name, each in final.items()})
         else:
             layer_input = None
             for sweep in self.sweeps(task.plain):
@@ -315,7 +331,10 @@ class RunPreparation:
             layers += quantized
             notes += layer_notes
         recipe = self._recipe(plain)
-        return Prepared(self._network(plain), self.inputs.space, recipe, tuple(layers), self.calibration, tuple(notes))
+        references = files.read_references(at_stage(recipe.corrections, FinalCorrection), device)
+        return Prepared(
+            self._network(plain), self.inputs.space, recipe, tuple(layers), self.calibration, tuple(notes), references
+        )
 
     def deployed(self, assignment: Assignment) -> tuple[Network, dict[int, QuantizedLayer]]:
         """The deployed network and its layers, with the corrections that the assignment names.

@@ -3,6 +3,7 @@
     KEY/network.safetensors     parameters and buffers that corrections of the float network changed, by name
     KEY/0007.safetensors        layer 7 at each of its options: k.weight, k.scale, k.zero_point, k.bias; grids in the header
     KEY/inputs/                 results of sweeps over calibration images, until the layers are prepared (`layer_inputs`)
+    KEY/final/reference.safetensors  what final corrections measured on the float network, by correction and name
     KEY/final/HASH.safetensors  parameters and buffers that final corrections changed for one assignment, by name
     KEY/reconstructed/HASH.safetensors       a reconstructed network: its layers as above, and float parameters by name
     KEY/reconstructed/HASH.part.safetensors  the tensors trained so far, until it is complete
@@ -13,7 +14,7 @@ Every worker reads the files memory-mapped.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +88,26 @@ class PreparedLayers:
             return tensors, json.loads(header["notes"])
         except (KeyError, ValueError) as error:
             raise damaged(self.network_file, error) from None
+
+    @property
+    def reference_file(self) -> Path:
+        """The file of what final corrections measured on the float network."""
+        return self.folder / "final" / "reference.safetensors"
+
+    def write_references(self, references: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keeps what final corrections measured on the float network, by correction."""
+        named = {f"{name}/{key}": tensor for name, tensors in references.items() for key, tensor in tensors.items()}
+        write_tensors(self.reference_file, named, {}, FORMAT)
+
+    def read_references(self, names: Iterable[str], device: torch.device) -> dict[str, Mapping[str, Tensor]]:
+        """What these final corrections measured on the float network. Empty if it was not kept."""
+        if not self.reference_file.exists():
+            return {}
+        tensors, _ = read_tensors(self.reference_file, device, FORMAT)
+        return {
+            name: {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
+            for name in names
+        }
 
     def write_final(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
         """Keeps the final corrections of an assignment."""

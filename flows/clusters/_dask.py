@@ -36,6 +36,7 @@ CONNECT_TIMEOUT = 30.0  # seconds until a scheduler must answer
 LOOPBACK = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
 ON_LOOPBACK = ("--no-dashboard", "--dashboard-address", "127.0.0.1:0")  # the same, as command-line arguments
 WINDOW = 1000  # tasks that a scheduler holds at once: more than it has workers
+POLL = 0.05  # seconds between two looks for ended tasks; the scheduler holds more of them, so no worker waits
 PATROL = 5.0  # seconds between two counts of the workers, while no task ends
 # Dask makes workers return every freed page at once. Each tensor then costs page faults, and the demo's forwards take 2.7 times
 # as long. These limits of glibc are large enough to prevent that: bytes from which memory is trimmed, and mapped.
@@ -111,7 +112,7 @@ class DaskWorkers:
         """Waits for at least one future, and returns those that have ended. Meanwhile it counts workers, so the wait ends."""
         check = self._patrol()
         while not (batch := running.next_batch(block=False)):
-            time.sleep(0.005)
+            time.sleep(POLL)
             check()
         return list(batch)
 

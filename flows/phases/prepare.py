@@ -17,7 +17,7 @@ def prepare(run: OpenedRun, workers: Workers) -> list[str]:
     """Makes what is absent: first the equalized float network, then layers, corrected and plain. Returns notes."""
     preparation = run.preparation
     observations, stages = preparation.observations(), preparation.stages()
-    costs = [task.cost for tasks in [observations, *stages] for task in tasks]
+    costs = [task.cost for task in observations] + [task.cost for tasks in stages for task in tasks]
     with progress("preparing", sum(costs), run.config.cluster.workers * max(costs, default=0.0)) as advance:
 
         def do(tasks: Sequence[PreparationTask]) -> None:

@@ -14,7 +14,7 @@ correction's name. Subclass a contract for it (tests/contracts/correction.py, te
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,9 @@ class FinalCorrection(Correction):
     """Acts once an assignment is known."""
 
     stage = "final"
-    reference: Callable[[Network, Sequence[Tensor]], Any]
+    reference: Callable[[Network, Sequence[Tensor]], Mapping[str, Tensor]]
     """(float network, calibration batches) -> the reference: measurements of the float network, made once."""
-    reestimate: Callable[[Network, Mapping[int, QuantizedLayer], Sequence[Tensor], Any], dict[str, Tensor]]
+    reestimate: Callable[[Network, Mapping[int, QuantizedLayer], Sequence[Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
     """(network, layer -> its replacement, calibration batches, reference) -> new parameters and buffers by name."""
     forward_images: Callable[[nn.Module, int, bool], int]
     """(float module, number of calibration images, whether there is a graph) -> forward images of one assignment."""

@@ -17,6 +17,7 @@ network keeps its operations.
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from clado.errors import DataError, NetworkError
@@ -30,8 +31,8 @@ MIN_IMAGES = 16
 MOST_IMAGES = 128
 
 
-def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
-    """The input statistics of the float network's batch norms: (mean, variance) by the name of the running mean.
+def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The input statistics of the float network's batch norms: mean and variance (2, channels) by the name of the running mean.
 
     Args:
         network: The float network.
@@ -48,10 +49,10 @@ def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
         raise DataError(
             f"batchnorm_reestimation has {count} calibration images; expected data.calibration_images: {MIN_IMAGES} or more"
         )
-    moments: dict[str, Moments] = {}
+    moments: dict[str, Tensor] = {}
 
     def keep(norm: NormStatistics) -> Moments:
-        moments[norm.mean] = norm.seen
+        moments[norm.mean] = torch.stack(norm.seen)
         return norm.trained
 
     network.normalisation(_first_images(images), statistics=keep)
@@ -64,7 +65,7 @@ def reference(network: Network, images: Sequence[Tensor]) -> dict[str, Moments]:
 
 
 def reestimate(
-    network: Network, quantized: Mapping[int, QuantizedLayer], images: Sequence[Tensor], floats: Mapping[str, Moments]
+    network: Network, quantized: Mapping[int, QuantizedLayer], images: Sequence[Tensor], floats: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """New running means and variances by buffer name, for `network.updated`. Empty for a network without batch norm.
 
@@ -99,12 +100,12 @@ def forward_images(model: nn.Module, num_images: int, has_graph: bool) -> int:
     return min(num_images, MOST_IMAGES) * (min(norms, 1) if has_graph else norms)
 
 
-def matched(norm: NormStatistics, floats: Moments) -> Moments:
+def matched(norm: NormStatistics, floats: Moments | Tensor) -> Moments:
     """The statistics that give a batch norm's output the float network's mean and deviation in each channel.
 
     Args:
         norm: The batch norm's trained statistics, and its input statistics in the quantized network.
-        floats: Its input statistics in the float network on the same images.
+        floats: Mean and variance of its input in the float network on the same images.
     """
     (mean, variance), (float_mean, float_variance), (seen_mean, seen_variance) = (
         [part.double() for part in moments] for moments in (norm.trained, floats, norm.seen)
