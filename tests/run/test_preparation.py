@@ -3,15 +3,18 @@
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from clado.errors import StoreError
+from clado.quantization.corrections import batchnorm_reestimation
 from clado.quantization.preparation import prepare
 from clado.run.opened_run import OpenedRun, open_run
-from clado.run.preparation import LayerTask, RangesTask, SweepTask
+from clado.run.preparation import LayerTask, RangesTask, ReferenceTask, SweepTask
 from clado.settings.loading import parse_config
 from tests.running import config
 
@@ -21,13 +24,17 @@ CHANGES = {
     "ranges alone": {"corrections": [], "activations": {"bits": [8]}},
     "neither": {"corrections": []},
 }
+CLIPPED = {
+    "network": {"source": "zoo", "name": "mobilenetv2_fashion_mnist"},  # it has ReLU6
+    "corrections": ["equalization", "batchnorm_reestimation"],
+}
 ROOT = Path(__file__).parents[2]
 
 
 def opened(folder: Path, name: str, **changes) -> OpenedRun:
-    """A run of 70 calibration images, so that there are two blocks."""
+    """A run of 70 calibration images, so that there are four blocks."""
     data = {"sensitivity_images": 32, "sample_blocks": 4, "calibration_images": 70, "validation_images": 100}
-    return open_run(parse_config(config(folder, data=data, **CHANGES[name], **changes)))
+    return open_run(parse_config(config(folder, data=data, **{**CHANGES[name], **changes})))
 
 
 def prepared_by(run: OpenedRun, order: random.Random | None = None) -> dict[str, dict[str, bytes]]:
@@ -116,6 +123,44 @@ def test_the_stages_of_activations_are_sweep_ranges_sweep_layers(tmp_path):
     assert all(task.cost > 0 for stage in (stages[0], stages[2], stages[3]) for task in stage)
     costs = [task.cost for task in stages[3]]
     assert costs == sorted(costs, reverse=True)
+
+
+def test_images_that_several_processes_observe_in_any_order_equalize_alike(tmp_path):
+    whole, first, second = (opened(tmp_path / name, "weights", **CLIPPED) for name in ("one", "two", "two"))
+    whole.preparation.equalize()
+    tasks = first.preparation.observations()
+    assert [task.block for task in tasks] == list(range(len(first.preparation.blocks)))
+    assert all(task.cost > 0 for task in tasks)
+    shuffled = random.Random(0).sample(tasks, len(tasks))
+    for k, task in enumerate(shuffled[:-1]):
+        (first, second)[k % 2].preparation.do(task)
+        second.preparation.do(task)  # by a worker that was thought dead
+    assert second.preparation.observations() == shuffled[-1:]
+    second.preparation.equalize()
+    assert first.preparation.observations() == []
+    maxima, alike = (run.preparation.files().network_file.read_bytes() for run in (whole, second))
+    assert maxima == alike
+    assert second.preparation.network.weights[1].equal(whole.preparation.network.weights[1])
+    assert not second.preparation.network.weights[1].equal(second.float_network.weights[1])
+    without_clips = opened(tmp_path / "plain", "weights", corrections=["equalization"])
+    assert without_clips.preparation.observations() == []  # no image is read for nothing
+
+
+def test_final_corrections_measure_the_float_network_once_for_all_processes(tmp_path, monkeypatch):
+    run, again = (opened(tmp_path / "run", "weights", **CLIPPED) for _ in range(2))
+    assert [task for task in run.preparation.stages()[3] if isinstance(task, ReferenceTask)]
+    prepared_by(run)
+    assert again.preparation.stages() == [[], [], [], []]
+    expected = replace(run.preparation.corrected, references={}).final(run.space.narrowest)
+
+    def measured_again(*arguments: object) -> None:
+        raise AssertionError("the float network was measured before")
+
+    own = batchnorm_reestimation.correction
+    monkeypatch.setattr(batchnorm_reestimation, "correction", replace(own, reference=measured_again))
+    final = again.preparation.corrected.final(run.space.narrowest)
+    assert final.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
 
 
 @pytest.mark.parametrize("name", ["weights", "activations"])
