@@ -136,7 +136,7 @@ class RunPreparation:
     def observations(self) -> list[ObserveTask]:
         """The tasks that `equalize` needs and whose results are missing. They can be done in any order."""
         files = self.files()
-        if files.network_file.exists() or not self._observes:
+        if files.network_file.exists() or not self.observes:
             return []
         tasks = [ObserveTask(k, self.observation_cost(stop - start)) for k, (start, stop) in enumerate(self.blocks)]
         return [task for task in tasks if not files.inputs.observed_file(task.block).exists()]
@@ -146,7 +146,7 @@ class RunPreparation:
         return RUN_COST * self.inputs.float_network.macs * num_images
 
     @cached_property
-    def _observes(self) -> bool:
+    def observes(self) -> bool:
         """Whether corrections of the float network depend on images."""
         corrections = at_stage(self.inputs.config.corrections, NetworkCorrection).values()
         return any(correction.reads_images(self.inputs.float_network) for correction in corrections)
@@ -158,7 +158,7 @@ class RunPreparation:
             check_calibration(inputs.space, inputs.recipe, len(inputs.slices.calibration))
             for task in self.observations():
                 self.do(task)
-            numbers = range(len(self.blocks) if self._observes else 0)
+            numbers = range(len(self.blocks) if self.observes else 0)
             blocks = [files.inputs.read_observed(k, inputs.float_network.device) for k in numbers]
             files.write_network(*equalized(inputs.float_network, inputs.recipe, blocks))
 
