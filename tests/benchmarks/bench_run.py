@@ -124,7 +124,10 @@ def rate_of(path: str, batch: int, num_images: int) -> float:
 
 
 def best_rate(path: Path, workers: int) -> tuple[float, int]:
-    """(images a second of all workers together, at the best batch; this batch). Each batch is timed in turns, its median counts."""
+    """(images a second of all workers together, at the best batch; this batch).
+
+    The batches are timed in turns, and the median of each counts.
+    """
     rates: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for _ in range(ROUNDS):
