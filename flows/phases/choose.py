@@ -10,6 +10,7 @@ from pathlib import Path
 from clado.choosing import choice, proposals, solvers
 from clado.choosing.choice import Score
 from clado.choosing.constraints import Constraint
+from clado.choosing.kept_solutions import kept
 from clado.choosing.local_search import Searched, local_search, ordered
 from clado.choosing.local_search import search as search_around
 from clado.choosing.program import Program
@@ -104,10 +105,11 @@ def estimate(run: OpenedRun, measured: Measured) -> Matrices:
 def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[str]]:
     """(every proposal for every budget, notes).
 
-    Ctrl-C or SIGTERM during a solve ends the run. The best assignment so far is kept, and the next run starts that solve from
-    it.
+    What is proven optimal is kept, and the next run reads it. Ctrl-C or SIGTERM during a solve ends the run. The best assignment
+    so far is kept, and the next run starts that solve from it.
     """
     settings, budgets, limits = run.config.solver, run.budgets, run.limits
+    kept_folder = run.folder / "solutions" / "kept"
     incumbent = run.folder / "solutions" / "incumbent.json"
     incumbents = _read_incumbent(incumbent, run.space)
     notes: list[str] = []
@@ -121,10 +123,11 @@ def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[st
         def started(program: Program, starts: Sequence[Assignment] = ()) -> Solution:
             return solve(program, [*filter(program.offers, incumbents), *starts])
 
-        return uninterrupted(started, keep)
+        return kept(uninterrupted(started, keep), kept_folder, settings.name)
 
     def prepare_variant(program: Program) -> Solve:
-        return uninterrupted(solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS)))
+        solve = solvers.prepare(program, settings.name, time_limit=min(settings.time_limit, VARIANT_SECONDS))
+        return kept(uninterrupted(solve), kept_folder, settings.name)
 
     def without_answer(budget: Budget, method: str, error: InfeasibleError) -> None:
         notes.append(f"{budget.name}: {method} has no answer without the options of infinite loss ({error})")
