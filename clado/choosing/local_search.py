@@ -64,12 +64,11 @@ def moves(program: Program, choices: Choices) -> Iterator[Choices]:
     fits &= is_move
     fits_both &= is_move[:, None] & is_move[None, :] & (owner[:, None] < owner[None, :])
     singles, pairs = np.flatnonzero(fits), np.argwhere(fits_both)
-    targets = [(int(k),) for k in singles] + [(int(k), int(m)) for k, m in pairs]
     cost = np.concatenate([single[singles], change[fits_both]])
     for place in np.argsort(cost, kind="stable"):
+        moved = singles[place : place + 1] if place < len(singles) else pairs[place - len(singles)]
         neighbour = choices.copy()
-        for k in targets[place]:
-            neighbour[owner[k]] = k
+        neighbour[owner[moved]] = moved
         if program.is_feasible(neighbour):  # checks sums of fractions exactly, and forbidden pairs
             yield neighbour
 

@@ -252,7 +252,8 @@ def scheduler_environment() -> dict[str, str]:
 
 
 def configure() -> None:
-    """Sets the settings of SCHEDULER and of the allocator, for clusters that this process starts."""
+    """Sets the settings of SCHEDULER and of the allocator, for clusters that this process starts. Workers are not profiled."""
+    dask.config.set({"distributed.worker.profile.enabled": False})  # it walks the stack of a task every 10 ms
     dask.config.set({f"distributed.scheduler.{name}": value for name, value in SCHEDULER.items()})
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ALLOCATOR.items()})
 
