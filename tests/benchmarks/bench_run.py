@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -89,19 +90,41 @@ def predicted(path: Path) -> dict[str, float]:
     return {**named, "whole": float(re.findall(r"about (\d+) s", line)[0])}
 
 
-def seconds_by_title(lines: str) -> dict[str, float]:
-    """Seconds of what the progress lines name."""
-    return {title: float(seconds) for title, _, seconds, _ in PROGRESS.findall(lines)}
+@dataclass(frozen=True)
+class Line:
+    """A line of progress."""
+
+    title: str
+    share: float
+    seconds: float
+    eta: float
+
+
+def reports(lines: str) -> list[list[Line]]:
+    """The lines of each report of progress in turn. Several may have one title."""
+    found: list[list[Line]] = []
+    for title, *numbers in PROGRESS.findall(lines):
+        line = Line(title, *map(float, numbers))
+        if not found or found[-1][-1].title != title or found[-1][-1].share == 100:
+            found.append([])
+        found[-1].append(line)
+    return found
+
+
+def seconds_of(title: str, lines: str) -> float:
+    """Seconds of all reports of a title."""
+    return sum(report[-1].seconds for report in reports(lines) if report[-1].title == title)
 
 
 def off_after_a_tenth(lines: str) -> dict[str, float]:
     """The worst factor between the end that progress lines expect and the one that came, of those after a tenth of the work."""
     worst: dict[str, float] = {}
-    took = seconds_by_title(lines)
-    for title, share, seconds, eta in PROGRESS.findall(lines):
-        if float(share) >= 10 and took[title] > LONG:
-            factor = (float(seconds) + float(eta)) / took[title]
-            worst[title] = max(worst.get(title, 1.0), factor, 1 / factor)
+    for report in reports(lines):
+        took = report[-1].seconds
+        for line in report:
+            if line.share >= 10 and took > LONG:
+                factor = (line.seconds + line.eta) / took
+                worst[line.title] = max(worst.get(line.title, 1.0), factor, 1 / factor)
     return worst
 
 
@@ -172,12 +195,12 @@ def measure(name: str, photos: Path | None) -> dict[str, Any]:
     if name != "demo":
         budgets = [*BUDGETS, 3.25]
         again, _, more = clado("run", str(path), f"budgets.average_bits={budgets}")
-        validating = seconds_by_title(more)["evaluating"]
+        validating = seconds_of("evaluating", more)
     return {
         "name": name, "seconds": seconds, "phases": record.seconds, "passes": counted(run, record), "rate": rate, "batch": batch,
         "floor": sum(floor.values()), "further": again, "further_validation": validating,
         "preparing_images": len(run.slices.calibration), "predicted": expected, "off": off_after_a_tenth(lines),
-        "validating": record.forwards.get("validation", 0) / seconds_by_title(lines)["evaluating"],
+        "validating": record.forwards.get("validation", 0) / seconds_of("evaluating", lines),
     }  # fmt: skip
 
 
