@@ -211,9 +211,7 @@ def observed(network: Network, recipe: Recipe, images: Sequence[Tensor]) -> dict
     return {f"{name}/{key}": tensor for name, c in corrections.items() for key, tensor in c.observe(network, images).items()}
 
 
-def equalized(
-    network: Network, recipe: Recipe, blocks: Sequence[Mapping[str, Tensor]]
-) -> tuple[dict[str, Tensor], list[str]]:
+def equalized(network: Network, recipe: Recipe, blocks: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], list[str]]:
     """Applies the corrections of the float network.
 
     Args:

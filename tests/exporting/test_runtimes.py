@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from torch import nn
 from clado.data.sources.zoo import load_network
 from clado.errors import ConfigurationError
 from clado.exporting.runtimes import median_seconds, runtime_of
+from clado.exporting.runtimes import onnxruntime as module
+from clado.exporting.runtimes._onnx_layout import EXACT_SUMS
 from clado.exporting.runtimes.onnxruntime import runtime
 from clado.network.network import Network
 from clado.settings.schema import NetworkSettings
@@ -125,6 +129,40 @@ def test_sums_of_large_codes_do_not_saturate(tmp_path):
     measured = network.logits(x, layers)
     logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
     assert float((logits - measured).abs().max()) <= 0.01 * float(measured.abs().max())
+
+
+def test_the_exact_kernels_are_used_only_where_sums_saturate(tmp_path, monkeypatch):
+    """Both kernels compute the same where they do not: that is what the small product asks."""
+    network, x = inverted()
+    layers = quantized(network, x, 8, 8)
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    assert dict(runtime.session_entries(tmp_path / "n.onnx")) == dict(EXACT_SUMS)  # in the file, for any machine
+    options: list[dict[str, str]] = []
+    logits = []
+    for saturates in (True, False):
+        monkeypatch.setattr(module, "_sums_saturate", lambda saturates=saturates: saturates)
+        opened = module._with_entries(onnxruntime.SessionOptions(), onnx.load(tmp_path / "n.onnx"))
+        options.append({key: opened.get_session_config_entry(key) for key in dict(EXACT_SUMS) if _has(opened, key)})
+        logits.append(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    assert options == [dict(EXACT_SUMS), {}]
+    monkeypatch.undo()
+    if not module._sums_saturate():
+        assert np.array_equal(*logits)
+
+
+def _has(options: onnxruntime.SessionOptions, key: str) -> bool:
+    try:
+        options.get_session_config_entry(key)
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_the_small_product_is_what_its_name_says():
+    model = onnx.load_from_string(module.SUMS)
+    assert [node.op_type for node in model.graph.node] == ["MatMulInteger"]
+    assert [value.type.tensor_type.elem_type for value in model.graph.input] == [onnx.TensorProto.UINT8, onnx.TensorProto.INT8]
+    assert repr(module.SUMS) in runtime.loader
 
 
 CONV, POINTWISE, LINEAR = (
