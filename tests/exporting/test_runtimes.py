@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer, get_model
 
 from clado.data.sources.zoo import load_network
 from clado.errors import ConfigurationError
@@ -16,6 +17,8 @@ from clado.exporting.runtimes import onnxruntime as module
 from clado.exporting.runtimes._onnx_layout import EXACT_SUMS
 from clado.exporting.runtimes.onnxruntime import runtime
 from clado.network.network import Network
+from clado.quantization.preparation import Recipe, prepare
+from clado.quantization.quantizers import WeightQuantizer
 from clado.settings.schema import NetworkSettings
 from clado.space import Layer
 from tests.contracts.runtime import RuntimeContract, inverted, quantized
@@ -65,7 +68,7 @@ def test_queries_keys_and_values_are_products_of_their_own(bits, tmp_path):
 
 
 def test_every_linear_layer_of_the_zoos_transformer_is_fused_at_four_bits(tmp_path):
-    """Those of ViT-B/16 too, by `tests.benchmarks.bench_runtime vit_b_16`."""
+    """Those of ViT-B/16 too: see the next test, and `tests.benchmarks.bench_runtime vit_b_16`."""
     model, image_shape = load_network(NetworkSettings(source="zoo", name="vit_fashion_mnist"))
     x = torch.randn(1, *image_shape)
     network = Network(model, x, split=["*.in_proj_weight"])
@@ -73,6 +76,30 @@ def test_every_linear_layer_of_the_zoos_transformer_is_fused_at_four_bits(tmp_pa
     layers = {i: layer for i, layer in quantized(network, x, 4, None).items() if i in linear}
     runtime.write(tmp_path / "n.onnx", network, layers, x)
     assert runtime.kernels(tmp_path / "n.onnx")["MatMulNBits"] == len(linear) > 20
+
+
+def test_every_linear_layer_of_a_vit_b_16_encoder_layer_is_fused_at_four_bits(tmp_path):
+    """torchvision's network with random weights, with two of its twelve equal encoder layers."""
+    torch.manual_seed(0)
+    shape = {"hidden_dim": 768, "num_heads": 12, "mlp_dim": 3072}
+    model = VisionTransformer(image_size=224, patch_size=16, num_layers=2, **shape).eval()
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision starts it at zero
+    whole = get_model("vit_b_16", weights=None).state_dict()
+    assert all(whole[name].shape == tensor.shape for name, tensor in model.state_dict().items())
+    x = torch.randn(1, 3, 224, 224)
+    network = Network(model, x, split=["*.in_proj_weight"])
+    linear = [i for i, layer in enumerate(network.layers) if layer.operator == "linear"]
+    space = network.search_space((4,))
+    prepared = prepare(network, space, Recipe(WeightQuantizer("minmax"), "minmax", ()), [x])
+    layers = {i: layer for i, layer in prepared.deployed(space.widest)[1].items() if i in linear}
+    runtime.write(tmp_path / "n.onnx", network, layers, x)
+    kernels = runtime.kernels(tmp_path / "n.onnx")
+    assert kernels["MatMulNBits"] == len(linear) == 6 * 2 + 1  # queries, keys, values, their output, two of the MLP; the head
+    assert kernels.get("FusedMatMul", 0) + kernels.get("MatMul", 0) == 2 * 2  # of the attention: they have no weight
+    assert not any(name in kernels for name in ("Gemm", "FusedGemm"))
+    measured = network.logits(x, layers)
+    logits = torch.from_numpy(runtime.open(tmp_path / "n.onnx", 1)(x.numpy()))
+    assert float((logits - measured).abs().mean()) <= 0.02 * float(measured.abs().max())  # inputs become int8 in the kernel
 
 
 def test_pooling_and_clipping_keep_the_grid_behind_them(tmp_path):
