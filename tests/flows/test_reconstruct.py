@@ -19,7 +19,8 @@ from flows.commands.export import budget_folder, export_as
 from flows.commands.plan import plan_text
 from flows.commands.stored import StoredRun, chosen_for
 from flows.phases.reconstruct import best_proposals
-from tests.running import Calls, copy_of, run_pipeline
+from tests.networks import Residual, build, images, labels
+from tests.running import Calls, config, copy_of, run_pipeline
 
 SHORT = Effort(proposals=1, block_steps=24, network_steps=8, batch_images=16)
 
@@ -133,3 +134,48 @@ def test_the_chosen_answer_is_reconstructed_first_then_others_by_loss_and_no_bit
     first, _ = best_proposals(with_float, losses | {in_float: 0.0}, chosen_in_float, 1)
     assert first.assignment.corrected == "none"
     assert [p.assignment.pairs for p in best_proposals(proposals, losses, chosen, 2)] == [b.pairs, a.pairs, b.pairs, c.pairs]
+
+
+def network() -> torch.nn.Module:
+    """A small network."""
+    return build(Residual)
+
+
+def labelled() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with labels."""
+    return images(120), labels(120)
+
+
+def labelled_otherwise() -> tuple[torch.Tensor, torch.Tensor]:
+    """The same images. The labels belong to other images."""
+    return images(120), labels(120).roll(7)
+
+
+def unlabelled() -> torch.Tensor:
+    """The same images without labels."""
+    return images(120)
+
+
+def test_a_reconstruction_reads_no_label(tmp_path):
+    """With effort balanced. Labels of other images, or none, give the same network, bit for bit."""
+    states = []
+    for source in (labelled, labelled_otherwise, unlabelled):
+        document = config(
+            tmp_path / source.__name__,
+            network={"source": "factory", "name": f"{__name__}:network", "image_shape": [1, 8, 8]},
+            data={
+                "source": "factory", "factory": f"{__name__}:{source.__name__}", "sensitivity_images": 16, "sample_blocks": 2,
+                "calibration_images": 40, "validation_images": 20,
+            },
+            effort="balanced",
+        )  # fmt: skip
+        run = open_run(parse_config(document))
+        assert (run.slices.calibration.load(0, 1)[1] is None) == (source is unlabelled)
+        start = run.preparation.deployed(run.space.narrowest)
+        deployed = run.preparation.deployed(run.space.narrowest.with_corrections("balanced"))
+        states.append([network.state_dict(layers) for network, layers in (start, deployed)])
+    (first_start, first), *others = states
+    assert any(not torch.equal(first_start[name], tensor) for name, tensor in first.items() if name in first_start)
+    for _, other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from clado.criteria.kl_to_float import kl_to_float
 from clado.errors import ConfigurationError, DataError, NetworkError
+from clado.exporting._onnx_agreement import compare
+from clado.exporting.onnx import export_onnx
 from clado.exporting.packed import export_packed, integers, load_packed
 from clado.grids import QuantizedLayer
 from clado.network.network import Network
 from clado.quantization.reconstruction import EFFORTS, HELD_OUT, Effort, Reconstructed, reconstruct
 from clado.space import RECONSTRUCTED
 from tests import tolerance
+from tests.exporting.test_onnx import run as run_onnx
 from tests.networks import Attention, Branching, Normed, Recurrent, Residual, images
 from tests.quantization.test_training import same, start, state
 
@@ -142,6 +145,24 @@ def test_the_result_is_exported_packed_and_loads_as_what_was_made(tmp_path, widt
     loaded, x = load_packed(tmp_path / "a.safetensors", network), images(16, seed=5)
     with torch.no_grad():
         tolerance.assert_close_but_for_ties(loaded(x), made.network.logits(x, made.layers), images=1 if widths else 0)
+
+
+@pytest.mark.parametrize("widths", [(), (8,)], ids=["float inputs", "inputs on grids"])
+def test_effort_balanced_is_exported_to_onnx_as_what_was_measured(tmp_path, widths):
+    """Logits differ by at most 1e-3. On grids this holds for most images: an input between two codes may fall to either side."""
+    made, _, deployed, layers = made_of(Attention, EFFORTS["balanced"], widths)
+    assert made.loss < made.start_loss
+    export_onnx(tmp_path / "n.onnx", made.network, made.layers)
+    x = images(64, seed=5)
+    with torch.no_grad():
+        measured = made.network.logits(x, made.layers)
+        unlike = deployed.logits(x, layers)  # the comparison can fail: the network before the reconstruction
+    exported = run_onnx(tmp_path / "n.onnx", x)
+    difference, other = ((exported - logits).abs().amax(1) for logits in (measured, unlike))
+    assert float(difference.median() if widths else difference.max()) <= 1e-3 < float(other.median())
+    agreement = compare(tmp_path / "n.onnx", made.network, made.layers, x)
+    assert agreement.num_images == 64
+    assert agreement.disagreements <= (1 if widths else 0)
 
 
 def test_what_cannot_be_reconstructed_is_refused():

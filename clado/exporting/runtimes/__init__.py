@@ -66,7 +66,10 @@ class Runtime:
     code_bytes: Callable[[Path], Mapping[str, int]]
     """Bytes in the file of each searched layer's codes, scales and zero points, by name. Shared tensors count once."""
     session_entries: Callable[[Path], Mapping[str, str]]
-    """Settings for opening a file. `loader` reads them from deployment.json, under `session`."""
+    """Settings for opening a file, on any machine. `loader` reads them from deployment.json, under `session`.
+
+    `open` and `loader` may leave out a setting that this machine does not need.
+    """
     versions: Callable[[], Mapping[str, str]]
     """Versions that its times and results depend on, by name."""
 

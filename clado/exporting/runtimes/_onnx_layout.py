@@ -57,8 +57,12 @@ SESSION = "clado.session"
 """Key in the file's metadata. Its value is the session entries for opening the file in ONNX Runtime, as JSON."""
 EXACT_SUMS = (("session.x64quantprecision", "1"),)
 """Without it, sums of two products of 8-bit codes saturate on CPUs that have AVX2 and no VNNI."""
-FLOAT_STAYS = (("optimization.disable_specified_optimizers", "WeightBiasQuantization"),)
-"""Without it, a layer in float between two int8 layers becomes an int8 layer when the file is loaded."""
+FLOAT_STAYS = (("optimization.disable_specified_optimizers", "WeightBiasQuantization;QDQPropagationTransformer"),)
+"""Without the first, a layer in float between two int8 layers becomes an int8 layer when the file is loaded.
+
+Without the second, rounding is moved before the pooling that follows a layer in float. Its int8 kernel is slow there: ResNet-18
+with its first and last layer in float took twice the time.
+"""
 Ranges = Callable[[Path, Sequence[str]], Mapping[str, tuple[float, float]]]
 """(file, names of tensors) -> lowest and highest value of each on the calibration images."""
 
@@ -181,7 +185,10 @@ class _Layout(GraphEditor):
         self.clean()
 
     def drop_clips(self) -> None:
-        """Removes a Relu or Clip if the grid after it ends within its bounds. Moves grids before the operators `PASSES`."""
+        """Removes a Relu or Clip if the grid after it ends within its bounds. Moves grids before the operators `PASSES`.
+
+        A grid stays behind them if a convolution in float comes before them: see `FLOAT_STAYS`.
+        """
         changed = True
         while changed:
             changed = False
@@ -192,7 +199,7 @@ class _Layout(GraphEditor):
                 if source.op_type in CLIPS and self._is_within(quantize, source):
                     quantize.replace_input_with(0, source.inputs[0])
                     changed = True
-                elif source.op_type in PASSES and self._is_unrounded_product(source.inputs[0]):
+                elif source.op_type in PASSES and self._is_unrounded_product(source.inputs[0], among_int8=True):
                     self._round(source.inputs[0], *quantize.inputs[1:3])
                     changed = True
             self.clean()
@@ -212,14 +219,19 @@ class _Layout(GraphEditor):
         tolerance = scale / 1000  # because scales are rounded
         return bool(bounds[0] <= low + tolerance and high - tolerance <= bounds[1])
 
-    def _is_unrounded_product(self, value: Any) -> bool:
-        """Whether a value comes from a convolution, perhaps by an addition, and is not on a grid itself."""
+    def _is_unrounded_product(self, value: Any, among_int8: bool = False) -> bool:
+        """Whether a value comes from a convolution, perhaps by an addition, and is not on a grid itself.
+
+        With `among_int8`, a convolution in float does not count.
+        """
         if is_dequantized(value):
             return False
         source = value.producer()
         while source is not None and source.op_type in (*CLIPS, *PASSES, "Add"):
             source = source.inputs[0].producer()
-        return source is not None and (source.op_type == "Conv" or is_dequantized(source.outputs[0]))
+        if source is not None and source.op_type == "Conv":
+            return is_int8(source) or not among_int8
+        return source is not None and is_dequantized(source.outputs[0])
 
     def put_grid(self, value: Any, grid: ActivationGrid) -> None:
         """Puts a value on a grid, for all its readers."""
