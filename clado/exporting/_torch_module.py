@@ -7,7 +7,7 @@ The packed file is loaded into such a module, and ONNX is exported from one.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -28,6 +28,10 @@ Rounding = Callable[[Tensor, ActivationGrid], Tensor]
 """Puts a tensor on a grid."""
 GRID_BUFFERS = ("input_grid_scale", "input_grid_zero_point", "input_grid_last_code")
 """Buffers of a module whose input is quantized."""
+
+
+STEPS = 0.25
+"""Share of what the grids of inputs change, that a module's logits may differ by. Without the grids all of it is missing."""
 
 
 def as_module(network: Network, layers: Replaced, rounding: Rounding | None = None) -> nn.Module:
@@ -63,11 +67,18 @@ def as_module(network: Network, layers: Replaced, rounding: Rounding | None = No
     for hook in hooks:
         hook.remove()
     _refuse_another_function(model, network, layers)
+    if inputs:
+        without_grids = {i: replace(layer, activation=None) for i, layer in as_layers(layers).items()}
+        _refuse_another_function(assemble(network.model, state, new_biases, {}, rounding)[0], network, without_grids)
     return model
 
 
 def _refuse_another_function(model: nn.Module, network: Network, layers: Replaced) -> None:
-    """Raises NetworkError if the module's logits are not those of the replaced layers."""
+    """Raises NetworkError if the module's logits are not those of the replaced layers.
+
+    Both add in another order. A value in the middle of two codes may then take either, and a step of one input changes others in
+    the layers behind it. So with inputs on grids, logits may differ by a share of what the grids change.
+    """
     images = network.example.to(network.device)
     if not isinstance(network.engine, WholeForwards):  # with whole forward passes, layers are known for this image only
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -75,9 +86,12 @@ def _refuse_another_function(model: nn.Module, network: Network, layers: Replace
     with torch.no_grad(), computing(network.numeric, network.device):
         logits = network.outputs.packed(model(images.clone())).float()
     measured = network.logits(images, layers).float()
-    scale = float(measured.abs().max())
-    tolerance = 1e-2 if network.numeric == "float32" else 1e-1  # a value in the middle of two codes may take either
-    if isfinite(scale) and not float((logits - measured).abs().max()) <= tolerance * scale:
+    scale, known = float(measured.abs().max()), as_layers(layers)
+    tolerance = (1e-3 if network.numeric == "float32" else 1e-1) * scale
+    if any(layer.activation is not None for layer in known.values()):
+        in_float = network.logits(images, {i: replace(layer, activation=None) for i, layer in known.items()}).float()
+        tolerance = max(tolerance, 1e-2 * scale, STEPS * float((in_float - measured).abs().max()))
+    if isfinite(scale) and not float((logits - measured).abs().max()) <= tolerance:
         raise NetworkError(
             f"{type(model).__name__}'s own forward does not read an added bias or a quantized input through its modules. As a "
             "torch module it computes another function than was measured: call convolutions and linear layers as modules, or do "
