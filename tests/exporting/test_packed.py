@@ -476,6 +476,16 @@ def test_a_module_that_would_compute_another_function_is_refused(model, widths, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_small_bias_that_a_module_does_not_read_is_refused():
+    torch.manual_seed(0)
+    network = Network(nn.Sequential(nn.Flatten(), Around(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4)), torch.ones(1, 2, 2, 2))
+    layers = {0: QuantizedLayer(network.weights[0], torch.full((8,), 0.01))}
+    without, biased = network.logits(network.example), network.logits(network.example, layers)
+    assert 1e-3 < float((biased - without).abs().max() / biased.abs().max()) < 1e-2
+    with pytest.raises(NetworkError, match="computes another function than was measured"):
+        as_module(network, layers)
+
+
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
 def test_weights_that_are_computed_by_hooks_are_refused_with_what_to_use():
     with pytest.warns(FutureWarning, match="weight_norm"):
