@@ -109,7 +109,7 @@ def propose(run: OpenedRun, matrices: Matrices) -> tuple[list[Proposal], list[st
     so far is kept, and the next run starts that solve from it.
     """
     settings, budgets, limits = run.config.solver, run.budgets, run.limits
-    kept_folder = run.folder / "solutions" / "kept"
+    kept_folder = run.folder / "solved"
     incumbent = run.folder / "solutions" / "incumbent.json"
     incumbents = _read_incumbent(incumbent, run.space)
     notes: list[str] = []
